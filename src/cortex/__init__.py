@@ -1,0 +1,43 @@
+"""Cortex tasks: a Python function, a command or a container behind a URL.
+
+This is the whole public surface. Names are loaded on first use, because `import cortex.worker` runs
+this file too and must stay a matter of milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cortex.client import Client, client, env_delete, env_list, new_client
+    from cortex.errors import CortexError
+
+_HOME = {
+    "Client": "cortex.client",
+    "CortexError": "cortex.errors",
+    "client": "cortex.client",
+    "env_delete": "cortex.client",
+    "env_list": "cortex.client",
+    "new_client": "cortex.client",
+}
+
+__version__ = "0.1.0"
+__all__ = [  # noqa: RUF022  # in the order in which a reader meets them
+    "client",
+    "new_client",
+    "env_list",
+    "env_delete",
+    "Client",
+    "CortexError",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'cortex' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Where workers run: one folder per engine, all behind the protocol of `engines.base`."""

@@ -1,0 +1,133 @@
+"""One tree of errors: what happened, which HTTP status it is, and what to do next.
+
+Raised where a fact is known, turned into HTTP by the operator, back into these classes by the
+client, and printed by the command. `kind` is stable: programs may compare it.
+"""
+
+from __future__ import annotations
+
+
+class CortexError(Exception):
+    """Something went wrong in the platform."""
+
+    kind = "internal"
+    http_status = 500
+
+    def __init__(self, message: str, *, kind: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        if kind is not None:
+            self.kind = kind
+
+
+class InvalidRequest(CortexError):
+    """The request is not one that the contract allows."""
+
+    kind = "request.invalid"
+    http_status = 400
+
+
+class InvalidSpec(CortexError):
+    """The file that describes the APIs has mistakes; the message lists all of them."""
+
+    kind = "spec.invalid"
+    http_status = 400
+
+
+class InvalidProject(CortexError):
+    """The uploaded project cannot be taken as it is."""
+
+    kind = "project.invalid"
+    http_status = 400
+
+
+class Unauthorized(CortexError):
+    """The token is missing or wrong."""
+
+    kind = "auth.unauthorized"
+    http_status = 401
+
+
+class ForeignOrigin(CortexError):
+    """A browser sent this request on behalf of a page from elsewhere."""
+
+    kind = "request.foreign_origin"
+    http_status = 403
+
+
+class NotFound(CortexError):
+    """There is no such API, job or page."""
+
+    kind = "not_found"
+    http_status = 404
+
+
+class MethodNotAllowed(CortexError):
+    """The page exists, the method does not."""
+
+    kind = "request.method_not_allowed"
+    http_status = 405
+
+
+class Conflict(CortexError):
+    """The request contradicts what is already so."""
+
+    kind = "conflict"
+    http_status = 409
+
+
+class TooLarge(CortexError):
+    """The body is over the limit."""
+
+    kind = "request.too_large"
+    http_status = 413
+
+
+class UnsupportedMediaType(CortexError):
+    """The body's Content-Type is not one that is read here."""
+
+    kind = "request.unsupported_media_type"
+    http_status = 415
+
+
+class StorageUnavailable(CortexError):
+    """The store or its disk cannot take writes right now; nothing was stored."""
+
+    kind = "storage.unavailable"
+    http_status = 503
+
+
+class OperatorUnreachable(CortexError):
+    """The operator does not answer at the environment's endpoint."""
+
+    kind = "client.operator_unreachable"
+    http_status = 503
+
+
+class UnknownEnvironment(CortexError):
+    """The named environment is not configured."""
+
+    kind = "client.unknown_environment"
+    http_status = 404
+
+
+class StartupError(CortexError):
+    """The operator cannot start as it is configured."""
+
+    kind = "operator.startup"
+    http_status = 500
+
+
+def _tree(root: type[CortexError]) -> list[type[CortexError]]:
+    return [root, *(leaf for child in root.__subclasses__() for leaf in _tree(child))]
+
+
+def from_response(http_status: int, kind: str, message: str) -> CortexError:
+    """The error that an operator's answer stands for, as the class that was raised there.
+
+    A kind that this version does not know becomes the class of the same HTTP status, else the root.
+    """
+    classes = _tree(CortexError)
+    by_kind = next((c for c in classes if c.kind == kind), None)
+    by_status = next((c for c in classes if c.http_status == http_status), CortexError)
+    return (by_kind or by_status)(message, kind=kind)

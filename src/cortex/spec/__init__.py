@@ -1,0 +1,1 @@
+"""What users write and what travels: pure data, no I/O."""

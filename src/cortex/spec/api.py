@@ -1,0 +1,58 @@
+"""An API spec: what a `cortex.yaml` describes and a deploy fixes. The YAML itself is read in
+`spec.yaml`; here is the shape, and the words for what is allowed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+RESERVED_ENDPOINTS = frozenset({"healthz", "readyz", "metrics"})
+MILLI = 1000
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Definition(_Strict):
+    """What runs: a Python file with a Task, or a command."""
+
+    path: str | None = Field(None, description="Python file, relative to the project.")
+    command: list[str] | None = Field(None, description="Program and arguments, run as they are.")
+    config: dict[str, JsonValue] = Field(default_factory=dict)
+    python_path: str | None = Field(None, description="Folder put on sys.path.")
+    env: dict[str, str] = Field(default_factory=dict)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Networking(_Strict):
+    """Where it is reached."""
+
+    endpoint: str
+
+
+class Compute(_Strict):
+    """What one job takes of the machine."""
+
+    cpu_m: int = Field(200, description="Thousandths of a core.")
+    mem: int | None = Field(None, description="Bytes; None is no limit and takes none.")
+    gpu: int = 0
+
+
+class Api(_Strict):
+    """One entry of a `cortex.yaml`, checked and with its defaults filled in."""
+
+    name: str
+    kind: Literal["TaskAPI"] = "TaskAPI"
+    definition: Definition
+    networking: Networking
+    compute: Compute = Compute()
+
+
+class ApiSpec(Api):
+    """A deployed version of an API: what `api_spec` shows."""
+
+    api_id: str
+    project_id: str = Field(description="SHA-256 over the project's files.")
+    last_updated: str = Field(description="When this version was deployed, RFC 3339.")
