@@ -1,0 +1,109 @@
+"""The operator's own routes, all under `/-/`, which no API's endpoint can take; and its health."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, File, Form, Request, UploadFile
+
+import cortex
+from cortex.errors import InvalidSpec, NotFound
+from cortex.operator.context import context
+from cortex.operator.deploys import Deployer, safe_name
+from cortex.operator.http import UPLOAD_PATH, Answer
+
+router = APIRouter(default_response_class=Answer, tags=["operator"])
+
+_MAX_CONFIG_BYTES = 1024 * 1024
+
+
+@router.get("/healthz")
+async def healthz() -> Answer:
+    """Whether the process answers."""
+    return Answer({"status": "ok"})
+
+
+@router.get("/readyz")
+async def readyz(request: Request) -> Answer:
+    """Whether jobs can be stored: 503 when the store takes no writes."""
+    await context(request).store.ping()
+    return Answer({"status": "ready"})
+
+
+@router.get("/-/info")
+async def info(request: Request) -> Answer:
+    """What this operator is and runs on. CPU in cores, memory in bytes."""
+    can = context(request).engine.capabilities
+    total = {"cpu": can.total.cpu_m / 1000, "mem": can.total.mem, "gpu": can.total.gpu}
+    return Answer(
+        {
+            "version": cortex.__version__,
+            "engine": can.name,
+            "capacity": total,
+            "memory_limit": can.memory_limit,
+        }
+    )
+
+
+@router.post(UPLOAD_PATH)
+async def deploy(
+    request: Request,
+    config: Annotated[UploadFile, File(description="The cortex.yaml.")],
+    project: Annotated[UploadFile, File(description="The project, as tar.gz.")],
+    force: Annotated[bool, Form(description="Replace an API that is deployed.")] = True,
+) -> Answer:
+    """Deploy every API of a cortex.yaml, all or none."""
+    ctx = context(request)
+    file = safe_name(config.filename)
+    content = await config.read(_MAX_CONFIG_BYTES + 1)
+    if len(content) > _MAX_CONFIG_BYTES:
+        raise InvalidSpec(f"{file}: over the limit of 1 MiB")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidSpec(f"{file}: not UTF-8 ({error}); save it as UTF-8") from error
+    done = await _deployer(request).deploy(
+        file=file, text=text, archive=project.file, replace=force
+    )
+    return Answer(
+        [
+            {
+                "api": await ctx.renderer.api(deployment, request.base_url),
+                "message": message,
+                "error": "",
+            }
+            for deployment, message in done
+        ]
+    )
+
+
+@router.get("/-/apis")
+async def list_apis(request: Request) -> Answer:
+    """All deployed APIs with their jobs in progress and recent ones."""
+    ctx = context(request)
+    deployments = await ctx.store.deployments()
+    return Answer([await ctx.renderer.api(each, request.base_url) for each in deployments])
+
+
+@router.get("/-/apis/{name}")
+async def get_api(request: Request, name: str) -> Answer:
+    """One deployed API, as a list of one."""
+    ctx = context(request)
+    for deployment in await ctx.store.deployments():
+        if deployment.name == name:
+            return Answer([await ctx.renderer.api(deployment, request.base_url)])
+    raise NotFound(f"there is no API {name!r}; `cortex get` lists all")
+
+
+@router.delete("/-/apis/{name}")
+async def delete_api(request: Request, name: str) -> Answer:
+    """Delete an API; its jobs in progress end as stopped."""
+    stopped = await _deployer(request).undeploy(name)
+    jobs = f", and stopped {stopped} of its jobs" if stopped else ""
+    return Answer({"message": f"deleted API {name}{jobs}"})
+
+
+def _deployer(request: Request) -> Deployer:
+    deployer = request.app.state.deployer
+    assert isinstance(deployer, Deployer)
+    return deployer

@@ -1,0 +1,112 @@
+"""Jobs and APIs as the contract shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from starlette.datastructures import URL
+
+from cortex.operator.dispatcher import Dispatcher
+from cortex.operator.versions import Versions
+from cortex.spec.job import JobRecord, JobSpec, Json
+from cortex.spec.lifecycle import IN_PROGRESS, SHOWN, State, Status
+from cortex.spec.times import rfc3339
+from cortex.store import Deployment, Store
+
+_RECENT = 10
+_MOST_IN_PROGRESS = 1000
+
+
+def submitted(spec: JobSpec) -> Json:
+    """The answer to a submit."""
+    return {
+        "job_id": spec.job_id,
+        "api_name": spec.api_name,
+        "kind": spec.kind,
+        "workers": spec.workers,
+        "config": spec.config,
+        "api_id": spec.api_id,
+        "timeout": spec.timeout,
+        "created_time": rfc3339(spec.created_ns),
+    }
+
+
+def shown(record: JobRecord, unreachable: str | None = None) -> Status:
+    """The status that a job shows; `unreachable` is why its engine cannot be asked, if so."""
+    status = SHOWN[record.state, record.wanted]
+    if status is Status.RUNNING and unreachable is not None:
+        return Status.UNKNOWN
+    return status
+
+
+class Renderer:
+    """Answers made of what the store holds and what the dispatcher knows right now."""
+
+    def __init__(self, store: Store, dispatcher: Dispatcher, versions: Versions) -> None:
+        self._store = store
+        self._dispatcher = dispatcher
+        self._versions = versions
+
+    def status(self, record: JobRecord) -> Json:
+        """A `job_status`."""
+        spec = record.spec
+        unreachable = self._dispatcher.unreachable(spec.job_id)
+        status = shown(record, unreachable)
+        answer = submitted(spec)
+        answer["status"] = status.value
+        answer["start_time"] = rfc3339(record.start_ns or spec.created_ns)
+        message = record.message
+        if status in (Status.RUNNING, Status.UNKNOWN):
+            running = record.state is State.RUNNING
+            answer["worker_counts"] = {"pending": int(not running), "running": int(running)}
+            message = unreachable or self._dispatcher.why_waiting(spec.job_id)
+        else:
+            answer["end_time"] = rfc3339(record.end_ns or spec.created_ns)
+        if message is not None:
+            answer["message"] = message
+        if record.exit_code is not None:
+            answer["exit_code"] = record.exit_code
+        if record.has_result:
+            answer["result"] = record.result
+        return answer
+
+    async def job(self, record: JobRecord, base: URL) -> Json:
+        """The answer to a status request."""
+        api = await self._versions.spec(record.spec.api_id)
+        return {
+            "job_status": self.status(record),
+            "endpoint": f"{endpoint(base, api.networking.endpoint)}/{record.spec.job_id}",
+            "api_spec": api.model_dump(mode="json"),
+        }
+
+    async def api(self, deployment: Deployment, base: URL) -> Json:
+        """An API with its jobs in progress, then the most recent others, and its versions."""
+        recent = await self._store.list_jobs(deployment.name, limit=_RECENT)
+        running = await self._store.list_jobs(
+            deployment.name, limit=_MOST_IN_PROGRESS, status=Status.RUNNING
+        )
+        versions = await self._store.versions(deployment.name)
+        return {
+            "spec": deployment.spec.model_dump(mode="json"),
+            "endpoint": endpoint(base, deployment.endpoint),
+            "task_job_statuses": [
+                self.status(job) for job in _in_progress_first(running.jobs, recent.jobs)
+            ],
+            "api_versions": [
+                {"api_id": version.api_id, "last_updated": version.last_updated}
+                for version in versions
+            ],
+        }
+
+
+def endpoint(base: URL, path: str) -> str:
+    """The URL of an endpoint, at the address that the request came to."""
+    return f"{str(base).rstrip('/')}/{path}"
+
+
+def _in_progress_first(running: Iterable[JobRecord], recent: list[JobRecord]) -> list[JobRecord]:
+    first = list(running)
+    seen = {job.spec.job_id for job in first}
+    others = [job for job in recent if job.spec.job_id not in seen]
+    stopping = [job for job in others if job.state in IN_PROGRESS]
+    return first + stopping + [job for job in others if job.state not in IN_PROGRESS]

@@ -1,0 +1,134 @@
+"""The guarded transitions: one UPDATE per event, compare-and-set on the observed state, which
+returns the row as it is then. No row back means that the event came too late and changed nothing.
+
+The statements are made from the tables of `cortex.spec.lifecycle`, once, at import.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, Connection, Update, bindparam, case, func, select, update
+from sqlalchemy.engine import RowMapping
+
+from cortex.spec.job import JobRecord, JobSpec
+from cortex.spec.lifecycle import TRANSITIONS, Event, State, Wanted, sources
+from cortex.store.schema import jobs
+
+_wanted_run = jobs.c.wanted == Wanted.RUN
+_begun = func.coalesce(jobs.c.start_ns, jobs.c.created_ns)
+
+
+def _later(a: ColumnElement[int], b: ColumnElement[int]) -> ColumnElement[int]:
+    """The later of two times: `max` of two values has another name in every database."""
+    return case((a > b, a), else_=b)
+
+
+def _kept_if_stopped(
+    column: ColumnElement[int], value: ColumnElement[int]
+) -> ColumnElement[int | None]:
+    """A stop that was acknowledged is final: what is seen later changes nothing that was shown."""
+    return case((_wanted_run, value), else_=column)
+
+
+def _ending(event: Event) -> Update:
+    start = _later(
+        func.coalesce(bindparam("start_ns"), jobs.c.start_ns, jobs.c.created_ns), jobs.c.created_ns
+    )
+    return _guarded(event).values(
+        start_ns=_kept_if_stopped(jobs.c.start_ns, start),
+        end_ns=_kept_if_stopped(jobs.c.end_ns, _later(bindparam("end_ns"), start)),
+        message=_kept_if_stopped(jobs.c.message, bindparam("message")),
+        exit_code=bindparam("exit_code"),
+        result=_kept_if_stopped(jobs.c.result, bindparam("result")),
+        handle=None,
+    )
+
+
+def _guarded(event: Event) -> Update:
+    targets = {state: to for (state, taken), to in TRANSITIONS.items() if taken is event}
+    return (
+        update(jobs)
+        .where(jobs.c.job_id == bindparam("id"), jobs.c.state.in_(sorted(sources(event))))
+        .values(state=case(targets, value=jobs.c.state))
+        .returning(*jobs.c)
+    )
+
+
+def _of_attempt(statement: Update) -> Update:
+    return statement.where(jobs.c.attempt == bindparam("of_attempt"))
+
+
+_ENDINGS = (Event.SUCCEED, Event.FAIL, Event.OUT_OF_MEMORY, Event.TIME_OUT, Event.LOSE)
+
+STOP = (
+    _guarded(Event.STOP)
+    .where(_wanted_run)
+    .values(
+        wanted=Wanted.STOP,
+        end_ns=_later(bindparam("end_ns"), _begun),
+        message=bindparam("message"),
+    )
+)
+
+_STATEMENTS: dict[Event, Update] = {
+    Event.CLAIM: _of_attempt(_guarded(Event.CLAIM)).values(
+        attempt=jobs.c.attempt + 1, handle=bindparam("handle")
+    ),
+    Event.UNCLAIM: _of_attempt(_guarded(Event.UNCLAIM)).where(_wanted_run).values(handle=None),
+    Event.START: _of_attempt(_guarded(Event.START)).values(
+        start_ns=_kept_if_stopped(
+            jobs.c.start_ns, _later(bindparam("start_ns"), jobs.c.created_ns)
+        ),
+    ),
+    Event.STOP: STOP,
+    **{event: _of_attempt(_ending(event)) for event in _ENDINGS},
+}
+
+Facts = Mapping[str, int | str | None]
+
+BY_ID = select(jobs).where(jobs.c.job_id == bindparam("job_id"))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of an event: whether it was taken, and the job as it is now (None: no such job)."""
+
+    taken: bool
+    job: JobRecord | None
+
+
+def apply(connection: Connection, job_id: str, event: Event, facts: Facts) -> Outcome:
+    """Take one event, if the job is in a state that takes it.
+
+    Args:
+        facts: the statement's values: `of_attempt` (the attempt that the event is about) for all
+            but STOP; `handle` for CLAIM; `start_ns` for START; `end_ns` and `message` for STOP;
+            `start_ns`, `end_ns`, `message`, `exit_code` and `result` (JSON text) for an ending.
+    """
+    row = connection.execute(_STATEMENTS[event], {"id": job_id, **facts}).mappings().first()
+    if row is not None:
+        return Outcome(True, record(row))
+    row = connection.execute(BY_ID, {"job_id": job_id}).mappings().first()
+    return Outcome(False, None if row is None else record(row))
+
+
+def record(row: RowMapping) -> JobRecord:
+    """The job that a row holds."""
+    result = row["result"]
+    return JobRecord.model_construct(
+        seq=row["seq"],
+        spec=JobSpec.model_construct(**json.loads(row["spec"])),
+        state=State(row["state"]),
+        wanted=Wanted(row["wanted"]),
+        attempt=row["attempt"],
+        handle=row["handle"],
+        start_ns=row["start_ns"],
+        end_ns=row["end_ns"],
+        exit_code=row["exit_code"],
+        message=row["message"],
+        result=None if result is None else json.loads(result),
+        has_result=result is not None,
+    )
