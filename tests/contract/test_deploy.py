@@ -1,0 +1,181 @@
+"""Deploying, changing and deleting APIs over HTTP; what is refused leaves nothing behind."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+
+import pytest
+from support import PROBE, Operator, probe_yaml
+
+
+def entry(shared: Operator, name: str) -> object:
+    return shared.http.get(f"{shared.url}/-/apis/{name}").json()[0]
+
+
+def test_a_new_api(shared: Operator) -> None:
+    (done,) = shared.deploy(probe_yaml("new"), {"probe.py": PROBE}).json()
+    assert (done["message"], done["error"]) == ("created new", "")
+    assert done["api"] == entry(shared, "new")
+    assert done["api"]["endpoint"] == f"{shared.url}/new"
+    assert done["api"]["task_job_statuses"] == []
+    (version,) = done["api"]["api_versions"]
+    assert version == {
+        "api_id": done["api"]["spec"]["api_id"],
+        "last_updated": done["api"]["spec"]["last_updated"],
+    }
+
+
+def test_an_unchanged_api_makes_no_new_version(shared: Operator) -> None:
+    (first,) = shared.deploy(probe_yaml("same"), {"probe.py": PROBE}).json()
+    commented = "# a comment is no change\n" + probe_yaml("same")
+    (second,) = shared.deploy(commented, {"probe.py": PROBE}).json()
+    assert second["message"] == "same is unchanged"
+    assert second["api"] == first["api"]
+
+
+def test_a_changed_api_makes_a_version_and_running_jobs_keep_theirs(shared: Operator) -> None:
+    code = "import time\n\n\ndef task(config):\n    time.sleep(config['s'])\n    return {}\n"
+    endpoint = shared.deployed(probe_yaml("moving"), {"probe.py": code.format(1)})
+    old = shared.submit(endpoint, config={"s": 2})
+    (done,) = shared.deploy(probe_yaml("moving"), {"probe.py": code.format(2)}).json()
+    assert done["message"] == "updated moving"
+    new = shared.submit(endpoint, config={"s": 0})
+    assert old["api_id"] != new["api_id"] == done["api"]["spec"]["api_id"]
+    assert shared.finished(endpoint, new)["result"] == 2
+    assert shared.finished(endpoint, old)["result"] == 1
+    assert shared.get(endpoint, old)["api_spec"]["api_id"] == old["api_id"]
+    versions = entry(shared, "moving")["api_versions"]  # type: ignore[index]
+    assert [version["api_id"] for version in versions] == [new["api_id"], old["api_id"]]
+
+
+def test_replacing_can_be_refused(shared: Operator) -> None:
+    shared.deployed(probe_yaml("kept"), {"probe.py": PROBE})
+    changed = shared.deploy(probe_yaml("kept"), {"probe.py": PROBE + "\n"}, force="false")
+    assert changed.status_code == 409
+    same = shared.deploy(probe_yaml("kept"), {"probe.py": PROBE}, force="false")
+    assert same.status_code == 200
+
+
+def test_every_mistake_is_told_at_once_and_nothing_is_deployed(shared: Operator) -> None:
+    yaml = probe_yaml("good") + (
+        "- name: Bad_Name\n  kind: RealtimeAPI\n  definiton: {path: probe.py}\n"
+    )
+    response = shared.deploy(yaml, {"probe.py": PROBE})
+    assert (response.status_code, response.json()["kind"]) == (400, "spec.invalid")
+    message = response.json()["message"]
+    for expected in ("Bad_Name", "RealtimeAPI", "definiton", "definition", "cortex.yaml:7"):
+        assert expected in message
+    assert shared.http.get(f"{shared.url}/-/apis/good").status_code == 404
+
+
+def test_a_missing_file_is_told_with_its_line(shared: Operator) -> None:
+    response = shared.deploy(probe_yaml("pathless"), {"prob.py": PROBE})
+    assert response.status_code == 400
+    assert "cortex.yaml:4" in response.json()["message"]
+    assert "prob.py" in response.json()["message"]
+
+
+def test_an_endpoint_belongs_to_one_api(shared: Operator) -> None:
+    shared.deployed(probe_yaml("owner"), {"probe.py": PROBE})
+    taker = probe_yaml("taker", more="  networking: {endpoint: /owner}\n")
+    response = shared.deploy(taker, {"probe.py": PROBE})
+    assert (response.status_code, response.json()["kind"]) == (409, "conflict")
+    assert "'owner'" in response.json()["message"]
+
+
+def test_an_endpoint_of_its_own(shared: Operator) -> None:
+    yaml = probe_yaml("elsewhere", more="  networking: {endpoint: /else.where}\n")
+    endpoint = shared.deployed(yaml, {"probe.py": PROBE})
+    assert endpoint == f"{shared.url}/else.where"
+    assert shared.run(endpoint)["status"] == "status_succeeded"
+    assert shared.http.post(f"{shared.url}/elsewhere", json={}).status_code == 404
+
+
+def malicious(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as tar:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, link
+        tar.addfile(member)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "archive",
+    [
+        malicious("../outside"),
+        malicious("/outside"),
+        malicious("link", tarfile.SYMTYPE, "/etc/passwd"),
+        malicious("link", tarfile.SYMTYPE, "../../outside"),
+        malicious("device", tarfile.CHRTYPE),
+        malicious("pipe", tarfile.FIFOTYPE),
+        b"not an archive",
+        b"",
+    ],
+)
+def test_an_archive_that_is_no_project_is_refused(shared: Operator, archive: bytes) -> None:
+    before = sorted((shared.data_dir / "projects").iterdir())
+    response = shared.upload(probe_yaml("trap"), archive)
+    assert (response.status_code, response.json()["kind"]) == (400, "project.invalid")
+    assert sorted((shared.data_dir / "projects").iterdir()) == before
+
+
+def test_an_upload_that_lacks_a_part(shared: Operator) -> None:
+    response = shared.http.post(f"{shared.url}/-/apis", files={"config": ("c.yaml", b"[]")})
+    assert response.status_code == 400
+    assert "project" in response.json()["message"]
+
+
+def test_a_config_that_is_no_text(shared: Operator) -> None:
+    response = shared.http.post(
+        f"{shared.url}/-/apis",
+        files={"config": ("c.yaml", b"\xff\xfe\x00"), "project": ("p", b"")},
+    )
+    assert (response.status_code, response.json()["kind"]) == (400, "spec.invalid")
+
+
+def test_a_config_over_the_limit(shared: Operator) -> None:
+    response = shared.http.post(
+        f"{shared.url}/-/apis",
+        files={"config": ("c.yaml", b"#" * (1024**2 + 1)), "project": ("p", b"")},
+    )
+    assert (response.status_code, response.json()["kind"]) == (400, "spec.invalid")
+
+
+def test_a_deleted_api_can_be_deployed_again(shared: Operator) -> None:
+    endpoint = shared.deployed(probe_yaml("back"), {"probe.py": PROBE})
+    before = shared.run(endpoint)
+    answer = shared.http.delete(f"{shared.url}/-/apis/back").json()
+    assert answer == {"message": "deleted API back"}
+    assert shared.status(endpoint, before)["status"] == "status_succeeded"
+    shared.deployed(probe_yaml("back"), {"probe.py": PROBE})
+    assert shared.run(endpoint)["status"] == "status_succeeded"
+
+
+def test_what_a_worker_finds_around_it(shared: Operator) -> None:
+    yaml = (
+        "- name: around\n  kind: TaskAPI\n"
+        "  definition: {path: probe.py, python_path: lib, env: {FROM_YAML: here, BOTH: yaml}}\n"
+        "  compute: {cpu: 1m}\n"
+    )
+    files = {
+        "probe.py": "import helper\n" + PROBE,
+        "lib/helper.py": "",
+        ".env": "FROM_DOTENV=there\nBOTH=dotenv\n",
+        ".secret": "",
+        "ignored.txt": "",
+        ".cortexignore": "ignored.*\n",
+        "data/kept.txt": "",
+    }
+    endpoint = shared.deployed(yaml, files)
+    job = shared.submit(endpoint, config={"do": "surroundings"})
+    found = shared.finished(endpoint, job)["result"]
+    assert {"data", "lib", "probe.py"} <= set(found["files"])
+    assert not {".secret", "ignored.txt"} & set(found["files"])
+    env = found["env"]
+    assert (env["FROM_YAML"], env["FROM_DOTENV"], env["BOTH"]) == ("here", "there", "yaml")
+    assert (env["CORTEX_API_NAME"], env["CORTEX_JOB_ID"]) == ("around", job["job_id"])
+    assert "CORTEX_CLI_CONFIG_DIR" not in env
+    assert found["spec"]["job_id"] == job["job_id"]
+    assert found["spec"]["config"] == {"do": "surroundings"}

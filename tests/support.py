@@ -1,0 +1,276 @@
+"""A real operator in a process of its own, real projects, real HTTP: what the tests stand on."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from cortex.projects.pack import pack
+
+CORTEX = str(Path(sys.executable).with_name("cortex"))
+PATIENCE_S = 60
+FINAL = {
+    "status_succeeded",
+    "status_worker_error",
+    "status_worker_oom",
+    "status_timed_out",
+    "status_stopped",
+    "status_unexpected_error",
+}
+TIME = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z$")
+
+# One task that does what its config says.
+PROBE = """
+import ctypes, json, os, signal, subprocess, sys, time
+
+
+class Task:
+    def __call__(self, config):
+        return getattr(self, config.get("do", "echo"))(config)
+
+    def echo(self, config):
+        return config
+
+    def say(self, config):
+        for number in range(config.get("lines", 1)):
+            print(f"line {number}", flush=True)
+            time.sleep(config.get("pause", 0))
+
+    def surroundings(self, config):
+        return {"cwd": os.getcwd(), "files": sorted(os.listdir()), "env": dict(os.environ),
+                "spec": json.load(open(os.environ["CORTEX_JOB_SPEC"]))}
+
+    def fail(self, config):
+        raise ValueError(config["message"])
+
+    def leave(self, config):
+        sys.exit(config["code"])
+
+    def die(self, config):
+        os.kill(os.getpid(), config["signal"])
+        time.sleep(60)
+
+    def sleep(self, config):
+        print("asleep", flush=True)
+        time.sleep(config["s"])
+        return "rested"
+
+    def allocate(self, config):
+        hoard = []
+        while True:
+            hoard.append(bytearray(os.urandom(1)) * (4 * 1024 * 1024))
+
+    def stubborn(self, config):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print("asleep", flush=True)
+        while True:
+            time.sleep(1)
+
+    def breed(self, config):
+        # Daemonised grandchildren, each of which ignores SIGTERM and keeps forking for a while.
+        code = ("import os, signal, time\\n"
+                "signal.signal(signal.SIGTERM, signal.SIG_IGN)\\n"
+                "os.setsid()\\n"
+                "for _ in range(200):\\n"
+                "    if os.fork() == 0:\\n"
+                "        os.setsid()\\n"
+                "        time.sleep(300)\\n"
+                "        os._exit(0)\\n"
+                "    time.sleep(0.01)\\n"
+                "time.sleep(300)\\n")
+        for _ in range(3):
+            subprocess.Popen([sys.executable, "-c", code], env={"MARK": config["mark"]})
+        print("asleep", flush=True)
+        time.sleep(config["s"])
+
+    def save_on_term(self, config):
+        def save(*_):
+            with open(os.path.join(os.environ["CORTEX_JOB_DIR"], "saved"), "w") as file:
+                file.write("checkpoint")
+            print("saved", flush=True)
+            sys.exit(0)
+        signal.signal(signal.SIGTERM, save)
+        print("asleep", flush=True)
+        time.sleep(300)
+
+    def unserialisable(self, config):
+        return object()
+"""
+
+
+def probe_yaml(name: str = "probe", more: str = "") -> str:
+    """A cortex.yaml of one API that takes next to no CPU, so that tests do not wait for it."""
+    return (
+        f"- name: {name}\n"
+        "  kind: TaskAPI\n"
+        "  definition:\n"
+        "    path: probe.py\n"
+        '    config: {base: 1, nested: {kept: true, replaced: "no"}}\n'
+        "  compute: {cpu: 1m}\n" + more
+    )
+
+
+class Operator:
+    """`cortex serve` on a free port and a data folder of its own."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.data_dir = folder / "data"
+        self.options = options
+        self.log = folder / "operator.log"
+        self.http = httpx.Client(timeout=PATIENCE_S)
+
+    def start(self) -> None:
+        environment = {**os.environ, "CORTEX_CLI_CONFIG_DIR": str(self.data_dir.parent / "cli")}
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [CORTEX, "serve", "--port", "0", "--data-dir", str(self.data_dir), *self.options],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                text=True,
+            )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        self.process.stdout.close()
+        assert " listening on " in line, self.log.read_text()
+        self.url = line.split()[-1]
+
+    def kill(self) -> None:
+        """As a crash would: SIGKILL."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        """As an administrator would: SIGTERM."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(PATIENCE_S)
+
+    def deploy(self, yaml: str, files: dict[str, str], **form: str) -> httpx.Response:
+        folder = self.data_dir.parent / "project"
+        subprocess.run(["rm", "-rf", str(folder)], check=True)
+        for name, content in {"cortex.yaml": yaml, **files}.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(content)
+        archive = io.BytesIO()
+        pack(folder, archive)
+        return self.upload(yaml, archive.getvalue(), **form)
+
+    def upload(self, yaml: str, archive: bytes, **form: str) -> httpx.Response:
+        return self.http.post(
+            f"{self.url}/-/apis",
+            files={"config": ("cortex.yaml", yaml.encode()), "project": ("p.tar.gz", archive)},
+            data=form,
+        )
+
+    def deployed(self, yaml: str, files: dict[str, str]) -> str:
+        """Deploy one API; its endpoint."""
+        response = self.deploy(yaml, files)
+        assert response.status_code == 200, response.text
+        return str(response.json()[0]["api"]["endpoint"])
+
+    def submit(self, endpoint: str, **body: object) -> Any:
+        response = self.http.post(endpoint, json=body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def get(self, endpoint: str, job: Any, **query: object) -> Any:
+        response = self.http.get(f"{endpoint}/{job['job_id']}", params=query)  # type: ignore[arg-type]
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def status(self, endpoint: str, job: Any) -> Any:
+        return self.get(endpoint, job)["job_status"]
+
+    def finished(self, endpoint: str, job: Any) -> Any:
+        """The job_status once it is final."""
+        found = self.get(endpoint, job, wait=PATIENCE_S)["job_status"]
+        assert found["status"] in FINAL, found
+        return found
+
+    def run(self, endpoint: str, **body: object) -> Any:
+        """Submit, and the final job_status."""
+        return self.finished(endpoint, self.submit(endpoint, **body))
+
+    def log_of(self, endpoint: str, job: Any) -> str:
+        return self.http.get(f"{endpoint}/{job['job_id']}/logs").text
+
+    def await_log(self, endpoint: str, job: Any, text: str) -> None:
+        until(lambda: text in self.log_of(endpoint, job), f"{text!r} in the log")
+
+    def delete(self, endpoint: str, job: Any) -> httpx.Response:
+        return self.http.delete(f"{endpoint}/{job['job_id']}")
+
+
+@contextmanager
+def operator(folder: Path, *options: str) -> Iterator[Operator]:
+    """An operator that runs; at the end its APIs are deleted and nothing of it may be left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    running = Operator(folder, "--grace", "1", *options)
+    running.start()
+    try:
+        yield running
+    finally:
+        if running.process.poll() is not None:
+            running.start()
+        for api in running.http.get(f"{running.url}/-/apis").json():
+            running.http.delete(f"{running.url}/-/apis/{api['spec']['name']}")
+        until(lambda: not _workers(running.data_dir), "the workers gone")
+        running.http.close()
+        code = running.stop()
+        until(lambda: not processes_with(str(running.data_dir)), "all processes gone")
+        jobs = {path.name for path in (running.data_dir / "jobs").iterdir()}
+        until(lambda: not _cgroups(jobs), "the cgroups gone")
+        assert code == 0, running.log.read_text()
+        assert "Traceback" not in running.log.read_text(), running.log.read_text()
+
+
+def _workers(data_dir: Path) -> list[int]:
+    return [pid for pid in processes_with(str(data_dir)) if b"CORTEX_JOB_ID=" in _environ(pid)]
+
+
+def _cgroups(job_ids: set[str]) -> list[str]:
+    return [
+        folder
+        for folder, _, _ in os.walk("/sys/fs/cgroup")
+        if any(job_id in folder for job_id in job_ids)
+    ]
+
+
+def processes_with(mark: str) -> list[int]:
+    """The processes that have a text in their environment or command line."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != os.getpid():
+            pid = int(entry)
+            if mark.encode() in _environ(pid) + _read(f"/proc/{pid}/cmdline"):
+                found.append(pid)
+    return found
+
+
+def _environ(pid: int) -> bytes:
+    return _read(f"/proc/{pid}/environ")
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        return b""
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    """Wait for a condition; the test fails when it never comes."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.02)

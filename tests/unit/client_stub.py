@@ -1,0 +1,135 @@
+"""A small real HTTP server with scripted answers, for tests of what the client and command make of
+them. It holds no logic of an operator: what an operator answers is for the tests of the operator."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one request is answered with; the pieces of a body are sent one by one."""
+
+    status: int = 200
+    pieces: tuple[bytes, ...] = ()
+    content_type: str = "application/json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What arrived."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+def answer(value: object, status: int = 200) -> Answer:
+    return Answer(status, (json.dumps(value).encode(),))
+
+
+def events(*pieces: bytes) -> Answer:
+    return Answer(200, pieces, "text/event-stream; charset=utf-8")
+
+
+@dataclass
+class Stub:
+    """Answers by "METHOD /path?query"; a list of answers is used up in order, the last one stays."""
+
+    answers: dict[str, Answer | list[Answer]] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)
+
+    def __enter__(self) -> Stub:
+        stub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def _serve(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                stub.requests.append(Request(self.command, self.path, headers, body))
+                found = stub.take(f"{self.command} {self.path}")
+                self.send_response(found.status)
+                self.send_header("Content-Type", found.content_type)
+                self.end_headers()
+                for piece in found.pieces:
+                    self.wfile.write(piece)
+                    self.wfile.flush()
+
+            do_GET = do_POST = do_DELETE = _serve  # noqa: N815
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *arguments: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def take(self, key: str) -> Answer:
+        missing = answer({"kind": "not_found", "message": f"the stub has no {key}"}, 404)
+        found = self.answers.get(key, missing)
+        if isinstance(found, Answer):
+            return found
+        return found.pop(0) if len(found) > 1 else found[0]
+
+
+SUBMITTED = {
+    "job_id": "01jobjobjobjobjob1",
+    "api_name": "iris",
+    "kind": "TaskAPI",
+    "workers": 1,
+    "config": {"C": 0.5},
+    "api_id": "01versionversion01",
+    "timeout": 60,
+    "created_time": "2020-07-16T14:56:10.276007415Z",
+}
+RUNNING = {
+    **SUBMITTED,
+    "status": "status_running",
+    "start_time": "2020-07-16T14:56:10.276007415Z",
+    "worker_counts": {"pending": 1, "running": 0},
+    "message": "needs 32 GiB, 31 GiB free",
+}
+SUCCEEDED = {
+    **SUBMITTED,
+    "status": "status_succeeded",
+    "start_time": "2020-07-16T14:56:11.000000000Z",
+    "end_time": "2020-07-16T14:57:13.000000000Z",
+    "exit_code": 0,
+    "result": {"accuracy": 0.9, "note": "[bold]größer"},
+}
+SPEC = {
+    "name": "iris",
+    "kind": "TaskAPI",
+    "api_id": "01versionversion01",
+    "last_updated": "2020-07-16T14:56:10.276007415Z",
+}
+VIEW = {
+    "spec": SPEC,
+    "endpoint": "http://127.0.0.1:8888/iris",
+    "task_job_statuses": [RUNNING, SUCCEEDED],
+    "api_versions": [
+        {"api_id": "01versionversion01", "last_updated": "2020-07-16T14:56:10.276007415Z"}
+    ],
+}
+
+
+def job_view(status: dict[str, object]) -> dict[str, object]:
+    return {
+        "job_status": status,
+        "endpoint": f"http://127.0.0.1:8888/iris/{status['job_id']}",
+        "api_spec": SPEC,
+    }

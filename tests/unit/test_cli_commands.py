@@ -1,0 +1,236 @@
+"""What the commands print and exit with; each runs in this process, against real HTTP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from client_stub import RUNNING, SUBMITTED, SUCCEEDED, VIEW, Stub, answer, events, job_view
+
+from cortex.cli.main import run
+from cortex.client import environments
+
+JOB = str(SUBMITTED["job_id"])
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CORTEX_CLI_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    return tmp_path
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    with Stub(
+        {
+            "GET /-/apis": answer([VIEW]),
+            "GET /-/apis/iris": answer([VIEW]),
+            "DELETE /-/apis/iris": answer({"message": "deleted iris"}),
+            "POST /-/apis/iris/jobs": answer(SUBMITTED),
+            f"GET /-/apis/iris/jobs/{JOB}": answer(job_view(SUCCEEDED)),
+            "GET /-/apis/iris/jobs/waiting": answer(job_view(RUNNING)),
+            f"DELETE /-/apis/iris/jobs/{JOB}": answer({"message": f"stopped job {JOB}"}),
+        }
+    ) as started:
+        environments.configure("here", started.url)
+        yield started
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("get -o json", [VIEW]),
+        ("get --output json -e here", [VIEW]),
+        ("get -o json iris", [VIEW]),
+        ("get iris --env here --output json", [VIEW]),
+        (f"get iris {JOB} -o json", job_view(SUCCEEDED)),
+        (f"get -o json -e here iris {JOB}", job_view(SUCCEEDED)),
+        ("submit iris -o json", SUBMITTED),
+        ("delete iris -f -o json", {"message": "deleted iris"}),
+        ("delete --force iris -o json", {"message": "deleted iris"}),
+        ("delete -y -o json iris", {"message": "deleted iris"}),
+        (f"delete iris {JOB} -o json", {"message": f"stopped job {JOB}"}),
+    ],
+)
+def test_json_is_the_operators_answer_and_nothing_else(
+    command: str, expected: object, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command.split()) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == expected
+    assert printed.err == ""
+
+
+@pytest.mark.parametrize("command", ["get", "get iris", f"get iris {JOB}", "env list"])
+def test_tables_that_are_piped_have_no_colours_and_are_not_cut(
+    command: str, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command.split()) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "…" not in out
+    if "iris" in command:
+        assert JOB in out
+    if command == "get":
+        heading, row = out.splitlines()
+        assert heading.split("  ")[0] == "env"
+        assert row.split()[:5] == ["here", "iris", "TaskAPI", "http://127.0.0.1:8888/iris", "1"]
+
+
+def test_a_job_is_shown_with_its_status_in_words(
+    stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["get", "iris", JOB]) == 0
+    lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["status"].strip() == "succeeded"
+    assert lines["duration"].strip() == "1m2s"
+    assert lines["config"].strip() == '{"C": 0.5}'
+    assert lines["result"].strip() == '{"accuracy": 0.9, "note": "[bold]größer"}'
+    assert lines["endpoint"].strip().endswith(JOB)
+
+
+def test_a_waiting_job_says_what_it_waits_for(
+    stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["get", "iris", "waiting"]) == 0
+    out = capsys.readouterr().out
+    assert "running (waiting for capacity)" in out
+    assert "needs 32 GiB, 31 GiB free" in out
+
+
+def test_control_characters_of_a_job_do_not_reach_the_terminal(
+    stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nasty = {**SUCCEEDED, "status": "status_worker_error", "message": "\x1b]0;owned\x07 [red]x"}
+    stub.answers[f"GET /-/apis/iris/jobs/{JOB}"] = answer(job_view(nasty))
+    assert run(["get", "iris", JOB]) == 0
+    out = capsys.readouterr().out
+    assert "\\x1b]0;owned\\x07 [red]x" in out
+    assert "\x1b" not in out
+
+
+def test_watching_a_job_ends_with_it(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["get", "iris", JOB, "--watch"]) == 0
+    assert "succeeded" in capsys.readouterr().out
+    assert run(["get", "-w", "-o", "json"]) == 2
+
+
+def test_submit_takes_its_config_inline_or_from_a_file(stub: Stub, folder: Path) -> None:
+    (folder / "config.json").write_text('{"C": 2}')
+    assert run(["submit", "iris", "--config", '{"C": 1}', "--timeout", "60"]) == 0
+    assert run(["submit", "--config", f"@{folder}/config.json", "iris"]) == 0
+    assert [json.loads(r.body) for r in stub.requests] == [
+        {"config": {"C": 1}, "timeout": 60},
+        {"config": {"C": 2}},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["submit", "iris", "--config", "[1]"], "must be a JSON object"),
+        (["submit", "iris", "--config", "{"], "it is no JSON"),
+        (["submit", "iris", "--config", '{"x": NaN}'], "NaN"),
+        (["submit", "iris", "--config", "@/none"], "cannot be read"),
+        (["submit", "iris", "--timeout", "0"], "--timeout"),
+        (["submit"], "API"),
+        (["get", "-o", "xml"], "xml"),
+        (["gte"], "gte"),
+        (["env", "configure", "x", "--operator-endpoint", "nowhere"], "no operator endpoint"),
+        (["env", "configure", "x"], "--operator-endpoint"),
+        (["delete", "iris"], "pass --force"),
+    ],
+)
+def test_a_command_that_is_not_understood_exits_2_and_asks_nothing(
+    command: list[str],
+    words: str,
+    stub: Stub,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(command) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err
+    assert printed.out == ""
+    assert stub.requests == []
+
+
+def test_an_error_is_one_message_on_stderr(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+    stub.answers["GET /-/apis/nope"] = answer(
+        {"kind": "not_found", "message": "there is no API nope"}, 404
+    )
+    assert run(["get", "nope", "-o", "json"]) == 1
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "error: there is no API nope\n")
+    assert run(["get", "-e", "nowhere"]) == 1
+    assert "no environment 'nowhere'" in capsys.readouterr().err
+
+
+def test_logs_are_printed_as_they_are(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "[bold]no markup[/]\r\n\x1b[31mred\x1b[0m without end"
+    stub.answers["GET /-/apis/iris/jobs/j1/logs"] = events(
+        f"event: log\nid: 5\ndata: {json.dumps(text)}\n\nevent: end\ndata: {{}}\n\n".encode()
+    )
+    assert run(["logs", "iris", "j1"]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_deleting_an_api_asks_on_a_terminal(
+    stub: Stub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+    import sys
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal("n\ny\n"))
+    assert run(["delete", "iris", "-o", "json"]) == 1
+    printed = capsys.readouterr()
+    assert "stop its 1 running job?" in printed.err
+    assert printed.out == ""
+    assert run(["delete", "iris", "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"message": "deleted iris"}
+
+
+def test_deploy_prints_each_result_and_fails_if_one_did(
+    stub: Stub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = [
+        {"api": VIEW, "message": "created iris", "error": ""},
+        {"api": None, "message": "", "error": "other: its endpoint is taken"},
+    ]
+    (folder / "task.py").write_text("def task(config): ...\n")
+    file = folder / ".cortex-probe.yaml"
+    file.write_text("- {name: iris, kind: TaskAPI, definition: {path: task.py}}\n")
+    stub.answers["POST /-/apis"] = answer(results[:1])
+    assert run(["deploy", str(file)]) == 0
+    assert capsys.readouterr().out == "created iris\n  http://127.0.0.1:8888/iris\n"
+
+    stub.answers["POST /-/apis"] = answer(results)
+    assert run(["deploy", "-f", "-y", "-o", "json", "--env", "here", str(file)]) == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == results
+    assert printed.err == "error: other: its endpoint is taken\n"
+
+
+def test_environments_are_configured_without_a_question(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["env", "list", "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"default_environment": None, "environments": []}
+    assert run(["env", "configure", "a", "--operator-endpoint", "http://a:1"]) == 0
+    assert run(["env", "configure", "--operator-endpoint", "http://b:1", "b"]) == 0
+    assert run(["env", "default", "b"]) == 0
+    assert run(["env", "delete", "a"]) == 0
+    capsys.readouterr()
+    assert run(["env", "list", "--output", "json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "default_environment": "b",
+        "environments": [{"name": "b", "operator_endpoint": "http://b:1"}],
+    }
+    assert run(["env", "delete", "zzz"]) == 1

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import cortex
+from cortex.client import Client, environments
+from cortex.errors import CortexError, InvalidRequest, UnknownEnvironment
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CORTEX_CLI_CONFIG_DIR", str(tmp_path / "config"))
+    return tmp_path / "config"
+
+
+def test_nothing_configured_means_the_operator_of_this_machine(folder: Path) -> None:
+    assert environments.resolve(None).operator_endpoint == "http://localhost:8888"
+    assert environments.resolve("local").name == "local"
+    assert cortex.env_list() == {"default_environment": None, "environments": []}
+    assert not folder.exists()
+
+
+def test_the_first_environment_becomes_the_default_and_stays_it() -> None:
+    environments.configure("one", "http://one:1/")
+    environments.configure("two", "https://two/prefix")
+    environments.configure("one", "http://one:2")
+
+    assert environments.resolve(None).operator_endpoint == "http://one:2"
+    assert environments.resolve("two").operator_endpoint == "https://two/prefix"
+    assert cortex.env_list() == {
+        "default_environment": "one",
+        "environments": [
+            {"name": "two", "operator_endpoint": "https://two/prefix"},
+            {"name": "one", "operator_endpoint": "http://one:2"},
+        ],
+    }
+
+
+def test_deleting_the_default_leaves_none_and_says_how_to_choose() -> None:
+    environments.configure("one", "http://one")
+    environments.configure("two", "http://two")
+    cortex.env_delete("one")
+
+    assert cortex.env_list()["default_environment"] is None
+    with pytest.raises(UnknownEnvironment, match="cortex env default NAME"):
+        environments.resolve(None)
+    environments.set_default("two")
+    assert environments.resolve(None).name == "two"
+
+
+@pytest.mark.parametrize("act", [environments.resolve, environments.set_default, cortex.env_delete])
+def test_an_unknown_name_is_told_with_the_known_ones(act) -> None:
+    environments.configure("prod", "http://prod")
+    with pytest.raises(UnknownEnvironment, match=r"'prdo' \(configured: prod\)"):
+        act("prdo")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8888",
+        "ftp://host",
+        "http://",
+        "http:/host",
+        "http://host:port",
+        "http://h ost",
+        "http://user:secret@host",
+        "http://host?x=1",
+        "",
+    ],
+)
+def test_an_endpoint_must_be_a_url(url: str, folder: Path) -> None:
+    with pytest.raises(InvalidRequest, match="is no operator endpoint"):
+        environments.configure("x", url)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["", "-x", "a b", "a/b", "a\n"])
+def test_a_name_must_be_one(name: str) -> None:
+    with pytest.raises(InvalidRequest, match="no name for an environment"):
+        environments.configure(name, "http://host")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{",
+        b"[]",
+        b"\xff",
+        b'"text"',
+        b'{"default_environment": null}',
+        b'{"default_environment": "x", "environments": []}',
+        b'{"default_environment": null, "environments": [{"name": 1}]}',
+        b'{"default_environment": null, "environments": [{"name": "a", "operator_endpoint": "b"}]}',
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_and_never_overwritten(
+    content: bytes, folder: Path
+) -> None:
+    folder.mkdir()
+    environments.path().write_bytes(content)
+    for act in (
+        environments.load,
+        lambda: environments.configure("x", "http://x"),
+        lambda: environments.delete("x"),
+    ):
+        with pytest.raises(CortexError, match=r"environments\.json cannot be read"):
+            act()
+    assert environments.path().read_bytes() == content
+
+
+def test_a_save_leaves_one_file_and_keeps_a_link(folder: Path, tmp_path: Path) -> None:
+    folder.mkdir()
+    environments.path().symlink_to(tmp_path / "kept.json")
+    environments.configure("one", "http://one")
+
+    assert [p.name for p in folder.iterdir()] == ["environments.json"]
+    assert environments.path().is_symlink()
+    assert json.loads((tmp_path / "kept.json").read_text())["default_environment"] == "one"
+
+
+def test_a_folder_that_cannot_be_written_is_told(folder: Path) -> None:
+    folder.write_text("a file where the folder should be")
+    with pytest.raises(CortexError, match="cannot be saved in"):
+        environments.configure("one", "http://one")
+
+
+def test_cortex_client_is_a_function_however_often_and_whatever_was_imported() -> None:
+    for _ in range(2):
+        with cortex.client() as opened:
+            assert (opened.name, opened.operator_endpoint) == ("local", "http://localhost:8888")
+    with cortex.new_client("here", "http://127.0.0.1:9"), cortex.client("here") as opened:
+        assert opened.operator_endpoint == "http://127.0.0.1:9"
+        assert isinstance(opened, Client)

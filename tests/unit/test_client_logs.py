@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import pytest
+from client_stub import Stub, answer, events
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cortex.client import Client
+from cortex.client.logs import PAUSES_S, Event, follow, parse
+from cortex.errors import NotFound, OperatorUnreachable
+
+END = b'event: end\ndata: {"status": "status_succeeded"}\n\n'
+
+
+def log(offset: int, text: str) -> bytes:
+    return f"event: log\nid: {offset}\ndata: {json.dumps(text, ensure_ascii=False)}\n\n".encode()
+
+
+def test_events_are_parsed_with_comments_and_both_line_ends() -> None:
+    stream = (
+        b": hello\nevent: log\r\nid: 7\r\ndata: a\r\ndata:b\r\n\r\n\n\ndata: c\n\ndata: cut off"
+    )
+    assert list(parse([stream])) == [
+        Event(":", "", "hello"),
+        Event("log", "7", "a\nb"),
+        Event("message", "7", "c"),
+    ]
+
+
+@given(st.text(), st.lists(st.integers(0, 200), max_size=8))
+def test_events_are_the_same_wherever_the_network_cuts_the_stream(
+    text: str, cuts: list[int]
+) -> None:
+    stream = log(1, text) + END
+    edges = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
+    chunks = [stream[a:b] for a, b in pairwise(edges)]
+    first, second = parse(chunks)
+    assert json.loads(first.data) == text
+    assert second.name == "end"
+
+
+def test_a_log_breaks_no_line_at_unicode_separators() -> None:
+    text = "one\u2028two\x85three\x0bfour\r\nfive"
+    assert json.loads(next(parse([log(1, text)])).data) == text
+
+
+class Scripted:
+    """Connections that do, one after the other, what the script says."""
+
+    def __init__(self, *script: Iterable[bytes] | Exception) -> None:
+        self.script = iter(script)
+        self.asked: list[str | None] = []
+
+    @contextmanager
+    def __call__(self, last_id: str | None) -> Iterator[Iterable[bytes]]:
+        self.asked.append(last_id)
+        step = next(self.script)
+        if isinstance(step, Exception):
+            raise step
+        yield step
+
+
+def breaks_off(*chunks: bytes) -> Iterator[bytes]:
+    yield from chunks
+    raise OperatorUnreachable("broke")
+
+
+def test_a_log_goes_on_after_the_last_event_that_arrived() -> None:
+    connect = Scripted(
+        breaks_off(log(3, "one"), log(9, "two")[:-1]),
+        OperatorUnreachable("restarting"),
+        [log(9, "two")],
+        [b": keep-alive\n\n", log(14, "three"), END],
+    )
+    paused: list[float] = []
+    assert "".join(follow(connect, pause=paused.append)) == "onetwothree"
+    assert connect.asked == [None, "3", "3", "9"]
+    assert paused == [PAUSES_S[0], PAUSES_S[1], PAUSES_S[0]]
+
+
+def test_an_operator_that_was_never_there_is_not_waited_for() -> None:
+    with pytest.raises(OperatorUnreachable):
+        list(follow(Scripted(OperatorUnreachable("none")), pause=pytest.fail))
+
+
+def test_an_operator_that_stays_away_is_given_up() -> None:
+    away = [OperatorUnreachable("away")] * (len(PAUSES_S) + 1)
+    connect = Scripted([log(1, "x")], *away)
+    with pytest.raises(OperatorUnreachable):
+        list(follow(connect, pause=lambda _: None))
+    assert len(connect.asked) == 1 + len(PAUSES_S)
+
+
+def test_an_error_that_will_not_pass_is_final() -> None:
+    connect = Scripted([log(1, "x")], NotFound("deleted"))
+    with pytest.raises(NotFound):
+        list(follow(connect, pause=lambda _: None))
+
+
+def test_a_log_is_followed_over_http_across_connections() -> None:
+    path = "GET /-/apis/iris/jobs/j1/logs"
+    with (
+        Stub({path: [events(log(4, "grün\n")), events(log(8, "done"), END)]}) as stub,
+        Client(stub.url) as client,
+    ):
+        assert "".join(client.stream_job_logs("iris", "j1")) == "grün\ndone"
+    assert [r.headers.get("last-event-id") for r in stub.requests] == [None, "4"]
+    assert {r.headers["accept"] for r in stub.requests} == {"text/event-stream"}
+
+
+def test_the_log_of_an_unknown_job_is_an_error() -> None:
+    gone = answer({"kind": "not_found", "message": "there is no job j1"}, 404)
+    with (
+        Stub({"GET /-/apis/iris/jobs/j1/logs": gone}) as stub,
+        Client(stub.url) as client,
+        pytest.raises(NotFound, match="no job j1"),
+    ):
+        next(client.stream_job_logs("iris", "j1"))

@@ -1,0 +1,57 @@
+"""The two tables are complete and cannot contradict the contract."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from cortex.spec.lifecycle import (
+    FINAL,
+    IN_PROGRESS,
+    SHOWN,
+    TRANSITIONS,
+    Event,
+    State,
+    Status,
+    Wanted,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_nothing_leaves_a_final_state() -> None:
+    assert not [state for state, _ in TRANSITIONS if state in FINAL]
+
+
+def test_every_state_is_reached_and_every_event_is_taken_somewhere() -> None:
+    assert set(TRANSITIONS.values()) | {State.WAITING} == set(State)
+    assert {event for _, event in TRANSITIONS} == set(Event)
+
+
+def test_every_state_in_progress_can_end() -> None:
+    for state in IN_PROGRESS:
+        assert (state, Event.STOP) in TRANSITIONS
+        assert TRANSITIONS[state, Event.LOSE] in FINAL
+
+
+def test_what_is_stopped_is_shown_as_stopped_whatever_is_observed() -> None:
+    assert {SHOWN[state, Wanted.STOP] for state in State} == {Status.STOPPED}
+
+
+def test_every_status_is_shown_but_unknown_which_is_never_stored() -> None:
+    assert set(SHOWN.values()) == set(Status) - {Status.UNKNOWN}
+
+
+def test_a_job_that_is_cancelled_was_always_stopped() -> None:
+    missing = {(s, w) for s in State for w in Wanted} - set(SHOWN)
+    assert missing == {(State.CANCELLED, Wanted.RUN)}
+
+
+def test_the_documented_table_is_the_one_the_code_runs_on() -> None:
+    text = (ROOT / "docs" / "lifecycle.md").read_text()
+    documented = {
+        (State(source), Event(event)): State(target)
+        for source, event, target in re.findall(r"^\| (\w+) \| (\w+) \| (\w+) \|$", text, re.M)
+        if target in set(State)
+    }
+    assert documented == TRANSITIONS

@@ -1,0 +1,238 @@
+"""The store on a real SQLite file: guarded transitions, grouped commits, migrations."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from cortex.errors import Conflict, NotFound, StartupError, StorageUnavailable
+from cortex.spec.api import ApiSpec, Definition, Networking
+from cortex.spec.job import JobSpec
+from cortex.spec.lifecycle import FINAL, SHOWN, TRANSITIONS, Event, State, Status, Wanted
+from cortex.spec.times import new_id, now_ns, rfc3339
+from cortex.store import Facts, Replay, Store
+from cortex.store.database import connect, migrate
+from cortex.store.schema import metadata
+
+ENDING: Facts = {
+    "of_attempt": 1, "start_ns": None, "end_ns": 1, "message": "m", "exit_code": 3, "result": None,
+}  # fmt: skip
+PATHS: dict[State, list[tuple[Event, Facts]]] = {
+    State.WAITING: [],
+    State.STARTING: [(Event.CLAIM, {"of_attempt": 0, "handle": "h"})],
+    State.RUNNING: [
+        (Event.CLAIM, {"of_attempt": 0, "handle": "h"}),
+        (Event.START, {"of_attempt": 1, "start_ns": 1}),
+    ],
+}
+FACTS: dict[Event, Facts] = {
+    Event.CLAIM: {"of_attempt": 0, "handle": "h"},
+    Event.UNCLAIM: {"of_attempt": 1},
+    Event.START: {"of_attempt": 1, "start_ns": 1},
+    Event.STOP: {"end_ns": 1, "message": "stopped"},
+}
+
+
+def spec(name: str = "a", endpoint: str | None = None) -> ApiSpec:
+    return ApiSpec(
+        name=name,
+        definition=Definition(path="a.py"),
+        networking=Networking(endpoint=endpoint or name),
+        api_id=new_id(),
+        project_id="p",
+        last_updated=rfc3339(now_ns()),
+    )
+
+
+def draft(name: str = "a") -> JobSpec:
+    return JobSpec(job_id=new_id(), api_name=name, api_id="", config={}, created_ns=now_ns())
+
+
+def with_store(tmp_path: Path, work: Callable[[Store], Awaitable[None]]) -> None:
+    async def main() -> None:
+        store = Store(f"sqlite:///{tmp_path / 'operator.db'}")
+        try:
+            await store.deploy([spec()])
+            await work(store)
+        finally:
+            store.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("event", list(Event))
+@pytest.mark.parametrize("state", list(State))
+def test_the_store_takes_exactly_the_events_of_the_table(
+    tmp_path: Path, state: State, event: Event
+) -> None:
+    async def work(store: Store) -> None:
+        job, _ = await store.submit(draft())
+        for step, facts in path_to(state):
+            assert (await store.apply(job.spec.job_id, step, facts)).taken
+        before = await store.job(job.spec.job_id)
+        assert before is not None and before.state is state
+        facts = {**FACTS.get(event, ENDING)}
+        if event not in (Event.STOP,):
+            facts["of_attempt"] = before.attempt
+        outcome = await store.apply(job.spec.job_id, event, facts)
+        expected = TRANSITIONS.get((state, event))
+        assert outcome.taken == (expected is not None)
+        assert outcome.job == await store.job(job.spec.job_id)
+        if expected is None:
+            assert outcome.job == before
+        else:
+            assert outcome.job is not None and outcome.job.state is expected
+
+    with_store(tmp_path, work)
+
+
+def path_to(state: State) -> list[tuple[Event, Facts]]:
+    if state in PATHS:
+        return PATHS[state]
+    if state is State.CANCELLED:
+        return [(Event.STOP, FACTS[Event.STOP])]
+    last = next(e for (s, e), t in TRANSITIONS.items() if t is state and s is State.RUNNING)
+    return [*PATHS[State.RUNNING], (last, ENDING)]
+
+
+@pytest.mark.parametrize("state", [State.STARTING, State.RUNNING])
+@pytest.mark.parametrize(
+    "event", [e for (s, e), t in TRANSITIONS.items() if t in FINAL and s is State.RUNNING]
+)
+def test_an_acknowledged_stop_is_final(tmp_path: Path, state: State, event: Event) -> None:
+    async def work(store: Store) -> None:
+        job, _ = await store.submit(draft())
+        for step, facts in PATHS[state]:
+            await store.apply(job.spec.job_id, step, facts)
+        stopped = (await store.apply(job.spec.job_id, Event.STOP, FACTS[Event.STOP])).job
+        assert stopped is not None and stopped.wanted is Wanted.STOP
+        again = await store.apply(job.spec.job_id, Event.STOP, {"end_ns": 2**62, "message": "x"})
+        assert not again.taken
+        ended = (await store.apply(job.spec.job_id, event, {**ENDING, "end_ns": 2**62})).job
+        assert ended is not None
+        assert SHOWN[ended.state, ended.wanted] is Status.STOPPED
+        shown = ("start_ns", "end_ns", "message", "result")
+        assert [getattr(ended, f) for f in shown] == [getattr(stopped, f) for f in shown]
+
+    with_store(tmp_path, work)
+
+
+def test_times_are_ordered_whatever_the_clock_says(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        job, _ = await store.submit(draft())
+        for step, facts in PATHS[State.RUNNING]:
+            await store.apply(job.spec.job_id, step, facts)
+        done = (await store.apply(job.spec.job_id, Event.SUCCEED, {**ENDING, "end_ns": 5})).job
+        assert done is not None and done.start_ns is not None and done.end_ns is not None
+        assert job.spec.created_ns <= done.start_ns <= done.end_ns
+
+    with_store(tmp_path, work)
+
+
+def test_an_event_of_an_earlier_attempt_changes_nothing(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        job, _ = await store.submit(draft())
+        await store.apply(job.spec.job_id, Event.CLAIM, FACTS[Event.CLAIM])
+        await store.apply(job.spec.job_id, Event.UNCLAIM, {"of_attempt": 1})
+        await store.apply(job.spec.job_id, Event.CLAIM, {"of_attempt": 1, "handle": "h"})
+        late = await store.apply(job.spec.job_id, Event.SUCCEED, ENDING)
+        assert not late.taken
+        assert late.job is not None and late.job.state is State.STARTING
+
+    with_store(tmp_path, work)
+
+
+def test_an_unknown_job_takes_nothing(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        outcome = await store.apply("nothing", Event.STOP, FACTS[Event.STOP])
+        assert (outcome.taken, outcome.job) == (False, None)
+
+    with_store(tmp_path, work)
+
+
+def test_a_write_that_fails_takes_no_other_down(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        replay = Replay("k", "hash")
+        results = await asyncio.gather(
+            *(store.submit(draft()) for _ in range(50)),
+            store.submit(draft("nothing")),
+            store.submit(draft(), replay),
+            store.submit(draft(), Replay("k", "other")),
+            return_exceptions=True,
+        )
+        assert [type(r) for r in results if isinstance(r, Exception)] == [NotFound, Conflict]
+        assert len((await store.list_jobs("a", limit=100)).jobs) == 51
+
+    with_store(tmp_path, work)
+
+
+def test_undeploy_stops_what_is_in_progress(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        waiting, _ = await store.submit(draft())
+        done, _ = await store.submit(draft())
+        await store.apply(done.spec.job_id, Event.LOSE, {**ENDING, "of_attempt": 0})
+        stopped = await store.undeploy("a", "deleted")
+        assert [job.spec.job_id for job in stopped] == [waiting.spec.job_id]
+        with pytest.raises(NotFound):
+            await store.undeploy("a", "deleted")
+        with pytest.raises(NotFound):
+            await store.submit(draft())
+
+    with_store(tmp_path, work)
+
+
+def test_a_deploy_is_all_or_none(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        with pytest.raises(Conflict):
+            await store.deploy([spec("b"), spec("c", endpoint="a")])
+        assert [d.name for d in await store.deployments()] == ["a"]
+
+    with_store(tmp_path, work)
+
+
+def test_the_migrations_make_the_schema_of_the_code(tmp_path: Path) -> None:
+    engine = connect(f"sqlite:///{tmp_path / 'operator.db'}")
+    migrate(engine)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, metadata) == []
+    engine.dispose()
+
+
+def test_a_database_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "operator.db"
+    Store(f"sqlite:///{path}").close()
+    connection = sqlite3.connect(path)
+    connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    connection.commit()
+    connection.close()
+    with pytest.raises(StartupError, match="another version"):
+        Store(f"sqlite:///{path}")
+
+
+def test_a_damaged_database_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "operator.db"
+    path.write_bytes(b"no database" * 1000)
+    with pytest.raises(StartupError, match="cannot be used"):
+        Store(f"sqlite:///{path}")
+
+
+def test_a_store_that_takes_no_writes_says_so_and_recovers(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        # SQLite refuses to grow past max_page_count as it does on a full disk: SQLITE_FULL.
+        pragma = "PRAGMA max_page_count = {}"
+        await store._writer.run(lambda c: c.exec_driver_sql(pragma.format(1)).scalar())
+        big = draft().model_copy(update={"config": {"x": "y" * 1_000_000}})
+        with pytest.raises(StorageUnavailable):
+            await store.submit(big)
+        assert (await store.list_jobs("a", limit=10)).jobs == []
+        await store._writer.run(lambda c: c.exec_driver_sql(pragma.format(2**31)).scalar())
+        await store.submit(big)
+
+    with_store(tmp_path, work)

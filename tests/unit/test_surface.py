@@ -1,0 +1,58 @@
+"""The public surface, and what stays out of the worker."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import cortex
+from cortex import errors
+from cortex.spec.times import new_id, parse_rfc3339, rfc3339
+
+
+def test_the_public_surface() -> None:
+    assert cortex.__all__ == [
+        "client", "new_client", "env_list", "env_delete", "Client", "CortexError",
+    ]  # fmt: skip
+    for name in cortex.__all__:
+        assert getattr(cortex, name).__doc__
+    assert dir(cortex) == sorted(cortex.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    try:
+        _ = cortex.nothing  # type: ignore[attr-defined]
+    except AttributeError as error:
+        assert "nothing" in str(error)
+    else:
+        raise AssertionError("it was found")
+
+
+def test_importing_the_package_loads_only_the_standard_library() -> None:
+    code = "import sys, json, cortex, cortex.logger; print(json.dumps(sorted(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    tops = {name.partition(".")[0] for name in json.loads(out)}
+    assert not {"pydantic", "httpx", "fastapi", "sqlalchemy", "typer", "rich"} & tops
+
+
+def test_every_kind_of_error_is_one_class() -> None:
+    tree = errors._tree(errors.CortexError)
+    assert len({c.kind for c in tree}) == len(tree)
+    for each in tree:
+        back = errors.from_response(each.http_status, each.kind, "m")
+        assert type(back) is each
+    assert type(errors.from_response(404, "not_found.unknown", "m")) is errors.NotFound
+    assert type(errors.from_response(418, "teapot", "m")) is errors.CortexError
+
+
+def test_times_are_written_as_the_contract_says() -> None:
+    assert rfc3339(1_594_911_370_276_007_415) == "2020-07-16T14:56:10.276007415Z"
+    assert rfc3339(0) == "1970-01-01T00:00:00.000000000Z"
+    assert parse_rfc3339("2020-07-16T14:56:10.276007415Z").microsecond == 276007
+
+
+def test_identifiers_sort_by_time_and_differ() -> None:
+    ids = [new_id() for _ in range(1000)]
+    assert len(set(ids)) == 1000
+    assert [i[:10] for i in ids] == sorted(i[:10] for i in ids)
