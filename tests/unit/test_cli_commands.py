@@ -98,7 +98,7 @@ def test_a_waiting_job_says_what_it_waits_for(
 ) -> None:
     assert run(["get", "iris", "waiting"]) == 0
     out = capsys.readouterr().out
-    assert "running (waiting for capacity)" in out
+    assert "running (waiting)" in out
     assert "needs 32 GiB, 31 GiB free" in out
 
 

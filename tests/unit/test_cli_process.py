@@ -40,14 +40,14 @@ def test_help_loads_neither_operator_nor_client(env: dict[str, str]) -> None:
     code = (
         "import sys; from cortex.cli.main import run; run(['--help']);"
         "heavy = {'cortex.operator', 'httpx', 'sqlalchemy', 'fastapi', 'pydantic', 'rich'};"
-        "sys.exit(', '.join(sorted(heavy & set(sys.modules))))"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
 
 
 def test_a_reader_that_goes_away_is_no_error(env: dict[str, str]) -> None:
-    with Stub({"GET /-/apis": answer([VIEW] * 20000)}) as stub:
+    with Stub({"GET /-/apis": answer([VIEW] * 500)}) as stub:
         configure(stub.url, env)
         with subprocess.Popen(
             [*CORTEX, "get", "-o", "json"],

@@ -66,255 +66,253 @@ def test_what_the_operator_answers_is_returned_as_it_is() -> None:
         assert client.stop_job("iris", "j1") == {"message": "stopped job j1"}
         assert client.delete_api("iris") == {"message": "deleted iris"}
         assert client.info() == {"version": "1"}
-bodies = [json.loads(r.body) for r in stub.requests if r.method == "POST"]
-assert bodies == [{}, {"config": {"C": 1}, "timeout": 5}]
+    bodies = [json.loads(r.body) for r in stub.requests if r.method == "POST"]
+    assert bodies == [{}, {"config": {"C": 1}, "timeout": 5}]
 
 
 def test_a_wait_is_asked_for_in_slices_until_the_job_has_ended() -> None:
-path = "/-/apis/iris/jobs/j1?wait=20.0"
-with (
-    Stub({f"GET {path}": [answer(job_view(RUNNING)), answer(job_view(SUCCEEDED))]}) as stub,
-    Client(stub.url) as client,
-):
-    job = client.get_job("iris", "j1", wait=3600)
-assert job["job_status"]["status"] == "status_succeeded"
-assert [r.path for r in stub.requests] == [path, path]
+    path = "/-/apis/iris/jobs/j1?wait=20.0"
+    with (
+        Stub({f"GET {path}": [answer(job_view(RUNNING)), answer(job_view(SUCCEEDED))]}) as stub,
+        Client(stub.url) as client,
+    ):
+        job = client.get_job("iris", "j1", wait=3600)
+    assert job["job_status"]["status"] == "status_succeeded"
+    assert [r.path for r in stub.requests] == [path, path]
 
 
 @pytest.mark.parametrize("name", ["", ".", ".."])
 def test_no_name_leads_to_another_path(name: str) -> None:
-with (
-    Client("http://127.0.0.1:9") as client,
-    pytest.raises(NotFound),
-):
-    client.delete_api(name)
-    with pytest.raises(NotFound):
-        client.stop_job("iris", name)
+    with (
+        Client("http://127.0.0.1:9") as client,
+        pytest.raises(NotFound),
+    ):
+        client.delete_api(name)
+        with pytest.raises(NotFound):
+            client.stop_job("iris", name)
 
 
 def test_an_endpoint_may_have_a_path_and_names_are_escaped() -> None:
-with (
-    Stub({"GET /proxied/-/apis/a%2Fb%3F": answer([VIEW])}) as stub,
-    Client(f"{stub.url}/proxied/") as client,
-):
-    assert client.get_api("a/b?") == VIEW
+    with (
+        Stub({"GET /proxied/-/apis/a%2Fb%3F": answer([VIEW])}) as stub,
+        Client(f"{stub.url}/proxied/") as client,
+    ):
+        assert client.get_api("a/b?") == VIEW
 
 
 def test_errors_come_back_as_they_were_raised() -> None:
-body = {"kind": "conflict", "message": "it has finished"}
-with (
-    Stub({"DELETE /-/apis/iris/jobs/j1": answer(body, 409)}) as stub,
-    Client(stub.url) as c,
-    pytest.raises(Conflict, match="it has finished"),
-):
-    c.stop_job("iris", "j1")
+    body = {"kind": "conflict", "message": "it has finished"}
+    with (
+        Stub({"DELETE /-/apis/iris/jobs/j1": answer(body, 409)}) as stub,
+        Client(stub.url) as c,
+        pytest.raises(Conflict, match="it has finished"),
+    ):
+        c.stop_job("iris", "j1")
 
 
 @pytest.mark.parametrize(
-"strange",
-[
-    Answer(200, (b"<html>",), "text/html"),
-    Answer(404, (b"<html>",), "text/html"),
-    Answer(500, (b"[]",)),
-    Answer(302),
-],
+    "strange",
+    [
+        Answer(200, (b"<html>",), "text/html"),
+        Answer(404, (b"<html>",), "text/html"),
+        Answer(500, (b"[]",)),
+        Answer(302),
+    ],
 )
 def test_a_server_that_is_no_operator_is_told(strange: Answer) -> None:
-with (
-    Stub({"GET /-/apis": strange}) as stub,
-    Client(stub.url) as client,
-    pytest.raises(CortexError, match="not as a Cortex operator does"),
-):
-    client.list_apis()
+    with (
+        Stub({"GET /-/apis": strange}) as stub,
+        Client(stub.url) as client,
+        pytest.raises(CortexError, match="not as a Cortex operator does"),
+    ):
+        client.list_apis()
 
 
 def test_an_operator_that_does_not_answer_is_told_with_what_to_do() -> None:
-with socket.socket() as taken:
-    taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
-    url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-    with (
-        Client(url, name="prod") as client,
-        pytest.raises(OperatorUnreachable) as caught,
-    ):
-        client.list_apis()
-for words in (url, "'prod'", "cortex serve", "cortex env configure prod"):
-    assert words in caught.value.message
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        with (
+            Client(url, name="prod") as client,
+            pytest.raises(OperatorUnreachable) as caught,
+        ):
+            client.list_apis()
+    for words in (url, "'prod'", "cortex serve", "cortex env configure prod"):
+        assert words in caught.value.message
 
 
 def test_a_gateway_without_its_operator_is_unreachable() -> None:
-with (
-    Stub({"GET /-/apis": Answer(502, (b"bad",), "text/plain")}) as stub,
-    Client(stub.url) as client,
-    pytest.raises(OperatorUnreachable, match="502"),
-):
-    client.list_apis()
+    with (
+        Stub({"GET /-/apis": Answer(502, (b"bad",), "text/plain")}) as stub,
+        Client(stub.url) as client,
+        pytest.raises(OperatorUnreachable, match="502"),
+    ):
+        client.list_apis()
 
 
 def test_a_deploy_sends_the_file_and_the_folder_around_it(tmp_path: Path) -> None:
-project = tmp_path / "project"
-project.mkdir()
-(project / "iris.py").write_text("def task(config): ...\n")
-file = project / ".hidden.yaml"
-file.write_text(YAML)
-with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, Client(stub.url) as client:
-    assert client.deploy(file) == DEPLOYED
-    client.deploy(file, force=False)
-first, second = (parts(r) for r in stub.requests)
-assert content(first["config"]).decode() == YAML
-assert first["config"].get_filename() == ".hidden.yaml"
-assert (content(first["force"]), content(second["force"])) == (b"true", b"false")
-assert (unpacked(stub.requests[0], tmp_path / "out") / "iris.py").exists()
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "iris.py").write_text("def task(config): ...\n")
+    file = project / ".hidden.yaml"
+    file.write_text(YAML)
+    with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, Client(stub.url) as client:
+        assert client.deploy(file) == DEPLOYED
+        client.deploy(file, force=False)
+    first, second = (parts(r) for r in stub.requests)
+    assert content(first["config"]).decode() == YAML
+    assert first["config"].get_filename() == ".hidden.yaml"
+    assert (content(first["force"]), content(second["force"])) == (b"true", b"false")
+    assert (unpacked(stub.requests[0], tmp_path / "out") / "iris.py").exists()
 
 
 def test_a_file_with_mistakes_or_without_existence_is_not_sent(tmp_path: Path) -> None:
-wrong = tmp_path / "wrong.yaml"
-wrong.write_text("- name: iris\n  kind: TaskAPI\n  definition: {pth: iris.py}\n")
-binary = tmp_path / "binary.yaml"
-binary.write_bytes(b"\xff\xfe")
-with Stub() as stub, Client(stub.url) as client:
-    for file, words in (
-        (wrong, "pth"),
-        (binary, "UTF-8"),
-        (tmp_path / "none.yaml", "cannot be read"),
-    ):
-        with pytest.raises(InvalidSpec, match=words):
-            client.deploy(file)
-assert stub.requests == []
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("- name: iris\n  kind: TaskAPI\n  definition: {pth: iris.py}\n")
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe")
+    with Stub() as stub, Client(stub.url) as client:
+        for file, words in (
+            (wrong, "pth"),
+            (binary, "UTF-8"),
+            (tmp_path / "none.yaml", "cannot be read"),
+        ):
+            with pytest.raises(InvalidSpec, match=words):
+                client.deploy(file)
+    assert stub.requests == []
 
 
 SPEC = {"name": "double", "kind": "TaskAPI", "definition": {"config": {"x": 1e-05, "y": "yes"}}}
 
 
 def by_three(number: int) -> int:
-return number * 3
+    return number * 3
 
 
 class Tripler:
-def __init__(self, by: int = 3) -> None:
-    self.by = by
+    def __init__(self, by: int = 3) -> None:
+        self.by = by
 
-def __call__(self, config: dict[str, int]) -> int:
-    return by_three(config["x"])
+    def __call__(self, config: dict[str, int]) -> int:
+        return by_three(config["x"])
 
 
 def run_elsewhere(project: Path, expression: str) -> str:
-code = f"import task; print({expression})"
-done = subprocess.run(
-    [sys.executable, "-c", code], cwd=project, capture_output=True, text=True, check=False
-)
-assert done.returncode == 0, done.stderr
-return done.stdout.strip()
+    code = f"import task; print({expression})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=project, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def test_a_class_of_ones_own_runs_where_its_module_is_not(tmp_path: Path) -> None:
-with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, Client(stub.url) as client:
-    assert client.create_api(SPEC, task=Tripler, requirements=["six"]) == DEPLOYED
-project = unpacked(stub.requests[0], tmp_path)
-assert run_elsewhere(project, "task.Task()({'x': 7})") == "21"
-version = f"{sys.version_info.major}.{sys.version_info.minor}"
-assert (project / "conda-packages.txt").read_text() == f"python={version}\n"
-assert (project / "requirements.txt").read_text().startswith("six\ncloudpickle==")
-from cortex.spec.yaml import read_apis
+    with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, Client(stub.url) as client:
+        assert client.create_api(SPEC, task=Tripler, requirements=["six"]) == DEPLOYED
+    project = unpacked(stub.requests[0], tmp_path)
+    assert run_elsewhere(project, "task.Task()({'x': 7})") == "21"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert (project / "conda-packages.txt").read_text() == f"python={version}\n"
+    assert (project / "requirements.txt").read_text().startswith("six\ncloudpickle==")
+    from cortex.spec.yaml import read_apis
 
-config = content(parts(stub.requests[0])["config"]).decode()
-[api] = read_apis(config, "sent")
-assert api.definition.path == "task.py"
-assert api.definition.config == {"x": 1e-05, "y": "yes"}
+    config = content(parts(stub.requests[0])["config"]).decode()
+    [api] = read_apis(config, "sent")
+    assert api.definition.path == "task.py"
+    assert api.definition.config == {"x": 1e-05, "y": "yes"}
 
 
 def test_a_closure_runs_elsewhere(tmp_path: Path) -> None:
-factor = 4
-with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, Client(stub.url) as client:
-    client.create_api(SPEC, task=lambda config: factor * by_three(config["x"]))
-project = unpacked(stub.requests[0], tmp_path)
-assert run_elsewhere(project, "task.task({'x': 2})") == "24"
+    factor = 4
+    with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, Client(stub.url) as client:
+        client.create_api(SPEC, task=lambda config: factor * by_three(config["x"]))
+    project = unpacked(stub.requests[0], tmp_path)
+    assert run_elsewhere(project, "task.task({'x': 2})") == "24"
 
 
 def test_pickling_by_value_ends_with_the_call() -> None:
-with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, Client(stub.url) as client:
-    client.create_api(SPEC, task=Tripler)
-import cloudpickle
+    with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, Client(stub.url) as client:
+        client.create_api(SPEC, task=Tripler)
+    import cloudpickle
 
-assert cloudpickle.list_registry_pickle_by_value() == set()
-assert len(pickle.dumps(Tripler)) < 200
+    assert cloudpickle.list_registry_pickle_by_value() == set()
+    assert len(pickle.dumps(Tripler)) < 200
 
 
 class NoCall:
-pass
+    pass
 
 
 class NeedsArguments:
-def __init__(self, needed: int) -> None: ...
+    def __init__(self, needed: int) -> None: ...
 
-def __call__(self, config: object) -> None: ...
+    def __call__(self, config: object) -> None: ...
 
 
 @pytest.mark.parametrize(
-("task", "words"),
-[
-    (NoCall, "no method __call__"),
-    (NeedsArguments, "cannot be made without arguments"),
-    (lambda: None, "must take one argument"),
-    (3, "it must be a function"),
-    (lambda config, held=socket.socket: held(), None),
-    (lambda config, held=sys.stdout.__class__.__new__: held, None),
-],
+    ("task", "words"),
+    [
+        (NoCall, "no method __call__"),
+        (NeedsArguments, "cannot be made without arguments"),
+        (lambda: None, "must take one argument"),
+        (3, "it must be a function"),
+    ],
 )
 def test_a_task_that_cannot_run_is_told_before_anything_is_sent(task, words: str) -> None:
-with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, Client(stub.url) as client:
-    if words is None:
+    with (
+        Stub({"POST /-/apis": answer(DEPLOYED)}) as stub,
+        Client(stub.url) as client,
+        pytest.raises(InvalidProject, match=words),
+    ):
         client.create_api(SPEC, task=task)
-        return
-    with pytest.raises(InvalidProject, match=words):
-        client.create_api(SPEC, task=task)
-assert stub.requests == []
+    assert stub.requests == []
 
 
 def test_a_task_that_holds_an_open_file_is_told(tmp_path: Path) -> None:
-with (
-    (tmp_path / "open").open("w") as held,
-    Client("http://127.0.0.1:9") as client,
-    pytest.raises(InvalidProject, match="cannot be sent to another process"),
-):
-    client.create_api(SPEC, task=lambda config: held.write("x"))
+    with (
+        (tmp_path / "open").open("w") as held,
+        Client("http://127.0.0.1:9") as client,
+        pytest.raises(InvalidProject, match="cannot be sent to another process"),
+    ):
+        client.create_api(SPEC, task=lambda config: held.write("x"))
 
 
 def test_a_folder_is_sent_without_being_touched(tmp_path: Path) -> None:
-project = tmp_path / "project"
-project.mkdir()
-(project / "iris.py").write_text("def task(config): ...\n")
-spec = {"name": "iris", "kind": "TaskAPI", "definition": {"path": "iris.py"}}
-with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, Client(stub.url) as client:
-    client.create_api([spec, {**spec, "name": "again"}], project_dir=str(project))
-assert [p.name for p in project.iterdir()] == ["iris.py"]
-assert b"again" in content(parts(stub.requests[0])["config"])
-assert (unpacked(stub.requests[0], tmp_path / "out") / "iris.py").exists()
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "iris.py").write_text("def task(config): ...\n")
+    spec = {"name": "iris", "kind": "TaskAPI", "definition": {"path": "iris.py"}}
+    with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, Client(stub.url) as client:
+        client.create_api([spec, {**spec, "name": "again"}], project_dir=str(project))
+    assert [p.name for p in project.iterdir()] == ["iris.py"]
+    assert b"again" in content(parts(stub.requests[0])["config"])
+    assert (unpacked(stub.requests[0], tmp_path / "out") / "iris.py").exists()
 
 
 def test_create_api_takes_exactly_one_source(tmp_path: Path) -> None:
-with Client("http://127.0.0.1:9") as client:
-    for arguments in ({}, {"task": Tripler, "project_dir": tmp_path}):
-        with pytest.raises(InvalidRequest, match="exactly one of"):
-            client.create_api(SPEC, **arguments)
-    with pytest.raises(InvalidRequest, match="goes with task="):
-        client.create_api(SPEC, project_dir=tmp_path, requirements=["six"])
-    with pytest.raises(InvalidRequest, match=r"definition\.command"):
-        client.create_api({**SPEC, "definition": {"command": ["x"]}}, task=Tripler)
-    with pytest.raises(InvalidRequest, match="has 2"):
-        client.create_api([SPEC, SPEC], task=Tripler)
-    with pytest.raises(InvalidProject, match="is not a folder"):
-        client.create_api(SPEC, project_dir=tmp_path / "none")
-    with pytest.raises(InvalidProject, match="must be a list of strings"):
-        client.create_api(SPEC, task=Tripler, requirements="six")
-    with pytest.raises(InvalidSpec, match="no JSON"):
-        client.create_api({**SPEC, "definition": {"config": {"x": object()}}}, task=Tripler)
+    with Client("http://127.0.0.1:9") as client:
+        for arguments in ({}, {"task": Tripler, "project_dir": tmp_path}):
+            with pytest.raises(InvalidRequest, match="exactly one of"):
+                client.create_api(SPEC, **arguments)
+        with pytest.raises(InvalidRequest, match="goes with task="):
+            client.create_api(SPEC, project_dir=tmp_path, requirements=["six"])
+        with pytest.raises(InvalidRequest, match=r"definition\.command"):
+            client.create_api({**SPEC, "definition": {"command": ["x"]}}, task=Tripler)
+        with pytest.raises(InvalidRequest, match="has 2"):
+            client.create_api([SPEC, SPEC], task=Tripler)
+        with pytest.raises(InvalidProject, match="is not a folder"):
+            client.create_api(SPEC, project_dir=tmp_path / "none")
+        with pytest.raises(InvalidProject, match="must be a list of strings"):
+            client.create_api(SPEC, task=Tripler, requirements="six")
+        with pytest.raises(InvalidSpec, match="no JSON"):
+            client.create_api({**SPEC, "definition": {"config": {"x": object()}}}, task=Tripler)
 
 
 def test_a_result_with_an_error_raises_it() -> None:
-failed = [{"api": None, "message": "", "error": "iris: the endpoint is taken"}]
-with (
-    Stub({"POST /-/apis": answer(failed)}) as stub,
-    Client(stub.url) as client,
-    pytest.raises(CortexError, match="endpoint is taken"),
-):
-    client.create_api(SPEC, task=Tripler)
+    failed = [{"api": None, "message": "", "error": "iris: the endpoint is taken"}]
+    with (
+        Stub({"POST /-/apis": answer(failed)}) as stub,
+        Client(stub.url) as client,
+        pytest.raises(CortexError, match="endpoint is taken"),
+    ):
+        client.create_api(SPEC, task=Tripler)

@@ -1,0 +1,75 @@
+"""The Python client: `cortex.client()` and what it returns.
+
+`cortex.client` is both this package and, for whoever writes `import cortex`, the function that opens
+a client: importing a package binds its name in its parent, so the package itself can be called.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+from cortex.client import environments
+from cortex.client.sync import Client
+from cortex.client.types import (
+    ApiVersion,
+    ApiView,
+    DeployResult,
+    EnvironmentEntry,
+    EnvironmentList,
+    JobStatus,
+    JobView,
+    Message,
+    SubmittedJob,
+)
+
+__all__ = [
+    "ApiVersion",
+    "ApiView",
+    "Client",
+    "DeployResult",
+    "EnvironmentEntry",
+    "EnvironmentList",
+    "JobStatus",
+    "JobView",
+    "Message",
+    "SubmittedJob",
+    "client",
+    "env_delete",
+    "env_list",
+    "new_client",
+]
+
+
+def client(env: str | None = None) -> Client:
+    """A client of the named environment; of the default one when no name is given.
+
+    Where no environment is configured at all, it is the operator of this machine,
+    http://localhost:8888.
+    """
+    environment = environments.resolve(env)
+    return Client(environment.operator_endpoint, name=environment.name)
+
+
+def new_client(name: str, operator_endpoint: str) -> Client:
+    """Configure the environment `name` (or point it elsewhere), and return a client of it."""
+    environment = environments.configure(name, operator_endpoint)
+    return Client(environment.operator_endpoint, name=environment.name)
+
+
+def env_list() -> EnvironmentList:
+    """The configured environments and which one is the default, as `cortex env list -o json`."""
+    return environments.load().as_json()
+
+
+def env_delete(name: str) -> None:
+    """Forget the environment `name`. Its operator and what is deployed there stay as they are."""
+    environments.delete(name)
+
+
+class _CallablePackage(ModuleType):
+    def __call__(self, env: str | None = None) -> Client:
+        return client(env)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

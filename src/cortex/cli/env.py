@@ -1,0 +1,83 @@
+"""`cortex env`: which operators this machine knows by name."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from cortex.cli.options import Format, Output
+from cortex.cli.output import print_json, print_line, show, table
+from cortex.errors import InvalidRequest
+
+app = typer.Typer(
+    help="Configure the operators that the command talks to.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the environment.")]
+
+
+@app.command("configure")
+def configure(
+    name: Name,
+    operator_endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="Where the operator answers.")
+    ] = None,
+) -> None:
+    """Add the environment NAME, or point it to another operator."""
+    from cortex.client import environments
+
+    if operator_endpoint is None:
+        operator_endpoint = _ask_for_endpoint()
+    try:
+        environment = environments.configure(name, operator_endpoint)
+    except InvalidRequest as error:
+        raise typer.BadParameter(error.message) from error
+    print_line(f"configured {environment.name}: {environment.operator_endpoint}")
+
+
+@app.command("list")
+def list_(output: Output = Format.PRETTY) -> None:
+    """List the configured environments."""
+    from cortex.client import environments
+
+    known = environments.load()
+    if output is Format.JSON:
+        print_json(known.as_json())
+    elif not known.all:
+        local = environments.LOCAL
+        print_line(f"no environment is configured: commands use {local.operator_endpoint}")
+    else:
+        rows = [
+            (e.name, e.operator_endpoint, "default" if e.name == known.default else "")
+            for e in known.all
+        ]
+        show(table(("env", "operator endpoint", ""), rows))
+
+
+@app.command("default")
+def default(name: Name) -> None:
+    """Make NAME the environment that commands use when they name none."""
+    from cortex.client import environments
+
+    environments.set_default(name)
+    print_line(f"{name} is the default environment")
+
+
+@app.command("delete")
+def delete(name: Name) -> None:
+    """Forget the environment NAME; nothing happens to its operator."""
+    from cortex.client import environments
+
+    environments.delete(name)
+    print_line(f"deleted {name}")
+
+
+def _ask_for_endpoint() -> str:
+    if not sys.stdin.isatty():
+        raise typer.BadParameter("it is needed", param_hint="--operator-endpoint")
+    answer: str = typer.prompt("operator endpoint", default="http://localhost:8888", err=True)
+    return answer

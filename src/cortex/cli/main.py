@@ -1,0 +1,109 @@
+"""The `cortex` command: its groups put together, and the one place where errors are printed.
+
+Exit codes: 0, 1 for what went wrong, 2 for a command that was not understood, 130 for Ctrl-C.
+Modules that take long to load are imported by the commands that need them.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from cortex import __version__
+from cortex.cli import env
+from cortex.cli.deploy import deploy
+from cortex.cli.get import get
+from cortex.cli.jobs import delete, logs, submit
+from cortex.cli.output import print_error, print_line
+from cortex.cli.serve import serve
+from cortex.errors import CortexError
+
+app = typer.Typer(
+    name="cortex",
+    help="Your Python function, command or container behind a URL.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    # Plain: boxes would break a message into lines at the width of a terminal that may not be there.
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+
+def version() -> None:
+    """Print the version of this command."""
+    print_line(__version__)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    """Your Python function, command or container behind a URL."""
+
+
+app.command("serve")(serve)
+app.command("deploy")(deploy)
+app.command("get")(get)
+app.command("submit")(submit)
+app.command("logs")(logs)
+app.command("delete")(delete)
+app.add_typer(env.app, name="env")
+app.command("version")(version)
+
+
+def main() -> None:
+    """Run the command that the process was started with, and end the process."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command, and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # A log may hold what the locale's encoding does not: it is shown escaped then.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone, as `head` does. Python flushes once more at exit: to nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        app(arguments, prog_name="cortex")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        return 130
+    except CortexError as error:
+        print_error(error.message)
+        return 1
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        print_error(str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    main()

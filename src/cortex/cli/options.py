@@ -1,0 +1,29 @@
+"""Options that several commands share, so that they mean and read the same everywhere."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+
+class Format(StrEnum):
+    """How a command prints its answer."""
+
+    PRETTY = "pretty"
+    JSON = "json"
+
+
+Env = Annotated[
+    str | None,
+    typer.Option("--env", "-e", metavar="NAME", help="Environment to use, else the default one."),
+]
+Output = Annotated[
+    Format, typer.Option("--output", "-o", help="For people, or the operator's answer as JSON.")
+]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Do it without asking.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Answer every question with yes.")]
+ApiName = Annotated[str, typer.Argument(metavar="API", help="Name of a deployed API.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job.")]
+OptionalJobId = Annotated[str | None, typer.Argument(metavar="JOB", help="Id of a job.")]

@@ -1,0 +1,150 @@
+"""What commands print: JSON for programs, tables for people, errors for both.
+
+Where stdout is no terminal, there are no colours, and nothing is cut or folded to a width.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from cortex.spec.times import parse_rfc3339
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+    from cortex.client import JobStatus
+
+_UNLIMITED = 1_000_000
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_COPIED = frozenset({"job", "version", "endpoint", "operator endpoint"})
+_WORDS = {"status_worker_oom": "out of memory"}
+_STYLES = {
+    "status_running": "cyan",
+    "status_succeeded": "green",
+    "status_stopped": "yellow",
+    "status_timed_out": "yellow",
+    "status_unknown": "magenta",
+}
+
+
+def print_json(answer: object) -> None:
+    """The operator's answer, and nothing else, on stdout."""
+    print_line(json.dumps(answer, indent=2, ensure_ascii=False))
+
+
+def print_line(text: str) -> None:
+    """A line on stdout, as it is."""
+    sys.stdout.write(f"{text}\n")
+
+
+def print_error(message: str) -> None:
+    """What went wrong, on stderr."""
+    sys.stderr.write(f"error: {message}\n")
+
+
+def show(body: RenderableType) -> None:
+    """A table or text for people on stdout."""
+    screen = console()
+    if sys.stdout.isatty():
+        screen.print(body, crop=False)
+        return
+    with screen.capture() as printed:
+        screen.print(body)
+    for line in printed.get().splitlines():
+        print_line(line.rstrip())
+
+
+def console() -> Console:
+    """The console on stdout. Text that came from users is never taken for markup."""
+    from rich.console import Console
+
+    terminal = sys.stdout.isatty()
+    return Console(
+        force_terminal=terminal,
+        width=None if terminal else _UNLIMITED,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        soft_wrap=False,
+    )
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[RenderableType]]) -> Table:
+    """A table without lines. What does not fit a narrow terminal is folded, but for what is there
+    to be copied: that is left to the terminal."""
+    from rich.table import Table
+
+    cells = list(rows)
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, heading in enumerate(headings):
+        whole = max((len(str(row[index])) for row in cells), default=0)
+        copied = heading in _COPIED
+        made.add_column(
+            heading, overflow="fold", no_wrap=copied, min_width=whole if copied else None
+        )
+    for row in cells:
+        made.add_row(*(visible(cell) if isinstance(cell, str) else cell for cell in row))
+    return made
+
+
+def fields(pairs: Iterable[tuple[str, RenderableType]]) -> Table:
+    """Names and values, one pair a line."""
+    from rich.table import Table
+
+    made = Table.grid(padding=(0, 2, 0, 0))
+    made.add_column(style="bold", no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in pairs:
+        made.add_row(name, visible(value) if isinstance(value, str) else value)
+    return made
+
+
+def visible(text: str) -> str:
+    """Text from a job with its control characters shown: they must not reach the terminal."""
+    return _CONTROL.sub(lambda found: repr(found.group())[1:-1], text)
+
+
+def status_words(job: JobStatus) -> RenderableType:
+    """A job's status for people."""
+    from rich.text import Text
+
+    status = job["status"]
+    words = _WORDS.get(status, status.removeprefix("status_").replace("_", " "))
+    counts = job.get("worker_counts", {})
+    if status == "status_running" and counts.get("pending") and not counts.get("running"):
+        words += " (waiting)"
+    return Text(words, style=_STYLES.get(status, "red"))
+
+
+def ago(time: str) -> str:
+    """How long ago that was: `3m12s ago`."""
+    return f"{_span((datetime.now(UTC) - parse_rfc3339(time)).total_seconds())} ago"
+
+
+def local_time(time: str) -> str:
+    """That time on the clock of this machine."""
+    return parse_rfc3339(time).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+
+
+def duration(job: JobStatus) -> str:
+    """How long the job ran, or has been running."""
+    end = job.get("end_time")
+    until = parse_rfc3339(end) if end else datetime.now(UTC)
+    seconds = (until - parse_rfc3339(job["start_time"])).total_seconds()
+    return _span(seconds) if end else f"{_span(seconds)} so far"
+
+
+def _span(seconds: float) -> str:
+    if seconds < 10:
+        return f"{max(0.0, seconds):.1f}s"
+    whole = round(seconds)
+    units = [("d", whole // 86400), ("h", whole // 3600 % 24), ("m", whole // 60 % 60)]
+    units.append(("s", whole % 60))
+    largest = next(i for i, (_, count) in enumerate(units) if count)
+    return "".join(f"{count}{unit}" for unit, count in units[largest : largest + 2] if count)

@@ -1,0 +1,205 @@
+"""The environments file: which operators this user knows by name, and which one is meant by default.
+
+A change is a new file put in place of the old one, so a reader never sees half of it. A file that
+cannot be read is reported and left alone: it is the user's, and may hold what took work to enter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+from urllib.parse import urlsplit
+
+import platformdirs
+
+from cortex.errors import CortexError, InvalidRequest, UnknownEnvironment
+
+if TYPE_CHECKING:
+    from cortex.client.types import EnvironmentList
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """An operator under a name."""
+
+    name: str
+    operator_endpoint: str
+
+
+@dataclass(frozen=True)
+class Environments:
+    """Everything that the file holds."""
+
+    default: str | None = None
+    all: tuple[Environment, ...] = ()
+
+    def named(self, name: str) -> Environment:
+        """The environment `name`; UnknownEnvironment tells which ones there are."""
+        for environment in self.all:
+            if environment.name == name:
+                return environment
+        known = ", ".join(e.name for e in self.all) or "none"
+        raise UnknownEnvironment(
+            f"there is no environment {name!r} (configured: {known}); "
+            f"add it with `cortex env configure {name} --operator-endpoint URL`"
+        )
+
+    def as_json(self) -> EnvironmentList:
+        """What the file holds and `cortex env list -o json` prints."""
+        entries = [{"name": e.name, "operator_endpoint": e.operator_endpoint} for e in self.all]
+        return cast(
+            "EnvironmentList", {"default_environment": self.default, "environments": entries}
+        )
+
+
+LOCAL = Environment("local", "http://localhost:8888")
+
+
+def path() -> Path:
+    """Where the file lies, whether or not it exists."""
+    folder = os.environ.get("CORTEX_CLI_CONFIG_DIR") or platformdirs.user_config_dir("cortex")
+    return Path(folder).expanduser() / "environments.json"
+
+
+def load() -> Environments:
+    """What is configured; empty when nothing was yet."""
+    file = path()
+    try:
+        text = file.read_text("utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return Environments()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(file, str(error)) from error
+    try:
+        return _parse(json.loads(text))
+    except (ValueError, TypeError, KeyError, AttributeError, InvalidRequest) as error:
+        raise _unreadable(file, f"{type(error).__name__}: {error}") from error
+
+
+def resolve(name: str | None) -> Environment:
+    """The environment that a command means: the named one, else the default one."""
+    environments = load()
+    if not environments.all and name in (None, LOCAL.name):
+        return LOCAL
+    if name is not None:
+        return environments.named(name)
+    if environments.default is None:
+        known = ", ".join(e.name for e in environments.all)
+        raise UnknownEnvironment(
+            f"no environment is the default (configured: {known}); "
+            "name one with --env, or choose with `cortex env default NAME`"
+        )
+    return environments.named(environments.default)
+
+
+def configure(name: str, operator_endpoint: str) -> Environment:
+    """Add an environment, or point it elsewhere. The first one becomes the default."""
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"{name!r} is no name for an environment: "
+            "letters, digits, '.', '_' and '-' are allowed, starting with a letter or digit"
+        )
+    environment = Environment(name, checked_endpoint(operator_endpoint))
+    before = load()
+    others = tuple(e for e in before.all if e.name != name)
+    default = before.default if others or before.default else name
+    _save(Environments(default, (*others, environment)))
+    return environment
+
+
+def set_default(name: str) -> Environment:
+    """Make an environment the one that commands mean when they name none."""
+    environments = load()
+    environment = environments.named(name)
+    _save(replace(environments, default=name))
+    return environment
+
+
+def delete(name: str) -> None:
+    """Forget an environment; when it was the default, no other takes its place."""
+    environments = load()
+    environments.named(name)
+    default = None if environments.default == name else environments.default
+    _save(Environments(default, tuple(e for e in environments.all if e.name != name)))
+
+
+def checked_endpoint(url: str) -> str:
+    """An operator's URL without its last slash; InvalidRequest when it is none."""
+    problem = _endpoint_problem(url)
+    if problem:
+        raise InvalidRequest(
+            f"{url!r} is no operator endpoint: {problem}; it looks like {LOCAL.operator_endpoint}"
+        )
+    return url.rstrip("/")
+
+
+def _endpoint_problem(url: str) -> str | None:
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        return str(error)
+    if parts.scheme not in ("http", "https") or "://" not in url:
+        return "it must start with http:// or https://"
+    if not host or re.search(r"\s", url):
+        return "it names no host"
+    if parts.query or parts.fragment or parts.username is not None:
+        return "a user, a query or a fragment has no place in it"
+    return None
+
+
+def _parse(content: dict[str, object]) -> Environments:
+    entries = cast("list[dict[str, object]]", content["environments"])
+    environments = tuple(
+        Environment(_text(e["name"]), checked_endpoint(_text(e["operator_endpoint"])))
+        for e in entries
+    )
+    default = content["default_environment"]
+    if default is not None and default not in [e.name for e in environments]:
+        raise ValueError(f"the default environment {default!r} is not one of the environments")
+    return Environments(None if default is None else _text(default), environments)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a string")
+    return value
+
+
+def _save(environments: Environments) -> None:
+    # A link, as keepers of dot-files make it, stays one: what it points to is replaced.
+    file = path().resolve()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=file.parent, prefix=f".{file.name}.", delete=False
+        ) as out:
+            try:
+                json.dump(environments.as_json(), out, indent=2, ensure_ascii=False)
+                out.write("\n")
+                out.flush()
+                os.fsync(out.fileno())
+                Path(out.name).replace(file)
+            except BaseException:
+                Path(out.name).unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise CortexError(
+            f"the environments cannot be saved in {file}: {error.strerror or error}",
+            kind="client.environments_file",
+        ) from error
+
+
+def _unreadable(file: Path, why: str) -> CortexError:
+    return CortexError(
+        f"the environments file {file} cannot be read ({why}); "
+        "correct it, or move it away and configure the environments again",
+        kind="client.environments_file",
+    )

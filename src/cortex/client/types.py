@@ -1,0 +1,87 @@
+"""What the client returns: the operator's JSON as it came, with its fields named for type checkers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
+
+    from cortex.spec.job import Json
+
+
+class SubmittedJob(TypedDict):
+    """A job as its submission answers."""
+
+    job_id: str
+    api_name: str
+    kind: Literal["TaskAPI"]
+    workers: int
+    config: Json
+    api_id: str
+    timeout: int | None
+    created_time: str
+
+
+class JobStatus(SubmittedJob):
+    """A job and what became of it so far."""
+
+    status: str
+    start_time: str
+    end_time: NotRequired[str]
+    worker_counts: NotRequired[dict[str, int]]
+    message: NotRequired[str | None]
+    exit_code: NotRequired[int | None]
+    result: NotRequired[JsonValue]
+
+
+class JobView(TypedDict):
+    """A job, where it is reached, and the version of the API that it runs."""
+
+    job_status: JobStatus
+    endpoint: str
+    api_spec: Json
+
+
+class ApiVersion(TypedDict):
+    """One deployed version of an API."""
+
+    api_id: str
+    last_updated: str
+
+
+class ApiView(TypedDict):
+    """A deployed API: jobs in progress come first in `task_job_statuses`, then the most recent."""
+
+    spec: Json
+    endpoint: str
+    task_job_statuses: list[JobStatus]
+    api_versions: list[ApiVersion]
+
+
+class DeployResult(TypedDict):
+    """What a deploy did with one API of its file; `error` is empty when it worked."""
+
+    api: ApiView | None
+    message: str
+    error: str
+
+
+class Message(TypedDict):
+    """What was done, in words."""
+
+    message: str
+
+
+class EnvironmentEntry(TypedDict):
+    """One configured environment."""
+
+    name: str
+    operator_endpoint: str
+
+
+class EnvironmentList(TypedDict):
+    """The configured environments."""
+
+    default_environment: str | None
+    environments: list[EnvironmentEntry]

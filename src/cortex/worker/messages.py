@@ -1,0 +1,231 @@
+"""What the engine and the worker side tell one another, and the records that they leave on disk.
+
+Plain classes with a JSON form: dataclasses and pydantic cost more to import than a fork. Both sides
+build them, so a field is named in one place.
+"""
+
+from __future__ import annotations
+
+import json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import ClassVar, Self
+
+JOB_ID_ROOM = 64
+"""Bytes kept free for the job's id in the first environment block of a fork server."""
+
+
+class _Message:
+    __slots__: ClassVar[tuple[str, ...]] = ()
+
+    def dumps(self) -> bytes:
+        return json.dumps({name: getattr(self, name) for name in self.__slots__}).encode()
+
+    @classmethod
+    def loads(cls, data: bytes) -> Self:
+        """Fields of a later version are left out: records outlive the version that wrote them."""
+        fields = json.loads(data)
+        return cls(**{name: fields[name] for name in cls.__slots__ if name in fields})
+
+
+class Setup(_Message):
+    """What a fork server is told once, through its standard input: the version."""
+
+    __slots__ = (
+        "command",
+        "env",
+        "import_dir",
+        "package",
+        "path",
+        "preload",
+        "project",
+        "python_path",
+    )
+
+    def __init__(
+        self,
+        *,
+        package: str,
+        import_dir: str,
+        project: str,
+        python_path: str | None,
+        path: str | None,
+        command: list[str] | None,
+        env: dict[str, str],
+        preload: bool,
+    ) -> None:
+        self.package = package
+        self.import_dir = import_dir  # a folder with nothing but a link to the package
+        self.project = project
+        self.python_path = python_path
+        self.path = path
+        self.command = command
+        self.env = env
+        self.preload = preload
+
+
+class Order(_Message):
+    """One start: what a supervisor is told."""
+
+    __slots__ = (
+        "attempt",
+        "deadline_ns",
+        "folder",
+        "gpus",
+        "grace_s",
+        "job_id",
+        "kill_dir",
+        "mem",
+        "memory_dir",
+        "memory_kind",
+        "timeout",
+        "visible_gpus",
+    )
+
+    def __init__(
+        self,
+        *,
+        job_id: str,
+        attempt: int,
+        folder: str,
+        grace_s: float,
+        timeout: int | None,
+        deadline_ns: int | None,
+        mem: int | None,
+        memory_kind: str | None,
+        memory_dir: str | None,
+        kill_dir: str | None,
+        gpus: list[int],
+        visible_gpus: str | None,
+    ) -> None:
+        self.job_id = job_id
+        self.attempt = attempt
+        self.folder = folder
+        self.grace_s = grace_s
+        self.timeout = timeout
+        self.deadline_ns = deadline_ns
+        self.mem = mem
+        self.memory_kind = memory_kind  # "v2", "v1", "watchdog"; None is no limit
+        self.memory_dir = memory_dir
+        self.kill_dir = kill_dir  # a cgroup v2 that kills the tree at one stroke
+        self.gpus = gpus
+        self.visible_gpus = visible_gpus  # None on a machine without GPUs
+
+
+class Reply(_Message):
+    """What a fork server says: that it is ready (no job id), or what came of an order. The
+    supervisor's pidfd travels along."""
+
+    __slots__ = ("attempt", "error", "job_id", "pid", "start_ns")
+
+    def __init__(
+        self,
+        *,
+        job_id: str | None = None,
+        attempt: int = 0,
+        pid: int = 0,
+        start_ns: int = 0,
+        error: str | None = None,
+    ) -> None:
+        self.job_id = job_id
+        self.attempt = attempt
+        self.pid = pid
+        self.start_ns = start_ns
+        self.error = error
+
+
+class StartRecord(_Message):
+    """`start.<attempt>`: the fence. Whoever creates it decides: a supervisor that the attempt runs,
+    an engine (`fenced`) that it never will."""
+
+    __slots__ = ("boot", "cgroups", "fenced", "gpus", "pid", "start_ns", "ticks", "v")
+
+    def __init__(
+        self,
+        *,
+        v: int = 1,
+        fenced: bool = False,
+        pid: int = 0,
+        ticks: int = 0,
+        boot: str = "",
+        start_ns: int = 0,
+        cgroups: list[str] | None = None,
+        gpus: list[int] | None = None,
+    ) -> None:
+        self.v = v
+        self.fenced = fenced
+        self.pid = pid
+        self.ticks = ticks
+        self.boot = boot
+        self.start_ns = start_ns
+        self.cgroups = cgroups or []
+        self.gpus = gpus or []
+
+
+class ExitRecord(_Message):
+    """`exit.<attempt>`: how it ended; `ending` is one of engines.base.Ending, or "lost"."""
+
+    __slots__ = (
+        "end_ns",
+        "ending",
+        "exit_code",
+        "has_result",
+        "message",
+        "result",
+        "start_ns",
+        "v",
+    )
+
+    def __init__(
+        self,
+        *,
+        v: int = 1,
+        ending: str,
+        exit_code: int,
+        start_ns: int,
+        end_ns: int,
+        message: str | None,
+        result: object = None,
+        has_result: bool = False,
+    ) -> None:
+        self.v = v
+        self.ending = ending
+        self.exit_code = exit_code
+        self.start_ns = start_ns
+        self.end_ns = end_ns
+        self.message = message
+        self.result = result
+        self.has_result = has_result
+
+
+class Outcome(_Message):
+    """What a job's process says of itself through its pipe, once."""
+
+    __slots__ = ("has_result", "lost", "message", "result")
+
+    def __init__(
+        self,
+        *,
+        message: str | None = None,
+        result: object = None,
+        has_result: bool = False,
+        lost: bool = False,
+    ) -> None:
+        self.message = message
+        self.result = result
+        self.has_result = has_result
+        self.lost = lost  # the platform could not even make the process what it must be
+
+
+def shorten(text: str, limit: int = 500) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def size(amount: int) -> str:
+    """Bytes as people write them, rounded down: "512 MiB", "31.2 GiB"."""
+    for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if amount >= unit:
+            return f"{amount * 10 // unit / 10:g} {name}"
+    return f"{amount} B"

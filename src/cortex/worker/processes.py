@@ -1,0 +1,165 @@
+"""Processes as the kernel tells of them. Called by supervisors and by the local engine.
+
+A process is never known by its bare pid: pid and start ticks, verified while a pidfd holds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+# Only kernels with CONFIG_PROC_CHILDREN have it.
+_HAS_CHILDREN = os.path.exists("/proc/thread-self/children")
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def prctl(option: int, value: int) -> None:
+    if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl {option} failed")
+
+
+def boot_id() -> str:
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
+def stat(pid: int | str) -> tuple[str, int, int] | None:
+    """State, parent and start ticks; None when there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            data = file.read()
+    except OSError:
+        return None
+    fields = data[data.rindex(b")") + 2 :].split()
+    return fields[0].decode(), int(fields[1]), int(fields[19])
+
+
+def hold(pid: int, ticks: int) -> int | None:
+    """A pidfd of exactly this process, or None when it is gone."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return None
+    found = stat(pid)
+    if found is None or found[2] != ticks:
+        os.close(pidfd)
+        return None
+    return pidfd
+
+
+def send(processes: dict[int, int], *signals: int) -> None:
+    """Signal each of these (pid: start ticks), and nobody who got one of the pids later."""
+    for pid, ticks in processes.items():
+        pidfd = hold(pid, ticks)
+        if pidfd is None:
+            continue
+        try:
+            for number in signals:
+                signal.pidfd_send_signal(pidfd, number)
+        except OSError:
+            pass  # gone meanwhile, or (a setuid program) not ours to signal
+        finally:
+            os.close(pidfd)
+
+
+def walk(root: int) -> Iterator[tuple[int, int]]:
+    """All that live below a process, parents before children: pid and start ticks. What the caller
+    stops when it is told of it has its children listed as they then stay."""
+    below = _children if _HAS_CHILDREN else _scanner()
+    waiting = [root]
+    while waiting:
+        for pid in below(waiting.pop()):
+            about = stat(pid)
+            if about is not None and about[0] not in "ZX":
+                yield pid, about[2]
+                waiting.append(pid)
+
+
+def descendants(root: int) -> dict[int, int]:
+    """All that live below a process: pid: start ticks."""
+    return dict(walk(root))
+
+
+def with_variable(name: str, value: str) -> dict[int, int]:
+    """All processes whose environment block holds this variable: pid: start ticks."""
+    wanted = f"{name}={value}".encode()
+    found = {}
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            with open(f"/proc/{entry}/environ", "rb") as file:
+                holds = wanted in file.read().split(b"\0")
+        except OSError:
+            continue
+        about = stat(entry) if holds else None
+        if about is not None:
+            found[int(entry)] = about[2]
+    return found
+
+
+def memory(pids: list[int], limit: int) -> int:
+    """Bytes that these processes take together. Resident sizes count shared pages in each, and
+    proportional ones are dear to ask for: those are asked for only if the first are over the limit."""
+    resident = {pid: _resident(pid) for pid in pids}
+    total = sum(resident.values())
+    if total <= limit:
+        return total
+    return sum(_proportional(pid, amount) for pid, amount in resident.items())
+
+
+def close_all_but(keep: set[int]) -> None:
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in keep:
+            # The one that listed the folder is closed already.
+            with contextlib.suppress(OSError):
+                os.close(int(name))
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children") as file:
+                found += map(int, file.read().split())
+    except OSError:
+        pass  # gone: its children have another parent by now, and the next look finds them
+    return found
+
+
+def _scanner() -> Callable[[int], list[int]]:
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        about = stat(entry) if entry.isdigit() else None
+        if about is not None:
+            children.setdefault(about[1], []).append(int(entry))
+    return lambda pid: children.get(pid, [])
+
+
+def _resident(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            return int(file.read().split()[1]) * _PAGE
+    except (OSError, IndexError):
+        return 0
+
+
+def _proportional(pid: int, fallback: int) -> int:
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            for line in file:
+                if line.startswith("Pss:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return fallback

@@ -1,0 +1,182 @@
+"""Runs the user's Task in the job's process: import, call, result, and an exit as Python's own.
+
+Called by `child` in a process forked for this one job. Everything is imported at the top: later
+imports would find the user's modules first.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib.machinery
+import importlib.util
+import json
+import os
+import sys
+import threading
+import traceback
+import types
+
+from cortex.worker.messages import Outcome, shorten
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cortex.worker.messages import Setup
+
+    Task = Callable[[object], object]
+    Tell = Callable[[Outcome], None]
+
+MOST_RESULT = 1 << 20
+_OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+class _Unusable(Exception):
+    """The file holds nothing to run; there is no traceback worth showing."""
+
+
+def run(setup: Setup, path: str, config: object, tell: Tell) -> int:
+    """Run the task and everything that Python does before it exits; the exit code."""
+    _prepare(setup, path)
+    code = _call(setup, path, config, tell)
+    _finish()
+    return code
+
+
+def user_roots(setup: Setup) -> list[str]:
+    """Where the user's own modules lie, as `sys.path` names them first."""
+    return [setup.project] + ([setup.python_path] if setup.python_path else [])
+
+
+def _prepare(setup: Setup, path: str) -> None:
+    sys.path[0:0] = user_roots(setup)
+    # Last, so that they shadow nothing. A process that multiprocessing spawns gets this path, and
+    # must find the task's module to unpickle its functions, and cortex.logger.
+    sys.path += [p for p in (os.path.dirname(path), setup.import_dir) if p not in sys.path]
+    sys.argv = [path]
+    # multiprocessing would run the file of __main__ again in each spawned process: not ours.
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(  # type: ignore[union-attr]  # nobody has replaced them yet
+            encoding="utf-8", errors="backslashreplace", line_buffering=True
+        )
+    # The standard library reseeds `random` after a fork; numpy does not, and every job would draw
+    # the same numbers.
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed()
+
+
+def _call(setup: Setup, path: str, config: object, tell: Tell) -> int:
+    try:
+        task = _load(setup, path)
+        value = task(config)
+        if hasattr(value, "__await__"):
+            getattr(value, "close", bool)()  # or Python warns that nobody awaited it
+            raise _Unusable("the task is async; call asyncio.run in it")
+    except SystemExit as error:
+        return _exit_code(error.code, tell)
+    except _Unusable as error:
+        print(f"cortex: {error}", file=sys.stderr)  # noqa: T201
+        tell(Outcome(message=shorten(str(error))))
+        return 1
+    except BaseException as error:  # noqa: BLE001, RUF100  # KeyboardInterrupt fails a task too
+        _show(error)
+        tell(Outcome(message=_last_line(error)))
+        return 1
+    _keep(value, tell)
+    return 0
+
+
+def _load(setup: Setup, path: str) -> Task:
+    shown = os.path.relpath(path, setup.project)
+    name = os.path.splitext(os.path.basename(path))[0]
+    if name in sys.modules:
+        name = f"cortex_task_{name}"
+    if not os.path.isfile(path):
+        raise _Unusable(f"{shown} is not in the project (definition.path names it)")
+    loader = importlib.machinery.SourceFileLoader(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    if spec is None:
+        raise _Unusable(f"{shown} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    loader.exec_module(module)
+    if hasattr(module, "Task"):
+        task: Task = module.Task()
+        if not callable(task):
+            raise _Unusable(f"the class Task of {shown} has no method __call__(self, config)")
+        return task
+    if callable(getattr(module, "task", None)):
+        function: Task = module.task
+        return function
+    raise _Unusable(f"{shown} defines neither a class Task nor a function task(config)")
+
+
+def _exit_code(code: object, tell: Tell) -> int:
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return code & 0xFF
+    print(code, file=sys.stderr)  # noqa: T201
+    tell(Outcome(message=shorten(str(code))))
+    return 1
+
+
+def _show(error: BaseException) -> None:
+    trace = error.__traceback__
+    while trace is not None and _is_platform(trace.tb_frame.f_code.co_filename):
+        trace = trace.tb_next
+    error.__traceback__ = trace
+    try:
+        sys.excepthook(type(error), error, trace)
+    except BaseException:  # noqa: BLE001, RUF100  # a hook of the user's
+        traceback.print_exception(type(error), error, trace)
+
+
+def _is_platform(filename: str) -> bool:
+    return filename.startswith((_OURS, "<frozen importlib."))
+
+
+def _last_line(error: BaseException) -> str:
+    kind = type(error)
+    name = kind.__qualname__
+    if kind.__module__ not in ("builtins", "__main__"):
+        name = f"{kind.__module__}.{name}"
+    try:
+        text = str(error)
+    except BaseException:  # noqa: BLE001, RUF100  # a __str__ of the user's
+        text = "<its message cannot be shown>"
+    return shorten(f"{name}: {text}" if text else name)
+
+
+def _keep(value: object, tell: Tell) -> None:
+    if value is None:
+        return
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except BaseException as error:  # noqa: BLE001, RUF100  # code of the user's runs in there
+        _not_kept(f"it is not JSON: {shorten(str(error))}")
+        return
+    if len(text) > MOST_RESULT:
+        _not_kept(f"it takes {len(text)} bytes, and {MOST_RESULT} is the most")
+        return
+    tell(Outcome(result=json.loads(text), has_result=True))
+
+
+def _not_kept(why: str) -> None:
+    print(f"cortex: the task's return value was not kept: {why}")  # noqa: T201
+
+
+def _finish() -> None:
+    """What Python does at exit; the process was forked from within the fork server's own frames and
+    must not unwind through them."""
+    for step in (threading._shutdown, atexit._run_exitfuncs):  # type: ignore[attr-defined]
+        try:
+            step()
+        except BaseException:  # noqa: BLE001, RUF100
+            traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BaseException):
+            stream.flush()

@@ -1,0 +1,130 @@
+"""The command against a real operator, as a user and as a script drive it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import CORTEX, PROBE, Operator, probe_yaml
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def cortex(shared: Operator, tmp_path: Path) -> Run:
+    """Runs the command in a folder of its own, with an environment that is the shared operator."""
+
+    def run(*arguments: str, code: int = 0, answer: str = "") -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [CORTEX, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "CORTEX_CLI_CONFIG_DIR": str(tmp_path / "config")},
+            input=answer,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == code, (arguments, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+        assert "\x1b[" not in done.stdout + done.stderr, "no colours when not on a terminal"
+        return done
+
+    run("env", "configure", "test", "--operator-endpoint", shared.url)
+    return run
+
+
+def project(folder: Path, name: str, file: str = "cortex.yaml") -> Path:
+    (folder / "probe.py").write_text(PROBE)
+    (folder / file).write_text(probe_yaml(name))
+    return folder / file
+
+
+def test_the_life_of_an_api(cortex: Run, shared: Operator, tmp_path: Path) -> None:
+    project(tmp_path, "cli-life")
+    (done,) = json.loads(cortex("deploy", "-o", "json").stdout)
+    assert (done["message"], done["error"]) == ("created cli-life", "")
+    endpoint = done["api"]["endpoint"]
+    job = shared.submit(endpoint, config={"do": "say", "lines": 3})
+    assert cortex("logs", "cli-life", job["job_id"]).stdout == "line 0\nline 1\nline 2\n"
+    shared.finished(endpoint, job)
+
+    shown = json.loads(cortex("get", "cli-life", job["job_id"], "-o", "json").stdout)
+    assert shown == shared.http.get(f"{endpoint}/{job['job_id']}").json()
+    listed = json.loads(cortex("get", "--output", "json", "cli-life").stdout)
+    assert listed == shared.http.get(f"{shared.url}/-/apis/cli-life").json()
+    assert "cli-life" in {
+        api["spec"]["name"] for api in json.loads(cortex("get", "-o", "json").stdout)
+    }
+
+    table = cortex("get", "cli-life").stdout
+    assert job["job_id"] in table
+    assert endpoint in table
+    assert "succeeded" in cortex("get", "cli-life", job["job_id"]).stdout
+    assert "cli-life" in cortex("get").stdout
+
+    running = shared.submit(endpoint, config={"do": "sleep", "s": 300})
+    stopped = json.loads(cortex("delete", "cli-life", running["job_id"], "-o", "json").stdout)
+    assert stopped == {"message": f"stopped job {running['job_id']}"}
+    refused = cortex("delete", "cli-life", code=2)
+    assert "--force" in refused.stderr
+    deleted = json.loads(cortex("delete", "cli-life", "--force", "-o", "json").stdout)
+    assert deleted == {"message": "deleted API cli-life"}
+    missing = cortex("get", "cli-life", "-o", "json", code=1)
+    assert missing.stdout == ""
+    assert "cli-life" in missing.stderr
+
+
+def test_submit_prints_what_the_operator_answers(
+    cortex: Run, shared: Operator, tmp_path: Path
+) -> None:
+    project(tmp_path, "cli-submit")
+    cortex("deploy")
+    out = cortex("submit", "cli-submit", "--config", '{"a": 1}', "--timeout", "60", "-o", "json")
+    job = json.loads(out.stdout)
+    assert (job["config"], job["timeout"]) == ({"a": 1}, 60)
+
+
+def test_a_file_of_any_name_is_deployed(cortex: Run, tmp_path: Path) -> None:
+    file = project(tmp_path, "cli-dot", ".cortex-generated.yaml")
+    (done,) = json.loads(cortex("deploy", str(file), "-e", "test", "-o", "json", "-y").stdout)
+    assert done["message"] == "created cli-dot"
+
+
+def test_every_mistake_reaches_the_user(cortex: Run, tmp_path: Path) -> None:
+    project(tmp_path, "Cli_Bad")
+    failed = cortex("deploy", code=1)
+    assert "cortex.yaml:1" in failed.stderr
+    assert "Cli_Bad" in failed.stderr
+
+
+def test_an_operator_that_is_not_there(cortex: Run) -> None:
+    cortex("env", "configure", "gone", "--operator-endpoint", "http://127.0.0.1:1")
+    failed = cortex("get", "-e", "gone", "-o", "json", code=1)
+    assert "127.0.0.1:1" in failed.stderr
+    assert failed.stdout == ""
+
+
+def test_environments(cortex: Run, shared: Operator) -> None:
+    cortex("env", "configure", "other", "--operator-endpoint", "http://127.0.0.1:1")
+    cortex("env", "default", "other")
+    listed = json.loads(cortex("env", "list", "-o", "json").stdout)
+    assert listed["default_environment"] == "other"
+    assert {"name": "test", "operator_endpoint": shared.url} in listed["environments"]
+    cortex("env", "delete", "other")
+    assert "other" not in cortex("env", "list").stdout
+
+
+def test_usage_errors_exit_with_2(cortex: Run) -> None:
+    cortex("no-such-command", code=2)
+    cortex("get", "-o", "xml", code=2)
+
+
+def test_the_version(cortex: Run) -> None:
+    import cortex as package
+
+    assert package.__version__ in cortex("version").stdout

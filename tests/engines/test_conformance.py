@@ -1,0 +1,644 @@
+"""What every engine promises of one attempt from start to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from cortex.engines.base import Capacity, CapacityFreed, Ending, Lost, NeverStarted, Started
+from cortex.engines.local import LocalEngine
+from cortex.spec.api import Compute
+from engines.bench import Bench, exists
+
+MIB = 1 << 20
+SH = "/bin/sh"
+
+
+def test_a_task_succeeds_with_its_result(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt(
+            "class Task:\n    def __call__(self, config):\n        return {'got': config}\n",
+            config={"mine": [1, "ä"]},
+        )
+        ended = await bench.outcome(engine, attempt)
+        assert (ended.ending, ended.exit_code, ended.message) == (Ending.EXITED, 0, None)
+        assert ended.has_result
+        assert ended.result == {"got": {"deployed": True, "mine": [1, "ä"]}}
+        started = await bench.started(attempt)
+        assert attempt.spec.created_ns <= started.start_ns == ended.start_ns <= ended.end_ns
+        assert bench.seen.index(started) < bench.seen.index(ended)
+
+    bench.run(scenario)
+
+
+def test_a_task_may_be_a_function(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        ended = await bench.outcome(engine, bench.attempt("def task(config): return 7"))
+        assert (ended.result, ended.has_result) == (7, True)
+
+    bench.run(scenario)
+
+
+def test_an_exception_is_exit_1_with_its_last_line_and_a_traceback_of_the_users_frames(
+    bench: Bench,
+) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        bench.write("def check(c):\n    raise ValueError(f'bad {c}')\n", "helper.py")
+        attempt = bench.attempt(
+            "import helper\nclass Task:\n    def __call__(self, config):\n"
+            "        print('before')\n        helper.check('C')\n"
+        )
+        ended = await bench.outcome(engine, attempt)
+        assert (ended.ending, ended.exit_code) == (Ending.EXITED, 1)
+        assert ended.message == "ValueError: bad C"
+        assert not ended.has_result
+        lines = bench.log(attempt).splitlines()
+        assert lines[:2] == ["before", "Traceback (most recent call last):"]
+        assert lines[-1] == "ValueError: bad C"
+        files = [line.split('"')[1] for line in lines if line.startswith("  File")]
+        assert files == [str(bench.project / "task.py"), str(bench.project / "helper.py")]
+
+    bench.run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            "import nowhere_to_be_found",
+            "ModuleNotFoundError: No module named 'nowhere_to_be_found'",
+        ),
+        ("x = 1", "task.py defines neither a class Task nor a function task(config)"),
+        ("def task(config) return 1", "SyntaxError"),
+        ("class Task: pass", "the class Task of task.py has no method __call__"),
+        ("async def task(config): pass", "the task is async"),
+    ],
+)
+def test_a_file_that_is_no_task_is_a_clear_error(bench: Bench, code: str, message: str) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt(code)
+        ended = await bench.outcome(engine, attempt)
+        assert (ended.ending, ended.exit_code) == (Ending.EXITED, 1)
+        assert ended.message is not None
+        assert ended.message.startswith(message)
+        assert message in bench.log(attempt)
+        assert "cortex/worker" not in bench.log(attempt)
+
+    bench.run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code", "message"),
+    [
+        ("0", 0, None),
+        ("None", 0, None),
+        ("3", 3, "exit code 3: on my way"),
+        ("'no such file'", 1, "no such file"),
+    ],
+)
+def test_sys_exit_is_honoured(bench: Bench, code: str, exit_code: int, message: str | None) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt(
+            f"import sys\ndef task(config):\n    print('on my way')\n    sys.exit({code})\n"
+        )
+        ended = await bench.outcome(engine, attempt)
+        assert (ended.ending, ended.exit_code, ended.message) == (
+            Ending.EXITED,
+            exit_code,
+            message,
+        )
+        assert not ended.has_result
+
+    bench.run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("command", "exit_code", "message"),
+    [
+        (["true"], 0, None),
+        ([SH, "-c", "echo one; echo two; echo; exit 3"], 3, "exit code 3: two"),
+        ([SH, "-c", "exit 7"], 7, "exit code 7"),
+        ([SH, "-c", "kill -SEGV $$"], -signal.SIGSEGV, "killed by SIGSEGV"),
+        ([SH, "-c", "kill -KILL $$"], -signal.SIGKILL, "killed by SIGKILL"),
+        (["no-such-program", "x"], 127, "exit code 127: cortex: cannot run 'no-such-program'"),
+        (["./not-executable"], 126, "exit code 126: cortex: cannot run './not-executable'"),
+    ],
+)
+def test_a_command_ends_as_it_ends(
+    bench: Bench, command: list[str], exit_code: int, message: str | None
+) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        bench.write("x", "not-executable")
+        ended = await bench.outcome(engine, bench.attempt(command=command))
+        assert (ended.ending, ended.exit_code) == (Ending.EXITED, exit_code)
+        assert (ended.message or "").startswith(message or "")
+        assert (ended.message is None) == (message is None)
+
+    bench.run(scenario)
+
+
+def test_a_worker_that_is_killed_from_outside_has_exited_by_that_signal(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt(
+            "import os, time\ndef task(config):\n"
+            "    print('pid', os.getpid(), flush=True)\n    time.sleep(60)\n"
+        )
+        await bench.start(engine, attempt)
+        await bench.printed(attempt, "pid")
+        os.kill(int(bench.log(attempt).split()[1]), signal.SIGKILL)
+        ended = await bench.ended(attempt)
+        assert (ended.ending, ended.exit_code) == (Ending.EXITED, -9)
+
+    bench.run(scenario)
+
+
+EAT = "b = []\nfor _ in range(400): b.append(bytearray(1 << 20)); time.sleep(0.002)\n"
+
+
+def test_a_task_over_its_memory_is_out_of_memory(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        eat = "\n".join("    " + line for line in EAT.splitlines())
+        attempt = bench.attempt(f"import time\ndef task(config):\n{eat}\n", mem=96 * MIB)
+        ended = await bench.outcome(engine, attempt)
+        assert ended.ending is Ending.OUT_OF_MEMORY
+        assert ended.exit_code == -9
+        assert ended.message == "exceeded its memory limit of 96 MiB"
+
+    bench.run(scenario)
+
+
+def test_a_child_over_the_memory_is_out_of_memory_though_its_shell_goes_on(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        (bench.project / "eat.py").write_text("import time\n" + EAT)
+        attempt = bench.attempt(
+            command=[SH, "-c", f"{sys.executable} eat.py; sleep 60; exit 0"], mem=96 * MIB
+        )
+        ended = await bench.outcome(engine, attempt)
+        assert ended.ending is Ending.OUT_OF_MEMORY
+
+    bench.run(scenario)
+
+
+def test_a_task_within_its_memory_succeeds(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt("def task(config): return len(bytearray(8 << 20))", mem=96 * MIB)
+        assert (await bench.outcome(engine, attempt)).result == 8 * MIB
+
+    bench.run(scenario)
+
+
+def test_the_timeout_ends_a_job(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt(command=["sleep", "60"], timeout=1)
+        ended = await bench.outcome(engine, attempt)
+        assert ended.ending is Ending.TIMED_OUT
+        assert ended.message == "timeout of 1 s passed"
+        deadline_ns = attempt.spec.deadline_ns
+        assert deadline_ns is not None
+        assert ended.end_ns >= deadline_ns
+
+    bench.run(scenario)
+
+
+def test_a_stopped_task_may_save_its_work(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt("""
+            import signal, sys, time
+            def save(*_):
+                print("saved", flush=True)
+                sys.exit(0)
+            def task(config):
+                signal.signal(signal.SIGTERM, save)
+                print("ready", flush=True)
+                time.sleep(60)
+        """)
+        await bench.start(engine, attempt)
+        await bench.printed(attempt, "ready")
+        engine.stop(attempt.spec.job_id)
+        ended = await bench.ended(attempt)
+        assert (ended.ending, ended.exit_code) == (Ending.STOPPED, 0)
+        assert bench.log(attempt) == "ready\nsaved\n"
+        engine.stop(attempt.spec.job_id)  # harmless now
+
+    bench.run(scenario)
+
+
+def test_a_task_that_ignores_the_stop_is_killed_after_the_grace(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt("""
+            import signal, time
+            def task(config):
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                print("ready", flush=True)
+                time.sleep(60)
+        """)
+        await bench.start(engine, attempt)
+        await bench.printed(attempt, "ready")
+        engine.stop(attempt.spec.job_id)
+        ended = await bench.ended(attempt)
+        assert (ended.ending, ended.exit_code) == (Ending.STOPPED, -9)
+
+    bench.grace_s = 0.3
+    bench.run(scenario)
+
+
+def test_a_stop_right_after_the_start_is_not_lost(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        for _ in range(5):
+            attempt = bench.attempt(command=["sleep", "60"], api_id="same")
+            await bench.start(engine, attempt)
+            engine.stop(attempt.spec.job_id)
+            assert (await bench.ended(attempt)).ending is Ending.STOPPED
+
+    bench.run(scenario)
+
+
+DAEMON = """
+    import os, signal, time
+    def task(config):
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                print("daemon", os.getpid(), flush=True)
+                time.sleep(60)
+            os._exit(0)
+        os.wait()
+        time.sleep(config["sleep"])
+"""
+
+
+@pytest.mark.parametrize("sleep", [0.2, 60])
+def test_daemonised_grandchildren_end_with_the_job(bench: Bench, sleep: float) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt(DAEMON, config={"sleep": sleep})
+        await bench.start(engine, attempt)
+        await bench.printed(attempt, "daemon")
+        pid = int(bench.log(attempt).split()[1])
+        if sleep > 1:
+            engine.stop(attempt.spec.job_id)
+        ended = await bench.ended(attempt)
+        assert ended.ending is (Ending.STOPPED if sleep > 1 else Ending.EXITED)
+        assert not exists(pid)
+
+    bench.grace_s = 0.3
+    bench.run(scenario)
+
+
+def test_a_fork_bomb_is_gone_after_a_stop(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        # Each process lives for a moment and leaves a successor or two: never more than 60.
+        attempt = bench.attempt("""
+            import os, signal, time
+            def task(config):
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                print("ready", flush=True)
+                for _ in range(20):
+                    if os.fork() == 0:
+                        os.setsid()
+                        for _ in range(3000):
+                            time.sleep(0.005)
+                            if os.fork():
+                                os._exit(0)
+                        os._exit(0)
+                time.sleep(60)
+        """)
+        await bench.start(engine, attempt)
+        await bench.printed(attempt, "ready")
+        engine.stop(attempt.spec.job_id)
+        assert (await bench.ended(attempt)).ending is Ending.STOPPED
+
+    bench.grace_s = 0.2
+    bench.run(scenario)
+
+
+def test_the_log_is_complete_and_in_order(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt("""
+            import subprocess, sys, threading, time
+            def late():
+                time.sleep(0.1)
+                print("from a thread")
+            def task(config):
+                print("ünï\\udc80")
+                print("error", file=sys.stderr)
+                subprocess.run(["echo", "child"])
+                threading.Thread(target=late).start()
+                import atexit
+                atexit.register(print, "at exit")
+                sys.stdout.write("no newline")
+        """)
+        await bench.outcome(engine, attempt)
+        assert bench.log(attempt) == (
+            "ünï\\udc80\nerror\nchild\nno newlinefrom a thread\nat exit\n"
+        )
+
+    bench.run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("object()", "not JSON"),
+        ("float('nan')", "not JSON"),
+        ("'x' * (1 << 20)", "is the most"),
+    ],
+)
+def test_a_value_that_cannot_be_kept_does_not_fail_the_task(
+    bench: Bench, value: str, why: str
+) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt(f"def task(config): return {value}")
+        ended = await bench.outcome(engine, attempt)
+        assert (ended.ending, ended.exit_code, ended.has_result) == (Ending.EXITED, 0, False)
+        assert why in bench.log(attempt)
+
+    bench.run(scenario)
+
+
+def test_a_large_result_is_kept(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        ended = await bench.outcome(engine, bench.attempt("def task(config): return 'x' * 1000000"))
+        assert ended.result == "x" * 1000000
+
+    bench.run(scenario)
+
+
+def test_nothing_leaks_from_one_job_to_the_next(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        bench.write("seen = []\n", "state.py")
+        code = """
+            import random, os, state
+            import json
+            def task(config):
+                state.seen.append(1)
+                json.leaked = getattr(json, "leaked", 0) + 1
+                os.environ["LEAK"] = os.environ.get("LEAK", "") + "x"
+                return [len(state.seen), json.leaked, os.environ["LEAK"], random.random()]
+        """
+        results = []
+        for _ in range(2):
+            ended = await bench.outcome(engine, bench.attempt(code, api_id="same"))
+            results.append(ended.result)
+        assert [r[:3] for r in results if isinstance(r, list)] == [[1, 1, "x"]] * 2
+        assert results[0] != results[1]
+
+    bench.run(scenario)
+
+
+def test_the_users_modules_shadow_as_in_a_plain_interpreter(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        bench.write("mine = True\n", "select.py")
+        bench.write("mine = True\n", "lib/other.py")
+        attempt = bench.attempt(
+            "import select, other\ndef task(config): return [select.mine, other.mine]",
+            python_path="lib",
+        )
+        assert (await bench.outcome(engine, attempt)).result == [True, True]
+
+    bench.run(scenario)
+
+
+def test_multiprocessing_works_in_every_way_of_starting(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt(
+            """
+            import multiprocessing
+            from cortex.logger import logger
+            def double(x):
+                return 2 * x
+            def task(config):
+                found = []
+                for method in ("fork", "spawn", "forkserver"):
+                    with multiprocessing.get_context(method).Pool(2) as pool:
+                        found += pool.map(double, [1, 2])
+                return found
+            """,
+            path="deep/work.py",
+        )
+        assert (await bench.outcome(engine, attempt)).result == [2, 4, 2, 4, 2, 4]
+
+    bench.run(scenario)
+
+
+def test_the_environment_is_clean(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPERATORS_SECRET", "s")
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy")
+    bench.env = {"MINE": "m", "PATH": "/opt/bin:/usr/bin:/bin"}
+
+    async def scenario(engine: LocalEngine) -> None:
+        probe = "import os\ndef task(config): return dict(os.environ)"
+        attempt = bench.attempt(probe)
+        env = (await bench.outcome(engine, attempt)).result
+        assert isinstance(env, dict)
+        folder = bench.root / attempt.spec.job_id
+        assert "OPERATORS_SECRET" not in env
+        assert env["HTTPS_PROXY"] == "http://proxy"
+        assert env["MINE"] == "m"
+        assert env["CORTEX_JOB_ID"] == attempt.spec.job_id
+        assert env["CORTEX_API_NAME"] == "probe"
+        assert env["CORTEX_JOB_DIR"] == str(folder / "files")
+        assert env["CORTEX_LOG_LEVEL"] == "info"
+        assert env["PYTHONUNBUFFERED"] == "1"
+        assert (folder / "files").is_dir()
+        assert env["CORTEX_JOB_SPEC"] == str(folder / "job.json")
+        job = json.loads((folder / "job.json").read_text())
+        assert job["config"] == {"deployed": True}
+        attempt = bench.attempt(command=["env"])
+        await bench.outcome(engine, attempt)
+        names = {line.partition("=")[0] for line in bench.log(attempt).splitlines()}
+        assert names == set(env) - {"LC_CTYPE"} or names == set(env)
+
+    bench.run(scenario)
+
+
+def test_a_worker_inherits_no_file_and_no_signal_state(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt(
+            command=[SH, "-c", "ls -l /proc/$$/fd; grep -E 'Sig(Blk|Ign)' /proc/$$/status; pwd"]
+        )
+        ended = await bench.outcome(engine, attempt)
+        log = bench.log(attempt)
+        assert ended.exit_code == 0, log
+        targets = [line.split(" -> ")[1] for line in log.splitlines() if " -> " in line]
+        path = str(bench.root / attempt.spec.job_id / "log")
+        assert targets == ["/dev/null", path, path]
+        assert log.count("\t0000000000000000") == 2
+        assert log.splitlines()[-1] == str(bench.project)
+
+    bench.run(scenario)
+
+
+def test_the_logger_writes_json_lines(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt("""
+            from cortex.logger import logger
+            def task(config):
+                logger.debug("not shown")
+                logger.info("hello %s", "you", extra={"rows": 3})
+                try:
+                    1 / 0
+                except ZeroDivisionError:
+                    logger.exception("oh")
+        """)
+        await bench.outcome(engine, attempt)
+        first, second = map(json.loads, bench.log(attempt).splitlines())
+        assert first.pop("timestamp").endswith("Z")
+        assert first == {
+            "level": "info",
+            "message": "hello you",
+            "api_name": "probe",
+            "job_id": attempt.spec.job_id,
+            "rows": 3,
+        }
+        assert second["exc_info"].endswith("ZeroDivisionError: division by zero")
+
+    bench.run(scenario)
+
+
+def test_the_environment_is_the_users_own_and_warm(bench: Bench) -> None:
+    """Nothing of the operator's site-packages is seen; what is third-party is imported ahead."""
+
+    async def scenario(engine: LocalEngine) -> None:
+        bench.bare_environment({"third": "import os\npid = os.getpid()\n"})
+        bench.write("import os\npid = os.getpid()\n", "own.py")
+        attempt = bench.attempt("""
+            import importlib.util, os, sys
+            import own, third
+            from cortex.logger import logger
+            def task(config):
+                logger.info("here")
+                return {
+                    "pydantic": importlib.util.find_spec("pydantic") is not None,
+                    "own": own.pid == os.getpid(),
+                    "third": third.pid == os.getpid(),
+                    "prefix": sys.prefix,
+                    "venv": os.environ["VIRTUAL_ENV"],
+                }
+        """)
+        venv = str(bench.python.parent.parent)
+        assert (await bench.outcome(engine, attempt)).result == {
+            "pydantic": False,
+            "own": True,
+            "third": False,
+            "prefix": venv,
+            "venv": venv,
+        }
+
+    bench.run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("module", "exit_code"),
+    [
+        (
+            "import threading, time\nt = threading.Thread(target=time.sleep, args=(60,), daemon=True)\nt.start()\n",
+            0,
+        ),
+        ("import os\nfile = open(os.devnull)\n", 0),
+        ("import os\nos._exit(5)\n", 5),
+    ],
+    ids=["thread", "file", "exit"],
+)
+def test_an_import_that_jobs_cannot_share_is_left_to_each(
+    bench: Bench, module: str, exit_code: int
+) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        bench.bare_environment({"third": "import os\npid = os.getpid()\n" + module})
+        attempt = bench.attempt(
+            "import os, third\ndef task(config): return third.pid == os.getpid()"
+        )
+        ended = await bench.outcome(engine, attempt)
+        assert ended.exit_code == exit_code
+        assert ended.result is (None if exit_code else True)
+
+    bench.run(scenario)
+
+
+def test_a_stop_while_the_interpreter_is_being_warmed_is_at_once(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        bench.bare_environment({"third": "import time\ntime.sleep(5)\n"})
+        attempt = bench.attempt("import third\ndef task(config): print('ran')")
+        await bench.start(engine, attempt)
+        engine.stop(attempt.spec.job_id)
+        assert isinstance(await bench.last(attempt), NeverStarted)
+        assert bench.log(attempt) == ""
+
+    bench.run(scenario)
+
+
+def test_an_environment_without_python_is_lost_with_the_reason(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        for python, words in ((Path("/no/python"), "No such file"), (Path("/bin/false"), "")):
+            bench.python = python
+            attempt = bench.attempt("def task(config): pass")
+            await bench.start(engine, attempt)
+            lost = await bench.last(attempt)
+            assert isinstance(lost, Lost)
+            assert lost.reason.startswith("the environment's Python could not start")
+            assert words in lost.reason
+
+    bench.run(scenario)
+
+
+def test_capacity_is_taken_and_given_back(bench: Bench) -> None:
+    async def scenario(_: LocalEngine) -> None:
+        engine = LocalEngine(bench.root, Capacity(1000, 4 << 30, 2), 1, "watchdog")
+        await engine.open(bench._saw)
+        assert engine.refusal(Compute(gpu=8)) == "needs 8 GPUs, this machine has 2"
+        assert engine.refusal(Compute(mem=4 << 30, cpu_m=1000, gpu=2)) is None
+        assert engine.reserve("a", Compute(cpu_m=600, mem=3 << 30, gpu=1)) is None
+        assert engine.reserve("b", Compute(cpu_m=200, mem=2 << 30)) == "needs 2 GiB, 1 GiB free"
+        assert engine.reserve("b", Compute(cpu_m=2000)) == "needs 2 CPU, 0.4 free"
+        assert engine.reserve("b", Compute(gpu=2)) == "needs 2 GPUs, 1 free"
+        engine.release("a")
+        assert bench.seen == [CapacityFreed()]
+        assert engine.reserve("b", Compute(cpu_m=1000, mem=4 << 30, gpu=2)) is None
+        engine.release("b")
+        assert bench.seen == [CapacityFreed()]
+        await engine.close()
+
+    bench.run(scenario)
+
+
+def test_gpus_are_allotted_by_index(bench: Bench) -> None:
+    async def scenario(_: LocalEngine) -> None:
+        engine = LocalEngine(bench.root, Capacity(1000, 4 << 30, 3), 1, bench.memory_limit)
+        await engine.open(bench._saw)
+        engine.reserve("somebody", Compute(gpu=1))
+        attempt = bench.attempt(command=[SH, "-c", "echo [$CUDA_VISIBLE_DEVICES]"])
+        await bench.outcome(engine, attempt)
+        assert bench.log(attempt) == "[]\n"
+        await engine.close()
+
+    bench.run(scenario)
+
+
+def test_many_jobs_at_once(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempts = [
+            bench.attempt(
+                "def task(c): return c['i']", config={"i": i}, api_id="same", mem=64 * MIB
+            )
+            for i in range(40)
+        ]
+        for attempt in attempts:
+            engine.claim(attempt.spec.job_id, 1)
+            await engine.start(attempt)
+        assert [(await bench.ended(a)).result for a in attempts] == list(range(40))
+        assert sum(isinstance(o, Started) for o in bench.seen) == 40
+
+    bench.run(scenario)
+
+
+def test_a_note_is_in_the_log(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        engine.note("never-ran", "the environment could not be built")
+        assert engine.log("never-ran").read_text() == "the environment could not be built\n"
+
+    bench.run(scenario)

@@ -1,0 +1,36 @@
+"""The documentation says what the code does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from cortex import errors
+from cortex.spec.lifecycle import Status
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "examples").rglob("*.md")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_every_status_and_error_is_documented() -> None:
+    text = (ROOT / "docs" / "http.md").read_text()
+    served = [
+        c.kind
+        for c in errors._tree(errors.CortexError)
+        if not c.kind.startswith(("client.", "operator.", "auth.", "internal"))
+    ]
+    for word in [*Status, *served]:
+        assert f"`{word}`" in text, word
