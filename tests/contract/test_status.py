@@ -186,11 +186,11 @@ def test_unexpected_error_environment_cannot_be_built(shared: Operator) -> None:
 
 def test_unexpected_error_engine_refuses(shared: Operator) -> None:
     endpoint = shared.deployed(
-        probe_yaml("greedy").replace("cpu: 1m", "gpu: 4096"), {"probe.py": PROBE}
+        probe_yaml("greedy").replace("cpu: 1m", "gpu: 999"), {"probe.py": PROBE}
     )
     done = shared.run(endpoint)
     assert done["status"] == "status_unexpected_error"
-    assert "needs 4096 GPUs" in done["message"]
+    assert "needs 999 GPUs" in done["message"]
 
 
 def test_unexpected_error_supervisor_killed(shared: Operator, probe: str) -> None:

@@ -33,17 +33,17 @@ def serve(
     from cortex.engines.local.capacity import detect
     from cortex.operator.app import run
     from cortex.operator.settings import Settings
-    from cortex.spec.quantity import parse_bytes
+    from cortex.spec.quantity import bytes_of
 
     found = detect()
-    try:
-        capacity = Capacity(
-            cpu_m=found.cpu_m if cpu is None else round(cpu * 1000),
-            mem=found.mem if mem is None else parse_bytes(mem),
-            gpu=found.gpu if gpu is None else gpu,
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--mem") from error
+    mem_bytes = found.mem if mem is None else bytes_of(mem)
+    if mem_bytes is None:
+        raise typer.BadParameter(f"{mem!r} is no size; write 16Gi", param_hint="--mem")
+    capacity = Capacity(
+        cpu_m=found.cpu_m if cpu is None else round(cpu * 1000),
+        mem=mem_bytes,
+        gpu=found.gpu if gpu is None else gpu,
+    )
     settings = Settings(
         data_dir=(data_dir or Path(platformdirs.user_data_dir("cortex"))).absolute(),
         host=host,

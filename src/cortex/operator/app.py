@@ -50,7 +50,7 @@ def create_app(ctx: Context, deployer: Deployer) -> FastAPI:
     app.state.deployer = deployer
     app.include_router(admin.router)
     app.include_router(jobs.router)
-    install_error_handlers(app)
+    install_error_handlers(app, [*admin.router.routes, *jobs.router.routes])
     app.add_middleware(Gate, allowed_origins=ctx.settings.allowed_origins)
     return app
 

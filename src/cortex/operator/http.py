@@ -4,7 +4,7 @@ writes them."""
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any, NoReturn
 
 import structlog
@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.routing import BaseRoute, Match, Route
 
 from cortex.errors import (
     CortexError,
@@ -105,7 +106,7 @@ def refuse(error: CortexError, headers: dict[str, str] | None = None) -> Answer:
     return Answer(content, error.http_status, headers=headers)
 
 
-def install_error_handlers(app: FastAPI) -> None:
+def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
     """Turn every exception into the contract's errors, in this one place."""
 
     async def known(_: Request, error: CortexError) -> Answer:
@@ -119,7 +120,7 @@ def install_error_handlers(app: FastAPI) -> None:
         if error.status_code == 404:
             return refuse(NotFound(f"there is nothing at {path}; `cortex get` lists endpoints"))
         if error.status_code == 405:
-            allowed = headers.get("allow", headers.get("Allow", "other methods"))
+            allowed = headers["Allow"] = ", ".join(_methods_at(routes, request))
             return refuse(
                 MethodNotAllowed(f"{request.method} is not for {path}; {allowed} is"), headers
             )
@@ -138,6 +139,16 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, framework)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, invalid)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, unknown)
+
+
+def _methods_at(routes: Sequence[BaseRoute], request: Request) -> list[str]:
+    """All that the path takes: the framework tells only of the first route that it is like."""
+    like = (
+        route
+        for route in routes
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
+    )
+    return sorted({method for route in like for method in route.methods or ()})
 
 
 def _wrong(error: ErrorDetails) -> str:

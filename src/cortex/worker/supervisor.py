@@ -32,6 +32,7 @@ EXITED, OUT_OF_MEMORY, TIMED_OUT, STOPPED, LOST = (
 WATCH_S = 0.05
 KILL_S = 5.0
 DISK_TRIES = 60
+LONGEST_SLEEP_S = 86_400.0  # poll takes milliseconds as an int of C; who sleeps looks again
 
 
 def run(setup: Setup, order: Order, start_ns: int, slot: int) -> NoReturn:
@@ -231,7 +232,7 @@ class _Supervisor:
         left = [most_s] if most_s is not None else []
         if until is not None:
             left.append(until - time.monotonic())
-        timeout = max(0.0, min(left) * 1000 + 1) if left else None
+        timeout = max(0.0, min(*left, LONGEST_SLEEP_S) * 1000 + 1) if left else None
         for fd, _ in self.poller.poll(timeout):
             if fd == self.wake:
                 os.read(fd, 512)

@@ -261,6 +261,8 @@ class _ForkServer:
             loop.remove_writer(self._socket)
             self._socket.close()
         if self._process is not None:
+            if not self.ready:
+                self._process.kill()  # it may be in a long import, and holds nothing yet
             await asyncio.to_thread(_wait, self._process)
         self._errors.close()
 

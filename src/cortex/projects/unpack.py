@@ -1,0 +1,205 @@
+"""An uploaded project unpacked, and its identity. The archive may come from anyone.
+
+Files are written before any link exists, so nothing is ever written through one; the links are made
+last and must stay inside. What the stream may hold is bounded while it is read.
+"""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import hashlib
+import os
+import shutil
+import stat
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from cortex.errors import InvalidProject
+from cortex.projects.pack import MAX_PROJECT_BYTES, MAX_PROJECT_FILES
+
+_CHUNK = 1 << 20
+_MOST_HEADER = 1 << 20
+_MOST_OVERHEAD = 64 << 20
+_LONGEST_TARGET = 1024
+# Failures that the names in an archive cause, not the machine.
+_ITS_FAULT = {
+    errno.EEXIST,
+    errno.EINVAL,
+    errno.EISDIR,
+    errno.EILSEQ,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+}
+
+
+def unpack(archive: IO[bytes], target: Path) -> None:
+    """Unpack what `pack` wrote into `target`, which is made; on failure nothing is left in it.
+
+    Raises:
+        InvalidProject: it is no such archive, is too large, or holds what may not be in a project.
+    """
+    existed = target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    if any(target.iterdir()):
+        raise FileExistsError(errno.EEXIST, "the folder to unpack into is not empty", str(target))
+    try:
+        _unpack(archive, target)
+    except BaseException as error:
+        shutil.rmtree(target, ignore_errors=True)
+        if existed:
+            target.mkdir(exist_ok=True)
+        refusal = _refusal(error)
+        if refusal is not None:
+            raise refusal from error
+        raise
+
+
+def project_id(folder: Path) -> str:
+    """SHA-256 over the names, executable bits, link targets and contents of a folder's files."""
+    digest = hashlib.sha256()
+
+    def add(*fields: bytes) -> None:
+        for field in fields:
+            digest.update(len(field).to_bytes(8, "big") + field)
+
+    for path in sorted(_below(folder), key=os.fsencode):
+        name = os.fsencode(path.relative_to(folder))
+        info = path.lstat()
+        if stat.S_ISLNK(info.st_mode):
+            add(b"link", name, os.fsencode(path.readlink()))
+        elif stat.S_ISDIR(info.st_mode):
+            add(b"folder", name)
+        else:
+            add(b"program" if info.st_mode & stat.S_IXUSR else b"file", name)
+            with path.open("rb") as file:
+                add(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            yield Path(parent, name)
+
+
+class _Bounded:
+    """Reads the archive, and no more than a well-formed one has at that place and in all."""
+
+    def __init__(self, archive: IO[bytes]) -> None:
+        self._file = gzip.GzipFile(fileobj=archive, mode="rb")
+        self._total = MAX_PROJECT_BYTES + _MOST_OVERHEAD
+        self._step = 0
+
+    def expect(self, size: int) -> None:
+        """Before the next member is read: its header, or its content of `size`, may follow."""
+        self._step = size + _MOST_HEADER
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self._step -= len(data)
+        self._total -= len(data)
+        if self._step < 0 or self._total < 0:
+            raise InvalidProject("the archive holds more than it says; pack the project again")
+        return data
+
+
+def _unpack(archive: IO[bytes], target: Path) -> None:
+    source = _Bounded(archive)
+    source.expect(0)
+    links: list[tuple[Path, str]] = []
+    left, count = MAX_PROJECT_BYTES, 0
+    with tarfile.open(fileobj=source, mode="r|") as tar:  # type: ignore[call-overload]  # it only reads
+        while True:
+            source.expect(0)
+            member = tar.next()
+            if member is None:
+                break
+            count += 1
+            left -= member.size
+            if count > MAX_PROJECT_FILES:
+                raise InvalidProject(f"the project has over {MAX_PROJECT_FILES:,} files")
+            if left < 0:
+                raise InvalidProject(f"the project is over {MAX_PROJECT_BYTES >> 20} MiB")
+            source.expect(member.size)
+            _take(tar, member, target, links)
+    for path, linked in links:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(linked)
+    _check_links(target, [path for path, _ in links])
+
+
+def _take(
+    tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, links: list[tuple[Path, str]]
+) -> None:
+    path = _place(member, target)
+    if member.isdir():
+        path.mkdir(parents=True, exist_ok=True)
+    elif member.issym():
+        _check_target(member)
+        links.append((path, member.linkname))
+    elif member.isreg() and not member.issparse():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(tar, member, path)
+    else:
+        raise InvalidProject(f"{member.name!r} is neither a file, a folder nor a symbolic link")
+
+
+def _place(member: tarfile.TarInfo, target: Path) -> Path:
+    tarfile.data_filter(member, str(target))
+    parts = member.name.rstrip("/").split("/")
+    if member.name.startswith("/") or ".." in parts or "\0" in member.name:
+        raise InvalidProject(f"{member.name!r} leaves the project")
+    return target.joinpath(*parts)
+
+
+def _check_target(member: tarfile.TarInfo) -> None:
+    linked = member.linkname
+    within = os.path.normpath(os.path.join(os.path.dirname(member.name), linked))  # noqa: PTH118, PTH120
+    leaves = linked.startswith("/") or within.split("/")[0] == ".."
+    if leaves or not linked or "\0" in linked or len(linked) > _LONGEST_TARGET:
+        raise InvalidProject(f"the link {member.name!r} to {linked[:200]!r} leaves the project")
+
+
+def _check_links(target: Path, links: list[Path]) -> None:
+    """Now that all are there: a link through other links may leave, too."""
+    root = Path(os.path.realpath(target))
+    for link in links:
+        try:
+            real = Path(os.path.realpath(link, strict=True))
+        except FileNotFoundError:
+            real = Path(os.path.realpath(link))
+        if not real.is_relative_to(root):
+            raise InvalidProject(f"the link {str(link.relative_to(target))!r} leaves the project")
+
+
+def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
+    content = tar.extractfile(member)
+    mode = 0o755 if member.mode & stat.S_IXUSR else 0o644
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(path, flags, mode), "wb") as file:  # noqa: PTH123  # a descriptor
+        os.fchmod(file.fileno(), mode)  # whatever the umask
+        while content is not None and (chunk := content.read(_CHUNK)):
+            file.write(chunk)
+        if file.tell() != member.size:
+            raise InvalidProject(f"the archive ends within {member.name!r}; upload it again")
+
+
+def _refusal(error: BaseException) -> InvalidProject | None:
+    """What the client is told, or None where it is not the archive's fault."""
+    if isinstance(error, tarfile.FilterError):
+        return InvalidProject(f"{error.tarinfo.name!r} leaves the project or is of a wrong kind")
+    if isinstance(error, tarfile.TarError | gzip.BadGzipFile | EOFError | zlib.error):
+        return InvalidProject(f"the project is not a complete gzip tar archive ({error})")
+    if isinstance(error, ValueError | OverflowError):
+        return InvalidProject(f"the project's archive cannot be read ({error})")
+    if isinstance(error, OSError) and error.errno in _ITS_FAULT:
+        name = os.fsdecode(error.filename or "").rsplit("/", 1)[-1][:200]
+        return InvalidProject(
+            f"the project's archive holds an impossible file {name!r}: {error.strerror}"
+        )
+    return None

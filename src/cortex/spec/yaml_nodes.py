@@ -1,0 +1,239 @@
+"""YAML text as plain values that know their lines: the half of `spec.yaml` that knows YAML.
+
+The text is only composed into nodes, never constructed into objects: no tag runs anything, a line is
+known for everything, and duplicate keys, dates and tags become mistakes like any other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 100
+# What aliases expand to, in characters and as many for each value as a value takes of memory.
+MAX_EXPANDED = 8 << 20
+_VALUE_COST = 64
+_LONGEST_SHOWN = 60
+
+_TAG = "tag:yaml.org,2002:"
+_TRUE = {"true", "yes", "on", "y"}
+_ODD_TAGS = {"timestamp": "a date", "binary": "binary data", "set": "a set", "omap": "an omap"}
+
+
+@dataclass(frozen=True)
+class Odd:
+    """What YAML can say and JSON cannot: `what` names it."""
+
+    what: str
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value and its line: of its key in an object, else its own."""
+
+    data: None | bool | int | float | str | Odd | list[Value] | dict[str, Value]
+    line: int
+
+    def shown(self) -> str:
+        """What was found, in few words."""
+        if isinstance(self.data, Odd):
+            return self.data.what
+        if isinstance(self.data, str):
+            return quoted(self.data)
+        if isinstance(self.data, list):
+            return "a list" if self.data else "an empty list"
+        if isinstance(self.data, dict):
+            return "an object"
+        words = {None: "nothing", True: "true", False: "false"}
+        if self.data is None or isinstance(self.data, bool):
+            return words[self.data]
+        return shortened(str(self.data))
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One mistake in the file."""
+
+    line: int
+    text: str
+
+
+def quoted(text: str) -> str:
+    """A string in double quotes, on one line, shortened."""
+    escaped = text[: _LONGEST_SHOWN * 2].encode("unicode_escape").decode("ascii")
+    printable = text if text.isprintable() else escaped
+    return f'"{shortened(printable)}"'
+
+
+def shortened(text: str) -> str:
+    """At most sixty characters."""
+    return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 1] + "…"
+
+
+def join(where: str, key: str) -> str:
+    """The name of a field within another."""
+    return f"{where}.{key}" if where else key
+
+
+def read_nodes(text: str) -> tuple[Value | None, list[Mistake]]:
+    """The document as values, None where there is none; and the mistakes on this level."""
+    if len(text) > MAX_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
+        return None, [Mistake(1, "the file is over 1 MiB")]
+    try:
+        root = YAML(typ="safe", pure=True).compose(text)
+    except YAMLError as error:
+        return None, [_syntax(error, text)]
+    except RecursionError:
+        return None, [Mistake(1, _TOO_DEEP)]
+    except Exception as error:  # ruamel lets what chr, int and the like raise escape
+        return None, [Mistake(1, f"cannot be read as YAML: {_one_line(str(error))}")]
+    if root is None:
+        return None, []
+    builder = _Builder()
+    try:
+        return builder.value(root, root.start_mark.line + 1, "", 0), builder.mistakes
+    except _TooMuch as error:
+        return None, [*builder.mistakes, error.mistake]
+
+
+_TOO_DEEP = f"nested over {MAX_DEPTH} levels deep, or an alias that holds itself"
+
+
+class _TooMuch(Exception):
+    def __init__(self, mistake: Mistake) -> None:
+        super().__init__(mistake.text)
+        self.mistake = mistake
+
+
+class _Builder:
+    """Turns nodes into values, and stops where aliases make them too many."""
+
+    def __init__(self) -> None:
+        self.mistakes: list[Mistake] = []
+        self._left = MAX_EXPANDED
+
+    def value(self, node: Node, line: int, where: str, depth: int) -> Value:
+        self._left -= _VALUE_COST + (len(node.value) if isinstance(node, ScalarNode) else 0)
+        if self._left < 0:
+            raise _TooMuch(Mistake(line, "too large once its aliases are expanded"))
+        if depth > MAX_DEPTH:
+            raise _TooMuch(Mistake(line, _TOO_DEEP))
+        tag = str(node.tag).removeprefix(_TAG)
+        if isinstance(node, ScalarNode):
+            return Value(_scalar(tag, node.value), line)
+        if isinstance(node, SequenceNode) and tag == "seq":
+            return Value(
+                [
+                    self.value(
+                        n, n.start_mark.line + 1, f"{where}[{i}]" if where else "", depth + 1
+                    )
+                    for i, n in enumerate(node.value)
+                ],
+                line,
+            )
+        if isinstance(node, MappingNode) and tag == "map":
+            return Value(self._mapping(node, where, depth), line)
+        return Value(_odd(tag, ""), line)
+
+    def _mapping(self, node: MappingNode, where: str, depth: int) -> dict[str, Value]:
+        found: dict[str, Value] = {}
+        merged: dict[str, Value] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if str(key_node.tag) == f"{_TAG}merge":
+                merged = {**self._merged(value_node, line, where, depth), **merged}
+                continue
+            is_scalar = isinstance(key_node, ScalarNode)
+            key = _scalar(str(key_node.tag).removeprefix(_TAG), key_node.value) if is_scalar else ()
+            if not isinstance(key, str):
+                shown = shortened(key_node.value) if is_scalar else "a list or an object"
+                self._mistake(line, where, f"the key {shown} is not a string; put it in quotes")
+                continue
+            name = join(where, shortened(key))
+            if key in found:
+                self._mistake(line, name, f"given twice, first on line {found[key].line}")
+                continue
+            found[key] = self.value(value_node, line, name, depth + 1)
+        return {**merged, **found}
+
+    def _merged(self, node: Node, line: int, where: str, depth: int) -> dict[str, Value]:
+        nodes: Iterable[Node] = node.value if isinstance(node, SequenceNode) else [node]
+        merged: dict[str, Value] = {}
+        for one in nodes:
+            value = self.value(one, line, where, depth + 1)
+            if isinstance(value.data, dict):
+                merged = {**value.data, **merged}
+            else:
+                self._mistake(line, join(where, "<<"), f"found {value.shown()}; allowed: an object")
+        return merged
+
+    def _mistake(self, line: int, where: str, text: str) -> None:
+        self.mistakes.append(Mistake(line, f"{where}: {text}" if where else text))
+
+
+def _scalar(tag: str, text: str) -> None | bool | int | float | str | Odd:
+    if tag == "null":
+        return None
+    if tag in {"str", "value", "merge"}:
+        return _unicode(text)
+    try:
+        if tag == "bool":
+            return text.lower() in _TRUE
+        if tag == "int":
+            return _integer(text.replace("_", ""))
+        if tag == "float":
+            return _float(text.replace("_", "").lower())
+    except ValueError:
+        return Odd(f"a number that cannot be read ({shortened(text)})")
+    return _odd(tag, text)
+
+
+def _unicode(text: str) -> str | Odd:
+    try:
+        # An escaped pair of surrogates, as JSON writes it, is one character.
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    except UnicodeDecodeError:
+        return Odd("text with half a character (a lone surrogate)")
+
+
+def _integer(text: str) -> int:
+    digits = text.lstrip("+-").lower()
+    base = {"0x": 16, "0o": 8, "0b": 2}.get(digits[:2], 10)
+    value = int(digits, base)
+    str(value)  # over the interpreter's limit of digits, JSON could not be written either
+    return -value if text.startswith("-") else value
+
+
+def _float(text: str) -> float:
+    if text.lstrip("+-") == ".inf":
+        return -math.inf if text.startswith("-") else math.inf
+    return math.nan if text == ".nan" else float(text)
+
+
+def _odd(tag: str, text: str) -> Odd:
+    what = _ODD_TAGS.get(tag, f"the tag {shortened(tag)}")
+    is_shown = tag in _ODD_TAGS and tag != "binary" and text
+    return Odd(f"{what} ({shortened(text)})" if is_shown else what)
+
+
+def _syntax(error: YAMLError, text: str) -> Mistake:
+    if isinstance(error, ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        return Mistake(line, f"cannot be read as YAML: {error.reason}")
+    if not isinstance(error, MarkedYAMLError):
+        return Mistake(1, f"cannot be read as YAML: {_one_line(str(error))}")
+    mark = error.problem_mark or error.context_mark
+    words = [w for w in (error.context, error.problem) if isinstance(w, str)]
+    line = mark.line + 1 if mark is not None else 1
+    return Mistake(line, f"cannot be read as YAML: {_one_line(', '.join(words))}")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
