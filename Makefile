@@ -10,7 +10,7 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml uv.lock
 	test -x $(UV) || { $(PYTHON) -m venv $(VENV) && $(VENV)/bin/pip install -q --disable-pip-version-check uv; }
-	$(UV) sync -q --frozen --inexact
+	$(UV) sync -q --frozen --compile-bytecode
 	touch $@
 
 demo: setup

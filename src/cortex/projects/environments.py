@@ -72,7 +72,7 @@ class Environments:
     """The environments below one folder, which one operator owns."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self._root = root.absolute()
         self._builds: dict[str, _Build] = {}
         self._slots = asyncio.Semaphore(_MOST_BUILDS)
 
@@ -107,7 +107,7 @@ class Environments:
         if build is None:
             task = asyncio.create_task(self._build(identity, project), name=f"build {identity}")
             build = self._builds[identity] = _Build(task)
-            task.add_done_callback(lambda _: self._builds.pop(identity, None))
+            task.add_done_callback(lambda done: self._forget(identity, done))
         build.waiters += 1
         try:
             return await asyncio.shield(build.task)
@@ -118,6 +118,13 @@ class Environments:
                 self._builds.pop(identity, None)
                 build.task.cancel()
                 await asyncio.gather(build.task, return_exceptions=True)
+
+    def _forget(self, identity: str, done: asyncio.Task[Path]) -> None:
+        build = self._builds.get(identity)
+        if build is not None and build.task is done:
+            del self._builds[identity]
+        if not done.cancelled():
+            done.exception()  # seen, also where the last waiter left just before
 
     def _folder(self, identity: str) -> Path:
         # Short, since the path stands in the first line of every script of the environment.
@@ -216,7 +223,7 @@ async def _uv(attempt: Path, cwd: Path, *arguments: str) -> None:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            cwd=cwd.absolute(),
+            cwd=cwd,
             env={**env, "NO_COLOR": "1", "UV_NO_PROGRESS": "1"},
             start_new_session=True,
         )

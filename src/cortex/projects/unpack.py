@@ -99,6 +99,12 @@ class _Bounded:
         """Before the next member is read: its header, or its content of `size`, may follow."""
         self._step = size + _MOST_HEADER
 
+    def finish(self) -> None:
+        """Read the padding and the checksum at the end, which tar does not."""
+        self.expect(0)
+        while self.read(_CHUNK):
+            pass
+
     def read(self, size: int) -> bytes:
         data = self._file.read(size)
         self._step -= len(data)
@@ -127,6 +133,7 @@ def _unpack(archive: IO[bytes], target: Path) -> None:
                 raise InvalidProject(f"the project is over {MAX_PROJECT_BYTES >> 20} MiB")
             source.expect(member.size)
             _take(tar, member, target, links)
+    source.finish()
     for path, linked in links:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.symlink_to(linked)

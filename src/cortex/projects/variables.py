@@ -47,7 +47,6 @@ def _mistakes(binding: Binding) -> Iterator[str]:
     text = binding.original.string
     blank = text[: len(text) - len(text.lstrip())].count("\n")
     place = f"{FILE}:{binding.original.line + blank}"
-    shown = text.strip().splitlines()[0][:60] if text.strip() else ""
     if binding.error:
         # The value may be a secret, and is not shown.
         yield f"{place}: cannot be read; allowed: NAME=value, one to a line"
@@ -59,6 +58,6 @@ def _mistakes(binding: Binding) -> Iterator[str]:
     elif binding.key.startswith(RESERVED_ENV):
         yield f"{place}: {binding.key}: names that start with {RESERVED_ENV} are reserved"
     elif binding.value is None:
-        yield f'{place}: found "{shown}" without a value; allowed: NAME=value'
+        yield f"{place}: {binding.key}: has no value; allowed: NAME=value"
     elif "\0" in binding.value:
         yield f"{place}: {binding.key}: holds a NUL character"

@@ -12,12 +12,12 @@ import posixpath
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from decimal import ROUND_CEILING, Decimal
 
 from pydantic import JsonValue
 
 from cortex.errors import InvalidSpec
-from cortex.spec.api import MILLI, RESERVED_ENDPOINTS, Api
+from cortex.spec.api import RESERVED_ENDPOINTS, Api
+from cortex.spec.quantities import near_size, read_bytes, read_cpu_m
 from cortex.spec.yaml_nodes import Mistake, Odd, Value, join, quoted, read_nodes, shortened
 
 FieldLines = dict[tuple[int | str, ...], int]
@@ -25,19 +25,10 @@ FieldLines = dict[tuple[int | str, ...], int]
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 RESERVED_ENV = "CORTEX_"
 LEAST_MEM = 16 << 20
+_MOST_GPUS = 1000
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 _ENDPOINT = re.compile(r"/?([A-Za-z0-9][A-Za-z0-9_.-]{0,252})")
-_CPU = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(m?)")
-_MEM = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)(?:[eE]\+?(\d{1,2})|([kKMGT]i?))?")
-_NEAR_MEM = re.compile(r"(\d{1,18})\s*([kmgt])(i?)(?:b|bytes?)?", re.IGNORECASE)
-_SUFFIXES = {
-    f"{letter}{kind}": (1024 if kind else 1000) ** power
-    for power, letters in enumerate(("kK", "M", "G", "T"), start=1)
-    for letter in letters
-    for kind in ("", "i")
-}
-_LARGEST = 1 << 62
 
 
 def read_apis(text: str, file: str) -> list[Api]:
@@ -301,20 +292,18 @@ def _endpoint(value: Value, where: str, report: _Report) -> object:
 
 
 def _cpu(value: Value, where: str, report: _Report) -> object:
-    matched = _CPU.fullmatch(_number(value)) if not isinstance(value.data, bool) else None
-    scale = 1 if matched and matched[2] else MILLI
-    thousandths = _whole(Decimal(matched[1]) * scale) if matched else 0
-    if thousandths > 0:
-        return thousandths
+    found = read_cpu_m(_number(value))
+    if found:
+        return found
     report.wrong(value, where, 'cores as a number over 0, or thousandths such as "200m"')
     return None
 
 
 def _mem(value: Value, where: str, report: _Report) -> object:
-    found = _bytes(_number(value))
-    if found is None or found > _LARGEST:
-        near = _NEAR_MEM.fullmatch(_number(value))
-        hint = f'; did you mean "{near[1]}{near[2].upper()}{near[3].lower()}"?' if near else ""
+    found = read_bytes(_number(value))
+    if found is None:
+        near = near_size(_number(value))
+        hint = f"; did you mean {quoted(near)}?" if near else ""
         report.wrong(value, where, "bytes, or a size such as 512Mi or 1G", hint)
         return None
     if found < LEAST_MEM:
@@ -323,29 +312,17 @@ def _mem(value: Value, where: str, report: _Report) -> object:
     return found
 
 
-def _bytes(text: str) -> int | None:
-    matched = _MEM.fullmatch(text)
-    if matched is None:
-        return None
-    scale = 10 ** int(matched[2]) if matched[2] else _SUFFIXES.get(matched[3] or "", 1)
-    return _whole(Decimal(matched[1]) * scale)
-
-
 def _number(value: Value) -> str:
-    """A number or what a string says of one; nothing for anything else."""
+    """A number, or what a string says of one; nothing for anything else."""
     if isinstance(value.data, float):
-        return f"{Decimal(value.data):f}" if value.data.is_integer() else str(value.data)
+        return f"{value.data:.0f}" if value.data.is_integer() else str(value.data)
     is_one = isinstance(value.data, int | str) and not isinstance(value.data, bool)
     return str(value.data) if is_one else ""
 
 
-def _whole(number: Decimal) -> int:
-    return int(number.to_integral_value(ROUND_CEILING))
-
-
 def _gpu(value: Value, where: str, report: _Report) -> object:
     is_integer = isinstance(value.data, int) and not isinstance(value.data, bool)
-    if is_integer and isinstance(value.data, int) and 0 <= value.data <= MILLI:
+    if is_integer and isinstance(value.data, int) and 0 <= value.data <= _MOST_GPUS:
         return value.data
     report.wrong(value, where, "a whole number, 0 or more")
     return None

@@ -7,7 +7,7 @@ known for everything, and duplicate keys, dates and tags become mistakes like an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ruamel.yaml import YAML
@@ -17,9 +17,11 @@ from ruamel.yaml.reader import ReaderError
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 100
+MAX_VALUES = 20_000
 # What aliases expand to, in characters and as many for each value as a value takes of memory.
 MAX_EXPANDED = 8 << 20
 _VALUE_COST = 64
+_SHORT = 20_000
 _LONGEST_SHOWN = 60
 
 _TAG = "tag:yaml.org,2002:"
@@ -38,7 +40,7 @@ class Odd:
 class Value:
     """A value and its line: of its key in an object, else its own."""
 
-    data: None | bool | int | float | str | Odd | list[Value] | dict[str, Value]
+    data: bool | int | float | str | Odd | list[Value] | dict[str, Value] | None
     line: int
 
     def shown(self) -> str:
@@ -66,15 +68,16 @@ class Mistake:
 
 
 def quoted(text: str) -> str:
-    """A string in double quotes, on one line, shortened."""
-    escaped = text[: _LONGEST_SHOWN * 2].encode("unicode_escape").decode("ascii")
-    printable = text if text.isprintable() else escaped
-    return f'"{shortened(printable)}"'
+    """A string in double quotes, as `shortened` has it."""
+    return f'"{shortened(text)}"'
 
 
 def shortened(text: str) -> str:
-    """At most sixty characters."""
-    return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 1] + "…"
+    """At most sixty characters, all of them printable."""
+    start = text[: _LONGEST_SHOWN + 1]
+    if not start.isprintable():
+        start = start.encode("unicode_escape").decode("ascii")
+    return start if len(start) <= _LONGEST_SHOWN else start[: _LONGEST_SHOWN - 1] + "…"
 
 
 def join(where: str, key: str) -> str:
@@ -86,21 +89,33 @@ def read_nodes(text: str) -> tuple[Value | None, list[Mistake]]:
     """The document as values, None where there is none; and the mistakes on this level."""
     if len(text) > MAX_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         return None, [Mistake(1, "the file is over 1 MiB")]
-    try:
-        root = YAML(typ="safe", pure=True).compose(text)
-    except YAMLError as error:
-        return None, [_syntax(error, text)]
-    except RecursionError:
-        return None, [Mistake(1, _TOO_DEEP)]
-    except Exception as error:  # ruamel lets what chr, int and the like raise escape
-        return None, [Mistake(1, f"cannot be read as YAML: {_one_line(str(error))}")]
-    if root is None:
-        return None, []
+    root = _compose(text)
+    if root is None or isinstance(root, Mistake):
+        return None, [root] if root is not None else []
     builder = _Builder()
     try:
         return builder.value(root, root.start_mark.line + 1, "", 0), builder.mistakes
     except _TooMuch as error:
         return None, [*builder.mistakes, error.mistake]
+
+
+def _compose(text: str) -> Node | Mistake | None:
+    try:
+        if len(text) > _SHORT and _is_long(text):
+            return Mistake(1, f"over {MAX_VALUES:,} values")
+        root: Node | None = YAML(typ="safe", pure=True).compose(text)
+    except YAMLError as error:
+        return _syntax(error, text)
+    except RecursionError:
+        return Mistake(1, _TOO_DEEP)
+    except Exception as error:  # ruamel lets what chr, int and the like raise escape
+        return Mistake(1, f"cannot be read as YAML: {_one_line(str(error))}")
+    return root
+
+
+def _is_long(text: str) -> bool:
+    # Composing takes a tenth of a second for a thousand values; this stops at the limit.
+    return any(n > MAX_VALUES for n, _ in enumerate(YAML(typ="safe", pure=True).parse(text)))
 
 
 _TOO_DEEP = f"nested over {MAX_DEPTH} levels deep, or an alias that holds itself"
@@ -178,21 +193,12 @@ class _Builder:
         self.mistakes.append(Mistake(line, f"{where}: {text}" if where else text))
 
 
-def _scalar(tag: str, text: str) -> None | bool | int | float | str | Odd:
-    if tag == "null":
-        return None
-    if tag in {"str", "value", "merge"}:
-        return _unicode(text)
+def _scalar(tag: str, text: str) -> _Scalar:
+    convert = _SCALARS.get(tag)
     try:
-        if tag == "bool":
-            return text.lower() in _TRUE
-        if tag == "int":
-            return _integer(text.replace("_", ""))
-        if tag == "float":
-            return _float(text.replace("_", "").lower())
+        return convert(text) if convert else _odd(tag, text)
     except ValueError:
         return Odd(f"a number that cannot be read ({shortened(text)})")
-    return _odd(tag, text)
 
 
 def _unicode(text: str) -> str | Odd:
@@ -204,6 +210,7 @@ def _unicode(text: str) -> str | Odd:
 
 
 def _integer(text: str) -> int:
+    text = text.replace("_", "")
     digits = text.lstrip("+-").lower()
     base = {"0x": 16, "0o": 8, "0b": 2}.get(digits[:2], 10)
     value = int(digits, base)
@@ -212,6 +219,7 @@ def _integer(text: str) -> int:
 
 
 def _float(text: str) -> float:
+    text = text.replace("_", "").lower()
     if text.lstrip("+-") == ".inf":
         return -math.inf if text.startswith("-") else math.inf
     return math.nan if text == ".nan" else float(text)
@@ -237,3 +245,15 @@ def _syntax(error: YAMLError, text: str) -> Mistake:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+_Scalar = bool | int | float | str | Odd | None
+_SCALARS: dict[str, Callable[[str], _Scalar]] = {
+    "null": lambda _: None,
+    "str": _unicode,
+    "value": _unicode,
+    "merge": _unicode,
+    "bool": lambda text: text.lower() in _TRUE,
+    "int": _integer,
+    "float": _float,
+}

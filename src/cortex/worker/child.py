@@ -13,6 +13,7 @@ import signal
 import sys
 
 from cortex.worker import task
+from cortex.worker.files import read
 from cortex.worker.messages import JOB_ID_ROOM, Outcome
 from cortex.worker.processes import PR_SET_PDEATHSIG, close_all_but, prctl
 
@@ -30,9 +31,10 @@ NOT_RUNNABLE = 126
 class Files:
     """The file descriptors that a job's process starts from."""
 
-    __slots__ = ("log", "pipe")
+    __slots__ = ("folder", "log", "pipe")
 
-    def __init__(self, *, log: int, pipe: int) -> None:
+    def __init__(self, *, folder: int, log: int, pipe: int) -> None:
+        self.folder = folder
         self.log = log
         self.pipe = pipe
 
@@ -63,6 +65,8 @@ def _become(
         os._exit(1)
     groups.join()
     _reset_signals(for_python=setup.command is None)
+    # Through the open folder: it may have been moved meanwhile.
+    job = read(files.folder, "job.json")
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(files.log, 1)
@@ -74,8 +78,7 @@ def _become(
     os.chdir(setup.project)
     config: object = None
     if setup.path is not None:
-        with open(os.environ["CORTEX_JOB_SPEC"], encoding="utf-8") as file:
-            config = json.load(file)["config"]
+        config = json.loads(job or b"{}")["config"]
     # Last: a stop that came meanwhile ends the process now, by the default action.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     return config

@@ -76,7 +76,7 @@ def _start(sock, messages, supervisor, setup, data, slot) -> None:  # type: igno
         pid = -1
         reply.error = f"the machine could not fork: {error.strerror}"
     if pid == 0:
-        supervisor.run(setup, order, start_ns, slot)
+        supervisor.run(setup, order, start_ns, slot, sock.fileno())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGCHLD})
     if pid < 0:
         sock.send(reply.dumps())

@@ -114,10 +114,10 @@ class Order(_Message):
 
 
 class Reply(_Message):
-    """What a fork server says: that it is ready (no job id), or what came of an order. The
-    supervisor's pidfd travels along."""
+    """What is said to the engine: by a fork server that it is ready (no job id), or what came of
+    an order, with the supervisor's pidfd; by a supervisor that its start record is made."""
 
-    __slots__ = ("attempt", "error", "job_id", "pid", "start_ns")
+    __slots__ = ("attempt", "error", "job_id", "pid", "recorded", "start_ns")
 
     def __init__(
         self,
@@ -126,8 +126,10 @@ class Reply(_Message):
         attempt: int = 0,
         pid: int = 0,
         start_ns: int = 0,
+        recorded: bool = False,
         error: str | None = None,
     ) -> None:
+        self.recorded = recorded
         self.job_id = job_id
         self.attempt = attempt
         self.pid = pid

@@ -14,7 +14,7 @@ import signal
 import time
 
 from cortex.worker import cgroups, child, files, processes
-from cortex.worker.messages import ExitRecord, Outcome, StartRecord, shorten, size
+from cortex.worker.messages import ExitRecord, Outcome, Reply, StartRecord, shorten, size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,10 +35,10 @@ DISK_TRIES = 60
 LONGEST_SLEEP_S = 86_400.0  # poll takes milliseconds as an int of C; who sleeps looks again
 
 
-def run(setup: Setup, order: Order, start_ns: int, slot: int) -> NoReturn:
+def run(setup: Setup, order: Order, start_ns: int, slot: int, engine: int) -> NoReturn:
     """Never returns: it would return into the fork server."""
     try:
-        _Supervisor(setup, order, start_ns, slot).run()
+        _Supervisor(setup, order, start_ns, slot).run(engine)
     finally:
         os._exit(0)
 
@@ -65,12 +65,13 @@ class _Supervisor:
         self.wake = self._own_signals()
         self.deadline = self._deadline()
 
-    def run(self) -> None:
+    def run(self, engine: int) -> None:
         os.setsid()
         processes.prctl(processes.PR_SET_CHILD_SUBREAPER, 1)
-        processes.close_all_but({0, 1, 2, self.folder, self.wake, self.wake_write})
+        processes.close_all_but({0, 1, 2, self.folder, self.wake, self.wake_write, engine})
         if not files.create(self.folder, f"start.{self.order.attempt}", self._start_record()):
             return
+        self._announce(engine)
         try:
             ending = self._supervise()
         except Exception as error:  # noqa: BLE001, RUF100  # the platform's own failure
@@ -80,6 +81,17 @@ class _Supervisor:
             record = self._judge(ending)
         self.groups.remove()
         self._write(record)
+
+    def _announce(self, engine: int) -> None:
+        """Tell the engine that the job has started: not earlier, for until the record is made an
+        operator that comes up may fence the attempt off. It may be gone, and need not know."""
+        order = self.order
+        reply = Reply(
+            job_id=order.job_id, attempt=order.attempt, start_ns=self.start_ns, recorded=True
+        )
+        with contextlib.suppress(OSError):
+            os.write(engine, reply.dumps())
+        os.close(engine)
 
     def _supervise(self) -> str:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a SIGTERM held back arrives here
@@ -205,7 +217,7 @@ class _Supervisor:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGCHLD})
         self.worker = os.fork()
         if self.worker == 0:
-            opened = child.Files(log=log, pipe=write)
+            opened = child.Files(folder=self.folder, log=log, pipe=write)
             child.run(self.setup, self.order, self.groups, opened, parent, self.slot)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.close(log)

@@ -50,6 +50,7 @@ class _Live:
     attempt: Attempt
     pidfd: int | None = None
     stop: bool = False
+    started: bool = False
 
 
 class LocalEngine:
@@ -167,7 +168,13 @@ class LocalEngine:
         elif pidfd < 0:  # this process has too many open files to take it
             self._run(self._until_told(live))
         else:
-            self._watch(live, pidfd, reply.start_ns)
+            self._watch(live, pidfd)
+
+    def recorded(self, reply: Reply) -> None:
+        """From a supervisor: the job has started."""
+        live = self._live.get(reply.job_id or "")
+        if live is not None and live.attempt.number == reply.attempt:
+            self._started(live, reply.start_ns)
 
     def not_forked(self, job_id: str, reason: str) -> None:
         """From a fork server: an order that failed for good."""
@@ -222,9 +229,13 @@ class LocalEngine:
             visible_gpus=",".join(map(str, gpus)) if self._ledger.total.gpu else None,
         )
 
-    def _watch(self, live: _Live, pidfd: int, start_ns: int) -> None:
+    def _started(self, live: _Live, start_ns: int) -> None:
+        if not live.started:
+            live.started = True
+            self._report(Started(live.attempt.spec.job_id, live.attempt.number, start_ns))
+
+    def _watch(self, live: _Live, pidfd: int) -> None:
         live.pidfd = pidfd
-        self._report(Started(live.attempt.spec.job_id, live.attempt.number, start_ns))
         asyncio.get_running_loop().add_reader(pidfd, self._on_gone, live)
         if live.stop:
             self._signal(live)
@@ -268,7 +279,8 @@ class LocalEngine:
         if isinstance(found, records.Fenced):
             self._settle(live, self._never(live))
         elif isinstance(found, records.Alive):
-            self._watch(live, found.pidfd, found.start.start_ns)
+            self._started(live, found.start.start_ns)
+            self._watch(live, found.pidfd)
         else:
             await self._end(live, found)
         return True
@@ -277,7 +289,11 @@ class LocalEngine:
         spec = live.attempt.spec
         record = gone.exit
         if record is not None and record.ending != "lost":
+            self._started(live, record.start_ns)  # a short job may end before its start was seen
             self._settle(live, self._ended(live, record))
+            return
+        if gone.start is not None and gone.start.fenced:
+            self._settle(live, self._never(live))
             return
         groups = gone.start.cgroups if gone.start else []
         await asyncio.to_thread(records.clean, spec.job_id, groups)

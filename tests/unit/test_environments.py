@@ -1,0 +1,361 @@
+"""Environments built by the real uv, mostly from packages that lie in the project itself."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+
+import pytest
+
+from cortex.projects import environments as module
+from cortex.projects.environments import EnvironmentFailed, Environments
+
+
+def in_loop(test: Callable[..., Coroutine[object, object, None]]) -> Callable[..., None]:
+    """Run an async test; its fixtures are those of its signature."""
+
+    @functools.wraps(test)
+    def run_it(*args: object, **kwargs: object) -> None:
+        asyncio.run(test(*args, **kwargs))
+
+    return run_it
+
+
+def wheel(folder: Path, name: str = "tinyprobe", value: int = 1) -> str:
+    """A wheel of one module, as little as uv takes; its file name."""
+    file = f"{name}-1.0-py3-none-any.whl"
+    info = f"{name}-1.0.dist-info"
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(folder / file, "w") as zipped:
+        zipped.writestr(f"{name}.py", f"VALUE = {value}\n")
+        zipped.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        zipped.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        zipped.writestr(f"{info}/RECORD", "")
+    return file
+
+
+def project(folder: Path, **files: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("__", ".").replace("_", "-")).write_text(content)
+    return folder
+
+
+def with_wheel(folder: Path, value: int = 1) -> Path:
+    name = wheel(folder, value=value)
+    return project(folder, requirements__txt=f"./{name}\n")
+
+
+# A package whose build (by a backend in the project) writes its pid and does as it is told.
+BACKEND = """
+import os, pathlib, subprocess, sys, time, zipfile
+HERE = pathlib.Path(__file__).resolve().parent
+def get_requires_for_build_wheel(config_settings=None):
+    return []
+def build_wheel(directory, config_settings=None, metadata_directory=None):
+    (HERE / "written-by-the-build").write_text("x")
+    with open({log!r}, "a") as log:
+        log.write(f"{{os.getpid()}}\\n")
+    while not os.path.exists({go!r}):
+        time.sleep(0.01)
+    name = "slowprobe-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(os.path.join(directory, name), "w") as zipped:
+        zipped.writestr("slowprobe.py", "VALUE = 7")
+        info = "slowprobe-1.0.dist-info"
+        zipped.writestr(info + "/METADATA", "Metadata-Version: 2.1\\nName: slowprobe\\nVersion: 1.0\\n")
+        zipped.writestr(info + "/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        zipped.writestr(info + "/RECORD", "")
+    return name
+"""
+
+
+class Slow:
+    """A project whose environment takes until `go` is written; `log` has a line per build."""
+
+    def __init__(self, folder: Path, *, number: int = 0) -> None:
+        self.log, self.go = folder / f"log{number}", folder / f"go{number}"
+        self.project = project(
+            folder / f"slow{number}",
+            requirements__txt="./\n",
+            pyproject__toml='[project]\nname = "slowprobe"\nversion = "1.0"\n'
+            '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n',
+            backend__py=BACKEND.format(log=str(self.log), go=str(self.go)),
+        )
+
+    def pids(self) -> list[int]:
+        return [int(pid) for pid in self.log.read_text().split()] if self.log.exists() else []
+
+    async def started(self, builds: int = 1) -> None:
+        async with asyncio.timeout(60):
+            while len(self.pids()) < builds:  # noqa: ASYNC110  # another process writes it
+                await asyncio.sleep(0.01)
+
+
+def run(python: Path, code: str) -> str:
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def left_in(root: Path) -> list[Path]:
+    return [path for folder in root.iterdir() for path in folder.iterdir()]
+
+
+def gone(pid: int) -> bool:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+            if " Z " in Path(f"/proc/{pid}/stat").read_text():
+                return True
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "environments"
+
+
+@in_loop
+async def test_a_project_without_requirements_gets_a_plain_shared_environment(
+    root: Path, tmp_path: Path
+) -> None:
+    environments = Environments(root)
+    one = project(tmp_path / "one", requirements__txt="# none\n")
+    other = project(tmp_path / "other", pyproject__toml='[project]\nname = "x"\nversion = "1"\n')
+    assert environments.ready(one) is None
+    python = await environments.build(one)
+    assert environments.ready(one) == environments.ready(other) == python
+    assert run(python, "import sys; print(*sys.version_info[:3])") == "{} {} {}".format(
+        *sys.version_info
+    )
+    found = "import importlib.util as u; print(u.find_spec('pydantic'), u.find_spec('cortex'))"
+    assert run(python, found) == "None None"
+
+
+@in_loop
+async def test_requirements_are_installed_once_and_found_by_a_new_operator(
+    root: Path, tmp_path: Path
+) -> None:
+    first = with_wheel(tmp_path / "p")
+    python = await Environments(root).build(first)
+    assert run(python, "import tinyprobe; print(tinyprobe.VALUE)") == "1"
+    assert Environments(root).ready(first) == python
+    assert await Environments(root).build(first) == python
+    changed = with_wheel(tmp_path / "q", value=2)
+    assert Environments(root).ready(changed) is None
+
+
+@in_loop
+async def test_an_editable_project_is_installed_from_a_copy(root: Path, tmp_path: Path) -> None:
+    slow = Slow(tmp_path)
+    slow.go.touch()
+    before = Environments(root).identify(slow.project)
+    python = await Environments(root).build(slow.project)
+    assert run(python, "import slowprobe; print(slowprobe.VALUE)") == "7"
+    assert not (slow.project / "written-by-the-build").exists()
+    assert Environments(root).identify(slow.project) == before
+
+
+@in_loop
+async def test_a_package_of_the_registry_by_pyproject_and_include(
+    root: Path, tmp_path: Path
+) -> None:
+    mine = project(
+        tmp_path / "p",
+        requirements__txt="-r more.txt\n",
+        more__txt="six  # a comment\n",
+        pyproject__toml='[project]\nname = "x"\nversion = "1"\ndependencies = ["iniconfig"]\n',
+        conda_packages__txt=f"python={sys.version_info[0]}.{sys.version_info[1]}\npip\n",
+    )
+    python = await Environments(root).build(mine)
+    assert run(python, "import six, iniconfig, pip; print('ok')") == "ok"
+
+
+@in_loop
+async def test_what_cannot_be_resolved_fails_with_the_resolver_s_words(
+    root: Path, tmp_path: Path
+) -> None:
+    mine = project(tmp_path / "p", requirements__txt="no-such-package-cortex-probe==9\n")
+    environments = Environments(root)
+    for _ in range(2):
+        with pytest.raises(
+            EnvironmentFailed, match=r"uv pip install failed \(exit code \d\)"
+        ) as raised:
+            await environments.build(mine)
+        assert "no-such-package-cortex-probe" in raised.value.output
+        assert environments.ready(mine) is None
+    assert left_in(root) == []
+
+
+@in_loop
+async def test_a_python_that_does_not_exist_fails_in_words(root: Path, tmp_path: Path) -> None:
+    for number, files in enumerate(
+        (
+            {"conda_packages__txt": "python=3.2\n"},
+            {"pyproject__toml": '[project]\nname="x"\nversion="1"\nrequires-python="<3.3"\n'},
+        )
+    ):
+        with pytest.raises(EnvironmentFailed, match="uv venv failed") as raised:
+            await Environments(root).build(project(tmp_path / str(number), **files))
+        assert "3." in raised.value.output
+
+
+@in_loop
+async def test_mistakes_are_not_built(root: Path, tmp_path: Path) -> None:
+    mine = project(tmp_path / "p", conda_packages__txt="numpy\n")
+    with pytest.raises(EnvironmentFailed) as raised:
+        await Environments(root).build(mine)
+    assert raised.value.output.startswith("conda-packages.txt:1: numpy")
+
+
+@in_loop
+async def test_callers_share_one_build(root: Path, tmp_path: Path) -> None:
+    slow, environments = Slow(tmp_path), Environments(root)
+    callers = [asyncio.create_task(environments.build(slow.project)) for _ in range(5)]
+    await slow.started()
+    callers[0].cancel()  # the others still wait for it
+    await asyncio.gather(callers[0], return_exceptions=True)
+    slow.go.touch()
+    assert len(set(await asyncio.gather(*callers[1:]))) == 1
+    assert len(slow.pids()) == 1
+
+
+@in_loop
+async def test_at_most_two_build_at_once(root: Path, tmp_path: Path) -> None:
+    environments = Environments(root)
+    slow = [Slow(tmp_path, number=n) for n in range(3)]
+    callers = [asyncio.create_task(environments.build(one.project)) for one in slow]
+    await asyncio.gather(slow[0].started(), slow[1].started())
+    assert slow[2].pids() == []
+    slow[0].go.touch()
+    await slow[2].started()
+    slow[1].go.touch()
+    slow[2].go.touch()
+    await asyncio.gather(*callers)
+
+
+@in_loop
+async def test_a_cancelled_build_leaves_no_process_and_no_environment(
+    root: Path, tmp_path: Path
+) -> None:
+    slow, environments = Slow(tmp_path), Environments(root)
+    caller = asyncio.create_task(environments.build(slow.project))
+    await slow.started()
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert gone(slow.pids()[0])
+    assert environments.ready(slow.project) is None
+    assert left_in(root) == []
+    slow.go.touch()
+    assert (await environments.build(slow.project)).exists()
+
+
+@in_loop
+async def test_a_build_that_was_killed_with_its_operator_is_built_again(
+    root: Path, tmp_path: Path
+) -> None:
+    slow = Slow(tmp_path)
+    code = (
+        "import asyncio, sys; from pathlib import Path\n"
+        "from cortex.projects.environments import Environments\n"
+        "asyncio.run(Environments(Path(sys.argv[1])).build(Path(sys.argv[2])))\n"
+    )
+    operator = await asyncio.create_subprocess_exec(sys.executable, "-c", code, root, slow.project)
+    await slow.started()
+    operator.kill()
+    await operator.wait()
+    environments = Environments(root)
+    assert environments.ready(slow.project) is None
+    again = asyncio.create_task(environments.build(slow.project))
+    await asyncio.sleep(0)
+    slow.go.touch()  # the orphan goes on, too, in a folder of its own
+    python = await again
+    assert run(python, "import slowprobe; print(slowprobe.VALUE)") == "7"
+    assert gone(slow.pids()[0])
+    assert environments.ready(slow.project) == python
+
+
+@in_loop
+async def test_an_environment_whose_interpreter_is_gone_is_built_again(
+    root: Path, tmp_path: Path
+) -> None:
+    mine, environments = with_wheel(tmp_path / "p"), Environments(root)
+    python = await environments.build(mine)
+    python.unlink()
+    assert environments.ready(mine) is None
+    assert run(await environments.build(mine), "import tinyprobe; print(1)") == "1"
+
+
+@in_loop
+async def test_a_uv_that_is_killed_is_told(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "uv"
+    fake.write_text("#!/bin/sh\nkill -9 $$\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(module.uv, "find_uv_bin", lambda: str(fake))
+    with pytest.raises(EnvironmentFailed, match=f"signal {signal.SIGKILL.value}"):
+        await Environments(root).build(project(tmp_path / "p"))
+
+
+@in_loop
+async def test_uv_inherits_the_operator_s_settings_but_not_its_packages(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel(tmp_path / "wheels", "onlyhere")
+    monkeypatch.setenv("UV_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setenv("UV_NO_INDEX", "1")
+    monkeypatch.setenv("PYTHONPATH", "/nonsense")
+    monkeypatch.setenv("UV_SYSTEM_PYTHON", "1")
+    python = await Environments(root).build(project(tmp_path / "p", requirements__txt="onlyhere\n"))
+    assert run(python, "import onlyhere; print(onlyhere.VALUE)") == "1"
+
+
+def test_the_identity_is_of_what_decides_and_of_nothing_else(root: Path, tmp_path: Path) -> None:
+    environments = Environments(root)
+    numbers = iter(range(100))
+
+    def identity(**files: str) -> str:
+        return environments.identify(project(tmp_path / str(next(numbers)), **files))
+
+    plain = identity()
+    six = identity(requirements__txt="six\n")
+    assert plain == identity(main__py="x = 1") == identity(requirements__txt="\n# c\n")
+    assert six == identity(requirements__txt="# c\n\nsix # why\n", main__py="x = 1")
+    table = '[project]\nname = "x"\nversion = "{}"\ndependencies = [{}]\n'
+    by_table = identity(pyproject__toml=table.format(1, '"six"'))
+    assert by_table == identity(pyproject__toml=table.format(2, '"six"'))
+    assert plain == identity(conda_packages__txt="python={}.{}".format(*sys.version_info))
+    assert plain == identity(pyproject__toml=table.format(1, "") + 'requires-python=">=3.11"\n')
+    different = [
+        plain,
+        six,
+        by_table,
+        identity(requirements__txt="six==1\n"),
+        identity(requirements__txt="-r a.txt\n", a__txt="six"),
+        identity(requirements__txt="-r a.txt\n", a__txt="toml"),
+        identity(requirements__txt="-c a.txt\nsix\n", a__txt="six<2"),
+        identity(requirements__txt="six\n", uv__toml="no-index = true"),
+        identity(pyproject__toml=table.format(1, '"six"') + "[tool.uv]\nno-index = true\n"),
+        identity(conda_packages__txt="python=3.99"),
+        identity(pyproject__toml=table.format(1, "") + 'requires-python=">=3.99"\n'),
+        identity(conda_packages__txt="pip=24"),
+        identity(requirements__txt="-e .\n", main__py="x = 1"),
+        identity(requirements__txt="-e .\n", main__py="x = 2"),
+        identity(pyproject__toml='[project]\nname = "x"\ndynamic = ["dependencies"]\n'),
+    ]
+    assert len(set(different)) == len(different)

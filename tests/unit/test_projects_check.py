@@ -1,0 +1,276 @@
+"""`check_files` and what it asks: every mistake of a project, at deploy, with its line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cortex.errors import InvalidProject, InvalidSpec
+from cortex.projects.check import check_files
+from cortex.projects.requirements import check_requirements, is_local, read_requirements, satisfies
+from cortex.projects.variables import check_variables, variables
+from cortex.spec.yaml import read_apis
+
+YAML = "- name: a\n  kind: TaskAPI\n  definition:\n    path: {path}\n"
+TASK = "def task(config):\n    return 1\n"
+
+
+def write(folder: Path, files: dict[str, str | bytes]) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def check(project: Path, text: str) -> list[str]:
+    try:
+        check_files(read_apis(text, "cortex.yaml"), project, "cortex.yaml", text)
+    except InvalidSpec as error:
+        return error.message.split("\n")
+    return []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        TASK,
+        "class Task:\n    pass\n",
+        "from other import *\n",
+        "from other import Thing as Task\n",
+        "import x\nTask = x.Task\n",
+        "task: object = print\n",
+        "try:\n    import a\nexcept ImportError:\n    def task(c): ...\n",
+        "if True:\n    pass\nelse:\n    class Task: ...\n",
+        "with x:\n    Task, other = 1, 2\n",
+        "match 1:\n    case _:\n        task = 1\n",
+        "# -*- coding: latin-1 -*-\n# \xe9\n" + TASK,
+        "'\\d'\n" + TASK,
+        "\ufeff" + TASK,
+    ],
+)
+def test_files_that_define_a_task(source: str, tmp_path: Path) -> None:
+    encoding = "latin-1" if "latin-1" in source else "utf-8"
+    write(tmp_path, {"a.py": source.encode(encoding)})
+    assert check(tmp_path, YAML.format(path="a.py")) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("x = 1\n", 'cortex.yaml:4: definition.path: "a.py" defines neither a class Task nor'),
+        ("def f():\n    task = 1\n", "defines neither"),
+        ("class Tasks: ...\n", 'did you mean "Tasks"?'),
+        ("async def task(c): ...\n", 'the task in "a.py" is async; define def task(config)'),
+        ("x = 1\ndef task(:\n", 'a.py:2: invalid syntax: "def task(:"'),
+        ("x = '\0'\n", "a.py:1: source code string cannot contain null bytes"),
+    ],
+)
+def test_files_that_define_none(source: str, told: str, tmp_path: Path) -> None:
+    (line,) = check(write(tmp_path, {"a.py": source}), YAML.format(path="a.py"))
+    assert told in line
+
+
+def test_a_syntax_of_another_python_is_not_judged(tmp_path: Path) -> None:
+    write(tmp_path, {"a.py": "def task(:\n", "conda-packages.txt": "python=3.99\n"})
+    assert check(tmp_path, YAML.format(path="a.py")) == []
+
+
+def test_what_is_too_deep_or_too_long_to_parse_is_left_to_the_job(tmp_path: Path) -> None:
+    write(tmp_path, {"a.py": "x = " + "-" * 100_000 + "1\n", "b.py": "#" * (5 << 20)})
+    assert check(tmp_path, YAML.format(path="a.py")) == []
+    assert check(tmp_path, YAML.format(path="b.py")) == []
+
+
+def test_every_mistake_of_a_project_at_once(tmp_path: Path) -> None:
+    write(
+        tmp_path / "p",
+        {
+            "src/train.py": TASK,
+            "notes.txt": "x",
+            "folder.py/x": "",
+            ".env": "A=1\n2B=3\n",
+            "requirements.txt": "-r ../other.txt\n",
+            "conda-packages.txt": "numpy\n",
+            "pyproject.toml": "x = [\n",
+        },
+    )
+    write(tmp_path, {"outside/x.py": TASK})
+    (tmp_path / "p/link.py").symlink_to("../outside/x.py")
+    entry = "- name: {}\n  kind: TaskAPI\n  definition:\n    path: {}\n    python_path: {}\n"
+    wanted = [
+        ("train.py", "scr"),
+        ("src/trian.py", "notes.txt"),
+        ("notes.txt", "."),
+        ("folder.py", "src"),
+        ("link.py", "src"),
+    ]
+    text = "".join(entry.format(f"a{i}", *one) for i, one in enumerate(wanted))
+    assert check(tmp_path / "p", text) == [
+        'cortex.yaml:4: definition.path: "train.py" is not in the project; allowed: a Python file; did you mean "src/train.py"?',
+        'cortex.yaml:5: definition.python_path: "scr" is not in the project; allowed: a folder; did you mean "src"?',
+        'cortex.yaml:9: definition.path: "src/trian.py" is not in the project; allowed: a Python file; did you mean "src/train.py"?',
+        'cortex.yaml:10: definition.python_path: "notes.txt" is a file; allowed: a folder',
+        'cortex.yaml:14: definition.path: found "notes.txt"; allowed: a file whose name ends in .py (or use command)',
+        'cortex.yaml:19: definition.path: "folder.py" is a folder; allowed: a Python file',
+        'cortex.yaml:24: definition.path: "link.py" is not in the project; allowed: a Python file; did you mean "link.py"?',
+        "conda-packages.txt:1: numpy: only python=… and pip=… are supported here; put it in requirements.txt",
+        "requirements.txt:1: -r ../other.txt: leaves the project; allowed: a file inside it",
+        check(tmp_path / "p", text)[9],
+        '.env:2: found the name "2B"; allowed: letters, digits and _, the first not a digit',
+    ]
+    assert check(tmp_path / "p", text)[9].startswith("pyproject.toml:")
+
+
+def test_a_command_needs_no_file(tmp_path: Path) -> None:
+    assert check(tmp_path, "- {name: a, kind: TaskAPI, definition: {command: [ls]}}") == []
+
+
+def test_variables_are_read_as_they_are_written(tmp_path: Path) -> None:
+    text = "\ufeffA=1\n# c\n\nexport B='x y' # c\nC=\"l1\\nl2\"\nD=$A ${A}\nE=\nA=2\n"
+    write(tmp_path, {".env": text})
+    assert variables(tmp_path) == {"A": "2", "B": "x y", "C": "l1\nl2", "D": "$A ${A}", "E": ""}
+    assert check_variables(tmp_path) == []
+    assert variables(tmp_path / "nowhere") == {}
+
+
+def test_mistakes_in_variables_have_lines_and_show_no_values(tmp_path: Path) -> None:
+    text = "A=1\n\nNOVALUE\nKEY='hush\nCORTEX_X=1\nB=\0\na-b=1\n= 5\n"
+    found = check_variables(write(tmp_path, {".env": text}))
+    joined = "\n".join(found)
+    assert ".env:3: NOVALUE: has no value; allowed: NAME=value" in found
+    assert ".env:4: cannot be read; allowed: NAME=value, one to a line" in found
+    assert ".env:5: CORTEX_X: names that start with CORTEX_ are reserved" in found
+    assert ".env:6: B: holds a NUL character" in found
+    assert '.env:7: found the name "a-b"; allowed: letters' in joined
+    assert "hush" not in joined
+    write(tmp_path, {".env": b"A=\xff\n"})
+    assert check_variables(tmp_path) == [".env: not UTF-8 text; save it as UTF-8"]
+    with pytest.raises(InvalidProject):
+        variables(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "python", "pip"),
+    [
+        ("python=3.11\n", "3.11", None),
+        ("# c\n\npython==3.11.*  # c\npip=24\n", "3.11", "24"),
+        ("python=3.11.7\r\npip=23.2.*\r\n", "3.11.7", "23.2"),
+        ("pip\nPython = 3.12", "3.12", ""),
+        ("", None, None),
+    ],
+)
+def test_conda_packages_as_far_as_uv_goes(
+    text: str, python: str | None, pip: str | None, tmp_path: Path
+) -> None:
+    wanted = read_requirements(write(tmp_path, {"conda-packages.txt": text}))
+    assert (wanted.python, wanted.pip, wanted.mistakes) == (python, pip, [])
+
+
+@pytest.mark.parametrize(
+    "line", ["numpy", "python>=3.11", "conda-forge::rdkit", "python=three", "pip=24=x"]
+)
+def test_any_other_line_is_a_mistake(line: str, tmp_path: Path) -> None:
+    write(tmp_path, {"conda-packages.txt": f"python=3.11\n\n{line}\n"})
+    (told,) = check_requirements(tmp_path)
+    assert told.startswith(f"conda-packages.txt:3: {line}: only python=… and pip=… are supported")
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (
+            {"conda-packages.txt": "python=3.11\npython=3.12\n"},
+            "conda-packages.txt:2: python=3.12: python is given twice",
+        ),
+        ({"conda-packages.txt": b"\xff"}, "conda-packages.txt: not UTF-8 text"),
+        ({"requirements.txt": "six\n".encode("utf-16")}, "requirements.txt: not UTF-8 text"),
+        (
+            {"requirements.txt": "six\n-r a.txt", "a.txt": "-c no.txt"},
+            "a.txt:1: -c no.txt: there is no file no.txt",
+        ),
+        (
+            {"requirements.txt": "a \\\n  b\n--requirement=/etc/x"},
+            "requirements.txt:3: --requirement=/etc/x: leaves",
+        ),
+        ({"pyproject.toml": "[project]\nname = \n"}, "pyproject.toml:2: cannot be read as TOML"),
+        ({"pyproject.toml": b"\xff"}, "pyproject.toml: not UTF-8 text"),
+        ({"pyproject.toml": "project = 1"}, "pyproject.toml: project: allowed: a table"),
+        (
+            {"pyproject.toml": "[project]\ndependencies = 'six'"},
+            "pyproject.toml: project.dependencies: allowed",
+        ),
+        (
+            {"pyproject.toml": "[project]\nrequires-python = 3"},
+            "pyproject.toml: project.requires-python: allowed",
+        ),
+    ],
+)
+def test_mistakes_in_requirements(files: dict[str, str | bytes], told: str, tmp_path: Path) -> None:
+    (found,) = check_requirements(write(tmp_path, files))
+    assert found.startswith(told)
+
+
+def test_an_include_that_is_a_link_out_of_the_project_is_a_mistake(tmp_path: Path) -> None:
+    write(tmp_path, {"p/requirements.txt": "-r x.txt", "x.txt": "six"})
+    (tmp_path / "p/x.txt").symlink_to("../x.txt")
+    assert "leaves the project" in check_requirements(tmp_path / "p")[0]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-e .",
+        "--editable=./x",
+        ".",
+        ".[dev]",
+        "./x",
+        "lib/x",
+        "x.whl",
+        "a @ file:x",
+        "a @ ./x",
+        "-f wheels",
+    ],
+)
+def test_local_requirements(line: str) -> None:
+    assert is_local(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "six",
+        "six==1; python_version<'4'",
+        "a[b]>=1",
+        "--index-url https://x/y",
+        "a @ https://x/a.whl",
+        "--no-binary :all:",
+    ],
+)
+def test_requirements_from_elsewhere(line: str) -> None:
+    assert not is_local(line)
+
+
+@pytest.mark.parametrize(
+    ("specifier", "expected"),
+    [
+        (">=3.11", True),
+        (">=3.11,<4", True),
+        ("~=3.11", True),
+        ("~=3.11.5", True),
+        ("==3.11.*", True),
+        ("!=3.12.*", True),
+        ("<=3.11.7", True),
+        (">3.11.6,", True),
+        ("===3.11.7", True),
+        (">=3.12", False),
+        ("<3.11", False),
+        ("==3.11", False),
+        ("~=3.10.1", False),
+        ("!=3.11.*", False),
+        ("what", False),
+    ],
+)
+def test_requires_python(specifier: str, expected: bool) -> None:
+    assert satisfies((3, 11, 7), specifier) is expected

@@ -1,0 +1,441 @@
+"""`read_apis`: what a cortex.yaml may say, and every mistake with its line."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cortex.errors import InvalidSpec
+from cortex.spec.api import Api, Compute, Definition, Networking
+from cortex.spec.yaml import field_lines, read_apis
+
+MINIMAL = "- name: iris\n  kind: TaskAPI\n  definition: {path: iris.py}\n"
+FULL = """\
+- name: iris
+  kind: TaskAPI
+  definition:
+    path: src/iris.py
+    config: {C: 0.5, layers: [1, {a: null}], on: true}
+    python_path: src
+    env: {MODE: fast, EMPTY: ""}
+    log_level: debug
+  networking:
+    endpoint: /flowers
+  compute:
+    cpu: 1.5
+    mem: 512Mi
+    gpu: 1
+- name: shell
+  kind: TaskAPI
+  definition:
+    command: [sh, -c, "echo hi"]
+"""
+
+
+def mistakes(text: str) -> list[str]:
+    """The lines of the message, without the file's name."""
+    with pytest.raises(InvalidSpec) as raised:
+        read_apis(text, "cortex.yaml")
+    lines = raised.value.message.split("\n")
+    assert all(re.match(r"cortex\.yaml:\d+: .", line) for line in lines)
+    return [line.removeprefix("cortex.yaml:") for line in lines]
+
+
+def only(text: str) -> str:
+    found = mistakes(text)
+    assert len(found) == 1, found
+    return found[0]
+
+
+def one(definition: str = "path: iris.py", more: str = "") -> str:
+    """One API: its `definition` on line 4 and what follows from line 5 on."""
+    return f"- name: iris\n  kind: TaskAPI\n  definition:\n    {definition}\n{more}"
+
+
+def test_everything_that_may_be_said() -> None:
+    iris, shell = read_apis(FULL, "cortex.yaml")
+    assert iris == Api(
+        name="iris",
+        definition=Definition(
+            path="src/iris.py",
+            config={"C": 0.5, "layers": [1, {"a": None}], "on": True},
+            python_path="src",
+            env={"MODE": "fast", "EMPTY": ""},
+            log_level="debug",
+        ),
+        networking=Networking(endpoint="flowers"),
+        compute=Compute(cpu_m=1500, mem=512 << 20, gpu=1),
+    )
+    assert shell.definition.command == ["sh", "-c", "echo hi"]
+
+
+def test_what_is_left_out_or_null_is_the_default() -> None:
+    (api,) = read_apis(MINIMAL, "cortex.yaml")
+    assert api.networking.endpoint == "iris"
+    assert api.compute == Compute(cpu_m=200, mem=None, gpu=0)
+    nulls = MINIMAL + "  networking:\n  compute: {cpu: , mem: null}\n"
+    assert read_apis(nulls, "cortex.yaml") == [api]
+    assert read_apis(MINIMAL + "  networking: {endpoint: null}\n", "cortex.yaml") == [api]
+
+
+def test_an_api_is_frozen_and_says_the_same_after_json() -> None:
+    (api, _) = read_apis(FULL, "cortex.yaml")
+    assert Api.model_validate_json(api.model_dump_json()) == api
+    with pytest.raises(ValueError, match="frozen"):
+        api.name = "other"  # type: ignore[misc]  # what is tested
+
+
+@pytest.mark.parametrize(
+    ("cpu", "expected"),
+    [("1", 1000), ("0.25", 250), ('"200m"', 200), ("200m", 200), ('"2"', 2000), ("0.0001", 1)],
+)
+def test_cpu_in_thousandths(cpu: str, expected: int) -> None:
+    (api,) = read_apis(MINIMAL + f"  compute: {{cpu: {cpu}}}\n", "cortex.yaml")
+    assert api.compute.cpu_m == expected
+
+
+@pytest.mark.parametrize(
+    ("mem", "expected"),
+    [
+        ("512Mi", 512 << 20),
+        ("1G", 10**9),
+        ("1Gi", 1 << 30),
+        ("1.5Gi", 3 << 29),
+        ("100M", 10**8),
+        ("20000k", 20 * 10**6),
+        ("20000K", 20 * 10**6),
+        ("20000Ki", 20000 << 10),
+        ("1T", 10**12),
+        ("1Ti", 1 << 40),
+        ("1e9", 10**9),
+        ('"1e9"', 10**9),
+        ("100000000", 10**8),
+        ('"100000000"', 10**8),
+        ("100_000_000", 10**8),
+        ("0x10000000", 1 << 28),
+    ],
+)
+def test_mem_in_bytes(mem: str, expected: int) -> None:
+    (api,) = read_apis(MINIMAL + f"  compute: {{mem: {mem}}}\n", "cortex.yaml")
+    assert api.compute.mem == expected
+
+
+def test_a_mistake_says_line_what_was_found_what_is_allowed() -> None:
+    text = one(more='  compute:\n    cpu: 1\n    mem: "12 potatoes"\n')
+    assert only(text) == (
+        '7: compute.mem: found "12 potatoes"; allowed: bytes, or a size such as 512Mi or 1G'
+    )
+
+
+def test_every_mistake_is_told_at_once_in_the_order_of_lines() -> None:
+    text = """\
+- name: Iris
+  kind: BatchAPI
+  defnition: {}
+- kind: TaskAPI
+  definition:
+    path: /etc/passwd
+    env: {CORTEX_X: a, 1a: b, PORT: 80, DEBUG: true}
+    log_level: warn
+  compute: {cpu: true, gpu: -1, mem: 1Mi, disk: 1}
+"""
+    found = mistakes(text)
+    assert [int(line.split(":")[0]) for line in found] == [
+        1,
+        1,
+        2,
+        3,
+        4,
+        6,
+        7,
+        7,
+        7,
+        7,
+        8,
+        9,
+        9,
+        9,
+        9,
+    ]
+    joined = "\n".join(found)
+    for told in (
+        '1: name: found "Iris"; allowed: at most 63 lower-case',
+        'did you mean "iris"?',
+        "1: definition: missing; it is required",
+        '2: kind: found "BatchAPI"; allowed: TaskAPI (no other kind is supported)',
+        '3: defnition: unknown field; allowed: name, kind, definition, networking, compute; did you mean "definition"?',
+        "4: name: missing; it is required",
+        '6: definition.path: found "/etc/passwd"; allowed: a Python file, relative',
+        "7: definition.env.CORTEX_X: names that start with CORTEX_ are reserved",
+        '7: definition.env: found the name "1a"',
+        "7: definition.env.PORT: found 80; allowed: a string; put it in quotes",
+        "7: definition.env.DEBUG: found true; allowed: a string; put it in quotes",
+        '8: definition.log_level: found "warn"; allowed: debug, info, warning, error; did you mean "warning"?',
+        "9: compute.cpu: found true; allowed: cores",
+        "9: compute.gpu: found -1; allowed: a whole number",
+        '9: compute.mem: found "1Mi"; allowed: 16Mi at least',
+        "9: compute.disk: unknown field; allowed: cpu, mem, gpu",
+    ):
+        assert told in joined
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "1: holds no API; allowed: a list of APIs"),
+        ("# nothing\n", "1: holds no API"),
+        ("[]", "1: holds no API"),
+        ("~", "1: holds no API"),
+        ("name: iris\n", "1: found an object; allowed: a list of APIs"),
+        ("\n\niris", '3: found "iris"; allowed: a list of APIs'),
+        ("- iris", '1: found "iris"; allowed: an object with the fields name, kind'),
+        ("- name: [a\n", "2: cannot be read as YAML: while parsing a flow sequence"),
+        ("- a\n\t- b", "2: cannot be read as YAML"),
+        ("- a\n- \x07", "2: cannot be read as YAML: special characters are not allowed"),
+        ('- "\\U00110000"', "1: cannot be read as YAML"),
+        ("--- a\n--- b\n", "2: cannot be read as YAML: expected a single document"),
+        ("- *nobody", "1: cannot be read as YAML: found undefined alias"),
+        ("[" * 500, "1: nested over 100 levels deep"),
+        ("- " * 2000, "1: nested over 100 levels deep"),
+        ("- a\n" * 25_000, "1: over 20,000 values"),
+        ("- &a [*a]", "1: nested over 100 levels deep, or an alias that holds itself"),
+        ("#" * (1 << 20) + "\n", "1: the file is over 1 MiB"),
+        ("# " + "é" * (1 << 19), "1: the file is over 1 MiB"),
+    ],
+    ids=range(19),
+)
+def test_texts_that_hold_no_list_of_apis(text: str, told: str) -> None:
+    assert only(text).startswith(told)
+
+
+def test_aliases_are_expanded_within_bounds() -> None:
+    bomb = "- &a0 [x, x]\n" + "".join(f"- &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+    assert "too large once its aliases are expanded" in "\n".join(mistakes(bomb))
+    long = "- &a " + "x" * 100_000 + "\n" + "- *a\n" * 200
+    assert "too large once its aliases are expanded" in "\n".join(mistakes(long))
+    kind = one(
+        "<<: &d {path: a.py}", "- {name: b, kind: TaskAPI, definition: {<<: *d, path: b.py}}"
+    )
+    assert [api.definition.path for api in read_apis(kind, "cortex.yaml")] == ["a.py", "b.py"]
+    both = "<<: [{path: a.py}, {path: b.py, log_level: debug}]"
+    (api,) = read_apis(one(both), "cortex.yaml")
+    assert (api.definition.path, api.definition.log_level) == ("a.py", "debug")
+    assert only(one("<<: [{path: a.py}, 3]")).startswith(
+        "4: definition.<<: found 3; allowed: an ob"
+    )
+
+
+def test_keys_are_strings_and_given_once() -> None:
+    text = one("path: a.py\n    path: b.py\n    path: c.py\n    1: x\n    ? [a]\n    : b\n    ~: c")
+    assert mistakes(text) == [
+        "5: definition.path: given twice, first on line 4",
+        "6: definition.path: given twice, first on line 4",
+        "7: definition: the key 1 is not a string; put it in quotes",
+        "8: definition: the key a list or an object is not a string; put it in quotes",
+        "10: definition: the key ~ is not a string; put it in quotes",
+    ]
+
+
+def test_names_and_endpoints_are_given_once() -> None:
+    other = "- {name: %s, kind: TaskAPI, definition: {path: a.py}%s}\n"
+    assert only(MINIMAL + other % ("iris", "")) == '4: name: "iris" is taken by the API on line 1'
+    assert only(MINIMAL + other % ("b", ", networking: {endpoint: iris}")) == (
+        '4: networking.endpoint: "iris" is taken by the API on line 1'
+    )
+    same_line = "[{name: a, kind: TaskAPI, definition: {path: a}}, {name: a, kind: TaskAPI, definition: {path: b}}]"
+    assert only(same_line) == '1: name: "a" is taken by the API on line 1'
+
+
+@pytest.mark.parametrize(
+    "name", ["", "1a", "a-", "-a", "a_b", "a.b", "a" * 64, "ä", "a\n", "5", "true", "[a]", "null"]
+)
+def test_names_that_are_not_dns_1035(name: str) -> None:
+    quote = json.dumps(name) if name not in {"5", "true", "[a]", "null"} else name
+    assert only(MINIMAL.replace("iris\n", f"{quote}\n", 1)).startswith("1: name: found ")
+
+
+@pytest.mark.parametrize("name", ["a", "a1", "a-b", "a" * 63])
+def test_names_that_are(name: str) -> None:
+    assert read_apis(MINIMAL.replace("iris", name, 1), "c")[0].name == name
+
+
+@pytest.mark.parametrize("reserved", ["healthz", "readyz", "metrics"])
+def test_reserved_endpoints(reserved: str) -> None:
+    told = f'"{reserved}" is reserved'
+    assert told in only(MINIMAL.replace("iris", reserved, 1))
+    assert told in only(MINIMAL + f"  networking: {{endpoint: /{reserved}}}\n")
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["a/b", "//a", "a/", ".", "..", "-a", "", "a b", "ä", 5, [], "a\n"]
+)
+def test_endpoints_that_are_not_one_path_segment(endpoint: object) -> None:
+    text = MINIMAL + f"  networking:\n    endpoint: {json.dumps(endpoint)}\n"
+    assert only(text).startswith("5: networking.endpoint: found ")
+
+
+@pytest.mark.parametrize(
+    ("definition", "told"),
+    [
+        (
+            "path: a.py\n    command: [a]",
+            "5: definition: found path and command; allowed: exactly one",
+        ),
+        ("config: {}", "3: definition: found neither; allowed: exactly one of path and command"),
+        ("path: ../a.py", '4: definition.path: found "../a.py"; allowed: a Python file, relative'),
+        ("path: a/../../b.py", "4: definition.path: found"),
+        ("path: ''", '4: definition.path: found ""'),
+        ("path: 5", "4: definition.path: found 5"),
+        ('path: "a\\0.py"', '4: definition.path: found "a\\x00.py"'),
+        ("path: a.py\n    python_path: /usr", "5: definition.python_path: found"),
+        ("command: ls", '4: definition.command: found "ls"; allowed: a list of strings'),
+        ("command: []", "4: definition.command: found an empty list"),
+        (
+            "command:\n    - ls\n    - 5",
+            "6: definition.command[1]: found 5; allowed: a string that is not",
+        ),
+        ("command: [ls, '']", '4: definition.command[1]: found ""'),
+        ('command: ["a\\0"]', "4: definition.command[0]: found"),
+        ("path: a.py\n    env: [A]", "5: definition.env: found a list; allowed: an object"),
+        ("path: a.py\n    env: {A: }", "5: definition.env.A: found nothing; allowed: a string"),
+        ('path: a.py\n    env: {A: "\\0"}', "5: definition.env.A: found"),
+        ("path: a.py\n    env: {A: 2020-01-01}", "5: definition.env.A: found a date (2020-01-01)"),
+        ("path: a.py\n    config: 5", "5: definition.config: found 5; allowed: an object"),
+        ("path: a.py\n    log_level: 10", "5: definition.log_level: found 10; allowed: debug"),
+    ],
+)
+def test_definitions_that_are_wrong(definition: str, told: str) -> None:
+    assert only(one(definition)).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("2020-01-01", "a date (2020-01-01)"),
+        ("2020-13-45", "a date (2020-13-45)"),
+        (".nan", "nan"),
+        ("-.inf", "-inf"),
+        ("1e999", "inf"),
+        ("!!binary aGk=", "binary data"),
+        ("!!set {a}", "a set"),
+        ("!!python/object:os.system {}", "the tag python/object:os.system"),
+        ("!secret x", "the tag !secret"),
+        ("!!int x", "a number that cannot be read (x)"),
+        ("9" * 5000, "a number that cannot be read (9"),
+        ('"\\ud800"', "text with half a character"),
+    ],
+)
+def test_a_config_holds_what_json_can(value: str, found: str) -> None:
+    told = only(one(f"path: a.py\n    config:\n      a:\n        - {value}"))
+    assert told.startswith(f"7: definition.config.a[0]: found {found}")
+    assert "what JSON can hold; put it in quotes" in told
+
+
+def test_scalars_are_those_of_yaml_1_2() -> None:
+    config = r'{a: 0o14, b: 1_000, c: -0x1F, d: yes, e: 1e3, f: "😀", g: =, h: +5, i: !!str 5}'
+    (api,) = read_apis(one(f"path: a.py\n    config: {config}"), "c")
+    expected = {"a": 12, "b": 1000, "c": -31, "d": "yes", "e": 1000.0, "f": "\U0001f600"}
+    assert api.definition.config == expected | {"g": "=", "h": 5, "i": "5"}
+
+
+@pytest.mark.parametrize(
+    "cpu", ["0", "-1", ".nan", ".inf", '"0m"', '"200 m"', "[1]", "false", "1e30"]
+)
+def test_cpus_that_are_wrong(cpu: str) -> None:
+    assert only(MINIMAL + f"  compute: {{cpu: {cpu}}}\n").startswith("4: compute.cpu: found ")
+
+
+@pytest.mark.parametrize(
+    ("mem", "hint"),
+    [
+        ("512MB", "512M"),
+        ("512 MiB", "512Mi"),
+        ("1g", "1G"),
+        ("1 gi", "1Gi"),
+        ("512m", "512M"),
+        ("", None),
+        ("1Pi", None),
+        ("-1", None),
+        ("1e99", None),
+        ("9999999T", None),
+        ("٣Gi", None),
+    ],
+)
+def test_sizes_that_are_wrong(mem: str, hint: str | None) -> None:
+    told = only(MINIMAL + f'  compute: {{mem: "{mem}"}}\n')
+    assert told.startswith("4: compute.mem: found ")
+    assert told.partition("; did you mean ")[2] == (f'"{hint}"?' if hint else "")
+
+
+@pytest.mark.parametrize("gpu", ["1.0", "true", '"1"', "-1", "100000"])
+def test_gpus_that_are_wrong(gpu: str) -> None:
+    assert only(MINIMAL + f"  compute: {{gpu: {gpu}}}\n").startswith("4: compute.gpu: found ")
+
+
+def test_a_field_in_the_wrong_place_is_shown_its_place() -> None:
+    assert only(MINIMAL + "  endpoint: a\n").endswith('did you mean "networking.endpoint"?')
+    assert only(MINIMAL + "  mem: 1Gi\n").endswith('did you mean "compute.mem"?')
+
+
+def test_what_is_shown_is_one_short_line() -> None:
+    long = "x\n" * 5000
+    told = only(MINIMAL + f"  compute: {{mem: {json.dumps(long)}}}\n")
+    assert len(told) < 200
+
+
+def test_field_lines_name_every_field() -> None:
+    lines = field_lines(FULL)
+    assert lines[0, "definition", "path"] == 4
+    assert lines[1, "definition", "command"] == 18
+    assert lines[1,] == 15
+    assert field_lines("") == {}
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda below: st.lists(below, max_size=4) | st.dictionaries(st.text(), below, max_size=4),
+    max_leaves=12,
+)
+_YAMLISH = st.text(st.sampled_from("-:{}[]&*!|>%@`'\"#,?<= \n\tab01.~\\xuU\0\ud800é"), max_size=60)
+_FIELDS = st.sampled_from(
+    [
+        "name",
+        "kind",
+        "definition",
+        "path",
+        "command",
+        "env",
+        "config",
+        "compute",
+        "cpu",
+        "mem",
+        "<<",
+    ]
+)
+_ENTRIES = st.lists(
+    st.dictionaries(_FIELDS, _JSON | st.dictionaries(_FIELDS, _JSON, max_size=3), max_size=6)
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.text()
+    | _YAMLISH
+    | _ENTRIES.map(json.dumps)
+    | st.tuples(st.integers(0, len(FULL)), _YAMLISH).map(
+        lambda at: FULL[: at[0]] + at[1] + FULL[at[0] :]
+    )
+)
+def test_any_text_is_read_or_refused_as_invalid_spec(text: str) -> None:
+    try:
+        apis = read_apis(text, "cortex.yaml")
+    except InvalidSpec as error:
+        assert all(re.match(r"cortex\.yaml:\d+: .", line) for line in error.message.split("\n"))
+        error.message.encode()
+    else:
+        assert [Api.model_validate_json(api.model_dump_json()) for api in apis] == apis
+    field_lines(text)
