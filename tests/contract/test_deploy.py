@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import tarfile
 
 import pytest
@@ -181,3 +182,12 @@ def test_what_a_worker_finds_around_it(shared: Operator) -> None:
     assert "CORTEX_CLI_CONFIG_DIR" not in env
     assert found["spec"]["job_id"] == job["job_id"]
     assert found["spec"]["config"] == {"do": "surroundings"}
+
+
+def test_a_large_project_is_taken_and_one_over_the_limit_refused(shared: Operator) -> None:
+    noise = "".join(random.Random(1).choices("0123456789abcdef", k=1024 * 1024))
+    large = {f"data/{n}.txt": str(n) + noise for n in range(30)}
+    endpoint = shared.deployed(probe_yaml("large"), {"probe.py": PROBE, **large})
+    assert shared.run(endpoint)["status"] == "status_succeeded"
+    response = shared.upload(probe_yaml("larger"), b"\0" * (133 * 1024 * 1024))
+    assert (response.status_code, response.json()["kind"]) == (413, "request.too_large")
