@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
 from cortex.projects.pack import pack
 
 CORTEX = str(Path(sys.executable).with_name("cortex"))

@@ -8,8 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cortex.projects.pack import pack
 from support import CORTEX, Operator, processes_with, until
+
+from cortex.projects.pack import pack
 
 ROOT = Path(__file__).parents[2]
 

@@ -238,13 +238,16 @@ async def test_at_most_two_build_at_once(root: Path, tmp_path: Path) -> None:
     environments = Environments(root)
     slow = [Slow(tmp_path, number=n) for n in range(3)]
     callers = [asyncio.create_task(environments.build(one.project)) for one in slow]
-    await asyncio.gather(slow[0].started(), slow[1].started())
-    assert slow[2].pids() == []
-    slow[0].go.touch()
-    await slow[2].started()
-    slow[1].go.touch()
-    slow[2].go.touch()
-    await asyncio.gather(*callers)
+    waits = [asyncio.create_task(one.started()) for one in slow]
+    async with asyncio.timeout(60):
+        while sum(wait.done() for wait in waits) < 2:
+            await asyncio.wait([w for w in waits if not w.done()], return_when="FIRST_COMPLETED")
+    (third,) = [one for one in slow if not one.pids()]
+    next(one for one in slow if one.pids()).go.touch()
+    await third.started()
+    for one in slow:
+        one.go.touch()
+    await asyncio.gather(*callers, *waits)
 
 
 @in_loop

@@ -33,10 +33,10 @@ def serve(
     from cortex.engines.local.capacity import detect
     from cortex.operator.app import run
     from cortex.operator.settings import Settings
-    from cortex.spec.quantity import bytes_of
+    from cortex.spec.quantities import read_bytes
 
     found = detect()
-    mem_bytes = found.mem if mem is None else bytes_of(mem)
+    mem_bytes = found.mem if mem is None else read_bytes(mem)
     if mem_bytes is None:
         raise typer.BadParameter(f"{mem!r} is no size; write 16Gi", param_hint="--mem")
     capacity = Capacity(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
@@ -21,7 +22,6 @@ MAX_VALUES = 20_000
 # What aliases expand to, in characters and as many for each value as a value takes of memory.
 MAX_EXPANDED = 8 << 20
 _VALUE_COST = 64
-_SHORT = 20_000
 _LONGEST_SHOWN = 60
 
 _TAG = "tag:yaml.org,2002:"
@@ -101,8 +101,9 @@ def read_nodes(text: str) -> tuple[Value | None, list[Mistake]]:
 
 def _compose(text: str) -> Node | Mistake | None:
     try:
-        if len(text) > _SHORT and _is_long(text):
-            return Mistake(1, f"over {MAX_VALUES:,} values")
+        excess = _excess(text)
+        if excess is not None:
+            return Mistake(1, excess)
         root: Node | None = YAML(typ="safe", pure=True).compose(text)
     except YAMLError as error:
         return _syntax(error, text)
@@ -113,9 +114,20 @@ def _compose(text: str) -> Node | Mistake | None:
     return root
 
 
-def _is_long(text: str) -> bool:
-    # Composing takes a tenth of a second for a thousand values; this stops at the limit.
-    return any(n > MAX_VALUES for n, _ in enumerate(YAML(typ="safe", pure=True).parse(text)))
+def _excess(text: str) -> str | None:
+    """What there is too much of. Composing is slow, and nested brackets cost the square of their
+    depth; this stops at the limits."""
+    depth = 0
+    for count, event in enumerate(YAML(typ="safe", pure=True).parse(text)):
+        if isinstance(event, CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_DEPTH:
+            return _TOO_DEEP
+        if count > MAX_VALUES:
+            return f"over {MAX_VALUES:,} values"
+    return None
 
 
 _TOO_DEEP = f"nested over {MAX_DEPTH} levels deep, or an alias that holds itself"
