@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from support import CORTEX, PROBE, Operator, probe_yaml
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

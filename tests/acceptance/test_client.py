@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support import PROBE, Operator
 
 import cortex
 from cortex.errors import Conflict, InvalidSpec, NotFound
+from support import PROBE, Operator
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support import CORTEX, Operator, processes_with, until
 
 from cortex.projects.pack import pack
+from support import CORTEX, Operator, processes_with, until
 
 ROOT = Path(__file__).parents[2]
 

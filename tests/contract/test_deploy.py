@@ -7,6 +7,7 @@ import random
 import tarfile
 
 import pytest
+
 from support import PROBE, Operator, probe_yaml
 
 

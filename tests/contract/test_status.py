@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+
 from support import PROBE, TIME, Operator, probe_yaml, processes_with, until
 
 

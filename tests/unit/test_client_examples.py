@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from cortex.spec.yaml import read_apis
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
