@@ -471,7 +471,9 @@ def test_a_worker_inherits_no_file_and_no_signal_state(bench: Bench) -> None:
         assert len(targets) == 4  # the last is the folder that it lists
         attempt = bench.attempt(command=["grep", "-E", "Sig(Blk|Ign)", "/proc/self/status"])
         await bench.outcome(engine, attempt)
-        assert bench.log(attempt).count("\t0000000000000000") == 2
+        masks = [int(line.split()[1], 16) for line in bench.log(attempt).splitlines()]
+        # Signals 32 and 33 are the C library's own: no program can reset what was inherited.
+        assert [mask & ~(0b11 << 31) for mask in masks] == [0, 0]
         attempt = bench.attempt("import os\ndef task(c): return os.listdir('/proc/self/fd')")
         fds = (await bench.outcome(engine, attempt)).result
         assert isinstance(fds, list)
