@@ -1,0 +1,62 @@
+"""What the pages show is run: the README's project with its commands, and the client's example."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from support import CORTEX, Operator
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+def run(shared: Operator, folder: Path, *command: str) -> str:
+    env = {**os.environ, "CORTEX_CLI_CONFIG_DIR": str(folder / "config")}
+    done = subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def configure(shared: Operator, folder: Path) -> None:
+    run(shared, folder, CORTEX, "env", "configure", "docs", "--operator-endpoint", shared.url)
+
+
+def test_the_first_screen_of_the_readme(shared: Operator, tmp_path: Path) -> None:
+    (code,) = blocks("README.md", "python")
+    (yaml,) = blocks("README.md", "yaml")
+    commands = blocks("README.md", "sh")[0]
+    # Another name: the example of that name is deployed on the same operator by other tests.
+    (tmp_path / "iris.py").write_text(code)
+    (tmp_path / "cortex.yaml").write_text(yaml.replace("name: iris", "name: readme"))
+    configure(shared, tmp_path)
+    (submit,) = re.findall(r"-d '(.*)'", commands)
+    lines = [line.partition("#")[0].split() for line in commands.splitlines()]
+    shown = [line[1:] for line in lines if line[:1] == ["cortex"] and line[1] != "serve"]
+    assert [line[0] for line in shown] == ["deploy", "get", "logs", "delete"]
+    run(shared, tmp_path, CORTEX, *shown[0])
+    response = shared.http.post(
+        f"{shared.url}/readme", content=submit, headers={"Content-Type": "application/json"}
+    )
+    job = response.json()
+    done = shared.finished(f"{shared.url}/readme", job)
+    assert done["result"] == {"accuracy": 0.97}
+    for line in shown[1:3]:
+        words = [{"iris": "readme", "JOB_ID": job["job_id"]}.get(word, word) for word in line]
+        run(shared, tmp_path, CORTEX, *words)
+
+
+def test_the_example_of_the_python_client(shared: Operator, tmp_path: Path) -> None:
+    (code,) = blocks("docs/cli.md", "python")
+    configure(shared, tmp_path)
+    (tmp_path / "example.py").write_text(code)
+    assert "status_succeeded {'rows': 300}" in run(shared, tmp_path, sys.executable, "example.py")
