@@ -90,6 +90,13 @@ class UnsupportedMediaType(CortexError):
     http_status = 415
 
 
+class RangeNotSatisfiable(CortexError):
+    """The range begins beyond the end of what there is."""
+
+    kind = "request.range_not_satisfiable"
+    http_status = 416
+
+
 class StorageUnavailable(CortexError):
     """The store or its disk cannot take writes right now; nothing was stored."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+import pytest
+
 from support import Operator
 
 STREAM = {"Accept": "text/event-stream"}
@@ -30,8 +32,48 @@ def test_the_whole_log_and_parts_of_it(shared: Operator, probe: str) -> None:
     assert shared.http.get(url).text == "line 0\nline 1\nline 2\n"
     assert shared.http.get(url, params={"offset": 7}).text == "line 1\nline 2\n"
     assert shared.http.get(url, params={"offset": 1000}).text == ""
-    part = shared.http.get(url, headers={"Range": "bytes=0-5"})
-    assert (part.status_code, part.text) == (206, "line 0")
+
+
+@pytest.mark.parametrize(
+    ("header", "status", "text", "content_range"),
+    [
+        ("bytes=0-5", 206, "line 0", "bytes 0-5/21"),
+        ("bytes=7-", 206, "line 1\nline 2\n", "bytes 7-20/21"),
+        ("bytes=-7", 206, "line 2\n", "bytes 14-20/21"),
+        ("bytes=14-999", 206, "line 2\n", "bytes 14-20/21"),
+        ("bytes=0-1,3-4", 200, "line 0\nline 1\nline 2\n", None),
+        ("lines=1-2", 200, "line 0\nline 1\nline 2\n", None),
+        ("bytes=5-2", 200, "line 0\nline 1\nline 2\n", None),
+        ("bytes=-", 200, "line 0\nline 1\nline 2\n", None),
+    ],
+)
+def test_a_range_of_a_log(
+    shared: Operator, probe: str, header: str, status: int, text: str, content_range: str | None
+) -> None:
+    job = shared.submit(probe, config={"do": "say", "lines": 3})
+    shared.finished(probe, job)
+    part = shared.http.get(f"{probe}/{job['job_id']}/logs", headers={"Range": header})
+    assert (part.status_code, part.text) == (status, text)
+    assert part.headers.get("content-range") == content_range
+
+
+def test_a_range_beyond_the_end(shared: Operator, probe: str) -> None:
+    job = shared.submit(probe, config={"do": "say", "lines": 3})
+    shared.finished(probe, job)
+    answer = shared.http.get(f"{probe}/{job['job_id']}/logs", headers={"Range": "bytes=21-"})
+    assert (answer.status_code, answer.json()["kind"]) == (416, "request.range_not_satisfiable")
+
+
+def test_a_log_is_read_whole_while_it_grows(shared: Operator) -> None:
+    endpoint = shared.deployed(
+        "- name: chatty\n  kind: TaskAPI\n  compute: {cpu: 1m}\n"
+        "  definition: {command: [sh, -c, 'yes | head -c 200000000']}\n",
+        {},
+    )
+    job = shared.submit(endpoint)
+    while "end_time" not in shared.status(endpoint, job):
+        assert set(shared.log_of(endpoint, job)) <= {"y", "\n"}
+    assert shared.finished(endpoint, job)["status"] == "status_succeeded"
 
 
 def test_a_log_is_followed_to_its_end(shared: Operator, probe: str) -> None:

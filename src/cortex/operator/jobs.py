@@ -6,15 +6,23 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
 from pydantic import AfterValidator
-from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
-from cortex.errors import Conflict, InvalidRequest, NotFound
+from cortex.errors import (
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    RangeNotSatisfiable,
+    StorageUnavailable,
+)
 from cortex.operator.context import Context, context
 from cortex.operator.http import Answer, read_submission
 from cortex.operator.logs import event, follow, read
@@ -29,6 +37,7 @@ router = APIRouter(default_response_class=Answer)
 _MAX_WAIT_S = 3600.0
 _LISTED = 20
 _MAX_LISTED = 1000
+_CHUNK_BYTES = 256 * 1024
 _TEXT = "text/plain; charset=utf-8"
 
 _SUBMIT_DOC = {
@@ -210,18 +219,45 @@ def _logs(ctx: Context, request: Request, record: JobRecord, offset: int) -> Res
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache"},
         )
-    if not path.exists():
-        return Response(b"", media_type=_TEXT)
-    if offset == 0:
-        return FileResponse(path, media_type=_TEXT)
-    return StreamingResponse(_rest(ctx, job_id, offset), media_type=_TEXT)
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:  # it has not started
+        size = 0
+    span = _span(request.headers.get("range"), size)
+    start, end = span or (min(offset, size), size)
+    headers = {"Accept-Ranges": "bytes", "Content-Length": str(end - start)}
+    if span is not None:
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+    return StreamingResponse(
+        _part(path, start, end), 200 if span is None else 206, headers, media_type=_TEXT
+    )
 
 
-async def _rest(ctx: Context, job_id: str, offset: int) -> AsyncIterator[bytes]:
-    size = 256 * 1024
-    path = ctx.engine.log(job_id)
-    while chunk := await asyncio.to_thread(read, path, offset, size):
-        offset += len(chunk)
+def _span(header: str | None, size: int) -> tuple[int, int] | None:
+    """The first byte and the one after the last of a Range header; None for one to be ignored, as
+    RFC 9110 has it for other units and several ranges.
+
+    Raises:
+        RangeNotSatisfiable: it begins beyond the end.
+    """
+    found = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", header or "", re.ASCII)
+    if found is None or not any(found.groups()):
+        return None
+    first, last = found.groups()
+    start = int(first) if first else max(0, size - int(last))
+    end = min(size, int(last) + 1) if first and last else size
+    if start >= size:
+        raise RangeNotSatisfiable(f"the log has {size} bytes; ask for a range within them")
+    return None if end <= start else (start, end)
+
+
+async def _part(path: Path, start: int, end: int) -> AsyncIterator[bytes]:
+    """Exactly these bytes of a file that may be growing."""
+    while start < end:
+        chunk = await asyncio.to_thread(read, path, start, min(_CHUNK_BYTES, end - start))
+        if not chunk:
+            raise StorageUnavailable(f"{path} became shorter while it was read")
+        start += len(chunk)
         yield chunk
 
 
