@@ -4,7 +4,7 @@ VENV := .venv
 UV := $(VENV)/bin/uv
 RUN := $(VENV)/bin
 
-.PHONY: setup demo test check format bench clean
+.PHONY: setup demo test check format bench chaos clean
 
 setup: $(VENV)/.ready
 
@@ -31,6 +31,9 @@ format: setup
 
 bench: setup
 	$(RUN)/python benchmarks/run.py
+
+chaos: setup
+	$(RUN)/python tests/chaos/storm.py
 
 clean:
 	rm -rf $(VENV)
