@@ -15,7 +15,7 @@ import pytest
 
 from cortex.engines.base import Attempt, Ended, Ending, Lost, NeverStarted, Started, Unreachable
 from cortex.engines.local import LocalEngine
-from engines.bench import Bench, parent, until
+from engines.bench import Bench, exists, parent, until
 
 SLEEP = """
     import os, sys, time
@@ -268,5 +268,40 @@ def test_what_a_killed_operator_left_of_control_groups_is_swept(bench: Bench) ->
                 Path(path).mkdir(exist_ok=True)  # noqa: ASYNC240  # not on a disk
         async with bench.engine():
             assert not [line for line in bench.left() if "gone" in line]
+
+    bench.run(scenario)
+
+
+HIDDEN = r"""
+    import subprocess, sys, time
+    CODE = (
+        "import os, time\n"
+        "if os.fork(): os._exit(0)\n"
+        "os.setsid()\n"
+        "if os.fork(): os._exit(0)\n"
+        "print('hidden', os.getpid(), flush=True)\n"
+        "time.sleep(300)\n"
+    )
+    def task(config):
+        subprocess.run([sys.executable, "-c", CODE], env={})
+        print("ready", flush=True)
+        time.sleep(300)
+"""
+
+
+def test_what_a_killed_supervisor_leaves_is_found_without_session_or_environment(
+    bench: Bench,
+) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt(HIDDEN)
+        await bench.start(engine, attempt)
+        await bench.printed(attempt, "ready")
+        await bench.printed(attempt, "hidden")
+        words = bench.log(attempt).split()
+        hidden = int(words[words.index("hidden") + 1])
+        assert exists(hidden)
+        os.kill(json.loads(bench.start_record(attempt).read_bytes())["pid"], signal.SIGKILL)
+        assert isinstance(await bench.last(attempt), Lost)
+        await until(lambda: not exists(hidden))
 
     bench.run(scenario)

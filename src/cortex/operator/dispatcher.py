@@ -38,7 +38,8 @@ from cortex.store import Facts, Outcome, Store
 log = structlog.get_logger()
 
 _STORAGE_RETRY_S = 1.0
-_MAX_ATTEMPTS_UNSTARTED = 5  # fenced attempts in a row before the engine counts as refusing
+_MAX_ATTEMPTS = 50  # before the engine counts as refusing: about seven minutes, with the pauses
+_LONGEST_PAUSE_S = 10.0
 
 
 @dataclass
@@ -91,19 +92,8 @@ class Dispatcher:
         """A job was stored, waiting."""
         live = _Live(record)
         self._live[record.spec.job_id] = live
-        deadline_ns = record.spec.deadline_ns
-        if deadline_ns is not None and deadline_ns <= now_ns():
-            self._deadline_passed(live)
-            return
-        if deadline_ns is not None:
-            live.deadline = asyncio.get_running_loop().call_later(
-                max(0.0, (deadline_ns - now_ns()) / 1e9), self._deadline_passed, live
-            )
-        live.version = self._versions.ready(record.spec.api_id)
-        if live.version is None:
-            self._spawn(self._enqueue_when_ready(live))
-        else:
-            self._enqueue(live)
+        if self._watch_deadline(live):
+            self._queue_up(live)
 
     async def stop(self, job_id: str) -> Outcome:
         """Stop a job: durable when this returns. Not taken: it is unknown, had completed, or was
@@ -141,6 +131,8 @@ class Dispatcher:
             return None
         if live.version is None:
             return "its environment is being built"
+        if live.record.attempt:
+            return f"{live.record.attempt} attempts to start it came to nothing; it is tried again"
         if self._queue and self._queue[0][1] != job_id and self._blocked_by is not None:
             return f"waits behind earlier jobs, the first of which {self._blocked_by}"
         return self._blocked_by
@@ -152,6 +144,13 @@ class Dispatcher:
             await live.changed.wait()
 
     # The queue
+
+    def _queue_up(self, live: _Live) -> None:
+        live.version = self._versions.ready(live.record.spec.api_id)
+        if live.version is None:
+            self._spawn(self._enqueue_when_ready(live))
+        else:
+            self._enqueue(live)
 
     async def _enqueue_when_ready(self, live: _Live) -> None:
         try:
@@ -202,6 +201,19 @@ class Dispatcher:
             await self._lose(live, "stopped before it started")
             return
         await self._engine.start(self._attempt(live))
+
+    def _watch_deadline(self, live: _Live) -> bool:
+        """Time a waiting job out when its deadline comes; False if that is now."""
+        deadline_ns = live.record.spec.deadline_ns
+        if deadline_ns is None:
+            return True
+        left_s = (deadline_ns - now_ns()) / 1e9
+        if left_s <= 0:
+            self._deadline_passed(live)
+            return False
+        loop = asyncio.get_running_loop()
+        live.deadline = loop.call_later(left_s, self._deadline_passed, live)
+        return True
 
     def _deadline_passed(self, live: _Live) -> None:
         self._spawn(self._time_out_waiting(live))
@@ -259,14 +271,18 @@ class Dispatcher:
         if live.stop_wanted:
             await self._lose(live, "stopped before it started")
             return
-        if live.record.attempt >= _MAX_ATTEMPTS_UNSTARTED:
-            await self._lose(live, f"{live.record.attempt} attempts to start it failed")
+        attempts = live.record.attempt
+        if attempts >= _MAX_ATTEMPTS:
+            await self._lose(live, f"{attempts} attempts to start it failed")
             return
         record = await self._apply(live, Event.UNCLAIM, {})
         if record is None:  # a stop came in between
             await self._lose(live, "stopped before it started")
-        else:
-            self.submitted(record)
+            return
+        # Whatever ended the fork server was not this job's doing, and may be over soon.
+        self._watch_deadline(live)
+        pause_s = min(_LONGEST_PAUSE_S, 0.05 * 2 ** (attempts - 1)) if attempts > 1 else 0
+        asyncio.get_running_loop().call_later(pause_s, self._queue_up, live)
 
     async def _lose(self, live: _Live, reason: str) -> None:
         await self._apply(live, Event.LOSE, _ending(message=reason))

@@ -30,7 +30,7 @@ def main() -> None:
     slot = _job_id_slot()
     data = sys.stdin.buffer.read()
     _register_package(json.loads(data)["package"])
-    from cortex.worker import messages, preload, supervisor, task
+    from cortex.worker import messages, orphans, preload, supervisor, task
 
     setup = messages.Setup.loads(data)
     os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), 0)
@@ -48,6 +48,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # a collection in a job would copy the pages of all that is shared
     wake = _wake_on_children()
+    children = orphans.Children()
     sock.send(messages.Reply().dumps())
     poller = select.poll()
     poller.register(sock, select.POLLIN)
@@ -56,15 +57,17 @@ def main() -> None:
         for fd, _ in poller.poll():
             if fd == wake:
                 os.read(wake, 512)
-                _reap()
+                children.reap()
                 continue
             order = sock.recv(MOST_MESSAGE)
             if not order:
                 return
-            _start(sock, messages, supervisor, setup, order, slot)
+            pid = _start(sock, messages, supervisor, setup, order, slot)
+            if pid > 0:
+                children.supervisors.add(pid)
 
 
-def _start(sock, messages, supervisor, setup, data, slot) -> None:  # type: ignore[no-untyped-def]  # modules that exist only after _register_package
+def _start(sock, messages, supervisor, setup, data, slot) -> int:  # type: ignore[no-untyped-def]  # modules that exist only after _register_package
     order = messages.Order.loads(data)
     start_ns = time.time_ns()
     # A stop may come as soon as the pidfd is sent: it waits until the supervisor can take it.
@@ -80,20 +83,13 @@ def _start(sock, messages, supervisor, setup, data, slot) -> None:  # type: igno
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGCHLD})
     if pid < 0:
         sock.send(reply.dumps())
-        return
+        return pid
     # Nobody else reaps, so the pid cannot be anybody else's yet.
     pidfd = os.pidfd_open(pid)
     reply.pid = pid
     socket.send_fds(sock, [reply.dumps()], [pidfd])
     os.close(pidfd)
-
-
-def _reap() -> None:
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        pass
+    return pid
 
 
 def _register_package(folder: str) -> None:

@@ -85,6 +85,19 @@ def walk(root: int) -> Iterator[tuple[int, int]]:
                 waiting.append(pid)
 
 
+def tree(root: int) -> Iterator[tuple[int, int]]:
+    """A process and all that live below it."""
+    about = stat(root)
+    if about is not None and about[0] not in "ZX":
+        yield root, about[2]
+        yield from walk(root)
+
+
+def children(pid: int) -> list[int]:
+    """The children of a process."""
+    return _children(pid) if _HAS_CHILDREN else _scanner()(pid)
+
+
 def descendants(root: int) -> dict[int, int]:
     """All that live below a process: pid: start ticks."""
     return dict(walk(root))
