@@ -34,3 +34,10 @@ def test_every_status_and_error_is_documented() -> None:
     ]
     for word in [*Status, *served]:
         assert f"`{word}`" in text, word
+
+
+def test_every_promise_names_a_test_that_exists() -> None:
+    named = re.findall(r"`(tests/\S+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text())
+    assert len(named) > 10
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(), test
