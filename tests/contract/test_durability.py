@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
+from pathlib import Path
 
-from support import CORTEX, PROBE, Operator, probe_yaml, processes_with, until
+from support import CORTEX, PROBE, Operator, operator, probe_yaml, processes_with, until
 
 ONE_CORE = probe_yaml().replace("1m", '"1"')
 
@@ -95,16 +95,42 @@ def test_a_repeated_key_holds_across_a_crash(own: Operator) -> None:
     assert own.http.post(own.url + path, json={}, headers=key).json() == first
 
 
-def test_two_operators_on_one_folder(own: Operator) -> None:
-    second = subprocess.run(
-        [CORTEX, "serve", "--port", "0", "--data-dir", str(own.data_dir)],
+def refused(folder: Path, *options: str) -> str:
+    """What `cortex serve` says when it does not start."""
+    done = subprocess.run(
+        [CORTEX, "serve", "--port", "0", "--data-dir", str(folder), *options],
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
-        env={**os.environ, "CORTEX_CLI_CONFIG_DIR": str(own.data_dir.parent)},
     )
-    assert second.returncode == 1
-    assert f"pid {own.process.pid}" in second.stderr
-    assert "Traceback" not in second.stderr
-    assert second.stdout == ""
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_two_operators_on_one_folder(own: Operator) -> None:
+    assert f"pid {own.process.pid}" in refused(own.data_dir)
+
+
+def test_a_host_that_others_reach_needs_a_word(tmp_path: Path) -> None:
+    assert "--insecure" in refused(tmp_path / "data", "--host", "0.0.0.0")
+    with operator(tmp_path, "--host", "0.0.0.0", "--insecure") as running:
+        assert running.http.get(f"{running.url}/healthz").status_code == 200
+
+
+def test_an_address_that_cannot_be_had(own: Operator, tmp_path: Path) -> None:
+    port = own.url.rpartition(":")[2]
+    assert "--port" in refused(tmp_path / "other", "--port", port)
+    assert "--host" in refused(tmp_path / "other", "--host", "no.such.host.invalid")
+
+
+def test_a_data_folder_that_cannot_be_had(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "--data-dir" in refused(tmp_path / "file" / "data")
+
+
+def test_a_damaged_database(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "operator.db").write_bytes(b"no database" * 1000)
+    assert "cannot be used" in refused(tmp_path / "data")

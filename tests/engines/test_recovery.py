@@ -305,3 +305,30 @@ def test_what_a_killed_supervisor_leaves_is_found_without_session_or_environment
         await until(lambda: not exists(hidden))
 
     bench.run(scenario)
+
+
+def test_a_fork_server_that_is_killed_before_it_is_ready_fails_no_job(bench: Bench) -> None:
+    bench.bare_environment({"slow": "import time\ntime.sleep(300)\n"})
+
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt("import slow\ndef task(config): ...")
+        await bench.start(engine, attempt)
+
+        def importing() -> list[int]:
+            mine = (p for p in map(int, filter(str.isdigit, os.listdir("/proc"))) if exists(p))
+            return [p for p in mine if parent(p) == os.getpid() and _is_fork_server(p, bench)]
+
+        await until(importing)
+        os.kill(importing()[0], signal.SIGKILL)
+        assert isinstance(await bench.last(attempt), NeverStarted)
+
+    bench.run(scenario)
+
+
+def _is_fork_server(pid: int, bench: Bench) -> bool:
+    # The folder tells it from one of another test in the same process.
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"forkserver.py" in command and Path(f"/proc/{pid}/cwd").resolve() == bench.project
+    except OSError:
+        return False

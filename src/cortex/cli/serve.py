@@ -24,6 +24,9 @@ def serve(
         float,
         typer.Option(min=0, help="Seconds between SIGTERM and SIGKILL when a job is stopped."),
     ] = 10,
+    insecure: Annotated[
+        bool, typer.Option(help="Listen beyond this machine: whoever gets there can run code.")
+    ] = False,
     allow_origin: Annotated[
         list[str] | None, typer.Option(help="Origin of pages that may call the operator.")
     ] = None,
@@ -50,6 +53,7 @@ def serve(
         port=port,
         capacity=capacity,
         grace_s=grace,
+        insecure=insecure,
         allowed_origins=frozenset(allow_origin or ()),
     )
     asyncio.run(run(settings, _announce))

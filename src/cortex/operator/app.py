@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import ipaddress
 import os
 import signal
 import socket
@@ -99,7 +100,7 @@ async def run(settings: Settings, ready: Callable[[str], None]) -> None:
         StartupError: it cannot start, and why.
     """
     configure_logging()
-    listener = _listen(settings.host, settings.port)
+    listener = _listen(settings)
     async with opened(settings) as app:
         port = listener.getsockname()[1]
         config = uvicorn.Config(
@@ -139,9 +140,15 @@ def configure_logging() -> None:
     )
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(settings: Settings) -> socket.socket:
+    host, port = settings.host, settings.port
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        if not (settings.insecure or ipaddress.ip_address(address[0]).is_loopback):
+            raise StartupError(
+                f"{host} is reached from other machines, and whoever reaches the operator can run "
+                "code here. Listen on localhost behind a proxy that asks who it is, or say --insecure."
+            )
         listener = socket.create_server((host, port), family=family, backlog=2048)
         # asyncio sets it only on sockets that name their protocol; Nagle's algorithm would hold an
         # answer's body back until the client's delayed acknowledgement of its head: 40 ms.

@@ -20,6 +20,8 @@ class Settings:
     """What jobs may take of this machine; None is all of it."""
     grace_s: float = 10
     """Between SIGTERM and SIGKILL."""
+    insecure: bool = False
+    """Whether it may listen where other machines reach it."""
     allowed_origins: frozenset[str] = frozenset()
     """Origins of pages, beside the operator's own, whose browsers may send requests."""
 

@@ -83,6 +83,15 @@ class ForkServer:
         self._spawned = asyncio.Event()
         self._closed = False
         self._timer: asyncio.TimerHandle | None = None
+        self._hurried = False
+        self._ending: asyncio.Task[None] | None = None
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether somebody else ended it: that says nothing about its environment. Known once it
+        has died."""
+        code = None if self._process is None else self._process.returncode
+        return code == -signal.SIGKILL and not self._hurried
 
     def order(self, order: Order) -> None:
         self.orders[order.job_id] = order
@@ -201,7 +210,13 @@ class ForkServer:
             self._errors.seek(max(0, end - 2000))
             text = self._errors.read().decode("utf-8", "replace").strip()
             self._words = self._words or text[-400:]
-        self._died(self)
+        self._ending = asyncio.create_task(self._end())
+
+    async def _end(self) -> None:
+        if self._process is not None:
+            await asyncio.to_thread(_wait, self._process)
+        if not self._closed:
+            self._died(self)
 
     def _flush(self) -> None:
         if not self.ready or self._closed or self._socket is None:
@@ -221,6 +236,7 @@ class ForkServer:
     def _hurry(self) -> None:
         """An import that hangs must not hold up jobs that may not even need it."""
         if self._process is not None and not self.ready:
+            self._hurried = True
             self._process.send_signal(signal.SIGKILL)
 
 

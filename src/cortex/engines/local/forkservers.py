@@ -5,7 +5,7 @@ needs it. Called by the local engine alone; everything here runs on its event lo
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +15,6 @@ from cortex.engines.local.forkserver import ForkServer
 from cortex.worker.messages import Order, Reply
 
 MOST_IDLE = 8
-MOST_TRIES = 4
 
 
 class Listener(Protocol):
@@ -43,7 +42,6 @@ class ForkServers:
         self._servers: OrderedDict[str, ForkServer] = OrderedDict()
         self._plain: set[str] = set()  # versions that cannot be preloaded
         self._all: set[ForkServer] = set()
-        self._tries: Counter[str] = Counter()  # starts in a row that came to nothing
         self._tasks: set[asyncio.Task[None]] = set()
 
     def order(self, version: Version, order: Order) -> None:
@@ -91,7 +89,6 @@ class ForkServers:
 
     def _said(self, server: ForkServer, reply: Reply, pidfd: int) -> None:
         if reply.job_id is None:
-            del self._tries[server.version.api.api_id]
             return
         if reply.recorded:
             self._listener.recorded(reply)
@@ -110,13 +107,11 @@ class ForkServers:
             del self._servers[api_id]
         orders = list(server.orders.values())
         self._end(server)
-        if server.ready:
+        if server.ready or server.was_killed:
             for order in orders:
                 self._listener.unanswered(order.job_id)
-        elif self._tries[api_id] < MOST_TRIES:
-            # It reads no order before it is ready: none of these has been carried out. What ended
-            # it may have been an import, or somebody else's SIGKILL.
-            self._tries[api_id] += 1
+        elif server.preload:
+            # It reads no order before it is ready: none of these has been carried out.
             self._plain.add(api_id)
             for order in orders:
                 self.order(server.version, order)
