@@ -191,6 +191,8 @@ def _start_attempt(folder: Path, attempt: Path) -> None:
 
 
 def _mark(folder: Path, attempt: Path) -> None:
+    # The marker must not reach the disk before the thousands of files that it vouches for.
+    os.sync()
     written = attempt / _MARKER
     with written.open("w", encoding="utf-8") as file:
         file.write(attempt.name)
