@@ -236,7 +236,9 @@ def operator(folder: Path, *options: str) -> Iterator[Operator]:
 
 
 def _workers(data_dir: Path) -> list[int]:
-    return [pid for pid in processes_with(str(data_dir)) if b"CORTEX_JOB_ID=" in _environ(pid)]
+    # A fork server has the room for a job's id in its environment, and dashes in it.
+    job = re.compile(rb"\bCORTEX_JOB_ID=[0-9a-z]")
+    return [pid for pid in processes_with(str(data_dir)) if job.search(_environ(pid))]
 
 
 def _cgroups(job_ids: set[str]) -> list[str]:

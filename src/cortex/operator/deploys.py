@@ -26,7 +26,7 @@ _INCOMING = ".incoming-"
 
 
 class Deployer:
-    """Takes deploys one at a time."""
+    """Deploys and deletes, one at a time."""
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
@@ -100,13 +100,14 @@ class Deployer:
         Raises:
             NotFound: it is not deployed.
         """
-        versions = await self._ctx.store.versions(name)
-        stopped = await self._ctx.store.undeploy(name, f"the API {name} was deleted")
-        await self._ctx.refresh_endpoints()
-        for job in stopped:
-            self._ctx.dispatcher.stopped(job)
-        for spec in versions:
-            self._ctx.engine.forget(spec.api_id)
+        async with self._lock:
+            versions = await self._ctx.store.versions(name)
+            stopped = await self._ctx.store.undeploy(name, f"the API {name} was deleted")
+            await self._ctx.refresh_endpoints()
+            for job in stopped:
+                self._ctx.dispatcher.stopped(job)
+            for spec in versions:
+                self._ctx.engine.forget(spec.api_id)
         log.info("deleted", api=name, stopped_jobs=len(stopped))
         return len(stopped)
 
@@ -136,7 +137,11 @@ class Deployer:
 
     async def _prepare(self, api_id: str) -> None:
         try:
-            self._ctx.engine.warm(await self._ctx.versions.prepare(api_id))
+            version = await self._ctx.versions.prepare(api_id)
+            async with self._lock:  # an API that is deleted meanwhile keeps nothing warm
+                current = await self._ctx.store.deployments()
+                if any(deployment.spec.api_id == api_id for deployment in current):
+                    self._ctx.engine.warm(version)
         except Unusable as error:  # its jobs will say so, each in its own log
             log.warning("not ready for jobs", api_id=api_id, reason=error.reason)
 
