@@ -221,18 +221,25 @@ def operator(folder: Path, *options: str) -> Iterator[Operator]:
     try:
         yield running
     finally:
-        if running.process.poll() is not None:
-            running.start()
-        for api in running.http.get(f"{running.url}/-/apis").json():
-            running.http.delete(f"{running.url}/-/apis/{api['spec']['name']}")
-        until(lambda: not _workers(running.data_dir), "the workers gone")
-        running.http.close()
-        code = running.stop()
-        until(lambda: not processes_with(str(running.data_dir)), "all processes gone")
-        jobs = {path.name for path in (running.data_dir / "jobs").iterdir()}
-        until(lambda: not _cgroups(jobs), "the cgroups gone")
-        assert code == 0, running.log.read_text()
-        assert "Traceback" not in running.log.read_text(), running.log.read_text()
+        try:
+            _end(running)
+        finally:  # a check that failed leaves no operator behind
+            running.kill()
+
+
+def _end(running: Operator) -> None:
+    if running.process.poll() is not None:
+        running.start()
+    for api in running.http.get(f"{running.url}/-/apis").json():
+        running.http.delete(f"{running.url}/-/apis/{api['spec']['name']}")
+    until(lambda: not _workers(running.data_dir), "the workers gone")
+    running.http.close()
+    code = running.stop()
+    until(lambda: not processes_with(str(running.data_dir)), "all processes gone")
+    jobs = {path.name for path in (running.data_dir / "jobs").iterdir()}
+    until(lambda: not _cgroups(jobs), "the cgroups gone")
+    assert code == 0, running.log.read_text()
+    assert "Traceback" not in running.log.read_text(), running.log.read_text()
 
 
 def _workers(data_dir: Path) -> list[int]:
