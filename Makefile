@@ -4,9 +4,20 @@ VENV := .venv
 UV := $(VENV)/bin/uv
 RUN := $(VENV)/bin
 
-.PHONY: setup demo test check format bench chaos clean
+.PHONY: setup demo test check format docs bench bench-peers bench-pictures bench-scale chaos fuzz clean
 
 setup: $(VENV)/.ready
+
+# What the tests need and Python's packages do not have: libfaketime sets an operator's clock, PostgreSQL's
+# server is a store, systemd checks its unit.
+PACKAGES := $(if $(wildcard /usr/lib/*/faketime/libfaketimeMT.so.1),,faketime) \
+	$(if $(wildcard /usr/lib/postgresql/*/bin/initdb),,postgresql) \
+	$(if $(shell command -v systemd-analyze),,systemd)
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
+
+$(VENV)/.packages: | $(VENV)/.ready
+	$(if $(strip $(PACKAGES)),$(SUDO) apt-get -q -q update && $(SUDO) apt-get -q -q install -y --no-install-recommends $(PACKAGES))
+	touch $@
 
 $(VENV)/.ready: pyproject.toml uv.lock
 	test -x $(UV) || { $(PYTHON) -m venv $(VENV) && $(VENV)/bin/pip install -q --disable-pip-version-check uv; }
@@ -16,8 +27,13 @@ $(VENV)/.ready: pyproject.toml uv.lock
 demo: setup
 	PATH="$(CURDIR)/$(RUN):$$PATH" sh examples/demo.sh
 
-test: setup
-	$(RUN)/pytest -n 4
+# Each test process would compile all tests again.
+unexport PYTHONDONTWRITEBYTECODE
+
+# Ray's processes miss their own time limits beside other tests on two cores.
+test: setup $(VENV)/.packages
+	$(RUN)/pytest -n 4 -m "not ray"
+	$(RUN)/pytest -n 1 -m ray
 
 check: setup
 	$(RUN)/ruff check .
@@ -29,11 +45,40 @@ format: setup
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
 
+docs: setup
+	$(RUN)/python docs/lifecycle.py
+
 bench: setup
 	$(RUN)/python benchmarks/run.py
 
+# The peers have an environment of their own, for which nobody waits who does not measure them.
+PEERS := .venv-peers
+
+$(PEERS)/.ready: pyproject.toml uv.lock | $(VENV)/.ready
+	command -v redis-server > /dev/null || { $(SUDO) apt-get -q -q update && $(SUDO) apt-get -q -q install -y --no-install-recommends redis-server; }
+	UV_PROJECT_ENVIRONMENT=$(PEERS) $(UV) sync -q --frozen --compile-bytecode --only-group peers --only-group bench
+	touch $@
+
+bench-peers: setup $(PEERS)/.ready
+	$(RUN)/python benchmarks/run.py --peers --out benchmarks/results.json
+	$(MAKE) bench-pictures
+
+bench-scale: setup $(VENV)/.packages
+	$(RUN)/python benchmarks/scale.py
+	$(RUN)/python benchmarks/scale.py --store postgresql
+
+bench-pictures: setup $(PEERS)/.ready
+	$(PEERS)/bin/python benchmarks/plots.py benchmarks/results.json docs/performance
+	$(RUN)/python benchmarks/page.py
+
 chaos: setup
 	$(RUN)/python tests/chaos/storm.py
+	$(RUN)/python tests/chaos/storm.py --store postgresql --jobs 1000 --kills 400
+	$(RUN)/python tests/chaos/storm.py --store postgresql --operators 3 --jobs 1000 --kills 400
+	CORTEX_MACHINE_EXAMPLES=2000 $(RUN)/pytest tests/unit/test_machine.py
+
+fuzz: setup
+	$(RUN)/python tests/fuzz/fuzz.py
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PEERS)
