@@ -1,4 +1,4 @@
-"""Cortex tasks: a Python function, a command or a container behind a URL.
+"""Cortex tasks: a Python function, a command or a script behind a URL.
 
 This is the whole public surface. Names are loaded on first use, because `import cortex.worker` runs
 this file too and must stay a matter of milliseconds.
@@ -7,8 +7,8 @@ this file too and must stay a matter of milliseconds.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cortex.client import Client, client, env_delete, env_list, new_client
     from cortex.errors import CortexError

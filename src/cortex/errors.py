@@ -6,12 +6,16 @@ client, and printed by the command. `kind` is stable: programs may compare it.
 
 from __future__ import annotations
 
+import errno
+
 
 class CortexError(Exception):
     """Something went wrong in the platform."""
 
     kind = "internal"
     http_status = 500
+    retry_after_s: int | None = None
+    """When the same request may well be taken; None where nothing says that it ever will."""
 
     def __init__(self, message: str, *, kind: str | None = None) -> None:
         super().__init__(message)
@@ -46,6 +50,13 @@ class Unauthorized(CortexError):
 
     kind = "auth.unauthorized"
     http_status = 401
+
+
+class Forbidden(CortexError):
+    """The token is right, and its scope is too small for this."""
+
+    kind = "auth.forbidden"
+    http_status = 403
 
 
 class ForeignOrigin(CortexError):
@@ -97,10 +108,40 @@ class RangeNotSatisfiable(CortexError):
     http_status = 416
 
 
+class OverLimit(CortexError):
+    """The API has as many jobs waiting as its `limits.max_waiting` allows; nothing was stored."""
+
+    kind = "limit.max_waiting"
+    http_status = 429
+    retry_after_s = 1
+
+
 class StorageUnavailable(CortexError):
     """The store or its disk cannot take writes right now; nothing was stored."""
 
     kind = "storage.unavailable"
+    http_status = 503
+    retry_after_s = 5
+
+
+class Superseded(StorageUnavailable):
+    """Another operator drives the jobs: what is the driver's alone is not stored for this one."""
+
+    kind = "operator.superseded"
+
+
+class NoDriver(CortexError):
+    """No operator drives the jobs at this moment, and only that one could answer."""
+
+    kind = "operator.no_driver"
+    http_status = 503
+    retry_after_s = 1
+
+
+class OutcomeUnknown(CortexError):
+    """The connection to the store was lost while it stored a change: whether it did is not known."""
+
+    kind = "operator.outcome_unknown"
     http_status = 503
 
 
@@ -125,8 +166,13 @@ class StartupError(CortexError):
     http_status = 500
 
 
-def _tree(root: type[CortexError]) -> list[type[CortexError]]:
-    return [root, *(leaf for child in root.__subclasses__() for leaf in _tree(child))]
+# What a disk says that may say something else later: it is full, over a quota, read-only, failing.
+_LATER = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
+
+
+def is_storage(error: OSError) -> bool:
+    """Whether this is a disk that cannot take what is written to it now, and may take it later."""
+    return error.errno in _LATER
 
 
 def from_response(http_status: int, kind: str, message: str) -> CortexError:
@@ -138,3 +184,7 @@ def from_response(http_status: int, kind: str, message: str) -> CortexError:
     by_kind = next((c for c in classes if c.kind == kind), None)
     by_status = next((c for c in classes if c.http_status == http_status), CortexError)
     return (by_kind or by_status)(message, kind=kind)
+
+
+def _tree(root: type[CortexError]) -> list[type[CortexError]]:
+    return [root, *(leaf for child in root.__subclasses__() for leaf in _tree(child))]

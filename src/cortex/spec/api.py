@@ -38,6 +38,17 @@ class Compute(_Strict):
     cpu_m: int = Field(200, description="Thousandths of a core.")
     mem: int | None = Field(None, description="Bytes; None is no limit and takes none.")
     gpu: int = 0
+    node_labels: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict, description="Labels of the nodes it may run on: one of each's values."
+    )
+
+
+class Limits(_Strict):
+    """What one API may take at most, whatever is submitted to it."""
+
+    max_running: int | None = Field(None, description="Jobs that run at once; the others wait.")
+    max_waiting: int | None = Field(None, description="Jobs that wait; a submit beyond is refused.")
+    log: int = Field(64 << 20, description="Bytes kept of one job's log; its middle goes first.")
 
 
 class Api(_Strict):
@@ -48,6 +59,8 @@ class Api(_Strict):
     definition: Definition
     networking: Networking
     compute: Compute = Compute()
+    limits: Limits = Limits()
+    retries: int = Field(0, description="New attempts that a job gets when one was lost.")
 
 
 class ApiSpec(Api):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictInt
 
@@ -10,6 +10,11 @@ from cortex.spec.api import ApiSpec
 from cortex.spec.lifecycle import State, Wanted
 
 Json = dict[str, JsonValue]
+
+KIND = "TaskAPI"
+
+# The year 2262. A timeout may have more digits than arithmetic, or JSON elsewhere, takes.
+_END_OF_TIME_NS = 2**63 - 1
 
 
 class Submission(BaseModel):
@@ -26,43 +31,56 @@ class Submission(BaseModel):
     workers: StrictInt | None = Field(1, ge=1, le=1, description="Accepted only as 1.")
 
 
-class JobSpec(BaseModel):
+@dataclass(frozen=True, slots=True)
+class JobSpec:
     """What was submitted, complete: `job.json` beside the worker holds it and `config` merged."""
-
-    model_config = ConfigDict(frozen=True)
 
     job_id: str
     api_name: str
-    kind: Literal["TaskAPI"] = "TaskAPI"
-    workers: Literal[1] = 1
-    config: Json = Field(description="As submitted.")
     api_id: str
-    timeout: int | None = None
+    config: Json
+    """As submitted."""
     created_ns: int
+    timeout: int | None = None
+    kind: str = KIND
+    workers: int = 1
+
+    def as_json(self) -> Json:
+        """What is stored of it, and what `JobSpec(**…)` makes it of again."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
     @property
     def deadline_ns(self) -> int | None:
         """When the job is terminated, in nanoseconds since the epoch; None is never."""
-        return None if self.timeout is None else self.created_ns + self.timeout * 1_000_000_000
+        if self.timeout is None:
+            return None
+        return min(self.created_ns + self.timeout * 1_000_000_000, _END_OF_TIME_NS)
 
 
-class JobRecord(BaseModel):
+@dataclass(frozen=True, slots=True)
+class JobRecord:
     """A job as the store holds it: its spec, what was observed of it, what is wanted of it."""
 
-    model_config = ConfigDict(frozen=True)
-
-    seq: int = Field(description="Grows with submission: the order in which jobs wait.")
+    seq: int
+    """Grows with submission: the order in which jobs wait."""
     spec: JobSpec
     state: State
     wanted: Wanted
-    attempt: int = Field(description="Counts claims; 0 before the first.")
-    handle: str | None = Field(description="The engine's own, opaque: what recovers this attempt.")
-    start_ns: int | None
-    end_ns: int | None
-    exit_code: int | None = Field(description="Negative: the signal that ended it.")
-    message: str | None
+    attempt: int
+    """Counts claims; 0 before the first."""
+    handle: str | None
+    """The engine's own, opaque: what recovers this attempt."""
+    start_ns: int | None = None
+    end_ns: int | None = None
+    exit_code: int | None = None
+    """Negative: the signal that ended it."""
+    message: str | None = None
     result: JsonValue = None
     has_result: bool = False
+    has_folder: bool = True
+    """Whether its log and files have not been removed."""
+    losses: int = 0
+    """Attempts that were lost and followed by another, of which `message` tells the last."""
 
 
 def merge_config(base: Json, override: Json) -> Json:
@@ -78,7 +96,7 @@ def merge_config(base: Json, override: Json) -> Json:
 def worker_job(spec: JobSpec, api: ApiSpec) -> Json:
     """The content of `job.json`: the job spec with the merged config that the task is called with."""
     return {
-        **spec.model_dump(mode="json"),
+        **spec.as_json(),
         "submitted_config": spec.config,
         "config": merge_config(api.definition.config, spec.config),
     }

@@ -50,6 +50,7 @@ class Event(StrEnum):
 
     CLAIM = "claim"  # the dispatcher takes it, right before it tells an engine
     UNCLAIM = "unclaim"  # the attempt was fenced off before any code ran: it may be claimed again
+    RETRY = "retry"  # the attempt was lost, and its API allows another
     START = "start"  # an engine saw its worker start
     STOP = "stop"  # the user stopped it, or deleted its API
     SUCCEED = "succeed"
@@ -77,6 +78,7 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.WAITING, Event.LOSE): State.LOST,
     (State.WAITING, Event.STOP): State.CANCELLED,
     (State.STARTING, Event.UNCLAIM): State.WAITING,
+    **{(state, Event.RETRY): State.WAITING for state in (State.STARTING, State.RUNNING)},
     (State.STARTING, Event.START): State.RUNNING,
     (State.STARTING, Event.STOP): State.STARTING,
     (State.RUNNING, Event.STOP): State.RUNNING,

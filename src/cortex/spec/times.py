@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
+import random
 import time
 from datetime import UTC, datetime
+from functools import lru_cache
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u
+_PAIRS = [high + low for high in _ALPHABET for low in _ALPHABET]
 
 
 def now_ns() -> int:
@@ -17,7 +19,7 @@ def now_ns() -> int:
 def rfc3339(ns: int) -> str:
     """RFC 3339, UTC, nine fractional digits: `2020-07-16T14:56:10.276007415Z`."""
     seconds, fraction = divmod(ns, 1_000_000_000)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{fraction:09d}Z"
+    return f"{_second(seconds)}.{fraction:09d}Z"
 
 
 def parse_rfc3339(text: str) -> datetime:
@@ -27,5 +29,14 @@ def parse_rfc3339(text: str) -> datetime:
 
 def new_id() -> str:
     """A new identifier: 10 characters of milliseconds, then 8 of randomness; lower case."""
-    value = (now_ns() // 1_000_000) << 40 | secrets.randbits(40)
-    return "".join(_ALPHABET[value >> shift & 31] for shift in range(85, -1, -5))
+    return _base32(now_ns() // 1_000_000, 10) + _base32(random.getrandbits(40), 8)
+
+
+@lru_cache(maxsize=64)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()[:19]
+
+
+def _base32(value: int, length: int) -> str:
+    """That many characters, an even number."""
+    return "".join([_PAIRS[value >> shift & 1023] for shift in range(5 * length - 10, -1, -10)])

@@ -6,6 +6,7 @@ known for everything, and duplicate keys, dates and tags become mistakes like an
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -80,6 +81,13 @@ def shortened(text: str) -> str:
     return start if len(start) <= _LONGEST_SHOWN else start[: _LONGEST_SHOWN - 1] + "…"
 
 
+def did_you_mean(found: str, candidates: Iterable[str]) -> str:
+    """`; did you mean "definition"?`, or nothing where no candidate is near."""
+    by_lower = {candidate.lower(): candidate for candidate in candidates}
+    near = difflib.get_close_matches(found[:200].lower(), by_lower, n=1)
+    return f"; did you mean {quoted(by_lower[near[0]])}?" if near else ""
+
+
 def join(where: str, key: str) -> str:
     """The name of a field within another."""
     return f"{where}.{key}" if where else key
@@ -104,7 +112,10 @@ def _compose(text: str) -> Node | Mistake | None:
         excess = _excess(text)
         if excess is not None:
             return Mistake(1, excess)
-        root: Node | None = YAML(typ="safe", pure=True).compose(text)
+        yaml = YAML(typ="safe", pure=True)
+        # YAML 1.2 allows them, and a log holds nothing of what users send.
+        yaml.composer.warn_double_anchors = False
+        root: Node | None = yaml.compose(text)
     except YAMLError as error:
         return _syntax(error, text)
     except RecursionError:

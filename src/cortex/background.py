@@ -1,0 +1,55 @@
+"""Work that goes on in the background of an event loop. Used by `operator` and `engines`, where several things
+are under way that nobody waits for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+
+import structlog
+
+log = structlog.get_logger()
+
+
+class Background:
+    """Holds what it runs: the loop itself would let go of a task that nobody else does."""
+
+    def __init__(self, failed: str) -> None:
+        """
+        Args:
+            failed: what is logged of work that raises.
+        """
+        self.is_closed = False
+        self._failed = failed
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        """How much is under way."""
+        return len(self._tasks)
+
+    def run(self, work: Coroutine[object, object, None], name: str | None = None) -> None:
+        """Let it be done; nothing is begun after `close`."""
+        if self.is_closed:
+            work.close()
+            return
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    async def finish(self) -> None:
+        """Wait until nothing is under way."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Give up what is under way."""
+        self.is_closed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error(self._failed, exc_info=error)
