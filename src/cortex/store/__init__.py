@@ -1,9 +1,25 @@
 """The only place that knows SQL: the schema, its migrations, and the guarded transitions.
 
-The operator calls `Store`; nobody else does.
+The operator and `cortex token` call `Store`; nobody else does.
 """
 
-from cortex.store.store import Deployment, JobPage, Replay, Store
+from cortex.store.changes import Hearer
+from cortex.store.deployments import Deployment
+from cortex.store.lease import Candidate
+from cortex.store.store import JobPage, Store
+from cortex.store.submits import Claim, Replay
 from cortex.store.transitions import Facts, Outcome
+from cortex.store.turns import Turn
 
-__all__ = ["Deployment", "Facts", "JobPage", "Outcome", "Replay", "Store"]
+__all__ = [
+    "Candidate",
+    "Claim",
+    "Deployment",
+    "Facts",
+    "Hearer",
+    "JobPage",
+    "Outcome",
+    "Replay",
+    "Store",
+    "Turn",
+]

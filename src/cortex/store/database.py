@@ -1,62 +1,40 @@
-"""The database: its settings, its migrations, and the thread that groups commits.
-
-Every write is a function of a connection. The writer takes all that wait, runs them in one
-transaction and commits once: a hundred submits share one fsync. A write that fails makes its group
-run one by one, each in a transaction of its own, so it takes no other down; a write must therefore
-be a function of the database alone.
+"""The database: how it is reached, its migrations, and reads. Called by `Store`; what is written goes
+through `writer`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import queue
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
-from alembic import command
-from alembic.config import Config
-from alembic.util import CommandError
-from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError, OperationalError
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy import Connection, Engine, inspect, text
+from sqlalchemy.exc import DBAPIError
 
-from cortex.errors import CortexError, StartupError, StorageUnavailable
+from cortex.errors import StartupError, StorageUnavailable
+from cortex.store import postgresql, sqlite
+from cortex.store.schema import REVISION
+from cortex.store.url import read as read_url
+from cortex.store.url import shown
 
 T = TypeVar("T")
-Write = Callable[[Connection], T]
-
-_GROUP = 512  # writes per commit: bounds how long the first of them waits for the last
-_BUSY_TIMEOUT_S = 30
 
 
-def connect(url: str) -> Engine:
-    """An engine on the database at an SQLAlchemy URL."""
-    engine = create_engine(url)
-    if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _set_up_sqlite)
-        event.listen(engine, "begin", _begin_sqlite)
-    return engine
+def connect(url: str, name: str = "cortex") -> Engine:
+    """An engine on the database at an SQLAlchemy URL, or at a PostgreSQL one as users write it.
 
+    Args:
+        name: of its sessions, where a server has any.
 
-def _set_up_sqlite(connection: object, _: ConnectionPoolEntry) -> None:
-    # The driver's own transaction handling opens none before a SELECT and commits before DDL; with
-    # isolation_level None it does nothing and `_begin_sqlite` opens every one.
-    connection.isolation_level = None  # type: ignore[attr-defined]  # SQLAlchemy types it as a bare DBAPI
-    cursor = connection.cursor()  # type: ignore[attr-defined]
-    cursor.execute("PRAGMA journal_mode=WAL")
-    # FULL: the WAL is fsynced at each commit, so an acknowledged one survives power loss
-    # (https://www.sqlite.org/pragma.html#pragma_synchronous).
-    cursor.execute("PRAGMA synchronous=FULL")
-    cursor.execute("PRAGMA foreign_keys=ON")
-    cursor.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_S * 1000}")
-    cursor.close()
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    writes = connection.get_execution_options().get("writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+    Raises:
+        StartupError: it is no such URL, or the file cannot be made.
+    """
+    if url.startswith("sqlite:"):
+        return sqlite.connect(url)
+    try:
+        return postgresql.connect(read_url(url), name)
+    except ValueError as error:
+        raise StartupError(f"the store: {error}") from error
 
 
 def migrate(engine: Engine) -> None:
@@ -65,112 +43,84 @@ def migrate(engine: Engine) -> None:
     Raises:
         StartupError: the database cannot be read or written, or is newer than this version.
     """
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    is_shared = engine.dialect.name == "postgresql"
     try:
         with engine.connect().execution_options(writes=True) as connection, connection.begin():
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            if is_shared:
+                postgresql.check(connection)
+                postgresql.lock_migrations(connection)
+            if not _is_current(connection):
+                _upgrade(connection)
     except DBAPIError as error:
-        raise StartupError(
-            f"the database {engine.url.database} cannot be used: {error.orig}. Check that the disk "
-            "has room and that this user may write there; a damaged file has to be restored."
-        ) from error
+        raise unusable(engine, error) from error
+
+
+def _is_current(connection: Connection) -> bool:
+    """Whether there is nothing to migrate, as at nearly every start: what does it takes long to load."""
+    if not inspect(connection).has_table("alembic_version"):
+        return False
+    found = connection.execute(text("SELECT version_num FROM alembic_version")).scalars().all()
+    return found == [REVISION]
+
+
+def _upgrade(connection: Connection) -> None:
+    from alembic import command
+    from alembic.config import Config
+    from alembic.util import CommandError
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["connection"] = connection
+    try:
+        command.upgrade(config, "head")
     except CommandError as error:
         raise StartupError(
-            f"the database {engine.url.database} was made by another version: {error}. "
+            f"the database {_name(connection.engine)} was made by another version: {error}. "
             "Start the newest version that was used with it."
         ) from error
 
 
-class Writer:
-    """The one thread that writes."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="store-writer", daemon=True)
-        self._thread.start()
-
-    async def run(self, write: Write[T]) -> T:
-        """Run a write; it is durable when this returns. Writes take effect in the order of calls.
-
-        Raises:
-            StorageUnavailable: the database did not take it; nothing was stored.
-            CortexError: what the write raised; nothing was stored.
-        """
-        job = _Job(write, asyncio.get_running_loop())
-        self._waiting.put(job)
-        # Shielded: a client that hangs up does not undo a write that is already queued.
-        return cast(T, await asyncio.shield(job.done))
-
-    def close(self) -> None:
-        """Finish what waits, then end the thread."""
-        self._waiting.put(None)
-        self._thread.join()
-
-    def _work(self) -> None:
-        while (first := self._waiting.get()) is not None:
-            group = [first]
-            last = False
-            while len(group) < _GROUP and not self._waiting.empty():
-                following = self._waiting.get()
-                if following is None:
-                    last = True
-                    break
-                group.append(following)
-            self._commit(group)
-            if last:
-                return
-
-    def _commit(self, group: list[_Job]) -> None:
-        outcomes: list[object] = []
-        try:
-            with self._connection() as connection, connection.begin():
-                outcomes = [job.write(connection) for job in group]
-        except Exception as error:
-            if len(group) > 1:
-                for job in group:
-                    self._commit([job])
-                return
-            outcomes = [_told(error)]
-        _deliver(group, outcomes)
-
-    def _connection(self) -> Connection:
-        return self._engine.connect().execution_options(writes=True)
+def unusable(engine: Engine, error: DBAPIError) -> StartupError:
+    """What an error of the database means at the start."""
+    advice = sqlite.ADVICE if engine.dialect.name == "sqlite" else postgresql.ADVICE
+    return StartupError(f"the database {_name(engine)} cannot be used: {words(error)}. {advice}")
 
 
-class _Job:
-    __slots__ = ("done", "loop", "write")
-
-    def __init__(self, write: Write[object], loop: asyncio.AbstractEventLoop) -> None:
-        self.write = write
-        self.loop = loop
-        self.done: asyncio.Future[object] = loop.create_future()
-
-
-def _told(error: Exception) -> Exception:
-    if isinstance(error, OperationalError):
-        return StorageUnavailable(f"the store takes no writes now: {error.orig}. Try again later.")
-    return error
+def reader(engine: Engine) -> Engine:
+    """The same database for reads. Each is one statement, or does not need its statements to agree: a
+    server need not be told where it begins and ends."""
+    if engine.dialect.name == "sqlite":
+        return engine
+    return engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
-def _deliver(group: list[_Job], outcomes: list[object]) -> None:
-    def on_loop() -> None:
-        for job, outcome in zip(group, outcomes, strict=True):
-            if job.done.done():
-                continue
-            if isinstance(outcome, Exception):
-                job.done.set_exception(outcome)
-            else:
-                job.done.set_result(outcome)
+def read(engine: Engine, work: Callable[[Connection], T]) -> T:
+    """Run a read; on a new connection where the one that was kept turns out to be lost.
 
+    Raises:
+        StorageUnavailable: the database does not answer.
+    """
     try:
-        group[0].loop.call_soon_threadsafe(on_loop)
-    except RuntimeError:  # the loop was closed: nobody is left to tell
-        return
+        try:
+            with engine.connect() as connection:
+                return work(connection)
+        except DBAPIError as error:
+            if not error.connection_invalidated:
+                raise
+            engine.dispose()  # the pool may hold others that were lost likewise
+            with engine.connect() as connection:
+                return work(connection)
+    except DBAPIError as error:
+        raise StorageUnavailable(
+            f"the store cannot be read now: {words(error)}. Try again later."
+        ) from error
 
 
-def storage_error(error: DBAPIError) -> CortexError:
-    """What a failed read means to a caller."""
-    return StorageUnavailable(f"the store cannot be read now: {error.orig}. Try again later.")
+def words(error: DBAPIError) -> str:
+    """What the database says, in one line."""
+    return " ".join(str(error.orig).split())
+
+
+def _name(engine: Engine) -> str:
+    is_file = engine.dialect.name == "sqlite"
+    return str(engine.url.database) if is_file else shown(engine.url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     ForeignKey,
     Index,
@@ -14,9 +15,13 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     text,
+    true,
 )
 
-from cortex.spec.lifecycle import IN_PROGRESS
+from cortex.spec.lifecycle import IN_PROGRESS, State
+
+REVISION = "0006"
+"""The newest migration, which makes these tables."""
 
 metadata = MetaData()
 
@@ -59,9 +64,50 @@ jobs = Table(
     Column("result", Text),
     Column("idempotency_key", String(255)),
     Column("idempotency_hash", String(64)),
+    Column("has_folder", Boolean, nullable=False, server_default=true()),
+    Column("losses", Integer, nullable=False, server_default="0"),
     UniqueConstraint("api_name", "idempotency_key", name="jobs_idempotency"),
     Index("jobs_of_api", "api_name", "seq"),
+    # Without it the database would look through all jobs before it lets a version go.
+    Index("jobs_of_version", "api_id"),
 )
 
-_in_progress = text("state IN ({})".format(", ".join(f"'{s}'" for s in sorted(IN_PROGRESS))))
-Index("jobs_in_progress", jobs.c.seq, sqlite_where=_in_progress, postgresql_where=_in_progress)
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("name", String(63), primary_key=True),
+    Column("scope", String(8), nullable=False),
+    Column("digest", String(64), nullable=False, unique=True),
+    Column("created_ns", BigInteger, nullable=False),
+)
+
+# The operators of a database that can have several, one of which drives the jobs: see `member`.
+operators = Table(
+    "operators",
+    metadata,
+    Column("operator_id", String(64), primary_key=True),
+    Column("place", String(64), nullable=False),
+    Column("commits", BigInteger, nullable=False),
+    Column("since_ns", BigInteger, nullable=False),
+    Column("runs_on", String(64)),
+    Column("address", Text),
+    Column("term", BigInteger),
+    Column("until_ns", BigInteger),
+)
+
+# The conditions of the partial indexes, spelled out, so that planners can prove that one applies: a
+# query has to use the same.
+_names = ", ".join(f"'{state}'" for state in sorted(IN_PROGRESS))
+IS_IN_PROGRESS = text(f"state IN ({_names})")
+IS_FINISHED = text(f"state NOT IN ({_names})")
+IS_WAITING = text(f"state = '{State.WAITING}'")
+
+Index("jobs_in_progress", jobs.c.seq, sqlite_where=IS_IN_PROGRESS, postgresql_where=IS_IN_PROGRESS)
+Index(
+    "jobs_finished",
+    jobs.c.has_folder,
+    jobs.c.end_ns,
+    sqlite_where=IS_FINISHED,
+    postgresql_where=IS_FINISHED,
+)
+Index("jobs_waiting", jobs.c.api_name, sqlite_where=IS_WAITING, postgresql_where=IS_WAITING)

@@ -3,44 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Select,
-    and_,
-    bindparam,
-    delete,
-    insert,
-    or_,
-    select,
-)
-from sqlalchemy.engine import RowMapping
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import ColumnElement, Connection, Select, and_, or_, select, text
 
-from cortex.errors import Conflict, NotFound
+from cortex.errors import StartupError
 from cortex.spec.api import ApiSpec
 from cortex.spec.job import JobRecord, JobSpec
-from cortex.spec.lifecycle import IN_PROGRESS, SHOWN, Event, State, Status, Wanted
-from cortex.spec.times import now_ns
-from cortex.store.database import Writer, connect, migrate, storage_error
-from cortex.store.schema import apis, jobs, versions
+from cortex.spec.lifecycle import SHOWN, Event, Status
+from cortex.spec.times import new_id
+from cortex.spec.token import Scope, Token
+from cortex.store import deployments, retention, tokens, turns
+from cortex.store.database import connect, migrate, read, reader
+from cortex.store.deployments import Deployment
+from cortex.store.member import session_name
+from cortex.store.operators import Operators
+from cortex.store.schema import IS_IN_PROGRESS, jobs
+from cortex.store.submits import Claim, Replay, Submits
 from cortex.store.transitions import BY_ID, Facts, Outcome, apply, record
+from cortex.store.turns import Turn
+from cortex.store.writer import Writer
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """An API as it is deployed: its current version."""
-
-    name: str
-    endpoint: str
-    spec: ApiSpec
 
 
 @dataclass(frozen=True)
@@ -51,21 +37,6 @@ class JobPage:
     next_cursor: int | None
 
 
-@dataclass(frozen=True)
-class Replay:
-    """What makes a repeated submit the same one."""
-
-    key: str
-    body_hash: str
-
-
-_CURRENT = select(apis.c.api_id).where(apis.c.name == bindparam("name"))
-_REPLAYED = select(jobs).where(
-    jobs.c.api_name == bindparam("name"), jobs.c.idempotency_key == bindparam("key")
-)
-_INSERT = insert(jobs).returning(*jobs.c)
-
-
 class Store:
     """The database behind one operator. Methods are called on the event loop and do not block it.
 
@@ -74,19 +45,51 @@ class Store:
     """
 
     def __init__(self, url: str) -> None:
-        self._engine = connect(url)
-        migrate(self._engine)
+        """
+        Args:
+            url: a PostgreSQL database as users write it, or `sqlite:///PATH`.
+
+        Raises:
+            StartupError: the database cannot be used, and why.
+        """
+        operator_id = new_id()
+        name = session_name(operator_id)
+        self._engine = connect(url, name)
+        try:
+            migrate(self._engine)
+        except StartupError:
+            self._engine.dispose()
+            raise
+        self._reader = reader(self._engine)
         self._writer = Writer(self._engine)
+        self._submits = Submits()
+        self.operators = Operators(self._engine, self._writer, operator_id, name)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several operators can have it; a file is one's own as long as its folder is locked."""
+        return self._engine.dialect.name != "sqlite"
 
     def close(self) -> None:
         """Finish the writes that wait, and let go of the database."""
         self._writer.close()
         self._engine.dispose()
 
+    def in_turn(self) -> Turn:
+        """Held by whoever changes which versions there are, of all operators."""
+        return Turn(self._engine if self.is_shared else None)
+
+    def joining(self) -> Turn:
+        """Held by whoever finds out where it belongs, and joins."""
+        return Turn(self._engine if self.is_shared else None, turns.JOIN)
+
     # Jobs
 
-    async def submit(self, draft: JobSpec, replay: Replay | None = None) -> tuple[JobRecord, bool]:
-        """Store a job of the API's current version (`draft.api_id` is filled in here).
+    async def submit(
+        self, draft: JobSpec, replay: Replay | None = None, claim: Claim | None = None
+    ) -> tuple[JobRecord, bool]:
+        """Store a job of the API's current version (`draft.api_id` is filled in here), waiting, or
+        claimed at once: submit and claim are then one commit.
 
         Returns:
             The job, and whether it is new: with a replay key that was used before, the job of then.
@@ -94,52 +97,48 @@ class Store:
         Raises:
             NotFound: the API is not deployed.
             Conflict: the key was used before, for another body.
+            OverLimit: as many of its jobs wait as may.
+            Superseded: with a claim, where another operator drives.
         """
 
         def write(connection: Connection) -> tuple[JobRecord, bool]:
-            api_id = connection.execute(_CURRENT, {"name": draft.api_name}).scalar()
-            if api_id is None:
-                raise NotFound(f"there is no API {draft.api_name!r}; see `cortex get`")
-            if replay is not None and (earlier := _earlier(connection, draft, replay)):
-                return earlier, False
-            spec = draft.model_copy(update={"api_id": api_id})
-            row = connection.execute(
-                _INSERT,
-                {
-                    "job_id": spec.job_id,
-                    "api_name": spec.api_name,
-                    "api_id": api_id,
-                    "spec": json.dumps(spec.model_dump(mode="json")),
-                    "created_ns": spec.created_ns,
-                    "state": State.WAITING,
-                    "wanted": Wanted.RUN,
-                    "attempt": 0,
-                    "idempotency_key": replay and replay.key,
-                    "idempotency_hash": replay and replay.body_hash,
-                },
-            )
-            return record(row.mappings().one()), True
+            return self._submits.submit(connection, draft, replay, claim)
 
-        return await self._writer.run(write)
+        return await (self._writer.run(write) if claim is None else self.operators.as_driver(write))
 
-    async def apply(self, job_id: str, event: Event, facts: Facts) -> Outcome:
-        """Take one event of a job; see `transitions.apply`."""
-        return await self._writer.run(lambda connection: apply(connection, job_id, event, facts))
+    async def apply(
+        self, job_id: str, event: Event, facts: Facts, spec: JobSpec | None = None
+    ) -> Outcome:
+        """Take one event of a job; see `transitions.apply`. All but a stop are the driver's alone.
+
+        Raises:
+            Superseded: another operator drives.
+        """
+
+        def write(connection: Connection) -> Outcome:
+            return apply(connection, job_id, event, facts, spec)
+
+        return await (
+            self._writer.run(write) if event is Event.STOP else self.operators.as_driver(write)
+        )
 
     async def job(self, job_id: str) -> JobRecord | None:
         """One job, or None."""
 
         def read(connection: Connection) -> JobRecord | None:
-            row = connection.execute(BY_ID, {"job_id": job_id}).mappings().first()
+            row = BY_ID.first(connection, {"job_id": job_id})
             return None if row is None else record(row)
 
         return await self._read(read)
 
+    async def jobs(self, job_ids: Iterable[str]) -> list[JobRecord]:
+        """Those of these jobs that there are, in the order of their submission."""
+        query = select(jobs).where(jobs.c.job_id.in_(list(job_ids))).order_by(jobs.c.seq)
+        return await self._read(_records(query))
+
     async def jobs_in_progress(self) -> list[JobRecord]:
         """All jobs that no engine has seen the end of, in the order of their submission."""
-        # Spelled as in the partial index, so that the planner can prove it applies.
-        unfinished = jobs.c.state.in_(sorted(IN_PROGRESS))
-        return await self._read(_records(select(jobs).where(unfinished).order_by(jobs.c.seq)))
+        return await self._read(_records(select(jobs).where(IS_IN_PROGRESS).order_by(jobs.c.seq)))
 
     async def list_jobs(
         self, api_name: str, *, limit: int, status: Status | None = None, cursor: int | None = None
@@ -162,34 +161,8 @@ class Store:
         Raises:
             Conflict: an endpoint belongs to another API.
         """
-        specs = list(specs)
-
-        def write(connection: Connection) -> None:
-            for spec in specs:
-                taken_by = connection.execute(
-                    select(apis.c.name).where(apis.c.endpoint == spec.networking.endpoint)
-                ).scalar()
-                if taken_by not in (None, spec.name):
-                    raise Conflict(
-                        f"the endpoint {spec.networking.endpoint!r} belongs to the API "
-                        f"{taken_by!r}; choose another networking.endpoint for {spec.name!r}"
-                    )
-                connection.execute(
-                    insert(versions).values(
-                        api_id=spec.api_id,
-                        api_name=spec.name,
-                        spec=spec.model_dump_json(),
-                        created_ns=now_ns(),
-                    )
-                )
-                connection.execute(delete(apis).where(apis.c.name == spec.name))
-                connection.execute(
-                    insert(apis).values(
-                        name=spec.name, endpoint=spec.networking.endpoint, api_id=spec.api_id
-                    )
-                )
-
-        await self._writer.run(write)
+        wanted = list(specs)
+        await self._writer.run(lambda c: deployments.deploy(c, wanted))
 
     async def undeploy(self, name: str, message: str) -> list[JobRecord]:
         """Delete an API and stop its jobs, in one commit; the jobs that this stopped.
@@ -197,90 +170,95 @@ class Store:
         Raises:
             NotFound: it is not deployed.
         """
-
-        def write(connection: Connection) -> list[JobRecord]:
-            gone = connection.execute(delete(apis).where(apis.c.name == name))
-            if gone.rowcount == 0:
-                raise NotFound(f"there is no API {name!r}; see `cortex get`")
-            unfinished = connection.execute(
-                select(jobs.c.job_id).where(
-                    jobs.c.state.in_(sorted(IN_PROGRESS)), jobs.c.api_name == name
-                )
-            ).scalars()
-            facts: Facts = {"end_ns": now_ns(), "message": message}
-            stopped = (apply(connection, job_id, Event.STOP, facts) for job_id in list(unfinished))
-            return [outcome.job for outcome in stopped if outcome.taken and outcome.job is not None]
-
-        return await self._writer.run(write)
+        return await self._writer.run(lambda c: deployments.undeploy(c, name, message))
 
     async def deployments(self) -> list[Deployment]:
         """All deployed APIs, by name."""
-        query = select(apis, versions.c.spec).join(versions, versions.c.api_id == apis.c.api_id)
-
-        def read(connection: Connection) -> list[Deployment]:
-            rows = connection.execute(query.order_by(apis.c.name)).mappings()
-            return [_deployment(row) for row in rows]
-
-        return await self._read(read)
+        return await self._read(deployments.deployed)
 
     async def version(self, api_id: str) -> ApiSpec | None:
         """A version that was ever deployed, or None."""
-        query = select(versions.c.spec).where(versions.c.api_id == api_id)
-        text = await self._read(lambda connection: connection.execute(query).scalar())
-        return None if text is None else ApiSpec.model_validate_json(text)
+        return await self._read(lambda c: deployments.version(c, api_id))
 
     async def versions(self, name: str) -> list[ApiSpec]:
         """All versions of an API, newest first."""
-        query = select(versions.c.spec).where(versions.c.api_name == name)
-        query = query.order_by(versions.c.created_ns.desc())
+        return await self._read(lambda c: deployments.versions_of(c, name))
 
-        def read(connection: Connection) -> list[ApiSpec]:
-            return [
-                ApiSpec.model_validate_json(text) for text in connection.execute(query).scalars()
-            ]
+    async def all_versions(self) -> list[ApiSpec]:
+        """Every version of every API."""
+        return await self._read(deployments.all_versions)
 
-        return await self._read(read)
+    # Tokens
 
-    async def ping(self) -> None:
-        """Ask the database anything.
+    async def create_token(self, name: str, scope: Scope, digest: str) -> None:
+        """Add a token.
 
         Raises:
-            StorageUnavailable: it does not answer.
+            Conflict: there is one of that name.
         """
-        await self._writer.run(lambda connection: connection.execute(select(1)).scalar())
+        await self._writer.run(lambda c: tokens.create(c, name, scope, digest))
 
-    async def _read(self, read: Callable[[Connection], T]) -> T:
-        def work() -> T:
-            with self._engine.connect() as connection:
-                return read(connection)
+    async def revoke_token(self, name: str) -> None:
+        """Remove a token.
 
-        try:
-            return await asyncio.to_thread(work)
-        except DBAPIError as error:
-            raise storage_error(error) from error
+        Raises:
+            NotFound: there is none of that name.
+        """
+        await self._writer.run(lambda c: tokens.revoke(c, name))
 
+    async def tokens(self) -> list[Token]:
+        """All tokens, by name."""
+        return await self._read(tokens.listed)
 
-def _earlier(connection: Connection, draft: JobSpec, replay: Replay) -> JobRecord | None:
-    found = connection.execute(_REPLAYED, {"name": draft.api_name, "key": replay.key})
-    row = found.mappings().first()
-    if row is None:
-        return None
-    if row["idempotency_hash"] != replay.body_hash:
-        raise Conflict(
-            f"the Idempotency-Key {replay.key!r} was used for another body, by job "
-            f"{row['job_id']}; use a new key for a new job"
-        )
-    return record(row)
+    async def token_scope(self, digest: str) -> Scope | None:
+        """What the token of a digest allows; None where there is none."""
+        return await self._read(lambda c: tokens.scope(c, digest))
+
+    # Retention
+
+    async def jobs_with_folder(self, before_ns: int, most: int) -> list[str]:
+        """The ids of jobs that ended before, and whose folder may be there still."""
+        return await self._read(lambda c: retention.with_folder(c, before_ns, most))
+
+    async def jobs_ended(self, before_ns: int, most: int) -> list[str]:
+        """The ids of jobs that ended before."""
+        return await self._read(lambda c: retention.ended(c, before_ns, most))
+
+    async def jobs_beyond(self, kept: int, most: int) -> list[str]:
+        """The ids of finished jobs that are not among the newest `kept` of their API."""
+        return await self._read(lambda c: retention.beyond(c, kept, most))
+
+    async def folders_gone(self, job_ids: Iterable[str]) -> None:
+        """Note that these jobs have no folder any more."""
+        await self._writer.run(lambda c: retention.folders_gone(c, job_ids))
+
+    async def remove_jobs(self, job_ids: Iterable[str]) -> None:
+        """Remove finished jobs; their idempotency keys may be used again."""
+        await self._writer.run(lambda c: retention.remove(c, job_ids))
+
+    async def remove_versions(self, before_ns: int) -> list[str]:
+        """Remove versions that were deployed before and that nothing refers to; their ids."""
+        return await self._writer.run(lambda c: retention.remove_versions(c, before_ns))
+
+    async def ping(self) -> None:
+        """Write to the database, and change nothing.
+
+        Raises:
+            StorageUnavailable: it takes no writes.
+        """
+        # Alembic's table has one row, whatever else is stored. An operator's own row is written anyway.
+        same = text("UPDATE alembic_version SET version_num = version_num")
+        is_joined = self.operators.is_joined
+        await self._writer.run(lambda c: None if is_joined else c.execute(same).rowcount)
+
+    async def _read(self, work: Callable[[Connection], T]) -> T:
+        return await asyncio.to_thread(read, self._reader, work)
 
 
 def _records(query: Select[tuple[object, ...]]) -> Callable[[Connection], list[JobRecord]]:
-    return lambda connection: [record(row) for row in connection.execute(query).mappings()]
+    return lambda connection: [record(row) for row in connection.execute(query)]
 
 
 def _shown_as(status: Status) -> ColumnElement[bool]:
     cases = [key for key, shown in SHOWN.items() if shown is status]
     return or_(*(and_(jobs.c.state == state, jobs.c.wanted == wanted) for state, wanted in cases))
-
-
-def _deployment(row: RowMapping) -> Deployment:
-    return Deployment(row["name"], row["endpoint"], ApiSpec.model_validate_json(row["spec"]))

@@ -10,12 +10,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, Update, bindparam, case, func, select, update
-from sqlalchemy.engine import RowMapping
+from sqlalchemy import ColumnElement, Connection, Update, bindparam, case, func, or_, select, update
 
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import TRANSITIONS, Event, State, Wanted, sources
-from cortex.store.schema import jobs
+from cortex.store.prepared import Prepared, Row, Value
+from cortex.store.schema import IS_IN_PROGRESS, jobs
 
 _wanted_run = jobs.c.wanted == Wanted.RUN
 _begun = func.coalesce(jobs.c.start_ns, jobs.c.created_ns)
@@ -47,11 +47,14 @@ def _ending(event: Event) -> Update:
     )
 
 
-def _guarded(event: Event) -> Update:
+def _guarded(event: Event, which: ColumnElement[bool] | None = None) -> Update:
     targets = {state: to for (state, taken), to in TRANSITIONS.items() if taken is event}
     return (
         update(jobs)
-        .where(jobs.c.job_id == bindparam("id"), jobs.c.state.in_(sorted(sources(event))))
+        .where(
+            jobs.c.job_id == bindparam("id") if which is None else which,
+            or_(*(jobs.c.state == state for state in sorted(sources(event)))),
+        )
         .values(state=case(targets, value=jobs.c.state))
         .returning(*jobs.c)
     )
@@ -63,21 +66,27 @@ def _of_attempt(statement: Update) -> Update:
 
 _ENDINGS = (Event.SUCCEED, Event.FAIL, Event.OUT_OF_MEMORY, Event.TIME_OUT, Event.LOSE)
 
-STOP = (
-    _guarded(Event.STOP)
-    .where(_wanted_run)
-    .values(
+
+def _stop(guarded: Update) -> Update:
+    return guarded.where(_wanted_run).values(
         wanted=Wanted.STOP,
         end_ns=_later(bindparam("end_ns"), _begun),
         message=bindparam("message"),
     )
-)
 
-_STATEMENTS: dict[Event, Update] = {
+
+STOP = _stop(_guarded(Event.STOP))
+STOP_ALL = _stop(_guarded(Event.STOP, jobs.c.api_name == bindparam("of_api")).where(IS_IN_PROGRESS))
+"""Of all jobs of an API at once, who may be very many; the rows come in no order."""
+
+_UPDATES: dict[Event, Update] = {
     Event.CLAIM: _of_attempt(_guarded(Event.CLAIM)).values(
         attempt=jobs.c.attempt + 1, handle=bindparam("handle")
     ),
     Event.UNCLAIM: _of_attempt(_guarded(Event.UNCLAIM)).where(_wanted_run).values(handle=None),
+    Event.RETRY: _of_attempt(_guarded(Event.RETRY))
+    .where(_wanted_run)
+    .values(handle=None, start_ns=None, losses=jobs.c.losses + 1, message=bindparam("message")),
     Event.START: _of_attempt(_guarded(Event.START)).values(
         start_ns=_kept_if_stopped(
             jobs.c.start_ns, _later(bindparam("start_ns"), jobs.c.created_ns)
@@ -87,9 +96,11 @@ _STATEMENTS: dict[Event, Update] = {
     **{event: _of_attempt(_ending(event)) for event in _ENDINGS},
 }
 
-Facts = Mapping[str, int | str | None]
+_STATEMENTS = {event: Prepared(statement) for event, statement in _UPDATES.items()}
 
-BY_ID = select(jobs).where(jobs.c.job_id == bindparam("job_id"))
+Facts = Mapping[str, Value]
+
+BY_ID = Prepared(select(jobs).where(jobs.c.job_id == bindparam("job_id")))
 
 
 @dataclass(frozen=True)
@@ -100,35 +111,44 @@ class Outcome:
     job: JobRecord | None
 
 
-def apply(connection: Connection, job_id: str, event: Event, facts: Facts) -> Outcome:
+def apply(
+    connection: Connection, job_id: str, event: Event, facts: Facts, spec: JobSpec | None = None
+) -> Outcome:
     """Take one event, if the job is in a state that takes it.
 
     Args:
         facts: the statement's values: `of_attempt` (the attempt that the event is about) for all
-            but STOP; `handle` for CLAIM; `start_ns` for START; `end_ns` and `message` for STOP;
-            `start_ns`, `end_ns`, `message`, `exit_code` and `result` (JSON text) for an ending.
+            but STOP; `handle` for CLAIM; `start_ns` for START; `message` for RETRY; `end_ns` and
+            `message` for STOP; `start_ns`, `end_ns`, `message`, `exit_code` and `result` (JSON text)
+            for an ending.
+        spec: the job's, if the caller has it: it may be large, and need not be read again.
     """
-    row = connection.execute(_STATEMENTS[event], {"id": job_id, **facts}).mappings().first()
+    row = _STATEMENTS[event].first(connection, {"id": job_id, **facts})
     if row is not None:
-        return Outcome(True, record(row))
-    row = connection.execute(BY_ID, {"job_id": job_id}).mappings().first()
-    return Outcome(False, None if row is None else record(row))
+        return Outcome(True, record(row, spec))
+    row = BY_ID.first(connection, {"job_id": job_id})
+    return Outcome(False, None if row is None else record(row, spec))
 
 
-def record(row: RowMapping) -> JobRecord:
-    """The job that a row holds."""
-    result = row["result"]
-    return JobRecord.model_construct(
-        seq=row["seq"],
-        spec=JobSpec.model_construct(**json.loads(row["spec"])),
-        state=State(row["state"]),
-        wanted=Wanted(row["wanted"]),
-        attempt=row["attempt"],
-        handle=row["handle"],
-        start_ns=row["start_ns"],
-        end_ns=row["end_ns"],
-        exit_code=row["exit_code"],
-        message=row["message"],
+def record(row: Row, spec: JobSpec | None = None) -> JobRecord:
+    """The job that a row of all columns holds."""
+    (
+        seq, _, _, _, spec_text, _, state, wanted, attempt, handle, start_ns, end_ns, exit_code,
+        message, result, _, _, has_folder, losses,
+    ) = row  # fmt: skip
+    return JobRecord(
+        seq=seq,
+        spec=spec or JobSpec(**json.loads(spec_text)),
+        state=State(state),
+        wanted=Wanted(wanted),
+        attempt=attempt,
+        handle=handle,
+        start_ns=start_ns,
+        end_ns=end_ns,
+        exit_code=exit_code,
+        message=message,
         result=None if result is None else json.loads(result),
         has_result=result is not None,
+        has_folder=bool(has_folder),
+        losses=losses,
     )

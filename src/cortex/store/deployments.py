@@ -1,0 +1,97 @@
+"""APIs and their versions in the database. Called by `Store`; each function is one short read or write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, delete, insert, select, update
+
+from cortex.errors import Conflict, NotFound
+from cortex.spec.api import ApiSpec
+from cortex.spec.job import JobRecord
+from cortex.spec.times import now_ns
+from cortex.store.schema import apis, versions
+from cortex.store.transitions import STOP_ALL, record
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """An API as it is deployed: its current version."""
+
+    name: str
+    endpoint: str
+    spec: ApiSpec
+
+
+def deploy(connection: Connection, specs: Iterable[ApiSpec]) -> None:
+    """Make these the current versions of their APIs.
+
+    Raises:
+        Conflict: an endpoint belongs to another API.
+    """
+    for spec in specs:
+        endpoint = spec.networking.endpoint
+        taken_by = connection.execute(
+            select(apis.c.name).where(apis.c.endpoint == endpoint)
+        ).scalar()
+        if taken_by not in (None, spec.name):
+            raise Conflict(
+                f"the endpoint {endpoint!r} belongs to the API {taken_by!r}; choose another "
+                f"networking.endpoint for {spec.name!r}"
+            )
+        connection.execute(
+            insert(versions).values(
+                api_id=spec.api_id,
+                api_name=spec.name,
+                spec=spec.model_dump_json(),
+                created_ns=now_ns(),
+            )
+        )
+        values = {"endpoint": endpoint, "api_id": spec.api_id}
+        # The row stays the same one: a submit that waits for this finds it.
+        changed = connection.execute(update(apis).where(apis.c.name == spec.name).values(values))
+        if changed.rowcount == 0:
+            connection.execute(insert(apis).values(name=spec.name, **values))
+
+
+def undeploy(connection: Connection, name: str, message: str) -> list[JobRecord]:
+    """Delete an API and stop its jobs; the jobs that this stopped.
+
+    Raises:
+        NotFound: it is not deployed.
+    """
+    if connection.execute(delete(apis).where(apis.c.name == name)).rowcount == 0:
+        raise NotFound(f"there is no API {name!r}; see `cortex get`")
+    stopped = connection.execute(STOP_ALL, {"of_api": name, "end_ns": now_ns(), "message": message})
+    return sorted(map(record, stopped), key=lambda job: job.seq)
+
+
+def deployed(connection: Connection) -> list[Deployment]:
+    """All deployed APIs, by name."""
+    query = select(apis, versions.c.spec).join(versions, versions.c.api_id == apis.c.api_id)
+    rows = connection.execute(query.order_by(apis.c.name)).mappings()
+    return [
+        Deployment(row["name"], row["endpoint"], ApiSpec.model_validate_json(row["spec"]))
+        for row in rows
+    ]
+
+
+def version(connection: Connection, api_id: str) -> ApiSpec | None:
+    """A version that was ever deployed, or None."""
+    query = select(versions.c.spec).where(versions.c.api_id == api_id)
+    found = connection.execute(query).scalar()
+    return None if found is None else ApiSpec.model_validate_json(found)
+
+
+def versions_of(connection: Connection, name: str) -> list[ApiSpec]:
+    """All versions of an API, newest first."""
+    query = select(versions.c.spec).where(versions.c.api_name == name)
+    found = connection.execute(query.order_by(versions.c.created_ns.desc())).scalars()
+    return [ApiSpec.model_validate_json(text) for text in found]
+
+
+def all_versions(connection: Connection) -> list[ApiSpec]:
+    """Every version of every API."""
+    found = connection.execute(select(versions.c.spec)).scalars()
+    return [ApiSpec.model_validate_json(text) for text in found]

@@ -1,0 +1,11 @@
+"""Attempts that were lost and followed by another."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0006"
+down_revision = "0005"
+
+
+def upgrade() -> None:
+    op.add_column("jobs", sa.Column("losses", sa.Integer, nullable=False, server_default="0"))
