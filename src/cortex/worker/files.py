@@ -1,13 +1,19 @@
 """Records that appear complete or not at all. Called by supervisors, and by engines to fence.
 
 Everything is relative to an open folder, so that a job whose folder is moved meanwhile still writes
-its records into it.
+its records into it. The folder is the job's, which may have put a link or a pipe in a record's place:
+neither is followed or waited for.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import time
+
+_READ_BYTES = 1 << 16
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def open_folder(path: str) -> int:
@@ -29,42 +35,93 @@ def create(folder: int, name: str, data: bytes) -> bool:
 
 def replace(folder: int, name: str, data: bytes) -> None:
     """Write a file anew, so that it is whole even after a loss of power."""
-    temporary = _write(folder, name, data)
-    fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
-    os.fsync(fd)
-    os.close(fd)
+    temporary = _write(folder, name, data, sync=True)
     os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+
+
+def sync(folder: int, name: str) -> None:
+    """Put a file that is there onto the disk."""
+    fd = os.open(name, _READ, dir_fd=folder)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make(folder: int, name: str, data: bytes) -> None:
+    """Write a file that nobody reads yet; a loss of power may take it. What somebody has put in its
+    place is not followed, but replaced."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        fd = os.open(name, flags, 0o644, dir_fd=folder)
+    except FileExistsError:
+        put(folder, name, data)
+        return
+    try:
+        _fill(fd, data)
+    finally:
+        os.close(fd)
+
+
+def put(folder: int, name: str, data: bytes) -> None:
+    """Write a file anew, whole for every reader; a loss of power may take it."""
+    os.replace(_write(folder, name, data), name, src_dir_fd=folder, dst_dir_fd=folder)
 
 
 def read(folder: int, name: str) -> bytes | None:
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
-    except FileNotFoundError:
-        return None
-    with open(fd, "rb") as file:
-        return file.read()
+        fd = os.open(name, _READ, dir_fd=folder)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise
+    try:
+        about = os.fstat(fd)
+        if not stat.S_ISREG(about.st_mode):
+            return b""
+        data = os.read(fd, about.st_size + 1)
+        while piece := os.read(fd, _READ_BYTES):
+            data += piece
+        return data
+    finally:
+        os.close(fd)
 
 
 def tail(folder: int, name: str, start: int, limit: int = 4096) -> bytes:
     """The end of a file, nothing from before `start`."""
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
+        fd = os.open(name, _READ, dir_fd=folder)
     except OSError:
         return b""
     with open(fd, "rb") as file:
+        if not is_regular(fd):
+            return b""
         end = file.seek(0, os.SEEK_END)
         file.seek(max(start, end - limit))
         return file.read(limit)
 
 
-def _write(folder: int, name: str, data: bytes) -> str:
+def is_regular(fd: int) -> bool:
+    """Whether it is a plain file, which alone a record or a log can be."""
+    return stat.S_ISREG(os.fstat(fd).st_mode)
+
+
+def _write(folder: int, name: str, data: bytes, *, sync: bool = False) -> str:
     temporary = f".{name}.{os.getpid()}.{time.monotonic_ns()}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     fd = os.open(temporary, flags, 0o644, dir_fd=folder)
     try:
-        with open(fd, "wb") as file:
-            file.write(data)
+        _fill(fd, data)
+        if sync:
+            os.fsync(fd)
     except BaseException:
         os.unlink(temporary, dir_fd=folder)
         raise
+    finally:
+        os.close(fd)
     return temporary
+
+
+def _fill(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]

@@ -12,6 +12,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import ClassVar, Self
 
+MOST_MESSAGE = 1 << 16
+MOST_RECORD = 1 << 15
+"""An exit record that is longer is not told along, but read from its file."""
 JOB_ID_ROOM = 64
 """Bytes kept free for the job's id in the first environment block of a fork server."""
 
@@ -19,8 +22,11 @@ JOB_ID_ROOM = 64
 class _Message:
     __slots__: ClassVar[tuple[str, ...]] = ()
 
+    def fields(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
     def dumps(self) -> bytes:
-        return json.dumps({name: getattr(self, name) for name in self.__slots__}).encode()
+        return json.dumps(self.fields()).encode()
 
     @classmethod
     def loads(cls, data: bytes) -> Self:
@@ -36,6 +42,7 @@ class Setup(_Message):
         "command",
         "env",
         "import_dir",
+        "open_files",
         "package",
         "path",
         "preload",
@@ -48,6 +55,7 @@ class Setup(_Message):
         *,
         package: str,
         import_dir: str,
+        open_files: int,
         project: str,
         python_path: str | None,
         path: str | None,
@@ -57,6 +65,7 @@ class Setup(_Message):
     ) -> None:
         self.package = package
         self.import_dir = import_dir  # a folder with nothing but a link to the package
+        self.open_files = open_files  # how many a job may have at once
         self.project = project
         self.python_path = python_path
         self.path = path
@@ -70,12 +79,17 @@ class Order(_Message):
 
     __slots__ = (
         "attempt",
-        "deadline_ns",
+        "deadline",
         "folder",
         "gpus",
         "grace_s",
+        "held",
+        "job",
         "job_id",
         "kill_dir",
+        "log_limit",
+        "losses",
+        "lost",
         "mem",
         "memory_dir",
         "memory_kind",
@@ -91,33 +105,54 @@ class Order(_Message):
         folder: str,
         grace_s: float,
         timeout: int | None,
-        deadline_ns: int | None,
+        deadline: float | None,
+        log_limit: int,
         mem: int | None,
         memory_kind: str | None,
         memory_dir: str | None,
         kill_dir: str | None,
         gpus: list[int],
         visible_gpus: str | None,
+        job: dict[str, object],
+        losses: int = 0,
+        lost: str | None = None,
+        held: bool = False,
     ) -> None:
+        self.job = job  # the content of job.json
         self.job_id = job_id
         self.attempt = attempt
         self.folder = folder
         self.grace_s = grace_s
         self.timeout = timeout
-        self.deadline_ns = deadline_ns
+        self.deadline = deadline  # by the monotonic clock, which all processes share
+        self.log_limit = log_limit
         self.mem = mem
         self.memory_kind = memory_kind  # "v2", "v1", "watchdog"; None is no limit
         self.memory_dir = memory_dir
         self.kill_dir = kill_dir  # a cgroup v2 that kills the tree at one stroke
         self.gpus = gpus
         self.visible_gpus = visible_gpus  # None on a machine without GPUs
+        self.losses = losses  # attempts before this one, whose processes were lost
+        self.lost = lost  # how the last of them was, in words
+        self.held = held  # laid out at once, but begun with only when the engine says so
 
 
 class Reply(_Message):
-    """What is said to the engine: by a fork server that it is ready (no job id), or what came of
-    an order, with the supervisor's pidfd; by a supervisor that its start record is made."""
+    """What is said to the engine: by a fork server that it is ready (no pid), or that it has forked a
+    supervising process, with its pidfd and socket, or why it could not; by a supervising process
+    (job id) that a start or exit record is made, or why it could not begin."""
 
-    __slots__ = ("attempt", "error", "job_id", "pid", "recorded", "start_ns")
+    __slots__ = (
+        "attempt",
+        "ended",
+        "errno",
+        "error",
+        "job_id",
+        "pid",
+        "record",
+        "recorded",
+        "start_ns",
+    )
 
     def __init__(
         self,
@@ -127,8 +162,14 @@ class Reply(_Message):
         pid: int = 0,
         start_ns: int = 0,
         recorded: bool = False,
+        ended: bool = False,
         error: str | None = None,
+        errno: int = 0,
+        record: dict[str, object] | None = None,
     ) -> None:
+        self.errno = errno
+        self.record = record  # the exit record that was made, unless it is large
+        self.ended = ended
         self.recorded = recorded
         self.job_id = job_id
         self.attempt = attempt
@@ -201,8 +242,19 @@ class ExitRecord(_Message):
         self.has_result = has_result
 
 
+class LogCut(_Message):
+    """`log.cut`: the bytes from `start` up to `end` are gone from the log, for it was over `limit`."""
+
+    __slots__ = ("end", "limit", "start")
+
+    def __init__(self, *, start: int, end: int, limit: int) -> None:
+        self.start = start
+        self.end = end
+        self.limit = limit
+
+
 class Outcome(_Message):
-    """What a job's process says of itself through its pipe, once."""
+    """What a job's process says of itself in its outcome file, once."""
 
     __slots__ = ("has_result", "lost", "message", "result")
 

@@ -6,9 +6,9 @@ and is killed here, also where it has left its session and cleared its environme
 from __future__ import annotations
 
 import os
-import signal
 
 from cortex.worker import processes
+from cortex.worker.bare import signal
 
 MOST_SWEEPS = 200
 

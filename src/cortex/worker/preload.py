@@ -5,27 +5,15 @@ nothing of one job is seen by the next.
 
 from __future__ import annotations
 
-import ast
+import json
 import os
 import sys
-from importlib.machinery import ModuleSpec, PathFinder
-
-_MOST_FILES = 200
 
 
 def preload(path: str, roots: list[str]) -> None:
     """Import what the task file and the user's modules that it reaches import."""
-    waiting, seen = [path], {path}
-    while waiting and len(seen) < _MOST_FILES:
-        for name, names in _imports(waiting.pop()):
-            spec = _own(name.partition(".")[0], roots)
-            if spec is None:
-                _import(name, names)
-                continue
-            for file in _files(name, names, roots):
-                if file not in seen:
-                    seen.add(file)
-                    waiting.append(file)
+    for name, names in _wanted(path, roots):
+        _import(name, names)
 
 
 def forget_shadowed(roots: list[str], startup: frozenset[str]) -> None:
@@ -46,50 +34,26 @@ def forget_shadowed(roots: list[str], startup: frozenset[str]) -> None:
                     del sys.modules[loaded]
 
 
-def _imports(path: str) -> list[tuple[str, list[str]]]:
+def _wanted(path: str, roots: list[str]) -> list[tuple[str, list[str]]]:
+    """As `imports.found` tells, asked in a process of its own: what that loads is not copied by each job."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            from cortex.worker import imports
+
+            with open(write, "wb") as pipe:
+                pipe.write(json.dumps(imports.found(path, roots)).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read, "rb") as pipe:
+        told = pipe.read()
+    os.waitpid(pid, 0)
     try:
-        with open(path, "rb") as file:
-            tree = ast.parse(file.read(), path)
-    except (OSError, SyntaxError, ValueError, RecursionError):
-        return []  # the job will show it
-    found: list[tuple[str, list[str]]] = []
-    waiting: list[ast.stmt] = list(tree.body)
-    while waiting:
-        node = waiting.pop(0)
-        if isinstance(node, ast.Import):
-            found += [(alias.name, []) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.append((node.module, [alias.name for alias in node.names]))
-        elif isinstance(node, (ast.Try, ast.With)) or (
-            isinstance(node, ast.If) and not _never_runs(node.test)
-        ):  # 3.9
-            waiting += node.body
-    return found
-
-
-def _never_runs(test: ast.expr) -> bool:
-    words = ast.dump(test)
-    return "TYPE_CHECKING" in words or "__main__" in words
-
-
-def _own(top: str, roots: list[str]) -> ModuleSpec | None:
-    """The spec of a top-level module of the user's; None for everybody else's."""
-    spec = PathFinder.find_spec(top, roots)
-    if spec is not None and spec.origin is None and PathFinder.find_spec(top) is not None:
-        return None  # a bare folder does not shadow a package elsewhere
-    return spec
-
-
-def _files(name: str, names: list[str], roots: list[str]) -> list[str]:
-    """The files that `from name import names` may run."""
-    parts = name.split(".")
-    found = []
-    for root in roots:
-        stems = [os.path.join(root, *parts[: i + 1]) for i in range(len(parts))]
-        stems += [os.path.join(stems[-1], each) for each in names]
-        for stem in stems:
-            found += [f for f in (stem + ".py", stem + "/__init__.py") if os.path.isfile(f)]
-    return found
+        return [(name, names) for name, names in json.loads(told)]
+    except ValueError:
+        return []  # it was killed: nothing is imported ahead
 
 
 def _import(name: str, names: list[str]) -> None:

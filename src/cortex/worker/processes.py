@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import signal
+
+from cortex.worker.bare import signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

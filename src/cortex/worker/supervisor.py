@@ -1,101 +1,154 @@
 """Watches over one job from start to end, and writes how it ended: the one place that decides so.
 
-Forked by the fork server, and independent of it and of the operator from then on. It makes the start
-record (the fence), the job's groups and its process, enforces deadline and memory, honours SIGTERM as
-"stop the job", leaves no process behind, and writes the exit record.
+Run by a supervising process (`serving`), which depends on no other. It makes the start record (the
+fence), the job's groups and its process, enforces deadline and memory, honours SIGTERM as "stop the
+job", leaves no process behind, writes the exit record, and tells the engine of both if it is there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
-import signal
 import time
 
-from cortex.worker import cgroups, child, files, processes
-from cortex.worker.messages import ExitRecord, Outcome, Reply, StartRecord, shorten, size
+from cortex.worker import cgroups, child, files, logfile, processes, verdict, wire
+from cortex.worker.bare import signal
+from cortex.worker.messages import (
+    MOST_RECORD,
+    Reply,
+    StartRecord,
+)
+from cortex.worker.verdict import EXITED, LOST, OUT_OF_MEMORY, STOPPED, TIMED_OUT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import NoReturn
+    from cortex.worker.bench import Bench
+    from cortex.worker.messages import Order
 
-    from cortex.worker.messages import Order, Setup
-
-EXITED, OUT_OF_MEMORY, TIMED_OUT, STOPPED, LOST = (
-    "exited",
-    "out_of_memory",
-    "timed_out",
-    "stopped",
-    "lost",
-)
 WATCH_S = 0.05
 KILL_S = 5.0
-DISK_TRIES = 60
-LONGEST_SLEEP_S = 86_400.0  # poll takes milliseconds as an int of C; who sleeps looks again
+LONGEST_ROUND_S = 0.1
+LONGEST_PAUSE_S = 5.0
+TELL_START_S = 0.01
+"""A job that is over sooner is told of once: its end says when it started."""
 
 
-def run(setup: Setup, order: Order, start_ns: int, slot: int, engine: int) -> NoReturn:
-    """Never returns: it would return into the fork server."""
-    try:
-        _Supervisor(setup, order, start_ns, slot).run(engine)
-    finally:
-        os._exit(0)
+class Supervisor:
+    """One job's."""
 
-
-class _Supervisor:
-    def __init__(self, setup: Setup, order: Order, start_ns: int, slot: int) -> None:
-        self.setup = setup
+    def __init__(self, bench: Bench, order: Order) -> None:
+        self.bench = bench
         self.order = order
-        self.start_ns = start_ns
-        self.slot = slot
+        self.start_ns = time.time_ns()
         self.folder = files.open_folder(order.folder)
         self.groups = cgroups.Groups(order)
+        self.log = logfile.Log(self.folder, order.log_limit)
         self.poller = select.poll()
-        self.stop = False
+        self.poller.register(bench.signals.wake, select.POLLIN)
         self.alone = False  # no descendant is left
+        self.tell_at: float | None = None  # when to tell of the start, unless it is told
         self.worker = 0
         self.status: int | None = None
         self.end_ns = 0
-        self.pipe = -1
-        self.said = b""
+        self.job: child.Job | None = None
         self.oom_fd: int | None = None
         self.oom_look = False
         self.log_start = 0
-        self.wake = self._own_signals()
-        self.deadline = self._deadline()
 
-    def run(self, engine: int) -> None:
-        os.setsid()
-        processes.prctl(processes.PR_SET_CHILD_SUBREAPER, 1)
-        processes.close_all_but({0, 1, 2, self.folder, self.wake, self.wake_write, engine})
-        if not files.create(self.folder, f"start.{self.order.attempt}", self._start_record()):
-            return
-        self._announce(engine)
+    def run(self) -> bool:
+        """Do it all; whether this process is as it was before, and may take another job."""
+        failed = self._laid_out()
+        if self.order.held:
+            if self.bench.hear() != wire.GO:
+                return False
+            self.start_ns = time.time_ns()
+        try:
+            if failed is not None:
+                raise failed
+            if not files.create(self.folder, f"start.{self.order.attempt}", self._start_record()):
+                return False
+        except OSError as error:
+            # No code has run, and none is going to: nobody else has this order.
+            self._tell(error=error.strerror or str(error), errno=error.errno or 0)
+            return False
+        self.tell_at = time.monotonic() + TELL_START_S
         try:
             ending = self._supervise()
         except Exception as error:  # noqa: BLE001, RUF100  # the platform's own failure
             self._kill()
-            record = self._record(LOST, f"the supervisor failed: {error!r}")
+            record = verdict.lost(self, f"the supervisor failed: {error!r}")
         else:
-            record = self._judge(ending)
+            record = verdict.judge(self, ending)
         self.groups.remove()
-        self._write(record)
+        self.log.look()
+        data = record.dumps()
+        if not self._write(data):
+            return False
+        told = record.fields() if len(data) <= MOST_RECORD else None
+        self._tell(ended=True, record=told)
+        self.bench.keep(self.folder, self._exit_name)
+        for fd in self._files():
+            os.close(fd)
+        self.bench.dismiss()  # it would be there still if the job never began
+        is_alone = self._reap()
+        return is_alone and not self.bench.signals.stop and record.ending != LOST
 
-    def _announce(self, engine: int) -> None:
-        """Tell the engine that the job has started: not earlier, for until the record is made an
-        operator that comes up may fence the attempt off. It may be gone, and need not know."""
-        order = self.order
+    def _laid_out(self) -> OSError | None:
+        """Make all that a job finds and writes; what went wrong with that."""
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir("files", dir_fd=self.folder)
+            files.make(self.folder, "job.json", json.dumps(self.order.job).encode())
+            log = os.open(
+                logfile.NAME,
+                os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC,
+                0o644,
+                dir_fd=self.folder,
+            )
+            # In memory, and of no limited room: whoever writes it waits for nobody.
+            self.job = child.Job(self.order, log, os.memfd_create("outcome"))
+        except OSError as error:
+            return error
+        return None
+
+    def _files(self) -> list[int]:
+        """The open files that are this job's alone, but for its folder."""
+        found = [] if self.job is None else [self.job.log, self.job.outcome]
+        return found if self.oom_fd is None else [*found, self.oom_fd]
+
+    def _tell_start(self) -> None:
+        if self.tell_at is not None:
+            self.tell_at = None
+            self._tell(recorded=True)
+
+    def _tell(
+        self,
+        *,
+        recorded: bool = False,
+        ended: bool = False,
+        record: dict[str, object] | None = None,
+        error: str | None = None,
+        errno: int = 0,
+    ) -> None:
+        """Tell the engine of a record: not before it is made, for until then an operator that comes
+        up may fence the attempt off. It may be gone, and need not know."""
         reply = Reply(
-            job_id=order.job_id, attempt=order.attempt, start_ns=self.start_ns, recorded=True
+            job_id=self.order.job_id,
+            attempt=self.order.attempt,
+            start_ns=self.start_ns,
+            recorded=recorded,
+            ended=ended,
+            record=record,
+            error=error,
+            errno=errno,
         )
         with contextlib.suppress(OSError):
-            os.write(engine, reply.dumps())
-        os.close(engine)
+            self.bench.sock.send(reply.dumps())
 
     def _supervise(self) -> str:
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a SIGTERM held back arrives here
-        if self.stop:
+        if self.bench.signals.stop:
             return STOPPED
         if self._overdue():
             return TIMED_OUT
@@ -117,7 +170,7 @@ class _Supervisor:
                 return EXITED
             if self.oom_look and self.groups.oom_killed():
                 return OUT_OF_MEMORY
-            if self.stop:
+            if self.bench.signals.stop:
                 return STOPPED
             if self._overdue():
                 return TIMED_OUT
@@ -126,7 +179,9 @@ class _Supervisor:
                 if processes.memory(pids, watchdog) > watchdog:
                     return OUT_OF_MEMORY
             # The eventfd of v1 tells that the limit is hit, a moment before the kill is counted.
-            self._sleep(WATCH_S if watchdog is not None or self.oom_look else None, self.deadline)
+            self._sleep(
+                WATCH_S if watchdog is not None or self.oom_look else None, self.order.deadline
+            )
 
     def _ask_to_end(self) -> None:
         """SIGTERM to the whole tree, and the time to save its work."""
@@ -141,13 +196,14 @@ class _Supervisor:
         stay below it. Stopping before killing is what a fork bomb cannot outrun."""
         if self._reap():
             return
-        until = time.monotonic() + KILL_S
         if self.groups.kill():
             soon = time.monotonic() + 0.2
             while not self._reap() and time.monotonic() < soon:
                 self._sleep(None, soon)
         stopped: dict[int, int] = {}
-        while not self._reap() and time.monotonic() < until:
+        spent_s = 0.0
+        while not self._reap() and spent_s < KILL_S:
+            begun = time.monotonic()
             known = len(stopped)
             for pid, ticks in processes.walk(os.getpid()):
                 if stopped.get(pid) != ticks:
@@ -155,74 +211,52 @@ class _Supervisor:
                     stopped[pid] = ticks
             if len(stopped) == known:
                 processes.send(stopped, signal.SIGKILL)
-                self._sleep(0.02, until)
+                self._sleep(0.02, None)
+            # This process may have been stopped meanwhile, for however long: that is no time spent.
+            spent_s += min(time.monotonic() - begun, LONGEST_ROUND_S)
 
-    def _judge(self, ending: str) -> ExitRecord:
-        code = -signal.SIGKILL if self.status is None else os.waitstatus_to_exitcode(self.status)
-        said = self._outcome()
-        if said.lost:
-            return self._record(LOST, said.message)
-        if ending == EXITED and self.groups.oom_killed():
-            ending = OUT_OF_MEMORY
-        if ending != EXITED:
-            return self._record(ending, self._why(ending), code)
-        if code == 0:
-            return self._record(EXITED, None, code, said)
-        words = f"killed by {_signal_name(-code)}" if code < 0 else f"exit code {code}"
-        if code > 0 and said.message:
-            return self._record(EXITED, said.message, code)
-        last = self._last_line()
-        return self._record(EXITED, f"{words}: {last}" if last else words, code)
+    @property
+    def _exit_name(self) -> str:
+        return f"exit.{self.order.attempt}"
 
-    def _why(self, ending: str) -> str:
-        if ending == TIMED_OUT:
-            return f"timeout of {self.order.timeout} s passed"
-        if ending == STOPPED:
-            return "stopped"
-        if self.groups.oom_killed() and not self.groups.limit_was_hit():
-            return "killed because the machine ran out of memory"
-        return f"exceeded its memory limit of {size(self.order.mem or 0)}"
-
-    def _record(
-        self, ending: str, message: str | None, code: int = -9, said: Outcome | None = None
-    ) -> ExitRecord:
-        return ExitRecord(
-            ending=ending,
-            exit_code=code,
-            start_ns=self.start_ns,
-            end_ns=max(self.start_ns, self.end_ns or time.time_ns()),
-            message=None if message is None else shorten(message),
-            result=said.result if said else None,
-            has_result=said.has_result if said else False,
-        )
-
-    def _write(self, record: ExitRecord) -> None:
-        for _ in range(DISK_TRIES):
+    def _write(self, data: bytes) -> bool:
+        pause_s = 0.1
+        while True:
             try:
-                files.replace(self.folder, f"exit.{self.order.attempt}", record.dumps())
+                # What an engine has read is as safe as its store; without one there is but this.
+                write = files.put if self.bench.is_heard() else files.replace
+                write(self.folder, self._exit_name, data)
+            except FileNotFoundError:  # the folder is deleted: nobody is going to look there
+                return False
             except OSError:  # a full disk, most likely; the record is worth waiting for
-                time.sleep(1)
+                self._tell_start()
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             else:
-                return
+                return True
 
     def _fork(self) -> None:
-        log = os.open(
-            "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644, dir_fd=self.folder
-        )
-        self.log_start = os.fstat(log).st_size
-        self.pipe, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        os.set_blocking(write, True)
-        parent = os.getpid()
-        # Held back so that a stop finds the child with the default action, not with our handler.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGCHLD})
-        self.worker = os.fork()
-        if self.worker == 0:
-            opened = child.Files(folder=self.folder, log=log, pipe=write)
-            child.run(self.setup, self.order, self.groups, opened, parent, self.slot)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        os.close(log)
-        os.close(write)
-        self.poller.register(self.pipe, select.POLLIN)
+        assert self.job is not None  # or it would not have been laid out
+        if self.order.lost is not None:
+            words = f"cortex: {self.order.lost}; attempt {self.order.losses + 1} begins\n"
+            with contextlib.suppress(OSError):  # a full disk is no reason not to run
+                os.write(self.job.log, words.encode())
+        self.log_start = os.fstat(self.job.log).st_size
+        self._begin(self.job)
+
+    def _begin(self, job: child.Job) -> None:
+        waiting, self.bench.worker = self.bench.worker, None
+        if waiting is not None:
+            try:
+                waiting.begin(job)
+            except OSError:
+                pass  # somebody has killed it while it waited
+            else:
+                self.worker = waiting.pid
+                return
+        self.bench.look()
+        here = (self.folder,) if self.oom_fd is None else (self.folder, self.oom_fd)
+        self.worker = child.start(self.bench, job, here)
 
     def _reap(self) -> bool:
         """Collect what has ended; True when nothing is left below."""
@@ -241,81 +275,36 @@ class _Supervisor:
 
     def _sleep(self, most_s: float | None, until: float | None) -> None:
         """Until something happens, `most_s` have passed or it is `until`."""
-        left = [most_s] if most_s is not None else []
+        now = time.monotonic()
+        if now >= self.log.due:
+            self.log.look()
+        if self.tell_at is not None and now >= self.tell_at:
+            self._tell_start()
+        left = [self.log.due - now]
+        if self.tell_at is not None:
+            left.append(self.tell_at - now)
+        if most_s is not None:
+            left.append(most_s)
         if until is not None:
-            left.append(until - time.monotonic())
-        timeout = max(0.0, min(*left, LONGEST_SLEEP_S) * 1000 + 1) if left else None
+            left.append(until - now)
+        timeout = max(0.0, min(left) * 1000 + 1)
         for fd, _ in self.poller.poll(timeout):
-            if fd == self.wake:
+            if fd == self.bench.signals.wake:
                 os.read(fd, 512)
-            elif fd == self.pipe:
-                self._drain()
             elif fd == self.oom_fd:
                 self.oom_look = True
                 self.poller.unregister(fd)
 
-    def _drain(self) -> None:
-        """The end of the file is not waited for: what the worker forked may hold the pipe open."""
-        while True:
-            try:
-                data = os.read(self.pipe, 1 << 16)
-            except BlockingIOError:
-                return
-            if not data:
-                self.poller.unregister(self.pipe)
-                return
-            self.said += data
-
-    def _outcome(self) -> Outcome:
-        if self.pipe < 0:
-            return Outcome()
-        with contextlib.suppress(KeyError, OSError):  # its end was seen before
-            self._drain()
-        try:
-            return Outcome.loads(self.said) if self.said else Outcome()
-        except (ValueError, TypeError):
-            return Outcome()  # killed while it wrote
-
-    def _last_line(self) -> str:
-        text = files.tail(self.folder, "log", self.log_start).decode("utf-8", "replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return lines[-1] if lines else ""
-
     def _start_record(self) -> bytes:
-        about = processes.stat("self")
         return StartRecord(
             pid=os.getpid(),
-            ticks=about[2] if about else 0,
-            boot=processes.boot_id(),
+            ticks=self.bench.ticks,
+            boot=self.bench.boot,
             start_ns=self.start_ns,
             cgroups=cgroups.paths(self.order),
             gpus=self.order.gpus,
         ).dumps()
 
-    def _own_signals(self) -> int:
-        read, self.wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.signal(signal.SIGTERM, self._on_stop)
-        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
-            signal.signal(number, signal.SIG_IGN)
-        signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
-        self.poller.register(read, select.POLLIN)
-        return read
-
-    def _on_stop(self, *_: object) -> None:
-        self.stop = True
-
-    def _deadline(self) -> float | None:
-        if self.order.deadline_ns is None:
-            return None
-        return time.monotonic() + (self.order.deadline_ns - time.time_ns()) / 1e9
-
     def _overdue(self) -> bool:
-        return self.deadline is not None and time.monotonic() >= self.deadline
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+        deadline = self.order.deadline
+        return deadline is not None and time.monotonic() >= deadline

@@ -13,8 +13,6 @@ import importlib.util
 import json
 import os
 import sys
-import threading
-import traceback
 import types
 
 from cortex.worker.messages import Outcome, shorten
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
     from cortex.worker.messages import Setup
 
     Task = Callable[[object], object]
-    Tell = Callable[[Outcome], None]
+    Tell = Callable[[bytes], None]
 
 MOST_RESULT = 1 << 20
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -36,10 +34,42 @@ class _Unusable(Exception):
     """The file holds nothing to run; there is no traceback worth showing."""
 
 
-def run(setup: Setup, path: str, config: object, tell: Tell) -> int:
+class Found:
+    """The user's module, compiled, and no line of it run yet."""
+
+    __slots__ = ("code", "made_of", "module")
+
+    def __init__(self, module: types.ModuleType, code: types.CodeType, made_of: object) -> None:
+        self.module = module
+        self.code = code
+        self.made_of = made_of
+
+
+def find(setup: Setup, path: str, before: Found | None) -> Found | None:
+    """What all jobs of a version can be spared, done before they are forked: the module, if there is one
+    that can be compiled. If not, the job shows what is wrong with it.
+
+    Args:
+        before: what was found last, which still holds if the file is as it was.
+    """
+    try:
+        if before is not None and before.made_of == _made_of(path):
+            return before
+        return _find(setup, path)
+    except Exception:  # noqa: BLE001, RUF100  # of whatever kind
+        return None
+
+
+def run(setup: Setup, path: str, found: Found | None, config: object, tell: Tell) -> int:
     """Run the task and everything that Python does before it exits; the exit code."""
-    _prepare(setup, path)
-    code = _call(setup, path, config, tell)
+    # The standard library reseeds `random` after a fork; numpy does not, and every job would draw
+    # the same numbers.
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed()
+    if found is not None and found.made_of != _made_of(path):
+        found = None
+    code = _call(setup, path, found, config, tell)
     _finish()
     return code
 
@@ -49,7 +79,8 @@ def user_roots(setup: Setup) -> list[str]:
     return [setup.project] + ([setup.python_path] if setup.python_path else [])
 
 
-def _prepare(setup: Setup, path: str) -> None:
+def prepare(setup: Setup, path: str) -> None:
+    """Make the interpreter what a task expects, once for all that are forked from this process."""
     sys.path[0:0] = user_roots(setup)
     # Last, so that they shadow nothing. A process that multiprocessing spawns gets this path, and
     # must find the task's module to unpickle its functions, and cortex.logger.
@@ -61,16 +92,11 @@ def _prepare(setup: Setup, path: str) -> None:
         stream.reconfigure(  # type: ignore[union-attr]  # nobody has replaced them yet
             encoding="utf-8", errors="backslashreplace", line_buffering=True
         )
-    # The standard library reseeds `random` after a fork; numpy does not, and every job would draw
-    # the same numbers.
-    numpy_random = sys.modules.get("numpy.random")
-    if numpy_random is not None:
-        numpy_random.seed()
 
 
-def _call(setup: Setup, path: str, config: object, tell: Tell) -> int:
+def _call(setup: Setup, path: str, found: Found | None, config: object, tell: Tell) -> int:
     try:
-        task = _load(setup, path)
+        task = _load(setup, path, found)
         value = task(config)
         if hasattr(value, "__await__"):
             getattr(value, "close", bool)()  # or Python warns that nobody awaited it
@@ -79,30 +105,46 @@ def _call(setup: Setup, path: str, config: object, tell: Tell) -> int:
         return _exit_code(error.code, tell)
     except _Unusable as error:
         print(f"cortex: {error}", file=sys.stderr)  # noqa: T201
-        tell(Outcome(message=shorten(str(error))))
+        tell(Outcome(message=shorten(str(error))).dumps())
         return 1
     except BaseException as error:  # noqa: BLE001, RUF100  # KeyboardInterrupt fails a task too
         _show(error)
-        tell(Outcome(message=_last_line(error)))
+        tell(Outcome(message=_last_line(error)).dumps())
         return 1
     _keep(value, tell)
     return 0
 
 
-def _load(setup: Setup, path: str) -> Task:
-    shown = os.path.relpath(path, setup.project)
+def _find(setup: Setup, path: str) -> Found:
     name = os.path.splitext(os.path.basename(path))[0]
     if name in sys.modules:
         name = f"cortex_task_{name}"
     if not os.path.isfile(path):
+        shown = os.path.relpath(path, setup.project)
         raise _Unusable(f"{shown} is not in the project (definition.path names it)")
+    made_of = _made_of(path)
     loader = importlib.machinery.SourceFileLoader(name, path)
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-    if spec is None:
-        raise _Unusable(f"{shown} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    loader.exec_module(module)
+    assert spec is not None  # there is one for every loader
+    code = loader.get_code(name)
+    assert code is not None  # nor without a source
+    return Found(importlib.util.module_from_spec(spec), code, made_of)
+
+
+def _made_of(path: str) -> object:
+    try:
+        about = os.stat(path)
+    except OSError:
+        return None
+    return about.st_ino, about.st_size, about.st_mtime_ns
+
+
+def _load(setup: Setup, path: str, found: Found | None) -> Task:
+    found = found or _find(setup, path)
+    module = found.module
+    sys.modules[module.__name__] = module
+    exec(found.code, module.__dict__)
+    shown = os.path.relpath(path, setup.project)
     if hasattr(module, "Task"):
         task: Task = module.Task()
         if not callable(task):
@@ -120,7 +162,7 @@ def _exit_code(code: object, tell: Tell) -> int:
     if isinstance(code, int):
         return code & 0xFF
     print(code, file=sys.stderr)  # noqa: T201
-    tell(Outcome(message=shorten(str(code))))
+    tell(Outcome(message=shorten(str(code))).dumps())
     return 1
 
 
@@ -132,7 +174,7 @@ def _show(error: BaseException) -> None:
     try:
         sys.excepthook(type(error), error, trace)
     except BaseException:  # noqa: BLE001, RUF100  # a hook of the user's
-        traceback.print_exception(type(error), error, trace)
+        sys.__excepthook__(type(error), error, trace)
 
 
 def _is_platform(filename: str) -> bool:
@@ -162,7 +204,7 @@ def _keep(value: object, tell: Tell) -> None:
     if len(text) > MOST_RESULT:
         _not_kept(f"it takes {len(text)} bytes, and {MOST_RESULT} is the most")
         return
-    tell(Outcome(result=json.loads(text), has_result=True))
+    tell(b'{"has_result": true, "result": ' + text.encode() + b"}")  # an Outcome, not made twice
 
 
 def _not_kept(why: str) -> None:
@@ -172,11 +214,14 @@ def _not_kept(why: str) -> None:
 def _finish() -> None:
     """What Python does at exit; the process was forked from within the fork server's own frames and
     must not unwind through them."""
-    for step in (threading._shutdown, atexit._run_exitfuncs):  # type: ignore[attr-defined]
+    # Nobody has threads who has not loaded it; the user's own module of that name waits for none.
+    shutdown = getattr(sys.modules.get("threading"), "_shutdown", None)
+    for step in (shutdown, atexit._run_exitfuncs):
         try:
-            step()
-        except BaseException:  # noqa: BLE001, RUF100
-            traceback.print_exc()
+            if step is not None:
+                step()
+        except BaseException as error:  # noqa: BLE001, RUF100
+            sys.__excepthook__(type(error), error, error.__traceback__)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(BaseException):
             stream.flush()

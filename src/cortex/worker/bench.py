@@ -1,0 +1,113 @@
+"""What a supervising process has for all its jobs: who it is, the socket to the engine, the process that
+waits for the next job, and the last record that the engine has read. Made by `serving`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+
+from cortex.worker import child, files, processes, task, wire
+from cortex.worker.messages import Order
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+
+    from cortex.worker.messages import Setup
+    from cortex.worker.serving import Signals
+
+
+class Bench:
+    """One for each supervising process."""
+
+    __slots__ = ("_last", "boot", "found", "setup", "signals", "slot", "sock", "ticks", "worker")
+
+    def __init__(
+        self,
+        setup: Setup,
+        signals: Signals,
+        sock: socket.socket,
+        slot: int,
+        found: task.Found | None = None,
+    ) -> None:
+        self.setup = setup
+        self.signals = signals
+        self.sock = sock
+        self.slot = slot
+        self.found = found
+        self.worker: child.Worker | None = None  # of the next job
+        self._last: tuple[int, str] | None = None
+        about = processes.stat("self")
+        self.ticks = about[2] if about else 0
+        self.boot = processes.boot_id()
+
+    @property
+    def files(self) -> tuple[int, ...]:
+        """File descriptors that are this process's alone."""
+        last = () if self._last is None else self._last[:1]
+        return self.signals.wake, self.signals.wake_write, self.sock.fileno(), *last
+
+    def is_heard(self) -> bool:
+        """Whether there is an engine at the other end."""
+        poller = select.poll()
+        poller.register(self.sock, 0)  # POLLHUP is told of unasked
+        return not poller.poll(0)
+
+    def keep(self, folder: int, name: str) -> None:
+        """An engine that has read this record stores it. If it goes it may have had no time for that, so
+        what it read last is put onto the disk when it does.
+
+        Args:
+            folder: of the record; an open one, which is closed when it has been kept.
+        """
+        if self._last is not None:
+            os.close(self._last[0])
+        self._last = folder, name
+
+    def get_ready(self) -> None:
+        """Fork the next job's process ahead, unless it is there."""
+        if self.worker is None:
+            self.look()
+            self.worker = child.Worker(self)
+
+    def dismiss(self) -> None:
+        """The process that waits is not needed."""
+        if self.worker is not None:
+            self.worker.dismiss()
+            self.worker = None
+
+    def take(self, data: bytes) -> Order:
+        """An order that has come. The process that waits for one reads it while this one lays out."""
+        if self.worker is not None:
+            self.worker.announce(data)
+        return Order.loads(data)
+
+    def hear(self) -> bytes:
+        """What the engine says next; nothing where it is gone, or a stop comes before it says anything."""
+        poller = select.poll()
+        poller.register(self.sock, select.POLLIN)
+        poller.register(self.signals.wake, select.POLLIN)
+        while True:
+            ready = [fd for fd, _ in poller.poll()]
+            if self.signals.wake in ready:
+                os.read(self.signals.wake, 512)
+            if self.sock.fileno() in ready:
+                with contextlib.suppress(ConnectionError):
+                    return wire.receive(self.sock)[0]
+                return b""
+            if self.signals.stop:
+                return b""
+
+    def look(self) -> None:
+        """See that a process that is forked now has what all jobs can be spared."""
+        if self.setup.path is not None:
+            self.found = task.find(self.setup, self.setup.path, self.found)
+
+    def close(self) -> None:
+        """There are no more jobs."""
+        self.dismiss()
+        if self._last is not None:
+            with contextlib.suppress(OSError):
+                files.sync(*self._last)

@@ -1,0 +1,93 @@
+"""Keeps a job's log under its limit. What is over it is punched out of the file's middle: the beginning
+and the latest stay, each at its place, so that a reader's offset holds and the writer notices nothing.
+Called by the job's supervisor; readers learn from `log.cut` what is gone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+
+from cortex.worker import files
+from cortex.worker.messages import LogCut
+from cortex.worker.processes import libc
+
+NAME = "log"
+CUT = "log.cut"
+FIRST_S = 0.25
+SOONEST_S = 0.05
+LATEST_S = 8.0
+_LONGEST_LINE = 1 << 16
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+_CANNOT = b"cortex: the file system cannot drop a part of a file, so limits.log is not kept\n"
+
+
+class Log:
+    """Looked at now and then: the more seldom, the slower it grows."""
+
+    def __init__(self, folder: int, limit: int) -> None:
+        self._folder = folder
+        self._limit = limit
+        self._cut = LogCut(start=0, end=0, limit=limit)
+        self._size = 0
+        self._pause_s = FIRST_S
+        self._seen = time.monotonic()
+        self.due = self._seen + self._pause_s
+        self._gave_up = False
+
+    def look(self) -> None:
+        """Cut it if it is over its limit, and say in `due` when to look again."""
+        try:
+            fd = os.open(NAME, os.O_RDWR | os.O_CLOEXEC, dir_fd=self._folder)
+        except OSError:
+            size = self._size
+        else:
+            try:
+                size = os.fstat(fd).st_size
+                if size - self._gone() > self._limit and not self._gave_up:
+                    self._drop(fd, size)
+            except OSError:
+                pass  # a full disk, most likely: there will be another look
+            finally:
+                os.close(fd)
+        self._plan(size)
+
+    def _plan(self, size: int) -> None:
+        now = time.monotonic()
+        rate = (size - self._size) / max(now - self._seen, 1e-6)
+        room = max(0, self._limit - (size - self._gone()))
+        soon_s = room / rate / 2 if rate > 0 else LATEST_S
+        self._pause_s = max(SOONEST_S, min(self._pause_s * 2, soon_s, LATEST_S))
+        self._size, self._seen, self.due = size, now, now + self._pause_s
+
+    def _gone(self) -> int:
+        return self._cut.end - self._cut.start
+
+    def _drop(self, fd: int, size: int) -> None:
+        # On either side: there is room for as much again until the next cut.
+        keep = self._limit // 4
+        start = self._cut.start or _after_line(fd, keep)
+        end = _after_line(fd, size - keep)
+        cut = LogCut(start=start, end=end, limit=self._limit)
+        # Told before it is done: a reader that finds zeros looks here again.
+        files.replace(self._folder, CUT, cut.dumps())
+        self._cut = cut
+        if not punch(fd, start, end):
+            os.unlink(CUT, dir_fd=self._folder)
+            self._gave_up = True
+            self._cut = LogCut(start=0, end=0, limit=self._limit)
+            os.pwrite(fd, _CANNOT, size)
+
+
+def punch(fd: int, start: int, end: int) -> bool:
+    """Give back the room of a part of a file, which reads as zeros from then on; False where the file
+    system cannot."""
+    length = ctypes.c_long(end - start)
+    return bool(libc.fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, ctypes.c_long(start), length) == 0)
+
+
+def _after_line(fd: int, offset: int) -> int:
+    """Where the next line begins; the offset itself, if that is too far off."""
+    found = os.pread(fd, _LONGEST_LINE, offset).find(b"\n")
+    return offset + found + 1

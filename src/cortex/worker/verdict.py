@@ -1,0 +1,87 @@
+"""What became of a job, as its exit record tells it. Called by the job's supervisor, when nothing of the job
+runs any more, with what it has seen.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from cortex.worker import bare, files, logfile, task
+from cortex.worker.bare import signal
+from cortex.worker.messages import ExitRecord, Outcome, shorten, size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cortex.worker.supervisor import Supervisor
+
+EXITED, OUT_OF_MEMORY, TIMED_OUT, STOPPED, LOST = (
+    "exited",
+    "out_of_memory",
+    "timed_out",
+    "stopped",
+    "lost",
+)
+_MOST_OUTCOME = task.MOST_RESULT + (1 << 16)
+
+
+def judge(seen: Supervisor, ending: str) -> ExitRecord:
+    """The record of a run that was ended by this."""
+    code = -signal.SIGKILL if seen.status is None else os.waitstatus_to_exitcode(seen.status)
+    said = _outcome(seen)
+    if said.lost:
+        return lost(seen, said.message)
+    if ending == EXITED and seen.groups.oom_killed():
+        ending = OUT_OF_MEMORY
+    if ending != EXITED:
+        return _record(seen, ending, _why(seen, ending), code)
+    if code == 0:
+        return _record(seen, EXITED, None, code, said)
+    words = f"killed by {bare.signal_name(-code)}" if code < 0 else f"exit code {code}"
+    if code > 0 and said.message:
+        return _record(seen, EXITED, said.message, code)
+    last = _last_line(seen)
+    return _record(seen, EXITED, f"{words}: {last}" if last else words, code)
+
+
+def lost(seen: Supervisor, why: str | None) -> ExitRecord:
+    """The record of a run that failed by the platform's own doing."""
+    return _record(seen, LOST, why, -signal.SIGKILL)
+
+
+def _why(seen: Supervisor, ending: str) -> str:
+    if ending == TIMED_OUT:
+        return f"timeout of {seen.order.timeout} s passed"
+    if ending == STOPPED:
+        return "stopped"
+    if seen.groups.oom_killed() and not seen.groups.limit_was_hit():
+        return "killed because the machine ran out of memory"
+    return f"exceeded its memory limit of {size(seen.order.mem or 0)}"
+
+
+def _record(
+    seen: Supervisor, ending: str, message: str | None, code: int, said: Outcome | None = None
+) -> ExitRecord:
+    return ExitRecord(
+        ending=ending,
+        exit_code=code,
+        start_ns=seen.start_ns,
+        end_ns=max(seen.start_ns, seen.end_ns or time.time_ns()),
+        message=None if message is None else shorten(message),
+        result=said.result if said else None,
+        has_result=said.has_result if said else False,
+    )
+
+
+def _outcome(seen: Supervisor) -> Outcome:
+    said = b"" if seen.job is None else os.pread(seen.job.outcome, _MOST_OUTCOME, 0)
+    try:
+        return Outcome.loads(said) if said else Outcome()
+    except (ValueError, TypeError):
+        return Outcome()  # killed while it wrote
+
+
+def _last_line(seen: Supervisor) -> str:
+    text = files.tail(seen.folder, logfile.NAME, seen.log_start).decode("utf-8", "replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
