@@ -8,7 +8,7 @@ writes a status: the dispatcher turns observations into events of the life cycle
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
@@ -21,12 +21,13 @@ from cortex.spec.job import JobSpec
 
 @dataclass(frozen=True)
 class Version:
-    """A deployed version on this machine: what a worker of it needs."""
+    """A deployed version on the operator's machine: what a worker of it needs."""
 
     api: ApiSpec
     project: Path
+    """Its files; an engine brings them to where the worker runs."""
     python: Path
-    """The interpreter of its environment."""
+    """The interpreter of its environment; not for engines that build that (`builds_environments`)."""
     env: Mapping[str, str]
     """Variables of `.env` and `definition.env`, merged."""
 
@@ -40,6 +41,12 @@ class Attempt:
     number: int
     handle: str
     """What `Engine.claim` gave; the store holds it before `Engine.start` is called."""
+    deadline: float | None = None
+    """When it is terminated, by this machine's monotonic clock: the wall clock may be set meanwhile."""
+    losses: int = 0
+    """How many of the job's attempts were lost before: the job is told, and its log."""
+    lost: str | None = None
+    """In which words the last of them was."""
 
 
 class Ending(StrEnum):
@@ -53,7 +60,8 @@ class Ending(StrEnum):
 
 @dataclass(frozen=True)
 class Started:
-    """The attempt's worker has started."""
+    """The attempt's worker has started. Not told of one that is over within milliseconds, whose end
+    tells of its start."""
 
     job_id: str
     attempt: int
@@ -83,6 +91,8 @@ class Lost:
     job_id: str
     attempt: int
     reason: str
+    is_final: bool = False
+    """Whether another attempt would come to the same."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,8 @@ class NeverStarted:
 
     job_id: str
     attempt: int
+    held_up_by: str | None = None
+    """What the machine lacked, where that is why: another attempt waits until it may be there."""
 
 
 @dataclass(frozen=True)
@@ -103,21 +115,50 @@ class Unreachable:
 
 
 @dataclass(frozen=True)
+class Reachable:
+    """The attempt can be asked after again, and there is no other news of it."""
+
+    job_id: str
+    attempt: int
+
+
+@dataclass(frozen=True)
 class CapacityFreed:
     """A job that did not fit before may fit now."""
 
 
-Observation = Started | Ended | Lost | NeverStarted | Unreachable | CapacityFreed
+Observation = Started | Ended | Lost | NeverStarted | Unreachable | Reachable | CapacityFreed
 Report = Callable[[Observation], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Capacity:
     """What there is to run on. CPU in thousandths of a core, memory in bytes, GPUs counted."""
 
     cpu_m: int
     mem: int
     gpu: int
+
+    def __add__(self, other: Capacity) -> Capacity:
+        return Capacity(self.cpu_m + other.cpu_m, self.mem + other.mem, self.gpu + other.gpu)
+
+    def __sub__(self, other: Capacity) -> Capacity:
+        return Capacity(self.cpu_m - other.cpu_m, self.mem - other.mem, self.gpu - other.gpu)
+
+    def least(self, other: Capacity) -> Capacity:
+        """The smaller of each."""
+        return Capacity(
+            min(self.cpu_m, other.cpu_m), min(self.mem, other.mem), min(self.gpu, other.gpu)
+        )
+
+    def most(self, other: Capacity) -> Capacity:
+        """The larger of each."""
+        return Capacity(
+            max(self.cpu_m, other.cpu_m), max(self.mem, other.mem), max(self.gpu, other.gpu)
+        )
+
+
+NOTHING = Capacity(0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -128,6 +169,22 @@ class Capabilities:
     total: Capacity
     memory_limit: str
     """How `compute.mem` is enforced: "cgroup v2", "cgroup v1" or "watchdog"."""
+    builds_environments: bool = False
+    """Whether it builds the environments of versions, on the machines where workers run."""
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """One machine that jobs run on."""
+
+    name: str
+    is_ready: bool
+    total: Capacity
+    free: Capacity
+    problem: str | None = None
+    """Why it is not ready."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What `compute.node_labels` selects by."""
 
 
 class Engine(Protocol):
@@ -158,12 +215,21 @@ class Engine(Protocol):
         ("needs 32 GiB, 31 GiB free") and take nothing."""
 
     def release(self, job_id: str) -> None:
-        """Give back what `reserve` took, for a job that is not going to be started after all."""
+        """Give back what `reserve` took and undo what `prepare` did, for a job that is not going to be
+        started after all."""
 
     def claim(self, job_id: str, attempt: int) -> str:
-        """A versioned opaque handle for an attempt about to start: all that `recover` needs."""
+        """A versioned opaque handle for an attempt about to start: all that `recover` needs.
 
-    async def start(self, attempt: Attempt) -> None:
+        Raises:
+            OSError: the engine's storage takes nothing now.
+        """
+
+    def prepare(self, attempt: Attempt) -> None:
+        """A hint: the attempt was claimed, and is started once the store holds that. Whatever can be done
+        before, while the store writes, may be; nothing of it shows if `release` is called instead."""
+
+    def start(self, attempt: Attempt) -> None:
         """Start the attempt's worker; what comes of it is reported, failures included."""
 
     def stop(self, job_id: str) -> None:
@@ -180,8 +246,20 @@ class Engine(Protocol):
     def forget(self, api_id: str) -> None:
         """A hint: no more jobs of this version will come."""
 
+    def discard(self, job_ids: list[str]) -> None:
+        """A hint: nobody will ask for the logs, files and records of these jobs any more. What of them
+        is in the folder of `log` is the caller's to remove."""
+
     def log(self, job_id: str) -> Path:
-        """The file of the job's log; it may not exist yet."""
+        """The file of the job's log on the operator's machine, which grows as the job writes and is
+        complete before the job's end is reported; it may not exist yet."""
 
     def note(self, job_id: str, text: str) -> None:
-        """Append the platform's own words to the job's log, for a job that never got a worker."""
+        """Append the platform's own words to the job's log, for a job that never got a worker.
+
+        Raises:
+            OSError: the engine's storage takes nothing now.
+        """
+
+    def nodes(self) -> list[NodeInfo]:
+        """The machines that there are now, and what is free on each."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cortex.engines.base import Capacity
+from cortex.engines.fit import label_words, lacking
 from cortex.spec.api import MILLI, Compute
-from cortex.worker.messages import size
 
 
 def detect() -> Capacity:
@@ -21,8 +21,7 @@ def detect() -> Capacity:
 class Share:
     """What one job has taken."""
 
-    cpu_m: int
-    mem: int
+    amount: Capacity
     gpus: tuple[int, ...]
 
 
@@ -31,32 +30,33 @@ class Ledger:
 
     def __init__(self, total: Capacity) -> None:
         self.total = total
+        self.free = total
         self._shares: dict[str, Share] = {}
         self._refused = False
 
     def refusal(self, compute: Compute) -> str | None:
         """Why this never fits, or None."""
-        total = self.total
-        return _lacking(compute, total, f"this machine has {total.gpu}", "this machine has {}")
+        if compute.node_labels:
+            return (
+                f"needs a node with {label_words(compute.node_labels)}: labels are those of a cluster's "
+                "nodes, and this operator runs jobs on its own machine"
+            )
+        return lacking(compute, self.total, "this machine has {}")
 
     def take(self, job_id: str, compute: Compute) -> str | None:
         """Take a share, or say what is lacking and take nothing."""
         if job_id in self._shares:
             return None
-        free = self._free()
-        lacking = _lacking(compute, free, f"{max(0, free.gpu)} free", "{} free")
-        if lacking is not None:
+        too_little = lacking(compute, self.free, "{} free")
+        if too_little is not None:
             self._refused = True
-            return lacking
-        gpus = tuple(self._free_gpus()[: compute.gpu])
-        self._shares[job_id] = Share(compute.cpu_m, compute.mem or 0, gpus)
+            return too_little
+        self._give(job_id, compute, self._free_gpus()[: compute.gpu])
         return None
 
     def hold(self, job_id: str, compute: Compute, gpus: list[int]) -> None:
         """Take what a recovered job has already, even if that is more than there is now."""
-        if not gpus:
-            gpus = self._free_gpus()[: compute.gpu]
-        self._shares[job_id] = Share(compute.cpu_m, compute.mem or 0, tuple(gpus))
+        self._give(job_id, compute, gpus or self._free_gpus()[: compute.gpu])
 
     def gpus(self, job_id: str) -> list[int]:
         share = self._shares.get(job_id)
@@ -64,37 +64,21 @@ class Ledger:
 
     def release(self, job_id: str) -> bool:
         """Give a share back; True if somebody was refused before and may fit now."""
-        if self._shares.pop(job_id, None) is None:
+        share = self._shares.pop(job_id, None)
+        if share is None:
             return False
+        self.free += share.amount
         refused, self._refused = self._refused, False
         return refused
 
-    def _free(self) -> Capacity:
-        shares = self._shares.values()
-        return Capacity(
-            cpu_m=self.total.cpu_m - sum(s.cpu_m for s in shares),
-            mem=self.total.mem - sum(s.mem for s in shares),
-            gpu=self.total.gpu - sum(len(s.gpus) for s in shares),
-        )
+    def _give(self, job_id: str, compute: Compute, gpus: list[int]) -> None:
+        amount = Capacity(compute.cpu_m, compute.mem or 0, len(gpus))
+        self._shares[job_id] = Share(amount, tuple(gpus))
+        self.free -= amount
 
     def _free_gpus(self) -> list[int]:
         taken = {index for share in self._shares.values() for index in share.gpus}
         return [index for index in range(self.total.gpu) if index not in taken]
-
-
-def _lacking(compute: Compute, there: Capacity, gpus: str, words: str) -> str | None:
-    found = []
-    if compute.cpu_m > there.cpu_m:
-        found.append(f"needs {_cpu(compute.cpu_m)} CPU, {words.format(_cpu(there.cpu_m))}")
-    if compute.mem is not None and compute.mem > there.mem:
-        found.append(f"needs {size(compute.mem)}, {words.format(size(max(0, there.mem)))}")
-    if compute.gpu > there.gpu:
-        found.append(f"needs {compute.gpu} GPU{'s' if compute.gpu > 1 else ''}, {gpus}")
-    return "; ".join(found) or None
-
-
-def _cpu(milli: int) -> str:
-    return f"{max(0, milli) / MILLI:g}"
 
 
 def _memory() -> int:

@@ -4,56 +4,52 @@ needs it. Called by the local engine alone; everything here runs on its event lo
 
 from __future__ import annotations
 
-import asyncio
+import os
+import resource
 from collections import OrderedDict
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Protocol
 
+import cortex
+from cortex.account import Account
+from cortex.background import Background
 from cortex.engines.base import Version
-from cortex.engines.local.forkserver import ForkServer
-from cortex.worker.messages import Order, Reply
+from cortex.engines.local.forkserver import ForkServer, Listener
+from cortex.engines.local.supervisors import Supervisor
+from cortex.worker.messages import Order, Setup
 
 MOST_IDLE = 8
-
-
-class Listener(Protocol):
-    """Who gives the orders."""
-
-    def forked(self, reply: Reply, pidfd: int) -> None:
-        """A supervisor was forked; the pidfd is the listener's to close."""
-
-    def recorded(self, reply: Reply) -> None:
-        """A supervisor has made its start record: the job has started."""
-
-    def not_forked(self, job_id: str, reason: str) -> None:
-        """The order could not be carried out, and never will be."""
-
-    def unanswered(self, job_id: str) -> None:
-        """The fork server died with the order: it may have been carried out, or not."""
+# A job has what the operator began with, also where that has raised its own.
+OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 class ForkServers:
     """All fork servers of an engine, the most recently used ones last."""
 
-    def __init__(self, listener: Listener, import_dir: Path) -> None:
+    def __init__(self, listener: Listener, import_dir: Path, account: Account | None) -> None:
         self._listener = listener
+        self._account = account
         self._import_dir = import_dir
         self._servers: OrderedDict[str, ForkServer] = OrderedDict()
         self._plain: set[str] = set()  # versions that cannot be preloaded
         self._all: set[ForkServer] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background("a fork server failed")
 
     def order(self, version: Version, order: Order) -> None:
         self._of(version).order(order)
         self._trim()
+
+    def prepare(self, version: Version, order: Order) -> Supervisor | None:
+        """Give an order that is held to a supervising process, if one waits for any."""
+        server = self._servers.get(version.api.api_id)
+        is_same = server is not None and server.version == version
+        return server.prepare(order) if server is not None and is_same else None
 
     def warm(self, version: Version) -> None:
         self._of(version)
         self._trim()
 
     def withdraw(self, version: Version, job_id: str) -> bool:
-        """Take back an order that no fork server has read; False if one may have."""
+        """Take back an order that was given to nobody yet."""
         server = self._servers.get(version.api.api_id)
         return server is not None and server.withdraw(job_id)
 
@@ -65,9 +61,9 @@ class ForkServers:
     async def close(self) -> None:
         self._servers.clear()
         for server in list(self._all):
+            server.let_go()
             self._end(server)
-        while self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.finish()
 
     def _of(self, version: Version) -> ForkServer:
         api_id = version.api.api_id
@@ -81,37 +77,30 @@ class ForkServers:
         return server
 
     def _spawn(self, version: Version, *, preload: bool) -> ForkServer:
-        server = ForkServer(version, preload=preload, said=self._said, died=self._died)
+        setup = _setup(version, self._import_dir, self._account, preload=preload)
+        server = ForkServer(
+            version,
+            setup,
+            self._account,
+            listener=self._listener,
+            died=self._died,
+            drained=self._end,
+        )
         self._servers[version.api.api_id] = server
         self._all.add(server)
-        self._run(server.spawn(self._import_dir))
+        self._background.run(server.spawn())
         return server
-
-    def _said(self, server: ForkServer, reply: Reply, pidfd: int) -> None:
-        if reply.job_id is None:
-            return
-        if reply.recorded:
-            self._listener.recorded(reply)
-            return
-        if reply.error is None:
-            self._listener.forked(reply, pidfd)
-        else:
-            self._listener.not_forked(reply.job_id, reply.error)
-        if server.retired and not server.orders:
-            self._end(server)
-        self._trim()
 
     def _died(self, server: ForkServer) -> None:
         api_id = server.version.api.api_id
         if self._servers.get(api_id) is server:
             del self._servers[api_id]
-        orders = list(server.orders.values())
+        orders = list(server.waiting.values())
         self._end(server)
         if server.ready or server.was_killed:
             for order in orders:
                 self._listener.unanswered(order.job_id)
-        elif server.preload:
-            # It reads no order before it is ready: none of these has been carried out.
+        elif server.setup.preload:
             self._plain.add(api_id)
             for order in orders:
                 self.order(server.version, order)
@@ -121,22 +110,69 @@ class ForkServers:
                 self._listener.not_forked(order.job_id, reason)
 
     def _trim(self) -> None:
-        idle = [server for server in self._servers.values() if not server.orders]
+        idle = [server for server in self._servers.values() if not server.waiting]
         for server in idle[: max(0, len(idle) - MOST_IDLE)]:
             self._retire(server)
 
     def _retire(self, server: ForkServer) -> None:
-        """It gets no more orders, and ends when those it has are answered."""
+        """It gets no more orders, and ends when those it has are given."""
         self._servers.pop(server.version.api.api_id, None)
-        server.retired = True
-        if not server.orders:
+        server.retire()
+        if not server.waiting:
             self._end(server)
 
     def _end(self, server: ForkServer) -> None:
-        self._all.discard(server)
-        self._run(server.close())
+        # Kept as long as jobs of it run: their supervising processes are let go of with the rest.
+        self._all = {each for each in self._all if not each.is_over}
+        self._background.run(server.close())
 
-    def _run(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+
+def _setup(version: Version, import_dir: Path, account: Account | None, *, preload: bool) -> Setup:
+    definition, project = version.api.definition, version.project.absolute()
+    return Setup(
+        package=str(Path(cortex.__file__).parent),
+        import_dir=str(import_dir),
+        open_files=OPEN_FILES,
+        project=str(project),
+        python_path=str(project / definition.python_path) if definition.python_path else None,
+        path=str(project / definition.path) if definition.path else None,
+        command=definition.command,
+        env=environment(version, account),
+        preload=preload,
+    )
+
+
+_PASSED_ON = [
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "TMPDIR",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+]
+
+
+def environment(version: Version, account: Account | None) -> dict[str, str]:
+    """What a worker of this version finds in its environment, whichever job it runs."""
+    folder = version.python.parent
+    env = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    env["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    if (folder.parent / "pyvenv.cfg").exists():
+        env["VIRTUAL_ENV"] = str(folder.parent)
+    return {
+        **env,
+        **(account.variables if account else {}),
+        **version.env,
+        "CORTEX_API_NAME": version.api.name,
+        "CORTEX_LOG_LEVEL": version.api.definition.log_level,
+        "PYTHONUNBUFFERED": "1",
+    }

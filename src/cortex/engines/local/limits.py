@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from cortex.account import Account, identity
 from cortex.worker import cgroups
 
 METHODS = {"v2": "cgroup v2", "v1": "cgroup v1", "watchdog": "watchdog"}
@@ -27,6 +28,8 @@ class Limits:
     prefix: str
     memory: Path | None = None
     kill: Path | None = None
+    own: Path | None = None
+    """A folder that was made for all groups of this data root, if there is one."""
 
     @property
     def method(self) -> str:
@@ -43,6 +46,11 @@ class Limits:
         folders = {folder for folder in (self.memory, self.kill) if folder is not None}
         return [group for folder in folders for group in folder.glob(f"{self.prefix}*-*")]
 
+    def close(self) -> None:
+        """Remove what was made for all jobs, unless some go on."""
+        if self.own is not None:
+            cgroups.remove(str(self.own), within_s=0)
+
     def _group(self, folder: Path | None, job_id: str, attempt: int) -> str | None:
         return None if folder is None else str(folder / f"{self.prefix}{job_id}-{attempt}")
 
@@ -56,7 +64,7 @@ def watchdog(root: Path) -> Limits:
     return Limits("watchdog", prefix(root))
 
 
-def probe(root: Path) -> Limits:
+def probe(root: Path, account: Account | None = None) -> Limits:
     """The best that works for this user: tried with a process, because rights are not enough to
     tell (a group may be writable, and moving a process into it forbidden all the same).
 
@@ -65,8 +73,12 @@ def probe(root: Path) -> Limits:
     """
     name = prefix(root)
     v2, v1 = _mounts()
+    if account is not None:
+        return _probe_as(account, name, {"v2": v2, "v1": v1}) or watchdog(root)
     probing = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", "input()"], stdin=subprocess.PIPE, env={}
+        [sys.executable, "-I", "-S", "-c", "import sys; sys.stdin.read()"],
+        stdin=subprocess.PIPE,
+        env={},
     )
     try:
         for folder in v2:
@@ -81,6 +93,48 @@ def probe(root: Path) -> Limits:
     finally:
         probing.send_signal(signal.SIGKILL)
         probing.communicate()
+
+
+# What a supervisor and its worker do with a group, all of it as their user.
+_TRIAL = """
+import os, sys
+group, kind, amount = sys.argv[1:]
+os.mkdir(group)
+for name, text in {
+    "v2": [("memory.max", amount), ("cgroup.procs", "0")],
+    "v1": [("memory.limit_in_bytes", amount), ("tasks", "0")],
+}[kind]:
+    with open(os.path.join(group, name), "w") as file:
+        file.write(text)
+"""
+
+
+def _probe_as(account: Account, name: str, mounts: dict[str, list[Path]]) -> Limits | None:
+    """The best that works for another user, in a folder that is made for it."""
+    for kind, folders in mounts.items():
+        for folder in folders:
+            own = folder / f"{name}jobs"
+            trial = own / f"{name}probe{os.getpid()}"
+            try:
+                own.mkdir(exist_ok=True)
+                account.own(own)
+            except OSError:
+                continue
+            command = [sys.executable, "-I", "-S", "-c", _TRIAL, str(trial), kind]
+            done = subprocess.run(
+                [*command, str(_PROBE_BYTES)],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                env={},
+                cwd="/",
+                check=False,
+                **identity(account),
+            )
+            cgroups.remove(str(trial))
+            if done.returncode == 0:
+                return Limits(kind, name, own, own if kind == "v2" else None, own)
+            cgroups.remove(str(own), within_s=0)
+    return None
 
 
 def _mounts() -> tuple[list[Path], list[Path]]:

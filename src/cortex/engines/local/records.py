@@ -12,8 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from cortex.account import Account
 from cortex.engines.base import Attempt
-from cortex.spec.job import worker_job
 from cortex.worker import cgroups, files, processes
 from cortex.worker.messages import ExitRecord, StartRecord
 
@@ -50,20 +50,26 @@ def handle() -> str:
     return json.dumps({"v": HANDLE_VERSION, "boot": processes.boot_id()})
 
 
-def prepare(folder: Path, attempt: Attempt) -> None:
-    """Lay out a job's folder before its supervisor is started."""
-    (folder / "files").mkdir(parents=True, exist_ok=True)
-    job = worker_job(attempt.spec, attempt.version.api)
-    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+def make(folder: str, account: Account | None) -> None:
+    """Make a job's folder, whose supervising process lays it out."""
+    with contextlib.suppress(FileExistsError):  # a later attempt's
+        try:
+            os.mkdir(folder, 0o700)  # noqa: PTH102  # for each job: to make a Path takes as long again
+        except FileNotFoundError:
+            Path(folder).mkdir(0o700, parents=True)
+    if account is not None:
+        account.own(Path(folder))
 
 
 def started_gpus(folder: Path, attempt: int) -> list[int]:
     """The GPUs that a recovered attempt holds, as far as its record can be read now."""
     try:
-        data = (folder / f"start.{attempt}").read_bytes()
+        with _opened(folder, must_exist=True) as fd:
+            assert fd is not None
+            start = _start(fd, attempt)
     except OSError:
         return []
-    return StartRecord.loads(data).gpus
+    return [] if start is None else start.gpus
 
 
 def look(folder: Path, attempt: Attempt) -> Found:
@@ -86,7 +92,8 @@ def look(folder: Path, attempt: Attempt) -> Found:
             start = _start(fd, attempt.number)
         if start is None or start.fenced:
             return Fenced()
-        pidfd = processes.hold(start.pid, start.ticks)
+        # Asked first: its supervisor may be there still, with another job.
+        pidfd = None if _exit(fd, attempt.number) else processes.hold(start.pid, start.ticks)
         if pidfd is not None:
             return Alive(pidfd, start)
         return Gone(_exit(fd, attempt.number), start, rebooted=False)
@@ -107,18 +114,26 @@ def ended(folder: Path, attempt: int) -> Gone:
 def supervised(folder: Path, attempt: int) -> bool:
     """Whether a supervisor of this attempt is alive, or may yet come."""
     try:
-        data = (folder / f"start.{attempt}").read_bytes()
+        with _opened(folder, must_exist=True) as fd:
+            assert fd is not None
+            start = _start(fd, attempt)
+            over = _exit(fd, attempt) is not None
     except OSError:
-        return folder.is_dir()
-    start = StartRecord.loads(data)
+        return False
+    if start is None or over:
+        return not over
     pidfd = None if start.fenced else processes.hold(start.pid, start.ticks)
     if pidfd is not None:
         os.close(pidfd)
     return pidfd is not None
 
 
-def clean(job_id: str, groups: list[str]) -> None:
-    """End whatever a killed supervisor has left of a job, and wait until it is gone."""
+def clean(folder: Path, attempt: int, groups: list[str]) -> None:
+    """End whatever a killed supervisor has left of a job, and wait until it is gone. Unless another
+    operator did that while this one hung: what there is then is of a later attempt."""
+    if _is_followed(folder, attempt):
+        return
+    job_id = folder.name
     until = time.monotonic() + CLEAN_S
     for group in groups:
         with contextlib.suppress(OSError):
@@ -142,6 +157,14 @@ def append(log: Path, text: str) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
         file.write(text.rstrip("\n") + "\n")
+
+
+def _is_followed(folder: Path, attempt: int) -> bool:
+    try:
+        starts = [path.suffix[1:] for path in folder.glob("start.*")]
+    except OSError:
+        return False
+    return any(number.isdigit() and int(number) > attempt for number in starts)
 
 
 @contextlib.contextmanager
@@ -169,9 +192,17 @@ def _boot(handle: str) -> str:
 
 def _start(folder: int, attempt: int) -> StartRecord | None:
     data = files.read(folder, f"start.{attempt}")
-    return StartRecord.loads(data) if data else None
+    if not data:
+        return None
+    try:
+        return StartRecord.loads(data)
+    except (ValueError, TypeError):  # a disk lost it with the power: who it was is not known
+        return StartRecord()
 
 
 def _exit(folder: int, attempt: int) -> ExitRecord | None:
     data = files.read(folder, f"exit.{attempt}")
-    return ExitRecord.loads(data) if data else None
+    try:
+        return ExitRecord.loads(data) if data else None
+    except (ValueError, TypeError):
+        return None

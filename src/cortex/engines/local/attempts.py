@@ -1,0 +1,311 @@
+"""The attempts of the local engine, and what becomes of them. Owned by `engine`; fork servers and supervising
+processes tell it what they see.
+
+Each attempt is watched over by a supervising process (`cortex.worker.serving`), which says when it has
+made the attempt's exit record. One that an earlier operator had is held by a pidfd: it is gone when that
+becomes readable, or over when its exit record is there. What no record tells is cleared up first and then
+reported as lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from cortex.background import Background
+from cortex.engines.base import (
+    Attempt,
+    CapacityFreed,
+    Ended,
+    Ending,
+    Lost,
+    NeverStarted,
+    Report,
+    Started,
+    Unreachable,
+)
+from cortex.engines.local import records
+from cortex.engines.local.ends import Ends
+from cortex.engines.local.supervisors import Supervisor
+from cortex.errors import is_storage
+from cortex.worker.messages import ExitRecord, Order, Reply
+
+log = structlog.get_logger()
+
+RETRY_S = 1.0
+_KILLED = "the supervising process was killed"
+_REBOOTED = "the machine restarted while the job ran"
+
+
+@dataclass
+class _Live:
+    """An attempt whose end has not been reported."""
+
+    attempt: Attempt
+    supervisor: Supervisor | None = None
+    pidfd: int | None = None  # of one that an earlier operator had
+    stop: bool = False
+    started: bool = False
+
+
+class Attempts:
+    """All whose end has not been reported, by job."""
+
+    def __init__(self, root: Path, free: Callable[[str], bool]) -> None:
+        """
+        Args:
+            root: where the jobs' folders are.
+            free: called with a job that is over; whether somebody who did not fit may fit now.
+        """
+        self.report: Report = lambda _: None
+        self._root = root
+        self._free = free
+        self._live: dict[str, _Live] = {}
+        self._background = Background("the local engine failed")
+        self._ends = Ends()
+
+    async def close(self) -> None:
+        """Let go of them; what runs goes on."""
+        await self._background.close()
+        for live in self._live.values():
+            self._let_go(live)
+        self._live.clear()
+        await self._ends.close()
+
+    def begin(self, attempt: Attempt, supervisor: Supervisor | None = None) -> None:
+        """One is started now, by this supervising process if it has one already."""
+        self._live[attempt.spec.job_id] = _Live(attempt, supervisor)
+
+    async def recover(self, attempt: Attempt) -> None:
+        """One was claimed by an earlier operator."""
+        live = self._live[attempt.spec.job_id] = _Live(attempt)
+        if not await self._take_up(live):
+            self._background.run(self._until_told(live))
+
+    def stop(self, job_id: str, withdraw: Callable[[Attempt], bool]) -> None:
+        """End one, if it is there.
+
+        Args:
+            withdraw: takes an order back that nobody has got; False if somebody has.
+        """
+        live = self._live.get(job_id)
+        if live is not None:
+            live.stop = True
+            if withdraw(live.attempt):
+                self._settle(live, self._never(live))
+            else:
+                self._signal(live)
+
+    def given(self, supervisor: Supervisor, order: Order) -> None:
+        """From a fork server: an order has got its supervising process."""
+        live = self._ordered(order.job_id, order.attempt)
+        if live is not None:
+            live.supervisor = supervisor
+            if live.stop:
+                supervisor.stop()
+
+    def recorded(self, reply: Reply) -> None:
+        """From a supervising process: the job has started."""
+        live = self._ordered(reply.job_id, reply.attempt)
+        if live is not None:
+            self._started(live, reply.start_ns)
+
+    def ended(self, reply: Reply) -> None:
+        """From a supervising process: the exit record is made."""
+        live = self._ordered(reply.job_id, reply.attempt)
+        if live is None:
+            return
+        live.supervisor = None
+        record = None if reply.record is None else ExitRecord(**reply.record)  # type: ignore[arg-type]  # it was read from JSON
+        if record is not None and record.ending != "lost":
+            self._conclude_by(live, record)
+        else:
+            self._background.run(self._conclude(live))
+
+    def refused(self, reply: Reply) -> None:
+        """From a supervising process: it could not begin."""
+        live = self._ordered(reply.job_id, reply.attempt)
+        if live is None:
+            return
+        live.supervisor = None
+        error = OSError(reply.errno, reply.error)
+        reason = f"the job's folder cannot be written: {error}"
+        if is_storage(error):
+            self._settle(live, self._never(live, reason))
+        else:
+            self._settle(live, self._lost(live, reason))
+
+    def orphaned(self, order: Order) -> None:
+        """From a fork server: the supervising process of an order is gone."""
+        live = self._ordered(order.job_id, order.attempt)
+        if live is not None:
+            live.supervisor = None
+            self._background.run(self._conclude(live))
+
+    def not_forked(self, job_id: str, reason: str) -> None:
+        """From a fork server: an order that failed for good."""
+        live = self._live.get(job_id)
+        if live is not None:
+            self._settle(live, self._lost(live, reason))
+
+    def unanswered(self, job_id: str) -> None:
+        """From a fork server that died: fence the attempt off, which nobody has begun."""
+        live = self._live.get(job_id)
+        if live is not None:
+            self._background.run(self._until_told(live))
+
+    def _ordered(self, job_id: str | None, attempt: int) -> _Live | None:
+        live = self._live.get(job_id or "")
+        return live if live is not None and live.attempt.number == attempt else None
+
+    def _started(self, live: _Live, start_ns: int) -> None:
+        if not live.started:
+            live.started = True
+            self.report(Started(live.attempt.spec.job_id, live.attempt.number, start_ns))
+
+    def _watch(self, live: _Live, pidfd: int) -> None:
+        live.pidfd = pidfd
+        asyncio.get_running_loop().add_reader(pidfd, self._on_gone, live)
+        if live.stop:
+            self._signal(live)
+
+    def _await_record(self, live: _Live) -> None:
+        self._ends.add(self._exit_of(live), lambda: self._on_record(live))
+        if records.ended(self._of(live), live.attempt.number).exit is not None:  # it came first
+            self._on_record(live)
+
+    def _on_record(self, live: _Live) -> None:
+        if live.pidfd is not None:
+            self._let_go(live)
+            self._background.run(self._conclude(live))
+
+    def _on_gone(self, live: _Live) -> None:
+        if live.pidfd is None:
+            return
+        # An operator that is PID 1 of a container inherits supervisors from fork servers.
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PIDFD, live.pidfd, os.WEXITED | os.WNOHANG)
+        self._let_go(live)
+        self._background.run(self._conclude(live))
+
+    async def _conclude(self, live: _Live) -> None:
+        """The supervisor is gone: say what became of the attempt, as soon as that can be told."""
+        told = False
+        while True:
+            try:
+                gone = records.ended(self._of(live), live.attempt.number)
+                if gone.start is None and gone.exit is None:
+                    break  # it was killed, or the disk was full, before any code could run
+            except OSError as error:
+                if live.stop and told:
+                    gone = records.Gone(None, None, rebooted=False)
+                else:
+                    told = self._unreachable(live, error, told=told)
+                    await asyncio.sleep(RETRY_S)
+                    continue
+            await self._end(live, gone)
+            return
+        await self._until_told(live)
+
+    async def _until_told(self, live: _Live) -> None:
+        while not await self._take_up(live):  # noqa: ASYNC110  # nothing wakes us when a folder is back
+            await asyncio.sleep(RETRY_S)
+
+    async def _take_up(self, live: _Live) -> bool:
+        """Find out what became of an attempt, and go on from there; False if it cannot be told."""
+        try:
+            found = await asyncio.to_thread(records.look, self._of(live), live.attempt)
+        except OSError as error:
+            self._unreachable(live, error, told=False)
+            return False
+        if isinstance(found, records.Fenced):
+            self._settle(live, self._never(live))
+        elif isinstance(found, records.Alive):
+            self._started(live, found.start.start_ns)
+            self._watch(live, found.pidfd)
+            try:
+                self._await_record(live)
+            except OSError as error:
+                log.warning("an exit record cannot be awaited", error=str(error))
+        else:
+            await self._end(live, found)
+        return True
+
+    async def _end(self, live: _Live, gone: records.Gone) -> None:
+        record = gone.exit
+        if record is not None and record.ending != "lost":
+            self._conclude_by(live, record)
+            return
+        if gone.start is not None and gone.start.fenced:
+            self._settle(live, self._never(live))
+            return
+        groups = gone.start.cgroups if gone.start else []
+        await asyncio.to_thread(records.clean, self._of(live), live.attempt.number, groups)
+        if record is not None:
+            reason = record.message or _KILLED
+        else:
+            reason = _REBOOTED if gone.rebooted else _KILLED
+        self._settle(live, self._lost(live, reason))
+
+    def _conclude_by(self, live: _Live, record: ExitRecord) -> None:
+        last = Ended(
+            job_id=live.attempt.spec.job_id,
+            attempt=live.attempt.number,
+            ending=Ending(record.ending),
+            start_ns=record.start_ns,
+            end_ns=record.end_ns,
+            exit_code=record.exit_code,
+            message=record.message,
+            result=record.result,  # type: ignore[arg-type]  # it was read from JSON
+            has_result=record.has_result,
+        )
+        self._settle(live, last)
+
+    def _lost(self, live: _Live, reason: str) -> Lost:
+        return Lost(live.attempt.spec.job_id, live.attempt.number, reason)
+
+    def _never(self, live: _Live, held_up_by: str | None = None) -> NeverStarted:
+        return NeverStarted(live.attempt.spec.job_id, live.attempt.number, held_up_by)
+
+    def _unreachable(self, live: _Live, error: OSError, *, told: bool) -> bool:
+        if not told:
+            reason = f"the job's folder cannot be read: {error}"
+            self.report(Unreachable(live.attempt.spec.job_id, live.attempt.number, reason))
+        return True
+
+    def _settle(self, live: _Live, last: Ended | Lost | NeverStarted) -> None:
+        if self._live.get(last.job_id) is not live:
+            return
+        del self._live[last.job_id]
+        self._let_go(live)
+        freed = self._free(last.job_id)
+        self.report(last)
+        if freed:
+            self.report(CapacityFreed())
+
+    def _signal(self, live: _Live) -> None:
+        if live.supervisor is not None:
+            live.supervisor.stop()
+        elif live.pidfd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(live.pidfd, signal.SIGTERM)
+
+    def _let_go(self, live: _Live) -> None:
+        if live.pidfd is not None:
+            asyncio.get_running_loop().remove_reader(live.pidfd)
+            os.close(live.pidfd)
+            live.pidfd = None
+            self._ends.remove(self._exit_of(live))
+
+    def _exit_of(self, live: _Live) -> Path:
+        return self._of(live) / f"exit.{live.attempt.number}"
+
+    def _of(self, live: _Live) -> Path:
+        return self._root / live.attempt.spec.job_id
