@@ -1,0 +1,286 @@
+"""The attempts that run on a cluster, and what becomes of each: its end is reported once, whatever its node
+tells or does not tell. Called by the Ray engine; the cluster tells it of nodes, and of what their agents
+have seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import structlog
+
+from cortex.background import Background
+from cortex.engines.base import (
+    Attempt,
+    CapacityFreed,
+    Ended,
+    Lost,
+    NeverStarted,
+    Observation,
+    Report,
+    Started,
+    Unreachable,
+)
+from cortex.engines.ray.cluster import RETRY_S, Cluster
+from cortex.engines.ray.link import LinkError, Refused
+from cortex.engines.ray.live import Live, taken_up
+from cortex.engines.ray.messages import Lock, LogPiece, Poll
+from cortex.engines.ray.mirror import Mirror
+from cortex.engines.ray.nodes import Node
+from cortex.engines.ray.orders import Orders
+from cortex.errors import StorageUnavailable, is_storage
+
+log = structlog.get_logger()
+
+Last = Ended | Lost | NeverStarted
+
+
+class Attempts:
+    """A `cluster.Listener`. All of it happens on the event loop."""
+
+    def __init__(self, cluster: Cluster, orders: Orders, mirror: Mirror) -> None:
+        self._cluster = cluster
+        self._nodes = cluster.nodes
+        self._orders = orders
+        self._mirror = mirror
+        self._live: dict[str, Live] = {}
+        self._on_node: dict[str, dict[str, Live]] = {}  # the same, by node and by job
+        self._background = Background("the Ray engine failed")
+        self._report: Report = lambda _: None
+
+    def open(self, report: Report) -> None:
+        """Report there, from now on."""
+        self._report = report
+
+    async def close(self) -> None:
+        """Let go of all; what runs goes on."""
+        await self._background.close()
+        self._live.clear()
+        self._on_node.clear()
+
+    def start(self, attempt: Attempt) -> None:
+        """See `Engine.start`."""
+        live = taken_up(attempt)
+        self._take_on(live)
+        self._background.run(self._begin(live))
+
+    def stop(self, job_id: str) -> None:
+        """See `Engine.stop`."""
+        live = self._live.get(job_id)
+        if live is not None and not live.stop:
+            live.stop = True
+            if live.sent:
+                self._background.run(self._tell_stop(live))
+
+    def recover(self, attempt: Attempt) -> None:
+        """See `Engine.recover`."""
+        live = taken_up(attempt)
+        live.sent = True
+        self._take_on(live)
+        # A full disk: what is copied later finds it missing again.
+        with contextlib.suppress(OSError):
+            self._mirror.take_up(live.job_id, live.base)
+        self._nodes.hold(live.job_id, attempt.version.api.compute, live.node_id)
+        node = self._nodes.alive.get(live.node_id)
+        if node is None and self._cluster.is_joined:
+            self._settle(live, live.lost("its node is not in the cluster any more"))
+        elif node is None or not node.is_ready:
+            pass  # it is asked after as soon as there is somebody to ask
+        else:
+            self._background.run(self._until_told(live))
+
+    def release(self, job_id: str) -> None:
+        """See `Engine.release`."""
+        if self._nodes.release(job_id):
+            self._report(CapacityFreed())
+
+    def tell_all(self, method: str, *arguments: object) -> None:
+        """A hint to all nodes."""
+        for node_id in self._cluster.hellos:
+            self._background.run(self._orders.hint(node_id, method, *arguments))
+
+    # What the cluster tells
+
+    def looked(self) -> None:
+        for live in list(self._live.values()):
+            if live.node_id not in self._nodes.alive:
+                self._lose(live, "its node is not in the cluster any more")
+
+    def lost(self, node: Node) -> None:
+        """What ran there is lost with it: the node's guard ends what is left of that."""
+        for live in self._on(node):
+            self._lose(live, f"the node {node.name} was lost")
+
+    async def reached(self, node: Node) -> None:
+        for live in self._on(node):
+            if live.sent and not live.ending:
+                await self._ask_after(live)
+
+    def out_of_reach(self, node: Node, reason: str) -> None:
+        for live in self._on(node):
+            self._unreachable(live, reason)
+
+    def cursors(self, node: Node) -> dict[str, int]:
+        return {
+            live.job_id: self._mirror.size(live.job_id) - live.base
+            for live in self._on(node)
+            if live.sent and not live.ending and live.copied
+        }
+
+    async def told(self, poll: Poll) -> None:
+        for job_id, piece in poll.logs.items():
+            live = self._live.get(job_id)
+            if live is not None and not live.ending:
+                await self._copy(live, piece)
+        for seen in poll.seen:
+            if isinstance(seen, CapacityFreed):
+                continue
+            if isinstance(seen, Lock):
+                self._background.run(self._orders.keep_lock(seen))
+                continue
+            live = self._live.get(seen.job_id)
+            if live is not None and live.number == seen.attempt:
+                self._take_in(live, seen)
+
+    def freed(self) -> None:
+        if self._nodes.freed():
+            self._report(CapacityFreed())
+
+    # One attempt
+
+    def _lose(self, live: Live, reason: str) -> None:
+        if live.ending:
+            return  # it has ended before
+        # Where its node is gone, so is the agent that else gives it up.
+        self._background.run(self._orders.give_up_seat(live))
+        self._settle(live, live.lost(reason) if live.sent else live.never())
+
+    def _take_in(self, live: Live, seen: Observation) -> None:
+        if isinstance(seen, Started):
+            self._started(live, seen)
+        elif isinstance(seen, Unreachable):
+            self._unreachable(live, seen.reason)
+        elif isinstance(seen, Ended | Lost | NeverStarted) and not live.ending:
+            live.ending = True
+            self._background.run(self._finish(live, seen))
+
+    async def _copy(self, live: Live, piece: LogPiece) -> None:
+        try:
+            await asyncio.to_thread(self._mirror.write, live.job_id, live.base, piece)
+        except OSError as error:
+            log.warning("a log cannot be copied", job=live.job_id, error=str(error))
+            live.copied = is_storage(error)  # then it is asked for again with the next poll
+            await asyncio.sleep(RETRY_S)
+
+    async def _finish(self, live: Live, last: Last) -> None:
+        """Copy the rest of the log, and report the end. The node has told it: what happens to it now
+        can take no more than a part of the log."""
+        while live.node_id in self._nodes.alive and live.copied:
+            offset = self._mirror.size(live.job_id) - live.base
+            try:
+                piece = await self._orders.log_from(live, offset)
+                if piece.end == offset:
+                    break
+                await self._copy(live, piece)
+            except LinkError:
+                await asyncio.sleep(RETRY_S)
+        self._settle(live, last)
+
+    async def _begin(self, live: Live) -> None:
+        """Get its seat, and give it to its node. What is not known to have failed is asked after."""
+        try:
+            gpus = await self._orders.take_seat(live)
+            locks = await self._orders.locks(live)
+        except (LinkError, Refused, StorageUnavailable) as error:
+            self._do_not_start(live, str(error))
+            return
+        if self._is_off(live):
+            self._do_not_start(live)
+            return
+        live.sent = True
+        try:
+            await self._orders.start(live, gpus, locks)
+        except Refused as error:
+            self._do_not_start(live, str(error))
+        except LinkError as error:
+            self._unreachable(live, str(error))
+            await self._until_told(live)
+        if live.stop:
+            await self._tell_stop(live)
+
+    def _is_off(self, live: Live) -> bool:
+        return live.stop or self._live.get(live.job_id) is not live
+
+    def _do_not_start(self, live: Live, held_up_by: str | None = None) -> None:
+        self._background.run(self._orders.give_up_seat(live))
+        self._settle(live, live.never(held_up_by))
+
+    async def _until_told(self, live: Live) -> None:
+        while self._live.get(live.job_id) is live and not live.ending:
+            try:
+                await self._ask_after(live)
+            except LinkError:
+                await asyncio.sleep(RETRY_S)
+            else:
+                return
+
+    async def _ask_after(self, live: Live) -> None:
+        """Let its node tell what there is of an attempt; one that never came there never will run."""
+        try:
+            await self._orders.ask_after(live)
+        except Refused as error:
+            self._settle(live, live.lost(str(error)))
+            return
+        if live.unreachable:
+            live.unreachable = False
+            self._report(live.reachable())
+        if live.stop:
+            await self._orders.stop(live)
+
+    async def _tell_stop(self, live: Live) -> None:
+        while self._live.get(live.job_id) is live:
+            try:
+                await self._orders.stop(live)
+            except LinkError:
+                await asyncio.sleep(RETRY_S)
+            except Refused as error:
+                log.warning("a job cannot be stopped", job=live.job_id, error=str(error))
+                return
+            else:
+                return
+
+    def _started(self, live: Live, seen: Started) -> None:
+        if not live.started or live.unreachable:
+            live.started, live.unreachable = True, False
+            with contextlib.suppress(OSError):  # what is written later finds it missing again
+                self._mirror.touch(live.job_id)  # who follows the log waits for it from now on
+            self._report(seen)
+
+    def _unreachable(self, live: Live, reason: str) -> None:
+        if live.sent and not live.unreachable:
+            live.unreachable = True
+            self._report(live.out_of_reach(reason))
+
+    def _settle(self, live: Live, last: Last) -> None:
+        if self._live.get(live.job_id) is not live:
+            return
+        self._let_go(live)
+        freed = self._nodes.release(live.job_id)
+        self._report(last)
+        if freed:
+            self._report(CapacityFreed())
+
+    def _on(self, node: Node) -> list[Live]:
+        return list(self._on_node.get(node.node_id, {}).values())
+
+    def _take_on(self, live: Live) -> None:
+        self._live[live.job_id] = live
+        self._on_node.setdefault(live.node_id, {})[live.job_id] = live
+
+    def _let_go(self, live: Live) -> None:
+        del self._live[live.job_id]
+        there = self._on_node[live.node_id]
+        del there[live.job_id]
+        if not there:
+            del self._on_node[live.node_id]

@@ -1,0 +1,220 @@
+"""The cluster as the operator has it: joined through a link that is replaced when it breaks, looked at
+every second, and an agent attended to on each node. Called by the Ray engine, whose
+`attempts` listen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Protocol
+
+import structlog
+
+import cortex
+from cortex.engines.ray.link import Link, LinkError, Refused
+from cortex.engines.ray.messages import Hello, Poll
+from cortex.engines.ray.nodes import Node, Nodes
+
+log = structlog.get_logger()
+
+JOIN_S = 30.0
+LOOK_S = 1.0
+ANSWER_S = 10.0
+HELLO_S = 60.0  # a cold node loads Python and this package first
+POLL_S = 10.0
+RETRY_S = 1.0
+
+
+class Listener(Protocol):
+    """Who is told what becomes of nodes, and what their agents have seen."""
+
+    def looked(self) -> None:
+        """The nodes that are there now are known."""
+
+    def lost(self, node: Node) -> None:
+        """A node is not there any more."""
+
+    async def reached(self, node: Node) -> None:
+        """The agent of a node answers, for the first time or again.
+
+        Raises:
+            LinkError: it does not any more.
+        """
+
+    def out_of_reach(self, node: Node, reason: str) -> None:
+        """The agent of a node does not answer."""
+
+    def cursors(self, node: Node) -> dict[str, int]:
+        """The offsets from which on the logs of a node's jobs are wanted."""
+
+    async def told(self, poll: Poll) -> None:
+        """What an agent has seen."""
+
+    def freed(self) -> None:
+        """There may be more to take than before."""
+
+
+class Cluster:
+    """All of it happens on the event loop."""
+
+    def __init__(self, address: str, namespace: str, node_dir: str | None) -> None:
+        self.nodes = Nodes()
+        self.hellos: dict[str, Hello] = {}
+        self._address = address
+        self._namespace = namespace
+        self._node_dir = node_dir
+        self._listener: Listener  # given to `open`
+        self._link: Link | None = None
+        self._keeping: asyncio.Task[None] | None = None
+        self._attending: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def is_joined(self) -> bool:
+        return self._link is not None and not self._link.gone.is_set()
+
+    async def open(self, listener: Listener) -> None:
+        """Join the cluster, and look at it.
+
+        Raises:
+            LinkError: it cannot be joined, and why.
+        """
+        self._listener = listener
+        self._link = await self._joined()
+        try:
+            await self._look(self._link)
+        except LinkError:
+            await self._link.close()
+            raise
+        self._keeping = asyncio.create_task(self._keep_joined(), name="ray cluster")
+
+    async def close(self) -> None:
+        """Let go of it; what agents and jobs do goes on."""
+        tasks = [*self._attending.values(), *([self._keeping] if self._keeping else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._link is not None:
+            await self._link.close()
+
+    async def call(self, method: str, *arguments: object, within_s: float = ANSWER_S) -> object:
+        """Ask for something in the cluster (`cortex.node.driver`).
+
+        Raises:
+            LinkError: nothing is known of what came of it.
+            Refused: it was not done.
+        """
+        if self._link is None:
+            raise LinkError(f"the Ray cluster at {self._address} cannot be reached")
+        return await self._link.call(method, *arguments, within_s=within_s)
+
+    async def ask(
+        self, node_id: str, method: str, *arguments: object, within_s: float = ANSWER_S
+    ) -> object:
+        """Ask the agent of a node (`cortex.node.agent`). Raises what `call` does."""
+        return await self.call(
+            "ask", node_id, method, arguments, within_s, within_s=within_s + RETRY_S
+        )
+
+    async def _joined(self) -> Link:
+        link = Link(self._address, self._namespace, self._node_dir)
+        await link.open(JOIN_S)
+        return link
+
+    async def _keep_joined(self) -> None:
+        """Look at the cluster again and again, and join it anew whenever that fails."""
+        while True:
+            try:
+                if self._link is None:
+                    self._link = await self._joined()
+                await self._look(self._link)
+            except LinkError as error:
+                if self._link is not None:
+                    log.warning("ray cluster out of reach", address=self._address, error=str(error))
+                    await self._link.close()
+                    self._link = None
+                    await self._unattend(str(error))
+                await asyncio.sleep(RETRY_S)
+                continue
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._link.gone.wait(), LOOK_S)
+
+    async def _look(self, link: Link) -> None:
+        before = {node_id: node.free for node_id, node in self.nodes.alive.items()}
+        states = await link.call("look", within_s=ANSWER_S)
+        assert isinstance(states, tuple)
+        lost = self.nodes.update(states)
+        for node in lost:
+            self._lose(node)
+        self._listener.looked()
+        for node_id, node in self.nodes.alive.items():
+            if node_id not in self._attending:
+                task = asyncio.create_task(self._attend(node), name=f"ray node {node_id}")
+                self._attending[node_id] = task
+        # Where a node is lost, a job that waits may wait for something else from now on.
+        if lost or any(node.free != before.get(each) for each, node in self.nodes.alive.items()):
+            self._listener.freed()
+
+    def _lose(self, node: Node) -> None:
+        log.warning("ray node lost", node=node.name, node_id=node.node_id)
+        self.hellos.pop(node.node_id, None)
+        task = self._attending.pop(node.node_id, None)
+        if task is not None:
+            task.cancel()
+        self._listener.lost(node)
+
+    async def _unattend(self, reason: str) -> None:
+        tasks = list(self._attending.values())
+        self._attending.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for node in self.nodes.alive.values():
+            self._out_of_reach(node, reason)
+
+    async def _attend(self, node: Node) -> None:
+        """Take in what a node's agent has to tell, for as long as the node is there."""
+        while True:
+            try:
+                hello = await self._greet(node)
+                await self._listener.reached(node)
+                node.is_ready, node.problem = True, None
+                self._listener.freed()
+                await self._listen(node, hello)
+            except (LinkError, Refused) as error:
+                self._out_of_reach(node, str(error))
+            except Exception as error:
+                log.exception("ray node cannot be attended to", node=node.name)
+                self._out_of_reach(node, repr(error))
+            await asyncio.sleep(RETRY_S)
+
+    async def _greet(self, node: Node) -> Hello:
+        hello = await self.ask(node.node_id, "hello", within_s=HELLO_S)
+        assert isinstance(hello, Hello)
+        if hello.version != cortex.__version__:
+            raise Refused(
+                f"{node.name} has version {hello.version} of cortex-tasks, and the operator "
+                f"{cortex.__version__}: install the same on both"
+            )
+        self.hellos[node.node_id] = hello
+        return hello
+
+    async def _listen(self, node: Node, hello: Hello) -> None:
+        """Until another process of the agent answers, which has to be asked after everything."""
+        seq = hello.seq
+        while True:
+            cursors = self._listener.cursors(node)
+            poll = await self.ask(
+                node.node_id, "poll", seq, cursors, POLL_S, within_s=POLL_S + ANSWER_S
+            )
+            assert isinstance(poll, Poll)
+            if poll.incarnation != hello.incarnation:
+                return
+            seq = poll.seq
+            await self._listener.told(poll)
+
+    def _out_of_reach(self, node: Node, reason: str) -> None:
+        if node.problem != reason:
+            log.warning("ray node out of reach", node=node.name, reason=reason)
+        node.is_ready, node.problem = False, reason
+        self._listener.out_of_reach(node, reason)

@@ -1,0 +1,126 @@
+"""The engine protocol on a Ray cluster. Called by the dispatcher (and by `tests/engines`).
+
+On each node there is an agent, a detached actor that runs the local engine, so that a job on a node is
+what it is on one machine: records, limits, stop and recovery are the same. This side chooses nodes
+(`nodes`), lets Ray hold what a job takes (`messages.Seat`), and talks with the agents of what becomes of
+each attempt (`attempts`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from cortex.engines.base import Attempt, Capabilities, NodeInfo, Report, Version
+from cortex.engines.ray.attempts import Attempts
+from cortex.engines.ray.cluster import Cluster
+from cortex.engines.ray.link import LinkError
+from cortex.engines.ray.live import handle
+from cortex.engines.ray.mirror import Mirror
+from cortex.engines.ray.orders import Locks, Orders
+from cortex.errors import StartupError
+from cortex.spec.api import Compute
+
+
+class RayEngine:
+    """Runs jobs on the nodes of a cluster; `root` holds the operator's copies of their logs."""
+
+    def __init__(
+        self,
+        root: Path,
+        address: str,
+        namespace: str,
+        grace_s: float = 10.0,
+        node_dir: str | None = None,
+        locks: Locks | None = None,
+    ) -> None:
+        self._mirror = Mirror(root)
+        self._root = root
+        self._address = address
+        self._cluster = Cluster(address, namespace, node_dir)
+        self._nodes = self._cluster.nodes
+        orders = Orders(self._cluster, namespace, grace_s, locks)
+        self._attempts = Attempts(self._cluster, orders, self._mirror)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        methods = sorted({hello.memory_limit for hello in self._cluster.hellos.values()})
+        return Capabilities("ray", self._nodes.total, ", ".join(methods) or "each node's own", True)
+
+    async def open(self, report: Report) -> None:
+        if importlib.util.find_spec("ray") is None:
+            raise StartupError(
+                "the Ray engine needs Ray, which is not installed: pip install 'cortex-tasks[ray]'"
+            )
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StartupError(
+                f"the data folder {self._root} cannot be written: {error}; choose another one"
+            ) from error
+        try:
+            self._attempts.open(report)
+            await self._cluster.open(self._attempts)
+        except LinkError as error:
+            raise StartupError(
+                f"the Ray cluster at {self._address} cannot be joined: {error}. Is it up, does this "
+                "machine run a node of it, and are its versions of Ray and Python those of this one?"
+            ) from error
+
+    async def close(self) -> None:
+        await self._attempts.close()
+        await self._cluster.close()
+
+    def refusal(self, compute: Compute) -> str | None:
+        return self._nodes.refusal(compute)
+
+    def reserve(self, job_id: str, compute: Compute) -> str | None:
+        return self._nodes.take(job_id, compute)
+
+    def release(self, job_id: str) -> None:
+        self._attempts.release(job_id)
+
+    def claim(self, job_id: str, attempt: int) -> str:
+        node = self._nodes.node_of(job_id)
+        hello = None if node is None else self._cluster.hellos.get(node.node_id)
+        return handle(node, hello, self._mirror.prepare(job_id))
+
+    def prepare(self, attempt: Attempt) -> None:
+        """A node is told when the attempt is stored: the way there is what takes long."""
+
+    def start(self, attempt: Attempt) -> None:
+        self._attempts.start(attempt)
+
+    def stop(self, job_id: str) -> None:
+        self._attempts.stop(job_id)
+
+    async def recover(self, attempt: Attempt) -> None:
+        self._attempts.recover(attempt)
+
+    def warm(self, version: Version) -> None:
+        """A node is chosen with the job: there is none to warm before."""
+
+    def forget(self, api_id: str) -> None:
+        self._attempts.tell_all("forget", api_id)
+
+    def discard(self, job_ids: list[str]) -> None:
+        self._attempts.tell_all("discard", job_ids)
+
+    def log(self, job_id: str) -> Path:
+        return self._mirror.path(job_id)
+
+    def note(self, job_id: str, text: str) -> None:
+        self._mirror.append(job_id, text)
+
+    def nodes(self) -> list[NodeInfo]:
+        return [
+            NodeInfo(
+                node.name,
+                node.is_ready,
+                node.state.total,
+                node.free,
+                node.problem,
+                node.state.labels,
+            )
+            for node in self._nodes.alive.values()
+        ]

@@ -1,0 +1,93 @@
+"""Jobs' logs on a node: read in pieces, and watched so that what is written is told at once. Called by
+the agent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from asyncinotify import Inotify, Mask, Watch
+
+from cortex.engines.ray.messages import LogPiece
+from cortex.worker import files, logfile
+from cortex.worker.messages import LogCut
+
+_CHANGES = Mask.MODIFY | Mask.CREATE
+
+
+class LogWatch:
+    """Tells whenever a log in the jobs' folders grows."""
+
+    def __init__(self, grown: Callable[[], object]) -> None:
+        self._grown = grown
+        self._inotify: Inotify | None = None
+        self._watches: dict[str, Watch] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def open(self) -> None:
+        self._inotify = Inotify()
+        self._task = asyncio.create_task(self._watch(self._inotify))
+
+    def add(self, job_id: str, folder: Path) -> None:
+        if self._inotify is not None and job_id not in self._watches:
+            with contextlib.suppress(OSError):  # there are too many: it is looked at now and then
+                self._watches[job_id] = self._inotify.add_watch(folder, _CHANGES)
+
+    def remove(self, job_id: str) -> None:
+        watch = self._watches.pop(job_id, None)
+        if watch is not None and self._inotify is not None:
+            with contextlib.suppress(OSError):  # the folder is gone, and its watch with it
+                self._inotify.rm_watch(watch)
+
+    async def _watch(self, inotify: Inotify) -> None:
+        async for event in inotify:
+            if event.name is not None and event.name.name == logfile.NAME:
+                self._grown()
+
+
+def piece(folder: Path, offset: int, most: int) -> LogPiece:
+    """Up to `most` bytes of a job's log from an offset on. The job may have put something else in its
+    place, which is not followed."""
+    try:
+        fd = files.open_folder(str(folder))
+    except OSError:
+        return LogPiece(offset, b"", offset, None)
+    try:
+        data, size = _read(fd, offset, most)
+        # Asked after reading: what is being cut meanwhile reads as zeros.
+        gone = _gone(files.read(fd, logfile.CUT), size)
+    finally:
+        os.close(fd)
+    cut = None if gone is None else gone.dumps()
+    if gone is None or offset >= gone.end:
+        return LogPiece(offset, data, offset + len(data), cut)
+    data = data[: max(0, gone.start - offset)]
+    end = offset + len(data)
+    return LogPiece(offset, data, gone.end if end >= gone.start else end, cut)
+
+
+def _read(folder: int, offset: int, most: int) -> tuple[bytes, int]:
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        fd = os.open(logfile.NAME, flags, dir_fd=folder)
+    except OSError:
+        return b"", 0
+    try:
+        if not files.is_regular(fd):
+            return b"", 0
+        return os.pread(fd, most, offset), os.fstat(fd).st_size
+    finally:
+        os.close(fd)
+
+
+def _gone(record: bytes | None, size: int) -> LogCut | None:
+    try:
+        cut = LogCut.loads(record or b"")
+        is_one = all(isinstance(n, int) for n in (cut.start, cut.end, cut.limit))
+        return cut if is_one and 0 <= cut.start < cut.end <= size else None
+    except (ValueError, TypeError):  # there is none, or the job has written there itself
+        return None
