@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from cortex.projects.environments import check_requirements, runs_on_own_python
+from cortex.projects.requirements import check_requirements, read_requirements
 from cortex.projects.variables import check_variables
 from cortex.spec.api import Api
-from cortex.spec.yaml import FieldLines, did_you_mean, field_lines, invalid_spec
-from cortex.spec.yaml_nodes import Mistake, quoted
+from cortex.spec.yaml import FieldLines, field_lines, invalid_spec
+from cortex.spec.yaml_nodes import Mistake, did_you_mean, quoted
 
 _MOST_FILES = 20_000
 _LARGEST_PARSED = 4 << 20
@@ -91,7 +91,7 @@ def _syntax_mistakes(project: Path, path: str) -> Iterator[str]:
         return
     error = _parse(file)
     # Another version of Python has another syntax.
-    if isinstance(error, SyntaxError) and runs_on_own_python(project):
+    if isinstance(error, SyntaxError) and read_requirements(project).python_to_find is None:
         shown = f": {quoted(error.text.strip())}" if error.text else ""
         yield f"{posixpath.normpath(path)}:{error.lineno or 1}: {error.msg}{shown}"
 
@@ -113,21 +113,22 @@ def _parse(file: Path) -> ast.Module | SyntaxError | None:
 
 def _names(body: list[ast.stmt]) -> Iterator[str]:
     """The names that a module's statements define, those in its ifs, tries and withs included."""
-    for node in body:
+    waiting = list(body)  # of a thousand elifs each lies within the one before
+    while waiting:
+        node = waiting.pop()
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             yield node.name
-        elif isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
             yield from (alias.asname or alias.name for alias in node.names)
         elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             yield from (n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name))
-        for field in ("body", "orelse", "finalbody"):
-            if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                yield from _names(getattr(node, field, []))
-        for handler in getattr(node, "handlers", []):
-            yield from _names(handler.body)
-        for case in getattr(node, "cases", []):
-            yield from _names(case.body)
+        if not isinstance(node, ast.AsyncFunctionDef):
+            for field in ("body", "orelse", "finalbody"):
+                waiting += getattr(node, field, [])
+        for inner in (*getattr(node, "handlers", []), *getattr(node, "cases", [])):
+            waiting += inner.body
 
 
 def _folder_mistakes(project: Path, path: str) -> Iterator[str]:
@@ -141,7 +142,16 @@ def _folder_mistakes(project: Path, path: str) -> Iterator[str]:
 def _inside(project: Path, path: str) -> Path | None:
     root = Path(os.path.realpath(project))
     real = Path(os.path.realpath(root / path))
-    return real if real.is_relative_to(root) else None
+    return real if real.is_relative_to(root) and _can_be(real) else None
+
+
+def _can_be(path: Path) -> bool:
+    """Whether the file system can hold such a name."""
+    try:
+        path.exists()
+    except OSError:
+        return False
+    return True
 
 
 def _files(project: Path) -> Iterable[str]:

@@ -1,10 +1,10 @@
 """A Python environment per content of requirements: built once by uv, cached on disk, shared.
 
-    <root>/<hash>/<attempt>/venv    what one build made
-    <root>/<hash>/ready             the attempt that is complete; written last
+Which environment a project gets is decided here, and when one is built or removed; `building` makes it, in
+`<root>/<hash>`. Called by versions and retention of the operator, and by the agents on a cluster's nodes.
 
-Each attempt has a folder of its own: a uv that outlived a killed operator, and still writes, cannot
-spoil the attempt that followed.
+What an environment held when a project's was first built is kept with the project, as its lock file: it
+is the same when it is built again, here or elsewhere.
 """
 
 from __future__ import annotations
@@ -12,54 +12,24 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import platform
 import shutil
-import signal
 import sys
 import sysconfig
-from contextlib import suppress
+import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import uv
-
-from cortex.projects.requirements import (
-    Wanted,
-    check_requirements,
-    read_requirements,
-    satisfies,
-)
+from cortex.account import Account
+from cortex.projects import building, locks
+from cortex.projects.kept import Projects
+from cortex.projects.requirements import read_requirements
 from cortex.projects.unpack import project_id
 from cortex.spec.times import new_id
 
-__all__ = ["EnvironmentFailed", "Environments", "check_requirements", "runs_on_own_python"]
-
 _MOST_BUILDS = 2
-_MOST_OUTPUT = 256 << 10
-_MARKER = "ready"
-_LOG = "build.log"
-# They would make uv or a build see the operator's own environment, or contradict --python.
-_NOT_INHERITED = {
-    "CONDA_PREFIX",
-    "PYTHONHOME",
-    "PYTHONPATH",
-    "UV_PYTHON",
-    "UV_SYSTEM_PYTHON",
-    "VIRTUAL_ENV",
-}
-
-
-class EnvironmentFailed(Exception):
-    """An environment could not be built.
-
-    Attributes:
-        output: the resolver's words, all of them.
-    """
-
-    def __init__(self, message: str, output: str) -> None:
-        super().__init__(message)
-        self.output = output
+_GONE = ".gone-"
 
 
 @dataclass
@@ -71,16 +41,23 @@ class _Build:
 class Environments:
     """The environments below one folder, which one operator owns."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(
+        self, root: Path, account: Account | None = None, projects: Projects | None = None
+    ) -> None:
+        """`projects` keeps the lock files, if any are."""
         self._root = root.absolute()
+        self._account = account
+        self._projects = projects
         self._builds: dict[str, _Build] = {}
+        self._asked_for: set[str] = set()
+        self._lock = threading.Lock()
         self._slots = asyncio.Semaphore(_MOST_BUILDS)
 
     def identify(self, project: Path) -> str:
         """SHA-256 over all that decides what the project's environment holds."""
         wanted = read_requirements(project)
         content = {
-            "python": _python(wanted) or [sys.version, _own_python()],
+            "python": wanted.python_to_find or [sys.version, building.own_python()],
             "platform": [sysconfig.get_platform(), *platform.libc_ver()],
             "lines": wanted.lines,
             "project": project_id(project) if wanted.is_local else "",
@@ -89,7 +66,7 @@ class Environments:
 
     def ready(self, project: Path) -> Path | None:
         """The interpreter of the project's environment, if it has been built."""
-        return self._ready(self.identify(project))
+        return self._ready(self._choose(project)[0])
 
     async def build(self, project: Path) -> Path:
         """The interpreter of the project's environment, built if it has not been.
@@ -98,14 +75,18 @@ class Environments:
 
         Raises:
             EnvironmentFailed: it cannot be built; the next call tries again.
+            StorageUnavailable: what it has to hold cannot be told now.
         """
-        identity = await asyncio.to_thread(self.identify, project)
-        found = self._ready(identity)
+        identity, lock = await asyncio.to_thread(self._choose, project)
+        with self._lock:
+            self._asked_for.add(identity)
+            found = self._ready(identity)
         if found is not None:
             return found
         build = self._builds.get(identity)
         if build is None:
-            task = asyncio.create_task(self._build(identity, project), name=f"build {identity}")
+            work = self._build(identity, project, lock)
+            task = asyncio.create_task(work, name=f"build {identity}")
             build = self._builds[identity] = _Build(task)
             task.add_done_callback(lambda done: self._forget(identity, done))
         build.waiters += 1
@@ -119,6 +100,59 @@ class Environments:
                 build.task.cancel()
                 await asyncio.gather(build.task, return_exceptions=True)
 
+    def keep_lock(self, project: Path) -> None:
+        """Keep with the project what its environment holds, once it is built. Blocking.
+
+        Raises:
+            StorageUnavailable: it is not kept yet.
+        """
+        wanted = read_requirements(project)
+        python = self.ready(project)
+        if self._projects is None or python is None or not locks.apply_to(wanted):
+            return
+        name = locks.name(wanted.python_to_find)
+        self._projects.keep_first_lock(project.name, name, locks.held(python))
+
+    def remove_all_but(self, projects: Iterable[Path]) -> None:
+        """Remove the environments that none of these projects wants, and that are neither being built
+        nor were asked for since this was called last: their projects may have come after the list."""
+        for leftover in self._root.glob(f"{_GONE}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with self._lock:
+            before, self._asked_for = self._asked_for, set()
+        used = {each for project in projects for each in self._identities(project)} | before
+        kept = {self._folder(identity) for identity in used}
+        for folder in self._root.iterdir():
+            gone = folder.with_name(f"{_GONE}{folder.name}-{new_id()}")
+            with self._lock:
+                busy = {self._folder(each) for each in (*self._asked_for, *self._builds)}
+                if folder in kept | busy or folder.name.startswith("."):
+                    continue
+                # At one stroke: no half of it counts as whole, and one that is built now is another.
+                folder.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def _choose(self, project: Path) -> tuple[str, str | None]:
+        """The environment that a project gets, and the lock that it is built by, if any: one that was
+        built without and holds the same is as good."""
+        plain = self.identify(project)
+        wanted = read_requirements(project)
+        if self._projects is None or not locks.apply_to(wanted):
+            return plain, None
+        lock = self._projects.lock(project.name, locks.name(wanted.python_to_find))
+        built = self._ready(plain)
+        if lock is None or (built is not None and locks.held(built) == lock):
+            return plain, None
+        return locks.locked(plain, lock), lock
+
+    def _identities(self, project: Path) -> set[str]:
+        plain = self.identify(project)
+        lock = None
+        if self._projects is not None:
+            name = locks.name(read_requirements(project).python_to_find)
+            lock = self._projects.lock_here(project.name, name)
+        return {plain} if lock is None else {plain, locks.locked(plain, lock)}
+
     def _forget(self, identity: str, done: asyncio.Task[Path]) -> None:
         build = self._builds.get(identity)
         if build is not None and build.task is done:
@@ -131,114 +165,8 @@ class Environments:
         return self._root / identity[:20]
 
     def _ready(self, identity: str) -> Path | None:
-        folder = self._folder(identity)
-        try:
-            attempt = (folder / _MARKER).read_text("utf-8")
-        except FileNotFoundError:
-            return None
-        python = _interpreter(folder / attempt)
-        return python if attempt and python.exists() else None
+        return building.ready(self._folder(identity))
 
-    async def _build(self, identity: str, project: Path) -> Path:
+    async def _build(self, identity: str, project: Path, lock: str | None) -> Path:
         async with self._slots:
-            wanted = await asyncio.to_thread(read_requirements, project)
-            if wanted.mistakes:
-                told = "\n".join(wanted.mistakes)
-                raise EnvironmentFailed(wanted.mistakes[0], f"{told}\n")
-            folder = self._folder(identity)
-            attempt = folder / new_id()
-            await asyncio.to_thread(_start_attempt, folder, attempt)
-            try:
-                await _install(wanted, project, attempt)
-                await asyncio.to_thread(_mark, folder, attempt)
-            except BaseException:
-                await asyncio.to_thread(shutil.rmtree, attempt, ignore_errors=True)
-                raise
-            return _interpreter(attempt)
-
-
-def runs_on_own_python(project: Path) -> bool:
-    """Whether the project's Python is of the operator's own version."""
-    return _python(read_requirements(project)) is None
-
-
-def _own_python() -> str:
-    # In a virtual environment this is the interpreter that it was made from.
-    return str(getattr(sys, "_base_executable", None) or sys.executable)
-
-
-def _python(wanted: Wanted) -> str | None:
-    """The Python that uv has to find, None where the operator's own will do."""
-    own = sys.version_info[:3]
-    if wanted.python:
-        asked = tuple(int(part) for part in wanted.python.split("."))
-        return None if own[: len(asked)] == asked else wanted.python
-    requires = wanted.requires_python
-    return None if not requires or satisfies(own, requires) else requires
-
-
-def _interpreter(attempt: Path) -> Path:
-    return attempt / "venv" / "bin" / "python"
-
-
-def _start_attempt(folder: Path, attempt: Path) -> None:
-    """Clear what earlier attempts left: none of them is in use, or this one would not be made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _MARKER).unlink(missing_ok=True)
-    for leftover in folder.iterdir():
-        shutil.rmtree(leftover, ignore_errors=True)
-    attempt.mkdir()
-
-
-def _mark(folder: Path, attempt: Path) -> None:
-    # The marker must not reach the disk before the thousands of files that it vouches for.
-    os.sync()
-    written = attempt / _MARKER
-    with written.open("w", encoding="utf-8") as file:
-        file.write(attempt.name)
-        file.flush()
-        os.fsync(file.fileno())
-    written.rename(folder / _MARKER)
-
-
-async def _install(wanted: Wanted, project: Path, attempt: Path) -> None:
-    source = project
-    if wanted.is_local:
-        # A build writes into its source, and an editable install needs it for good.
-        source = attempt / "source"
-        await asyncio.to_thread(shutil.copytree, project, source, symlinks=True)
-    python = _python(wanted) or _own_python()
-    venv = attempt / "venv"
-    await _uv(attempt, source, "venv", "--no-project", "--python", python, str(venv))
-    if wanted.arguments:
-        into = str(_interpreter(attempt))
-        await _uv(attempt, source, "pip", "install", "--python", into, *wanted.arguments)
-
-
-async def _uv(attempt: Path, cwd: Path, *arguments: str) -> None:
-    env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
-    log = attempt / _LOG
-    with log.open("ab") as output:
-        process = await asyncio.create_subprocess_exec(
-            uv.find_uv_bin(),
-            *arguments,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            cwd=cwd,
-            env={**env, "NO_COLOR": "1", "UV_NO_PROGRESS": "1"},
-            start_new_session=True,
-        )
-    try:
-        code = await process.wait()
-    finally:
-        if process.returncode is None:
-            # Its session is its process group: what uv has started ends with it.
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await asyncio.shield(process.wait())
-    if code != 0:
-        shown = " ".join(arguments[:2] if arguments[0] == "pip" else arguments[:1])
-        ending = f"exit code {code}" if code > 0 else f"signal {-code}"
-        words = log.read_bytes()[-_MOST_OUTPUT:].decode("utf-8", "replace")
-        raise EnvironmentFailed(f"uv {shown} failed ({ending})", words)
+            return await building.build(project, self._folder(identity), self._account, lock)

@@ -1,6 +1,6 @@
 """What a project asks of its environment: requirements.txt, pyproject.toml, conda-packages.txt.
 
-`environments` builds what is read here; `check` tells the mistakes at deploy.
+`building` installs what is read here; `check` tells the mistakes at deploy.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ _ARCHIVES = (".whl", ".tar.gz", ".zip")
 
 
 @dataclass
-class Wanted:
+class Requirements:
     """What the project's files say, and the mistakes in them; filled while they are read."""
 
     python: str | None = None
@@ -36,11 +37,21 @@ class Wanted:
     is_local: bool = False
     mistakes: list[str] = field(default_factory=list)
 
+    @property
+    def python_to_find(self) -> str | None:
+        """The Python that uv has to find, None where the operator's own will do."""
+        own = sys.version_info[:3]
+        if self.python:
+            asked = tuple(int(part) for part in self.python.split("."))
+            return None if own[: len(asked)] == asked else self.python
+        requires = self.requires_python
+        return None if not requires or satisfies(own, requires) else requires
 
-def read_requirements(project: Path) -> Wanted:
+
+def read_requirements(project: Path) -> Requirements:
     """Everything that decides what is installed: `arguments` of `uv pip install`, the `lines` that
     they stand for, and whether some of it lies in the project itself (`is_local`)."""
-    wanted = Wanted()
+    wanted = Requirements()
     _conda(project, wanted)
     _requirements(project, wanted)
     _pyproject(project, wanted)
@@ -58,7 +69,7 @@ def check_requirements(project: Path) -> list[str]:
     return read_requirements(project).mistakes
 
 
-def _text(project: Path, name: str, wanted: Wanted) -> str:
+def _text(project: Path, name: str, wanted: Requirements) -> str:
     path = project / name
     if not path.is_file():
         return ""
@@ -69,7 +80,7 @@ def _text(project: Path, name: str, wanted: Wanted) -> str:
         return ""
 
 
-def _conda(project: Path, wanted: Wanted) -> None:
+def _conda(project: Path, wanted: Requirements) -> None:
     for number, raw in enumerate(_text(project, CONDA, wanted).splitlines(), start=1):
         line = raw.partition("#")[0].strip()
         matched = _CONDA_LINE.fullmatch(line)
@@ -89,7 +100,7 @@ def _conda(project: Path, wanted: Wanted) -> None:
             wanted.pip = version
 
 
-def _requirements(project: Path, wanted: Wanted) -> None:
+def _requirements(project: Path, wanted: Requirements) -> None:
     waiting, seen = [REQUIREMENTS], {REQUIREMENTS}
     found: list[tuple[str, str]] = []
     while waiting:
@@ -107,7 +118,7 @@ def _requirements(project: Path, wanted: Wanted) -> None:
             if inside is None:
                 told = "leaves the project; allowed: a file inside it"
                 wanted.mistakes.append(f"{name}:{number}: {line[:60]}: {told}")
-            elif not (project / inside).is_file():
+            elif not _is_file(project / inside):
                 wanted.mistakes.append(f"{name}:{number}: {line[:60]}: there is no file {inside}")
             elif inside not in seen:
                 seen.add(inside)
@@ -131,7 +142,16 @@ def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
             yield start, line.strip()
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # longer than any file's name
+        return False
+
+
 def _inside(project: Path, path: str) -> str | None:
+    if "\0" in path:
+        return None
     normal = posixpath.normpath(path)
     root = os.path.realpath(project)
     real = Path(os.path.realpath(Path(root, normal)))
@@ -152,11 +172,14 @@ def is_local(line: str) -> bool:
     return option is not None or path.startswith(".") or "/" in path or path.endswith(_ARCHIVES)
 
 
-def _pyproject(project: Path, wanted: Wanted) -> None:
+def _pyproject(project: Path, wanted: Requirements) -> None:
     text = _text(project, PYPROJECT, wanted)
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        wanted.mistakes.append(f"{PYPROJECT}: cannot be read as TOML: nested too deeply")
+        return
+    except ValueError as error:  # of a number with too many digits, too
         line = re.search(r"at line (\d+)", str(error))
         place = f"{PYPROJECT}:{line[1]}" if line else PYPROJECT
         wanted.mistakes.append(f"{place}: cannot be read as TOML: {error}")

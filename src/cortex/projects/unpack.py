@@ -25,6 +25,8 @@ _CHUNK = 1 << 20
 _MOST_HEADER = 1 << 20
 _MOST_OVERHEAD = 64 << 20
 _LONGEST_TARGET = 1024
+# What makes, walks and removes folders calls itself for each level.
+_DEEPEST = 100
 # Failures that the names in an archive cause, not the machine.
 _ITS_FAULT = {
     errno.EEXIST,
@@ -161,6 +163,8 @@ def _place(member: tarfile.TarInfo, target: Path) -> Path:
     parts = member.name.rstrip("/").split("/")
     if member.name.startswith("/") or ".." in parts or "\0" in member.name:
         raise InvalidProject(f"{member.name!r} leaves the project")
+    if len(parts) > _DEEPEST:
+        raise InvalidProject(f"{member.name[:200]!r} lies over {_DEEPEST} folders deep")
     return target.joinpath(*parts)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from dotenv.parser import Binding, parse_stream
 
 from cortex.errors import InvalidProject
-from cortex.spec.yaml import ENV_NAME, RESERVED_ENV
+from cortex.spec.fields import ENV_NAME, RESERVED_ENV
 
 FILE = ".env"
 
