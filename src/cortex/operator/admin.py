@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Request, UploadFile
+from starlette.responses import Response
 
 import cortex
+from cortex.engines.base import Capacity
 from cortex.errors import InvalidSpec, NotFound
 from cortex.operator.context import context
 from cortex.operator.deploys import Deployer, safe_name
 from cortex.operator.http import UPLOAD_PATH, Answer
+from cortex.spec.api import MILLI
 
 router = APIRouter(default_response_class=Answer, tags=["operator"])
 
@@ -31,16 +34,43 @@ async def readyz(request: Request) -> Answer:
 
 
 @router.get("/-/info")
-async def info(request: Request) -> Answer:
+async def info(request: Request) -> Response:
     """What this operator is and runs on. CPU in cores, memory in bytes."""
-    can = context(request).engine.capabilities
-    total = {"cpu": can.total.cpu_m / 1000, "mem": can.total.mem, "gpu": can.total.gpu}
+    ctx = context(request)
+    if (answer := await ctx.demand_of_driver(request)) is not None:
+        return answer
+    can = ctx.engine.capabilities
     return Answer(
         {
             "version": cortex.__version__,
             "engine": can.name,
-            "capacity": total,
+            "capacity": _amounts(can.total),
             "memory_limit": can.memory_limit,
+        }
+    )
+
+
+@router.get("/-/cluster")
+async def cluster(request: Request) -> Response:
+    """The machines that jobs run on, and what is free on each. CPU in cores, memory in bytes."""
+    ctx = context(request)
+    if (answer := await ctx.demand_of_driver(request)) is not None:
+        return answer
+    engine = ctx.engine
+    return Answer(
+        {
+            "engine": engine.capabilities.name,
+            "nodes": [
+                {
+                    "name": node.name,
+                    "is_ready": node.is_ready,
+                    "problem": node.problem,
+                    "total": _amounts(node.total),
+                    "free": _amounts(node.free),
+                    "labels": dict(node.labels),
+                }
+                for node in engine.nodes()
+            ],
         }
     )
 
@@ -68,7 +98,7 @@ async def deploy(
     return Answer(
         [
             {
-                "api": await ctx.renderer.api(deployment, request.base_url),
+                "api": await ctx.renderer.api(deployment, request),
                 "message": message,
                 "error": "",
             }
@@ -78,20 +108,24 @@ async def deploy(
 
 
 @router.get("/-/apis")
-async def list_apis(request: Request) -> Answer:
+async def list_apis(request: Request) -> Response:
     """All deployed APIs with their jobs in progress and recent ones."""
     ctx = context(request)
+    if (answer := await ctx.ask_driver(request)) is not None:
+        return answer
     deployments = await ctx.store.deployments()
-    return Answer([await ctx.renderer.api(each, request.base_url) for each in deployments])
+    return Answer([await ctx.renderer.api(each, request) for each in deployments])
 
 
 @router.get("/-/apis/{name}")
-async def get_api(request: Request, name: str) -> Answer:
+async def get_api(request: Request, name: str) -> Response:
     """One deployed API, as a list of one."""
     ctx = context(request)
+    if (answer := await ctx.ask_driver(request)) is not None:
+        return answer
     for deployment in await ctx.store.deployments():
         if deployment.name == name:
-            return Answer([await ctx.renderer.api(deployment, request.base_url)])
+            return Answer([await ctx.renderer.api(deployment, request)])
     raise NotFound(f"there is no API {name!r}; `cortex get` lists all")
 
 
@@ -101,6 +135,10 @@ async def delete_api(request: Request, name: str) -> Answer:
     stopped = await _deployer(request).undeploy(name)
     jobs = f", and stopped {stopped} of its jobs" if stopped else ""
     return Answer({"message": f"deleted API {name}{jobs}"})
+
+
+def _amounts(capacity: Capacity) -> dict[str, float]:
+    return {"cpu": capacity.cpu_m / MILLI, "mem": capacity.mem, "gpu": capacity.gpu}
 
 
 def _deployer(request: Request) -> Deployer:

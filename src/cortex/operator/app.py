@@ -3,41 +3,59 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
+import gc
 import ipaddress
 import os
+import resource
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from pathlib import Path
+from dataclasses import replace
 
 import structlog
 import uvicorn
 from fastapi import FastAPI
 
 import cortex
+from cortex.engines.base import Engine
 from cortex.engines.local import LocalEngine
 from cortex.errors import StartupError
-from cortex.operator import admin, jobs
-from cortex.operator.context import Context
+from cortex.operator import admin, jobs, log_routes
+from cortex.operator.archive import Archive
+from cortex.operator.auth import Authentication
+from cortex.operator.context import Context, Jobs
 from cortex.operator.deploys import Deployer
+from cortex.operator.direct import Direct
 from cortex.operator.dispatcher import Dispatcher
-from cortex.operator.http import Answer, Gate, install_error_handlers
+from cortex.operator.folder import held, held_with_others, make_folders, namespace
+from cortex.operator.http import Answer, App, Gate, install_error_handlers
 from cortex.operator.logs import LogWatcher
+from cortex.operator.place import settle
+from cortex.operator.protocol import Protocol
 from cortex.operator.render import Renderer
 from cortex.operator.settings import Settings
+from cortex.operator.terms import Terms, driven
 from cortex.operator.versions import Versions
 from cortex.projects.environments import Environments
+from cortex.projects.files import Files
+from cortex.projects.kept import Projects
 from cortex.store import Store
 
 # Long polls and followed logs are cut off after this; clients ask again.
 _SHUTDOWN_S = 2
 
 
-def create_app(ctx: Context, deployer: Deployer) -> FastAPI:
+def create_app(ctx: Context, deployer: Deployer) -> App:
     """The HTTP application on an operator's parts."""
+    app: App = Direct(_routes(ctx, deployer), ctx)
+    if ctx.settings.require_token:
+        app = Authentication(app, ctx.store)
+    return Gate(app, ctx.settings.allowed_origins)
+
+
+def _routes(ctx: Context, deployer: Deployer) -> FastAPI:
     app = FastAPI(
         title="Cortex tasks",
         version=cortex.__version__,
@@ -49,44 +67,74 @@ def create_app(ctx: Context, deployer: Deployer) -> FastAPI:
     )
     app.state.context = ctx
     app.state.deployer = deployer
-    app.include_router(admin.router)
-    app.include_router(jobs.router)
-    install_error_handlers(app, [*admin.router.routes, *jobs.router.routes])
-    app.add_middleware(Gate, allowed_origins=ctx.settings.allowed_origins)
+    routers = [admin.router, jobs.router, log_routes.router]
+    for router in routers:
+        app.include_router(router)
+    install_error_handlers(app, [route for router in routers for route in router.routes])
     return app
 
 
 @asynccontextmanager
-async def opened(settings: Settings) -> AsyncIterator[FastAPI]:
-    """An operator that drives its jobs, and its application; closed at the end, jobs go on.
+async def opened(settings: Settings, failed: Callable[[Exception], None]) -> AsyncIterator[App]:
+    """An operator and its application; closed at the end, jobs go on. It drives its jobs, unless another
+    operator of a store that they share does.
+
+    Args:
+        failed: called when this operator was to begin to drive, and never can: it has to end.
 
     Raises:
         StartupError: the data folder, the store or the engine cannot be used; it says why.
     """
     async with AsyncExitStack() as stack:
-        _make_folders(settings)
-        stack.enter_context(_locked(settings.lock))
+        make_folders(settings)
+        is_shared = settings.store is not None
+        files = None if settings.files is None else Files(settings.files)
+        projects = Projects(settings.projects, settings.locks, files)
+        hold = held_with_others if is_shared else held
+        stack.enter_context(hold(settings, projects.open))
         store = Store(settings.database_url)
         stack.callback(store.close)
-        engine = LocalEngine(settings.jobs, settings.capacity, settings.grace_s)
-        versions = Versions(store, settings.projects, Environments(settings.environments))
+        place = await settle(settings, store, files)
+        if settings.require_token:
+            await _check_tokens(store)
+        engine = _engine(settings, place, projects)
+        environments = Environments(settings.environments, settings.account, projects)
+        here = None if engine.capabilities.builds_environments else environments
+        versions = Versions(store, projects, here)
         stack.push_async_callback(versions.close)
-        dispatcher = Dispatcher(store, engine, versions)
+        archive = None
+        if files is not None:
+            is_apart = is_shared and settings.ray is not None
+            archive = Archive(files, engine, store, settings.archived, is_apart=is_apart)
+            stack.callback(archive.end)
         watcher = LogWatcher()
         watcher.open()
         stack.push_async_callback(watcher.close)
-        await engine.open(dispatcher.observed)
-        stack.push_async_callback(engine.close)
-        stack.push_async_callback(dispatcher.close)
+        if is_shared:
+            from cortex.operator.others import Others  # an HTTP client: long to load
+
+            others = Others(store)
+            stack.push_async_callback(others.close)
+            jobs: Jobs = others.jobs
+        else:
+            finished = None if archive is None else archive.finished
+            dispatcher = Dispatcher(store, engine, versions, finished)
+            jobs = dispatcher
         ctx = Context(
-            settings, store, engine, versions, dispatcher,
-            Renderer(store, dispatcher, versions), watcher,
+            settings, store, engine, versions, jobs, Renderer(store, jobs), watcher, projects,
+            store.in_turn(), others.relay if is_shared else None, archive,
         )  # fmt: skip
-        await ctx.refresh_endpoints()
-        await dispatcher.open()
         deployer = Deployer(ctx)
-        await deployer.open()
-        stack.push_async_callback(deployer.close)
+        await ctx.read_endpoints()
+        if is_shared:
+            terms = Terms(
+                ctx, others.jobs, deployer, environments,
+                new_engine=lambda: _engine(settings, place, projects), failed=failed,
+            )  # fmt: skip
+            await others.open(deployer, terms, settings.lease_s)
+        else:
+            work = driven(ctx, dispatcher, deployer, environments)
+            await stack.enter_async_context(work)
         yield create_app(ctx, deployer)
 
 
@@ -97,25 +145,52 @@ async def run(settings: Settings, ready: Callable[[str], None]) -> None:
         ready: called with the operator's URL once it answers.
 
     Raises:
-        StartupError: it cannot start, and why.
+        StartupError: it cannot start, and why; or it cannot drive, when that came to it.
     """
     configure_logging()
+    # Each running job takes two descriptors here; jobs themselves get what was there before.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if settings.account is not None:
+        os.umask(0o022)  # jobs of another user read what is unpacked here
     listener = _listen(settings)
-    async with opened(settings) as app:
-        port = listener.getsockname()[1]
+    port = listener.getsockname()[1]
+    settings = replace(
+        settings,
+        require_token=_asks_for_tokens(settings, listener),
+        advertise=settings.advertise or _address(settings.host, port),
+    )
+    end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    async with opened(settings, end.set_exception) as app:
         config = uvicorn.Config(
             app,
+            http=Protocol,
+            ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=_SHUTDOWN_S,
         )
-        ready(f"http://{settings.host}:{port}")
-        await _Server(config).serve(sockets=[listener])
+        server = _Server(config, lambda: ready(f"http://{settings.host}:{port}"))
+        # What was loaded so far stays: a collection while it serves need not look through it.
+        gc.freeze()
+        gc.enable()
+        end.add_done_callback(lambda _: server.handle_exit(signal.SIGTERM, None))
+        await server.serve(sockets=[listener])
+    if end.done():
+        end.result()
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()  # not before a signal is heard
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         # uvicorn's own raises the signal again when it has shut down, before our parts are closed.
@@ -140,15 +215,25 @@ def configure_logging() -> None:
     )
 
 
+def _asks_for_tokens(settings: Settings, listener: socket.socket) -> bool:
+    """Whoever reaches the operator can run code here: beyond this machine they have to say who they are."""
+    is_local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+    return settings.require_token or not (is_local or settings.insecure)
+
+
+async def _check_tokens(store: Store) -> None:
+    if not await store.tokens():
+        raise StartupError(
+            "it is reached from other machines or told to require tokens, and has none yet: whoever "
+            "reaches the operator can run code here. Make one with `cortex token create NAME --scope "
+            "deploy` (and the same --data-dir), listen on localhost, or say --insecure to let everybody in."
+        )
+
+
 def _listen(settings: Settings) -> socket.socket:
     host, port = settings.host, settings.port
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        if not (settings.insecure or ipaddress.ip_address(address[0]).is_loopback):
-            raise StartupError(
-                f"{host} is reached from other machines, and whoever reaches the operator can run "
-                "code here. Listen on localhost behind a proxy that asks who it is, or say --insecure."
-            )
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=2048)
         # asyncio sets it only on sockets that name their protocol; Nagle's algorithm would hold an
         # answer's body back until the client's delayed acknowledgement of its head: 40 ms.
@@ -160,34 +245,25 @@ def _listen(settings: Settings) -> socket.socket:
         ) from error
 
 
-def _make_folders(settings: Settings) -> None:
-    try:
-        for folder in (settings.projects, settings.environments, settings.jobs):
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StartupError(
-            f"the data folder {settings.data_dir} cannot be used: {error}. "
-            "Choose another with --data-dir, or give this user the right to write there."
-        ) from error
+def _address(host: str, port: int) -> str:
+    """Where other operators reach this one, as far as can be told from where it listens."""
+    if host in ("", "0.0.0.0", "::"):
+        host = socket.getfqdn()
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the data folder: two operators on one would both drive its jobs."""
-    try:
-        with path.open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                raise StartupError(
-                    f"the data folder {path.parent} is in use by another operator (pid "
-                    f"{file.read().strip() or 'unknown'}). Stop that one, or choose another folder "
-                    "with --data-dir."
-                ) from error
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            yield
-    except PermissionError as error:
-        raise StartupError(f"{path} cannot be written: {error}") from error
+def _engine(settings: Settings, place: str, projects: Projects) -> Engine:
+    if settings.ray is None:
+        return LocalEngine(
+            settings.jobs, settings.capacity, settings.grace_s, account=settings.account
+        )
+    from cortex.engines.ray import RayEngine
+
+    return RayEngine(
+        settings.jobs,
+        settings.ray.address,
+        namespace(settings, place),
+        settings.grace_s,
+        settings.ray.node_dir,
+        projects,
+    )

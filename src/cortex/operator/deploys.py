@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
-from pathlib import Path
+from contextlib import suppress
+from pathlib import PurePosixPath
 from typing import BinaryIO
 
 import structlog
 
-from cortex.errors import Conflict
+from cortex.background import Background
+from cortex.errors import Conflict, StorageUnavailable
 from cortex.operator.context import Context
-from cortex.operator.versions import Unusable
+from cortex.operator.versions import HeldUp, Unusable
 from cortex.projects.check import check_files
-from cortex.projects.unpack import project_id, unpack
+from cortex.projects.unpack import unpack
 from cortex.spec.api import Api, ApiSpec
 from cortex.spec.times import new_id, now_ns, rfc3339
 from cortex.spec.yaml import read_apis
@@ -22,7 +22,9 @@ from cortex.store import Deployment
 
 log = structlog.get_logger()
 
-_INCOMING = ".incoming-"
+_RETRY_S = 10.0
+_FAILED = "what follows a deploy failed"
+_LONGEST_NAME = 255
 
 
 class Deployer:
@@ -30,21 +32,36 @@ class Deployer:
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
-        self._lock = asyncio.Lock()
-        self._warming: set[asyncio.Task[None]] = set()
+        self._background = Background(_FAILED)
+        self._is_driving = False
+        self._current: dict[str, str] = {}  # the versions, by API, that the engine was told of
 
     async def open(self) -> None:
-        """Clear what a deploy that was cut off left, and warm what is deployed."""
-        for leftover in self._ctx.settings.projects.glob(f"{_INCOMING}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        """Warm what is deployed, from now on, and send the store of files what it lacks."""
+        self._is_driving = True
+        self._background = Background(_FAILED)
+        used = {spec.project_id for spec in await self._ctx.store.all_versions()}
+        self._background.run(self._send_missing(used), "send missing projects")
         for deployment in await self._ctx.store.deployments():
-            self._warm(deployment.spec.api_id)
+            self._took_effect(deployment.spec)
 
     async def close(self) -> None:
-        """Give up warming."""
-        for task in self._warming:
-            task.cancel()
-        await asyncio.gather(*self._warming, return_exceptions=True)
+        """Give up what goes on in the background."""
+        self._is_driving = False
+        self._current.clear()
+        await self._background.close()
+
+    async def refresh(self) -> None:
+        """Something was deployed or deleted, by another operator or by this one: what was read meanwhile
+        may be old, and is read again."""
+        current = await self._ctx.store.deployments()
+        self._ctx.endpoints = {each.endpoint: each.name for each in current}
+        if not self._is_driving:
+            return
+        for name in self._current.keys() - {each.name for each in current}:
+            self._ctx.engine.forget(self._current.pop(name))
+        for each in current:
+            self._took_effect(each.spec)
 
     async def deploy(
         self, *, file: str, text: str, archive: BinaryIO, replace: bool
@@ -65,7 +82,7 @@ class Deployer:
             Conflict: an endpoint is taken, or an API would be replaced against `replace`.
         """
         apis = await asyncio.to_thread(read_apis, text, file)
-        async with self._lock:
+        async with self._ctx.deploying:
             project = await asyncio.to_thread(self._take_in, apis, file, text, archive)
             current = {d.name: d for d in await self._ctx.store.deployments()}
             done: list[tuple[Deployment, str]] = []
@@ -86,12 +103,11 @@ class Deployer:
             changed = [d.spec for d, _ in done if current.get(d.name) is not d]
             if changed:
                 await self._ctx.store.deploy(changed)
-                await self._ctx.refresh_endpoints()
+                for spec in changed:
+                    self._ctx.deployed(spec.name, spec.networking.endpoint)
         for spec in changed:
             log.info("deployed", api=spec.name, api_id=spec.api_id)
-            if spec.name in current:
-                self._ctx.engine.forget(current[spec.name].spec.api_id)
-            self._warm(spec.api_id)
+            self._took_effect(spec)
         return done
 
     async def undeploy(self, name: str) -> int:
@@ -100,12 +116,13 @@ class Deployer:
         Raises:
             NotFound: it is not deployed.
         """
-        async with self._lock:
+        async with self._ctx.deploying:
             versions = await self._ctx.store.versions(name)
             stopped = await self._ctx.store.undeploy(name, f"the API {name} was deleted")
-            await self._ctx.refresh_endpoints()
-            for job in stopped:
-                self._ctx.dispatcher.stopped(job)
+            self._ctx.undeployed(name)
+            for job in reversed(stopped):  # so that those before one do not try to start meanwhile
+                self._ctx.jobs.stopped(job)
+            self._current.pop(name, None)
             for spec in versions:
                 self._ctx.engine.forget(spec.api_id)
         log.info("deleted", api=name, stopped_jobs=len(stopped))
@@ -113,37 +130,45 @@ class Deployer:
 
     def _take_in(self, apis: list[Api], file: str, text: str, archive: BinaryIO) -> str:
         """Unpack and check a project, and keep it under its id."""
-        projects = self._ctx.settings.projects
-        incoming = projects / f"{_INCOMING}{new_id()}"
-        try:
+        with self._ctx.projects.incoming() as incoming:
             unpack(archive, incoming)
             # A comment there, or another API's entry, is no change of this API.
-            (incoming / file).unlink(missing_ok=True)
+            with suppress(IsADirectoryError):
+                (incoming / file).unlink(missing_ok=True)
             check_files(apis, incoming, file, text)
-            identity = project_id(incoming)
-            if not (projects / identity).exists():
-                # An acknowledged deploy survives power loss; of thousands of small files that is
-                # cheaper at one stroke than one by one.
-                os.sync()
-                incoming.rename(projects / identity)
-            return identity
-        finally:
-            shutil.rmtree(incoming, ignore_errors=True)
+            return self._ctx.projects.take_in(incoming)
 
-    def _warm(self, api_id: str) -> None:
-        task = asyncio.create_task(self._prepare(api_id), name=f"warm {api_id}")
-        self._warming.add(task)
-        task.add_done_callback(self._warming.discard)
+    async def _send_missing(self, used: set[str]) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(self._ctx.projects.send_missing, used)
+            except (StorageUnavailable, OSError) as error:
+                log.warning("projects are still to be sent", error=str(error))
+                await asyncio.sleep(_RETRY_S)
+            else:
+                return
+
+    def _took_effect(self, spec: ApiSpec) -> None:
+        before = self._current.get(spec.name)
+        if not self._is_driving or before == spec.api_id:
+            return
+        self._current[spec.name] = spec.api_id
+        self._ctx.jobs.deployed(spec)
+        if before is not None:
+            self._ctx.engine.forget(before)
+        self._background.run(self._prepare(spec.api_id), f"warm {spec.api_id}")
 
     async def _prepare(self, api_id: str) -> None:
         try:
             version = await self._ctx.versions.prepare(api_id)
-            async with self._lock:  # an API that is deleted meanwhile keeps nothing warm
+            async with self._ctx.deploying:  # an API that is deleted meanwhile keeps nothing warm
                 current = await self._ctx.store.deployments()
                 if any(deployment.spec.api_id == api_id for deployment in current):
                     self._ctx.engine.warm(version)
         except Unusable as error:  # its jobs will say so, each in its own log
             log.warning("not ready for jobs", api_id=api_id, reason=error.reason)
+        except (HeldUp, StorageUnavailable) as error:  # the first job asks again
+            log.warning("not ready for jobs yet", api_id=api_id, reason=str(error))
 
 
 def _same(spec: ApiSpec, api: Api, project: str) -> bool:
@@ -159,5 +184,8 @@ def _new_version(api: Api, project: str) -> ApiSpec:
 
 
 def safe_name(filename: str | None) -> str:
-    """The last part of an uploaded file's name, which a client chose."""
-    return Path(filename or "").name or "cortex.yaml"
+    """The last part of an uploaded file's name, which a client chose; `cortex.yaml` where no file can
+    have it."""
+    name = PurePosixPath(filename or "").name
+    can_be = name not in {"", ".."} and name.isprintable() and len(name.encode()) <= _LONGEST_NAME
+    return name if can_be else "cortex.yaml"

@@ -1,99 +1,131 @@
 """The dispatcher joins store and engine: it moves every job from what is observed to what is wanted.
 
 It keeps in memory only what the store already holds, so a restart is nothing special: `open` reads
-the unfinished jobs and goes on. Jobs wait first in, first out; a job joins the queue when its
-environment is built, and the first that does not fit holds those behind it, so none is starved.
+the unfinished jobs and goes on. Where other operators store jobs and stops as well, it is told of them
+(`news`). Jobs that wait are the queue's.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
 import json
-from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import suppress
 
 import structlog
 
 from cortex.engines.base import (
-    Attempt,
     CapacityFreed,
     Ended,
-    Ending,
     Engine,
     Lost,
     NeverStarted,
     Observation,
+    Reachable,
     Started,
     Unreachable,
-    Version,
 )
-from cortex.errors import StorageUnavailable
-from cortex.operator.versions import Unusable, Versions
-from cortex.spec.job import JobRecord
+from cortex.errors import Conflict, NotFound, OverLimit
+from cortex.operator.board import Board
+from cortex.operator.live import Live, meaning
+from cortex.operator.news import News
+from cortex.operator.queue import Queue, attempt
+from cortex.operator.versions import Versions
+from cortex.spec.api import ApiSpec
+from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import CLAIMED, FINAL, Event, State, Wanted
 from cortex.spec.times import now_ns
-from cortex.store import Facts, Outcome, Store
+from cortex.store import Outcome, Replay, Store
 
 log = structlog.get_logger()
 
-_STORAGE_RETRY_S = 1.0
 _MAX_ATTEMPTS = 50  # before the engine counts as refusing: about seven minutes, with the pauses
 _LONGEST_PAUSE_S = 10.0
-
-
-@dataclass
-class _Live:
-    """A job in progress."""
-
-    record: JobRecord
-    version: Version | None = None
-    stop_wanted: bool = False
-    unreachable: str | None = None
-    deadline: asyncio.TimerHandle | None = None
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Dispatcher:
     """One per operator. All methods are called on the event loop."""
 
-    def __init__(self, store: Store, engine: Engine, versions: Versions) -> None:
+    def __init__(
+        self,
+        store: Store,
+        engine: Engine,
+        versions: Versions,
+        finished: Callable[[str], None] | None = None,
+    ) -> None:
+        """`finished` is told of each job whose log grows no more."""
         self._store = store
         self._engine = engine
         self._versions = versions
-        self._live: dict[str, _Live] = {}
-        self._queue: list[tuple[int, str]] = []  # a heap by seq
-        self._blocked_by: str | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._board = Board(store, finished)
+        self._queue = Queue(self._board, engine, versions)
+        self._news = News(store, self.heard)
+        self._being_stored: set[str] = set()
+        self._told_early: set[str] = set()  # of those: something was told of them
 
     async def open(self) -> None:
         """Take up every job that an earlier operator left unfinished."""
-        for record in await self._store.jobs_in_progress():
+        for deployment in await self._store.deployments():
+            self.deployed(deployment.spec)
+        unfinished = await self._store.jobs_in_progress()
+        waiting = [record for record in unfinished if record.state is State.WAITING]
+        for record in unfinished:
             if record.state is State.WAITING:
-                self.submitted(record)
                 continue
-            live = _Live(record, stop_wanted=record.wanted is Wanted.STOP)
+            live = Live(record, stop_wanted=record.wanted is Wanted.STOP)
             live.version = await self._versions.describe(record.spec.api_id)
-            self._live[record.spec.job_id] = live
-            await self._engine.recover(self._attempt(live))
+            self._board.live[record.spec.job_id] = live
+            self._queue.line.occupy(record.spec.api_name, record.spec.job_id)
+            await self._engine.recover(attempt(live))
             if live.stop_wanted:
                 self._engine.stop(record.spec.job_id)
+        for record in waiting:  # last: what they may take is known once all others have theirs
+            self._queue.take_up(record)
+        self._news.open()
 
     async def close(self) -> None:
-        """Stop driving; jobs that have started go on."""
-        for live in self._live.values():
-            if live.deadline is not None:
-                live.deadline.cancel()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """Stop driving; jobs that have started go on. Submits that are being stored are answered."""
+        await self._board.close()
+        await self._news.close()
 
-    def submitted(self, record: JobRecord) -> None:
-        """A job was stored, waiting."""
-        live = _Live(record)
-        self._live[record.spec.job_id] = live
-        if self._watch_deadline(live):
-            self._queue_up(live)
+    async def submit(self, draft: JobSpec, replay: Replay | None) -> JobRecord:
+        """Store a job, and see to it. One that can start now is claimed in the same commit.
+
+        Raises:
+            NotFound, Conflict, OverLimit, StorageUnavailable, Superseded: as `Store.submit` does.
+        """
+        # The server lets a request end, also where the client has hung up: what is stored is driven.
+        is_likely = replay is None and not self._being_stored
+        claim = self._queue.claim_ahead(draft, prepare=is_likely)
+        is_new = is_claimed = is_refused = False
+        self._queue.storing(claim)
+        self._being_stored.add(draft.job_id)
+        try:
+            record, is_new = await self._store.submit(draft, replay, claim)
+            is_claimed = is_new and record.state is State.STARTING
+            is_refused = not is_new
+        except (NotFound, Conflict, OverLimit):
+            is_refused = True
+            raise
+        finally:
+            self._being_stored.discard(draft.job_id)
+            self._queue.stored(draft, claim, is_claimed=is_claimed, is_refused=is_refused)
+        if not is_new or self._board.is_closed:
+            return record
+        if draft.job_id in self._told_early:
+            self._told_early.discard(draft.job_id)
+            self.news(draft.job_id)
+        if is_claimed:
+            self._queue.start(record)
+        else:
+            self._queue.take_up(record)
+        return record
+
+    def deployed(self, spec: ApiSpec) -> None:
+        """This is the current version of its API from now on."""
+        self._versions.deployed(spec.name, spec.api_id)
+        self._queue.line.limit(spec.name, spec.limits.max_running)
+        self._queue.pump()
 
     async def stop(self, job_id: str) -> Outcome:
         """Stop a job: durable when this returns. Not taken: it is unknown, had completed, or was
@@ -107,155 +139,120 @@ class Dispatcher:
 
     def stopped(self, record: JobRecord) -> None:
         """A stop was stored: carry it out."""
-        live = self._live.get(record.spec.job_id)
+        live = self._board.live.get(record.spec.job_id)
         if live is None:
             return
         live.stop_wanted = True
-        self._see(live, record)
+        self._board.see(live, record)
         if record.state in CLAIMED:
             self._engine.stop(record.spec.job_id)
 
+    # What other operators store
+
+    def news(self, job_id: str) -> None:
+        """Another operator stored a job, or that it is stopped."""
+        self._news.tell(job_id)
+
+    def all_news(self) -> None:
+        """Others may have stored anything."""
+        self._news.tell_all(list(self._board.live))
+
+    def heard(self, record: JobRecord) -> None:
+        """A job as it was stored a moment ago."""
+        job_id = record.spec.job_id
+        live = self._board.live.get(job_id)
+        if job_id in self._being_stored:
+            self._told_early.add(job_id)
+        elif live is None:
+            if record.state is State.WAITING:
+                self._queue.take_up(record)
+        elif record.state in FINAL:
+            self._board.see(live, record)
+        elif record.wanted is Wanted.STOP and not live.stop_wanted:
+            # Nothing else is taken from it: what this operator stored itself may be newer.
+            live.stop_wanted = True
+            live.changed()
+            if live.record.state in CLAIMED:
+                self._engine.stop(job_id)
+
+    # What clients ask
+
     def in_progress(self, job_id: str) -> bool:
         """Whether the end of a job's processes has not been seen yet."""
-        return job_id in self._live
+        return job_id in self._board.live
 
     def unreachable(self, job_id: str) -> str | None:
         """Why the engine cannot be asked after a job right now, if so."""
-        live = self._live.get(job_id)
+        live = self._board.live.get(job_id)
         return None if live is None else live.unreachable
 
     def why_waiting(self, job_id: str) -> str | None:
         """What a waiting job waits for, in words."""
-        live = self._live.get(job_id)
-        if live is None or live.record.state is not State.WAITING:
+        live = self._board.live.get(job_id)
+        return None if live is None else self._queue.why_waiting(live)
+
+    def record(self, job_id: str) -> JobRecord | None:
+        """A job in progress, as it was stored last; None for any other."""
+        live = self._board.live.get(job_id)
+        return None if live is None else live.record
+
+    async def next(self, job_id: str, within_s: float) -> JobRecord | None:
+        """A job in progress after its next change that shows, or as it is when the time is over;
+        None, at once, for one that is not in progress."""
+        live = self._board.live.get(job_id)
+        if live is None:
             return None
-        if live.version is None:
-            return "its environment is being built"
-        if live.record.attempt:
-            return f"{live.record.attempt} attempts to start it came to nothing; it is tried again"
-        if self._queue and self._queue[0][1] != job_id and self._blocked_by is not None:
-            return f"waits behind earlier jobs, the first of which {self._blocked_by}"
-        return self._blocked_by
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await live.change()
+        return live.record
 
     async def change(self, job_id: str) -> None:
         """Return when the job changes in any way that shows, or at once if it is not in progress."""
-        live = self._live.get(job_id)
+        live = self._board.live.get(job_id)
         if live is not None:
-            await live.changed.wait()
-
-    # The queue
-
-    def _queue_up(self, live: _Live) -> None:
-        live.version = self._versions.ready(live.record.spec.api_id)
-        if live.version is None:
-            self._spawn(self._enqueue_when_ready(live))
-        else:
-            self._enqueue(live)
-
-    async def _enqueue_when_ready(self, live: _Live) -> None:
-        try:
-            live.version = await self._versions.prepare(live.record.spec.api_id)
-        except Unusable as error:
-            self._engine.note(live.record.spec.job_id, error.output)
-            await self._lose(live, error.reason)
-            return
-        self._changed(live)
-        self._enqueue(live)
-
-    def _enqueue(self, live: _Live) -> None:
-        if live.record.state is State.WAITING:
-            heapq.heappush(self._queue, (live.record.seq, live.record.spec.job_id))
-            self._pump()
-
-    def _pump(self) -> None:
-        while self._queue:
-            _, job_id = self._queue[0]
-            live = self._live.get(job_id)
-            if live is None or live.record.state is not State.WAITING or live.version is None:
-                heapq.heappop(self._queue)
-                continue
-            compute = live.version.api.compute
-            refusal = self._engine.refusal(compute)
-            if refusal is None:
-                self._blocked_by = self._engine.reserve(job_id, compute)
-                if self._blocked_by is not None:
-                    return
-            heapq.heappop(self._queue)
-            if refusal is None:
-                self._spawn(self._launch(live))
-            else:
-                self._spawn(self._lose(live, refusal))
-        self._blocked_by = None
-
-    async def _launch(self, live: _Live) -> None:
-        job_id, number = live.record.spec.job_id, live.record.attempt + 1
-        handle = self._engine.claim(job_id, number)
-        record = await self._apply(live, Event.CLAIM, {"handle": handle})
-        if record is None:  # stopped or timed out in between
-            self._engine.release(job_id)
-            return
-        if live.deadline is not None:
-            live.deadline.cancel()  # from here on the supervisor watches it
-        if live.stop_wanted:
-            self._engine.release(job_id)
-            await self._lose(live, "stopped before it started")
-            return
-        await self._engine.start(self._attempt(live))
-
-    def _watch_deadline(self, live: _Live) -> bool:
-        """Time a waiting job out when its deadline comes; False if that is now."""
-        deadline_ns = live.record.spec.deadline_ns
-        if deadline_ns is None:
-            return True
-        left_s = (deadline_ns - now_ns()) / 1e9
-        if left_s <= 0:
-            self._deadline_passed(live)
-            return False
-        loop = asyncio.get_running_loop()
-        live.deadline = loop.call_later(left_s, self._deadline_passed, live)
-        return True
-
-    def _deadline_passed(self, live: _Live) -> None:
-        self._spawn(self._time_out_waiting(live))
-
-    async def _time_out_waiting(self, live: _Live) -> None:
-        if live.record.state is State.WAITING:
-            message = f"timeout of {live.record.spec.timeout} s passed while it waited"
-            await self._apply(live, Event.TIME_OUT, _ending(message=message))
+            await live.change()
 
     # Observations
 
     def observed(self, observation: Observation) -> None:
         """What the engine reports."""
-        if isinstance(observation, CapacityFreed):
-            self._pump()
+        if self._board.is_closed:
             return
-        live = self._live.get(observation.job_id)
-        if live is None or live.record.attempt != observation.attempt:
+        if isinstance(observation, CapacityFreed):
+            self._queue.pump()
+            return
+        live = self._board.live.get(observation.job_id)
+        is_known = live is not None and live.record.state in CLAIMED
+        if live is None or not is_known or live.record.attempt != observation.attempt:
             log.warning("stale observation", observation=type(observation).__name__)
             return
         if isinstance(observation, Unreachable):
             live.unreachable = observation.reason
-            self._changed(live)
+            live.changed()
             return
         live.unreachable = None
         match observation:
             case Started():
-                self._spawn(self._started(live, observation))
+                self._board.tasks.run(self._started(live, observation))
             case Ended():
-                self._spawn(self._ended(live, observation))
+                self._board.tasks.run(self._ended(live, observation))
             case Lost():
-                self._spawn(self._lose(live, observation.reason))
+                self._board.tasks.run(self._lost(live, observation))
             case NeverStarted():
-                self._spawn(self._never_started(live))
+                self._board.tasks.run(self._never_started(live, observation))
+            case Reachable():
+                live.changed()
 
-    async def _started(self, live: _Live, seen: Started) -> None:
-        await self._apply(live, Event.START, {"start_ns": seen.start_ns})
+    async def _started(self, live: Live, seen: Started) -> None:
+        await self._board.apply(live, Event.START, {"start_ns": seen.start_ns})
 
-    async def _ended(self, live: _Live, seen: Ended) -> None:
-        event, message = _meaning(seen)
+    async def _ended(self, live: Live, seen: Ended) -> None:
+        event, message = meaning(seen)
+        if event is Event.LOSE and await self._tried_again(live, message or ""):
+            return
         result = json.dumps(seen.result) if seen.has_result and event is Event.SUCCEED else None
-        await self._apply(
+        await self._board.apply(
             live,
             event,
             {
@@ -267,92 +264,46 @@ class Dispatcher:
             },
         )
 
-    async def _never_started(self, live: _Live) -> None:
+    async def _lost(self, live: Live, seen: Lost) -> None:
+        if seen.is_final or not await self._tried_again(live, seen.reason):
+            await self._board.lose(live, seen.reason)
+
+    async def _tried_again(self, live: Live, reason: str) -> bool:
+        """Let a job whose attempt was lost wait for another, if its API allows that; False where this
+        is its end."""
+        if live.record.state not in CLAIMED:
+            return True  # it was told twice
+        assert live.version is not None
+        losses = live.record.losses
+        if live.stop_wanted or live.is_overdue or losses >= live.version.api.retries:
+            return False
+        words = f"attempt {losses + 1} was lost: {reason}"
+        if await self._board.apply(live, Event.RETRY, {"message": words}) is None:
+            return live.record.wanted is Wanted.RUN  # a stop came in between, or it was told twice
+        log.warning("attempt lost", job=live.record.spec.job_id, number=losses + 1, reason=reason)
+        self._queue.vacate(live)
+        if self._queue.watch_deadline(live):
+            self._queue.queue_up(live)
+        return True
+
+    async def _never_started(self, live: Live, seen: NeverStarted) -> None:
         if live.stop_wanted:
-            await self._lose(live, "stopped before it started")
+            await self._board.lose(live, "stopped before it started")
             return
-        attempts = live.record.attempt
-        if attempts >= _MAX_ATTEMPTS:
-            await self._lose(live, f"{attempts} attempts to start it failed")
+        attempts = live.fruitless
+        if attempts >= _MAX_ATTEMPTS and seen.held_up_by is None:
+            await self._board.lose(live, f"{attempts} attempts to start it failed")
             return
-        record = await self._apply(live, Event.UNCLAIM, {})
-        if record is None:  # a stop came in between
-            await self._lose(live, "stopped before it started")
+        record = await self._board.apply(live, Event.UNCLAIM, {})
+        if record is None:
+            if live.record.wanted is Wanted.STOP:  # it came in between
+                await self._board.lose(live, "stopped before it started")
+            return
+        self._queue.vacate(live)
+        self._queue.watch_deadline(live)
+        if seen.held_up_by is not None:
+            self._queue.try_again(live, seen.held_up_by)
             return
         # Whatever ended the fork server was not this job's doing, and may be over soon.
-        self._watch_deadline(live)
-        pause_s = min(_LONGEST_PAUSE_S, 0.05 * 2 ** (attempts - 1)) if attempts > 1 else 0
-        asyncio.get_running_loop().call_later(pause_s, self._queue_up, live)
-
-    async def _lose(self, live: _Live, reason: str) -> None:
-        await self._apply(live, Event.LOSE, _ending(message=reason))
-
-    # The store
-
-    async def _apply(self, live: _Live, event: Event, facts: Facts) -> JobRecord | None:
-        """Take an event of the job's current attempt, and wait for a store that takes no writes;
-        the job after it, or None where it was not taken."""
-        job_id = live.record.spec.job_id
-        facts = {"of_attempt": live.record.attempt, **facts}
-        while True:
-            try:
-                outcome = await self._store.apply(job_id, event, facts)
-                break
-            except StorageUnavailable as error:
-                log.error("store unavailable", job=job_id, event=event.value, error=error.message)
-                await asyncio.sleep(_STORAGE_RETRY_S)
-        if outcome.job is not None:
-            self._see(live, outcome.job)
-        return outcome.job if outcome.taken else None
-
-    def _see(self, live: _Live, record: JobRecord) -> None:
-        live.record = record
-        if record.state in FINAL:
-            self._live.pop(record.spec.job_id, None)
-            if live.deadline is not None:
-                live.deadline.cancel()
-            self._pump()
-        self._changed(live)
-
-    def _changed(self, live: _Live) -> None:
-        live.changed.set()
-        live.changed = asyncio.Event()
-
-    def _attempt(self, live: _Live) -> Attempt:
-        assert live.version is not None and live.record.handle is not None
-        return Attempt(live.record.spec, live.version, live.record.attempt, live.record.handle)
-
-    def _spawn(self, work: Coroutine[object, object, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("dispatcher failed", exc_info=error)
-
-
-def _ending(message: str) -> Facts:
-    """The facts of an ending without a worker."""
-    return {
-        "start_ns": None,
-        "end_ns": now_ns(),
-        "message": message,
-        "exit_code": None,
-        "result": None,
-    }
-
-
-def _meaning(seen: Ended) -> tuple[Event, str | None]:
-    match seen.ending:
-        case Ending.EXITED:
-            return (Event.SUCCEED if seen.exit_code == 0 else Event.FAIL), seen.message
-        case Ending.OUT_OF_MEMORY:
-            return Event.OUT_OF_MEMORY, seen.message
-        case Ending.TIMED_OUT:
-            return Event.TIME_OUT, seen.message
-        case Ending.STOPPED:
-            # The store knows what its user wants: a job that was stopped is shown so whatever the
-            # event. Only one that nobody stopped gets here with anything to say.
-            return Event.LOSE, "something other than the operator stopped its supervising process"
+        pause_s = min(_LONGEST_PAUSE_S, 0.05 * 2 ** min(attempts - 1, 10)) if attempts > 1 else 0
+        asyncio.get_running_loop().call_later(pause_s, self._queue.queue_up, live)

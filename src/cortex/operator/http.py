@@ -4,7 +4,8 @@ writes them."""
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+import os
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any, NoReturn
 
 import structlog
@@ -13,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute, Match, Route
 
@@ -22,8 +24,10 @@ from cortex.errors import (
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
+    StorageUnavailable,
     TooLarge,
     UnsupportedMediaType,
+    is_storage,
 )
 from cortex.projects.pack import MAX_PROJECT_BYTES
 from cortex.spec.job import Submission
@@ -34,6 +38,7 @@ MAX_BODY_BYTES = 10 * 1024 * 1024
 # The archive is smaller than the project but for tar's padding of many small files.
 MAX_UPLOAD_BYTES = MAX_PROJECT_BYTES + 32 * 1024 * 1024
 UPLOAD_PATH = "/-/apis"
+_TOO_DEEP = {"recursion_loop", "recursion_depth_exceeded"}
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -45,8 +50,23 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 class Answer(JSONResponse):
     """JSON in ASCII: a lone surrogate that a client sent goes back as it came, as an escape."""
 
+    def __init__(
+        self, content: object, status_code: int = 200, headers: Mapping[str, str] | None = None
+    ) -> None:
+        if headers is not None:
+            super().__init__(content, status_code, headers)
+            return
+        # What the base class comes to, which asks for each header whether it is there.
+        self.status_code = status_code
+        self.background = None
+        self.body = self.render(content)
+        self.raw_headers = [
+            (b"content-length", b"%d" % len(self.body)),
+            (b"content-type", b"application/json"),
+        ]
+
     def render(self, content: object) -> bytes:
-        return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+        return _ENCODER.encode(content).encode()
 
 
 class Gate:
@@ -75,7 +95,9 @@ class Gate:
         if declared.isdigit() and int(declared) > limit:
             await refuse(_too_large(limit))(scope, receive, send)
             return
-        await self._app(scope, _counted(receive, limit), send)
+        if b"content-length" not in headers:  # else the server lets no more through than it says
+            receive = _counted(receive, limit)
+        await self._app(scope, receive, send)
 
     def _foreign(self, origin: str, host: bytes | None) -> bool:
         own = origin.partition("://")[2].encode("latin-1")
@@ -90,7 +112,8 @@ def _counted(receive: Receive, limit: int) -> Receive:
         message = await receive()
         taken += len(message.get("body", b""))
         if taken > limit:
-            raise _too_large(limit)
+            # While it reads a form, the framework takes any other exception for a form that is broken.
+            raise HTTPException(413, _too_large(limit).message)
         return message
 
     return counting
@@ -103,20 +126,41 @@ def _too_large(limit: int) -> TooLarge:
 def refuse(error: CortexError, headers: dict[str, str] | None = None) -> Answer:
     """The answer that an error is."""
     content = {"kind": error.kind, "message": error.message}
+    if error.retry_after_s is not None:
+        headers = {"Retry-After": str(error.retry_after_s), **(headers or {})}
     return Answer(content, error.http_status, headers=headers)
 
 
-def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
-    """Turn every exception into the contract's errors, in this one place."""
-
-    async def known(_: Request, error: CortexError) -> Answer:
+def answered(error: Exception) -> Answer:
+    """The answer that any exception of a request is: what the contract has for it, in this one place."""
+    if isinstance(error, OSError) and is_storage(error):
+        words = os.strerror(error.errno or 0)
+        error = StorageUnavailable(f"the disk takes no writes now: {words}. Try again later.")
+    if isinstance(error, CortexError):
         if error.http_status >= 500:
             log.error("request failed", kind=error.kind, error=error.message)
         return refuse(error)
+    if isinstance(error, HTTPException) and error.status_code == 413:
+        return refuse(TooLarge(str(error.detail)))
+    if isinstance(error, RequestValidationError):
+        return refuse(InvalidRequest("; ".join(_wrong(e) for e in error.errors())))
+    if isinstance(error, ClientDisconnect):
+        return refuse(InvalidRequest("the body ended before it was complete"))  # nobody reads it
+    log.error("request crashed", exc_info=error)
+    return refuse(CortexError("an error of the operator; its log has the details"))
+
+
+def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """Let the framework answer exceptions so, and its own as the contract has them."""
+
+    async def known(_: Request, error: Exception) -> Answer:
+        return answered(error)
 
     async def framework(request: Request, error: HTTPException) -> Answer:
         headers = dict(error.headers or {})
         path = request.url.path
+        if error.status_code == 413:
+            return answered(error)
         if error.status_code == 404:
             return refuse(NotFound(f"there is nothing at {path}; `cortex get` lists endpoints"))
         if error.status_code == 405:
@@ -128,17 +172,9 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         failed.http_status = error.status_code
         return refuse(failed, headers)
 
-    async def invalid(_: Request, error: RequestValidationError) -> Answer:
-        return refuse(InvalidRequest("; ".join(_wrong(e) for e in error.errors())))
-
-    async def unknown(_: Request, error: Exception) -> Answer:
-        log.error("request crashed", exc_info=error)
-        return refuse(CortexError("an error of the operator; its log has the details"))
-
-    app.add_exception_handler(CortexError, known)  # type: ignore[arg-type]  # each takes its own class
-    app.add_exception_handler(HTTPException, framework)  # type: ignore[arg-type]
-    app.add_exception_handler(RequestValidationError, invalid)  # type: ignore[arg-type]
-    app.add_exception_handler(Exception, unknown)
+    app.add_exception_handler(HTTPException, framework)  # type: ignore[arg-type]  # it takes its own class
+    for kind in (CortexError, RequestValidationError, OSError, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, known)
 
 
 def _methods_at(routes: Sequence[BaseRoute], request: Request) -> list[str]:
@@ -153,9 +189,14 @@ def _methods_at(routes: Sequence[BaseRoute], request: Request) -> list[str]:
 
 def _wrong(error: ErrorDetails) -> str:
     where = ".".join(str(part) for part in error["loc"] if part not in ("query", "path", "body"))
-    found = error.get("input")
-    shown = json.dumps(found, default=str)
-    return f"{where or 'the body'}: {error['msg']}; found {shown[:100]}"
+    return f"{where or 'the body'}: {error['msg']}; found {_shown(error.get('input'))}"
+
+
+def _shown(found: object) -> str:
+    try:
+        return json.dumps(found, default=str)[:100]
+    except RecursionError:  # it could be read, from a less deep stack than this
+        return "something that is nested too deeply"
 
 
 async def read_submission(request: Request) -> tuple[Submission, bytes]:
@@ -172,26 +213,46 @@ async def read_submission(request: Request) -> tuple[Submission, bytes]:
         raise UnsupportedMediaType(
             f"the Content-Type {given!r} is not JSON; send the header 'Content-Type: application/json'"
         )
-    body = await request.body()
+    body = await _body(request)
     if not body.strip():
         raise InvalidRequest("the body is empty; send {} to submit a job with the API's defaults")
     try:
-        content = json.loads(body, parse_constant=_refuse_constant)
+        # As json.loads does, which makes a decoder at each call.
+        content = _JSON.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
     except RecursionError as error:
         raise InvalidRequest("the body is not JSON that can be read: nested too deeply") from error
     except ValueError as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise InvalidRequest(
-            f"the body has to be a JSON object such as {{}}; found {json.dumps(content)[:100]}"
+            f"the body has to be a JSON object such as {{}}; found {_shown(content)}"
         )
     try:
         return Submission.model_validate(content), body
     except ValidationError as error:
         allowed = ", ".join(Submission.model_fields)
-        mistakes = "; ".join(_wrong(e) for e in error.errors())
+        found = error.errors()
+        if any(e["type"] in _TOO_DEEP for e in found):
+            raise InvalidRequest("config: nested over 250 levels deep") from error
+        mistakes = "; ".join(_wrong(e) for e in found)
         raise InvalidRequest(f"{mistakes} (fields: {allowed})") from error
+
+
+async def _body(request: Request) -> bytes:
+    """As `Request.body`, for a body that most often is one message."""
+    parts: list[bytes] = []
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant)

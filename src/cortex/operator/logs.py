@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import errno
 import json
+import os
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from asyncinotify import Inotify, Mask, Watch
 
-from cortex.operator.dispatcher import Dispatcher
+from cortex.worker import files, logfile
+from cortex.worker.messages import LogCut
+from cortex.worker.messages import size as readable
 
 _CHUNK_BYTES = 64 * 1024
 _KEEP_ALIVE_S = 15
+_MOST_RECORD = 4096
 
 
 class LogWatcher:
@@ -61,8 +68,16 @@ class LogWatcher:
                     follower.set()
 
 
+class Followed(Protocol):
+    """Whoever knows when a job's processes are gone."""
+
+    def in_progress(self, job_id: str) -> bool: ...
+
+    async def change(self, job_id: str) -> None: ...
+
+
 async def follow(
-    job_id: str, path: Path, offset: int, dispatcher: Dispatcher, watcher: LogWatcher
+    job_id: str, path: Path, offset: int, jobs: Followed, watcher: LogWatcher
 ) -> AsyncIterator[tuple[int, str] | None]:
     """The log from a byte offset on: (offset after it, text) for each piece as it is written, None
     when nothing came for a while; it ends when the last process of the job is gone and all was
@@ -75,10 +90,12 @@ async def follow(
             grown.clear()
             watching = watching or watcher.add(path, grown)
             # Asked before reading: what is written until the end is then surely read.
-            ended = not dispatcher.in_progress(job_id)
-            while chunk := await asyncio.to_thread(read, path, offset, _CHUNK_BYTES):
-                offset += len(chunk)
-                text = decoder.decode(chunk)
+            ended = not jobs.in_progress(job_id)
+            while (piece := await asyncio.to_thread(read, path, offset, _CHUNK_BYTES)).data:
+                offset = piece.end
+                if piece.is_marker:
+                    decoder.reset()  # the rest of a character that was cut in two is gone
+                text = decoder.decode(piece.data)
                 held_back = len(decoder.getstate()[0])
                 if text:
                     yield offset - held_back, text
@@ -86,7 +103,7 @@ async def follow(
                 if rest := decoder.decode(b"", final=True):
                     yield offset, rest
                 return
-            if not await _first_of(grown.wait(), dispatcher.change(job_id)):
+            if not await _first_of(grown.wait(), jobs.change(job_id)):
                 yield None
     finally:
         if watching:
@@ -99,14 +116,70 @@ def event(name: str, data: object, event_id: int | None = None) -> str:
     return f"event: {name}\n{numbered}data: {json.dumps(data)}\n\n"
 
 
-def read(path: Path, offset: int, size: int) -> bytes:
-    """Up to `size` bytes of a file from an offset on; none where there is no file yet."""
+@dataclass(frozen=True)
+class Piece:
+    """Some bytes of a log, and the offset after them."""
+
+    data: bytes
+    end: int
+    is_marker: bool = False
+    """Whether these stand for bytes that are gone."""
+
+
+def read(path: Path, offset: int, size: int) -> Piece:
+    """Up to `size` bytes of a log from an offset on; none where there is no log yet. For the part
+    that a log over its limit has lost there is one line that says so."""
+    with opened(path) as fd:
+        data = b"" if fd is None else os.pread(fd, size, offset)
+    # Asked after reading: what is being cut meanwhile reads as zeros.
+    gone = lost(path)
+    if gone is not None and gone.start <= offset < gone.end:
+        return Piece(_marker(gone), gone.end, is_marker=True)
+    if gone is not None and offset < gone.start:
+        data = data[: gone.start - offset]
+    return Piece(data, offset + len(data))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int | None]:
+    """The file descriptor of a log; None where there is none yet, or where the job has put something
+    else in its place: a link would lead to what only the operator may read."""
     try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
-    except FileNotFoundError:
-        return b""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            raise
+        yield None
+        return
+    try:
+        yield fd if files.is_regular(fd) else None
+    finally:
+        os.close(fd)
+
+
+def length(path: Path) -> int:
+    """The bytes that a log has had so far."""
+    with opened(path) as fd:
+        return 0 if fd is None else os.fstat(fd).st_size
+
+
+def lost(path: Path) -> LogCut | None:
+    """The part that a log has lost, if any."""
+    with opened(path.with_name(logfile.CUT)) as fd:
+        data = b"" if fd is None else os.pread(fd, _MOST_RECORD, 0)
+    try:
+        gone = LogCut.loads(data)
+    except (ValueError, TypeError):  # there is none, or the job has written there itself
+        return None
+    numbers = (gone.start, gone.end, gone.limit)
+    return gone if all(isinstance(n, int) for n in numbers) and 0 <= gone.start < gone.end else None
+
+
+def _marker(gone: LogCut) -> bytes:
+    amount = readable(gone.end - gone.start)
+    return (
+        f"[cortex: {amount} of the log are gone: limits.log is {readable(gone.limit)}]\n".encode()
+    )
 
 
 async def _first_of(*waits: Awaitable[object]) -> bool:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
-from starlette.datastructures import URL
+from starlette.requests import Request
 
-from cortex.operator.dispatcher import Dispatcher
-from cortex.operator.versions import Versions
 from cortex.spec.job import JobRecord, JobSpec, Json
 from cortex.spec.lifecycle import IN_PROGRESS, SHOWN, State, Status
 from cortex.spec.times import rfc3339
@@ -39,18 +38,25 @@ def shown(record: JobRecord, unreachable: str | None = None) -> Status:
     return status
 
 
+class Known(Protocol):
+    """What is known of a job right now, and is not stored."""
+
+    def unreachable(self, job_id: str) -> str | None: ...
+
+    def why_waiting(self, job_id: str) -> str | None: ...
+
+
 class Renderer:
     """Answers made of what the store holds and what the dispatcher knows right now."""
 
-    def __init__(self, store: Store, dispatcher: Dispatcher, versions: Versions) -> None:
+    def __init__(self, store: Store, known: Known) -> None:
         self._store = store
-        self._dispatcher = dispatcher
-        self._versions = versions
+        self._known = known
 
     def status(self, record: JobRecord) -> Json:
         """A `job_status`."""
         spec = record.spec
-        unreachable = self._dispatcher.unreachable(spec.job_id)
+        unreachable = self._known.unreachable(spec.job_id)
         status = shown(record, unreachable)
         answer = submitted(spec)
         answer["status"] = status.value
@@ -59,7 +65,7 @@ class Renderer:
         if status in (Status.RUNNING, Status.UNKNOWN):
             running = record.state is State.RUNNING
             answer["worker_counts"] = {"pending": int(not running), "running": int(running)}
-            message = unreachable or self._dispatcher.why_waiting(spec.job_id)
+            message = unreachable or self._known.why_waiting(spec.job_id) or message
         else:
             answer["end_time"] = rfc3339(record.end_ns or spec.created_ns)
         if message is not None:
@@ -70,16 +76,17 @@ class Renderer:
             answer["result"] = record.result
         return answer
 
-    async def job(self, record: JobRecord, base: URL) -> Json:
-        """The answer to a status request."""
-        api = await self._versions.spec(record.spec.api_id)
+    def job(self, record: JobRecord, api_spec: Json, request: Request) -> Json:
+        """The answer to a status request; `api_spec` as `Versions.shown` has it."""
+        networking = api_spec["networking"]
+        assert isinstance(networking, dict)
         return {
             "job_status": self.status(record),
-            "endpoint": f"{endpoint(base, api.networking.endpoint)}/{record.spec.job_id}",
-            "api_spec": api.model_dump(mode="json"),
+            "endpoint": f"{base(request)}/{networking['endpoint']}/{record.spec.job_id}",
+            "api_spec": api_spec,
         }
 
-    async def api(self, deployment: Deployment, base: URL) -> Json:
+    async def api(self, deployment: Deployment, request: Request) -> Json:
         """An API with its jobs in progress, then the most recent others, and its versions."""
         recent = await self._store.list_jobs(deployment.name, limit=_RECENT)
         running = await self._store.list_jobs(
@@ -88,7 +95,7 @@ class Renderer:
         versions = await self._store.versions(deployment.name)
         return {
             "spec": deployment.spec.model_dump(mode="json"),
-            "endpoint": endpoint(base, deployment.endpoint),
+            "endpoint": f"{base(request)}/{deployment.endpoint}",
             "task_job_statuses": [
                 self.status(job) for job in _in_progress_first(running.jobs, recent.jobs)
             ],
@@ -99,9 +106,12 @@ class Renderer:
         }
 
 
-def endpoint(base: URL, path: str) -> str:
-    """The URL of an endpoint, at the address that the request came to."""
-    return f"{str(base).rstrip('/')}/{path}"
+def base(request: Request) -> str:
+    """The address that a request came to, as its client knows it."""
+    host = request.headers.get("host")
+    if host is None:  # HTTP/1.0
+        return str(request.base_url).rstrip("/")
+    return f"{request.scope['scheme']}://{host}"
 
 
 def _in_progress_first(running: Iterable[JobRecord], recent: list[JobRecord]) -> list[JobRecord]:

@@ -12,13 +12,18 @@ from pathlib import Path
 import structlog
 
 from cortex.engines.base import Version
-from cortex.errors import CortexError
-from cortex.projects.environments import EnvironmentFailed, Environments
+from cortex.errors import CortexError, StorageUnavailable, is_storage
+from cortex.projects.building import NOT_BUILT, EnvironmentFailed
+from cortex.projects.environments import Environments
+from cortex.projects.kept import Projects
 from cortex.projects.variables import variables
 from cortex.spec.api import ApiSpec
+from cortex.spec.job import Json
 from cortex.store import Store
 
 log = structlog.get_logger()
+
+_LOCK_RETRY_S = 5.0
 
 
 class Unusable(Exception):
@@ -35,16 +40,24 @@ class Unusable(Exception):
         self.output = output
 
 
+class HeldUp(Exception):
+    """A version cannot be made ready now, because the disk takes no writes: it may be later."""
+
+
 class Versions:
     """Every version that this operator has been asked for, prepared once."""
 
-    def __init__(self, store: Store, projects: Path, environments: Environments) -> None:
+    def __init__(self, store: Store, projects: Projects, environments: Environments | None) -> None:
+        """`environments` is None where the engine builds them."""
         self._store = store
         self._projects = projects
         self._environments = environments
         self._specs: dict[str, ApiSpec] = {}
+        self._shown: dict[str, Json] = {}
         self._ready: dict[str, Version] = {}
+        self._current: dict[str, str] = {}  # by name
         self._preparing: dict[str, asyncio.Task[Version]] = {}
+        self._locking: set[asyncio.Task[None]] = set()
 
     async def spec(self, api_id: str) -> ApiSpec:
         """The spec of a version that was ever deployed.
@@ -59,15 +72,38 @@ class Versions:
             self._specs[api_id] = found
         return self._specs[api_id]
 
+    async def shown(self, api_id: str) -> Json:
+        """The spec of a version as answers show it. Not to be changed.
+
+        Raises:
+            CortexError: as `spec` does.
+        """
+        found = self._shown.get(api_id)
+        if found is None:
+            spec = await self.spec(api_id)
+            found = self._shown[api_id] = spec.model_dump(mode="json")
+        return found
+
     def ready(self, api_id: str) -> Version | None:
         """The version, if it can start jobs at once."""
         return self._ready.get(api_id)
+
+    def deployed(self, api_name: str, api_id: str) -> None:
+        """This is the version of an API that jobs are submitted to from now on."""
+        self._current[api_name] = api_id
+
+    def ready_for(self, api_name: str) -> Version | None:
+        """The version that a job submitted now is of, if it can start jobs at once. Only the commit
+        of the submit tells for sure that it is that one."""
+        return self._ready.get(self._current.get(api_name, ""))
 
     async def prepare(self, api_id: str) -> Version:
         """The version once it can start jobs. A failed environment is tried again at each call.
 
         Raises:
             Unusable: it cannot.
+            HeldUp: not now.
+            StorageUnavailable: its spec cannot be read now.
         """
         if api_id in self._ready:
             return self._ready[api_id]
@@ -85,11 +121,23 @@ class Versions:
 
     def project(self, spec: ApiSpec) -> Path:
         """The folder of a version's files."""
-        return self._projects / spec.project_id
+        return self._projects.folder(spec.project_id)
+
+    def start_over(self) -> None:
+        """Others may have cleared away what was ready, and kept more lock files."""
+        self._projects.start_over()
+        self._ready.clear()
+        self._current.clear()
+
+    def forget(self, api_id: str) -> None:
+        """A version was removed from the store."""
+        self._specs.pop(api_id, None)
+        self._shown.pop(api_id, None)
+        self._ready.pop(api_id, None)
 
     async def close(self) -> None:
         """Give up what is being prepared."""
-        tasks = list(self._preparing.values())
+        tasks = [*self._preparing.values(), *self._locking]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -97,21 +145,43 @@ class Versions:
     async def _prepare(self, api_id: str) -> Version:
         spec = await self.spec(api_id)
         project = self.project(spec)
-        if not project.is_dir():
-            raise Unusable(
-                "the project's files are gone from the operator's data folder; deploy it again",
-                f"{project} does not exist\n",
-            )
         try:
-            python = await self._environments.build(project)
+            if not await asyncio.to_thread(self._projects.fetch, spec.project_id):
+                raise Unusable(
+                    "the project's files are gone from where the operator keeps them; deploy it again",
+                    f"{project} does not exist\n",
+                )
+            built = self._environments
+            python = Path() if built is None else await built.build(project)
             env = {**variables(project), **spec.definition.env}
         except EnvironmentFailed as error:
+            if error.is_for_now:
+                raise HeldUp(
+                    "the disk is full, and the environment is still to be built"
+                ) from error
             log.warning("environment failed", api=spec.name, api_id=api_id)
-            raise Unusable(
-                "the environment could not be built; the job's log has the resolver's words",
-                error.output,
-            ) from error
+            raise Unusable(NOT_BUILT, error.output) from error
         except OSError as error:
+            if is_storage(error):
+                raise HeldUp(f"the environment cannot be built now: {error}") from error
             raise Unusable(f"the environment could not be built: {error}", f"{error}\n") from error
+        except StorageUnavailable as error:
+            raise HeldUp(error.message) from error
         self._ready[api_id] = Version(spec, project, python, env)
+        if built is not None:
+            task = asyncio.create_task(self._keep_lock(built, project), name=f"lock {api_id}")
+            self._locking.add(task)
+            task.add_done_callback(self._locking.discard)
         return self._ready[api_id]
+
+    async def _keep_lock(self, built: Environments, project: Path) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(built.keep_lock, project)
+            except (StorageUnavailable, OSError) as error:
+                log.warning(
+                    "a lock file is still to be kept", project=project.name, error=str(error)
+                )
+                await asyncio.sleep(_LOCK_RETRY_S)
+            else:
+                return

@@ -1,0 +1,163 @@
+"""The routes of a job's log: as a whole, from an offset, by range, or followed to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from http import HTTPStatus
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response, StreamingResponse
+
+from cortex.errors import NoDriver, NotFound, RangeNotSatisfiable, StorageUnavailable
+from cortex.operator.context import Context, context
+from cortex.operator.http import Receive, Scope, Send
+from cortex.operator.logs import event, follow, length, lost, read
+from cortex.spec.job import JobRecord
+from cortex.spec.lifecycle import IN_PROGRESS
+
+router = APIRouter()
+
+_CHUNK_BYTES = 256 * 1024
+# No file system takes a read much further on.
+_LARGEST_LOG = 1 << 40
+_TEXT = "text/plain; charset=utf-8"
+
+Offset = Annotated[int, Query(ge=0, lt=2**63, description="First byte.")]
+
+
+@router.get("/{endpoint}/{job_id}/logs", tags=["jobs"])
+async def logs_at_endpoint(
+    request: Request, endpoint: str, job_id: str, offset: Offset = 0
+) -> Response:
+    """The job's log: plain text (from `offset`, or by Range), or with `Accept: text/event-stream`
+    followed to its end."""
+    ctx = context(request)
+    return await _logs(ctx, request, await ctx.job_at(endpoint, job_id), offset)
+
+
+@router.get("/-/apis/{name}/jobs/{job_id}/logs", tags=["operator"])
+async def logs_by_name(request: Request, name: str, job_id: str, offset: Offset = 0) -> Response:
+    """The job's log, as at the API's endpoint."""
+    ctx = context(request)
+    return await _logs(ctx, request, await ctx.job_of(name, job_id), offset)
+
+
+async def _logs(ctx: Context, request: Request, record: JobRecord, offset: int) -> Response:
+    job_id = record.spec.job_id
+    if ctx.relay is not None and record.state in IN_PROGRESS:
+        if (answer := await ctx.relay.demand(request)) is not None:
+            return answer
+        ctx.jobs.heard(record)  # which it may not have been told of yet
+    if not record.has_folder:
+        raise NotFound(
+            f"the log of the job {job_id} was removed: logs are kept for a time "
+            "(`cortex serve --keep-logs`)"
+        )
+    if ctx.archive is not None and not ctx.jobs.in_progress(job_id):
+        if ctx.relay is not None and not await ctx.archive.has(job_id):
+            answer = await ctx.relay.ask(request, or_error=HTTPStatus.NOT_FOUND)
+            if answer is not None:
+                return answer
+        await ctx.archive.bring_back(record)
+    path = ctx.engine.log(job_id)
+    if "text/event-stream" in request.headers.get("accept", ""):
+        resumed = request.headers.get("last-event-id", "")
+        start = int(resumed) if re.fullmatch(r"\d{1,18}", resumed, re.ASCII) else offset
+        return FollowedLog(
+            _events(ctx, record, min(start, _LARGEST_LOG)),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache"},
+        )
+    size = length(path)
+    headers = {"Accept-Ranges": "bytes"}
+    span = _span(request.headers.get("range"), size)
+    if span is None:
+        parts = _rest(path, min(offset, size), size)
+        return StreamingResponse(parts, headers=headers, media_type=_TEXT)
+    start, end = _kept(path, *span)
+    headers |= {
+        "Content-Length": str(end - start),
+        "Content-Range": f"bytes {start}-{end - 1}/{size}",
+    }
+    return StreamingResponse(_part(path, start, end), 206, headers, media_type=_TEXT)
+
+
+class FollowedLog(StreamingResponse):
+    """A followed log; one that goes on elsewhere breaks off, and clients ask again."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(NoDriver):
+            await super().__call__(scope, receive, send)
+
+
+def _span(header: str | None, size: int) -> tuple[int, int] | None:
+    """The first byte and the one after the last of a Range header; None for one to be ignored, as
+    RFC 9110 has it for other units and several ranges.
+
+    Raises:
+        RangeNotSatisfiable: it begins beyond the end.
+    """
+    found = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", header or "", re.ASCII)
+    if found is None or not any(found.groups()):
+        return None
+    first, last = found.groups()
+    start = int(first) if first else max(0, size - int(last))
+    end = min(size, int(last) + 1) if first and last else size
+    if start >= size:
+        raise RangeNotSatisfiable(f"the log has {size} bytes; ask for a range within them")
+    return None if end <= start else (start, end)
+
+
+def _kept(path: Path, start: int, end: int) -> tuple[int, int]:
+    """What is there of a range: of a log that was cut, the part before the gap or after it.
+
+    Raises:
+        RangeNotSatisfiable: all of it is gone.
+    """
+    gone = lost(path)
+    if gone is None or end <= gone.start or start >= gone.end:
+        return start, end
+    if start < gone.start:
+        return start, gone.start
+    if end <= gone.end:
+        raise RangeNotSatisfiable(
+            f"the bytes from {gone.start} up to {gone.end} of the log are gone: it was over its limit"
+        )
+    return gone.end, end
+
+
+async def _rest(path: Path, start: int, end: int) -> AsyncIterator[bytes]:
+    """A log up to where it ended when it was asked for, with a line for what is gone of it."""
+    while start < end:
+        piece = await asyncio.to_thread(read, path, start, min(_CHUNK_BYTES, end - start))
+        if not piece.data:
+            yield b"[cortex: the log was removed while it was read]\n"
+            return
+        start = piece.end
+        yield piece.data
+
+
+async def _part(path: Path, start: int, end: int) -> AsyncIterator[bytes]:
+    """Exactly these bytes of a log that may be growing, or be cut."""
+    while start < end:
+        piece = await asyncio.to_thread(read, path, start, min(_CHUNK_BYTES, end - start))
+        if not piece.data or piece.is_marker:
+            raise StorageUnavailable("the log was cut while it was read: it is over its limit")
+        start = piece.end
+        yield piece.data
+
+
+async def _events(ctx: Context, record: JobRecord, offset: int) -> AsyncIterator[str]:
+    job_id = record.spec.job_id
+    path = ctx.engine.log(job_id)
+    async for piece in follow(job_id, path, offset, ctx.jobs, ctx.watcher):
+        yield ": still here\n\n" if piece is None else event("log", piece[1], piece[0])
+    record = await ctx.store.job(job_id) or record
+    if record.state in IN_PROGRESS:  # another operator drives it now, and there it goes on
+        raise NoDriver("this operator does not drive the job any more")
+    yield event("end", ctx.renderer.status(record))

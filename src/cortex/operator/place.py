@@ -1,0 +1,83 @@
+"""Where an operator is at home: a data folder with an id, which its database and its store of files
+belong with. Called by the app when it opens, and by whoever begins to drive.
+
+A data folder can be lost. Where jobs run in a cluster and all else is in the store of files, nothing
+was lost with it: a new folder takes its id over. So may several operators, each with a folder of its own.
+Where jobs ran on the lost machine, somebody has to say that it is gone (`lost_folder`), for a machine
+that still runs jobs looks the same from here.
+"""
+
+from __future__ import annotations
+
+import structlog
+
+from cortex.errors import StartupError, StorageUnavailable
+from cortex.operator.folder import read, write
+from cortex.operator.live import ending
+from cortex.operator.settings import Settings
+from cortex.projects.files import Files
+from cortex.spec.lifecycle import CLAIMED, Event
+from cortex.spec.times import new_id
+from cortex.store import Store
+from cortex.worker import processes
+
+log = structlog.get_logger()
+
+
+async def settle(settings: Settings, store: Store, files: Files | None) -> str:
+    """Join the operators of the database with this data folder; its id.
+
+    Raises:
+        StartupError: database or files belong with another data folder, operators are there that run
+            jobs elsewhere, or one of them cannot be used.
+    """
+    try:
+        # Whoever comes at the same time finds what the first one has made.
+        async with store.joining():
+            return _settle(settings, store, files)
+    except StorageUnavailable as error:
+        raise StartupError(error.message) from error
+
+
+async def give_up_lost(settings: Settings, store: Store) -> None:
+    """End the jobs that ran with a lost data folder, whose place this one took. Those that wait run here.
+
+    Raises:
+        StorageUnavailable: not now.
+    """
+    lost = read(settings.taken_over)
+    if lost is None:
+        return
+    reason = f"the machine that it ran on was lost, with the data folder {lost}"
+    for record in await store.jobs_in_progress():
+        if record.state in CLAIMED:
+            facts = {"of_attempt": record.attempt, **ending(message=reason)}
+            await store.apply(record.spec.job_id, Event.LOSE, facts, record.spec)
+            log.warning("job lost", job=record.spec.job_id, reason=reason)
+    settings.taken_over.unlink(missing_ok=True)
+
+
+def _settle(settings: Settings, store: Store, files: Files | None) -> str:
+    path, lost = settings.identity, settings.lost_folder
+    owner = None if files is None else files.owner()
+    places = store.operators.places()
+    own = read(path)
+    if own is None:
+        is_all_elsewhere = settings.ray is not None and owner is not None and owner in places
+        own = owner if is_all_elsewhere and owner is not None else new_id()
+        write(path, own)  # before a database is told it
+    if files is not None and owner not in {None, own, lost, *places}:
+        raise StartupError(
+            f"the store of files {files.url} belongs with another data folder, {owner}: start the "
+            "operator on that one, or name another prefix with --files. If it is lost for good, say "
+            f"--lost-folder {owner}."
+        )
+    if lost is not None and lost != own and lost in places:
+        # Before the database is told: from then on nothing else says that its jobs are to be given up.
+        write(settings.taken_over, lost)
+    if store.is_shared:
+        runs_on = processes.boot_id() if settings.ray is None else "ray"
+        store.operators.join(own, runs_on, settings.advertise, instead_of=lost)
+    if files is not None:
+        files.own(own)
+    return own

@@ -1,0 +1,126 @@
+"""Retention: what is kept of finished jobs and of versions that nothing uses, and for how long.
+
+A folder is removed before the row that tells of it, so that a crash in between leaves nothing behind
+that nobody knows of. One per operator, opened by the app.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+
+from cortex.errors import StorageUnavailable
+from cortex.operator.context import Context
+from cortex.projects.environments import Environments
+from cortex.spec.times import now_ns
+
+log = structlog.get_logger()
+
+_BATCH = 200
+_SOONEST_S, _LATEST_S = 1.0, 60.0
+
+
+class Retention:
+    """Looks again and again for what need not be kept any longer."""
+
+    def __init__(self, ctx: Context, environments: Environments) -> None:
+        self._ctx = ctx
+        self._keep = ctx.settings.keep
+        self._environments = environments
+        self._task: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="retention")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _run(self) -> None:
+        ages = [age for age in (self._keep.jobs_s, self._keep.logs_s) if age is not None]
+        pause_s = max(_SOONEST_S, min([_LATEST_S, *(age / 10 for age in ages)]))
+        while True:
+            try:
+                await self._sweep()
+            except (StorageUnavailable, OSError) as error:
+                log.warning("retention has to wait", error=str(error))
+            await asyncio.sleep(pause_s)
+
+    async def _sweep(self) -> None:
+        store, keep = self._ctx.store, self._keep
+        if self._ctx.archive is not None:
+            await self._ctx.archive.drop_old()
+        if keep.logs_s is not None:
+            before_ns = _ago(keep.logs_s)
+            while ids := await store.jobs_with_folder(before_ns, _BATCH):
+                await self._remove_folders(ids)
+                await store.folders_gone(ids)
+        if keep.jobs_s is not None:
+            before_ns = _ago(keep.jobs_s)
+            while ids := await store.jobs_ended(before_ns, _BATCH):
+                await self._remove_jobs(ids)
+        if keep.jobs is not None:
+            while ids := await store.jobs_beyond(keep.jobs, _BATCH):
+                await self._remove_jobs(ids)
+        if keep.jobs_s is not None:
+            async with self._ctx.deploying:
+                await self._remove_versions(_ago(keep.jobs_s))
+
+    async def _remove_jobs(self, ids: list[str]) -> None:
+        await self._remove_folders(ids)
+        await self._ctx.store.remove_jobs(ids)
+        log.info("removed jobs", count=len(ids))
+
+    async def _remove_folders(self, ids: list[str]) -> None:
+        if self._ctx.archive is not None:
+            await self._ctx.archive.remove(ids)
+        folders = [self._ctx.engine.log(job_id).parent for job_id in ids]
+        self._ctx.engine.discard(ids)
+        await asyncio.to_thread(_remove_all, folders)
+
+    async def _remove_versions(self, before_ns: int) -> None:
+        for api_id in await self._ctx.store.remove_versions(before_ns):
+            self._ctx.versions.forget(api_id)
+            log.info("removed version", api_id=api_id)
+        projects = {spec.project_id for spec in await self._ctx.store.all_versions()}
+        await asyncio.to_thread(self._remove_projects, projects)
+
+    def _remove_projects(self, used: set[str]) -> None:
+        root = self._ctx.settings.projects
+        for folder in root.iterdir():
+            if folder.name not in used and not folder.name.startswith("."):
+                remove(folder)
+        left = [folder for folder in root.iterdir() if not folder.name.startswith(".")]
+        self._environments.remove_all_but(left)
+        self._ctx.projects.forget_all_but(used)
+
+
+def _ago(seconds: float) -> int:
+    return now_ns() - int(seconds * 1e9)
+
+
+def _remove_all(folders: list[Path]) -> None:
+    for folder in folders:
+        remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder and all that is in it; what withstands is logged and left."""
+
+    def on_error(function: Callable[..., object], path: str, info: object) -> None:
+        # A task may have made folders in which nobody may write.
+        with suppress(OSError):
+            Path(path).parent.chmod(0o700)
+            function(path)
+            return
+        if Path(path).exists():
+            log.warning("cannot be removed", path=path)
+
+    shutil.rmtree(folder, onerror=on_error)
