@@ -26,6 +26,14 @@ def configure(
     operator_endpoint: Annotated[
         str | None, typer.Option(metavar="URL", help="Where the operator answers.")
     ] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKEN",
+            help="Token to send; - reads it from standard input. One that is stored is kept as long "
+            "as the endpoint stays the same.",
+        ),
+    ] = None,
 ) -> None:
     """Add the environment NAME, or point it to another operator."""
     from cortex.client import environments
@@ -33,7 +41,9 @@ def configure(
     if operator_endpoint is None:
         operator_endpoint = _ask_for_endpoint()
     try:
-        environment = environments.configure(name, operator_endpoint)
+        if token == "-":
+            token = sys.stdin.readline().strip()
+        environment = environments.configure(name, operator_endpoint, token)
     except InvalidRequest as error:
         raise typer.BadParameter(error.message) from error
     print_line(f"configured {environment.name}: {environment.operator_endpoint}")
@@ -77,7 +87,9 @@ def delete(name: Name) -> None:
 
 
 def _ask_for_endpoint() -> str:
+    from cortex.client.environments import LOCAL
+
     if not sys.stdin.isatty():
         raise typer.BadParameter("it is needed", param_hint="--operator-endpoint")
-    answer: str = typer.prompt("operator endpoint", default="http://localhost:8888", err=True)
+    answer: str = typer.prompt("operator endpoint", default=LOCAL.operator_endpoint, err=True)
     return answer

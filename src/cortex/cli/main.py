@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from cortex import __version__
-from cortex.cli import env
+from cortex.cli import cluster, env, token
 from cortex.cli.deploy import deploy
 from cortex.cli.get import get
 from cortex.cli.jobs import delete, logs, submit
@@ -24,7 +24,7 @@ from cortex.errors import CortexError
 
 app = typer.Typer(
     name="cortex",
-    help="Your Python function, command or container behind a URL.",
+    help="Your Python function, command or script behind a URL.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     # Plain: boxes would break a message into lines at the width of a terminal that may not be there.
@@ -53,7 +53,7 @@ def _root(
         ),
     ] = False,
 ) -> None:
-    """Your Python function, command or container behind a URL."""
+    """Your Python function, command or script behind a URL."""
 
 
 app.command("serve")(serve)
@@ -62,7 +62,9 @@ app.command("get")(get)
 app.command("submit")(submit)
 app.command("logs")(logs)
 app.command("delete")(delete)
+app.add_typer(cluster.app, name="cluster")
 app.add_typer(env.app, name="env")
+app.add_typer(token.app, name="token")
 app.command("version")(version)
 
 

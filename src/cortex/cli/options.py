@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,3 +28,17 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Answer every question wi
 ApiName = Annotated[str, typer.Argument(metavar="API", help="Name of a deployed API.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job.")]
 OptionalJobId = Annotated[str | None, typer.Argument(metavar="JOB", help="Id of a job.")]
+
+# Of the operator itself
+DataDir = Annotated[
+    Path | None, typer.Option(help="Where an operator keeps jobs, projects and logs.")
+]
+StoreUrl = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", help="postgresql://USER@HOST/DATABASE; else a file in the data folder."
+    ),
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="The operator's settings, as YAML.")
+]

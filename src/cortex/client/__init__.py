@@ -6,6 +6,7 @@ a client: importing a package binds its name in its parent, so the package itsel
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType
 
@@ -45,16 +46,19 @@ def client(env: str | None = None) -> Client:
     """A client of the named environment; of the default one when no name is given.
 
     Where no environment is configured at all, it is the operator of this machine,
-    http://localhost:8888.
+    http://localhost:8888. A token in $CORTEX_TOKEN goes before the environment's own.
     """
-    environment = environments.resolve(env)
-    return Client(environment.operator_endpoint, name=environment.name)
+    return _client_of(environments.resolve(env))
 
 
-def new_client(name: str, operator_endpoint: str) -> Client:
+def new_client(name: str, operator_endpoint: str, token: str | None = None) -> Client:
     """Configure the environment `name` (or point it elsewhere), and return a client of it."""
-    environment = environments.configure(name, operator_endpoint)
-    return Client(environment.operator_endpoint, name=environment.name)
+    return _client_of(environments.configure(name, operator_endpoint, token))
+
+
+def _client_of(environment: environments.Environment) -> Client:
+    token = os.environ.get("CORTEX_TOKEN") or environment.token
+    return Client(environment.operator_endpoint, name=environment.name, token=token)
 
 
 def env_list() -> EnvironmentList:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cortex.client.types import EnvironmentList
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_TOKEN = re.compile(r"[!-~]{1,512}")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Environment:
 
     name: str
     operator_endpoint: str
+    token: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Environments:
         )
 
     def as_json(self) -> EnvironmentList:
-        """What the file holds and `cortex env list -o json` prints."""
+        """What `cortex env list -o json` prints: no tokens."""
         entries = [{"name": e.name, "operator_endpoint": e.operator_endpoint} for e in self.all]
         return cast(
             "EnvironmentList", {"default_environment": self.default, "environments": entries}
@@ -99,15 +101,20 @@ def resolve(name: str | None) -> Environment:
     return environments.named(environments.default)
 
 
-def configure(name: str, operator_endpoint: str) -> Environment:
-    """Add an environment, or point it elsewhere. The first one becomes the default."""
+def configure(name: str, operator_endpoint: str, token: str | None = None) -> Environment:
+    """Add an environment, or point it elsewhere. The first one becomes the default. A token that was
+    stored is kept only for the endpoint that it was given for."""
     if not _NAME.fullmatch(name):
         raise InvalidRequest(
             f"{name!r} is no name for an environment: "
             "letters, digits, '.', '_' and '-' are allowed, starting with a letter or digit"
         )
-    environment = Environment(name, checked_endpoint(operator_endpoint))
+    endpoint = checked_endpoint(operator_endpoint)
     before = load()
+    if token is None:
+        kept = (e.token for e in before.all if (e.name, e.operator_endpoint) == (name, endpoint))
+        token = next(kept, None)
+    environment = Environment(name, endpoint, None if token is None else checked_token(token))
     others = tuple(e for e in before.all if e.name != name)
     default = before.default if others or before.default else name
     _save(Environments(default, (*others, environment)))
@@ -140,6 +147,15 @@ def checked_endpoint(url: str) -> str:
     return url.rstrip("/")
 
 
+def checked_token(token: str) -> str:
+    """A token that can be sent; InvalidRequest when it cannot, without showing it."""
+    if not _TOKEN.fullmatch(token):
+        raise InvalidRequest(
+            "that is no token: it has letters, digits and signs of ASCII, and no spaces"
+        )
+    return token
+
+
 def _endpoint_problem(url: str) -> str | None:
     try:
         parts = urlsplit(url)
@@ -158,7 +174,11 @@ def _endpoint_problem(url: str) -> str | None:
 def _parse(content: dict[str, object]) -> Environments:
     entries = cast("list[dict[str, object]]", content["environments"])
     environments = tuple(
-        Environment(_text(e["name"]), checked_endpoint(_text(e["operator_endpoint"])))
+        Environment(
+            _text(e["name"]),
+            checked_endpoint(_text(e["operator_endpoint"])),
+            checked_token(_text(e["token"])) if "token" in e else None,
+        )
         for e in entries
     )
     default = content["default_environment"]
@@ -174,7 +194,13 @@ def _text(value: object) -> str:
 
 
 def _save(environments: Environments) -> None:
-    # A link, as keepers of dot-files make it, stays one: what it points to is replaced.
+    content = environments.as_json()
+    entries = [
+        {**entry, **({"token": e.token} if e.token else {})}
+        for e, entry in zip(environments.all, content["environments"], strict=True)
+    ]
+    # The file is made anew for its owner alone, as it may hold tokens. A link, as keepers of dot-files
+    # make it, stays one: what it points to is replaced.
     file = path().resolve()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +208,7 @@ def _save(environments: Environments) -> None:
             "w", encoding="utf-8", dir=file.parent, prefix=f".{file.name}.", delete=False
         ) as out:
             try:
-                json.dump(environments.as_json(), out, indent=2, ensure_ascii=False)
+                json.dump({**content, "environments": entries}, out, indent=2, ensure_ascii=False)
                 out.write("\n")
                 out.flush()
                 os.fsync(out.fileno())

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, cast
 
 from cortex.client import logs
-from cortex.client.environments import checked_endpoint
+from cortex.client.environments import checked_endpoint, checked_token
 from cortex.client.transport import ANSWER_S, Transport, segment
 from cortex.errors import CortexError, InvalidProject, InvalidRequest, InvalidSpec
 
@@ -40,8 +40,9 @@ class Client:
     Get one with `cortex.client()`. It may be shared by threads.
     """
 
-    def __init__(self, operator_endpoint: str, *, name: str = "") -> None:
-        self._operator = Transport(checked_endpoint(operator_endpoint), name)
+    def __init__(self, operator_endpoint: str, *, name: str = "", token: str | None = None) -> None:
+        token = None if token is None else checked_token(token)
+        self._operator = Transport(checked_endpoint(operator_endpoint), name, token)
         # A program that forgets to close it leaves no open sockets behind.
         self._finalizer = weakref.finalize(self, self._operator.close)
 
@@ -76,6 +77,10 @@ class Client:
     def info(self) -> dict[str, JsonValue]:
         """The operator's version and how it is set up."""
         return cast("dict[str, JsonValue]", self._operator.call("GET", "/-/info"))
+
+    def cluster_info(self) -> dict[str, JsonValue]:
+        """The machines that jobs run on, and what is free on each."""
+        return cast("dict[str, JsonValue]", self._operator.call("GET", "/-/cluster"))
 
     def create_api(
         self,

@@ -37,12 +37,15 @@ def segment(text: str) -> str:
 class Transport:
     """Requests to one operator."""
 
-    def __init__(self, endpoint: str, name: str) -> None:
+    def __init__(self, endpoint: str, name: str, token: str | None = None) -> None:
         self.endpoint = endpoint.rstrip("/")
         self.name = name
         self._http = httpx.Client(
             base_url=self.endpoint,
-            headers={"Accept": "application/json"},
+            headers={
+                "Accept": "application/json",
+                **({"Authorization": f"Bearer {token}"} if token else {}),
+            },
             # A proxy of the environment's is never meant for this machine.
             trust_env=not _is_this_machine(httpx.URL(self.endpoint).host),
             # Shorter than a server's own (uvicorn: 5 s), else a request can meet a closing connection.

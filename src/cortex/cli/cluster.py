@@ -1,0 +1,58 @@
+"""`cortex cluster`: the machines that an operator's jobs run on."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import typer
+
+from cortex.cli.options import Env, Format, Output
+from cortex.cli.output import print_json, print_line, show, table
+
+_GIB = 1 << 30
+
+app = typer.Typer(
+    help="Look at the machines that jobs run on.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+@app.callback()
+def _group() -> None:
+    """A group of its own, though it has one command so far."""
+
+
+@app.command("info")
+def info(env: Env = None, output: Output = Format.PRETTY) -> None:
+    """Show the nodes, what each has, what of it is free, and their labels."""
+    from cortex.client import client
+
+    with client(env) as operator:
+        told = operator.cluster_info()
+    if output is Format.JSON:
+        print_json(told)
+        return
+    nodes = cast("list[dict[str, Any]]", told["nodes"])
+    if not nodes:
+        print_line(f"the engine ({told['engine']}) has no node now")
+        return
+    columns = ("node", "state", "CPU free", "memory free", "GPUs free")
+    if any(node["labels"] for node in nodes):
+        show(table((*columns, "labels"), ((*_row(node), _labels(node)) for node in nodes)))
+    else:
+        show(table(columns, map(_row, nodes)))
+
+
+def _row(node: dict[str, Any]) -> tuple[str, ...]:
+    state = "ready" if node["is_ready"] else node["problem"] or "starting"
+    free, total = node["free"], node["total"]
+    return (
+        node["name"],
+        state,
+        f"{free['cpu']:g} of {total['cpu']:g}",
+        f"{free['mem'] / _GIB:.1f} of {total['mem'] / _GIB:.1f} GiB",
+        f"{free['gpu']} of {total['gpu']}",
+    )
+
+
+def _labels(node: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in sorted(node["labels"].items()))
