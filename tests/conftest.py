@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.nodeid import coerce_node_id
 
+import s3 as s3_server
+from cortex.store import Store
+from postgresql import Server, server
+from s3 import S3
 from support import PROBE, Operator, operator, probe_yaml
 
 
@@ -28,3 +33,56 @@ def own(tmp_path: Path) -> Iterator[Operator]:
     """An operator for one test, which may kill it; it has one core for jobs."""
     with operator(tmp_path, "--cpu", "1") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[Server]:
+    """A PostgreSQL server for all tests of a test process that do not kill it."""
+    with server() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """An S3 server for all tests of a test process that do not stop it."""
+    with s3_server.server() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def migrated(postgresql: Server) -> str:
+    """A database with the store's tables, which others are copies of."""
+    name = postgresql.create()
+    Store(postgresql.url(name)).close()
+    return name
+
+
+@pytest.fixture(scope="session")
+def reused(postgresql: Server, migrated: str) -> str:
+    return postgresql.create(template=migrated)
+
+
+@pytest.fixture
+def emptied(postgresql: Server, reused: str) -> str:
+    """The URL of a database whose tables are empty: quicker than one that is made for the test."""
+    with postgresql.connected(reused) as connection:
+        connection.execute("TRUNCATE jobs, apis, versions, tokens, operators RESTART IDENTITY")
+    return postgresql.url(reused)
+
+
+@pytest.fixture
+def database(postgresql: Server, migrated: str) -> Iterator[str]:
+    """The URL of a database for one test."""
+    name = postgresql.create(template=migrated)
+    yield postgresql.url(name)
+    postgresql.drop(name)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """pytest-xdist 3.8 appends the group of a test to an attribute that pytest 9.2 does not read any
+    more: without this each worker would start the servers of all groups."""
+    for item in items:
+        grouped = getattr(item, "_nodeid", None)
+        if grouped is not None and grouped != item.nodeid:
+            item._id = coerce_node_id(grouped)

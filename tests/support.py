@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+import loaded
 from cortex.projects.pack import pack
 
 CORTEX = str(Path(sys.executable).with_name("cortex"))
@@ -122,27 +124,32 @@ def probe_yaml(name: str = "probe", more: str = "") -> str:
 
 
 class Operator:
-    """`cortex serve` on a free port and a data folder of its own."""
+    """`cortex serve` on a free port, and a data folder of its own if it is given no other."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
-        self.data_dir = folder / "data"
+    def __init__(self, folder: Path, *options: str, data_dir: Path | None = None) -> None:
+        self.folder = folder
+        self.data_dir = data_dir or folder / "data"
         self.options = options
+        self.within: list[str] = []  # a command that runs the operator's
         self.log = folder / "operator.log"
         self.http = httpx.Client(timeout=PATIENCE_S)
+        self.environment: dict[str, str] = {}
 
     def start(self) -> None:
-        environment = {**os.environ, "CORTEX_CLI_CONFIG_DIR": str(self.data_dir.parent / "cli")}
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                [CORTEX, "serve", "--port", "0", "--data-dir", str(self.data_dir), *self.options],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=environment,
-                text=True,
-            )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        self.process.stdout.close()
+        config = {"CORTEX_CLI_CONFIG_DIR": str(self.data_dir.parent / "cli")}
+        environment = {**os.environ, **config, **self.environment}
+        words = ["serve", "--port", "0", "--data-dir", str(self.data_dir), *self.options]
+        own, told = os.pipe()
+        with os.fdopen(own) as said, self.log.open("a") as log:
+            output = {"stdin": 0, "stdout": told, "stderr": log.fileno()}
+            self.process: subprocess.Popen[bytes] | loaded.Program
+            if self.within:
+                command = [*self.within, CORTEX, *words]
+                self.process = subprocess.Popen(command, env=environment, **output)
+            else:
+                self.process = loaded.start(*words, env=environment, **output)
+            os.close(told)
+            line = said.readline()
         assert " listening on " in line, self.log.read_text()
         self.url = line.split()[-1]
 
@@ -157,7 +164,7 @@ class Operator:
         return self.process.wait(PATIENCE_S)
 
     def deploy(self, yaml: str, files: dict[str, str], **form: str) -> httpx.Response:
-        folder = self.data_dir.parent / "project"
+        folder = self.folder / "project"
         subprocess.run(["rm", "-rf", str(folder)], check=True)
         for name, content in {"cortex.yaml": yaml, **files}.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -212,11 +219,24 @@ class Operator:
         return self.http.delete(f"{endpoint}/{job['job_id']}")
 
 
+def refused(data_dir: Path, *options: str) -> str:
+    """What `cortex serve` says when it does not start."""
+    done = loaded.run("serve", "--port", "0", "--data-dir", str(data_dir), *options)
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip()
+
+
 @contextmanager
-def operator(folder: Path, *options: str) -> Iterator[Operator]:
+def operator(
+    folder: Path, *options: str, within: list[str] | None = None, token: str | None = None
+) -> Iterator[Operator]:
     """An operator that runs; at the end its APIs are deleted and nothing of it may be left."""
     folder.mkdir(parents=True, exist_ok=True)
     running = Operator(folder, "--grace", "1", *options)
+    running.within = within or []
+    if token is not None:
+        running.http.headers["Authorization"] = f"Bearer {token}"
     running.start()
     try:
         yield running
@@ -227,19 +247,51 @@ def operator(folder: Path, *options: str) -> Iterator[Operator]:
             running.kill()
 
 
-def _end(running: Operator) -> None:
-    if running.process.poll() is not None:
-        running.start()
+@contextmanager
+def operators(
+    folder: Path, number: int, *options: str, token: str | None = None
+) -> Iterator[list[Operator]]:
+    """Several operators that share a store, which the options name, and a data folder."""
+    data_dir = folder / "data"
+    made = [
+        Operator(folder / str(n), "--grace", "1", *options, data_dir=data_dir)
+        for n in range(number)
+    ]
+    for each in made:
+        each.folder.mkdir(parents=True)
+        if token is not None:
+            each.http.headers["Authorization"] = f"Bearer {token}"
+    with ThreadPoolExecutor(number) as pool:
+        list(pool.map(Operator.start, made))
+    try:
+        yield made
+    finally:
+        try:
+            _end(*made)
+        finally:
+            for each in made:
+                each.kill()
+
+
+def _end(*all_of_them: Operator) -> None:
+    for running in all_of_them:
+        if running.process.poll() is not None:
+            running.start()
+    running = all_of_them[0]
     for api in running.http.get(f"{running.url}/-/apis").json():
         running.http.delete(f"{running.url}/-/apis/{api['spec']['name']}")
     until(lambda: not _workers(running.data_dir), "the workers gone")
-    running.http.close()
-    code = running.stop()
+    codes = []
+    for each in all_of_them:
+        each.http.close()
+        codes.append(each.stop())
     until(lambda: not processes_with(str(running.data_dir)), "all processes gone")
     jobs = {path.name for path in (running.data_dir / "jobs").iterdir()}
     until(lambda: not _cgroups(jobs), "the cgroups gone")
-    assert code == 0, running.log.read_text()
-    assert "Traceback" not in running.log.read_text(), running.log.read_text()
+    for each, code in zip(all_of_them, codes, strict=True):
+        told = each.log.read_text()
+        assert code == 0, told
+        assert "Traceback" not in told, told
 
 
 def _workers(data_dir: Path) -> list[int]:
@@ -283,4 +335,4 @@ def until(condition: Callable[[], object], what: str) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.02)
+        time.sleep(0.05)  # to look through all processes is work, too

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from support import CORTEX, PROBE, Operator, probe_yaml
+import loaded
+from support import PROBE, Operator, probe_yaml
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -20,16 +21,9 @@ def cortex(shared: Operator, tmp_path: Path) -> Run:
     """Runs the command in a folder of its own, with an environment that is the shared operator."""
 
     def run(*arguments: str, code: int = 0, answer: str = "") -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [CORTEX, *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "CORTEX_CLI_CONFIG_DIR": str(tmp_path / "config")},
-            input=answer,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        config = {"CORTEX_CLI_CONFIG_DIR": str(tmp_path / "config")}
+        environment = {**os.environ, **config}
+        done = loaded.run(*arguments, cwd=tmp_path, env=environment, answer=answer)
         assert done.returncode == code, (arguments, done.stdout, done.stderr)
         assert "Traceback" not in done.stderr
         assert "\x1b[" not in done.stdout + done.stderr, "no colours when not on a terminal"
@@ -43,6 +37,18 @@ def project(folder: Path, name: str, file: str = "cortex.yaml") -> Path:
     (folder / "probe.py").write_text(PROBE)
     (folder / file).write_text(probe_yaml(name))
     return folder / file
+
+
+def test_the_cluster_of_a_local_operator_is_its_machine(cortex: Run, shared: Operator) -> None:
+    told = json.loads(cortex("cluster", "info", "-o", "json").stdout)
+    capacity = shared.http.get(f"{shared.url}/-/info").json()["capacity"]
+    assert (told["engine"], len(told["nodes"])) == ("local", 1)
+    node = told["nodes"][0]
+    assert (node["total"], node["is_ready"], node["problem"]) == (capacity, True, None)
+    heading, line = cortex("cluster", "info").stdout.splitlines()
+    assert heading.split()[:2] == ["node", "state"]
+    assert line.split()[:2] == [node["name"], "ready"]
+    assert f"of {capacity['cpu']:g}" in line
 
 
 def test_the_life_of_an_api(cortex: Run, shared: Operator, tmp_path: Path) -> None:

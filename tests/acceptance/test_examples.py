@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cortex.projects.pack import pack
-from support import CORTEX, Operator, processes_with, until
+from support import CORTEX, Operator, operator, processes_with, until
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,18 +46,25 @@ def test_wordcount_processes_a_file(shared: Operator) -> None:
     assert any(character.isdigit() for character in shared.log_of(endpoint, job))
 
 
-def test_checkpoint_saves_when_stopped_and_resumes(shared: Operator) -> None:
-    endpoint = deploy(shared, "checkpoint")
-    job = shared.submit(endpoint, config={"steps": 10_000, "interval": 0.05})
-    shared.await_log(endpoint, job, "step")
-    assert shared.delete(endpoint, job).status_code == 200
-    until(lambda: saved(shared, job), "the checkpoint")
+@pytest.fixture
+def patient(tmp_path: Path) -> Iterator[Operator]:
+    """An operator that gives a stopped job time to save its work, also where the machine is busy."""
+    with operator(tmp_path, "--grace", "30") as running:
+        yield running
+
+
+def test_checkpoint_saves_when_stopped_and_resumes(patient: Operator) -> None:
+    endpoint = deploy(patient, "checkpoint")
+    job = patient.submit(endpoint, config={"steps": 10_000, "interval": 0.05})
+    patient.await_log(endpoint, job, "step")
+    assert patient.delete(endpoint, job).status_code == 200
+    until(lambda: saved(patient, job), "the checkpoint")
     until(lambda: not processes_with(job["job_id"]), "its processes gone")
-    (checkpoint,) = saved(shared, job)
-    again = shared.submit(
+    (checkpoint,) = saved(patient, job)
+    again = patient.submit(
         endpoint, config={"steps": 3, "interval": 0.01, "checkpoint": str(checkpoint)}
     )
-    assert shared.finished(endpoint, again)["status"] == "status_succeeded"
+    assert patient.finished(endpoint, again)["status"] == "status_succeeded"
 
 
 @pytest.mark.parametrize("example", ["iris", "wordcount", "checkpoint"])

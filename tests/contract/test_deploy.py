@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import tarfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -191,4 +192,46 @@ def test_a_large_project_is_taken_and_one_over_the_limit_refused(shared: Operato
     endpoint = shared.deployed(probe_yaml("large"), {"probe.py": PROBE, **large})
     assert shared.run(endpoint)["status"] == "status_succeeded"
     response = shared.upload(probe_yaml("larger"), b"\0" * (133 * 1024 * 1024))
+    assert (response.status_code, response.json()["kind"]) == (413, "request.too_large")
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "data", "a\0b", "n" * 300, "a\nb", "\u2028", "/", ""], ids=range(8)
+)
+def test_whatever_the_uploaded_file_is_called(shared: Operator, name: str) -> None:
+    yaml = probe_yaml("called").encode()
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        for path, content in (("probe.py", PROBE.encode()), ("data/x", b"")):
+            info = tarfile.TarInfo(path)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    body = (
+        b'--b\r\nContent-Disposition: form-data; name="config"; filename="'
+        + name.encode() + b'"\r\n\r\n' + yaml + b'\r\n--b\r\nContent-Disposition: form-data; '
+        b'name="project"; filename="p"\r\n\r\n' + archive.getvalue() + b"\r\n--b--\r\n"
+    )  # fmt: skip
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    response = shared.http.post(f"{shared.url}/-/apis", content=body, headers=headers)
+    assert response.status_code == 200, response.text
+
+
+def test_a_path_that_no_file_can_have(shared: Operator) -> None:
+    yaml = probe_yaml("pathless").replace("probe.py", "n" * 300 + ".py")
+    response = shared.deploy(yaml, {"probe.py": PROBE})
+    assert (response.status_code, response.json()["kind"]) == (400, "spec.invalid")
+    assert "is not in the project" in response.json()["message"]
+
+
+def test_an_upload_over_the_limit_whose_length_is_not_told(shared: Operator) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b'--b\r\nContent-Disposition: form-data; name="project"; filename="p"\r\n\r\n'
+        for _ in range(134):
+            yield bytes(1024**2)
+
+    response = shared.http.post(
+        f"{shared.url}/-/apis",
+        content=chunks(),
+        headers={"Content-Type": "multipart/form-data; boundary=b"},
+    )
     assert (response.status_code, response.json()["kind"]) == (413, "request.too_large")

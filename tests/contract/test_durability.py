@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
-from support import CORTEX, PROBE, Operator, operator, probe_yaml, processes_with, until
+from support import PROBE, Operator, operator, probe_yaml, processes_with, refused, until
 
 ONE_CORE = probe_yaml().replace("1m", '"1"')
 
@@ -93,20 +92,6 @@ def test_a_repeated_key_holds_across_a_crash(own: Operator) -> None:
     own.kill()
     own.start()
     assert own.http.post(own.url + path, json={}, headers=key).json() == first
-
-
-def refused(folder: Path, *options: str) -> str:
-    """What `cortex serve` says when it does not start."""
-    done = subprocess.run(
-        [CORTEX, "serve", "--port", "0", "--data-dir", str(folder), *options],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (1, ""), done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr
 
 
 def test_two_operators_on_one_folder(own: Operator) -> None:

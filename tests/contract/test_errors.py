@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+from urllib.parse import urlsplit
+
 import httpx
 import pytest
 
@@ -76,3 +80,73 @@ def test_info(shared: Operator) -> None:
 def test_openapi(shared: Operator) -> None:
     paths = shared.http.get(f"{shared.url}/-/openapi.json").json()["paths"]
     assert {"/{endpoint}", "/{endpoint}/{job_id}", "/-/apis"} <= paths.keys()
+
+
+def sent(shared: Operator, data: bytes) -> httpx.Response:
+    """What comes back for bytes on a connection that the operator then closes."""
+    parts = urlsplit(shared.url)
+    with socket.create_connection((parts.hostname, parts.port), 30) as connection:
+        connection.sendall(data)
+        received = b""
+        while piece := connection.recv(65536):
+            received += piece
+    head, _, body = received.partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    headers = dict(line.split(": ") for line in lines)
+    return httpx.Response(int(status.split()[1]), headers=headers, content=body)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\x03\x01\x02\x00 a TLS greeting",
+        b"GET /healthz HTTP/1.1\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 70_000,
+        b"POST /probe HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
+        b"POST /probe HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n{}\r\n",
+    ],
+    ids=["tls", "host", "hosts", "connect", "long", "length", "chunk"],
+)
+def test_what_is_no_http_is_refused_as_json_too(shared: Operator, probe: str, data: bytes) -> None:
+    response = sent(shared, data)
+    assert "HTTP" in refused(response, 400)
+    assert response.headers["connection"] == "close"
+
+
+def test_an_offer_to_upgrade_costs_no_body(shared: Operator, probe: str) -> None:
+    """Java's client offers HTTP/2 with every request, bodies included, unless it is told not to."""
+    body = b'{"config": {"kept": true}}'
+    request = (
+        b"POST /probe HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, HTTP2-Settings%s\r\nUpgrade: h2c\r\n"
+        b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\nContent-Length: %d\r\n\r\n%s"
+    )
+    response = sent(shared, request % (b", close", len(body), body))
+    assert (response.status_code, response.json()["config"]) == (200, {"kept": True})
+
+
+def test_a_header_that_trickles_in_has_a_limit(shared: Operator) -> None:
+    parts = urlsplit(shared.url)
+    with socket.create_connection((parts.hostname, parts.port), 30) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n")
+        with contextlib.suppress(ConnectionError):  # it is closed before all is sent
+            for _ in range(40):
+                connection.sendall(b"X: " + b"a" * 4096 + b"\r\n")
+        with contextlib.suppress(ConnectionError):
+            received = connection.recv(65536)
+            assert received.startswith(b"HTTP/1.1 400 ")
+
+
+def test_clients_that_leave_in_the_middle_leave_no_error_in_the_log(
+    shared: Operator, probe: str
+) -> None:
+    parts = urlsplit(shared.url)
+    form = b"Content-Type: multipart/form-data; boundary=b\r\n"
+    for path, more in ((b"/probe", b""), (b"/-/apis", form)):
+        with socket.create_connection((parts.hostname, parts.port), 30) as connection:
+            head = b"POST %s HTTP/1.1\r\nHost: a\r\n%sContent-Length: 9\r\n\r\n{"
+            connection.sendall(head % (path, more))
+    job = shared.run(probe)
+    assert job["status"] == "status_succeeded"
+    assert "crashed" not in shared.log.read_text()

@@ -66,7 +66,7 @@ def test_a_range_beyond_the_end(shared: Operator, probe: str) -> None:
 
 def test_a_log_is_read_whole_while_it_grows(shared: Operator) -> None:
     endpoint = shared.deployed(
-        "- name: chatty\n  kind: TaskAPI\n  compute: {cpu: 1m}\n"
+        "- name: chatty\n  kind: TaskAPI\n  compute: {cpu: 1m}\n  limits: {log: 1G}\n"
         "  definition: {command: [sh, -c, 'yes | head -c 200000000']}\n",
         {},
     )
@@ -117,3 +117,14 @@ def test_a_log_that_is_not_there_yet_is_empty(own: Operator) -> None:
     own.delete(endpoint, second)
     seen = list(events(own, f"{endpoint}/{second['job_id']}/logs"))
     assert [event["event"] for event in seen] == ["end"]
+
+
+@pytest.mark.parametrize("resumed", ["9" * 18, "9" * 5000, "-1", "x"])
+def test_a_follower_from_anywhere_comes_to_the_end(
+    shared: Operator, probe: str, resumed: str
+) -> None:
+    job = shared.submit(probe, config={"do": "say", "lines": 1})
+    shared.finished(probe, job)
+    url = f"{probe}/{job['job_id']}/logs?offset={2**63 - 1}"
+    (end,) = events(shared, url, **{"Last-Event-ID": resumed})
+    assert end["event"] == "end"

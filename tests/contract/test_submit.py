@@ -92,6 +92,8 @@ def test_config_comes_back_as_it_went_in(shared: Operator, probe: str) -> None:
         ('{"wokers": 1}', "wokers"),
         ('{"config": {}, "retries": 3}', "retries"),
         ("[" * 100_000, "JSON"),
+        ('{"config": {"x": ' + "[" * 300 + "]" * 300 + "}}", "nested over 250 levels deep"),
+        ('{"config": {"x": 1e400}}', "config"),
         ('{"config": {"x": ' + "9" * 5000 + "}}", "JSON"),
     ],
 )
@@ -104,9 +106,10 @@ def test_a_body_that_is_not_a_submission_is_refused_by_name(
     assert named in answer["message"]
 
 
-def test_a_timeout_of_any_size_is_taken(shared: Operator, probe: str) -> None:
-    job = shared.submit(probe, timeout=10**30)
-    assert job["timeout"] == 10**30
+@pytest.mark.parametrize("timeout", [10**30, 10**400, 10**4299], ids=["30", "400", "4299"])
+def test_a_timeout_of_any_size_is_taken(shared: Operator, probe: str, timeout: int) -> None:
+    job = shared.submit(probe, timeout=timeout)
+    assert job["timeout"] == timeout
     assert shared.finished(probe, job)["status"] == "status_succeeded"
 
 
@@ -153,15 +156,28 @@ def test_a_repeated_key_gives_the_same_job(shared: Operator, probe: str) -> None
     def send(body: object) -> object:
         return shared.http.post(probe, json=body, headers={"Idempotency-Key": "once"})
 
+    before = set((shared.data_dir / "jobs").iterdir())
     first = send({"config": {"a": 1, "b": 2}}).json()  # type: ignore[attr-defined]
     again = send({"config": {"b": 2, "a": 1}}).json()  # type: ignore[attr-defined]
     assert again == first
     other = send({"config": {"a": 2}})
     assert other.status_code == 409  # type: ignore[attr-defined]
     assert first["job_id"] in other.json()["message"]  # type: ignore[attr-defined]
+    made = {folder.name for folder in set((shared.data_dir / "jobs").iterdir()) - before}
+    assert made == {first["job_id"]}
 
 
 def test_an_idempotency_key_has_a_limit(shared: Operator, probe: str) -> None:
     status, answer = post(shared, probe, "{}", **{"Idempotency-Key": "k" * 256})
     assert status == 400
     assert "Idempotency-Key" in answer["message"]
+
+
+@pytest.mark.parametrize("form", ['{"a": %s}', "[%s]", '{"timeout": %s}'])
+def test_a_body_of_any_depth_is_refused_in_words(shared: Operator, probe: str, form: str) -> None:
+    for depth in (*range(800, 1000, 7), 5000, 100_000):
+        body = form % ("[" * depth + "]" * depth)
+        response = shared.http.post(
+            probe, content=body, headers={"Content-Type": "application/json"}
+        )
+        assert (response.status_code, response.json()["kind"]) == (400, "request.invalid"), depth

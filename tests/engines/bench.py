@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import pickle
+import signal
+import subprocess
 import sys
 import textwrap
 import time
 import venv
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +21,7 @@ from cortex.engines.base import (
     Attempt,
     CapacityFreed,
     Ended,
+    Engine,
     Lost,
     NeverStarted,
     Observation,
@@ -25,17 +30,31 @@ from cortex.engines.base import (
     Version,
 )
 from cortex.engines.local import LocalEngine, limits
-from cortex.spec.api import ApiSpec, Compute, Definition, Networking
+from cortex.projects.unpack import project_id
+from cortex.spec.api import ApiSpec, Compute, Definition, Limits, Networking
 from cortex.spec.job import JobSpec, Json
 from cortex.spec.times import new_id, now_ns
 
-LIMIT_S = 30.0
+LIMIT_S = 90.0
 T = TypeVar("T")
 Final = Ended | Lost | NeverStarted
 
 
+SLEEP = """
+    import os, sys, time
+    def task(config):
+        with open(config["file"], "a") as file:
+            file.write("ran\\n")
+        print("pid", os.getpid(), flush=True)
+        while not os.path.exists(config["file"] + ".go"):
+            time.sleep(0.01)
+        return "done"
+"""
+
+
 class Bench:
-    """A project folder, a data root, and what an engine on them has reported."""
+    """A project folder, a data root, and what an engine on them has reported: the local engine, and
+    what the other engines' benches are made from."""
 
     def __init__(self, folder: Path, memory_limit: str | None) -> None:
         self.root = folder / "jobs"
@@ -43,24 +62,39 @@ class Bench:
         self.project.mkdir()
         self.memory_limit = memory_limit
         self.grace_s = 5.0
+        self.moments = [0, 0.01, 0.03, 0.05, 0.08]
+        """Seconds from "not even an interpreter" to "long running"."""
         self.python = Path(sys.executable)
         self.env: Mapping[str, str] = {}
         self.seen: list[Observation] = []
         self.changed = asyncio.Event()
         self.jobs: list[str] = []
 
-    def run(self, scenario: Callable[[LocalEngine], Awaitable[None]]) -> None:
+    def run(self, scenario: Callable[[Engine], Awaitable[None]]) -> None:
         """Run a scenario with an engine that is open."""
+        self.run_fresh(scenario)
+
+    def run_fresh(self, scenario: Callable[[Engine], Awaitable[None]]) -> None:
+        """Run a scenario with an engine that was opened for it and is closed after it."""
 
         async def main() -> None:
             async with self.engine() as engine:
                 await scenario(engine)
 
+        self.changed = asyncio.Event()  # one is bound to its loop
         asyncio.run(main())
 
+    def made(self) -> Engine:
+        """An engine, not open yet, as an operator on this bench's data root has it."""
+        return LocalEngine(self.root, None, self.grace_s, self.memory_limit)
+
+    def maker(self) -> tuple[str, tuple[object, ...]]:
+        """The class of `made` and its arguments, for another process."""
+        return "local", (self.root, None, self.grace_s, self.memory_limit)
+
     @contextlib.asynccontextmanager
-    async def engine(self) -> AsyncIterator[LocalEngine]:
-        engine = LocalEngine(self.root, None, self.grace_s, self.memory_limit)
+    async def engine(self) -> AsyncIterator[Engine]:
+        engine = self.made()
         await engine.open(self._saw)
         try:
             yield engine
@@ -81,6 +115,14 @@ class Bench:
             (site / f"{name}.py").write_text(code)
         self.python = folder / "bin" / "python"
 
+    def project_id(self) -> str:
+        """The project's, whatever the jobs that run in it compile meanwhile."""
+        while True:
+            try:
+                return project_id(self.project)
+            except FileNotFoundError:
+                continue
+
     def attempt(
         self,
         code: str | None = None,
@@ -93,6 +135,9 @@ class Bench:
         api_id: str | None = None,
         python_path: str | None = None,
         handle: str = "",
+        cpu_m: int = 100,
+        gpu: int = 0,
+        log_limit: int = 64 << 20,
     ) -> Attempt:
         if code is not None:
             self.write(code, path)
@@ -105,9 +150,10 @@ class Bench:
                 python_path=python_path,
             ),
             networking=Networking(endpoint="/probe"),
-            compute=Compute(cpu_m=100, mem=mem),
+            compute=Compute(cpu_m=cpu_m, mem=mem, gpu=gpu),
+            limits=Limits(log=log_limit),
             api_id=api_id or new_id(),
-            project_id="p",
+            project_id=self.project_id(),
             last_updated="2020-07-16T14:56:10.276007415Z",
         )
         spec = JobSpec(
@@ -119,23 +165,32 @@ class Bench:
             created_ns=now_ns(),
         )
         self.jobs.append(spec.job_id)
-        return Attempt(spec, Version(api, self.project, self.python, self.env), 1, handle)
+        version = Version(api, self.project, self.python, self.env)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        return Attempt(spec, version, 1, handle, deadline)
 
-    async def start(self, engine: LocalEngine, attempt: Attempt) -> str:
+    async def start(self, engine: Engine, attempt: Attempt) -> str:
         """Reserve, claim and start, as the dispatcher does."""
+        return (await self.begin(engine, attempt)).spec.job_id
+
+    async def begin(self, engine: Engine, attempt: Attempt, number: int = 1) -> Attempt:
+        """The same; the attempt as the store holds it then. What it has reserved already it keeps."""
         job_id = attempt.spec.job_id
         assert engine.reserve(job_id, attempt.version.api.compute) is None
-        handle = engine.claim(job_id, attempt.number)
-        await engine.start(Attempt(attempt.spec, attempt.version, attempt.number, handle))
-        return job_id
+        attempt = replace(attempt, number=number, handle=engine.claim(job_id, number))
+        engine.start(attempt)
+        return attempt
 
-    async def outcome(self, engine: LocalEngine, attempt: Attempt) -> Ended:
+    async def outcome(self, engine: Engine, attempt: Attempt) -> Ended:
         """Start an attempt and wait for its end."""
         await self.start(engine, attempt)
         return await self.ended(attempt)
 
     async def started(self, attempt: Attempt) -> Started:
         return await self._first(attempt, Started)
+
+    async def seen_of(self, attempt: Attempt, kind: type[T]) -> T:
+        return await self._first(attempt, kind)
 
     async def unreachable(self, attempt: Attempt) -> Unreachable:
         return await self._first(attempt, Unreachable)
@@ -156,8 +211,42 @@ class Bench:
         path = self.root / attempt.spec.job_id / "log"
         return path.read_text() if path.exists() else ""
 
+    def folder(self, attempt: Attempt) -> Path:
+        """The job's folder, where its worker runs."""
+        return self.root / attempt.spec.job_id
+
+    def files(self, attempt: Attempt) -> Path:
+        """The project's folder, where the worker runs."""
+        return self.project
+
+    def killed_operator(self, attempt: Attempt, moment: str) -> Attempt:
+        """An operator starts the attempt and is killed; the attempt as the store holds it then."""
+        told = subprocess.run(
+            [sys.executable, str(Path(__file__).parent / "operator_process.py")],
+            input=pickle.dumps((*self.maker(), moment, attempt)),
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert told.returncode == -signal.SIGKILL, told.stderr.decode()
+        return replace(attempt, handle=told.stdout.decode())
+
+    @property
+    def marker(self) -> Path:
+        """Where `sleeper` tells that it runs; it ends when there is one more that ends in .go."""
+        return self.project.parent / "marker"
+
+    def sleeper(self, cpu_m: int = 100) -> Attempt:
+        return self.attempt(SLEEP, config={"file": str(self.marker)}, cpu_m=cpu_m)
+
+    def go(self) -> None:
+        Path(f"{self.marker}.go").touch()
+
     def start_record(self, attempt: Attempt) -> Path:
-        return self.root / attempt.spec.job_id / f"start.{attempt.number}"
+        return self.folder(attempt) / f"start.{attempt.number}"
+
+    def close(self) -> None:
+        """Nothing runs any more, or is about to end."""
 
     def left(self) -> list[str]:
         """Processes and control groups that belong to this data root."""

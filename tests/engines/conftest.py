@@ -6,15 +6,53 @@ from pathlib import Path
 
 import pytest
 
-from engines.bench import Bench
+from engines.bench import LIMIT_S, Bench
+from engines.ray_bench import RayBench, Session, session
+
+RAY = (pytest.mark.ray, pytest.mark.xdist_group("ray"))
 
 
-@pytest.fixture(params=[None, "watchdog"], ids=["local", "local-watchdog"])
+@pytest.fixture(scope="session")
+def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    """A cluster of two nodes and an open engine on it, for all tests of a test process."""
+    with session(tmp_path_factory.mktemp("ray")) as made:
+        yield made
+
+
+@pytest.fixture(params=["local", "local-watchdog", pytest.param("ray", marks=RAY)])
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
     """Every test says what each engine promises, and leaves nothing behind."""
-    made = Bench(tmp_path, request.param)
+    if request.param == "ray":
+        made: Bench = RayBench(tmp_path, request.getfixturevalue("ray_session"))
+    else:
+        made = _local(request.param, tmp_path)
     yield made
-    end = time.monotonic() + 10
-    while made.left() and time.monotonic() < end:
+    _nothing_is_left(made)
+
+
+@pytest.fixture(params=["local", "local-watchdog"])
+def local_bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
+    """For tests of what the local engine alone has."""
+    made = _local(request.param, tmp_path)
+    yield made
+    _nothing_is_left(made)
+
+
+@pytest.fixture
+def ray_bench(ray_session: Session, tmp_path: Path) -> Iterator[RayBench]:
+    """For tests of what the Ray engine alone has."""
+    made = RayBench(tmp_path, ray_session)
+    yield made
+    _nothing_is_left(made)
+
+
+def _local(name: str, folder: Path) -> Bench:
+    return Bench(folder, "watchdog" if name == "local-watchdog" else None)
+
+
+def _nothing_is_left(bench: Bench) -> None:
+    bench.close()
+    end = time.monotonic() + LIMIT_S
+    while bench.left() and time.monotonic() < end:
         time.sleep(0.02)
-    assert made.left() == []
+    assert bench.left() == []

@@ -1,5 +1,5 @@
 """An operator that is killed: claims and starts an attempt in a process of its own, tells its handle,
-and dies by SIGKILL at the moment that the test asks for. Run by `test_recovery`."""
+and dies by SIGKILL at the moment that the test asks for. Run by `Bench.killed_operator`."""
 
 from __future__ import annotations
 
@@ -8,29 +8,36 @@ import os
 import pickle
 import signal
 import sys
-from pathlib import Path
+from dataclasses import replace
 
-from cortex.engines.base import Attempt, Observation, Started
+from cortex.engines.base import Attempt, CapacityFreed, Observation, Started
 from cortex.engines.local import LocalEngine
+from cortex.engines.ray import RayEngine
 
 
 async def main() -> None:
-    root, grace_s, memory_limit, moment, attempt = pickle.load(sys.stdin.buffer)
+    kind, arguments, moment, attempt = pickle.load(sys.stdin.buffer)
     assert isinstance(attempt, Attempt)
-    started = asyncio.Event()
+    started, freed = asyncio.Event(), asyncio.Event()
 
     def report(observation: Observation) -> None:
         if isinstance(observation, Started):
             started.set()
+        elif isinstance(observation, CapacityFreed):
+            freed.set()
 
-    engine = LocalEngine(Path(root), None, grace_s, memory_limit)
+    engine = {"local": LocalEngine, "ray": RayEngine}[kind](*arguments)
     await engine.open(report)
+    compute = attempt.version.api.compute
+    while engine.reserve(attempt.spec.job_id, compute) is not None:
+        freed.clear()
+        await freed.wait()
     handle = engine.claim(attempt.spec.job_id, attempt.number)
     sys.stdout.write(handle)
     sys.stdout.flush()
     if moment == "claimed":
         os.kill(os.getpid(), signal.SIGKILL)
-    await engine.start(Attempt(attempt.spec, attempt.version, attempt.number, handle))
+    engine.start(replace(attempt, handle=handle))
     if moment == "started":
         await started.wait()
     else:

@@ -32,13 +32,13 @@ ESCAPE = """
 
 
 @pytest.fixture
-def grouped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
+def grouped(local_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
     if MOUNT is None or not os.access(MOUNT / "cgroup.procs", os.W_OK):
         pytest.skip("there is no v2 mount that this user may write")
-    found = limits.Limits("watchdog", limits.prefix(bench.root), None, MOUNT)
-    monkeypatch.setattr(limits, "probe", lambda _: found)
+    found = limits.Limits("watchdog", limits.prefix(local_bench.root), None, MOUNT)
+    monkeypatch.setattr(limits, "probe", lambda *_: found)
     monkeypatch.setattr(limits, "watchdog", lambda _: found)
-    return bench
+    return local_bench
 
 
 def test_a_stop_ends_all_that_is_in_the_group(grouped: Bench) -> None:

@@ -1,163 +1,35 @@
-"""What every engine promises when something dies: the operator, a supervisor, a fork server, a disk."""
+"""What the local engine promises when something dies: a supervisor, a fork server, a disk. These are its
+own processes and files; what every engine promises of an operator that dies is in `test_restarts`."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import pickle
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cortex.engines.base import Attempt, Ended, Ending, Lost, NeverStarted, Started, Unreachable
-from cortex.engines.local import LocalEngine
-from engines.bench import Bench, exists, parent, until
-
-SLEEP = """
-    import os, sys, time
-    def task(config):
-        with open(config["file"], "a") as file:
-            file.write("ran\\n")
-        print("pid", os.getpid(), flush=True)
-        while not os.path.exists(config["file"] + ".go"):
-            time.sleep(0.01)
-        return "done"
-"""
+from cortex.engines.local import LocalEngine, records
+from cortex.engines.local.ends import Ends
+from cortex.worker.processes import children, stat
+from engines.bench import SLEEP, Bench, exists, parent, until
 
 
-def killed_operator(bench: Bench, attempt: Attempt, moment: str) -> Attempt:
-    """An operator starts the attempt and is killed; the attempt as the store holds it then."""
-    told = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "operator_process.py")],
-        input=pickle.dumps((str(bench.root), bench.grace_s, bench.memory_limit, moment, attempt)),
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
-    assert told.returncode == -signal.SIGKILL, told.stderr.decode()
-    return replace(attempt, handle=told.stdout.decode())
-
-
-def marker(bench: Bench) -> Path:
-    return bench.project.parent / "marker"
-
-
-def sleeper(bench: Bench) -> Attempt:
-    return bench.attempt(SLEEP, config={"file": str(marker(bench))})
-
-
-def go(bench: Bench) -> None:
-    Path(f"{marker(bench)}.go").touch()
-
-
-def test_a_job_outlives_its_operator_and_is_taken_up_again(bench: Bench) -> None:
-    attempt = killed_operator(bench, sleeper(bench), "started")
-
-    async def scenario(engine: LocalEngine) -> None:
-        await engine.recover(attempt)
-        started = await bench.started(attempt)
-        assert engine.reserve("other", attempt.version.api.compute) is None
-        go(bench)
-        ended = await bench.ended(attempt)
-        assert (ended.ending, ended.result) == (Ending.EXITED, "done")
-        assert ended.start_ns == started.start_ns
-
-    bench.run(scenario)
-    assert marker(bench).read_text() == "ran\n"
-
-
-def test_a_recovered_job_can_be_stopped(bench: Bench) -> None:
-    attempt = killed_operator(bench, sleeper(bench), "started")
-
-    async def scenario(engine: LocalEngine) -> None:
-        await engine.recover(attempt)
-        engine.stop(attempt.spec.job_id)
-        assert (await bench.ended(attempt)).ending is Ending.STOPPED
-
-    bench.run(scenario)
-
-
-def test_a_job_that_finished_meanwhile_is_told_as_it_was(bench: Bench) -> None:
-    attempt = killed_operator(bench, sleeper(bench), "started")
-    go(bench)
-
-    async def scenario(engine: LocalEngine) -> None:
-        exit_record = bench.root / attempt.spec.job_id / "exit.1"
-        await until(exit_record.exists)
-        await engine.recover(attempt)
-        assert (await bench.ended(attempt)).result == "done"
-
-    bench.run(scenario)
-
-
-def test_a_job_outlives_a_closed_engine(bench: Bench) -> None:
-    attempt = sleeper(bench)
-
-    async def first(engine: LocalEngine) -> None:
-        nonlocal attempt
-        job_id = attempt.spec.job_id
-        attempt = replace(attempt, handle=engine.claim(job_id, 1))
-        await engine.start(attempt)
-        await bench.printed(attempt, "pid")
-
-    async def second(engine: LocalEngine) -> None:
-        await engine.recover(attempt)
-        go(bench)
-        assert (await bench.ended(attempt)).result == "done"
-
-    bench.run(first)
-    bench.run(second)
-    assert sum(isinstance(o, Ended) for o in bench.seen) == 1
-
-
-def test_claimed_but_never_started_is_told_so_and_never_runs(bench: Bench) -> None:
-    attempt = killed_operator(bench, sleeper(bench), "claimed")
-
-    async def scenario(engine: LocalEngine) -> None:
-        await engine.recover(attempt)
-        assert isinstance(await bench.last(attempt), NeverStarted)
-        await engine.start(attempt)  # as if its order had been on its way all the time
-        await bench.last(attempt)
-        assert not marker(bench).exists()
-        again = replace(attempt, number=2, handle=engine.claim(attempt.spec.job_id, 2))
-        go(bench)
-        await engine.start(again)
-        assert (await bench.ended(again)).result == "done"
-
-    bench.run(scenario)
-    assert marker(bench).read_text() == "ran\n"
-
-
-@pytest.mark.parametrize("moment", ["0", "0.01", "0.03", "0.05", "0.08"])
-def test_an_operator_killed_at_any_moment_starts_an_attempt_once_at_most(
-    bench: Bench, moment: str
-) -> None:
-    go(bench)
-    attempt = killed_operator(bench, sleeper(bench), moment)
-
-    async def scenario(engine: LocalEngine) -> None:
-        await engine.recover(attempt)
-        last = await bench.last(attempt)
-        if isinstance(last, NeverStarted):
-            again = replace(attempt, number=2, handle=engine.claim(attempt.spec.job_id, 2))
-            await engine.start(again)
-            last = await bench.last(again)
-        assert isinstance(last, Ended)
-        assert last.result == "done"
-
-    bench.run(scenario)
-    assert marker(bench).read_text() == "ran\n"
+@pytest.fixture
+def bench(local_bench: Bench) -> Bench:
+    return local_bench
 
 
 def test_after_a_restart_of_the_machine_a_running_job_is_lost(bench: Bench) -> None:
     async def scenario(engine: LocalEngine) -> None:
         handle = json.loads(engine.claim("probe", 1))
         handle["boot"] = "another"
-        attempt = replace(sleeper(bench), handle=json.dumps(handle))
+        attempt = replace(bench.sleeper(), handle=json.dumps(handle))
         await engine.recover(attempt)
         assert await bench.last(attempt) == Lost(
             attempt.spec.job_id, 1, "the machine restarted while the job ran"
@@ -198,7 +70,7 @@ def test_a_killed_supervisor_loses_the_job_and_leaves_nothing(bench: Bench) -> N
 
 
 def test_a_supervisor_killed_while_no_operator_ran_loses_the_job(bench: Bench) -> None:
-    attempt = killed_operator(bench, bench.attempt(DAEMON), "started")
+    attempt = bench.killed_operator(bench.attempt(DAEMON), "started")
 
     async def scenario(engine: LocalEngine) -> None:
         await bench.printed(attempt, "ready")
@@ -211,7 +83,7 @@ def test_a_supervisor_killed_while_no_operator_ran_loses_the_job(bench: Bench) -
 
 def test_a_killed_fork_server_takes_no_job_along(bench: Bench) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        attempt = sleeper(bench)
+        attempt = bench.sleeper()
         await bench.start(engine, attempt)
         await bench.printed(attempt, "pid")
         servers = [int(line.split(":")[0]) for line in bench.left() if "forkserver.py" in line]
@@ -222,7 +94,7 @@ def test_a_killed_fork_server_takes_no_job_along(bench: Bench) -> None:
         await bench.start(engine, again)
         last = await bench.last(again)
         assert isinstance(last, NeverStarted | Ended)
-        go(bench)
+        bench.go()
         assert (await bench.ended(attempt)).result == "done"
 
     bench.run(scenario)
@@ -230,24 +102,39 @@ def test_a_killed_fork_server_takes_no_job_along(bench: Bench) -> None:
 
 def test_a_folder_that_is_away_is_unreachable_until_it_is_back(bench: Bench) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        attempt = sleeper(bench)
+        attempt = bench.sleeper()
+        await bench.start(engine, attempt)
+        await bench.started(attempt)
+        supervisor = json.loads(bench.start_record(attempt).read_text())["pid"]
+        away = bench.root.with_name("away")
+        bench.root.rename(away)
+        os.kill(supervisor, signal.SIGKILL)
+        await bench.unreachable(attempt)
+        away.rename(bench.root)
+        await bench.last(attempt)
+        kinds = [type(o) for o in bench.seen]
+        assert kinds == [Started, Unreachable, Lost]
+
+    bench.run(scenario)
+
+
+def test_what_a_supervisor_says_needs_no_folder(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.sleeper()
         await bench.start(engine, attempt)
         await bench.printed(attempt, "pid")
         away = bench.root.with_name("away")
         bench.root.rename(away)
-        go(bench)
-        await bench.unreachable(attempt)
-        away.rename(bench.root)
+        bench.go()
         assert (await bench.ended(attempt)).result == "done"
-        kinds = [type(o) for o in bench.seen]
-        assert kinds == [Started, Unreachable, Ended]
+        away.rename(bench.root)
 
     bench.run(scenario)
 
 
 def test_recovering_while_the_folder_is_away_waits_for_it(bench: Bench) -> None:
-    attempt = killed_operator(bench, sleeper(bench), "started")
-    go(bench)
+    attempt = bench.killed_operator(bench.sleeper(), "started")
+    bench.go()
 
     async def scenario(engine: LocalEngine) -> None:
         folder = bench.root / attempt.spec.job_id
@@ -332,3 +219,174 @@ def _is_fork_server(pid: int, bench: Bench) -> bool:
         return b"forkserver.py" in command and Path(f"/proc/{pid}/cwd").resolve() == bench.project
     except OSError:
         return False
+
+
+def pid_of(bench: Bench, attempt: Attempt) -> int:
+    return int(json.loads(bench.start_record(attempt).read_text())["pid"])
+
+
+def test_one_supervising_process_takes_one_job_after_another(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        code = "import os\ndef task(c): return os.getpid()"
+        attempts = [bench.attempt(code)]
+        version = attempts[0].version
+        ends = [await bench.outcome(engine, attempts[0])]
+        for _ in range(4):
+            attempts.append(replace(bench.attempt(code), version=version))
+            ends.append(await bench.outcome(engine, attempts[-1]))
+        assert len({pid_of(bench, attempt) for attempt in attempts}) == 1
+        assert len({end.result for end in ends}) == 5, "each job has a process of its own"
+
+    bench.run(scenario)
+
+
+def test_a_job_that_ended_is_told_so_also_while_its_supervisor_has_another(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        first = bench.attempt("def task(c): return 1")
+        await bench.outcome(engine, first)
+        second = replace(bench.sleeper(), version=first.version)
+        bench.write(SLEEP)
+        await bench.start(engine, second)
+        await bench.printed(second, "pid")
+        assert pid_of(bench, first) == pid_of(bench, second)
+        # An operator that comes up and had not stored the end of the first job yet.
+        seen, bench.seen = bench.seen, []
+        async with bench.engine() as other:
+            await other.recover(replace(first, handle=records.handle()))
+            assert (await bench.ended(first)).result == 1
+            other.stop(first.spec.job_id)  # nothing that could reach the second
+        bench.seen = seen
+        bench.go()
+        assert (await bench.ended(second)).result == "done"
+
+    bench.run(scenario)
+
+
+def ends(bench: Bench) -> list[Ended]:
+    return [seen for seen in bench.seen if isinstance(seen, Ended)]
+
+
+def test_an_end_is_told_to_another_operator_while_the_first_keeps_the_supervisor(
+    bench: Bench,
+) -> None:
+    """As where an operator hangs, whose supervising processes wait for its next order."""
+
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = await bench.begin(engine, bench.sleeper())
+        await bench.printed(attempt, "pid")
+        async with bench.engine() as other:
+            await other.recover(attempt)
+            bench.go()
+            await until(lambda: len(ends(bench)) == 2)
+            assert exists(pid_of(bench, attempt))
+
+    bench.run(scenario)
+
+
+def test_an_end_is_told_where_records_cannot_be_watched(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user has no inotify instance left: the end of the process tells."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, "too many inotify instances")
+
+    attempt = bench.killed_operator(bench.sleeper(), "started")
+    monkeypatch.setattr(Ends, "add", refuse)
+
+    async def scenario(engine: LocalEngine) -> None:
+        await bench.printed(attempt, "pid")
+        await engine.recover(attempt)
+        bench.go()
+        assert (await bench.ended(attempt)).result == "done"
+
+    bench.run(scenario)
+
+
+def test_a_stop_that_comes_late_is_not_taken_to_be_about_the_next_job(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        code = "def task(c): return 1"
+        version = bench.attempt(code).version
+        for _ in range(30):
+            attempt = replace(bench.attempt(code), version=version)
+            await bench.start(engine, attempt)
+            await until(bench.start_record(attempt).exists)
+            engine.stop(attempt.spec.job_id)  # it may have ended by itself already
+            following = replace(bench.attempt(code), version=version)
+            assert (await bench.outcome(engine, following)).ending is Ending.EXITED
+            assert (await bench.ended(attempt)).ending in (Ending.EXITED, Ending.STOPPED)
+
+    bench.run(scenario)
+
+
+def test_idle_supervising_processes_end_with_their_version(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt("def task(c): return 1")
+        await bench.outcome(engine, attempt)
+        pid = pid_of(bench, attempt)
+        assert exists(pid)
+        engine.forget(attempt.version.api.api_id)
+        await until(lambda: not exists(pid))
+
+    bench.run(scenario)
+
+
+def test_a_supervising_process_that_is_killed_while_idle_costs_nobody_anything(
+    bench: Bench,
+) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt("def task(c): return 1")
+        await bench.outcome(engine, attempt)
+        for signum in (signal.SIGKILL, signal.SIGTERM):
+            pid = pid_of(bench, attempt)
+            os.kill(pid, signum)
+            await until(lambda pid=pid: not exists(pid))
+            following = replace(bench.attempt("def task(c): return 1"), version=attempt.version)
+            assert (await bench.outcome(engine, following)).result == 1
+            attempt = following
+
+    bench.run(scenario)
+
+
+def test_the_process_of_the_next_job_that_is_killed_while_it_waits_costs_nobody_anything(
+    bench: Bench,
+) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt("def task(c): return 1")
+        await bench.outcome(engine, attempt)
+        supervisor = pid_of(bench, attempt)
+        await until(lambda: len(children(supervisor)) == 1)
+        [waiting] = children(supervisor)
+        os.kill(waiting, signal.SIGKILL)
+        await until(lambda: (stat(waiting) or "Z")[0] == "Z")
+        following = replace(bench.attempt("def task(c): return 1"), version=attempt.version)
+        assert (await bench.outcome(engine, following)).result == 1
+        assert pid_of(bench, following) == supervisor
+
+    bench.run(scenario)
+
+
+def test_a_file_that_changes_after_the_next_process_was_made_is_run_as_it_is_then(
+    bench: Bench,
+) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt("def task(c): return 1")
+        await bench.outcome(engine, attempt)
+        await until(lambda: len(children(pid_of(bench, attempt))) == 1)
+        following = replace(bench.attempt("def task(c): return 1 + 1"), version=attempt.version)
+        assert (await bench.outcome(engine, following)).result == 2
+
+    bench.run(scenario)
+
+
+def test_an_operator_that_hung_leaves_alone_what_a_later_attempt_runs(tmp_path: Path) -> None:
+    folder = tmp_path / "job-of-two-attempts"
+    folder.mkdir()
+    (folder / "start.1").touch()
+    (folder / "start.2").touch()
+    environment = {**os.environ, "CORTEX_JOB_ID": folder.name}
+    with subprocess.Popen(["sleep", "300"], env=environment) as running:
+        records.clean(folder, 1, [])
+        assert running.poll() is None
+        records.clean(folder, 2, [])
+        assert running.wait() == -signal.SIGKILL

@@ -135,3 +135,24 @@ def test_cortex_client_is_a_function_however_often_and_whatever_was_imported() -
     with cortex.new_client("here", "http://127.0.0.1:9"), cortex.client("here") as opened:
         assert opened.operator_endpoint == "http://127.0.0.1:9"
         assert isinstance(opened, Client)
+
+
+def test_a_token_is_kept_for_its_endpoint_alone_and_for_its_owner_alone(folder: Path) -> None:
+    environments.configure("far", "https://one.example", "ctx_secret")
+    file = environments.path()
+    assert file.stat().st_mode & 0o077 == 0
+    file.chmod(0o644)  # as an earlier version may have left it
+    assert environments.configure("far", "https://one.example").token == "ctx_secret"
+    assert file.stat().st_mode & 0o077 == 0
+    assert environments.load().named("far").token == "ctx_secret"
+    assert "ctx_secret" not in repr(environments.load())
+    assert "ctx_secret" not in json.dumps(environments.load().as_json())
+    # Sent to another host it would be given away.
+    assert environments.configure("far", "https://two.example").token is None
+
+
+@pytest.mark.parametrize("token", ["", "two words", "new\nline", "é", "x" * 513])
+def test_what_cannot_be_sent_is_no_token(folder: Path, token: str) -> None:
+    with pytest.raises(InvalidRequest, match="no token") as raised:
+        environments.configure("far", "https://one.example", token)
+    assert not token or token not in raised.value.message

@@ -56,6 +56,7 @@ def test_what_the_operator_answers_is_returned_as_it_is() -> None:
         "GET /-/apis/iris/jobs/j1": answer(job_view(RUNNING)),
         "DELETE /-/apis/iris/jobs/j1": answer({"message": "stopped job j1"}),
         "GET /-/info": answer({"version": "1"}),
+        "GET /-/cluster": answer({"nodes": []}),
     }
     with Stub(answers) as stub, Client(stub.url) as client:
         assert client.list_apis() == [VIEW]
@@ -66,6 +67,7 @@ def test_what_the_operator_answers_is_returned_as_it_is() -> None:
         assert client.stop_job("iris", "j1") == {"message": "stopped job j1"}
         assert client.delete_api("iris") == {"message": "deleted iris"}
         assert client.info() == {"version": "1"}
+        assert client.cluster_info() == {"nodes": []}
     bodies = [json.loads(r.body) for r in stub.requests if r.method == "POST"]
     assert bodies == [{}, {"config": {"C": 1}, "timeout": 5}]
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from cortex.projects import environments as module
-from cortex.projects.environments import EnvironmentFailed, Environments
+from cortex.projects import building
+from cortex.projects.building import EnvironmentFailed
+from cortex.projects.environments import Environments
 
 
 def in_loop(test: Callable[..., Coroutine[object, object, None]]) -> Callable[..., None]:
@@ -29,14 +30,15 @@ def in_loop(test: Callable[..., Coroutine[object, object, None]]) -> Callable[..
     return run_it
 
 
-def wheel(folder: Path, name: str = "tinyprobe", value: int = 1) -> str:
+def wheel(folder: Path, name: str = "tinyprobe", value: int = 1, version: str = "1.0") -> str:
     """A wheel of one module, as little as uv takes; its file name."""
-    file = f"{name}-1.0-py3-none-any.whl"
-    info = f"{name}-1.0.dist-info"
+    file = f"{name}-{version}-py3-none-any.whl"
+    info = f"{name}-{version}.dist-info"
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(folder / file, "w") as zipped:
         zipped.writestr(f"{name}.py", f"VALUE = {value}\n")
-        zipped.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        zipped.writestr(f"{info}/METADATA", metadata)
         zipped.writestr(
             f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
@@ -108,6 +110,10 @@ def run(python: Path, code: str) -> str:
 
 def left_in(root: Path) -> list[Path]:
     return [path for folder in root.iterdir() for path in folder.iterdir()]
+
+
+def environ(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/environ").read_bytes()
 
 
 def gone(pid: int) -> bool:
@@ -310,7 +316,7 @@ async def test_a_uv_that_is_killed_is_told(
     fake = tmp_path / "uv"
     fake.write_text("#!/bin/sh\nkill -9 $$\n")
     fake.chmod(0o755)
-    monkeypatch.setattr(module.uv, "find_uv_bin", lambda: str(fake))
+    monkeypatch.setattr(building.uv, "find_uv_bin", lambda: str(fake))
     with pytest.raises(EnvironmentFailed, match=f"signal {signal.SIGKILL.value}"):
         await Environments(root).build(project(tmp_path / "p"))
 
@@ -362,3 +368,20 @@ def test_the_identity_is_of_what_decides_and_of_nothing_else(root: Path, tmp_pat
         identity(pyproject__toml='[project]\nname = "x"\ndynamic = ["dependencies"]\n'),
     ]
     assert len(set(different)) == len(different)
+
+
+@in_loop
+async def test_a_build_sees_nothing_of_the_operators_own(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CORTEX_SERVE_STORE", "CORTEX_TOKEN", "PGPASSWORD", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "s3cret")
+    monkeypatch.setenv("SHOWN", "yes")
+    slow, environments = Slow(tmp_path), Environments(root)
+    build = asyncio.create_task(environments.build(slow.project))
+    await slow.started()
+    seen = environ(slow.pids()[0])
+    slow.go.write_text("")
+    await build
+    assert b"SHOWN=yes" in seen
+    assert b"s3cret" not in seen

@@ -44,6 +44,7 @@ def check(project: Path, text: str) -> list[str]:
         "try:\n    import a\nexcept ImportError:\n    def task(c): ...\n",
         "if True:\n    pass\nelse:\n    class Task: ...\n",
         "with x:\n    Task, other = 1, 2\n",
+        "if 1: pass\n" + "elif 1: pass\n" * 900 + "else:\n    task = 1\n",
         "match 1:\n    case _:\n        task = 1\n",
         "# -*- coding: latin-1 -*-\n# \xe9\n" + TASK,
         "'\\d'\n" + TASK,
@@ -205,7 +206,15 @@ def test_any_other_line_is_a_mistake(line: str, tmp_path: Path) -> None:
             {"pyproject.toml": "[project]\nrequires-python = 3"},
             "pyproject.toml: project.requires-python: allowed",
         ),
+        ({"requirements.txt": "-r " + "n" * 300}, "requirements.txt:1: -r nnn"),
+        ({"requirements.txt": "-r a\0b"}, "requirements.txt:1: -r a\0b: leaves"),
+        ({"pyproject.toml": "a = " + "[" * 5000}, "pyproject.toml: cannot be read as TOML: nested"),
+        (
+            {"pyproject.toml": "a = " + "9" * 5000},
+            "pyproject.toml: cannot be read as TOML: Exceeds",
+        ),
     ],
+    ids=range(14),
 )
 def test_mistakes_in_requirements(files: dict[str, str | bytes], told: str, tmp_path: Path) -> None:
     (found,) = check_requirements(write(tmp_path, files))

@@ -1,15 +1,18 @@
-"""The store on a real SQLite file: guarded transitions, grouped commits, migrations."""
+"""The store on a real SQLite file and a real PostgreSQL: guarded transitions, grouped commits, migrations."""
 
 from __future__ import annotations
 
 import asyncio
-import sqlite3
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from sqlalchemy import text
 
 from cortex.errors import Conflict, NotFound, StartupError, StorageUnavailable
 from cortex.spec.api import ApiSpec, Definition, Networking
@@ -18,7 +21,8 @@ from cortex.spec.lifecycle import FINAL, SHOWN, TRANSITIONS, Event, State, Statu
 from cortex.spec.times import new_id, now_ns, rfc3339
 from cortex.store import Facts, Replay, Store
 from cortex.store.database import connect, migrate
-from cortex.store.schema import metadata
+from cortex.store.schema import REVISION, metadata
+from unit.driver import Driver, driving
 
 ENDING: Facts = {
     "of_attempt": 1, "start_ns": None, "end_ns": 1, "message": "m", "exit_code": 3, "result": None,
@@ -54,13 +58,25 @@ def draft(name: str = "a") -> JobSpec:
     return JobSpec(job_id=new_id(), api_name=name, api_id="", config={}, created_ns=now_ns())
 
 
-def with_store(tmp_path: Path, work: Callable[[Store], Awaitable[None]]) -> None:
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'operator.db'}"
+    return str(request.getfixturevalue("emptied"))
+
+
+def with_store(
+    url: str, work: Callable[[Store], Awaitable[None]], driver: Driver | None = None
+) -> None:
     async def main() -> None:
-        store = Store(f"sqlite:///{tmp_path / 'operator.db'}")
+        store = Store(url)
         try:
+            await driving(store, driver)
             await store.deploy([spec()])
             await work(store)
         finally:
+            await store.operators.leave()
             store.close()
 
     asyncio.run(main())
@@ -69,7 +85,7 @@ def with_store(tmp_path: Path, work: Callable[[Store], Awaitable[None]]) -> None
 @pytest.mark.parametrize("event", list(Event))
 @pytest.mark.parametrize("state", list(State))
 def test_the_store_takes_exactly_the_events_of_the_table(
-    tmp_path: Path, state: State, event: Event
+    url: str, state: State, event: Event
 ) -> None:
     async def work(store: Store) -> None:
         job, _ = await store.submit(draft())
@@ -89,7 +105,7 @@ def test_the_store_takes_exactly_the_events_of_the_table(
         else:
             assert outcome.job is not None and outcome.job.state is expected
 
-    with_store(tmp_path, work)
+    with_store(url, work)
 
 
 def path_to(state: State) -> list[tuple[Event, Facts]]:
@@ -105,7 +121,7 @@ def path_to(state: State) -> list[tuple[Event, Facts]]:
 @pytest.mark.parametrize(
     "event", [e for (s, e), t in TRANSITIONS.items() if t in FINAL and s is State.RUNNING]
 )
-def test_an_acknowledged_stop_is_final(tmp_path: Path, state: State, event: Event) -> None:
+def test_an_acknowledged_stop_is_final(url: str, state: State, event: Event) -> None:
     async def work(store: Store) -> None:
         job, _ = await store.submit(draft())
         for step, facts in PATHS[state]:
@@ -120,10 +136,10 @@ def test_an_acknowledged_stop_is_final(tmp_path: Path, state: State, event: Even
         shown = ("start_ns", "end_ns", "message", "result")
         assert [getattr(ended, f) for f in shown] == [getattr(stopped, f) for f in shown]
 
-    with_store(tmp_path, work)
+    with_store(url, work)
 
 
-def test_times_are_ordered_whatever_the_clock_says(tmp_path: Path) -> None:
+def test_times_are_ordered_whatever_the_clock_says(url: str) -> None:
     async def work(store: Store) -> None:
         job, _ = await store.submit(draft())
         for step, facts in PATHS[State.RUNNING]:
@@ -132,10 +148,10 @@ def test_times_are_ordered_whatever_the_clock_says(tmp_path: Path) -> None:
         assert done is not None and done.start_ns is not None and done.end_ns is not None
         assert job.spec.created_ns <= done.start_ns <= done.end_ns
 
-    with_store(tmp_path, work)
+    with_store(url, work)
 
 
-def test_an_event_of_an_earlier_attempt_changes_nothing(tmp_path: Path) -> None:
+def test_an_event_of_an_earlier_attempt_changes_nothing(url: str) -> None:
     async def work(store: Store) -> None:
         job, _ = await store.submit(draft())
         await store.apply(job.spec.job_id, Event.CLAIM, FACTS[Event.CLAIM])
@@ -145,18 +161,18 @@ def test_an_event_of_an_earlier_attempt_changes_nothing(tmp_path: Path) -> None:
         assert not late.taken
         assert late.job is not None and late.job.state is State.STARTING
 
-    with_store(tmp_path, work)
+    with_store(url, work)
 
 
-def test_an_unknown_job_takes_nothing(tmp_path: Path) -> None:
+def test_an_unknown_job_takes_nothing(url: str) -> None:
     async def work(store: Store) -> None:
         outcome = await store.apply("nothing", Event.STOP, FACTS[Event.STOP])
         assert (outcome.taken, outcome.job) == (False, None)
 
-    with_store(tmp_path, work)
+    with_store(url, work)
 
 
-def test_a_write_that_fails_takes_no_other_down(tmp_path: Path) -> None:
+def test_a_write_that_fails_takes_no_other_down(url: str) -> None:
     async def work(store: Store) -> None:
         replay = Replay("k", "hash")
         results = await asyncio.gather(
@@ -169,10 +185,10 @@ def test_a_write_that_fails_takes_no_other_down(tmp_path: Path) -> None:
         assert [type(r) for r in results if isinstance(r, Exception)] == [NotFound, Conflict]
         assert len((await store.list_jobs("a", limit=100)).jobs) == 51
 
-    with_store(tmp_path, work)
+    with_store(url, work)
 
 
-def test_undeploy_stops_what_is_in_progress(tmp_path: Path) -> None:
+def test_undeploy_stops_what_is_in_progress(url: str) -> None:
     async def work(store: Store) -> None:
         waiting, _ = await store.submit(draft())
         done, _ = await store.submit(draft())
@@ -184,36 +200,57 @@ def test_undeploy_stops_what_is_in_progress(tmp_path: Path) -> None:
         with pytest.raises(NotFound):
             await store.submit(draft())
 
-    with_store(tmp_path, work)
+    with_store(url, work)
 
 
-def test_a_deploy_is_all_or_none(tmp_path: Path) -> None:
+def test_a_deploy_is_all_or_none(url: str) -> None:
     async def work(store: Store) -> None:
         with pytest.raises(Conflict):
             await store.deploy([spec("b"), spec("c", endpoint="a")])
         assert [d.name for d in await store.deployments()] == ["a"]
 
-    with_store(tmp_path, work)
+    with_store(url, work)
 
 
-def test_the_migrations_make_the_schema_of_the_code(tmp_path: Path) -> None:
-    engine = connect(f"sqlite:///{tmp_path / 'operator.db'}")
+def test_the_migrations_make_the_schema_of_the_code(url: str) -> None:
+    engine = connect(url)
     migrate(engine)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, metadata) == []
+        assert context.get_current_heads() == (REVISION,)
     engine.dispose()
 
 
-def test_a_database_of_a_newer_version_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "operator.db"
-    Store(f"sqlite:///{path}").close()
-    connection = sqlite3.connect(path)
-    connection.execute("UPDATE alembic_version SET version_num = '9999'")
-    connection.commit()
-    connection.close()
+def test_a_database_of_a_newer_version_is_refused(url: str) -> None:
+    Store(url).close()
+
+    def version(number: str) -> str:
+        with engine.begin() as connection:
+            was = connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one()
+            connection.execute(text("UPDATE alembic_version SET version_num = :n"), {"n": number})
+        return str(was)
+
+    engine = connect(url)
+    ours = version("9999")
     with pytest.raises(StartupError, match="another version"):
-        Store(f"sqlite:///{path}")
+        Store(url)
+    version(ours)
+    engine.dispose()
+
+
+def test_a_start_loads_no_migrations_where_there_are_none_to_make(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'operator.db'}"
+    Store(url).close()
+    code = (
+        "import sys, cortex.operator.app\n"
+        "cortex.operator.app.Store(sys.argv[1]).close()\n"
+        "print([name for name in ('alembic', 'httpx') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, url], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
 
 
 def test_a_damaged_database_is_refused(tmp_path: Path) -> None:
@@ -228,11 +265,11 @@ def test_a_store_that_takes_no_writes_says_so_and_recovers(tmp_path: Path) -> No
         # SQLite refuses to grow past max_page_count as it does on a full disk: SQLITE_FULL.
         pragma = "PRAGMA max_page_count = {}"
         await store._writer.run(lambda c: c.exec_driver_sql(pragma.format(1)).scalar())
-        big = draft().model_copy(update={"config": {"x": "y" * 1_000_000}})
+        big = replace(draft(), config={"x": "y" * 1_000_000})
         with pytest.raises(StorageUnavailable):
             await store.submit(big)
         assert (await store.list_jobs("a", limit=10)).jobs == []
         await store._writer.run(lambda c: c.exec_driver_sql(pragma.format(2**31)).scalar())
         await store.submit(big)
 
-    with_store(tmp_path, work)
+    with_store(f"sqlite:///{tmp_path / 'operator.db'}", work)

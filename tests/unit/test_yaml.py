@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cortex.errors import InvalidSpec
-from cortex.spec.api import Api, Compute, Definition, Networking
+from cortex.spec.api import Api, Compute, Definition, Limits, Networking
 from cortex.spec.yaml import field_lines, read_apis
 
 MINIMAL = "- name: iris\n  kind: TaskAPI\n  definition: {path: iris.py}\n"
@@ -29,6 +29,8 @@ FULL = """\
     cpu: 1.5
     mem: 512Mi
     gpu: 1
+  limits: {max_running: 4, max_waiting: 100, log: 1G}
+  retries: 3
 - name: shell
   kind: TaskAPI
   definition:
@@ -69,6 +71,8 @@ def test_everything_that_may_be_said() -> None:
         ),
         networking=Networking(endpoint="flowers"),
         compute=Compute(cpu_m=1500, mem=512 << 20, gpu=1),
+        limits=Limits(max_running=4, max_waiting=100, log=10**9),
+        retries=3,
     )
     assert shell.definition.command == ["sh", "-c", "echo hi"]
 
@@ -131,6 +135,38 @@ def test_a_mistake_says_line_what_was_found_what_is_allowed() -> None:
     )
 
 
+def test_labels_have_a_value_or_several() -> None:
+    text = "  compute:\n    node_labels: {zone: [a, b], example.com/disk: ssd}\n"
+    (api,) = read_apis(one(more=text), "cortex.yaml")
+    assert api.compute.node_labels == {"zone": ("a", "b"), "example.com/disk": ("ssd",)}
+    assert Api.model_validate_json(api.model_dump_json()) == api
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ("a", '6: compute.node_labels: found "a"; allowed: an object of labels'),
+        ("{zone: 3}", "6: compute.node_labels.zone: found 3; allowed: at most 63 letters"),
+        (
+            "{zone: []}",
+            "6: compute.node_labels.zone: found an empty list; allowed: at most 63 letters",
+        ),
+        ("{zone: [a, -b]}", '6: compute.node_labels.zone: found "-b"; allowed: at most 63'),
+        ("{-zone: a}", '6: compute.node_labels: found the label "-zone"; allowed in a label'),
+        ("{a/b/c: a}", '6: compute.node_labels: found the label "a/b/c"; allowed in a label'),
+    ],
+)
+def test_mistakes_in_labels_are_told(labels: str, told: str) -> None:
+    assert only(one(more=f"  compute:\n    node_labels: {labels}\n")).startswith(told)
+
+
+@pytest.mark.parametrize("found", ["-1", "1.5", "true", '"2"', "[]"])
+def test_retries_are_a_count(found: str) -> None:
+    (line,) = mistakes(one(more=f"  retries: {found}\n"))
+    assert line.startswith("5: retries: found ")
+    assert line.endswith("; allowed: a whole number, 0 or more")
+
+
 def test_every_mistake_is_told_at_once_in_the_order_of_lines() -> None:
     text = """\
 - name: Iris
@@ -167,7 +203,7 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines() -> None:
         'did you mean "iris"?',
         "1: definition: missing; it is required",
         '2: kind: found "BatchAPI"; allowed: TaskAPI (no other kind is supported)',
-        '3: defnition: unknown field; allowed: name, kind, definition, networking, compute; did you mean "definition"?',
+        '3: defnition: unknown field; allowed: name, kind, definition, networking, compute, limits, retries; did you mean "definition"?',
         "4: name: missing; it is required",
         '6: definition.path: found "/etc/passwd"; allowed: a Python file, relative',
         "7: definition.env.CORTEX_X: names that start with CORTEX_ are reserved",
@@ -178,7 +214,7 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines() -> None:
         "9: compute.cpu: found true; allowed: cores",
         "9: compute.gpu: found -1; allowed: a whole number",
         '9: compute.mem: found "1Mi"; allowed: 16Mi at least',
-        "9: compute.disk: unknown field; allowed: cpu, mem, gpu",
+        "9: compute.disk: unknown field; allowed: cpu, mem, gpu, node_labels",
     ):
         assert told in joined
 
@@ -210,6 +246,11 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines() -> None:
 )
 def test_texts_that_hold_no_list_of_apis(text: str, told: str) -> None:
     assert only(text).startswith(told)
+
+
+def test_an_anchor_may_be_given_again() -> None:
+    (api,) = read_apis(one("path: iris.py\n    config: {a: &x 1, b: &x 2, c: *x}"), "cortex.yaml")
+    assert api.definition.config == {"a": 1, "b": 2, "c": 2}
 
 
 def test_aliases_are_expanded_within_bounds() -> None:
@@ -390,8 +431,8 @@ def test_what_is_shown_is_one_short_line() -> None:
 def test_field_lines_name_every_field() -> None:
     lines = field_lines(FULL)
     assert lines[0, "definition", "path"] == 4
-    assert lines[1, "definition", "command"] == 18
-    assert lines[1,] == 15
+    assert lines[1, "definition", "command"] == 20
+    assert lines[1,] == 17
     assert field_lines("") == {}
 
 
@@ -421,7 +462,7 @@ _ENTRIES = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.text()
     | _YAMLISH

@@ -1,0 +1,97 @@
+"""The benchmark runs: a small round of what needs nothing installed, with figures for all of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support import processes_with, until
+
+ROOT = Path(__file__).parents[2]
+RUN = ROOT / "benchmarks" / "run.py"
+
+
+def test_it_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    out, mark = tmp_path / "results.json", tmp_path / "tmp"
+    mark.mkdir()
+    names = "submit,end-to-end,crowd,stored-status"
+    done = subprocess.run(
+        [sys.executable, RUN, "--quick", "--only", names, "--out", out],
+        env={"PATH": "/usr/bin:/bin", "TMPDIR": str(mark)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(out.read_text())["figures"]
+    for name in ("submit", "end-to-end", "crowd-starts", "crowd-stops", "crowd-memory"):
+        assert all(value > 0 for value in figures[name]["subjects"]["ours"]), figures[name]
+    assert len(figures["stored-status"]["subjects"]) == 2
+    assert "submits/s, of the echo endpoint's" in done.stdout
+    until(lambda: not processes_with(str(mark)), "all processes gone")
+    assert list(mark.iterdir()) == []
+
+
+def test_a_measurement_that_is_not_there_is_named() -> None:
+    done = subprocess.run(
+        [sys.executable, RUN, "--only", "speed"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "there is no 'speed'" in done.stderr
+
+
+def test_peers_that_are_not_installed_are_told_of(tmp_path: Path) -> None:
+    shutil.copytree(RUN.parent, tmp_path / "benchmarks")  # beside it is no environment of theirs
+    done = subprocess.run(
+        [sys.executable, tmp_path / "benchmarks" / "run.py", "--peers", "--quick"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "`make bench-peers`" in done.stderr
+
+
+def test_the_page_shows_the_kept_results() -> None:
+    code = (
+        "import page\n"
+        "text = page.PAGE.read_text()\n"
+        "assert page.page(text, page.Results.load(page.RESULTS)) == text"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=RUN.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, "run `make bench-pictures`: " + done.stderr
+
+
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """A folder that PostgreSQL's user reaches, which pytest's own keeps out."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("store", ["sqlite", "postgresql"])
+def test_the_scale_is_measured_and_nothing_is_left_behind(open_path: Path, store: str) -> None:
+    done = subprocess.run(
+        [
+            sys.executable, RUN.with_name("scale.py"), "--store", store,
+            "--nodes", "20", "--cores", "2", "--waiting", "400", "--seconds", "0.3", "--requests", "3",
+        ],
+        env={"PATH": "/usr/bin:/bin", "TMPDIR": str(open_path)},
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    heading, columns, *rows = done.stdout.splitlines()
+    assert heading.endswith(f"{store}, 2 jobs run on each node")
+    assert "20 nodes, 400 wait" in columns
+    assert len(rows) == 16
+    until(lambda: not processes_with(str(open_path)), "all processes gone")
+    assert list(open_path.iterdir()) == []

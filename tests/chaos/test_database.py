@@ -1,0 +1,194 @@
+"""An operator whose PostgreSQL server is killed or restarted: nothing is lost or half
+stored, and all goes on when the server is back, without a restart of the operator."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+import loaded
+import support
+from postgresql import PASSWORD, Server, server
+from support import PROBE, Operator, operator, probe_yaml, until
+
+ASLEEP = {"do": "sleep", "s": 300}
+
+
+@contextmanager
+def on_server(tmp_path: Path, *options: str) -> Iterator[tuple[Operator, Server]]:
+    """An operator with a server of its own."""
+    with server() as running:
+        url = running.url(running.create())
+        with operator(tmp_path, "--store", url, "--cpu", "1", *options) as operated:
+            yield operated, running
+
+
+def code(running: Operator, path: str) -> int:
+    return running.http.get(running.url + path).status_code
+
+
+def ready(running: Operator) -> bool:
+    return code(running, "/readyz") == 200
+
+
+def test_a_server_that_is_killed_loses_nothing_and_all_goes_on_when_it_is_back(
+    tmp_path: Path,
+) -> None:
+    with on_server(tmp_path) as (running, database):
+        endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
+        done = running.run(endpoint, config={"do": "say"})
+        short = running.submit(endpoint, config={"do": "sleep", "s": 1})
+        long = running.submit(endpoint, config=ASLEEP)
+        for job in (short, long):
+            running.await_log(endpoint, job, "asleep")
+        database.kill()
+        for refused in (
+            running.http.post(endpoint, json={}, headers={"Idempotency-Key": "k"}),
+            running.http.get(f"{endpoint}/{done['job_id']}"),
+            running.http.delete(f"{endpoint}/{long['job_id']}"),
+            running.http.delete(f"{running.url}/-/apis/probe"),
+            running.deploy(probe_yaml("two"), {"probe.py": PROBE}),
+            running.http.get(f"{running.url}/readyz"),
+        ):
+            assert (refused.status_code, refused.json()["kind"]) == (503, "storage.unavailable")
+            assert int(refused.headers["retry-after"]) > 0
+            assert PASSWORD not in refused.text
+        assert code(running, "/healthz") == 200
+        time.sleep(2)  # the short one ends meanwhile, and nobody can store it
+        database.start()
+        until(lambda: ready(running), "it is ready again")
+        assert running.status(endpoint, done) == done
+        ended = running.finished(endpoint, short)
+        assert (ended["status"], ended["result"]) == ("status_succeeded", "rested")
+        assert running.status(endpoint, long)["status"] == "status_running"
+        listed = running.http.get(endpoint).json()["job_statuses"]
+        assert {job["job_id"] for job in listed} == {j["job_id"] for j in (done, short, long)}
+        assert len(running.http.get(f"{running.url}/-/apis").json()) == 1
+        assert running.run(endpoint)["status"] == "status_succeeded"
+        assert running.delete(endpoint, long).status_code == 200
+
+
+def test_what_was_told_is_so_however_often_the_server_is_killed_under_load(tmp_path: Path) -> None:
+    """Submits without a key: a job is there if and only if its client was told so."""
+    with on_server(tmp_path) as (running, database):
+        yaml = probe_yaml("probe", "  limits: {max_running: 1}\n")
+        endpoint = running.deployed(yaml, {"probe.py": PROBE})
+        first = running.submit(endpoint, config=ASLEEP)
+        running.await_log(endpoint, first, "asleep")
+        is_over = False
+
+        def submit(_: int) -> list[httpx.Response]:
+            answers = []
+            with httpx.Client(timeout=60) as client:
+                while not is_over:
+                    answers.append(client.post(endpoint, json={}))
+                    if answers[-1].status_code != 200:
+                        time.sleep(0.05)
+            return answers
+
+        with ThreadPoolExecutor(8) as pool:
+            clients = [pool.submit(submit, number) for number in range(8)]
+            for pause_s in (0.5, 0.3, 0.7, 0.4):
+                time.sleep(pause_s)
+                database.kill()
+                database.start()
+                until(lambda: ready(running), "it is ready again")
+            is_over = True
+            answers = [answer for client in clients for answer in client.result()]
+        codes = Counter(answer.status_code for answer in answers)
+        assert codes.keys() <= {200, 503}, codes
+        told = [answer.json()["job_id"] for answer in answers if answer.status_code == 200]
+        assert len(told) > 50
+        stored: list[str] = []
+        cursor = None
+        while cursor is not None or not stored:
+            query = {"limit": 1000, **({"cursor": cursor} if cursor else {})}
+            page = running.http.get(endpoint, params=query).json()
+            stored += [job["job_id"] for job in page["job_statuses"]]
+            cursor = page["next_cursor"]
+        assert sorted(stored) == sorted([*told, first["job_id"]])
+
+
+def test_an_operator_that_is_killed_with_its_server_finds_everything_again(tmp_path: Path) -> None:
+    with on_server(tmp_path) as (running, database):
+        endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
+        job = running.submit(endpoint, config={"do": "sleep", "s": 1})
+        running.await_log(endpoint, job, "asleep")
+        database.kill()
+        running.kill()
+        time.sleep(1.5)
+        database.start()
+        running.start()
+        ended = running.finished(f"{running.url}/probe", job)
+        assert (ended["status"], ended["result"]) == ("status_succeeded", "rested")
+
+
+def test_a_version_that_cannot_be_read_now_is_read_later(tmp_path: Path) -> None:
+    """A job whose environment is to be built when the server goes down."""
+    with on_server(tmp_path) as (running, database):
+        endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
+        jobs = [running.submit(endpoint) for _ in range(3)]
+        database.kill()
+        time.sleep(1)
+        database.start()
+        until(lambda: ready(running), "it is ready again")
+        for job in jobs:
+            assert running.finished(endpoint, job)["status"] == "status_succeeded"
+
+
+def test_an_operator_ends_at_once_while_its_server_is_down(tmp_path: Path) -> None:
+    with on_server(tmp_path) as (running, database):
+        endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
+        job = running.submit(endpoint, config=ASLEEP)
+        running.await_log(endpoint, job, "asleep")
+        database.kill()
+        assert running.stop() == 0
+        database.start()
+        running.start()
+        assert running.status(f"{running.url}/probe", job)["status"] == "status_running"
+
+
+# At the start
+
+
+def refused(folder: Path, *options: str) -> str:
+    """What `cortex serve` says when it does not start."""
+    said = support.refused(folder, *options)
+    assert PASSWORD not in said
+    return said
+
+
+def test_a_store_that_cannot_be_used_is_told_at_the_start(tmp_path: Path, database: str) -> None:
+    data = tmp_path / "data"
+    assert "authentication failed" in refused(data, "--store", database.replace("%3A", "x"))
+    assert "no database of that kind" in refused(data, "--store", "mysql://u:pw@h/d")
+
+
+def test_tokens_are_made_in_the_same_store_however_that_is_named(
+    tmp_path: Path, database: str
+) -> None:
+    config = tmp_path / "operator.yaml"
+    config.write_text(f"store: {database}\n")
+
+    def cortex(*words: str, **variables: str) -> str:
+        done = loaded.run("token", *words, env={**os.environ, **variables})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    made = cortex("create", "ci", "--scope", "deploy", "--store", database).strip()
+    with operator(tmp_path, "--require-token", "--store", database, token=made) as running:
+        assert code(running, "/-/apis") == 200
+        assert "ci" in cortex("list", CORTEX_SERVE_STORE=database)
+        cortex("revoke", "ci", "--config", str(config))
+        assert code(running, "/-/apis") == 401
+        named = {"CORTEX_CONFIG": str(config)}
+        made = cortex("create", "again", "--scope", "deploy", **named).strip()
+        running.http.headers["Authorization"] = f"Bearer {made}"
+    assert not (tmp_path / "data" / "operator.db").exists()

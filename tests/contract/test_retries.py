@@ -1,0 +1,155 @@
+"""What `retries` promises: a new attempt for a job whose processes were lost, and for no other."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from support import Operator, until
+
+CODE = """
+import os, signal, time
+
+def task(config):
+    print("started", os.environ["CORTEX_ATTEMPT"], os.getpid(), flush=True)
+    if config.get("end") == "raise":
+        raise ValueError("as asked")
+    if config.get("end") == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if config.get("end") == "hungry":
+        hoard = []
+        while True:
+            hoard.append(bytearray(b"x") * (4 << 20))
+    left = os.path.join(os.environ["CORTEX_JOB_DIR"], "left")
+    done = os.path.exists(left)
+    open(left, "w").close()
+    if not done:
+        print("asleep", flush=True)
+        time.sleep(300)
+    return int(os.environ["CORTEX_ATTEMPT"])
+"""
+YAML = """
+- name: again
+  kind: TaskAPI
+  definition: {path: task.py}
+  compute: {cpu: 1m, mem: 96Mi}
+  retries: RETRIES
+"""
+
+
+def deployed(operator: Operator, retries: int = 1) -> str:
+    return operator.deployed(YAML.replace("RETRIES", str(retries)), {"task.py": CODE})
+
+
+def lose(operator: Operator, endpoint: str, job: Any, attempt: int = 1) -> None:
+    """Kill the job's supervising process, and its worker: what a machine that is lost takes along."""
+    operator.await_log(endpoint, job, f"started {attempt} ")
+    words = operator.log_of(endpoint, job).split()
+    worker = int(words[len(words) - 1 - words[::-1].index("started") + 2])
+    start = operator.data_dir / "jobs" / job["job_id"] / f"start.{attempt}"
+    for pid in (int(json.loads(start.read_bytes())["pid"]), worker):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue  # it ends with the other
+
+
+def test_a_lost_job_is_tried_again_knows_it_and_its_log_says_so(shared: Operator) -> None:
+    endpoint = deployed(shared)
+    job = shared.submit(endpoint)
+    shared.await_log(endpoint, job, "asleep")
+    lose(shared, endpoint, job)
+    done = shared.finished(endpoint, job)
+    assert (done["status"], done["result"]) == ("status_succeeded", 2)
+    assert "message" not in done
+    lines = shared.log_of(endpoint, job).splitlines()
+    assert lines[0].startswith("started 1")
+    words = "attempt 1 was lost: the supervising process was killed; attempt 2 begins"
+    assert lines[2] == f"cortex: {words}"
+    assert lines[3].startswith("started 2")
+
+
+def test_while_the_next_attempt_runs_the_status_tells_of_the_loss(shared: Operator) -> None:
+    endpoint = deployed(shared)
+    job = shared.submit(endpoint, config={"base": 1})
+    left = shared.data_dir / "jobs" / job["job_id"] / "files" / "left"
+    shared.await_log(endpoint, job, "asleep")
+    left.unlink()  # so that the next attempt sleeps as well
+    lose(shared, endpoint, job)
+    shared.await_log(endpoint, job, "started 2")
+    until(
+        lambda: shared.status(endpoint, job)["worker_counts"] == {"pending": 0, "running": 1},
+        "running again",
+    )
+    seen = shared.status(endpoint, job)
+    assert seen["status"] == "status_running"
+    assert seen["message"] == "attempt 1 was lost: the supervising process was killed"
+    assert seen["created_time"] < seen["start_time"]
+    assert shared.delete(endpoint, job).status_code == 200
+    assert shared.status(endpoint, job)["message"] == "stopped by a user"
+
+
+def test_a_job_that_is_lost_more_often_than_that_is_an_unexpected_error(shared: Operator) -> None:
+    endpoint = deployed(shared, 0)
+    job = shared.submit(endpoint)
+    lose(shared, endpoint, job)
+    done = shared.finished(endpoint, job)
+    assert done["status"] == "status_unexpected_error"
+    assert done["message"] == "the supervising process was killed"
+    assert "attempt" not in shared.log_of(endpoint, job)
+
+
+def test_a_supervising_process_that_somebody_stops_is_a_loss_too(shared: Operator) -> None:
+    """As a machine does that is shut down in order."""
+    endpoint = deployed(shared)
+    job = shared.submit(endpoint)
+    shared.await_log(endpoint, job, "asleep")
+    start = shared.data_dir / "jobs" / job["job_id"] / "start.1"
+    os.kill(int(json.loads(start.read_bytes())["pid"]), signal.SIGTERM)
+    done = shared.finished(endpoint, job)
+    assert (done["status"], done["result"]) == ("status_succeeded", 2)
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        ("raise", "status_worker_error"),
+        ("killed", "status_worker_error"),
+        ("hungry", "status_worker_oom"),
+        ("timeout", "status_timed_out"),
+    ],
+)
+def test_what_ended_by_itself_or_by_its_limits_is_not_tried_again(
+    shared: Operator, end: str, status: str
+) -> None:
+    endpoint = deployed(shared)
+    timeout = 2 if end == "timeout" else None
+    done = shared.run(endpoint, config={"end": end}, timeout=timeout)
+    assert done["status"] == status
+    assert shared.log_of(endpoint, done).count("started") == 1
+
+
+def test_a_job_lost_while_no_operator_runs_is_tried_again_by_the_next(own: Operator) -> None:
+    endpoint = deployed(own)
+    job = own.submit(endpoint)
+    own.await_log(endpoint, job, "asleep")
+    log = own.data_dir / "jobs" / job["job_id"] / "log"
+    own.kill()
+    pid = int(json.loads(log.with_name("start.1").read_bytes())["pid"])
+    os.kill(pid, signal.SIGKILL)
+    own.start()
+    done = own.finished(f"{own.url}/again", job)
+    assert (done["status"], done["result"]) == ("status_succeeded", 2)
+
+
+def test_a_timeout_holds_over_all_attempts(shared: Operator) -> None:
+    endpoint = deployed(shared)
+    job = shared.submit(endpoint, timeout=4)
+    shared.await_log(endpoint, job, "asleep")
+    (shared.data_dir / "jobs" / job["job_id"] / "files" / "left").unlink()
+    lose(shared, endpoint, job)
+    assert shared.finished(endpoint, job)["status"] == "status_timed_out"

@@ -1,0 +1,207 @@
+"""`cortex serve --run-as`: users' code runs as a user without rights, and reaches nothing of the
+operator's. The operator has to be root for that, as it is where these tests are meant to run.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import CORTEX, PROBE, Operator, operator, probe_yaml
+
+USER, UID = "nobody", 65534
+SNOOP = """
+import os, signal, subprocess, sys
+
+
+def attempt(action, *arguments):
+    try:
+        return str(action(*arguments))
+    except OSError as error:
+        return type(error).__name__
+
+
+def task(config):
+    data, here = config["data"], os.environ["CORTEX_JOB_DIR"]
+    operator = config["operator"]
+    return {
+        "ids": [os.getuid(), os.geteuid(), os.getgid(), os.getgroups()],
+        "capabilities": [l.split()[1] for l in open("/proc/self/status") if l[:6] == "CapEff"][0],
+        "home": os.environ["HOME"],
+        "read": attempt(open, data + "/operator.db"),
+        "write": attempt(open, os.path.join(os.getcwd(), "task.py"), "a"),
+        "environ": attempt(open, f"/proc/{operator}/environ"),
+        "kill": attempt(os.kill, operator, signal.SIGKILL),
+        "own": attempt(lambda: open(here + "/mine", "w").write("x")),
+        "descriptors": sorted(os.listdir("/proc/self/fd")),
+        "tmp": attempt(lambda: subprocess.run(["true"]).returncode),
+    }
+"""
+PLANT = """
+import os
+folder = os.path.dirname(os.environ["CORTEX_JOB_SPEC"])
+os.unlink(folder + "/log")
+{plant}
+"""
+
+
+def reachable() -> list[str]:
+    """A command in whose mounts any user can reach this interpreter: it may lie in root's home."""
+    closed = [p for p in Path(sys.base_prefix).parents if not p.stat().st_mode & 1]
+    if not closed:
+        return []
+    script = (
+        'mkdir "$3" && mount --bind "$2" "$3" && mount -t tmpfs -o mode=755 tmpfs "$1" '
+        '&& mkdir -p "$2" && mount --move "$3" "$2" && rmdir "$3" && shift 3 && exec "$@"'
+    )
+    aside = tempfile.mktemp(prefix="cortex-test-")
+    return ["unshare", "-m", "sh", "-c", script, "sh", str(closed[-1]), sys.base_prefix, aside]
+
+
+@pytest.fixture(scope="module")
+def other() -> Iterator[Operator]:
+    assert os.geteuid() == 0, "these tests need root, as the operator does for --run-as"
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        with operator(Path(folder), "--run-as", USER, within=reachable()) as running:
+            yield running
+
+
+def snooped(other: Operator) -> Any:
+    endpoint = other.deployed(probe_yaml("snoop"), {"probe.py": SNOOP})
+    told = {"data": str(other.data_dir), "operator": other.process.pid}
+    return other.run(endpoint, config=told)["result"]
+
+
+def test_a_job_has_no_rights_and_reaches_nothing_of_the_operators(other: Operator) -> None:
+    found = snooped(other)
+    assert found["ids"][:3] == [UID, UID, UID]
+    assert 0 not in found["ids"][3]
+    assert int(found["capabilities"], 16) == 0
+    for what in ("read", "write", "environ", "kill"):
+        assert found[what] == "PermissionError", what
+    assert found["own"] == "1"
+    assert found["tmp"] == "0"
+    assert len(found["descriptors"]) == 5  # the standard three, its pipe, and that of the listing
+
+
+def test_its_end_memory_limit_and_stop_are_as_ever(other: Operator) -> None:
+    endpoint = other.deployed(
+        probe_yaml("limited").replace("cpu: 1m", "cpu: 1m, mem: 64Mi"), {"probe.py": PROBE}
+    )
+    ends = {
+        "succeeded": other.submit(endpoint),
+        "worker_error": other.submit(endpoint, config={"do": "leave", "code": 3}),
+        "worker_oom": other.submit(endpoint, config={"do": "allocate"}),
+        "timed_out": other.submit(endpoint, config={"do": "stubborn"}, timeout=1),
+    }
+    stubborn = other.submit(endpoint, config={"do": "stubborn"})
+    other.await_log(endpoint, stubborn, "asleep")
+    other.delete(endpoint, stubborn)
+    for end, job in ends.items():
+        assert other.finished(endpoint, job)["status"] == f"status_{end}"
+    assert "64 MiB" in other.status(endpoint, ends["worker_oom"])["message"]
+    assert other.status(endpoint, stubborn)["status"] == "status_stopped"
+
+
+def test_an_environment_is_built_as_that_user_too(other: Operator) -> None:
+    setup = "import os\nfrom setuptools import setup\nos.makedirs('built-as-%d' % os.getuid(), exist_ok=True)\nsetup()"
+    files = {
+        "probe.py": "import glob\ndef task(config): return glob.glob('/nowhere')",
+        "requirements.txt": "./made\n",
+        "made/setup.py": setup,
+        "made/pyproject.toml": '[project]\nname = "made"\nversion = "1"\n'
+        '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n',
+    }
+    endpoint = other.deployed(probe_yaml("built"), files)
+    done = other.run(endpoint)
+    assert done["status"] == "status_succeeded", other.log_of(endpoint, done)
+    environments = other.data_dir / "environments"
+    assert list(environments.glob(f"*/*/source/made/built-as-{UID}"))
+    owners = {path.stat().st_uid for path in environments.glob("*/*/venv")}
+    assert owners == {UID}
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        'os.symlink("/etc/shadow", folder + "/log")',
+        'os.mkfifo(folder + "/log")',
+        'os.symlink("/dev/zero", folder + "/log.cut")',
+        'os.mkfifo(folder + "/log.cut")',
+        'os.mkdir(folder + "/log")',
+    ],
+)
+def test_what_a_job_puts_in_its_logs_place_is_not_followed(other: Operator, plant: str) -> None:
+    code = f"def task(config):\n    exec({PLANT.format(plant=plant)!r})\n"
+    endpoint = other.deployed(probe_yaml("planter"), {"probe.py": code})
+    job = other.submit(endpoint)
+    assert other.finished(endpoint, job)["status"] == "status_succeeded"
+    assert other.log_of(endpoint, job) == ""
+
+
+@pytest.mark.parametrize("record", ["exit.1", "start.1"])
+def test_a_job_that_spoils_its_records_harms_itself_alone(other: Operator, record: str) -> None:
+    code = (
+        "import os, time\ndef task(config):\n"
+        "    path = os.path.dirname(os.environ['CORTEX_JOB_SPEC'])\n"
+        f"    open(path + '/{record}', 'w').write('{{')\n"
+    )
+    endpoint = other.deployed(probe_yaml("spoiler"), {"probe.py": code})
+    done = other.finished(endpoint, other.submit(endpoint))
+    assert done["status"] in ("status_succeeded", "status_unexpected_error")
+    assert other.http.get(f"{other.url}/readyz").status_code == 200
+
+
+def test_a_running_job_outlives_the_operator(other: Operator) -> None:
+    endpoint = other.deployed(probe_yaml(), {"probe.py": PROBE})
+    job = other.submit(endpoint, config={"do": "sleep", "s": 3})
+    other.await_log(endpoint, job, "asleep")
+    other.kill()
+    other.start()
+    assert other.finished(f"{other.url}/probe", job)["status"] == "status_succeeded"
+
+
+def test_the_database_is_nobody_elses(shared: Operator) -> None:
+    found = list(shared.data_dir.glob("operator.db*"))
+    assert len(found) == 3
+    assert [path for path in found if path.stat().st_mode & 0o077] == []
+
+
+@pytest.mark.parametrize(
+    ("user", "as_user", "words"),
+    [
+        ("no-such-user", None, "no user 'no-such-user'"),
+        ("root", None, "is root itself"),
+        (USER, 65534, "only root can run jobs"),
+    ],
+)
+def test_a_user_that_cannot_be_is_told(
+    tmp_path: Path, user: str, as_user: int | None, words: str
+) -> None:
+    within = [] if as_user is None else [*reachable(), "setpriv", f"--reuid={as_user}"]
+    done = subprocess.run(
+        [*within, CORTEX, "serve", "--run-as", user, "--data-dir", str(tmp_path), "--port", "0"],
+        capture_output=True, text=True, timeout=60, check=False, cwd="/",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_user_that_cannot_reach_python_is_told(tmp_path: Path) -> None:
+    hidden = tmp_path / "hidden"
+    hidden.mkdir(mode=0o700)
+    done = subprocess.run(
+        [CORTEX, "serve", "--run-as", USER, "--data-dir", str(hidden / "data"), "--port", "0"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "jobs cannot run as 'nobody'" in done.stderr

@@ -1,0 +1,236 @@
+"""CONTRACT.md, Errors, 401: tokens and their scopes, on a real operator that requires them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+import loaded
+from cortex.cli.main import app
+from support import PROBE, Operator, operator, probe_yaml
+
+SCOPES = ("read", "submit", "deploy")
+
+
+def cortex(*arguments: str, code: int = 0, **variables: str) -> str:
+    variables = {"CORTEX_CLI_CONFIG_DIR": "/nowhere", **variables}
+    done = loaded.run(*arguments, env={**os.environ, **variables})
+    assert done.returncode == code, (done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def token(data: Path, name: str, scope: str) -> str:
+    """Made by the command in this process: an interpreter for each would take longer than the tests."""
+    arguments = ["token", "create", name, "--scope", scope, "--data-dir", str(data)]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout.strip()
+
+
+@contextmanager
+def guarded(folder: Path, *options: str) -> Iterator[tuple[Operator, dict[str, str]]]:
+    """An operator that requires tokens, and one of each scope; the tests' own client deploys."""
+    tokens = {scope: token(folder / "data", scope, scope) for scope in SCOPES}
+    with operator(folder, *options, token=tokens["deploy"]) as running:
+        yield running, tokens
+
+
+@pytest.fixture(scope="module")
+def safe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Operator, dict[str, str]]]:
+    with guarded(tmp_path_factory.mktemp("guarded"), "--require-token") as made:
+        made[0].deployed(probe_yaml(), {"probe.py": PROBE})
+        yield made
+
+
+def ask(running: Operator, method: str, path: str, token: str | None) -> httpx.Response:
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    return httpx.request(method, running.url + path, headers=headers, json={}, timeout=60)
+
+
+def routes(running: Operator) -> list[tuple[str, str]]:
+    """Every route that the operator has, from its own description."""
+    paths = running.http.get(f"{running.url}/-/openapi.json").json()["paths"]
+    return [
+        (method.upper(), re.sub(r"\{\w+\}", "probe", path))
+        for path, methods in paths.items()
+        for method in methods
+    ]
+
+
+def test_no_route_answers_without_a_token(safe: tuple[Operator, dict[str, str]]) -> None:
+    running, _ = safe
+    found = routes(running)
+    assert len(found) > 12
+    for method, path in [*found, ("GET", "/-/openapi.json"), ("GET", "/"), ("PUT", "/-/x")]:
+        answer = ask(running, method, path, None)
+        if path in ("/healthz", "/readyz"):
+            assert answer.status_code == 200
+            continue
+        assert (answer.status_code, answer.json()["kind"]) == (401, "auth.unauthorized"), path
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert "cortex token create" in answer.json()["message"]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"Bearer ctx_wrong", b"Bearer", b"Basic eDp5", b"ctx_wrong", b"Bearer a b",
+        b"Bearer " + b"x" * 5000, b"Bearer \xff\xfe", b"Bearer ctx_\xc3\xa9", b"",
+    ],
+)  # fmt: skip
+def test_a_wrong_token_is_refused_whatever_it_is(
+    safe: tuple[Operator, dict[str, str]], sent: bytes
+) -> None:
+    running, _ = safe
+    answer = httpx.get(f"{running.url}/probe", headers={b"Authorization": sent})
+    assert (answer.status_code, answer.json()["kind"]) == (401, "auth.unauthorized")
+    assert answer.headers["www-authenticate"].startswith("Bearer")
+
+
+def test_a_body_without_a_token_is_not_read(safe: tuple[Operator, dict[str, str]]) -> None:
+    running, _ = safe
+
+    def endless() -> Iterator[bytes]:
+        while True:
+            yield b"x" * 65536
+
+    try:
+        answer = httpx.post(f"{running.url}/-/apis", content=endless(), timeout=60)
+    except httpx.ReadError:  # closed under a client that was still writing
+        return
+    assert answer.status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "needs"),
+    [
+        ("GET", "/probe", "read"),
+        ("GET", "/-/apis", "read"),
+        ("GET", "/-/info", "read"),
+        ("GET", "/-/cluster", "read"),
+        ("POST", "/probe", "submit"),
+        ("POST", "/-/apis/probe/jobs", "submit"),
+        ("DELETE", "/probe/JOB", "submit"),
+        ("DELETE", "/-/apis/probe/jobs/JOB", "submit"),
+        ("POST", "/-/apis", "deploy"),
+        ("DELETE", "/-/apis/nothing", "deploy"),
+    ],
+)
+def test_a_scope_allows_what_it_is_for_and_no_more(
+    safe: tuple[Operator, dict[str, str]], method: str, path: str, needs: str
+) -> None:
+    running, tokens = safe
+    for scope in SCOPES:
+        job = ask(running, "POST", "/probe", tokens["deploy"]).json()["job_id"]
+        answer = ask(running, method, path.replace("JOB", job), tokens[scope])
+        if SCOPES.index(scope) >= SCOPES.index(needs):
+            assert answer.status_code not in (401, 403), (scope, answer.text)
+        else:
+            assert (answer.status_code, answer.json()["kind"]) == (403, "auth.forbidden")
+            assert needs in answer.json()["message"]
+            assert f'scope="{needs}"' in answer.headers["www-authenticate"]
+
+
+def test_the_scheme_is_read_in_any_case(safe: tuple[Operator, dict[str, str]]) -> None:
+    running, tokens = safe
+    headers = {"Authorization": f"bEARER {tokens['read']}"}
+    assert httpx.get(f"{running.url}/probe", headers=headers).status_code == 200
+
+
+def test_a_change_holds_from_the_next_request_on(tmp_path: Path) -> None:
+    with guarded(tmp_path, "--require-token") as (running, _):
+        late = token(running.data_dir, "late", "read")
+        assert ask(running, "GET", "/-/apis", late).status_code == 200
+        cortex("token", "revoke", "late", "--data-dir", str(running.data_dir))
+        assert ask(running, "GET", "/-/apis", late).status_code == 401
+
+
+def test_secrets_are_nowhere_but_with_their_owner(tmp_path: Path) -> None:
+    with guarded(tmp_path, "--require-token") as (running, tokens):
+        running.environment["CORTEX_TOKEN"] = tokens["deploy"]
+        running.stop()
+        running.start()
+        endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
+        surroundings = running.run(endpoint, config={"do": "surroundings"})["result"]
+        assert "CORTEX_TOKEN" not in surroundings["env"]
+        assert tokens["deploy"] not in json.dumps(surroundings)
+        ask(running, "GET", "/-/apis", "ctx_" + "wrong" * 8)
+        data = b"".join(p.read_bytes() for p in running.data_dir.glob("operator.db*"))
+        log = running.log.read_text()
+        for secret in tokens.values():
+            assert secret.encode() not in data
+            assert secret not in log
+        assert "wrongwrong" not in log
+
+
+def refusal(data: Path, *options: str) -> str:
+    return cortex("serve", "--port", "0", "--data-dir", str(data), *options, code=1)
+
+
+def test_beyond_this_machine_an_operator_asks_for_tokens(tmp_path: Path) -> None:
+    told = refusal(tmp_path / "data", "--host", "0.0.0.0")
+    assert "cortex token create" in told
+    assert "--insecure" in told
+    assert "cortex token create" in refusal(tmp_path / "data", "--require-token")
+    with guarded(tmp_path, "--host", "0.0.0.0") as (running, tokens):
+        running.url = running.url.replace("0.0.0.0", "127.0.0.1")
+        assert ask(running, "GET", "/-/apis", None).status_code == 401
+        assert ask(running, "GET", "/-/apis", tokens["read"]).status_code == 200
+    with operator(tmp_path, "--host", "0.0.0.0", "--insecure") as running:
+        running.url = running.url.replace("0.0.0.0", "127.0.0.1")
+        assert ask(running, "GET", "/-/apis", None).status_code == 200
+
+
+def test_the_command_and_the_client_send_a_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cortex as package
+
+    with guarded(tmp_path, "--require-token") as (running, tokens):
+        running.deployed(probe_yaml(), {"probe.py": PROBE})
+        config = {"CORTEX_CLI_CONFIG_DIR": str(tmp_path / "cli")}
+        configure = ("env", "configure", "far", "--operator-endpoint", running.url)
+        cortex(*configure, **config)
+        assert "wants a token" in cortex("get", code=1, **config)
+        cortex(*configure, "--token", tokens["read"], **config)
+        assert "probe" in cortex("get", **config)
+        assert "'submit'" in cortex("submit", "probe", code=1, **config)
+        assert "job" in cortex("submit", "probe", CORTEX_TOKEN=tokens["submit"], **config)
+        assert tokens["read"] not in cortex("env", "list", "-o", "json", **config)
+        monkeypatch.setenv("CORTEX_CLI_CONFIG_DIR", str(tmp_path / "cli"))
+        with package.client("far") as client:
+            assert [api["spec"]["name"] for api in client.list_apis()] == ["probe"]
+            assert tokens["read"] not in repr(client)
+            with pytest.raises(package.errors.Forbidden):
+                client.submit_job("probe")
+
+
+def test_the_token_commands(tmp_path: Path) -> None:
+    data = ("--data-dir", str(tmp_path / "new" / "data"))
+    assert "no operator's data" in cortex("token", "list", *data, code=1)
+    made = json.loads(cortex("token", "create", "ci", "--scope", "submit", *data, "-o", "json"))
+    assert made.keys() == {"name", "scope", "token"}
+    assert re.fullmatch(r"ctx_[\w-]{43}", made["token"])
+    assert "there is a token 'ci'" in cortex(
+        "token", "create", "ci", "--scope", "read", *data, code=1
+    )
+    assert "no name for a token" in cortex(
+        "token", "create", "a b", "--scope", "read", *data, code=1
+    )
+    cortex("token", "create", "x", "--scope", "everything", *data, code=2)
+    (listed,) = json.loads(cortex("token", "list", *data, "-o", "json"))
+    assert (listed["name"], listed["scope"]) == ("ci", "submit")
+    assert made["token"] not in cortex("token", "list", *data)
+    assert "no token 'nobody'" in cortex("token", "revoke", "nobody", *data, code=1)
+    cortex("token", "revoke", "ci", *data)
+    assert "no tokens" in cortex("token", "list", *data)
+    assert (tmp_path / "new" / "data" / "operator.db").stat().st_mode & 0o077 == 0

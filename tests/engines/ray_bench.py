@@ -1,0 +1,202 @@
+"""The bench of the Ray engine: the cluster, the agents and one open engine are shared by all tests of a test
+process, because each of them takes seconds to start; jobs, projects and environments are each test's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+import zipfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cortex.engines.base import Attempt, Engine
+from cortex.engines.ray import RayEngine
+from cortex.engines.ray.link import Link
+from cortex.engines.ray.messages import Seat
+from engines.bench import LIMIT_S, Bench, processes, until
+from engines.cluster import Cluster, cluster
+
+NAMESPACE = "cortex-tests"
+
+
+@dataclass
+class Session:
+    """What tests share. The loop stands still between them."""
+
+    folder: Path
+    cluster: Cluster
+    runner: asyncio.Runner
+    engine: RayEngine
+
+    @property
+    def jobs(self) -> Path:
+        return self.folder / "jobs"
+
+    @property
+    def nodes(self) -> Path:
+        """What agents have on their nodes, each in a folder of its own."""
+        return self.folder / "nodes" / NAMESPACE
+
+
+@contextlib.contextmanager
+def session(folder: Path) -> Iterator[Session]:
+    with cluster("second") as running, asyncio.Runner() as runner:
+        engine = RayEngine(folder / "jobs", running.address, NAMESPACE, 5.0, str(folder / "nodes"))
+        made = Session(folder, running, runner, engine)
+        runner.run(_open(engine))
+        try:
+            yield made
+        finally:
+            runner.run(engine.close())
+            running.end()
+            end = time.monotonic() + LIMIT_S
+            while processes(str(folder), []) and time.monotonic() < end:
+                time.sleep(0.1)
+            assert processes(str(folder), []) == []
+
+
+async def _open(engine: RayEngine) -> None:
+    await engine.open(lambda _: None)
+    await ready(engine)
+
+
+async def ready(engine: Engine, count: int = 2) -> None:
+    """Wait until the agents of so many nodes answer."""
+    await until(lambda: sum(node.is_ready for node in engine.nodes()) >= count, 180)
+
+
+def agent_in(slot: Path) -> int:
+    """The process of the agent whose folder this is."""
+    return int((slot / "lock").read_text())
+
+
+class RayBench(Bench):
+    """One test's."""
+
+    def __init__(self, folder: Path, shared: Session) -> None:
+        super().__init__(folder, None)
+        self.shared = shared
+        self.root = shared.jobs
+        self.moments = [0.03]
+        self._versions: set[str] = set()
+
+    def run(self, scenario: Callable[[Engine], Awaitable[None]]) -> None:
+        engine = self.shared.engine
+        attempts = engine._attempts
+        attempts._report, attempts._orders._grace_s = self._saw, self.grace_s
+
+        async def main() -> None:
+            await scenario(engine)
+
+        self.changed = asyncio.Event()
+        self.shared.runner.run(main())
+
+    def made(self) -> RayEngine:
+        return RayEngine(*self.maker()[1])  # type: ignore[arg-type]
+
+    def maker(self) -> tuple[str, tuple[object, ...]]:
+        address, nodes = self.shared.cluster.address, str(self.shared.nodes.parent)
+        return "ray", (self.root, address, NAMESPACE, self.grace_s, nodes)
+
+    @contextlib.asynccontextmanager
+    async def engine(self):  # type: ignore[no-untyped-def]
+        async with super().engine() as engine:
+            await ready(engine, 1)  # the tests of a head that dies leave one
+            yield engine
+
+    def bare_environment(self, modules: Mapping[str, str]) -> None:
+        """The nodes build it, from a wheel in the project."""
+        name = "third-1.0-py3-none-any.whl"
+        about = "third-1.0.dist-info"
+        files = {
+            **{f"{module}.py": code for module, code in modules.items()},
+            f"{about}/METADATA": "Metadata-Version: 2.1\nName: third\nVersion: 1.0\n",
+            f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        }
+        with zipfile.ZipFile(self.project / name, "w") as wheel:
+            for path, content in files.items():
+                wheel.writestr(path, content)
+            wheel.writestr(f"{about}/RECORD", "".join(f"{path},,\n" for path in files))
+        (self.project / "requirements.txt").write_text(f"./{name}\n")
+
+    def attempt(self, *arguments: object, **named: object) -> Attempt:  # type: ignore[override]
+        made = super().attempt(*arguments, **named)  # type: ignore[arg-type]
+        self._versions.add(made.version.api.api_id)
+        return made
+
+    def folder(self, attempt: Attempt) -> Path:
+        return self._on_a_node(f"jobs/{attempt.spec.job_id}")
+
+    def files(self, attempt: Attempt) -> Path:
+        # More than one node may have the project; the job's own folder tells which it ran on.
+        return self.folder(attempt).parents[1] / "projects" / attempt.version.api.project_id
+
+    def agent_of(self, attempt: Attempt) -> int:
+        """The process of the agent that has an attempt."""
+        return agent_in(self.folder(attempt).parents[1])
+
+    async def start_on(self, name: str, engine: RayEngine, attempt: Attempt) -> None:
+        """Start an attempt on the node of a raylet of the cluster's: all others look taken."""
+        wanted = self.shared.cluster.node_id(name)
+        others = [n for n in engine._nodes.alive.values() if n.state.node_id != wanted]
+        for node in others:
+            node.is_ready = False
+        await self.start(engine, attempt)
+        for node in others:
+            node.is_ready = True
+
+    async def taken(self, engine: Engine) -> list[int]:
+        """What Ray counts as taken of each node, in thousandths of a core."""
+        assert isinstance(engine, RayEngine)
+        states = await engine._cluster.call("look")
+        assert isinstance(states, tuple)
+        return [state.taken.cpu_m for state in states if state.is_alive]
+
+    @contextlib.asynccontextmanager
+    async def others(self, cpus: int, count: int) -> AsyncIterator[None]:
+        """Somebody else's placement groups in the same cluster, of so many cores each."""
+        link = Link(self.shared.cluster.address, "others", None)
+        await link.open(30)
+        nodes = [node.state.node_id for node in self.shared.engine._nodes.alive.values()]
+        names = [f"others:{number}" for number in range(count)]
+        try:
+            for name, node_id in zip(names, nodes, strict=True):
+                await link.call("take_seat", Seat(name, node_id, {"CPU": cpus}), 10, within_s=20)
+            yield
+        finally:
+            for name in names:
+                await link.call("let_go", name, within_s=20)
+            await link.close()
+
+    @contextlib.contextmanager
+    def stopped_cluster(self, engine: Engine) -> Iterator[None]:
+        """The cluster hangs, and the operator's link breaks."""
+        assert isinstance(engine, RayEngine)
+        assert engine._cluster._link is not None
+        assert engine._cluster._link._process is not None
+        with self.shared.cluster.head_stopped():
+            engine._cluster._link._process.kill()
+            yield
+
+    def _on_a_node(self, below: str) -> Path:
+        found = list(self.shared.nodes.glob(f"*/{below}"))
+        return found[0] if found else self.shared.nodes / "0" / below
+
+    def close(self) -> None:
+        async def forget(engine: Engine) -> None:
+            for api_id in self._versions:
+                engine.forget(api_id)
+            await asyncio.sleep(0.05)
+
+        self.run(forget)
+
+    def left(self) -> list[str]:
+        """Processes and control groups of this test's jobs."""
+        found = [f"{pid}: {about}" for pid, about in processes("\0no folder", self.jobs)]
+        for folder, names, _ in os.walk("/sys/fs/cgroup"):
+            found += [f"{folder}/{name}" for name in names if any(job in name for job in self.jobs)]
+        return found

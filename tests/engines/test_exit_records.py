@@ -1,0 +1,73 @@
+"""When a supervising process puts the record of an end onto the disk."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cortex.worker import files
+from cortex.worker.bench import Bench
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that were synced, by name: that a disk has them cannot be seen without cutting its power."""
+    names: list[str] = []
+    monkeypatch.setattr(
+        files.os, "fsync", lambda fd: names.append(Path(f"/proc/self/fd/{fd}").readlink().name)
+    )
+    return names
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Bench, socket.socket]]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        signals: Any = SimpleNamespace(wake=-1, wake_write=-1)
+        setup: Any = SimpleNamespace(path=None)
+        yield Bench(setup, signals, theirs, 0), ours
+
+
+def test_an_engine_is_heard_until_it_is_gone(ends: tuple[Bench, socket.socket]) -> None:
+    bench, engine = ends
+    assert bench.is_heard()
+    engine.send(b"an order that waits")
+    assert bench.is_heard()
+    engine.close()
+    assert not bench.is_heard()
+
+
+def test_the_last_record_that_an_engine_read_is_synced_when_it_is_gone(
+    ends: tuple[Bench, socket.socket], synced: list[str], tmp_path: Path
+) -> None:
+    bench, _ = ends
+    for number in (1, 2):
+        folder = os.open(tmp_path, os.O_RDONLY)
+        files.put(folder, f"exit.{number}", b"{}")
+        bench.keep(folder, f"exit.{number}")
+    assert synced == []
+    bench.close()
+    assert synced == ["exit.2"]
+
+
+def test_a_record_whose_folder_was_removed_meanwhile_is_nobodys(
+    ends: tuple[Bench, socket.socket], synced: list[str], tmp_path: Path
+) -> None:
+    bench, _ = ends
+    bench.keep(os.open(tmp_path, os.O_RDONLY), "exit.1")
+    bench.close()
+    assert synced == []
+
+
+def test_a_record_that_is_written_for_nobody_is_synced(synced: list[str], tmp_path: Path) -> None:
+    folder = os.open(tmp_path, os.O_RDONLY)
+    files.replace(folder, "exit.1", b"{}")
+    os.close(folder)
+    assert len(synced) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["exit.1"]

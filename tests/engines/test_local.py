@@ -1,0 +1,84 @@
+"""What the local engine promises of its own: it runs on the operator's machine, in whose environment the
+operator builds what a job needs, and it counts that machine's capacity itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cortex.engines.base import Capacity, CapacityFreed, Lost
+from cortex.engines.local import LocalEngine
+from cortex.spec.api import Compute
+from engines.bench import Bench
+
+SH = "/bin/sh"
+
+
+@pytest.fixture
+def bench(local_bench: Bench) -> Bench:
+    return local_bench
+
+
+def test_an_environment_without_python_is_lost_with_the_reason(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        for python, words in ((Path("/no/python"), "No such file"), (Path("/bin/false"), "")):
+            bench.python = python
+            attempt = bench.attempt("def task(config): pass")
+            await bench.start(engine, attempt)
+            lost = await bench.last(attempt)
+            assert isinstance(lost, Lost)
+            assert lost.reason.startswith("the environment's Python could not start")
+            assert words in lost.reason
+
+    bench.run(scenario)
+
+
+def test_capacity_is_taken_and_given_back(bench: Bench) -> None:
+    async def scenario(_: LocalEngine) -> None:
+        engine = LocalEngine(bench.root, Capacity(1000, 4 << 30, 2), 1, "watchdog")
+        await engine.open(bench._saw)
+        assert engine.refusal(Compute(gpu=8)) == "needs 8 GPUs, this machine has 2"
+        assert engine.refusal(Compute(mem=4 << 30, cpu_m=1000, gpu=2)) is None
+        assert engine.refusal(Compute(node_labels={"zone": ("a", "b")})) == (
+            "needs a node with zone=a or b: labels are those of a cluster's nodes, and this operator runs "
+            "jobs on its own machine"
+        )
+        assert engine.reserve("a", Compute(cpu_m=600, mem=3 << 30, gpu=1)) is None
+        assert engine.reserve("b", Compute(cpu_m=200, mem=2 << 30)) == "needs 2 GiB, 1 GiB free"
+        assert engine.reserve("b", Compute(cpu_m=2000)) == "needs 2 CPU, 0.4 free"
+        assert engine.reserve("b", Compute(gpu=2)) == "needs 2 GPUs, 1 free"
+        engine.release("a")
+        assert bench.seen == [CapacityFreed()]
+        assert engine.reserve("b", Compute(cpu_m=1000, mem=4 << 30, gpu=2)) is None
+        engine.release("b")
+        assert bench.seen == [CapacityFreed()]
+        await engine.close()
+
+    bench.run(scenario)
+
+
+def test_gpus_are_allotted_by_index(bench: Bench) -> None:
+    async def scenario(_: LocalEngine) -> None:
+        engine = LocalEngine(bench.root, Capacity(1000, 4 << 30, 3), 1, bench.memory_limit)
+        await engine.open(bench._saw)
+        engine.reserve("somebody", Compute(gpu=1))
+        attempt = bench.attempt(command=[SH, "-c", "echo [$CUDA_VISIBLE_DEVICES]"])
+        await bench.outcome(engine, attempt)
+        assert bench.log(attempt) == "[]\n"
+        await engine.close()
+
+    bench.run(scenario)
+
+
+def test_proxies_are_passed_on_from_the_operator(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy")
+
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt(command=[SH, "-c", "echo $HTTPS_PROXY"])
+        await bench.outcome(engine, attempt)
+        assert bench.log(attempt) == "http://proxy\n"
+
+    bench.run(scenario)

@@ -1,0 +1,159 @@
+"""An attempt that is prepared while the store writes that it was claimed: it begins when it is started, and
+never if it is not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+
+from cortex.engines.base import Attempt, Ended, Ending, Engine, Lost, NeverStarted
+from engines.bench import SLEEP, Bench, exists, parent, processes, until
+from engines.test_recovery import pid_of
+
+CODE = "def task(c): return c['number']"
+
+
+@pytest.fixture
+def warm(local_bench: Bench) -> Bench:
+    return local_bench
+
+
+def prepared(bench: Bench, engine: Engine, attempt: Attempt) -> Attempt:
+    job_id = attempt.spec.job_id
+    assert engine.reserve(job_id, attempt.version.api.compute) is None
+    attempt = replace(attempt, handle=engine.claim(job_id, attempt.number))
+    engine.prepare(attempt)
+    return attempt
+
+
+async def following(bench: Bench, engine: Engine, number: int = 2) -> Attempt:
+    """An attempt of a version whose supervising process has just ended another's job."""
+    first = bench.attempt(CODE, config={"number": 1})
+    assert (await bench.outcome(engine, first)).result == 1
+    return replace(bench.attempt(CODE, config={"number": number}), version=first.version)
+
+
+def test_a_prepared_attempt_begins_when_it_is_started(bench: Bench) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = prepared(bench, engine, await following(bench, engine))
+        await asyncio.sleep(0.1)
+        assert not bench.start_record(attempt).exists()
+        engine.start(attempt)
+        end = await bench.ended(attempt)
+        assert end.result == 2
+        assert end.end_ns - end.start_ns < 1e8, "it began when it was started"
+
+    bench.run(scenario)
+
+
+def test_a_prepared_attempt_that_is_released_never_runs(bench: Bench) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = prepared(bench, engine, await following(bench, engine))
+        engine.release(attempt.spec.job_id)
+        another = replace(bench.attempt(CODE, config={"number": 3}), version=attempt.version)
+        assert (await bench.outcome(engine, another)).result == 3
+        assert not bench.start_record(attempt).exists()
+        assert all(attempt.spec.job_id not in repr(seen) for seen in bench.seen)
+
+    bench.run(scenario)
+
+
+def test_it_is_laid_out_before(warm: Bench) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = prepared(warm, engine, await following(warm, engine))
+        await until((warm.folder(attempt) / "log").exists)
+        assert (warm.folder(attempt) / "job.json").exists()
+        engine.start(attempt)
+        assert (await warm.ended(attempt)).result == 2
+
+    warm.run(scenario)
+
+
+def holder(bench: Bench, attempt: Attempt) -> int:
+    """The supervising process that holds an order: the parent of the process that has the job's id."""
+    [(pid, _)] = processes(attempt.spec.job_id, [])
+    return parent(pid)
+
+
+def test_a_holder_that_is_killed_costs_the_job_nothing(warm: Bench) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = prepared(warm, engine, await following(warm, engine))
+        await until(lambda: processes(attempt.spec.job_id, []))
+        pid = holder(warm, attempt)
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: not exists(pid))
+        engine.start(attempt)
+        assert (await warm.ended(attempt)).result == 2
+
+    warm.run(scenario)
+
+
+def test_a_holder_that_is_killed_as_it_is_told_to_begin_has_not_begun(warm: Bench) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = prepared(warm, engine, await following(warm, engine))
+        await until(lambda: processes(attempt.spec.job_id, []))
+        os.kill(holder(warm, attempt), signal.SIGSTOP)
+        engine.start(attempt)
+        os.kill(holder(warm, attempt), signal.SIGKILL)
+        assert isinstance(await warm.last(attempt), NeverStarted)
+
+    warm.run(scenario)
+
+
+def test_a_holder_without_an_operator_ends_and_has_begun_nothing(warm: Bench) -> None:
+    held: list[Attempt] = []
+
+    async def scenario(engine: Engine) -> None:
+        held.append(prepared(warm, engine, await following(warm, engine)))
+        await until((warm.folder(held[0]) / "log").exists)
+
+    warm.run(scenario)
+    asyncio.run(until(lambda: not warm.left()))
+    assert not warm.start_record(held[0]).exists()
+
+
+def test_what_fails_ahead_is_told_of_when_it_is_started(warm: Bench) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = await following(warm, engine)
+        (warm.folder(attempt) / "job.json").mkdir(parents=True)
+        attempt = prepared(warm, engine, attempt)
+        await asyncio.sleep(0.1)
+        assert all(attempt.spec.job_id not in repr(seen) for seen in warm.seen)
+        engine.start(attempt)
+        lost = await warm.last(attempt)
+        assert isinstance(lost, Lost)
+        assert lost.reason.startswith("the job's folder cannot be written")
+
+    warm.run(scenario)
+
+
+def test_a_stop_right_after_the_start_ends_it(warm: Bench) -> None:
+    async def scenario(engine: Engine) -> None:
+        first = await following(warm, engine)
+        warm.write(SLEEP)
+        sleeper = replace(warm.sleeper(), version=first.version)
+        attempt = prepared(warm, engine, sleeper)
+        engine.start(attempt)
+        engine.stop(attempt.spec.job_id)
+        end = await warm.last(attempt)
+        # Never: where it came before the supervising process had looked at its order.
+        assert isinstance(end, NeverStarted) or (
+            isinstance(end, Ended) and end.ending is Ending.STOPPED
+        )
+
+    warm.run(scenario)
+
+
+def test_a_version_that_is_retired_meanwhile_still_starts_it(warm: Bench) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = prepared(warm, engine, await following(warm, engine))
+        engine.forget(attempt.version.api.api_id)
+        engine.start(attempt)
+        assert (await warm.ended(attempt)).result == 2
+        await until(lambda: not exists(pid_of(warm, attempt)))
+
+    warm.run(scenario)

@@ -1,0 +1,51 @@
+"""How a supervising process ends what is left of a job, when it gets to that too late."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+LATE = """
+import os, socket, subprocess, sys, time, types
+from cortex.worker import bench, processes, serving, supervisor
+from cortex.worker.messages import Order, Setup
+
+folder = sys.argv[1]
+processes.prctl(processes.PR_SET_CHILD_SUBREAPER, 1)
+setup = Setup(package="", import_dir="", open_files=64, project=folder, python_path=None, path=None,
+              command=["true"], env={}, preload=False)
+order = Order(job_id="job", attempt=1, folder=folder, grace_s=1, timeout=None, deadline=None,
+              log_limit=1 << 20, mem=None, memory_kind=None, memory_dir=None, kill_dir=None, gpus=[], job={},
+              visible_gpus=None)
+watch_bench = bench.Bench(setup, serving.Signals(), socket.socketpair()[0], 0)
+watch = supervisor.Supervisor(watch_bench, order)
+daemon = "import os, sys, time; os.setsid(); os.fork(); print(os.getpid(), flush=True); time.sleep(60)"
+for _ in range(3):
+    made = subprocess.Popen([sys.executable, "-c", daemon], stdout=subprocess.PIPE)
+    made.stdout.readline(), made.stdout.readline()
+
+# Right after the first of them is stopped, this process is, and goes on a minute later.
+late = [0.0]
+monotonic, send = time.monotonic, processes.send
+
+
+def stop(processes, *signals):
+    send(processes, *signals)
+    late[0] = 60.0
+
+
+supervisor.processes.send = stop
+supervisor.time = types.SimpleNamespace(
+    monotonic=lambda: monotonic() + late[0], time_ns=time.time_ns, sleep=time.sleep
+)
+watch._kill()
+print(watch.alone, len(processes.descendants(os.getpid())))
+"""
+
+
+def test_what_was_stopped_is_killed_however_late_it_is(tmp_path: Path) -> None:
+    """The supervising process was stopped itself in the middle of the sweep, for longer than it takes."""
+    command = [sys.executable, "-c", LATE, str(tmp_path)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert told == "True 0\n"

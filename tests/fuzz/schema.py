@@ -1,0 +1,68 @@
+"""Requests that Schemathesis makes of the operator's own OpenAPI: what fits its schemas, and what does not."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as seeded
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+
+from fuzz.wire import Answer
+
+Judge = Callable[[Answer, str, bytes], None]
+
+
+def fuzz_schema(url: str, headers: dict[str, str], cases: int, seed: int, judge: Judge) -> None:
+    """Send about so many cases, spread over all operations, and hand every answer to `judge`, with its
+    method and what was asked."""
+    schema = schemathesis.openapi.from_url(f"{url}/-/openapi.json", headers=headers)
+    found = [result.ok() for result in schema.get_all_operations()]
+    each = max(1, cases // (2 * len(found)))
+    with requests.Session() as session:
+        session.trust_env = False
+        session.headers.update(headers)
+        for operation in found:
+            for mode in GenerationMode:
+                _send_all(operation, mode, each, seed, session, url, judge)
+
+
+def _send_all(
+    operation: schemathesis.APIOperation,
+    mode: GenerationMode,
+    cases: int,
+    seed: int,
+    session: requests.Session,
+    url: str,
+    judge: Judge,
+) -> None:
+    @seeded(seed)
+    @settings(
+        max_examples=cases,
+        database=None,
+        deadline=None,
+        derandomize=False,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def send(case: schemathesis.Case) -> None:
+        if case.operation.method == "delete" and case.operation.path == "/-/apis/{name}":
+            case.path_parameters["name"] = "nothing"
+        arguments = case.as_transport_kwargs(base_url=url)
+        arguments["headers"] = {**arguments.get("headers", {}), **session.headers}
+        sent = session.request(**arguments, timeout=30, allow_redirects=False)
+        lowered = {name.lower(): value for name, value in sent.headers.items()}
+        judge(
+            Answer(sent.status_code, lowered, sent.content),
+            case.method.upper(),
+            f"{case.method} {sent.url}".encode(),
+        )
+
+    # An operation that takes anything has nothing that does not fit.
+    with contextlib.suppress(Unsatisfiable):
+        send()

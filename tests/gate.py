@@ -1,0 +1,101 @@
+"""A way to a server that can be shut, for tests of what happens when the network goes. `chaos.proxy` does
+worse to PostgreSQL's.
+"""
+
+from __future__ import annotations
+
+import selectors
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+
+class Gate:
+    """Passes on what clients and the server send. While it is shut, connections are lost, and new ones at
+    once."""
+
+    def __init__(self, listener: socket.socket, connect: Callable[[], socket.socket]) -> None:
+        self.is_open = True
+        """Whether it takes new connections."""
+        self._listener = listener
+        self._connect = connect
+        self._sockets: set[socket.socket] = set()
+        self._threads: list[threading.Thread] = []
+        self._run(self._accept)
+
+    @property
+    def url(self) -> str:
+        """Of one that listens on a port."""
+        return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def shut(self) -> None:
+        self.is_open = False
+        for each in list(self._sockets):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def open(self) -> None:
+        self.is_open = True
+
+    def close(self) -> None:
+        self.shut()
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join(10)
+
+    def sent(self, data: bytes, server: socket.socket) -> bool:
+        """Pass on what a client has sent; whether its connection goes on."""
+        server.sendall(data)
+        return True
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            self._run(self._pass_on, client)
+
+    def _pass_on(self, client: socket.socket) -> None:
+        with client, suppress(OSError), self._connect() as server:
+            both = {client, server}
+            self._sockets |= both
+            try:
+                if self.is_open:  # only here, for `shut` ends all that is known by then
+                    self._until_closed(client, server)
+            finally:
+                self._sockets -= both
+
+    def _until_closed(self, client: socket.socket, server: socket.socket) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(client, selectors.EVENT_READ)
+            selector.register(server, selectors.EVENT_READ)
+            while True:
+                for key, _ in selector.select():
+                    source = server if key.fileobj is server else client
+                    data = source.recv(65536)
+                    if not data:
+                        return
+                    if source is server:
+                        client.sendall(data)
+                    elif not self.sent(data, server):
+                        return
+
+    def _run(self, work: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(target=work, args=arguments, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+
+@contextmanager
+def gate(port: int) -> Iterator[Gate]:
+    """A gate to a port of this machine, for as long as the block runs."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    made = Gate(listener, lambda: socket.create_connection(("127.0.0.1", port)))
+    try:
+        yield made
+    finally:
+        made.close()

@@ -1,0 +1,159 @@
+"""A real PostgreSQL server for tests: started in a folder of its own, killed, started again, removed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+
+_NOBODY = 65534
+# It does not run as root.
+_AS_NOBODY = ["setpriv", f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups"]
+_PATIENCE_S = 60
+USER, PASSWORD = "cortex", "a:b/c@d ?#%"
+
+
+def _binaries() -> Path:
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    assert found, (
+        "no PostgreSQL on this machine: `make test` installs it, or `apt-get install postgresql`"
+    )
+    return found[-1].parent
+
+
+class Server:
+    """One server on a Unix socket in its folder. Databases are `USER`'s, who needs the password."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data = folder / "data"
+        self.log = folder / "log"
+        self.settings: dict[str, str] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def make(self) -> None:
+        """Its files, and a user."""
+        if os.geteuid() == 0:
+            os.chown(self.folder, _NOBODY, _NOBODY)
+        self.folder.chmod(0o755)
+        initdb = [str(_binaries() / "initdb"), "--no-sync", "--no-instructions", "--auth=trust"]
+        options = [
+            "--username=postgres",
+            "--encoding=UTF8",
+            "--locale=C.UTF-8",
+            "-D",
+            str(self.data),
+        ]
+        subprocess.run(
+            [*self._as_owner(), *initdb, *options],
+            check=True, cwd="/", stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        hba = "local all postgres trust\nlocal all all scram-sha-256\n"
+        (self.data / "pg_hba.conf").write_text(hba)
+        self.start()
+        with self.connected() as connection:
+            password = PASSWORD.replace("'", "''")
+            connection.execute(f"CREATE ROLE {USER} LOGIN PASSWORD '{password}'")  # type: ignore[arg-type]  # not a literal
+
+    def start(self) -> None:
+        """Start it, and wait until it takes connections."""
+        settings = {
+            "listen_addresses": "",
+            "unix_socket_directories": str(self.folder),
+            "shared_buffers": "16MB",
+            "max_connections": "60",
+            **self.settings,
+        }
+        options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            with self.log.open("ab") as log:
+                self._process = subprocess.Popen(
+                    [*self._as_owner(), str(_binaries() / "postgres"), "-D", str(self.data), *options],
+                    cwd="/", stdout=log, stderr=log, start_new_session=True,
+                )  # fmt: skip
+            while self._process.poll() is None:
+                with contextlib.suppress(psycopg.OperationalError), self.connected():
+                    return
+                assert time.monotonic() < deadline, self.log.read_text()
+                time.sleep(0.02)
+            # What is left of one that was killed may hold its memory for a moment.
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """As a crash of its machine would: SIGKILL to all of its processes."""
+        assert self._process is not None
+        pid = self._process.pid
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)  # it would start processes again that are killed
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for each in [*map(int, children), pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(each, signal.SIGKILL)
+        self._process.wait()
+
+    def stop(self) -> None:
+        """As an administrator would who does not wait for clients."""
+        assert self._process is not None
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+            self._process.wait(_PATIENCE_S)
+
+    def remove(self) -> None:
+        """End it, and remove its files."""
+        if self._process is not None and self._process.poll() is None:
+            self.kill()
+        shutil.rmtree(self.folder)
+
+    @contextmanager
+    def connected(self, database: str = "postgres") -> Iterator[psycopg.Connection]:
+        """A connection of its administrator's."""
+        with psycopg.connect(
+            host=str(self.folder), user="postgres", dbname=database, autocommit=True
+        ) as connection:
+            yield connection
+
+    def url(self, database: str, user: str = USER, password: str = PASSWORD) -> str:
+        """A database's URL, as `cortex serve --store` takes it."""
+        from urllib.parse import quote
+
+        return f"postgresql://{user}:{quote(password, safe='')}@/{database}?host={self.folder}"
+
+    def create(self, template: str | None = None, **more: str) -> str:
+        """A new database; its name."""
+        name = f"d{uuid.uuid4().hex[:12]}"
+        options = {"OWNER": USER, **more, **({"TEMPLATE": template} if template else {})}
+        words = " ".join(f"{key} {value}" for key, value in options.items())
+        with self.connected() as connection:
+            connection.execute(f"CREATE DATABASE {name} {words}")  # type: ignore[arg-type]  # not a literal
+        return name
+
+    def drop(self, database: str) -> None:
+        """Remove a database, whoever is connected."""
+        with self.connected() as connection:
+            connection.execute(f"DROP DATABASE {database} WITH (FORCE)")  # type: ignore[arg-type]  # not a literal
+
+    def _as_owner(self) -> list[str]:
+        return _AS_NOBODY if os.geteuid() == 0 else []
+
+
+@contextmanager
+def server() -> Iterator[Server]:
+    """A server for as long as the block runs. Its folder's name is short, as a socket's has to be."""
+    made = Server(Path(tempfile.mkdtemp(prefix="pg-")))
+    try:
+        made.make()
+        yield made
+    finally:
+        made.remove()

@@ -1,0 +1,281 @@
+"""How an operator is configured: precedence, mistakes with their places, and what is shown of it."""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+
+import pytest
+import typer
+from ruamel.yaml import YAML
+
+from cortex.cli.main import run
+from cortex.cli.serve import serve
+from cortex.errors import StartupError
+from cortex.operator.app import _address
+from cortex.operator.configuration import Configuration, flag
+from cortex.operator.sources import Effective, load, variable
+
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+STORE = "postgresql://me:s3cret@db/tasks"
+
+
+def loaded(
+    tmp_path: Path, text: str = "", environ: dict[str, str] | None = None, **flags: object
+) -> Effective:
+    file = tmp_path / "operator.yaml"
+    file.write_text(text)
+    return load(flags, file if text else None, environ or {})
+
+
+def mistakes(*arguments: object, **more: object) -> list[str]:
+    with pytest.raises(StartupError) as error:
+        loaded(*arguments, **more)  # type: ignore[arg-type]
+    first, *others = error.value.message.splitlines()
+    assert first == "the configuration has mistakes:"
+    return others
+
+
+def test_flags_go_before_the_environment_and_that_before_the_file(tmp_path: Path) -> None:
+    text = "port: 1\ngrace: 1\nkeep_jobs: 1\n"
+    environ = {"CORTEX_SERVE_PORT": "2", "CORTEX_SERVE_GRACE": "2", "OTHER": "x"}
+    found = loaded(tmp_path, text, environ, port=3, keep_logs=None)
+    configuration = found.configuration
+    assert (configuration.port, configuration.grace, configuration.keep_jobs) == (3, 2, 1)
+    assert configuration.keep_logs == 30
+    file = tmp_path / "operator.yaml"
+    assert found.sources == {
+        "port": "--port", "grace": "$CORTEX_SERVE_GRACE", "keep_jobs": f"{file}:3",
+    }  # fmt: skip
+
+
+def test_a_flag_may_say_no_to_what_a_file_says(tmp_path: Path) -> None:
+    text = "require_token: true\ninsecure: yes\n"
+    configuration = loaded(tmp_path, text, require_token=False).configuration
+    assert (configuration.require_token, configuration.insecure) == (False, True)
+
+
+def test_every_setting_can_be_given_in_every_way(tmp_path: Path) -> None:
+    local = {"cpu": 1.5, "mem": "2Gi", "gpu": 1, "run_as": "root"}
+    ray = {"engine": "ray", "ray_address": "h:1", "ray_node_dir": "/n"}
+    none = dict.fromkeys([*local, *ray])
+    _check_all_ways(tmp_path, {**none, "engine": "local", **local})
+    _check_all_ways(tmp_path, {**none, **ray})
+
+
+def _check_all_ways(tmp_path: Path, engine: dict[str, object]) -> None:
+    given = {
+        **engine,
+        "host": "h", "port": 1, "data_dir": "/d", "store": STORE,
+        "advertise": "http://me:1", "lease": 2.0,
+        "files": "s3://bucket/prefix", "lost_folder": "f1",
+        "grace": 3.0, "keep_jobs": 4.0, "keep_logs": 5.0, "keep_count": 6,
+        "require_token": True, "insecure": True, "allow_origin": ["https://a", "https://b"],
+    }  # fmt: skip
+    assert given.keys() == Configuration.model_fields.keys()
+    words = {
+        variable(name): ", ".join(value) if isinstance(value, list) else str(value)
+        for name, value in given.items()
+        if value is not None
+    }
+    with (tmp_path / "dumped.yaml").open("w") as file:
+        YAML().dump(given, file)
+    by_flag = load(given, None, {}).configuration
+    assert by_flag.model_dump(mode="json") == given
+    assert load({}, None, words).configuration == by_flag
+    assert load({}, None, {"CORTEX_CONFIG": file.name}).configuration == by_flag
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"engine": "ray"}, "--engine ray needs --ray-address HOST:PORT"),
+        (
+            {"engine": "ray", "ray_address": "h:1", "cpu": 2},
+            "--cpu: it is for --engine local alone",
+        ),
+        ({"advertise": "http://h:1"}, "--advertise: it is for several operators on one --store"),
+        ({"ray_address": "h:1"}, "--ray-address and --ray-node-dir: say --engine ray too"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_told(
+    tmp_path: Path, flags: dict[str, object], words: str
+) -> None:
+    assert mistakes(tmp_path, **flags) == [words]
+
+
+def test_settings_are_what_is_configured(tmp_path: Path) -> None:
+    text = "cpu: 1.5\nmem: 2Gi\ngpu: 0\nkeep_jobs: 1\nkeep_logs: 0\ndata_dir: x\n"
+    settings = loaded(tmp_path, text).configuration.settings()
+    assert settings.capacity is not None
+    assert (settings.capacity.cpu_m, settings.capacity.mem) == (1500, 2 << 30)
+    assert (settings.keep.jobs_s, settings.keep.logs_s, settings.keep.jobs) == (86_400, None, None)
+    assert settings.data_dir.is_absolute()
+    assert settings.database_url == f"sqlite:///{Path.cwd()}/x/operator.db"
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("localhost", "http://localhost:1"),
+        ("::1", "http://[::1]:1"),
+        ("0.0.0.0", f"http://{socket.getfqdn()}:1"),
+    ],
+)
+def test_others_reach_an_operator_where_it_listens(host: str, address: str) -> None:
+    assert _address(host, 1) == address
+
+
+def test_every_mistake_is_told_with_its_place(tmp_path: Path) -> None:
+    text = "port: 70000\nkeep_job: 3\nmem: [1]\nstore: mysql://u:s3cret@h/d\ngrace: 1\ncpu: true\n"
+    environ = {"CORTEX_SERVE_GRACE": "-1", "CORTEX_SERVE_PROT": "1", "CORTEX_SERVE_HOST": ""}
+    told = mistakes(tmp_path, text, environ, keep_count=0)
+    file = tmp_path / "operator.yaml"
+    for begins, has in [
+        (f"{file}:1: port: ", "65535; found 70000"),
+        (f"{file}:2: keep_job: ", 'did you mean "keep_jobs"?'),
+        (f"{file}:3: mem: ", "a valid string"),
+        (f"{file}:4: store: ", "no database of that kind"),
+        ("$CORTEX_SERVE_GRACE: ", "found '-1'"),
+        ("$CORTEX_SERVE_PROT: ", 'did you mean "CORTEX_SERVE_PORT"?'),
+        ("--keep-count: ", "found 0"),
+    ]:
+        (line,) = (line for line in told if line.startswith(begins))
+        assert has in line
+    assert len(told) == 7
+    assert "s3cret" not in "".join(told)
+
+
+@pytest.mark.parametrize(
+    ("text", "has"),
+    [
+        ("a: [", "operator.yaml:1: cannot be read as YAML"),
+        ("- port: 1\n", "a list of settings"),
+        ("port: 1\nport: 2\n", "operator.yaml:2: "),
+        ("host: 2020-01-01\n", "operator.yaml:1: host: "),
+        ("grace: .inf\n", "operator.yaml:1: grace: "),
+        ("mem: 16 gigs\n", "write 16Gi; found '16 gigs'"),
+        ("host: {a: 1}\n", "found an object"),
+    ],
+)
+def test_a_file_that_is_none_is_told_with_its_line(tmp_path: Path, text: str, has: str) -> None:
+    assert has in "\n".join(mistakes(tmp_path, text))
+
+
+def test_a_file_that_is_not_there_is_told_by_whoever_named_it(tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(StartupError, match=r"\n--config: .*nowhere cannot be read"):
+        load({}, nowhere, {})
+    with pytest.raises(StartupError, match=r"\n\$CORTEX_CONFIG: .*nowhere cannot be read"):
+        load({}, None, {"CORTEX_CONFIG": str(nowhere)})
+
+
+@pytest.mark.parametrize(
+    "store",
+    [
+        "postgresql://u:s3cret@h:port/d", "s3cret", "postgresql://u:s3cret@h", "mysql://u:s3cret@h/d",
+        "postgresql+asyncpg://u:s3cret@h/d", "sqlite:///s3cret.db",
+    ],
+)  # fmt: skip
+def test_a_store_that_is_none_is_refused_without_its_password(tmp_path: Path, store: str) -> None:
+    (told,) = mistakes(tmp_path, store=store)
+    assert told.startswith("--store: no ")
+    assert "s3cret" not in told
+
+
+def test_what_is_shown_is_a_file_that_means_the_same(tmp_path: Path) -> None:
+    found = loaded(tmp_path, "keep_logs: 7\n", {"CORTEX_SERVE_MEM": "1e9"}, data_dir=Path("/d"))
+    shown = found.shown()
+    (tmp_path / "shown.yaml").write_text(shown)
+    assert load({}, tmp_path / "shown.yaml", {}).configuration == found.configuration
+    lines = dict(re.findall(r"^(\w+): .*# (.+)$", shown, re.M))
+    assert lines.keys() == Configuration.model_fields.keys()
+    assert lines["mem"] == "$CORTEX_SERVE_MEM"
+    assert lines["data_dir"] == "--data-dir"
+    assert lines["keep_logs"].endswith("operator.yaml:1")
+    assert lines["port"] == "default"
+
+
+def test_a_store_of_files_that_is_none_is_refused_without_its_secret(tmp_path: Path) -> None:
+    (told,) = mistakes(tmp_path, files="s3://key:s3cret@bucket")
+    assert told.startswith("--files: credentials do not belong here")
+    assert "s3cret" not in told
+
+
+@pytest.mark.parametrize("store", [STORE, "postgres://me@db/tasks?password=s3cret"])
+def test_no_password_is_shown(tmp_path: Path, store: str) -> None:
+    shown = loaded(tmp_path, store=store).shown()
+    assert "me:***@db/tasks" in shown
+    assert "s3cret" not in shown
+
+
+def test_the_page_lists_every_setting_as_it_is() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| `(\S+)`.* \| `(\w+)`.* \| (.+) \| .+ \|$", PAGE.read_text(), re.M
+    )
+    assert [name for name, *_ in rows] == list(Configuration.model_fields)
+    app = typer.Typer(add_completion=False)
+    app.command()(serve)
+    options = {word for each in typer.main.get_command(app).params for word in each.opts}
+    for name, its_flag, its_variable, default in rows:
+        assert its_flag == flag(name)
+        assert its_flag in options
+        assert its_variable == variable(name)
+        value = Configuration.model_fields[name].default
+        if default.startswith("`"):
+            assert default == f"`{str(value).lower()}`", name
+    assert {flag(name) for name in Configuration.model_fields} == {
+        word for word in options if word.startswith("--") and word not in
+        ("--config", "--show-config", "--help", "--no-insecure", "--no-require-token")
+    }  # fmt: skip
+
+
+def test_the_example_of_the_page_is_one(tmp_path: Path) -> None:
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+    assert loaded(tmp_path, text).configuration.keep_logs == 7
+
+
+def test_the_command_passes_every_flag_on(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        "--host=h", "--port=1", "--data-dir=/d", f"--store={STORE}",
+        "--advertise=http://me:1", "--lease=2", "--files=s3://b", "--lost-folder=f",
+        "--cpu=2", "--mem=2Gi", "--gpu=1",
+        "--grace=3", "--engine=local", "--run-as=x", "--keep-jobs=4", "--keep-logs=5",
+        "--keep-count=6",
+        "--require-token", "--no-insecure", "--allow-origin=a", "--allow-origin=b",
+    ]  # fmt: skip
+    assert run(["serve", "--show-config", *flags]) == 0
+    shown = capsys.readouterr().out
+    assert re.findall(r"# (.+)$", shown, re.M) == [
+        "default" if name.startswith("ray_") else flag(name) for name in Configuration.model_fields
+    ]
+    ray = ["--engine=ray", "--ray-address=h:1", "--ray-node-dir=/n"]
+    assert run(["serve", "--show-config", *ray]) == 0
+    shown += capsys.readouterr().out
+    assert "ray_address: h:1 # --ray-address" in re.sub(" +", " ", shown)
+    assert "ray_node_dir: /n # --ray-node-dir" in re.sub(" +", " ", shown)
+    assert "s3cret" not in shown
+    assert run(["serve", "--show-config", "--port=-1"]) == 1
+    assert "--port: should be greater than or equal to 0" in capsys.readouterr().err
+
+
+def test_a_ray_cluster_is_found_as_ray_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found() -> str | None:
+        given = {"engine": "ray", "ray_address": "auto"}
+        return load(given, None, {}).configuration.ray_address
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    (wrong,) = mistakes(tmp_path, engine="ray", ray_address="auto")
+    assert wrong.startswith("--ray-address: no Ray cluster was started on this machine")
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379\n")
+    assert found() == "10.0.0.1:6379"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.2:6379")
+    assert found() == "10.0.0.2:6379"
+    monkeypatch.setenv("RAY_ADDRESS", "ray://10.0.0.2:10001")
+    (wrong,) = mistakes(tmp_path, engine="ray", ray_address="auto")
+    assert "'ray://10.0.0.2:10001' is no HOST:PORT" in wrong

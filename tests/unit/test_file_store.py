@@ -1,0 +1,248 @@
+"""The store of files, on a folder and on a real S3 server."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import s3 as real
+from cortex.errors import StartupError, StorageUnavailable
+from cortex.projects.files import Files, check_url
+from s3 import S3
+from support import until
+
+pytestmark = pytest.mark.xdist_group("s3")  # whose server is slow to start
+
+
+@pytest.fixture(params=["file", "s3"])
+def files(request: pytest.FixtureRequest, tmp_path: Path) -> Files:
+    if request.param == "file":
+        (tmp_path / "files").mkdir()
+        return Files(f"file://{tmp_path}/files")
+    server: S3 = request.getfixturevalue("at_s3")
+    return Files(f"s3://{server.bucket()}/some/prefix")
+
+
+@pytest.fixture
+def at_s3(s3: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3
+
+
+@pytest.mark.parametrize("size", [0, 1, 9 << 20])
+def test_what_is_put_is_read_as_it_was(files: Files, tmp_path: Path, size: int) -> None:
+    content = os.urandom(size)
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(content)
+    files.put("a/bytes", content)
+    files.put("a/file", source)
+    assert files.read("a/bytes") == files.read("a/file") == content
+    assert files.get("a/file", target)
+    assert target.read_bytes() == content
+    files.put("a/file", b"another")
+    assert files.read("a/file") == b"another"
+
+
+def test_what_is_not_there_is_nothing_and_leaves_nothing(files: Files, tmp_path: Path) -> None:
+    assert files.read("none") is None
+    assert not files.get("none/of/it", tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+    assert files.listed("none") == {}
+    files.delete(["none", "none/of/it"])
+
+
+def test_a_folder_whose_last_file_has_just_gone_is_empty(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As s3fs answers where a deletion comes between its looks: nothing makes that happen for sure."""
+    left = {f"{files._root}/a": {"type": "directory", "size": 0, "LastModified": None}}
+    monkeypatch.setattr(files._fs, "find", lambda *_, **__: left)
+    assert files.listed("a") == {}
+
+
+def test_files_are_listed_with_their_age_and_deleted(files: Files) -> None:
+    for name in ("a/1", "a/2", "b/1"):
+        files.put(name, b"x")
+    found = files.listed("a")
+    assert set(found) == {"a/1", "a/2"}
+    assert all(-60 < age < 60 for age in found.values())
+    files.delete(["a/1", "b/1", "none"])
+    assert set(files.listed("a")) == {"a/2"}
+    assert files.read("b/1") is None
+
+
+def test_a_reader_sees_one_content_or_the_other(files: Files, tmp_path: Path) -> None:
+    contents = [bytes([number]) * (1 << 20) for number in range(4)]
+    files.put("name", contents[0])
+    done = threading.Event()
+    seen = []
+
+    def read() -> None:
+        while not done.is_set():
+            seen.append(files.read("name"))
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for content in contents * 3:
+        files.put("name", content)
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert seen
+    assert set(seen) <= set(contents)
+
+
+def test_it_belongs_with_one_data_folder(files: Files) -> None:
+    assert files.owner() is None
+    files.own("one")
+    assert files.owner() == "one"
+    assert Files(files.url).owner() == "one"
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("bucket/prefix", "write s3://BUCKET/PREFIX"),
+        ("gs://bucket", "write s3://BUCKET/PREFIX"),
+        ("s3://", "is needed"),
+        ("s3:///prefix", "write s3://"),
+        ("file://folder", "write s3://"),
+        ("s3://key:secret@bucket/prefix", "credentials do not belong here"),
+        ("s3://bucket/a*", "is needed"),
+        ("s3://bucket/../other", "is needed"),
+        ("s3://bucket/a\n", "is needed"),
+    ],
+)
+def test_what_is_no_store_of_files_is_told(url: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told.replace("/", "/")) as error:
+        check_url(url)
+    assert "secret" not in str(error.value)
+
+
+def test_what_reaches_it_is_loaded_only_for_it() -> None:
+    code = (
+        "import sys, cortex.operator.app, cortex.operator.sources\n"
+        "print([n for n in ('fsspec', 's3fs', 'botocore', 'aiohttp') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(StartupError, match=r"pip install 'cortex-tasks\[s3\]'"):
+        Files("s3://bucket")
+
+
+def test_a_bucket_that_is_not_there_is_told(at_s3: S3, tmp_path: Path) -> None:
+    files = Files("s3://nothere-1/prefix")
+    for attempt in (files.owner, lambda: files.own("x")):
+        with pytest.raises(StartupError, match=r"no bucket 'nothere-1'. Make it"):
+            attempt()
+    # It may have been there before: nothing is concluded of what it held.
+    for later in (
+        lambda: files.read("x"),
+        lambda: files.get("x", tmp_path / "x"),
+        lambda: files.put("x", b""),
+    ):
+        with pytest.raises(StorageUnavailable, match="no bucket"):
+            later()
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_that_is_not_mounted_is_told(tmp_path: Path) -> None:
+    files = Files(f"file://{tmp_path}/away")
+    for attempt in (lambda: files.read("x"), lambda: files.put("x", b"")):
+        with pytest.raises(StorageUnavailable, match="away"):
+            attempt()
+    assert not (tmp_path / "away").exists()
+
+
+def test_missing_credentials_are_told(at_s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = at_s3.bucket()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with pytest.raises(StartupError, match="Set AWS_ACCESS_KEY_ID"):
+        Files(f"s3://{bucket}").own("x")
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(StartupError, match="nobody"):
+        Files(f"s3://{bucket}").own("x")
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[S3, str]]:
+    """A server that looks at credentials, with a bucket."""
+    with real.server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        bucket = server.bucket()
+        iam = server.client("iam")
+        iam.create_user(UserName="limited")
+        key = iam.create_access_key(UserName="limited")["AccessKey"]
+        server.enforce_credentials()
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+        yield server, bucket
+
+
+def test_credentials_that_are_refused_are_told(
+    strict: tuple[S3, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"s3://{strict[1]}/prefix"
+    with pytest.raises(StartupError, match=r"not allowed .* s3:PutObject"):
+        Files(url).own("x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StartupError, match=r"refuses the credentials .SignatureDoesNotMatch"):
+        Files(url).own("x")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIANOBODY")
+    with pytest.raises(StartupError, match=r"refuses the credentials .InvalidAccessKeyId"):
+        Files(url).own("x")
+
+
+def test_a_server_that_is_away_is_told(at_s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
+    with pytest.raises(StartupError, match=r"does not answer .* AWS_ENDPOINT_URL_S3"):
+        Files("s3://bucket").owner()
+
+
+def test_a_server_that_hangs_is_given_up_and_found_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with real.server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        bucket = f"s3://{server.bucket()}"
+        Files(bucket).put("x", b"x")
+        for name in ("_ANSWER_S", "_CONNECT_S"):
+            monkeypatch.setattr(f"cortex.projects.files.{name}", 1)
+        files = Files(bucket)
+        server.freeze()
+        for attempt in (
+            lambda: files.put("y", b"y"),
+            lambda: files.read("x"),
+            lambda: files.get("x", tmp_path / "x"),
+            lambda: files.listed(""),
+            lambda: files.delete(["x"]),
+        ):
+            with pytest.raises(StorageUnavailable, match=r"does not answer"):
+                attempt()
+        server.thaw()
+
+        def is_found() -> bool:  # within a second, which a loaded machine may take longer than
+            try:
+                # It may have removed it when it went on.
+                assert files.read("x") in (b"x", b"z", None)
+                files.put("x", b"z")
+                return files.read("x") == b"z"
+            except StorageUnavailable:
+                return False
+
+        until(is_found, "it is found again")

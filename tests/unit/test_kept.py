@@ -1,0 +1,183 @@
+"""Projects and their lock files, kept in a store of files and had from it elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from cortex.projects import kept
+from cortex.projects.environments import Environments
+from cortex.projects.files import Files
+from cortex.projects.kept import Projects
+from cortex.projects.unpack import project_id
+from unit.test_environments import wheel
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    (tmp_path / "files").mkdir()
+    return Files(f"file://{tmp_path}/files")
+
+
+def projects(data: Path, files: Files | None) -> Projects:
+    for folder in ("projects", "locks"):
+        (data / folder).mkdir(parents=True, exist_ok=True)
+    return Projects(data / "projects", data / "locks", files)
+
+
+def lay_out(folder: Path) -> None:
+    """A project with one of all that can be in one."""
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / "empty" / "within").mkdir(parents=True)
+    (folder / "deep" / "er" / ".hidden").write_text("x")
+    (folder / "script").write_text("#!")
+    (folder / "script").chmod(0o755)
+    (folder / "nämé").write_bytes(b"\xff\n" * 50_000)
+    (folder / "link").symlink_to("deep/er")
+    (folder / "file-link").symlink_to("script")
+
+
+def taken_in(here: Projects) -> str:
+    with here.incoming() as incoming:
+        lay_out(incoming)
+        return here.take_in(incoming)
+
+
+def test_a_project_is_the_same_elsewhere(tmp_path: Path, files: Files) -> None:
+    here, there = projects(tmp_path / "a", files), projects(tmp_path / "b", files)
+    identity = taken_in(here)
+    assert taken_in(here) == identity
+    assert there.fetch(identity)
+    assert project_id(there.folder(identity)) == identity
+    assert {path.name for path in (tmp_path / "b" / "projects").iterdir()} == {identity}
+    assert not there.fetch("0" * 64)
+
+
+def test_without_a_store_of_files_a_project_is_here_or_nowhere(tmp_path: Path) -> None:
+    here = projects(tmp_path, None)
+    identity = taken_in(here)
+    assert here.fetch(identity)
+    here.send_missing({identity})
+    here.forget_all_but(set())
+    assert not projects(tmp_path / "b", None).fetch(identity)
+
+
+def test_many_that_fetch_at_once_have_one_whole_project(tmp_path: Path, files: Files) -> None:
+    identity = taken_in(projects(tmp_path / "a", files))
+    there = projects(tmp_path / "b", files)
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(there.fetch(identity))) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 8
+    assert project_id(there.folder(identity)) == identity
+    assert {path.name for path in (tmp_path / "b" / "projects").iterdir()} == {identity}
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", None])
+def test_a_damaged_project_is_none(tmp_path: Path, files: Files, content: bytes | None) -> None:
+    identity = taken_in(projects(tmp_path / "a", files))
+    name = f"projects/{identity}/project.tar.gz"
+    if content is None:  # another project's
+        with (other := projects(tmp_path / "c", files)).incoming() as incoming:
+            incoming.mkdir()
+            (incoming / "x").touch()
+            content = files.read(f"projects/{other.take_in(incoming)}/project.tar.gz")
+    assert content is not None
+    files.put(name, content)
+    there = projects(tmp_path / "b", files)
+    assert not there.fetch(identity)
+    assert not list((tmp_path / "b" / "projects").iterdir())
+
+
+def test_what_the_store_of_files_lacks_is_sent_unless_it_was_changed(
+    tmp_path: Path, files: Files
+) -> None:
+    identity = taken_in(projects(tmp_path / "a", None))
+    here = projects(tmp_path / "a", files)
+    (here.folder(identity) / "script").write_text("changed")
+    here.send_missing({identity})
+    assert files.listed("projects") == {}
+    (here.folder(identity) / "script").write_text("#!")
+    (here.folder(identity) / "__pycache__").mkdir()
+    here.send_missing({identity, "elsewhere"})
+    assert projects(tmp_path / "b", files).fetch(identity)
+
+
+def test_what_nothing_uses_is_forgotten_but_not_what_has_just_come(
+    tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = projects(tmp_path / "a", files)
+    identity = taken_in(here)
+    here.keep_lock(identity, "lock", "x==1\n")
+    here.forget_all_but(set())
+    assert len(files.listed("projects")) == 2
+    monkeypatch.setattr(kept, "_YOUNG_S", -60)
+    here.forget_all_but({identity})
+    assert len(files.listed("projects")) == 2
+    here.forget_all_but(set())
+    assert files.listed("projects") == {}
+
+
+def test_an_environment_built_again_elsewhere_holds_the_same(tmp_path: Path, files: Files) -> None:
+    shelf = tmp_path / "shelf"
+    wheel(shelf, "tinyprobe", version="1.0")
+
+    def deployed(data: Path) -> tuple[Projects, str]:
+        here = projects(data, files)
+        with here.incoming() as incoming:
+            incoming.mkdir()
+            lines = f"--no-index\n--find-links {shelf}\ntinyprobe\n"
+            (incoming / "requirements.txt").write_text(lines)
+            return here, here.take_in(incoming)
+
+    here, identity = deployed(tmp_path / "a")
+    first = built(Environments(tmp_path / "a" / "envs", projects=here), here.folder(identity))
+    assert version_in(first) == "1.0"
+    wheel(shelf, "tinyprobe", version="2.0")
+    # On the same machine it is not even built again.
+    again = built(Environments(tmp_path / "a" / "envs", projects=here), here.folder(identity))
+    assert again == first
+    there = projects(tmp_path / "b", files)
+    assert there.fetch(identity)
+    environments = Environments(tmp_path / "b" / "envs", projects=there)
+    locked = built(environments, there.folder(identity))
+    assert version_in(locked) == "1.0"
+    environments.remove_all_but([there.folder(identity)])
+    assert environments.ready(there.folder(identity)) == locked
+    # Another project that wants the same has what there is when it is built.
+    free = built(Environments(tmp_path / "c" / "envs"), there.folder(identity))
+    assert version_in(free) == "2.0"
+
+
+def test_lock_files_are_had_elsewhere_and_the_first_one_stays(tmp_path: Path, files: Files) -> None:
+    here = projects(tmp_path / "a", files)
+    identity = taken_in(here)
+    assert here.locks(identity) == {}
+    here.keep_first_lock(identity, "one.lock", "x==1\n")
+    here.keep_first_lock(identity, "one.lock", "x==2\n")
+    there = projects(tmp_path / "b", files)
+    assert there.locks(identity) == here.locks(identity) == {"one.lock": "x==1\n"}
+    there.keep_first_lock(identity, "one.lock", "x==2\n")
+    assert there.locks(identity) == {"one.lock": "x==1\n"}
+
+
+def built(environments: Environments, project: Path) -> Path:
+    python = asyncio.run(environments.build(project))
+    environments.keep_lock(project)
+    return python
+
+
+def version_in(python: Path) -> str:
+    code = "import importlib.metadata as m; print(m.version('tinyprobe'))"
+    return subprocess.run(
+        [python, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
