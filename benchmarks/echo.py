@@ -1,25 +1,50 @@
-"""The bare limit of a submit: the same server and framework, giving back what it gets."""
+"""The bare limit of a request: `cortex serve` with its server and its loop as they are, but with an
+application that gives back what it gets in the place of the operator's own: at `/` by FastAPI, at
+`/bare` by the least that the server can call.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 
-import uvicorn
 from fastapi import FastAPI, Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-app = FastAPI()
+import cortex.operator.app
+from cortex.cli.serve import serve
+
+api = FastAPI()
 
 
-@app.post("/")
+@api.post("/")
 async def echo(request: Request) -> Response:
     return Response(await request.body(), media_type="application/json")
 
 
+async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["path"] != "/bare":
+        await api(scope, receive, send)
+        return
+    body = b""
+    while True:
+        message = await receive()
+        body += message["body"]
+        if not message.get("more_body"):
+            break
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+@asynccontextmanager
+async def opened(*_: object) -> AsyncIterator[ASGIApp]:
+    yield app
+
+
 if __name__ == "__main__":
-    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
-    config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False)
-    asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+    cortex.operator.app.opened = opened
+    serve(port=0, data_dir=Path(sys.argv[1]))

@@ -1,60 +1,147 @@
-"""A client that costs little, so that it measures the server: HTTP/1.1 over a kept-alive socket."""
+"""A client that costs little, because it shares the cores with what it measures: HTTP/1.1 over kept-alive
+sockets, one request at a time on each, no pipelining. The same one asks all that is measured.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import json
+import select
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+CONNECTIONS = 16
+_SIZE = 1 << 18
+_ANSWER_S = 90
+
+
+class Refused(Exception):
+    """An answer that is not 200."""
+
+
+def request(url: str, method: str, path: str, body: bytes = b"") -> bytes:
+    """A request as it goes over the wire."""
+    head = f"{method} {path} HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\n"
+    if body:
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}\r\n".encode() + body
+
 
 class Connection:
-    """One kept-alive connection; one request at a time."""
+    """One kept-alive connection that waits for each answer."""
 
-    def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str
-    ) -> None:
-        self._reader = reader
-        self._writer = writer
-        self._host = host
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._socket = _connect(url)
+        self._socket.settimeout(_ANSWER_S)
 
-    @classmethod
-    async def open(cls, url: str) -> Connection:
-        parts = urlsplit(url)
-        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-        return cls(reader, writer, parts.netloc)
+    def send(self, data: bytes) -> bytes:
+        """Send a request; the body of its answer."""
+        self._socket.sendall(data)
+        received = b""
+        while (body := _body(received)) is None:
+            part = self._socket.recv(_SIZE)
+            if not part:
+                raise Refused(f"{self._url} hung up after {received!r}")
+            received += part
+        return body
 
-    async def text(self, method: str, path: str, body: bytes = b"") -> str:
-        """The answer's body; anything but 200 fails."""
-        head = (
-            f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        self._writer.write(head.encode() + body)
-        head = (await self._reader.readuntil(b"\r\n\r\n")).decode().lower()
-        length = int(head.partition("content-length:")[2].partition("\r\n")[0])
-        answer = (await self._reader.readexactly(length)).decode()
-        assert head.startswith("http/1.1 200"), answer
-        return answer
+    def json(self, data: bytes) -> Any:
+        """Send a request; the JSON of its answer."""
+        return json.loads(self.send(data))
 
-    async def request(self, method: str, path: str, body: bytes = b"") -> Any:
-        """The answer's JSON."""
-        return json.loads(await self.text(method, path, body))
+    def ask(self, method: str, path: str, body: bytes = b"") -> Any:
+        """The JSON that answers a request of this path."""
+        return self.json(request(self._url, method, path, body))
 
     def close(self) -> None:
-        self._writer.close()
+        self._socket.close()
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-async def parallel(
-    url: str, method: str, path: str, body: bytes, number: int, connections: int
-) -> list[Any]:
-    """The same request many times over several connections; all answers."""
+@dataclass(frozen=True)
+class Flood:
+    """Many requests, answered."""
 
-    async def client(share: int) -> list[Any]:
-        connection = await Connection.open(url)
-        answers = [await connection.request(method, path, body) for _ in range(share)]
-        connection.close()
-        return answers
+    bodies: list[bytes]
+    latencies_s: list[float]
+    elapsed_s: float
 
-    shares = [number // connections + (n < number % connections) for n in range(connections)]
-    return [answer for part in await asyncio.gather(*map(client, shares)) for answer in part]
+    @property
+    def rate(self) -> float:
+        return len(self.bodies) / self.elapsed_s
+
+
+def flood(url: str, requests: Iterable[bytes], connections: int = CONNECTIONS) -> Flood:
+    """Send requests over several connections, each the next as soon as it has its answer."""
+    left = iter(requests)
+    bodies: list[bytes] = []
+    latencies: list[float] = []
+    sockets = {sock.fileno(): sock for sock in (_connect(url) for _ in range(connections))}
+    received = dict.fromkeys(sockets, b"")
+    sent: dict[int, float] = {}
+    poller = select.epoll()
+
+    def send(fd: int) -> None:
+        data = next(left, None)
+        if data is not None:
+            sent[fd] = time.perf_counter()
+            sockets[fd].sendall(data)
+
+    start = time.perf_counter()
+    for fd in sockets:
+        poller.register(fd, select.EPOLLIN)
+        send(fd)
+    while sent:
+        ready = poller.poll(_ANSWER_S)
+        if not ready:
+            raise Refused(f"{url} has not answered for {_ANSWER_S} s")
+        for fd, _ in ready:
+            part = sockets[fd].recv(_SIZE)
+            if not part:
+                raise Refused(f"{url} hung up after {received[fd]!r}")
+            data = received[fd] + part
+            body = _body(data)
+            if body is None:
+                received[fd] = data
+                continue
+            received[fd] = b""
+            latencies.append(time.perf_counter() - sent.pop(fd))
+            bodies.append(body)
+            send(fd)
+    elapsed = time.perf_counter() - start
+    poller.close()
+    for sock in sockets.values():
+        sock.close()
+    return Flood(bodies, latencies, elapsed)
+
+
+def _connect(url: str) -> socket.socket:
+    parts = urlsplit(url)
+    sock = socket.create_connection((parts.hostname, parts.port), timeout=_ANSWER_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def _body(data: bytes) -> bytes | None:
+    """The body of an answer, or None while some of it is missing."""
+    end = data.find(b"\r\n\r\n")
+    if end < 0:
+        return None
+    head = data[:end].lower()
+    _, _, rest = head.partition(b"content-length:")
+    if not rest:
+        raise Refused(f"an answer without its length: {head!r}")
+    if len(data) < end + 4 + int(rest.partition(b"\r\n")[0]):
+        return None
+    if data[9:12] != b"200":
+        raise Refused(data.decode(errors="replace"))
+    return data[end + 4 :]

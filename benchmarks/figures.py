@@ -1,0 +1,111 @@
+"""The figures: what was measured of whom, over the rounds; printed, and kept as JSON."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kinds import KINDS, OURS
+
+_TITLE, _UNIT, _SUBJECTS = "title", "unit", "subjects"
+
+
+@dataclass
+class Results:
+    """Values by figure and by subject (us, a peer or a limit), and what was measured with what."""
+
+    about: dict[str, str] = field(default_factory=dict)
+    values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        content = json.loads(path.read_text())
+        figures = content["figures"]
+        return cls(
+            content["about"],
+            {name: figures[name][_SUBJECTS] for name in KINDS if name in figures},
+        )
+
+    def save(self, path: Path) -> None:
+        """Write them, over those that are there already: a long run may be made in parts."""
+        kept = Results.load(path) if path.exists() else Results()
+        values = {**kept.values, **self.values}
+        content = {
+            "about": {**kept.about, **self.about},
+            "figures": {
+                name: {_TITLE: kind.title, _UNIT: kind.unit, _SUBJECTS: values[name]}
+                for name, kind in KINDS.items()
+                if name in values
+            },
+        }
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    def add(self, figure: str, subject: str, value: float) -> None:
+        self.values.setdefault(figure, {}).setdefault(subject, []).append(value)
+
+    def of(self, figure: str, subject: str) -> list[float]:
+        """The values of the rounds; none where it was not measured."""
+        return self.values.get(figure, {}).get(subject, [])
+
+    def ratios(self, figure: str, subject: str, beside: str) -> list[float]:
+        """A subject's values, each by that of another in the same round."""
+        pairs = zip(self.of(figure, subject), self.of(figure, beside), strict=False)
+        return [value / other for value, other in pairs]
+
+    def rows(self) -> list[list[str]]:
+        """Every figure of every subject, and how ours is to it, round by round."""
+        return [
+            [
+                f"{KINDS[figure].title} [{KINDS[figure].unit}]", subject,
+                number(statistics.median(values)),
+                f"{number(min(values))} … {number(max(values))}",
+                self._beside(figure, subject),
+            ]
+            for figure, subjects in self.values.items()
+            for subject, values in subjects.items()
+        ]  # fmt: skip
+
+    def _beside(self, figure: str, subject: str) -> str:
+        ratios = self.ratios(figure, OURS, subject)
+        return "" if subject == OURS or not ratios else f"{statistics.median(ratios):.3g} x"
+
+
+HEAD = ["figure", "of", "median", "min … max", "ours to it"]
+
+
+def number(value: float) -> str:
+    """With as many digits as say something."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Rows as a table of text."""
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+Measured = float | Mapping[str, float]
+
+
+def interleave(
+    results: Results,
+    rounds: int,
+    figure: str,
+    subjects: Mapping[str, Callable[[], Measured]],
+) -> None:
+    """Measure all subjects once in every round, so that what disturbs the machine disturbs all alike.
+
+    A subject gives one value, or several by the ending of the figure's name.
+    """
+    for _ in range(rounds):
+        for subject, measure in subjects.items():
+            measured = measure()
+            if isinstance(measured, Mapping):
+                for ending, value in measured.items():
+                    results.add(f"{figure}-{ending}", subject, value)
+            else:
+                results.add(figure, subject, measured)

@@ -1,0 +1,70 @@
+"""What is measured, in words: the figures, and the names of those that they are measured of."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+CORES = len(os.sched_getaffinity(0))
+
+OURS = "ours"
+WAITING = 100
+BEHIND = f"{OURS}, {WAITING} jobs waiting"
+ALL_CORES = f"supervised fork on {CORES} cores"
+ONE_CORE = "supervised fork on one core"
+PEERS = ("RQ", "Celery", "Ray Jobs")
+INTERPRETER = "python -c pass"
+ECHO = "echo endpoint, same server"
+BARE_ECHO = "bare echo, same server, no framework"
+COMMITS = "rows in synced commits of 16"
+SIZES = {"1 thousand": 1_000, "100 thousand": 100_000, "1 million": 1_000_000}
+FEW, *_, MANY = SIZES
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a figure is."""
+
+    title: str
+    unit: str
+    more_is_better: bool = False
+
+
+KINDS = {
+    "submit": Kind("Submits at 16 connections, durable", "/s", more_is_better=True),
+    "end-to-end": Kind("No-op jobs, submitted to final", "/s", more_is_better=True),
+    "first-line-p50": Kind("Submit to first line, p50", "ms"),
+    "first-line-p99": Kind("Submit to first line, p99", "ms"),
+    "stop": Kind("Stop to gone", "ms"),
+    "idle-memory": Kind("Memory when idle, in all (PSS)", "MB"),
+    "idle-operator": Kind("Memory when idle, the operator's process (PSS)", "MB"),
+    "idle-others": Kind("Memory when idle, fork server and supervising processes (PSS)", "MB"),
+    "idle-after-burst": Kind("Memory a second after a burst of jobs (PSS)", "MB"),
+    "crowd-starts": Kind("Many jobs at once, started", "/s", more_is_better=True),
+    "crowd-stops": Kind("Many jobs at once, stopped", "/s", more_is_better=True),
+    "crowd-memory": Kind("Memory of each running job beyond its own process (PSS)", "MB"),
+    "crowd-own-memory": Kind("Memory of each running job's own process (PSS)", "MB"),
+    "stored-submit": Kind("Submits beside stored jobs", "/s", more_is_better=True),
+    "stored-end-to-end": Kind("No-op jobs beside stored jobs", "/s", more_is_better=True),
+    "stored-first-line": Kind("Submit to first line beside stored jobs, p50", "ms"),
+    "stored-status": Kind("Statuses of stored jobs at 16 connections", "/s", more_is_better=True),
+    "stored-status-p99": Kind("Status of a stored job at 16 connections, p99", "ms"),
+    "stored-start-up": Kind("Start of an operator with stored jobs", "s"),
+    "forks": Kind("Fork and exit", "/s", more_is_better=True),
+}
+IDLE = [name for name in KINDS if name.startswith("idle-")]
+STORED = [name for name in KINDS if name.startswith("stored-")]
+
+PICTURES: dict[str, tuple[str, list[str]]] = {
+    "end-to-end": ("Throughput", ["end-to-end"]),
+    "submit": ("Submits", ["submit"]),
+    "first-line": ("First line", ["first-line-p50", "first-line-p99"]),
+    "stop": ("Stop", ["stop"]),
+    "stored": ("With many jobs stored", STORED),
+    "crowd": ("Many jobs at once", ["crowd-starts", "crowd-stops"]),
+    "memory": (
+        "Memory",
+        [*IDLE, "crowd-memory", "crowd-own-memory"],
+    ),
+    "forks": ("Bare forks", ["forks"]),
+}

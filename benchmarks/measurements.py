@@ -1,0 +1,263 @@
+"""The measurements by name: who is measured beside whom, and how often. `run` calls them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import limits
+import measures
+import memory
+import stored
+from aside import Aside, started
+from figures import Measured, Results, interleave
+from kinds import (
+    ALL_CORES,
+    BARE_ECHO,
+    BEHIND,
+    COMMITS,
+    CORES,
+    ECHO,
+    FEW,
+    INTERPRETER,
+    MANY,
+    ONE_CORE,
+    OURS,
+    SIZES,
+    WAITING,
+)
+from load import flood
+from ours import Cortex, operator
+from peers.registry import PEERS
+from service import Service
+from stored import Stored
+
+_SETTLED_S = 12  # supervising processes that are more than idling needs are kept for ten seconds
+_QUICK = 100  # times fewer stored jobs, to see whether it runs at all
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much is measured."""
+
+    only: Sequence[str]
+    rounds: int
+    jobs: int
+    peers: bool
+    quick: bool
+
+
+class Bench:
+    """One measurement: what it starts ends with it."""
+
+    def __init__(self, options: Options, results: Results, folder: Path) -> None:
+        self.options = options
+        self.results = results
+        self._folder = folder
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.__exit__(*exc)  # type: ignore[arg-type]  # as the protocol has it
+
+    def folder(self, name: str) -> Path:
+        """A new folder."""
+        folder = self._folder / f"{name}-{len(list(self._folder.iterdir()))}"
+        folder.mkdir()
+        return folder
+
+    def ours(self, *names: str) -> Cortex:
+        """An operator with these APIs."""
+        return self._stack.enter_context(operator(self.folder("ours"), names))
+
+    def echo(self) -> limits.Echo:
+        return self._stack.enter_context(limits.echo(self.folder("echo")))
+
+    def of_peers(
+        self, names: Iterable[str], measure: Callable[[Service], Measured]
+    ) -> dict[str, Callable[[], Measured]]:
+        """What is measured of those peers, which run from here on, each while it is measured; none where
+        they are not asked for."""
+        measured: dict[str, Callable[[], Measured]] = {}
+        for name in names if self.options.peers else ():
+            before = started()
+            peer = self._stack.enter_context(PEERS[name](self.folder(name)))
+            aside = Aside(started() - before)
+            self._stack.callback(aside.release)
+            measured[peer.name] = partial(aside.back, partial(measure, peer))
+        return measured
+
+    def stored(self) -> dict[str, Stored]:
+        """Operators that have finished few and many jobs."""
+        sizes = SIZES
+        if self.options.quick:
+            sizes = {name: SIZES[name] // _QUICK for name in (FEW, MANY)}
+        return {
+            name: self._stack.enter_context(stored.operator(self.folder("stored"), size))
+            for name, size in sizes.items()
+        }
+
+    def measure(self, figure: str, subjects: Mapping[str, Callable[[], Measured]]) -> None:
+        interleave(self.results, self.options.rounds, figure, subjects)
+
+
+def submit(bench: Bench) -> None:
+    """How many submits a second are durably stored."""
+    ours, echo, jobs = bench.ours("later"), bench.echo(), bench.options.jobs
+    bench.measure(
+        "submit",
+        {
+            OURS: lambda: measures.submit_rate(ours, jobs),
+            ECHO: lambda: echo.rate(2 * jobs),
+            BARE_ECHO: lambda: echo.rate(2 * jobs, "/bare"),
+            COMMITS: lambda: limits.grouped_commits(bench.folder("commits"), 10 * jobs),
+            **bench.of_peers(("rq", "celery"), lambda peer: measures.submit_rate(peer, jobs)),
+        },
+    )
+
+
+def end_to_end(bench: Bench) -> None:
+    """How many jobs a second are done."""
+    ours, jobs = bench.ours("noop"), bench.options.jobs
+    bench.measure(
+        "end-to-end",
+        {
+            OURS: lambda: measures.end_to_end(ours, jobs),
+            ALL_CORES: lambda: limits.supervised_fork(bench.folder("forks"), jobs, CORES),
+            ONE_CORE: lambda: limits.supervised_fork(bench.folder("forks"), jobs),
+            **bench.of_peers(
+                PEERS, lambda peer: measures.end_to_end(peer, max(4, int(jobs * peer.share)))
+            ),
+        },
+    )
+
+
+def first_line(bench: Bench) -> None:
+    """How long after its submit a job begins, when nothing else is to do, and when others wait."""
+    ours, behind = bench.ours("noop"), bench.ours("noop", "queued")
+    flood(behind.url, [behind.submit("queued")] * (WAITING + 1))
+    number = max(10, bench.options.jobs // 5)
+    bench.measure(
+        "first-line",
+        {
+            OURS: lambda: _percentiles(measures.first_lines(ours, number)),
+            BEHIND: lambda: _percentiles(measures.first_lines(behind, number)),
+            INTERPRETER: lambda: {"p50": limits.interpreter()},
+            **bench.of_peers(
+                PEERS,
+                lambda peer: _percentiles(
+                    measures.first_lines(peer, max(3, int(number * peer.share)))
+                ),
+            ),
+        },
+    )
+
+
+def stop(bench: Bench) -> None:
+    """How long after its stop a job is gone."""
+    ours, number = bench.ours("sleeper"), max(2, bench.options.jobs // 50)
+
+    def of(service: Service) -> float:
+        few = max(1, int(number * min(1, service.share * 10)))
+        return statistics.median(measures.stops(service, few, bench.folder("stop")))
+
+    bench.measure("stop", {OURS: lambda: of(ours), **bench.of_peers(PEERS, of)})
+
+
+def idle_memory(bench: Bench) -> None:
+    """What an operator takes when it has done some jobs and has nothing to do."""
+    ours, jobs = bench.ours("noop"), bench.options.jobs
+
+    def idle() -> dict[str, float]:
+        measures.end_to_end(ours, jobs)
+        time.sleep(1)
+        burst = memory.pss(memory.tree(ours.pid))
+        time.sleep(_SETTLED_S)
+        operator, *others = memory.tree(ours.pid)
+        own, beside = memory.pss([operator]), memory.pss(others)
+        return {"memory": own + beside, "operator": own, "others": beside, "after-burst": burst}
+
+    bench.measure("idle", {OURS: idle})
+
+
+def crowd(bench: Bench) -> None:
+    """A thousand jobs that run at once."""
+    ours, number = bench.ours("sleeper"), 2 * bench.options.jobs
+
+    def all_at_once() -> dict[str, float]:
+        seen = measures.crowd(ours, number, bench.folder("crowd"))
+        return {
+            "starts": seen.start_rate,
+            "stops": seen.stop_rate,
+            "memory": seen.beyond_mb,
+            "own-memory": seen.own_mb,
+        }
+
+    bench.measure("crowd", {OURS: all_at_once})
+
+
+def stored_jobs(bench: Bench) -> None:
+    """Whether jobs are as fast when many finished ones are stored."""
+    operators, jobs = bench.stored(), bench.options.jobs
+
+    def of(operator: Stored) -> dict[str, float]:
+        lines = measures.first_lines(operator.cortex, max(10, jobs // 10))
+        ended = measures.end_to_end(operator.cortex, jobs)
+        operator.add_later()
+        submitted = measures.submit_rate(operator.cortex, jobs)
+        operator.remove_later()
+        return {"first-line": statistics.median(lines), "end-to-end": ended, "submit": submitted}
+
+    bench.measure("stored", {name: partial(of, operator) for name, operator in operators.items()})
+
+
+def stored_status(bench: Bench) -> None:
+    """Whether a status is found as fast, and an operator starts as fast, with many finished jobs."""
+    operators, number = bench.stored(), 4 * bench.options.jobs
+
+    def of(operator: Stored) -> dict[str, float]:
+        found = measures.statuses(operator.cortex, operator.sample, number)
+        operator.stop()
+        return {
+            "status": found["rate"],
+            "status-p99": found["p99"],
+            "start-up": operator.start(),
+        }
+
+    bench.measure("stored", {name: partial(of, operator) for name, operator in operators.items()})
+
+
+def bare(bench: Bench) -> None:
+    """What the machine gives at most, beside one another."""
+    number = 2 * bench.options.jobs
+    bench.measure(
+        "forks",
+        {
+            "on one core": lambda: limits.fork_and_exit(number),
+            f"on {CORES} cores": lambda: limits.fork_and_exit(number, CORES),
+        },
+    )
+
+
+MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
+    "submit": submit,
+    "end-to-end": end_to_end,
+    "first-line": first_line,
+    "stop": stop,
+    "idle-memory": idle_memory,
+    "crowd": crowd,
+    "stored-jobs": stored_jobs,
+    "stored-status": stored_status,
+    "limits": bare,
+}
+
+
+def _percentiles(values: list[float]) -> dict[str, float]:
+    return {"p50": statistics.median(values), "p99": measures.quantile(values, 99)}

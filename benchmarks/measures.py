@@ -1,0 +1,170 @@
+"""What is measured of a service, in one round. Each returns one value, or several."""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import memory
+from load import CONNECTIONS, Connection, flood
+from ours import Cortex
+from service import Service
+
+
+def submit_rate(service: Service, number: int) -> float:
+    """Submits per second at 16 connections, of jobs that do not start."""
+    return flood(service.url, [service.submit("later")] * number).rate
+
+
+def end_to_end(service: Service, number: int) -> float:
+    """Jobs per second from the first submit at 16 connections until the last is final. Some more before
+    them are not timed: in the half minute since the last round, which was others' time, much of what is
+    measured has gone from the machine's caches and memory.
+    """
+    _all_done(service, max(1, number // 5))
+    return number / _all_done(service, number)
+
+
+def _all_done(service: Service, number: int) -> float:
+    """Seconds for so many jobs.
+
+    Jobs start in the order of their submits, more or less: once the last ones are done, so are all.
+    That they are, and have succeeded, is looked at when the time is taken.
+    """
+    start = time.perf_counter()
+    answers = flood(service.url, [service.submit("noop")] * number).bodies
+    ids = [service.job_id(answer) for answer in answers]
+    with Connection(service.url) as connection:
+        for job_id in ids[: -service.at_once - 2 * CONNECTIONS : -1]:
+            service.finish(connection, "noop", job_id)
+        elapsed = time.perf_counter() - start
+    for answer in flood(service.url, [service.status("noop", job_id) for job_id in ids]).bodies:
+        assert service.result(answer) is not None, answer
+    return elapsed
+
+
+def first_lines(service: Service, number: int) -> list[float]:
+    """Milliseconds from sending a submit to the first line of the task, one job at a time."""
+    taken = []
+    submit = service.submit("noop")
+    with Connection(service.url) as connection:
+        for _ in range(number):
+            sent = time.time_ns()
+            job_id = service.job_id(connection.send(submit))
+            taken.append((int(service.finish(connection, "noop", job_id)) - sent) / 1e6)
+    return taken
+
+
+def stops(service: Service, number: int, folder: Path) -> list[float]:
+    """Milliseconds from sending a stop until the job's process is gone, one job at a time."""
+    taken = []
+    with Fifo(folder / "started") as fifo, Connection(service.url) as connection:
+        submit = service.submit("sleeper", {"fifo": str(fifo.path)})
+        for _ in range(number):
+            job_id = service.job_id(connection.send(submit))
+            pidfd = os.pidfd_open(fifo.pids(1)[0])
+            start = time.perf_counter()
+            connection.send(service.stop("sleeper", job_id))
+            gone([pidfd])
+            taken.append((time.perf_counter() - start) * 1000)
+    return taken
+
+
+def statuses(service: Service, ids: Sequence[str], number: int) -> dict[str, float]:
+    """Status requests per second at 16 connections for jobs at random, and milliseconds that 99 of 100
+    take no longer than, there."""
+    asked = [service.status("noop", job_id) for job_id in random.choices(ids, k=number)]
+    answered = flood(service.url, asked)
+    return {"rate": answered.rate, "p99": quantile(answered.latencies_s, 99) * 1000}
+
+
+def crowd(service: Cortex, number: int, folder: Path) -> Crowd:
+    """Many sleeping jobs at once: all start, and then all stop."""
+    with Fifo(folder / "started") as fifo:
+        submit = service.submit("sleeper", {"fifo": str(fifo.path)})
+        before = memory.pss(memory.tree(service.pid))
+        start = time.perf_counter()
+        answers = flood(service.url, [submit] * number).bodies
+        pids = fifo.pids(number)
+        started_s = time.perf_counter() - start
+    own = memory.pss(pids)
+    whole = memory.pss(memory.tree(service.pid))
+    pidfds = [os.pidfd_open(pid) for pid in pids]
+    stops = [service.stop("sleeper", service.job_id(answer)) for answer in answers]
+    start = time.perf_counter()
+    flood(service.url, stops)
+    gone(pidfds)
+    stopped_s = time.perf_counter() - start
+    return Crowd(
+        start_rate=number / started_s,
+        stop_rate=number / stopped_s,
+        own_mb=own / number,
+        beyond_mb=(whole - before - own) / number,
+    )
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """What was seen of many jobs at once."""
+
+    start_rate: float
+    stop_rate: float
+    own_mb: float
+    beyond_mb: float
+    """Of each job's share in what all take more than when idle, the part that is not its own process."""
+
+
+def quantile(values: list[float], percent: int) -> float:
+    """A percentile of at least two values."""
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+class Fifo:
+    """Where jobs say that they have begun, each by one line with its pid."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Fifo:
+        os.mkfifo(self.path)
+        # Open for writing too: it has no end while there is no writer.
+        self._file = os.fdopen(os.open(self.path, os.O_RDWR), "rb", buffering=0)
+        self._read = b""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self.path.unlink()
+
+    def pids(self, number: int, patience_s: float = 60) -> list[int]:
+        """The pids of the next jobs, as soon as so many have begun."""
+        while self._read.count(b"\n") < number:
+            if not select.select([self._file], [], [], patience_s)[0]:
+                begun = self._read.count(b"\n")
+                raise RuntimeError(f"of {number} jobs only {begun} have begun")
+            self._read += self._file.read(1 << 16)
+        *lines, self._read = self._read.split(b"\n", number)
+        return [int(line) for line in lines]
+
+
+def gone(pidfds: list[int], patience_s: float = 60) -> None:
+    """Wait until these processes have ended."""
+    poller = select.epoll()
+    for fd in pidfds:
+        poller.register(fd, select.EPOLLIN)
+    left = len(pidfds)
+    while left:
+        ended = poller.poll(patience_s)
+        if not ended:
+            raise RuntimeError(f"{left} stopped jobs have not ended within {patience_s} s")
+        for fd, _ in ended:
+            poller.unregister(fd)
+            os.close(fd)
+        left -= len(ended)
+    poller.close()

@@ -1,0 +1,118 @@
+"""Our own operator, started as `cortex serve` starts it, with the tasks that are measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cortex import Client
+from load import Connection, request
+from service import Service, running
+
+CORTEX = Path(sys.executable).with_name("cortex")
+AT_ONCE = 50
+CPU = 1000
+_WAIT_S = 60
+
+_FILES = {
+    "noop.py": (
+        "import time\n\n\ndef task(config):\n    now = time.time_ns()\n    print(now)\n    return now\n"
+    ),
+    "sleeper.py": (
+        "import os, time\n\n\ndef task(config):\n"
+        "    if 'fifo' in config:\n"
+        "        fd = os.open(config['fifo'], os.O_WRONLY)\n"
+        "        os.write(fd, f'{os.getpid()}\\n'.encode())\n"
+        "        os.close(fd)\n"
+        "    time.sleep(300)\n"
+    ),
+}
+_APIS = {
+    "noop": ("noop.py", f"compute: {{cpu: {CPU // AT_ONCE}}}"),
+    "later": ("sleeper.py", f"compute: {{cpu: {CPU}}}"),
+    "sleeper": ("sleeper.py", "compute: {cpu: 500m}"),
+    "queued": ("sleeper.py", "compute: {cpu: 1}, limits: {max_running: 1}"),
+}
+
+
+class Cortex(Service):
+    """An operator that runs."""
+
+    name = "ours"
+    at_once = AT_ONCE
+
+    def __init__(self, url: str, pid: int) -> None:
+        self.url = url
+        self.pid = pid
+
+    def result(self, answer: bytes) -> Any:
+        job = json.loads(answer)["job_status"]
+        if job["status"] == "status_running":
+            return None
+        if job["status"] != "status_succeeded":
+            raise RuntimeError(f"a job did not succeed: {job}")
+        return job["result"]
+
+    def finish(self, connection: Connection, task: str, job_id: str) -> Any:
+        """It can wait for a job by itself."""
+        asked = request(self.url, "GET", f"/{task}/{job_id}?wait={_WAIT_S}")
+        while (result := self.result(connection.send(asked))) is None:
+            pass
+        return result
+
+    def deploy(self, folder: Path, names: Sequence[str]) -> None:
+        """Deploy some of the tasks, as a user would."""
+        project = folder / "project"
+        project.mkdir(exist_ok=True)
+        for file, text in _FILES.items():
+            (project / file).write_text(text)
+        entries = [
+            f"- {{name: {name}, kind: TaskAPI, definition: {{path: {_APIS[name][0]}}}, {_APIS[name][1]}}}\n"
+            for name in names
+        ]
+        (project / "cortex.yaml").write_text("".join(entries))
+        with Client(self.url) as client:
+            for deployed in client.deploy(project / "cortex.yaml"):
+                if deployed["error"]:
+                    raise RuntimeError(deployed["error"])
+        with Connection(self.url) as connection:
+            for name in names:
+                for _ in range(5 if name == "noop" else 0):  # its fork server is warm afterwards
+                    self.finish(connection, name, self.job_id(connection.send(self.submit(name))))
+
+    def undeploy(self, name: str) -> None:
+        """Delete an API, and with it all its jobs."""
+        with Connection(self.url) as connection:
+            connection.ask("DELETE", f"/-/apis/{name}")
+
+    def names(self) -> list[str]:
+        """The APIs that are deployed."""
+        with Connection(self.url) as connection:
+            return [api["spec"]["name"] for api in connection.ask("GET", "/-/apis")]
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Cortex]:
+    """An operator on a data folder below this one, which may be there already."""
+    folder.mkdir(exist_ok=True)
+    command: list[str | Path] = [
+        CORTEX, "serve", "--port", "0", "--data-dir", folder / "data", "--cpu", str(CPU), "--grace", "2"
+    ]  # fmt: skip
+    with running(command, folder=folder, ready=" listening on ") as (process, line):
+        yield Cortex(line.split()[-1], process.pid)
+
+
+@contextmanager
+def operator(folder: Path, names: Sequence[str] = ()) -> Iterator[Cortex]:
+    """An operator with some of the tasks; when it ends, so do its jobs."""
+    with serving(folder) as cortex:
+        try:
+            cortex.deploy(folder, names)
+            yield cortex
+        finally:
+            for name in cortex.names():
+                cortex.undeploy(name)

@@ -1,0 +1,35 @@
+"""Which peers there are, and their versions. `run` and `measurements` ask."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from peers import celery, ray_jobs, rq
+from peers.common import PYTHON
+from service import Service
+
+PEERS: dict[str, Callable[[Path], AbstractContextManager[Service]]] = {
+    "rq": rq.opened,
+    "celery": celery.opened,
+    "ray": ray_jobs.opened,
+}
+_PACKAGES = ("rq", "celery", "ray", "redis", "fastapi", "uvicorn", "uvloop", "httptools")
+
+
+def versions() -> dict[str, str]:
+    """What is installed for them.
+
+    Raises:
+        SystemExit: nothing is.
+    """
+    if not PYTHON.exists() or shutil.which("redis-server") is None:
+        raise SystemExit("the peers are not installed: `make bench-peers` does it, and measures")
+    code = "import sys, importlib.metadata as m\nfor p in sys.argv[1:]: print(p, m.version(p))"
+    listed = subprocess.check_output([PYTHON, "-I", "-c", code, *_PACKAGES], text=True)
+    server = subprocess.check_output(["redis-server", "--version"], text=True)
+    found = dict(line.split() for line in listed.splitlines())
+    return {**found, "redis-server": server.split("v=")[1].split()[0]}
