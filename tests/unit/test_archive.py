@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,8 +31,8 @@ class Reader:
         self.files = Files(f"file://{folder / 'files'}")
         self.store = Store(f"sqlite:///{folder / 'operator.db'}")
         engine = LocalEngine(folder / "jobs")
-        marks = folder / "archived"
-        self.archive = Archive(self.files, engine, self.store, marks, is_apart=True)
+        self.marks = folder / "archived"
+        self.archive = Archive(self.files, engine, self.store, self.marks, is_apart=True)
 
     def bring_back(self) -> None:
         asyncio.run(self.archive.bring_back(OVER))
@@ -62,3 +63,30 @@ def test_what_is_here_of_an_earlier_term_is_not_taken_for_all_of_it(reader: Read
     reader.bring_back()
     assert reader.log.read_bytes() == b"all of it"
     assert asyncio.run(reader.archive.has("1"))
+
+
+def test_a_log_that_is_removed_while_it_is_read_leaves_no_mark(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader.files.put("logs/1/log", b"all of it")
+    get, is_there, may_go_on = reader.files.get, threading.Event(), threading.Event()
+
+    def get_slowly(key: str, target: Path) -> bool:
+        found = get(key, target)
+        is_there.set()
+        assert may_go_on.wait(30)
+        return found
+
+    async def both() -> None:
+        read = asyncio.create_task(reader.archive.bring_back(OVER))
+        await asyncio.to_thread(is_there.wait, 30)
+        removal = asyncio.create_task(reader.archive.remove(["1"]))
+        done, _ = await asyncio.wait([removal], timeout=0.3)
+        assert not done
+        may_go_on.set()
+        await asyncio.gather(read, removal)
+
+    monkeypatch.setattr(reader.files, "get", get_slowly)
+    asyncio.run(both())
+    assert not reader.files.get("logs/1/log", reader.log.with_name("other"))
+    assert not list(reader.marks.iterdir())

@@ -2,10 +2,6 @@
 is gone. Opened by the app where there is such a store; called by the dispatcher, the log routes and
 retention.
 
-    <files>/logs/<job_id>/log          what is kept of it, without a gap
-    <files>/logs/<job_id>/log.cut      where the gap of one that was over its limit is
-    <data folder>/archived/<job_id>    empty: that log is in the store of files
-
 A log is sent in the background. What has no mark is sent at the next start, so a crash in between loses
 nothing. A day after it was sent, or read last, the copy here is dropped.
 """
@@ -13,29 +9,26 @@ nothing. A day after it was sent, or read last, the copy here is dropped.
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import ParamSpec, TypeVar
+from weakref import WeakValueDictionary
 
 import structlog
 
 from cortex.engines.base import Engine
 from cortex.errors import NoDriver, NotFound, StorageUnavailable
+from cortex.operator.copies import Copies
 from cortex.operator.dispatcher import Dispatcher
-from cortex.operator.logs import lost, opened
 from cortex.projects.files import Files
 from cortex.spec.job import JobRecord
-from cortex.spec.times import new_id
 from cortex.store import Store
-from cortex.worker import files as records
-from cortex.worker import logfile
-from cortex.worker.messages import LogCut
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 log = structlog.get_logger()
@@ -43,10 +36,7 @@ log = structlog.get_logger()
 _SENDERS = 4
 _THREADS = 2 * _SENDERS  # as many are left to readers while the store of files hangs
 _SOONEST_S, _LATEST_S = 1.0, 30.0
-_SMALL = 1 << 20
-_KEPT_S = 86_400
 _LOOK_S = 3600
-_PART = ".part-"
 
 
 class Archive:
@@ -60,8 +50,7 @@ class Archive:
             marks: the folder `archived`.
             is_apart: whether other operators on the store may have data folders of their own.
         """
-        self._files = files
-        self._engine = engine
+        self._copies = Copies(files, engine.log, marks)
         self._store = store
         self._marks = marks
         self._is_apart = is_apart
@@ -69,7 +58,9 @@ class Archive:
         # Of earlier terms: the store may not know them any more. Where operators have folders of their
         # own, another may have driven them since, and what is here is the beginning alone.
         self._unsure: set[str] = set()
-        self._sending: dict[str, asyncio.Event] = {}
+        self._sending: set[str] = set()
+        # A log is sent, fetched, dropped or removed: a mark must not outlive what it stands for.
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._more = asyncio.Event()
         self._pause_s = _SOONEST_S
         self._looked = float("-inf")
@@ -81,7 +72,7 @@ class Archive:
     async def open(self, dispatcher: Dispatcher) -> None:
         """Send logs, from now on: first what has not been sent so far. All unfinished jobs are in progress."""
         self._is_open = True
-        for job_id in await self._run(self._not_sent):
+        for job_id in await self._run(self._copies.not_sent):
             if not dispatcher.in_progress(job_id) and job_id not in self._waiting:
                 self._waiting[job_id] = None
                 self._unsure.add(job_id)
@@ -97,6 +88,7 @@ class Archive:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
         self._waiting.clear()
+        self._sending.clear()
         self._unsure.clear()
 
     def end(self) -> None:
@@ -124,8 +116,11 @@ class Archive:
             StorageUnavailable: it cannot be had now.
         """
         job_id = record.spec.job_id
-        is_sure = not self._is_apart or (self._is_open and job_id not in self._unsure)
-        is_here = await self._run(self._bring_back, job_id, is_sure)
+        async with self._turn(job_id):
+            is_sure = not self._is_apart or (self._is_open and job_id not in self._unsure)
+            is_here = await self._run(
+                self._copies.bring_back, job_id, is_sure=is_sure, is_driving=self._is_open
+            )
         await self.drop_old()
         if not is_here and record.attempt:
             if self._is_apart and not self._is_open:
@@ -144,17 +139,20 @@ class Archive:
         Raises:
             StorageUnavailable: some may be left.
         """
-        for job_id in job_ids:
-            if (sent := self._sending.get(job_id)) is not None:
-                await sent.wait()
-            self._waiting.pop(job_id, None)  # also if that came to nothing
-        await self._run(self._remove, job_ids)
+        async with AsyncExitStack() as stack:
+            for job_id in job_ids:
+                await stack.enter_async_context(self._turn(job_id))
+                self._waiting.pop(job_id, None)
+                self._sending.discard(job_id)
+            await self._run(self._copies.remove, job_ids)
 
     async def drop_old(self) -> None:
         """Drop the copies here of what nobody has asked for in a while."""
         if time.monotonic() - self._looked > _LOOK_S:
             self._looked = time.monotonic()
-            await self._run(self._drop_old)
+            for job_id in await self._run(self._copies.old):
+                async with self._turn(job_id):
+                    await self._run(self._copies.drop, job_id)
 
     async def _send_all(self) -> None:
         while True:
@@ -163,133 +161,35 @@ class Archive:
                 await self._more.wait()
             job_id = next(iter(self._waiting))
             del self._waiting[job_id]
-            done = self._sending[job_id] = asyncio.Event()
-            try:
-                await self._send(job_id)
-            finally:
-                self._sending.pop(job_id, None)
-                done.set()
+            self._sending.add(job_id)
+            async with self._turn(job_id):
+                is_done = job_id not in self._sending or await self._send(job_id)
+                self._sending.discard(job_id)
+            if is_done:
+                self._pause_s = _SOONEST_S
+            else:
+                await asyncio.sleep(self._pause_s)
+                self._pause_s = min(2 * self._pause_s, _LATEST_S)
 
-    async def _send(self, job_id: str) -> None:
+    async def _send(self, job_id: str) -> bool:
+        """Whether there is nothing more to do for this log."""
         try:
             # What it does not know any more, retention was about to remove.
             if job_id not in self._unsure or await self._store.job(job_id) is not None:
                 is_sure = not self._is_apart or job_id not in self._unsure
-                await self._run(self._send_log, job_id, is_sure)
+                await self._run(self._copies.send, job_id, is_sure=is_sure)
             self._unsure.discard(job_id)
-            self._pause_s = _SOONEST_S
         except (StorageUnavailable, OSError) as error:
             log.warning("a log is still to be archived", job=job_id, error=str(error))
             self._waiting[job_id] = None  # behind the others: it may be this one alone
-            await asyncio.sleep(self._pause_s)
-            self._pause_s = min(2 * self._pause_s, _LATEST_S)
+            return False
         except Exception as error:  # the others' logs have to be sent all the same
             log.error("a log cannot be archived", job=job_id, exc_info=error)
-
-    async def _run(self, work: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
-
-    # In threads
-
-    def _not_sent(self) -> list[str]:
-        for part in self._marks.glob(f"{_PART}*"):  # another operator may be writing a new one
-            if part.stat().st_mtime < time.time() - _KEPT_S:
-                part.unlink(missing_ok=True)
-        sent = {mark.name for mark in self._marks.iterdir()}
-        here = {folder.name for folder in self._engine.log("any").parents[1].iterdir()}
-        return sorted(name for name in here - sent if not name.startswith("."))
-
-    def _send_log(self, job_id: str, is_sure: bool) -> None:
-        path = self._engine.log(job_id)
-        if not path.parent.is_dir():
-            return  # it never had anything to say
-        if not is_sure and self._fetch(job_id, path.parent):
-            (self._marks / job_id).touch()
-            return
-        gone = lost(path)
-        with opened(path) as fd:
-            if fd is None:
-                self._files.put(_log(job_id), b"")
-            elif gone is not None:
-                part = self._part()
-                with part.open("wb") as target, open(fd, "rb", closefd=False) as source:
-                    _copy(source, target, gone.start)
-                    source.seek(gone.end)
-                    shutil.copyfileobj(source, target)
-                self._files.put(_cut(job_id), gone.dumps())
-                self._files.put(_log(job_id), part)
-                part.unlink()
-            elif (size := os.fstat(fd).st_size) <= _SMALL:
-                self._files.put(_log(job_id), os.pread(fd, size, 0))
-            else:
-                # Not by its name, in whose place the job may have put another file.
-                self._files.put(_log(job_id), Path(f"/proc/self/fd/{fd}"))
-        (self._marks / job_id).touch()
-
-    def _bring_back(self, job_id: str, is_sure: bool) -> bool:
-        path, mark = self._engine.log(job_id), self._marks / job_id
-        if not mark.exists() and path.parent.is_dir():
-            if is_sure:
-                return True  # all that there is of it is here
-            if not self._fetch(job_id, path.parent):
-                return self._is_open  # of an earlier term, and nobody has had it since
-        elif not path.exists() and not self._fetch(job_id, path.parent):
-            return False
-        mark.touch()
         return True
 
-    def _fetch(self, job_id: str, folder: Path) -> bool:
-        part = self._part()
-        if not self._files.get(_log(job_id), part):
-            return False
-        cut = self._files.read(_cut(job_id))
-        if cut is not None:
-            gone, packed = LogCut.loads(cut), part
-            part = self._part()
-            with packed.open("rb") as source, part.open("wb") as target:
-                _copy(source, target, gone.start)
-                target.seek(gone.end)
-                shutil.copyfileobj(source, target)
-            packed.unlink()
-        folder.mkdir(0o700, exist_ok=True)
-        fd = records.open_folder(str(folder))
-        try:
-            if cut is not None:
-                records.put(fd, logfile.CUT, cut)
-            os.rename(part, logfile.NAME, dst_dir_fd=fd)  # into the open folder
-        finally:
-            os.close(fd)
-        return True
+    def _turn(self, job_id: str) -> asyncio.Lock:
+        return self._turns.setdefault(job_id, asyncio.Lock())
 
-    def _remove(self, job_ids: list[str]) -> None:
-        self._files.delete([of(job_id) for job_id in job_ids for of in (_log, _cut)])
-        for job_id in job_ids:
-            (self._marks / job_id).unlink(missing_ok=True)
-
-    def _drop_old(self) -> None:
-        before = time.time() - _KEPT_S
-        with os.scandir(self._marks) as marks:
-            old = [mark.name for mark in marks if 0 < mark.stat().st_mtime < before]
-        for job_id in old:
-            path = self._engine.log(job_id)
-            for each in (path, path.with_name(logfile.CUT)):
-                with suppress(FileNotFoundError):
-                    each.unlink()
-            os.utime(self._marks / job_id, (0, 0))  # there is nothing more to drop
-
-    def _part(self) -> Path:
-        return self._marks / f"{_PART}{new_id()}"
-
-
-def _log(job_id: str) -> str:
-    return f"logs/{job_id}/{logfile.NAME}"
-
-
-def _cut(job_id: str) -> str:
-    return f"logs/{job_id}/{logfile.CUT}"
-
-
-def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
-    while size and (piece := source.read(min(size, _SMALL))):
-        target.write(piece)
-        size -= len(piece)
+    async def _run(self, work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, partial(work, *arguments, **named))

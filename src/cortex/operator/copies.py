@@ -1,0 +1,163 @@
+"""The files of logs in the store of files, and of the copies here. Called by `archive`, in threads.
+
+<files>/logs/<job_id>/log          what is kept of it, without a gap
+<files>/logs/<job_id>/log.cut      where the gap of one that was over its limit is
+<data folder>/archived/<job_id>    empty: that log is in the store of files
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from cortex.operator.logs import lost, opened
+from cortex.projects.files import Files
+from cortex.spec.times import new_id
+from cortex.worker import files as records
+from cortex.worker import logfile
+from cortex.worker.messages import LogCut
+
+_SMALL = 1 << 20
+_KEPT_S = 86_400
+_PART = ".part-"
+
+
+class Copies:
+    """Of one data folder. What is about one job is done by one caller at a time. All of it blocks, and
+    raises StorageUnavailable or OSError where it comes to nothing."""
+
+    def __init__(self, files: Files, path: Callable[[str], Path], marks: Path) -> None:
+        """
+        Args:
+            path: where the log of a job is.
+            marks: the folder `archived`.
+        """
+        self._files = files
+        self._path = path
+        self._marks = marks
+
+    def not_sent(self) -> list[str]:
+        """The jobs that have a folder here and no mark; what an operator died over is removed."""
+        for part in self._marks.glob(f"{_PART}*"):  # another operator may be writing a new one
+            if part.stat().st_mtime < time.time() - _KEPT_S:
+                part.unlink(missing_ok=True)
+        sent = {mark.name for mark in self._marks.iterdir()}
+        here = {folder.name for folder in self._path("any").parents[1].iterdir()}
+        return sorted(name for name in here - sent if not name.startswith("."))
+
+    def send(self, job_id: str, *, is_sure: bool) -> None:
+        """Send a log, if there is one; where it is not sure that all of it is here, only if none is there."""
+        path = self._path(job_id)
+        if not path.parent.is_dir():
+            return  # it never had anything to say
+        if not is_sure and self._fetch(job_id, path.parent):
+            (self._marks / job_id).touch()
+            return
+        gone = lost(path)
+        with opened(path) as fd:
+            if fd is None:
+                self._files.put(_log(job_id), b"")
+            elif gone is not None:
+                part = self._part()
+                with part.open("wb") as target, open(fd, "rb", closefd=False) as source:
+                    _copy(source, target, gone.start)
+                    source.seek(gone.end)
+                    shutil.copyfileobj(source, target)
+                self._files.put(_cut(job_id), gone.dumps())
+                self._files.put(_log(job_id), part)
+                part.unlink()
+            elif (size := os.fstat(fd).st_size) <= _SMALL:
+                self._files.put(_log(job_id), os.pread(fd, size, 0))
+            else:
+                # Not by its name, in whose place the job may have put another file.
+                self._files.put(_log(job_id), Path(f"/proc/self/fd/{fd}"))
+        (self._marks / job_id).touch()
+
+    def bring_back(self, job_id: str, *, is_sure: bool, is_driving: bool) -> bool:
+        """Whether a log is here now, with all that there is of it.
+
+        Args:
+            is_sure: whether what is here without a mark is all.
+            is_driving: whether it is, where the store of files has none.
+        """
+        path, mark = self._path(job_id), self._marks / job_id
+        if not mark.exists() and path.parent.is_dir():
+            if is_sure:
+                return True  # all that there is of it is here
+            if not self._fetch(job_id, path.parent):
+                return is_driving  # of an earlier term, and nobody has had it since
+        elif not path.exists() and not self._fetch(job_id, path.parent):
+            return False
+        mark.touch()
+        return True
+
+    def _fetch(self, job_id: str, folder: Path) -> bool:
+        part = self._part()
+        if not self._files.get(_log(job_id), part):
+            return False
+        cut = self._files.read(_cut(job_id))
+        if cut is not None:
+            gone, packed = LogCut.loads(cut), part
+            part = self._part()
+            with packed.open("rb") as source, part.open("wb") as target:
+                _copy(source, target, gone.start)
+                target.seek(gone.end)
+                shutil.copyfileobj(source, target)
+            packed.unlink()
+        folder.mkdir(0o700, exist_ok=True)
+        fd = records.open_folder(str(folder))
+        try:
+            if cut is not None:
+                records.put(fd, logfile.CUT, cut)
+            os.rename(part, logfile.NAME, dst_dir_fd=fd)  # into the open folder
+        finally:
+            os.close(fd)
+        return True
+
+    def remove(self, job_ids: list[str]) -> None:
+        """Remove logs from the store of files, and their marks; what is here is others' to remove."""
+        self._files.delete([of(job_id) for job_id in job_ids for of in (_log, _cut)])
+        for job_id in job_ids:
+            (self._marks / job_id).unlink(missing_ok=True)
+
+    def old(self) -> list[str]:
+        """The jobs whose logs nobody has asked for in a day."""
+        return [mark.name for mark in self._marks.iterdir() if _is_old(mark)]
+
+    def drop(self, job_id: str) -> None:
+        """Drop the log here of such a job, if it still is one."""
+        mark, path = self._marks / job_id, self._path(job_id)
+        if _is_old(mark):
+            for each in (path, path.with_name(logfile.CUT)):
+                with suppress(FileNotFoundError):
+                    each.unlink()
+            os.utime(mark, (0, 0))  # there is nothing more to drop
+
+    def _part(self) -> Path:
+        return self._marks / f"{_PART}{new_id()}"
+
+
+def _is_old(mark: Path) -> bool:
+    try:
+        return 0 < mark.stat().st_mtime < time.time() - _KEPT_S
+    except FileNotFoundError:
+        return False
+
+
+def _log(job_id: str) -> str:
+    return f"logs/{job_id}/{logfile.NAME}"
+
+
+def _cut(job_id: str) -> str:
+    return f"logs/{job_id}/{logfile.CUT}"
+
+
+def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
+    while size and (piece := source.read(min(size, _SMALL))):
+        target.write(piece)
+        size -= len(piece)
