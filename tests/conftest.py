@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from cortex.store import Store
 from postgresql import Server, server
 from s3 import S3
 from support import PROBE, Operator, operator, probe_yaml
+
+# A shell lets what it runs in the background ignore it, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -77,5 +77,5 @@ def test_control_c_ends_a_command_quietly(env: dict[str, str]) -> None:
             assert process.stderr is not None
             assert process.stdout.readline() == b"x\n"
             process.send_signal(signal.SIGINT)
-            assert process.wait() == 130
+            assert process.wait(60) == 130
             assert process.stderr.read() == b""
