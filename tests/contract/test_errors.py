@@ -82,6 +82,17 @@ def test_openapi(shared: Operator) -> None:
     assert {"/{endpoint}", "/{endpoint}/{job_id}", "/-/apis"} <= paths.keys()
 
 
+def test_openapi_describes_errors_as_they_are_answered(shared: Operator) -> None:
+    described = shared.http.get(f"{shared.url}/-/openapi.json").json()
+    for methods in described["paths"].values():
+        for operation in methods.values():
+            assert operation["responses"].keys() == {"200", "default"}
+            schema = operation["responses"]["default"]["content"]["application/json"]["schema"]
+            assert schema == {"$ref": "#/components/schemas/Error"}
+    fields = described["components"]["schemas"]["Error"]["properties"]
+    assert fields.keys() == {"kind", "message"}
+
+
 def sent(shared: Operator, data: bytes) -> httpx.Response:
     """What comes back for bytes on a connection that the operator then closes."""
     parts = urlsplit(shared.url)

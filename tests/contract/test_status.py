@@ -248,6 +248,11 @@ def test_jobs_are_listed_newest_first_in_pages(shared: Operator) -> None:
     assert seen == [failed, *reversed(jobs)]
     only = shared.http.get(endpoint, params={"status": "status_worker_error"}).json()
     assert [job["job_id"] for job in only["job_statuses"]] == [failed]
+    by_name = f"{shared.url}/-/apis/listed/jobs"
+    for query in ({}, {"limit": 2}, {"status": "status_worker_error"}):
+        at_endpoint = shared.http.get(endpoint, params=query).json()
+        assert shared.http.get(by_name, params=query).json() == at_endpoint
+    assert shared.http.get(f"{shared.url}/-/apis/nothing/jobs").status_code == 404
 
 
 @pytest.mark.parametrize(

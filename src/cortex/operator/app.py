@@ -30,7 +30,7 @@ from cortex.operator.deploys import Deployer
 from cortex.operator.direct import Direct
 from cortex.operator.dispatcher import Dispatcher
 from cortex.operator.folder import held, held_with_others, make_folders, namespace
-from cortex.operator.http import Answer, App, Gate, install_error_handlers
+from cortex.operator.http import Answer, App, Error, Gate, install_error_handlers
 from cortex.operator.logs import LogWatcher
 from cortex.operator.place import settle
 from cortex.operator.protocol import Protocol
@@ -63,6 +63,8 @@ def _routes(ctx: Context, deployer: Deployer) -> FastAPI:
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
         default_response_class=Answer,
+        # Else the framework describes a 422 of its own, which is never answered.
+        responses={"default": {"model": Error, "description": "What went wrong."}},
         redirect_slashes=False,
     )
     app.state.context = ctx

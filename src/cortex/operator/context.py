@@ -78,6 +78,17 @@ class Context:
             raise NotFound(f"there is no API at /{endpoint}; `cortex get` lists all endpoints")
         return name
 
+    async def check_api(self, name: str) -> None:
+        """Whether an API of this name is deployed.
+
+        Raises:
+            NotFound: none is.
+        """
+        if name not in self.endpoints.values() and self.store.is_shared:
+            await self.read_endpoints()  # it may have been deployed elsewhere just now
+        if name not in self.endpoints.values():
+            raise NotFound(f"there is no API {name!r}; `cortex get` lists all")
+
     async def job_at(self, endpoint: str, job_id: str) -> JobRecord:
         """A job, where it is reached: its API's endpoint, also after the API was deleted.
 

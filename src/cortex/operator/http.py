@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -38,6 +38,7 @@ MAX_BODY_BYTES = 10 * 1024 * 1024
 # The archive is smaller than the project but for tar's padding of many small files.
 MAX_UPLOAD_BYTES = MAX_PROJECT_BYTES + 32 * 1024 * 1024
 UPLOAD_PATH = "/-/apis"
+_PARTS = ("query", "path", "header", "body")  # of a request, as the framework names them
 _TOO_DEEP = {"recursion_loop", "recursion_depth_exceeded"}
 
 Scope = MutableMapping[str, Any]
@@ -67,6 +68,13 @@ class Answer(JSONResponse):
 
     def render(self, content: object) -> bytes:
         return _ENCODER.encode(content).encode()
+
+
+class Error(BaseModel):
+    """Every refusal."""
+
+    kind: str = Field(description="Stable: programs may compare it.")
+    message: str = Field(description="What is wrong and what to do.")
 
 
 class Gate:
@@ -188,8 +196,9 @@ def _methods_at(routes: Sequence[BaseRoute], request: Request) -> list[str]:
 
 
 def _wrong(error: ErrorDetails) -> str:
-    where = ".".join(str(part) for part in error["loc"] if part not in ("query", "path", "body"))
-    return f"{where or 'the body'}: {error['msg']}; found {_shown(error.get('input'))}"
+    where = ".".join(str(part) for part in error["loc"] if part not in _PARTS)
+    what = error["msg"].removeprefix("Value error, ")
+    return f"{where or 'the body'}: {what}; found {_shown(error.get('input'))}"
 
 
 def _shown(found: object) -> str:

@@ -80,15 +80,22 @@ async def get(
     if job_id is not None:
         return await status_at(ctx, request, endpoint, job_id, wait)
     name = await ctx.api_at(endpoint)
-    if (answer := await ctx.ask_driver(request)) is not None:
-        return answer
-    page = await ctx.store.list_jobs(name, limit=limit, status=status, cursor=cursor)
-    return Answer(
-        {
-            "job_statuses": [ctx.renderer.status(job) for job in page.jobs],
-            "next_cursor": page.next_cursor,
-        }
-    )
+    return await _list(ctx, request, name, limit=limit, status=status, cursor=cursor)
+
+
+@router.get("/-/apis/{name}/jobs", tags=["operator"])
+async def list_by_name(
+    request: Request,
+    name: str,
+    *,
+    status: Status | None = None,
+    limit: Limit = _LISTED,
+    cursor: Cursor = None,
+) -> Response:
+    """The API's jobs, newest first."""
+    ctx = context(request)
+    await ctx.check_api(name)
+    return await _list(ctx, request, name, limit=limit, status=status, cursor=cursor)
 
 
 @router.get("/{endpoint}/{job_id}", tags=["jobs"])
@@ -188,6 +195,26 @@ async def _status(ctx: Context, request: Request, record: JobRecord, wait_s: flo
         if answer is not None:
             return answer
     return Answer(ctx.renderer.job(record, await ctx.versions.shown(record.spec.api_id), request))
+
+
+async def _list(
+    ctx: Context,
+    request: Request,
+    name: str,
+    *,
+    limit: int,
+    status: Status | None,
+    cursor: int | None,
+) -> Response:
+    if (answer := await ctx.ask_driver(request)) is not None:
+        return answer
+    page = await ctx.store.list_jobs(name, limit=limit, status=status, cursor=cursor)
+    return Answer(
+        {
+            "job_statuses": [ctx.renderer.status(job) for job in page.jobs],
+            "next_cursor": page.next_cursor,
+        }
+    )
 
 
 async def _stop(ctx: Context, record: JobRecord) -> Answer:

@@ -28,7 +28,7 @@ class Submission(BaseModel):
     config: Json | None = Field(
         None, description="Overrides the API's own `definition.config`, recursively."
     )
-    workers: StrictInt | None = Field(1, ge=1, le=1, description="Accepted only as 1.")
+    workers: StrictInt = Field(1, ge=1, le=1, description="Accepted only as 1.")
 
 
 @dataclass(frozen=True, slots=True)
