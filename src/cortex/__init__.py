@@ -10,6 +10,7 @@ import importlib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from cortex import errors as errors
     from cortex.client import Client, client, env_delete, env_list, new_client
     from cortex.errors import CortexError
 
@@ -34,6 +35,8 @@ __all__ = [  # noqa: RUF022  # in the order in which a reader meets them
 
 
 def __getattr__(name: str) -> object:
+    if name == "errors":  # what `except cortex.errors.NotFound` names
+        return importlib.import_module("cortex.errors")
     if name not in _HOME:
         raise AttributeError(f"module 'cortex' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -72,6 +72,19 @@ def test_what_the_operator_answers_is_returned_as_it_is() -> None:
     assert bodies == [{}, {"config": {"C": 1}, "timeout": 5}]
 
 
+@pytest.mark.parametrize(
+    "config", [{"C": object()}, {"C": float("nan")}, {"C": {1, 2}}, [1], "C"], ids=repr
+)
+def test_a_config_that_is_no_json_is_not_sent(config) -> None:  # type: ignore[no-untyped-def]
+    with (
+        Stub({}) as stub,
+        Client(stub.url) as client,
+        pytest.raises(InvalidRequest, match="config"),
+    ):
+        client.submit_job("iris", config)
+    assert not stub.requests
+
+
 def test_a_wait_is_asked_for_in_slices_until_the_job_has_ended() -> None:
     path = "/-/apis/iris/jobs/j1?wait=20.0"
     with (

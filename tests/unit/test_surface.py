@@ -29,6 +29,11 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         raise AssertionError("it was found")
 
 
+def test_errors_are_found_by_whoever_imports_the_package_alone() -> None:
+    code = "import cortex; assert issubclass(cortex.errors.NotFound, cortex.CortexError)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_importing_the_package_loads_only_the_standard_library() -> None:
     code = "import sys, json, cortex, cortex.logger; print(json.dumps(sorted(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout

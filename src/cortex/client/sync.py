@@ -7,6 +7,7 @@ The command uses it, and so do programs. What it returns is the operator's JSON 
 from __future__ import annotations
 
 import io
+import json
 import tempfile
 import time
 import weakref
@@ -161,7 +162,7 @@ class Client:
         """Submit a job: `config` overrides the API's own, `timeout` is seconds from now."""
         body: dict[str, JsonValue] = {}
         if config is not None:
-            body["config"] = dict(config)
+            body["config"] = _checked_config(config)
         if timeout is not None:
             body["timeout"] = timeout
         path = f"/-/apis/{segment(api_name)}/jobs"
@@ -217,6 +218,19 @@ class Client:
                 answer_s=_UPLOAD_ANSWER_S,
             )
         return cast("list[DeployResult]", answer)
+
+
+def _checked_config(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    if not isinstance(config, Mapping):
+        raise InvalidRequest(f"config is {config!r}; it must be a dict")
+    checked = dict(config)
+    try:
+        json.dumps(checked, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(
+            f"config holds something that is no JSON: {error}; make it a number, a string, a list or a dict"
+        ) from error
+    return checked
 
 
 def _job_path(api_name: str, job_id: str) -> str:
