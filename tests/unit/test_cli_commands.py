@@ -224,7 +224,9 @@ def test_environments_are_configured_without_a_question(
     assert run(["env", "list", "-o", "json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"default_environment": None, "environments": []}
     assert run(["env", "configure", "a", "--operator-endpoint", "http://a:1"]) == 0
+    assert capsys.readouterr().out == "configured a: http://a:1 (the default)\n"
     assert run(["env", "configure", "--operator-endpoint", "http://b:1", "b"]) == 0
+    assert capsys.readouterr().out == "configured b: http://b:1\n"
     assert run(["env", "default", "b"]) == 0
     assert run(["env", "delete", "a"]) == 0
     capsys.readouterr()

@@ -35,7 +35,7 @@ def configure(
         ),
     ] = None,
 ) -> None:
-    """Add the environment NAME, or point it to another operator."""
+    """Add the environment NAME, or point it to another operator. The first one is the default."""
     from cortex.client import environments
 
     if operator_endpoint is None:
@@ -46,7 +46,8 @@ def configure(
         environment = environments.configure(name, operator_endpoint, token)
     except InvalidRequest as error:
         raise typer.BadParameter(error.message) from error
-    print_line(f"configured {environment.name}: {environment.operator_endpoint}")
+    default = " (the default)" if environments.load().default == environment.name else ""
+    print_line(f"configured {environment.name}: {environment.operator_endpoint}{default}")
 
 
 @app.command("list")
@@ -70,7 +71,7 @@ def list_(output: Output = Format.PRETTY) -> None:
 
 @app.command("default")
 def default(name: Name) -> None:
-    """Make NAME the environment that commands use when they name none."""
+    """Make NAME the environment of commands that name none."""
     from cortex.client import environments
 
     environments.set_default(name)

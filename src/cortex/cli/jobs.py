@@ -45,7 +45,7 @@ def submit(
 
 
 def logs(api: ApiName, job: JobId, env: Env = None) -> None:
-    """Print the log of JOB, and go on as it is written until the job ends."""
+    """Print the log of JOB, as it is written until the job ends."""
     from cortex.client import client
 
     with client(env) as operator:

@@ -114,7 +114,8 @@ def serve(
         typer.Option(help="Ask nobody for a token: whoever reaches it can run code."),
     ] = None,
     allow_origin: Annotated[
-        list[str] | None, typer.Option(help="Origin of pages that may call the operator.")
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Origin of pages that may call the operator."),
     ] = None,
     config: ConfigFile = None,
     show_config: Annotated[

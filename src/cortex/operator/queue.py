@@ -256,7 +256,7 @@ class Queue:
     def _why_in_line(self, live: Live) -> str | None:
         running = self.line.full(live.record.spec.api_name)
         if running is not None:
-            return f"{running} jobs of this API run, as many as its limits.max_running allows"
+            return f"as many jobs of this API run as its limits.max_running allows, {running}"
         if self._blocked_by is not None and self.line.first() != live.record.spec.job_id:
             return f"waits behind earlier jobs, the first of which {self._blocked_by}"
         return self._blocked_by

@@ -115,7 +115,7 @@ class Submits:
         waiting = _WAITING.first(connection, {"name": name, "most": most})
         if waiting is not None and waiting[0] >= most:
             raise OverLimit(
-                f"{most} jobs of {name!r} are waiting, which is its limits.max_waiting; "
+                f"as many jobs of {name!r} wait as its limits.max_waiting allows, {most}; "
                 "submit again when some of them have started"
             )
 
