@@ -228,7 +228,7 @@ def _checked_config(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
         json.dumps(checked, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(
-            f"config holds something that is no JSON: {error}; make it a number, a string, a list or a dict"
+            f"config holds something that is no JSON: {error}; send finite numbers, strings, lists, dicts"
         ) from error
     return checked
 
