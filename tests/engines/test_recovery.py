@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import asyncio
 import os
 import signal
 import subprocess
