@@ -3,9 +3,9 @@ own processes and files; what every engine promises of an operator that dies is 
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
-import asyncio
 import os
 import signal
 import subprocess
