@@ -121,27 +121,37 @@ def test_nothing_goes_before_its_time(tmp_path: Path) -> None:
         assert running.log_of(f"{running.url}/probe", job) == "line 0\n"
 
 
-def test_folders_in_which_nobody_may_write_go_too() -> None:
+def test_folders_that_their_own_user_may_not_use_go_too() -> None:
     with tempfile.TemporaryDirectory() as own:
-        locked = Path(own) / "job" / "locked"
-        locked.mkdir(parents=True)
-        (locked / "file").touch()
-        for path in (locked, locked.parent, Path(own)):
-            path.chmod(0o500)
-        Path(own).chmod(0o700)
+        job = Path(own) / "job"
+        modes = {"unwritable": 0o500, "unreadable": 0o300, "unsearchable": 0o600, "closed": 0o000}
+        for name in modes:
+            (job / name / "closed").mkdir(parents=True)
+            (job / name / "closed" / "file").touch()
+        everything = [*job.rglob("*"), job, Path(own)]
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                if os.getuid() == 0:  # root may write anywhere
-                    for path in (locked / "file", locked, locked.parent, Path(own)):
+                if os.getuid() == 0:  # root may do anything anywhere
+                    for path in everything:
                         os.chown(path, 65534, 65534)
                     os.setgroups([])
                     os.setgid(65534)
                     os.setuid(65534)
-                remove(Path(own) / "job")
-                code = int((Path(own) / "job").exists())
+                for name, mode in modes.items():
+                    (job / name / "closed").chmod(0o000)
+                    (job / name).chmod(mode)
+                job.chmod(0o500)
+                remove(job)
+                code = int(job.exists())
             finally:
                 os._exit(code)
         _, status = os.waitpid(child, 0)
         assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_what_is_gone_already_leaves_the_folder_above_as_it_is(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)  # other users pass through it, where jobs run as another
+    remove(tmp_path / "job")
+    assert tmp_path.stat().st_mode & 0o777 == 0o755

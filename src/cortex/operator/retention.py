@@ -7,6 +7,7 @@ that nobody knows of. One per operator, opened by the app.
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -112,15 +113,26 @@ def _remove_all(folders: list[Path]) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder and all that is in it; what withstands is logged and left."""
+    """Remove a folder and all that is in it, if it is there; what withstands is logged and left. Nothing
+    above it is touched."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.is_dir():
+        _open_up(folder)
+    if folder.exists():
+        shutil.rmtree(folder, onerror=_left)
 
-    def on_error(function: Callable[..., object], path: str, info: object) -> None:
-        # A task may have made folders in which nobody may write.
-        with suppress(OSError):
-            Path(path).parent.chmod(0o700)
-            function(path)
-            return
-        if Path(path).exists():
-            log.warning("cannot be removed", path=path)
 
-    shutil.rmtree(folder, onerror=on_error)
+def _open_up(folder: Path) -> None:
+    """A task may have made folders that its own user may not look into, or not write in."""
+    with suppress(OSError):
+        folder.chmod(0o700)
+    for parent, names, _ in os.walk(folder):
+        for path in (Path(parent, name) for name in names):
+            with suppress(OSError):
+                if not path.is_symlink():
+                    path.chmod(0o700)
+
+
+def _left(_function: Callable[..., object], path: str, _info: object) -> None:
+    if Path(path).exists():
+        log.warning("cannot be removed", path=path)
