@@ -6,16 +6,20 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from cortex.engines.local import LocalEngine
-from cortex.errors import NoDriver
+from cortex.errors import NoDriver, StorageUnavailable
 from cortex.operator.archive import Archive
+from cortex.operator.copies import Copies
 from cortex.projects.files import Files
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import State, Wanted
 from cortex.store import Store
+from cortex.worker import logfile
+from cortex.worker.messages import LogCut
 
 _SPEC = JobSpec(job_id="1", api_name="a", api_id="1", config={}, created_ns=1)
 OVER = JobRecord(1, _SPEC, State.SUCCEEDED, Wanted.RUN, attempt=1, handle=None)
@@ -90,3 +94,32 @@ def test_a_log_that_is_removed_while_it_is_read_leaves_no_mark(
     asyncio.run(both())
     assert not reader.files.get("logs/1/log", reader.log.with_name("other"))
     assert not list(reader.marks.iterdir())
+
+
+def test_a_cut_log_that_cannot_be_sent_or_fetched_leaves_nothing_of_each_try(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = Copies(reader.files, lambda _: reader.log, reader.marks)
+    cut = LogCut(start=2, end=5, limit=4).dumps()
+    reader.log.parent.mkdir()
+    reader.log.write_bytes(b"ab\0\0\0cd")
+    reader.log.with_name(logfile.CUT).write_bytes(cut)
+    reader.files.put("logs/1/log", b"abcd")
+
+    def fails(*_: object) -> NoReturn:
+        raise StorageUnavailable("the store of files does not answer")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(reader.files, "put", fails)
+        with pytest.raises(StorageUnavailable):
+            copies.send("1", is_sure=True)
+        broken.setattr(reader.files, "read", fails)
+        with pytest.raises(StorageUnavailable):
+            copies.send("1", is_sure=False)
+    assert not list(reader.marks.iterdir())
+    copies.send("1", is_sure=True)
+    assert reader.files.read("logs/1/log") == b"abcd"
+    reader.log.unlink()
+    assert copies.bring_back("1", is_sure=True, is_driving=True)
+    assert reader.log.read_bytes() == b"ab\0\0\0cd"
+    assert [mark.name for mark in reader.marks.iterdir()] == ["1"]

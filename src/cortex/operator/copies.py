@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -63,14 +63,13 @@ class Copies:
             if fd is None:
                 self._files.put(_log(job_id), b"")
             elif gone is not None:
-                part = self._part()
-                with part.open("wb") as target, open(fd, "rb", closefd=False) as source:
-                    _copy(source, target, gone.start)
-                    source.seek(gone.end)
-                    shutil.copyfileobj(source, target)
-                self._files.put(_cut(job_id), gone.dumps())
-                self._files.put(_log(job_id), part)
-                part.unlink()
+                with self._part() as part:
+                    with part.open("wb") as target, open(fd, "rb", closefd=False) as source:
+                        _copy(source, target, gone.start)
+                        source.seek(gone.end)
+                        shutil.copyfileobj(source, target)
+                    self._files.put(_cut(job_id), gone.dumps())
+                    self._files.put(_log(job_id), part)
             elif (size := os.fstat(fd).st_size) <= _SMALL:
                 self._files.put(_log(job_id), os.pread(fd, size, 0))
             else:
@@ -97,27 +96,26 @@ class Copies:
         return True
 
     def _fetch(self, job_id: str, folder: Path) -> bool:
-        part = self._part()
-        if not self._files.get(_log(job_id), part):
-            return False
-        cut = self._files.read(_cut(job_id))
-        if cut is not None:
-            gone, packed = LogCut.loads(cut), part
-            part = self._part()
-            with packed.open("rb") as source, part.open("wb") as target:
-                _copy(source, target, gone.start)
-                target.seek(gone.end)
-                shutil.copyfileobj(source, target)
-            packed.unlink()
-        folder.mkdir(0o700, exist_ok=True)
-        fd = records.open_folder(str(folder))
-        try:
+        with self._part() as packed, self._part() as whole:
+            if not self._files.get(_log(job_id), packed):
+                return False
+            cut = self._files.read(_cut(job_id))
             if cut is not None:
-                records.put(fd, logfile.CUT, cut)
-            os.rename(part, logfile.NAME, dst_dir_fd=fd)  # into the open folder
-        finally:
-            os.close(fd)
-        return True
+                gone = LogCut.loads(cut)
+                with packed.open("rb") as source, whole.open("wb") as target:
+                    _copy(source, target, gone.start)
+                    target.seek(gone.end)
+                    shutil.copyfileobj(source, target)
+            folder.mkdir(0o700, exist_ok=True)
+            fd = records.open_folder(str(folder))
+            try:
+                if cut is not None:
+                    records.put(fd, logfile.CUT, cut)
+                part = packed if cut is None else whole
+                os.rename(part, logfile.NAME, dst_dir_fd=fd)  # into the open folder
+            finally:
+                os.close(fd)
+            return True
 
     def remove(self, job_ids: list[str]) -> None:
         """Remove logs from the store of files, and their marks; what is here is others' to remove."""
@@ -138,8 +136,14 @@ class Copies:
                     each.unlink()
             os.utime(mark, (0, 0))  # there is nothing more to drop
 
-    def _part(self) -> Path:
-        return self._marks / f"{_PART}{new_id()}"
+    @contextmanager
+    def _part(self) -> Iterator[Path]:
+        """A file of which nothing is left where it came to nothing: it is tried again and again."""
+        part = self._marks / f"{_PART}{new_id()}"
+        try:
+            yield part
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def _is_old(mark: Path) -> bool:
