@@ -3,9 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
-from cortex.operator import log_routes
+import pytest
+
+from cortex.operator import log_routes, logs
+
+
+class Running:
+    """A job that runs on, and does not change."""
+
+    def in_progress(self, job_id: str) -> bool:
+        return True
+
+    async def change(self, job_id: str) -> None:
+        await asyncio.Event().wait()
+
+
+@asynccontextmanager
+async def watching() -> AsyncIterator[logs.LogWatcher]:
+    watcher = logs.LogWatcher()
+    watcher.open()
+    try:
+        yield watcher
+    finally:
+        await watcher.close()
 
 
 def test_a_log_that_is_removed_while_it_is_read_ends_with_a_line_that_says_so(
@@ -24,3 +48,46 @@ def test_a_log_that_is_removed_while_it_is_read_ends_with_a_line_that_says_so(
     first, last = asyncio.run(read())
     assert len(first) == log_routes._CHUNK_BYTES
     assert last == b"[cortex: the log was removed while it was read]\n"
+
+
+def test_a_log_that_comes_while_it_is_looked_for_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, read = tmp_path / "log", logs.read
+
+    def begin_late(path: Path, offset: int, size: int) -> logs.Piece:
+        found = read(path, offset, size)
+        log.open("a").close()
+        return found
+
+    async def follow() -> tuple[int, str] | None:
+        async with watching() as watcher:
+            pieces = logs.follow("1", log, 0, Running(), watcher)
+            first = asyncio.ensure_future(anext(pieces))
+            while not watcher._watches:  # noqa: ASYNC110  # nobody tells of it
+                await asyncio.sleep(0.01)
+            log.write_text("first")
+            return await first
+
+    monkeypatch.setattr(logs, "read", begin_late)
+    assert asyncio.run(asyncio.wait_for(follow(), 10)) == (5, "first")
+
+
+def test_whoever_stops_following_leaves_nothing_that_waits(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("first")
+
+    async def follow() -> set[str]:
+        async with watching() as watcher:
+            before = asyncio.all_tasks()
+            pieces = logs.follow("1", log, 0, Running(), watcher)
+            await anext(pieces)
+            second = asyncio.ensure_future(anext(pieces))
+            while not asyncio.all_tasks() - before - {second}:  # noqa: ASYNC110  # nobody tells of it
+                await asyncio.sleep(0.01)
+            second.cancel()
+            await asyncio.wait({second})
+            await asyncio.sleep(0)
+            return {repr(task) for task in asyncio.all_tasks() - before}
+
+    assert asyncio.run(follow()) == set()

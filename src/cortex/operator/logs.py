@@ -103,6 +103,9 @@ async def follow(
                 if rest := decoder.decode(b"", final=True):
                     yield offset, rest
                 return
+            if not watching and watcher.add(path, grown):
+                watching = True  # it came meanwhile, and nothing else need happen for long
+                continue
             if not await _first_of(grown.wait(), jobs.change(job_id)):
                 yield None
     finally:
@@ -184,9 +187,11 @@ def _marker(gone: LogCut) -> bytes:
 
 async def _first_of(*waits: Awaitable[object]) -> bool:
     tasks = [asyncio.ensure_future(wait) for wait in waits]
-    done, pending = await asyncio.wait(
-        tasks, timeout=_KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED
-    )
-    for task in pending:
-        task.cancel()
-    return bool(done)
+    try:
+        done, _ = await asyncio.wait(
+            tasks, timeout=_KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED
+        )
+        return bool(done)
+    finally:  # also where whoever waits is cancelled: `wait` leaves them as they are
+        for task in tasks:
+            task.cancel()
