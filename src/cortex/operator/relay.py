@@ -27,6 +27,7 @@ _PASSED_ON = ("accept", "authorization", "host", "last-event-id", "range")
 _PASSED_BACK = ("accept-ranges", "cache-control", "content-range", "content-length", "content-type")
 _PATIENCE_S = 3.0  # until an answer begins
 _SILENCE_S = 60.0  # whoever drives says sooner that a followed log is still there
+_AGAIN_S = 1.0
 _TRIES = 2  # the second where another one drives since
 _ANSWERS = {
     httpx.codes.OK,
@@ -56,6 +57,7 @@ class Relay:
         self._store = store
         self._drives = drives
         self._driver: _Driver | None = None
+        self._is_old = False
         self._looking: asyncio.Task[None] | None = None
         self._http = httpx.AsyncClient(
             timeout=httpx.Timeout(_PATIENCE_S, read=_SILENCE_S), limits=_MOST, trust_env=False
@@ -69,8 +71,11 @@ class Relay:
 
     def driver_changed(self) -> None:
         """Another one may drive: who waits for the answer of that before waits in vain."""
-        if self._driver is not None and self._looking is None:
-            self._looking = asyncio.create_task(self._look())
+        if self._driver is None:
+            return
+        self._is_old = True
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._look_again())
             self._looking.add_done_callback(self._looked)
 
     async def ask(self, request: Request, or_error: int | None = None) -> Response | None:
@@ -152,16 +157,25 @@ class Relay:
             await self._look()
         return self._driver
 
-    async def _look(self) -> None:
+    async def _look_again(self) -> None:
+        while self._is_old:
+            self._is_old = False  # it changes once more, it may be, while that is read
+            if not await self._look():
+                self._is_old = True
+                await asyncio.sleep(_AGAIN_S)
+
+    async def _look(self) -> bool:
+        """Find out who drives; False where that cannot be told now."""
         try:
             address = await self._store.operators.driver()
         except StorageUnavailable:
-            return
+            return False
         if self._driver is not None and self._driver.address == address:
-            return
+            return True
         if self._driver is not None:
             self._driver.is_over.set()
         self._driver = _Driver(address, asyncio.Event())
+        return True
 
     def _looked(self, _: asyncio.Task[None]) -> None:
         self._looking = None
