@@ -12,7 +12,7 @@ from fastapi import APIRouter, Header, Query, Request
 from pydantic import AfterValidator
 from starlette.responses import Response
 
-from cortex.errors import Conflict, InvalidRequest
+from cortex.errors import Conflict, InvalidRequest, NotFound
 from cortex.operator.context import Context, context
 from cortex.operator.http import Answer, read_submission
 from cortex.operator.render import shown, submitted
@@ -187,7 +187,9 @@ async def _status(ctx: Context, request: Request, record: JobRecord, wait_s: flo
     while shown(record) is Status.RUNNING and (left_s := deadline - time.monotonic()) > 0:
         changed = await ctx.jobs.next(record.spec.job_id, left_s)
         if changed is None:  # it has completed since it was looked at
-            record = await ctx.store.job(record.spec.job_id) or record
+            if (last := await ctx.store.job(record.spec.job_id)) is None:
+                raise _removed(record)
+            record = last
             break
         record = changed
     if shown(record) is Status.RUNNING:
@@ -220,7 +222,15 @@ async def _list(
 async def _stop(ctx: Context, record: JobRecord) -> Answer:
     job_id = record.spec.job_id
     outcome = await ctx.jobs.stop(job_id)
-    now = outcome.job or record
-    if not outcome.taken and now.wanted is not Wanted.STOP:
-        raise Conflict(f"the job {job_id} has already completed ({shown(now)})")
+    if outcome.job is None:
+        raise _removed(record)
+    if not outcome.taken and outcome.job.wanted is not Wanted.STOP:
+        raise Conflict(f"the job {job_id} has already completed ({shown(outcome.job)})")
     return Answer({"message": f"stopped job {job_id}"})
+
+
+def _removed(record: JobRecord) -> NotFound:
+    return NotFound(
+        f"the job {record.spec.job_id} has completed, and was removed: jobs are kept for a time "
+        "(`cortex serve --keep-jobs`)"
+    )
