@@ -12,6 +12,16 @@ import pytest
 from cortex.operator import log_routes, logs
 
 
+class Over:
+    """A job that has ended."""
+
+    def in_progress(self, job_id: str) -> bool:
+        return False
+
+    async def change(self, job_id: str) -> None:
+        return
+
+
 class Running:
     """A job that runs on, and does not change."""
 
@@ -48,6 +58,24 @@ def test_a_log_that_is_removed_while_it_is_read_ends_with_a_line_that_says_so(
     first, last = asyncio.run(read())
     assert len(first) == log_routes._CHUNK_BYTES
     assert last == b"[cortex: the log was removed while it was read]\n"
+
+
+def test_a_log_that_is_removed_while_it_is_followed_ends_with_a_line_that_says_so(
+    tmp_path: Path,
+) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(b"x" * (logs._CHUNK_BYTES + 1))
+
+    async def follow() -> list[tuple[int, str] | None]:
+        pieces = []
+        async with watching() as watcher:
+            async for piece in logs.follow("1", log, 0, Over(), watcher):
+                pieces.append(piece)
+                log.unlink(missing_ok=True)
+        return pieces
+
+    end = logs._CHUNK_BYTES
+    assert asyncio.run(follow()) == [(end, "x" * end), (end, logs.REMOVED)]
 
 
 def test_a_log_that_comes_while_it_is_looked_for_is_followed(

@@ -16,7 +16,7 @@ from starlette.responses import Response, StreamingResponse
 from cortex.errors import NoDriver, NotFound, RangeNotSatisfiable, StorageUnavailable
 from cortex.operator.context import Context, context
 from cortex.operator.http import Receive, Scope, Send
-from cortex.operator.logs import event, follow, length, lost, read
+from cortex.operator.logs import REMOVED, event, follow, length, lost, read
 from cortex.spec.job import JobRecord
 from cortex.spec.lifecycle import IN_PROGRESS
 
@@ -136,7 +136,7 @@ async def _rest(path: Path, start: int, end: int) -> AsyncIterator[bytes]:
     while start < end:
         piece = await asyncio.to_thread(read, path, start, min(_CHUNK_BYTES, end - start))
         if not piece.data:
-            yield b"[cortex: the log was removed while it was read]\n"
+            yield REMOVED.encode()
             return
         start = piece.end
         yield piece.data

@@ -24,6 +24,8 @@ _CHUNK_BYTES = 64 * 1024
 _KEEP_ALIVE_S = 15
 _MOST_RECORD = 4096
 
+REMOVED = "[cortex: the log was removed while it was read]\n"
+
 
 class LogWatcher:
     """Wakes followers when a log grows. One inotify instance for all: a user may have few (128)."""
@@ -83,6 +85,7 @@ async def follow(
     when nothing came for a while; it ends when the last process of the job is gone and all was
     read. Bytes that are no UTF-8 are replaced."""
     grown = asyncio.Event()
+    begun_at = offset
     watching = False
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     try:
@@ -102,6 +105,8 @@ async def follow(
             if ended:
                 if rest := decoder.decode(b"", final=True):
                     yield offset, rest
+                if offset > begun_at and not await asyncio.to_thread(path.exists):
+                    yield offset, REMOVED
                 return
             if not watching and watcher.add(path, grown):
                 watching = True  # it came meanwhile, and nothing else need happen for long
