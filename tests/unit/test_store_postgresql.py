@@ -166,6 +166,11 @@ def test_a_server_that_ends_all_sessions_is_not_noticed(postgresql: Server, data
             with postgresql.connected() as connection:
                 connection.execute(end, [name])
             await store.submit(draft())
+            assert await store.job(job.spec.job_id) == job  # on a connection that is kept
+            with postgresql.connected() as connection:
+                connection.execute(end, [name])
+            async with store.in_turn():
+                pass
         await eventually(lambda: lock_of(postgresql, name))
 
     with_store(database, work)

@@ -55,18 +55,29 @@ class Turn:
 
 
 def _take(engine: Engine, key: int) -> Connection:
-    connection = None
     try:
-        connection = engine.connect().execution_options(isolation_level="READ COMMITTED")
-        connection.execute(_PATIENCE)
-        connection.execute(_LOCK, {"key": key})
-        return connection
+        try:
+            return _locked(engine, key)
+        except DBAPIError as error:
+            if not error.connection_invalidated:
+                raise
+            engine.dispose()  # the pool may hold others that were lost likewise
+            return _locked(engine, key)
     except DBAPIError as error:
-        if connection is not None:
-            connection.close()
         raise StorageUnavailable(
             "the store does not answer now, or another operator holds it up. Try again later."
         ) from error
+
+
+def _locked(engine: Engine, key: int) -> Connection:
+    connection = engine.connect().execution_options(isolation_level="READ COMMITTED")
+    try:
+        connection.execute(_PATIENCE)
+        connection.execute(_LOCK, {"key": key})
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _give_back_late(taking: asyncio.Future[Connection]) -> None:
