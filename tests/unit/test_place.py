@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,14 @@ from cortex.errors import StartupError
 from cortex.operator.place import give_up_lost, settle
 from cortex.operator.settings import Ray, Settings
 from cortex.projects.files import Files
+from cortex.spec.job import JobRecord
+from cortex.spec.lifecycle import Event
 from cortex.store import Store
+from cortex.worker import processes
+from unit.test_store import FACTS, draft, spec
 
 
-async def started(settings: Settings, store: Store, files: Files) -> str:
+async def started(settings: Settings, store: Store, files: Files | None) -> str:
     place = await settle(settings, store, files)
     await give_up_lost(settings, store)
     return place
@@ -27,6 +33,7 @@ class Home:
     def __init__(self, folder: Path, database: str) -> None:
         self.folder = folder
         self.database = database
+        self.has_files = True
         (folder / "files").mkdir()
 
     def start(self, name: str, **more: object) -> str:
@@ -34,7 +41,7 @@ class Home:
         settings.data_dir.mkdir(exist_ok=True)
         store = Store(self.database)
         try:
-            files = Files(f"file://{self.folder}/files")
+            files = Files(f"file://{self.folder}/files") if self.has_files else None
             return asyncio.run(started(settings, store, files))
         finally:
             store.close()
@@ -43,6 +50,17 @@ class Home:
 @pytest.fixture
 def home(tmp_path: Path, emptied: str) -> Home:
     return Home(tmp_path, emptied)
+
+
+@contextmanager
+def operator_on(database: str, place: str) -> Iterator[None]:
+    """An operator that is there."""
+    store = Store(database)
+    store.operators.join(place, processes.boot_id(), "http://operator.invalid")
+    try:
+        yield
+    finally:
+        store.close()
 
 
 RAY = Ray("127.0.0.1:1")
@@ -90,6 +108,33 @@ def test_what_was_begun_before_a_crash_is_finished(home: Home) -> None:
     marker.write_text(first)  # as if it had been killed before it was done
     assert home.start("two") == second
     assert not marker.exists()
+
+
+def test_a_folder_that_is_not_lost_costs_no_jobs(home: Home, tmp_path: Path) -> None:
+    home.has_files = False
+    theirs, own = home.database, f"sqlite:///{tmp_path / 'own.db'}"
+    first = home.start("one")
+    home.database = own
+    home.start("two")
+    store = Store(own)
+
+    async def job() -> JobRecord:
+        await store.deploy([spec()])
+        record, _ = await store.submit(draft())
+        return (
+            await store.apply(record.spec.job_id, Event.CLAIM, FACTS[Event.CLAIM])
+        ).job or record
+
+    running = asyncio.run(job())
+    home.database = theirs
+    with operator_on(theirs, first), pytest.raises(StartupError, match=f"{first} is not lost"):
+        home.start("two", lost_folder=first)
+    home.database = own
+    home.start("two")
+    assert asyncio.run(store.job(running.spec.job_id)) == running
+    store.close()
+    home.database = theirs
+    home.start("two", lost_folder=first)  # now it is
 
 
 def test_an_id_that_cannot_be_read_is_told(home: Home) -> None:

@@ -9,6 +9,8 @@ that still runs jobs looks the same from here.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import structlog
 
 from cortex.errors import StartupError, StorageUnavailable
@@ -72,12 +74,26 @@ def _settle(settings: Settings, store: Store, files: Files | None) -> str:
             "operator on that one, or name another prefix with --files. If it is lost for good, say "
             f"--lost-folder {owner}."
         )
+    is_marked = settings.taken_over.exists()
     if lost is not None and lost != own and lost in places:
         # Before the database is told: from then on nothing else says that its jobs are to be given up.
         write(settings.taken_over, lost)
     if store.is_shared:
         runs_on = processes.boot_id() if settings.ray is None else "ray"
-        store.operators.join(own, runs_on, settings.advertise, instead_of=lost)
+        try:
+            store.operators.join(own, runs_on, settings.advertise, instead_of=lost)
+        except StartupError:
+            if not is_marked:
+                _unmark(settings, store)
+            raise
     if files is not None:
         files.own(own)
     return own
+
+
+def _unmark(settings: Settings, store: Store) -> None:
+    """It did not take a lost folder's place, as far as that can be told: no jobs are to be given up, least of
+    all those that this folder has of another database."""
+    with suppress(StorageUnavailable):
+        if settings.lost_folder in store.operators.places():
+            settings.taken_over.unlink(missing_ok=True)
