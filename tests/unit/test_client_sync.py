@@ -73,7 +73,9 @@ def test_what_the_operator_answers_is_returned_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [{"C": object()}, {"C": float("nan")}, {"C": {1, 2}}, [1], "C"], ids=repr
+    "config",
+    [{"C": object()}, {"C": float("nan")}, {"C": {1, 2}}, [1], "C"],
+    ids=["object", "nan", "set", "list", "text"],
 )
 def test_a_config_that_is_no_json_is_not_sent(config) -> None:  # type: ignore[no-untyped-def]
     with (
