@@ -84,7 +84,7 @@ class Attempts:
         self._nodes.hold(live.job_id, attempt.version.api.compute, live.node_id)
         node = self._nodes.alive.get(live.node_id)
         if node is None and self._cluster.is_joined:
-            self._settle(live, live.lost("its node is not in the cluster any more"))
+            self._lose(live, "its node is not in the cluster any more")
         elif node is None or not node.is_ready:
             pass  # it is asked after as soon as there is somebody to ask
         else:
@@ -122,10 +122,11 @@ class Attempts:
             self._unreachable(live, reason)
 
     def cursors(self, node: Node) -> dict[str, int]:
+        # Until it has started, the log that its node has is that of an earlier attempt.
         return {
-            live.job_id: self._mirror.size(live.job_id) - live.base
+            live.job_id: self._mirror.offset(live.job_id, live.base)
             for live in self._on(node)
-            if live.sent and not live.ending and live.copied
+            if live.started and not live.ending and live.copied
         }
 
     async def told(self, poll: Poll) -> None:
@@ -152,7 +153,7 @@ class Attempts:
     def _lose(self, live: Live, reason: str) -> None:
         if live.ending:
             return  # it has ended before
-        # Where its node is gone, so is the agent that else gives it up.
+        # Where its node is gone, or what it has of it, no agent gives it up.
         self._background.run(self._orders.give_up_seat(live))
         self._settle(live, live.lost(reason) if live.sent else live.never())
 
@@ -176,8 +177,9 @@ class Attempts:
     async def _finish(self, live: Live, last: Last) -> None:
         """Copy the rest of the log, and report the end. The node has told it: what happens to it now
         can take no more than a part of the log."""
-        while live.node_id in self._nodes.alive and live.copied:
-            offset = self._mirror.size(live.job_id) - live.base
+        has_log = not isinstance(last, NeverStarted)  # what there is is of an earlier attempt
+        while has_log and live.node_id in self._nodes.alive and live.copied:
+            offset = self._mirror.offset(live.job_id, live.base)
             try:
                 piece = await self._orders.log_from(live, offset)
                 if piece.end == offset:
@@ -192,7 +194,7 @@ class Attempts:
         try:
             gpus = await self._orders.take_seat(live)
             locks = await self._orders.locks(live)
-        except (LinkError, Refused, StorageUnavailable) as error:
+        except (LinkError, Refused, StorageUnavailable, OSError) as error:
             self._do_not_start(live, str(error))
             return
         if self._is_off(live):
@@ -230,7 +232,7 @@ class Attempts:
         try:
             await self._orders.ask_after(live)
         except Refused as error:
-            self._settle(live, live.lost(str(error)))
+            self._lose(live, str(error))
             return
         if live.unreachable:
             live.unreachable = False

@@ -28,6 +28,10 @@ class Mirror:
         except FileNotFoundError:
             return 0
 
+    def offset(self, job_id: str, base: int) -> int:
+        """Where in the node's log the copy has to go on. One that could not be taken up has nothing of it."""
+        return max(0, self.size(job_id) - base)
+
     def prepare(self, job_id: str) -> int:
         """Make the folder of a job; the size of what there is of its log."""
         self.path(job_id).parent.mkdir(0o700, parents=True, exist_ok=True)
@@ -53,6 +57,7 @@ class Mirror:
         Raises:
             OSError: the disk takes nothing now; the same piece may be written again.
         """
+        self.take_up(job_id, base)
         if piece.cut is not None:
             self._cut(job_id, base, piece.cut)
         fd = os.open(self.path(job_id), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)

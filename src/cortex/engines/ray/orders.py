@@ -30,14 +30,14 @@ class Locks(Protocol):
         """All of a project, by their names.
 
         Raises:
-            StorageUnavailable: that cannot be told now.
+            StorageUnavailable, OSError: that cannot be told now.
         """
 
     def keep_first_lock(self, identity: str, name: str, text: str) -> None:
         """Keep one, if there is none of that name.
 
         Raises:
-            StorageUnavailable: it is not kept.
+            StorageUnavailable, OSError: it is not kept.
         """
 
 
@@ -81,7 +81,7 @@ class Orders:
         """The lock files of its project, by their names.
 
         Raises:
-            StorageUnavailable: they cannot be told now.
+            StorageUnavailable, OSError: they cannot be told now.
         """
         if self._locks is None:
             return {}
