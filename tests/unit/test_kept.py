@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import threading
 from pathlib import Path
@@ -55,6 +56,21 @@ def test_a_project_is_the_same_elsewhere(tmp_path: Path, files: Files) -> None:
     assert project_id(there.folder(identity)) == identity
     assert {path.name for path in (tmp_path / "b" / "projects").iterdir()} == {identity}
     assert not there.fetch("0" * 64)
+
+
+def test_a_project_that_was_taken_in_is_on_the_disk_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, list[str]]] = []
+
+    def fsync(fd: int) -> None:
+        folder = Path(f"/proc/self/fd/{fd}").readlink()
+        synced.append((folder.name, [path.name for path in folder.iterdir()]))
+
+    here = projects(tmp_path, None)
+    monkeypatch.setattr(os, "fsync", fsync)
+    identity = taken_in(here)
+    assert synced == [("projects", [identity])]
 
 
 def test_without_a_store_of_files_a_project_is_here_or_nowhere(tmp_path: Path) -> None:

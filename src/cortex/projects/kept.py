@@ -77,8 +77,25 @@ class Projects:
         identity = project_id(incoming)
         if self._files is not None:
             self._send(self._files, identity, incoming)
-        self._place(identity, incoming)
+        self.place(identity, incoming)
         return identity
+
+    def place(self, identity: str, incoming: Path) -> None:
+        """Let what came in be a project's files, unless they are here already. Durable when it returns."""
+        if not self.folder(identity).exists():
+            # Of thousands of small files that is cheaper at one stroke than one by one.
+            os.sync()
+            try:
+                incoming.rename(self.folder(identity))
+            except OSError:
+                if not self.folder(identity).is_dir():  # another fetch was quicker
+                    raise
+        # An acknowledged deploy survives power loss, wherever the database is that tells of it.
+        fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
     def fetch(self, identity: str) -> bool:
         """Bring a project here from the store of files; whether it is here now.
@@ -102,7 +119,7 @@ class Projects:
             if not is_whole:
                 log.error("a project in the store of files is damaged", project=identity)
                 return False
-            self._place(identity, folder)
+            self.place(identity, folder)
         log.info("project fetched", project=identity)
         return True
 
@@ -208,18 +225,6 @@ class Projects:
         with self.incoming() as archive:
             _archive(folder, archive)
             files.put(f"{_ABOVE}/{identity}/{_ARCHIVE}", archive)
-
-    def _place(self, identity: str, incoming: Path) -> None:
-        if self.folder(identity).exists():
-            return
-        # An acknowledged deploy survives power loss; of thousands of small files that is
-        # cheaper at one stroke than one by one.
-        os.sync()
-        try:
-            incoming.rename(self.folder(identity))
-        except OSError:
-            if not self.folder(identity).is_dir():  # another fetch was quicker
-                raise
 
     def _write_lock(self, identity: str, name: str, text: str) -> None:
         path = self._locks / identity / name
