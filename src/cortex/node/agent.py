@@ -12,7 +12,6 @@ import contextlib
 import io
 import shutil
 import time
-import uuid
 from collections.abc import Coroutine
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from cortex.engines.ray.messages import Hello, Lock, LogPiece, NodeOrder, Poll, 
 from cortex.errors import is_storage
 from cortex.node import seats
 from cortex.node.logs import LogWatch, piece
+from cortex.node.seen import Seen
 from cortex.node.slots import Slot
 from cortex.projects.building import NOT_BUILT, EnvironmentFailed
 from cortex.projects.environments import Environments
@@ -62,14 +62,12 @@ class Agent:
 
     def __init__(self, namespace: str, node_id: str, node_dir: str, total: Capacity) -> None:
         self._slot = Slot.take(namespace, node_id, node_dir)
-        self._incarnation = uuid.uuid4().hex
         self._opening = asyncio.Lock()
         self._engine = NodeEngine(self._slot.jobs, total)
         self._is_open = False
         self._projects = Projects(self._slot.projects, self._slot.locks)
         self._environments = Environments(self._slot.environments, projects=self._projects)
-        self._seen: list[Observation | Lock] = []
-        self._seq = 0  # of the first that is kept
+        self._seen = Seen()
         self._news = asyncio.Event()  # an observation
         self._woken = asyncio.Event()  # an observation, or a log has grown
         self._live: dict[str, NodeOrder] = {}
@@ -82,11 +80,11 @@ class Agent:
         await self._open()
         return Hello(
             version=cortex.__version__,
-            incarnation=self._incarnation,
+            incarnation=self._seen.greet(),
             root=self._slot.identity,
             local_handle=handle(),
             memory_limit=self._engine.capabilities.memory_limit,
-            seq=self._seq + len(self._seen),
+            seq=self._seen.end,
         )
 
     async def start(self, order: NodeOrder) -> str | None:
@@ -106,15 +104,8 @@ class Agent:
 
     async def unpack(self, project_id: str, archive: bytes) -> None:
         """Take in a project. Two that come at once are the same."""
-        target = self._slot.projects / project_id
-        part = target.with_name(f".{project_id}.{uuid.uuid4().hex}")
-        await asyncio.to_thread(unpack, io.BytesIO(archive), part)
-        try:
-            part.rename(target)
-        except OSError:
-            await asyncio.to_thread(shutil.rmtree, part)
-            if not target.is_dir():
-                raise
+        await self._open()
+        await asyncio.to_thread(self._take_in, project_id, archive)
 
     async def stop(self, job_id: str) -> None:
         await self._open()
@@ -143,26 +134,28 @@ class Agent:
         self._live[job_id] = order
         await self._engine.recover(self._attempt(order, Path(), _deadline(order)))
 
-    async def poll(self, after: int, cursors: dict[str, int], within_s: float) -> Poll:
+    async def poll(
+        self, incarnation: str, after: int, cursors: dict[str, int], within_s: float
+    ) -> Poll:
         """What was seen since, and how the logs have grown beyond these offsets; as soon as there is
-        any of it."""
-        del self._seen[: max(0, after - self._seq)]
-        self._seq = max(self._seq, after)
+        any of it. Nothing under another incarnation where not all was kept that this one has not heard."""
+        if not self._seen.knows(incarnation):
+            return Poll("", after, ())
+        self._seen.heard(incarnation, after)
         until = time.monotonic() + within_s
         while True:
             self._woken.clear()
             logs = await asyncio.to_thread(self._grown, cursors)
             left_s = until - time.monotonic()
-            if logs or self._seen or left_s <= 0:
+            if logs or self._seen.end > after or left_s <= 0:
                 break
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), min(left_s, _LOOK_S))
-            if not self._seen:
+            if self._seen.end == after:
                 self._news.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._news.wait(), _PAUSE_S)
-        seq = self._seq + len(self._seen)
-        return Poll(self._incarnation, seq, tuple(self._seen), logs)
+        return Poll(incarnation, self._seen.end, self._seen.since(after), logs)
 
     async def read(self, job_id: str, offset: int) -> LogPiece:
         return await asyncio.to_thread(piece, self._slot.jobs / job_id, offset, _BATCH)
@@ -180,9 +173,15 @@ class Agent:
         # Whoever asks first: Ray may have started this process again since the operator's hello.
         async with self._opening:
             if not self._is_open:
+                await asyncio.to_thread(self._projects.open)
                 await self._engine.open(self._saw)
                 self._logs.open()
                 self._is_open = True
+
+    def _take_in(self, project_id: str, archive: bytes) -> None:
+        with self._projects.incoming() as incoming:
+            unpack(io.BytesIO(archive), incoming)
+            self._projects.place(project_id, incoming)
 
     def _check(self, order: NodeOrder) -> None:
         if order.root != self._slot.identity:
@@ -226,6 +225,7 @@ class Agent:
                 words = "its node's disk is full, and the environment not built"
                 return NeverStarted(job_id, number, words)
             with contextlib.suppress(OSError):
+                self._begin_anew(job_id)
                 self._engine.note(job_id, error.output)
             return Lost(job_id, number, NOT_BUILT, is_final=True)
         reason = f"it cannot be started on its node: {error}"
@@ -287,7 +287,7 @@ class Agent:
                 return
 
     def _keep(self, seen: Observation | Lock) -> None:
-        self._seen.append(seen)
+        self._seen.add(seen)
         self._news.set()
         self._woken.set()
 

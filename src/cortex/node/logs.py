@@ -29,8 +29,9 @@ class LogWatch:
         self._task: asyncio.Task[None] | None = None
 
     def open(self) -> None:
-        self._inotify = Inotify()
-        self._task = asyncio.create_task(self._watch(self._inotify))
+        with contextlib.suppress(OSError):  # the user has too many: logs are looked at now and then
+            self._inotify = Inotify()
+            self._task = asyncio.create_task(self._watch(self._inotify))
 
     def add(self, job_id: str, folder: Path) -> None:
         if self._inotify is not None and job_id not in self._watches:

@@ -200,12 +200,18 @@ class Cluster:
         return hello
 
     async def _listen(self, node: Node, hello: Hello) -> None:
-        """Until another process of the agent answers, which has to be asked after everything."""
+        """Until the agent has not kept all that was not heard yet: it has to be asked after everything."""
         seq = hello.seq
         while True:
             cursors = self._listener.cursors(node)
             poll = await self.ask(
-                node.node_id, "poll", seq, cursors, POLL_S, within_s=POLL_S + ANSWER_S
+                node.node_id,
+                "poll",
+                hello.incarnation,
+                seq,
+                cursors,
+                POLL_S,
+                within_s=POLL_S + ANSWER_S,
             )
             assert isinstance(poll, Poll)
             if poll.incarnation != hello.incarnation:

@@ -43,7 +43,8 @@ class Hello:
 
     version: str
     incarnation: str
-    """Another for each process of the agent: what it had to report is gone with an earlier one."""
+    """Another for each hello: what the agent sees from then on is kept until whoever said it has it, or
+    the agent's process is gone."""
     root: str
     """Another when the node's folder, and the records in it, are not those that were there before."""
     local_handle: str

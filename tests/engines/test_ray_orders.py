@@ -1,0 +1,244 @@
+"""What the Ray engine and the agents of nodes promise each other, whatever comes late, fails or is lost in
+between: on a node without Ray (`near`)."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cortex.engines.base import Ended, Engine, Lost, NeverStarted, Reachable
+from cortex.engines.ray.mirror import Mirror
+from cortex.node import logs
+from engines.bench import until
+from engines.near import NearBench, near_bench, ready
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+TALKS = """
+    import os, time
+    def task(config):
+        while not os.path.exists(config["file"] + ".go"):
+            print("line", flush=True)
+            time.sleep(0.01)
+"""
+
+SAYS_WHICH = """
+    import glob, os
+    def task(config):
+        print("attempt", len(glob.glob(os.environ["CORTEX_JOB_DIR"] + "/../start.*")), flush=True)
+"""
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NearBench]:
+    with near_bench(tmp_path, monkeypatch) as made:
+        yield made
+
+
+def test_a_log_is_its_own_attempts_while_another_one_is_about_to_begin(bench: NearBench) -> None:
+    async def scenario(engine: Engine) -> None:
+        talker = bench.attempt(TALKS, config={"file": str(bench.marker)}, path="talks.py")
+        attempt = bench.attempt(SAYS_WHICH)
+        await bench.outcome(engine, attempt)
+        await bench.start(engine, talker)
+        await bench.printed(talker, "line")
+
+        async def polled() -> None:
+            asked = bench.near.asked.count("poll")
+            await until(lambda: bench.near.asked.count("poll") > asked + 2)
+
+        bench.near.before["start"] = polled
+        second = await bench.begin(engine, attempt, 2)
+        await bench.ended(second)
+        assert bench.log(attempt) == "attempt 1\nattempt 2\n"
+        bench.go()
+        await bench.ended(talker)
+
+    bench.run(scenario)
+
+
+def test_an_attempt_that_never_starts_adds_nothing_to_the_log(
+    bench: NearBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def build(_: Path) -> Path:
+        raise FULL
+
+    async def scenario(engine: Engine) -> None:
+        attempt = bench.attempt("def task(config): print('hello')")
+        await bench.outcome(engine, attempt)
+        assert bench.near.agent is not None
+        with monkeypatch.context() as patched:
+            patched.setattr(bench.near.agent._environments, "build", build)
+            second = await bench.begin(engine, attempt, 2)
+            assert isinstance(await bench.last(second), NeverStarted)
+        assert bench.log(attempt) == "hello\n"
+        await bench.ended(await bench.begin(engine, attempt, 3))
+        assert bench.log(attempt) == "hello\nhello\n"
+
+    bench.run(scenario)
+
+
+def test_the_resolvers_words_follow_the_log_of_an_earlier_attempt(bench: NearBench) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = bench.attempt("def task(config): print('hello')")
+        await bench.outcome(engine, attempt)
+        shutil.rmtree(bench.slot / "environments")
+        project = bench.slot / "projects" / attempt.version.api.project_id
+        (project / "requirements.txt").write_text("./missing.whl\n")
+        second = await bench.begin(engine, attempt, 2)
+        assert isinstance(await bench.last(second), Lost)
+        log = bench.log(attempt)
+        assert log.count("hello") == 1
+        assert "missing.whl" in log
+
+    bench.run(scenario)
+
+
+def test_a_copy_that_could_not_be_begun_for_a_full_disk_is_complete_once_it_is_not(
+    bench: NearBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        first = bench.sleeper()
+        engine.note(first.spec.job_id, "of an earlier attempt")
+        attempt = await bench.begin(engine, first)
+        await bench.printed(first, "pid")
+        await engine.close()
+        size = len(bench.log(first))
+        shutil.rmtree(bench.root)
+
+        def take_up(*_: object) -> None:
+            raise FULL
+
+        other = bench.made()
+        await other.open(bench._saw)
+        await ready(other)
+        with monkeypatch.context() as patched:
+            patched.setattr(Mirror, "take_up", take_up)
+            await other.recover(attempt)
+        bench.go()
+        await bench.ended(attempt)
+        assert [node.problem for node in other.nodes()] == [None]
+        log = bench.log(first)
+        assert len(log) == size
+        assert log.startswith("[cortex: ")
+        assert "pid" in log
+        await other.close()
+
+    bench.run(scenario)
+
+
+def test_lock_files_that_cannot_be_read_hold_a_job_up(bench: NearBench) -> None:
+    class Locks:
+        def locks(self, _: str) -> dict[str, str]:
+            raise FULL
+
+        def keep_first_lock(self, *_: str) -> None:
+            """It keeps none."""
+
+    bench.locks = Locks()
+
+    async def scenario(engine: Engine) -> None:
+        attempt = bench.attempt("def task(config): pass")
+        await bench.start(engine, attempt)
+        last = await bench.last(attempt)
+        assert isinstance(last, NeverStarted)
+        assert "No space left" in str(last.held_up_by)
+        await until(lambda: not bench.near.seats)
+
+    bench.run(scenario)
+
+
+def test_a_seat_on_a_node_that_is_gone_is_given_up_by_the_next_operator(bench: NearBench) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = await bench.begin(engine, bench.sleeper())
+        await bench.started(attempt)
+        assert bench.near.seats
+        await engine.close()
+        bench.lost()
+        other = bench.made()
+        await other.open(bench._saw)
+        await other.recover(attempt)
+        assert isinstance(await bench.last(attempt), Lost)
+        await until(lambda: not bench.near.seats)
+        await other.close()
+        bench.go()
+
+    bench.run(scenario)
+
+
+def test_a_seat_of_which_the_node_has_lost_the_records_is_given_up(bench: NearBench) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = await bench.begin(engine, bench.sleeper())
+        await bench.started(attempt)
+        await bench.near.kill_agent()
+        (bench.slot / "owner").unlink()
+        assert "records in it, is gone" in str(await bench.last(attempt))
+        await until(lambda: not bench.near.seats)
+
+    bench.run(scenario)
+
+
+def test_an_operator_that_was_superseded_takes_no_news_from_the_one_that_drives(
+    bench: NearBench,
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = await bench.begin(engine, bench.sleeper())
+        await bench.started(attempt)
+        bench.seen.clear()
+        other = bench.made()
+        seen: list[object] = []
+        await other.open(seen.append)
+        await ready(other)
+        await other.recover(attempt)
+        await until(lambda: seen)
+        bench.go()
+        await bench.ended(attempt)
+        await until(lambda: any(isinstance(each, Ended) for each in seen), 20)
+        await other.close()
+
+    for _ in range(5):
+        bench.run(scenario)
+        Path(f"{bench.marker}.go").unlink()
+
+
+def test_without_inotify_logs_are_copied_all_the_same(
+    bench: NearBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def inotify() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(logs, "Inotify", inotify)
+
+    async def scenario(engine: Engine) -> None:
+        attempt = await bench.begin(engine, bench.sleeper())
+        await bench.printed(attempt, "pid")
+        bench.go()
+        await bench.ended(attempt)
+
+    bench.run(scenario)
+
+
+def test_what_an_agent_that_was_killed_had_taken_in_by_half_is_removed(bench: NearBench) -> None:
+    part = bench.slot / "projects" / ".incoming-cut-off"
+    part.mkdir(parents=True)
+    (part / "half").touch()
+
+    async def scenario(engine: Engine) -> None:
+        assert not part.exists()
+
+    bench.run(scenario)
+
+
+def test_a_killed_agent_is_replaced(bench: NearBench) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = await bench.begin(engine, bench.sleeper())
+        await bench.started(attempt)
+        await bench.near.kill_agent()
+        await bench.seen_of(attempt, Reachable)
+        bench.go()
+        await bench.ended(attempt)
+
+    bench.run(scenario)
