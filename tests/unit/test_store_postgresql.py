@@ -278,6 +278,35 @@ def test_a_database_belongs_with_one_data_folder(database: str) -> None:
         store.close()
 
 
+def test_an_operator_of_a_folder_that_was_given_up_for_lost_stores_nothing_when_it_is_back(
+    postgresql: Server, database: str
+) -> None:
+    async def main() -> None:
+        away = Store(through(between, database))
+        driver = await driving(away)
+        await away.deploy([spec()])
+        job, _ = await away.submit(draft())
+        between.shut()  # it is cut off, and its machine taken to be gone
+        await eventually(lambda: not sessions(database))
+        store = Store(database)
+        store.operators.join("there", "another machine", ADDRESS, instead_of="here")
+        between.open()
+        await eventually(lambda: not driver.drives)
+        with pytest.raises(Superseded, match="given up for lost"):
+            await away.submit(draft())
+        with pytest.raises(Superseded, match="given up for lost"):
+            await away.apply(job.spec.job_id, Event.STOP, FACTS[Event.STOP])
+        assert await stored(store) == [job.spec.job_id]
+        assert store.operators.places() == {"there"}
+        await away.operators.leave()
+        away.close()
+        await store.submit(draft())
+        store.close()
+
+    with proxy(postgresql.folder) as between:
+        asyncio.run(main())
+
+
 def test_operators_that_are_there_at_one_time_run_jobs_in_one_place(database: str) -> None:
     first, second = Store(database), Store(database)
     first.operators.join("here", "one machine", ADDRESS)

@@ -1,9 +1,12 @@
 """This operator among those of a PostgreSQL database: its row in `operators`. Opened by `Operators.join`.
 
-Every transaction of an operator's first writes that row, which has two uses.
+Every transaction of an operator's first writes that row, which has three uses.
 
 It counts the commits, so that after a connection was lost in the middle of one, the row tells whether
 it was made. It is read with a lock, so it cannot be read while that commit may still be made.
+
+It keeps out an operator whose data folder was given up for lost, and which comes back: its row is gone, and
+not made again.
 
 And it is the fence. Who drives has its term in its row; whoever takes over takes it out (`lease`).
 What may be stored in one term alone is not stored where the row has another, or none. The server lets
@@ -16,21 +19,40 @@ import os
 import socket
 import time
 
-from sqlalchemy import Connection, bindparam, delete, select, text
+from sqlalchemy import (
+    BigInteger,
+    BindParameter,
+    Connection,
+    String,
+    bindparam,
+    delete,
+    exists,
+    not_,
+    or_,
+    select,
+    text,
+)
 from sqlalchemy.dialects.postgresql import insert
 
-from cortex.errors import StartupError
+from cortex.errors import StartupError, Superseded
 from cortex.spec.times import now_ns
 from cortex.store.schema import operators
 from cortex.store.url import shown
 
-_insert = insert(operators).values(
-    operator_id=bindparam("id"),
-    place=bindparam("place"),
-    runs_on=bindparam("runs_on"),
-    address=bindparam("address"),
-    since_ns=bindparam("since_ns"),
-    commits=bindparam("commits"),
+_columns: dict[str, BindParameter[str] | BindParameter[int]] = {
+    "operator_id": bindparam("id", type_=String),
+    "place": bindparam("place", type_=String),
+    "runs_on": bindparam("runs_on", type_=String),
+    "address": bindparam("address", type_=String),
+    "since_ns": bindparam("since_ns", type_=BigInteger),
+    "commits": bindparam("commits", type_=BigInteger),
+}
+# A row that is gone is made again, but where another data folder has taken the place of this one.
+_is_known = exists().where(operators.c.operator_id == _columns["operator_id"])
+_is_given_up = exists().where(operators.c.place != _columns["place"])
+_insert = insert(operators).from_select(
+    list(_columns),
+    select().add_columns(*_columns.values()).where(or_(_is_known, not_(_is_given_up))),
 )
 _ENTER = _insert.on_conflict_do_update(
     index_elements=[operators.c.operator_id], set_={"commits": _insert.excluded.commits}
@@ -48,6 +70,8 @@ _RUNS_ELSEWHERE = text(
     f"AND {_IS_THERE} LIMIT 1"
 )
 _IS_LEFT = text(f"SELECT address FROM operators WHERE place = :instead_of AND {_IS_THERE} LIMIT 1")
+# An operator of it that comes back at this moment sees what took its place.
+_ALONE = "LOCK TABLE operators IN SHARE ROW EXCLUSIVE MODE"
 _REPLACE = delete(operators).where(operators.c.place == bindparam("instead_of"))
 _DRIVER = select(operators.c.operator_id, operators.c.address).where(operators.c.term.is_not(None))
 # Whoever is cut off for a while may come back and look a commit up: nobody is cut off for a day.
@@ -129,14 +153,23 @@ class Member:
                     "Stop that one. Where its machine is gone, the database knows it after a minute."
                 )
             time.sleep(_AGAIN_S)
+        connection.exec_driver_sql(_ALONE)
         connection.execute(_REPLACE, lost)
 
     def enter(self, connection: Connection) -> int | None:
-        """Begin a transaction; the term in which this operator drives, if it does."""
+        """Begin a transaction; the term in which this operator drives, if it does.
+
+        Raises:
+            Superseded: its data folder is not the one that the database belongs with any more.
+        """
         self._number += 1
-        term: int | None = connection.execute(
-            _ENTER, {**self._row, "commits": self._number}
-        ).scalar()
+        row = connection.execute(_ENTER, {**self._row, "commits": self._number}).first()
+        if row is None:
+            raise Superseded(
+                f"the data folder {self._row['place']} of this operator was given up for lost while it "
+                "was away, and another one took its place. Stop this operator."
+            )
+        term: int | None = row.term
         return term
 
     def holds(self, connection: Connection) -> bool:
