@@ -13,6 +13,7 @@ import os
 import pickle
 import socket
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -45,12 +46,15 @@ class Driver:
         self._node_dir = node_dir
         self._agents: dict[str, ActorHandle[Agent]] = {}
         self._threads = ThreadPoolExecutor(_THREADS)
+        # Their own: others may have taken what seats wait for, and a look that has to wait breaks the link.
+        self._takers = ThreadPoolExecutor(_THREADS)
 
     async def look(self) -> tuple[NodeState, ...]:
         return await self._blocking(seats.look)
 
     async def take_seat(self, seat: Seat, within_s: float) -> tuple[int, ...]:
-        return await self._blocking(seats.take, seat, within_s)
+        until = time.monotonic() + within_s
+        return await asyncio.get_running_loop().run_in_executor(self._takers, _take, seat, until)
 
     async def let_go(self, name: str) -> None:
         await self._blocking(seats.let_go, name)
@@ -97,6 +101,13 @@ class Driver:
         return await asyncio.get_running_loop().run_in_executor(
             self._threads, partial(work, *arguments)
         )
+
+
+def _take(seat: Seat, until: float) -> tuple[int, ...]:
+    left_s = until - time.monotonic()
+    if left_s <= 0:  # it was let go of before it was there: nobody would do so again
+        raise seats.Taken("too many wait for others to give back what its node had free")
+    return seats.take(seat, left_s)
 
 
 async def answer(driver: Driver, method: str, arguments: tuple[object, ...]) -> Answer:
