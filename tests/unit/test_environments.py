@@ -164,6 +164,24 @@ async def test_requirements_are_installed_once_and_found_by_a_new_operator(
     assert Environments(root).ready(changed) is None
 
 
+def test_what_a_job_runs_in_stays_though_an_operator_of_another_python_wants_it_no_more(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = with_wheel(tmp_path / "p")
+    python = asyncio.run(Environments(root).build(mine))
+    job = subprocess.Popen([python, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        monkeypatch.setattr(sys, "version", "another")
+        upgraded = Environments(root)
+        for _ in range(2):
+            upgraded.remove_all_but([mine])
+            assert run(python, "import tinyprobe; print(tinyprobe.VALUE)") == "1"
+    finally:
+        job.communicate()
+    upgraded.remove_all_but([mine])
+    assert not python.exists()
+
+
 @in_loop
 async def test_an_editable_project_is_installed_from_a_copy(root: Path, tmp_path: Path) -> None:
     slow = Slow(tmp_path)

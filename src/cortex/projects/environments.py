@@ -12,12 +12,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import platform
 import shutil
 import sys
 import sysconfig
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,14 +116,16 @@ class Environments:
         self._projects.keep_first_lock(project.name, name, locks.held(python))
 
     def remove_all_but(self, projects: Iterable[Path]) -> None:
-        """Remove the environments that none of these projects wants, and that are neither being built
-        nor were asked for since this was called last: their projects may have come after the list."""
+        """Remove the environments that none of these projects wants, in which no process runs, and that
+        are neither being built nor were asked for since this was called last: their projects may have
+        come after the list."""
         for leftover in self._root.glob(f"{_GONE}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         with self._lock:
             before, self._asked_for = self._asked_for, set()
         used = {each for project in projects for each in self._identities(project)} | before
-        kept = {self._folder(identity) for identity in used}
+        # An operator that came with another Python wants others for the jobs that it has found running.
+        kept = {self._folder(identity) for identity in used} | _in_use(self._root)
         for folder in self._root.iterdir():
             gone = folder.with_name(f"{_GONE}{folder.name}-{new_id()}")
             with self._lock:
@@ -170,3 +174,15 @@ class Environments:
     async def _build(self, identity: str, project: Path, lock: str | None) -> Path:
         async with self._slots:
             return await building.build(project, self._folder(identity), self._account, lock)
+
+
+def _in_use(root: Path) -> set[Path]:
+    """The folders below one whose interpreter a process was started with."""
+    found = set()
+    above = os.fsencode(root) + b"/"
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            program = command.read_bytes().partition(b"\0")[0]
+            if program.startswith(above):
+                found.add(root / os.fsdecode(program.removeprefix(above)).partition("/")[0])
+    return found
