@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Coroutine
@@ -289,6 +290,40 @@ async def test_a_cancelled_build_leaves_no_process_and_no_environment(
     assert left_in(root) == []
     slow.go.touch()
     assert (await environments.build(slow.project)).exists()
+
+
+@in_loop
+async def test_a_build_that_is_given_up_at_its_very_end_does_not_undo_the_next_one(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syncing, go_on = threading.Event(), threading.Event()
+    marked = threading.Event()
+    mark = building._mark
+
+    def sync() -> None:
+        if not syncing.is_set():
+            syncing.set()
+            assert go_on.wait(60)
+
+    def marks(folder: Path, attempt: Path) -> None:
+        try:
+            mark(folder, attempt)
+        finally:
+            marked.set()
+
+    monkeypatch.setattr(os, "sync", sync)
+    monkeypatch.setattr(building, "_mark", marks)
+    mine, environments = with_wheel(tmp_path / "p"), Environments(root)
+    first = asyncio.create_task(environments.build(mine))
+    assert await asyncio.to_thread(syncing.wait, 60)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    python = await environments.build(mine)
+    marked.clear()
+    go_on.set()
+    assert await asyncio.to_thread(marked.wait, 60)
+    assert environments.ready(mine) == python
 
 
 @in_loop

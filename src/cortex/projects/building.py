@@ -13,6 +13,7 @@ spoil the attempt that followed.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 import signal
@@ -35,6 +36,7 @@ _MOST_OUTPUT = 256 << 10
 _DISK_FULL = ("os error 28", "No space left on device")  # as uv and as what it runs says it
 _MARKER = "ready"
 _LOG = ".log"
+_BESIDE = (_LOG, locks.SUFFIX, f".{_MARKER}")
 # They would make uv or a build see the operator's own environment, or contradict --python.
 _NOT_INHERITED = {
     "CONDA_PREFIX",
@@ -118,7 +120,7 @@ def _start_attempt(folder: Path, attempt: Path, account: Account | None) -> None
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _MARKER).unlink(missing_ok=True)
     for leftover in folder.iterdir():
-        if leftover.suffix in (_LOG, locks.SUFFIX):
+        if leftover.suffix in _BESIDE:
             leftover.unlink()
         else:
             shutil.rmtree(leftover, ignore_errors=True)
@@ -132,7 +134,7 @@ def _start_attempt(folder: Path, attempt: Path, account: Account | None) -> None
 
 def _discard(attempt: Path) -> None:
     shutil.rmtree(attempt, ignore_errors=True)
-    for suffix in (_LOG, locks.SUFFIX):
+    for suffix in _BESIDE:
         attempt.with_suffix(suffix).unlink(missing_ok=True)
 
 
@@ -145,11 +147,14 @@ def _mark(folder: Path, attempt: Path) -> None:
     # The marker must not reach the disk before the thousands of files that it vouches for.
     os.sync()
     # In no folder that the build could write to: it may have put a link there.
-    written = folder / f".{_MARKER}"
+    written = attempt.with_suffix(f".{_MARKER}")
     with written.open("w", encoding="utf-8") as file:
         file.write(attempt.name)
         file.flush()
         os.fsync(file.fileno())
+    if not _interpreter(attempt).exists():
+        # It was given up meanwhile, or another operator cleared it away: the marker is the next one's.
+        raise FileNotFoundError(errno.ENOENT, "the environment is gone", str(attempt))
     written.rename(folder / _MARKER)
 
 
