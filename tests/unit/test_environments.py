@@ -184,6 +184,19 @@ def test_what_a_job_runs_in_stays_though_an_operator_of_another_python_wants_it_
 
 
 @in_loop
+async def test_what_jobs_write_into_the_project_leaves_its_environment(
+    root: Path, tmp_path: Path
+) -> None:
+    mine, environments = with_wheel(tmp_path / "p"), Environments(root)
+    python = await environments.build(mine)
+    project(mine / "__pycache__", task__pyc="")
+    for _ in range(2):
+        environments.remove_all_but([mine])
+    assert environments.ready(mine) == python
+    assert python.exists()
+
+
+@in_loop
 async def test_an_editable_project_is_installed_from_a_copy(root: Path, tmp_path: Path) -> None:
     slow = Slow(tmp_path)
     slow.go.touch()

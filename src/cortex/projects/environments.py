@@ -27,7 +27,6 @@ from cortex.account import Account
 from cortex.projects import building, locks
 from cortex.projects.kept import Projects
 from cortex.projects.requirements import read_requirements
-from cortex.projects.unpack import project_id
 from cortex.spec.times import new_id
 
 _MOST_BUILDS = 2
@@ -56,13 +55,15 @@ class Environments:
         self._slots = asyncio.Semaphore(_MOST_BUILDS)
 
     def identify(self, project: Path) -> str:
-        """SHA-256 over all that decides what the project's environment holds."""
+        """SHA-256 over all that decides what the environment of a project holds, which is in a folder
+        under its id."""
         wanted = read_requirements(project)
         content = {
             "python": wanted.python_to_find or [sys.version, building.own_python()],
             "platform": [sysconfig.get_platform(), *platform.libc_ver()],
             "lines": wanted.lines,
-            "project": project_id(project) if wanted.is_local else "",
+            # The id that it is kept under: what jobs write there, as Python does, is not installed.
+            "project": project.name if wanted.is_local else "",
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
