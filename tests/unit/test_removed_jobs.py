@@ -14,39 +14,60 @@ from cortex.operator.context import Context
 from cortex.operator.render import Renderer
 from cortex.operator.settings import Settings
 from cortex.operator.shared import SharedJobs
+from cortex.operator.versions import Versions
+from cortex.projects.kept import Projects
+from cortex.spec.api import ApiSpec
 from cortex.spec.job import JobRecord
 from cortex.spec.lifecycle import State
+from cortex.spec.times import now_ns
 from cortex.store import Outcome, Store
 from unit.test_store import draft, path_to, spec
 
 
+async def remove(store: Store, job_id: str) -> None:
+    """Let a job end, and retention remove it."""
+    for event, facts in path_to(State.SUCCEEDED):
+        await store.apply(job_id, event, facts)
+    await store.remove_jobs([job_id])
+
+
 class Removed(SharedJobs):
-    """A job ends and is removed right before what is asked of it is done."""
+    """A job is removed right before what is asked of it is done."""
 
     async def stop(self, job_id: str) -> Outcome:
-        await self._remove(job_id)
+        await remove(self._store, job_id)
         return await super().stop(job_id)
 
     async def next(self, job_id: str, within_s: float) -> JobRecord | None:
-        await self._remove(job_id)
+        await remove(self._store, job_id)
         return await super().next(job_id, within_s)
 
-    async def _remove(self, job_id: str) -> None:
-        for event, facts in path_to(State.SUCCEEDED):
-            await self._store.apply(job_id, event, facts)
-        await self._store.remove_jobs([job_id])
+
+class RemovedVersions(Versions):
+    """A version is removed, with its jobs, right before it is asked for."""
+
+    async def spec(self, api_id: str) -> ApiSpec:
+        for job in (await self._store.list_jobs("a", limit=10)).jobs:
+            await remove(self._store, job.spec.job_id)
+        await self._store.deploy([spec()])
+        await self._store.remove_versions(now_ns())
+        return await super().spec(api_id)
 
 
-@pytest.mark.parametrize(("method", "query"), [("GET", "?wait=30"), ("DELETE", "")])
+@pytest.mark.parametrize(
+    ("method", "at"),
+    [("GET", "/-/apis/a/jobs/{}?wait=30"), ("DELETE", "/-/apis/a/jobs/{}"), ("GET", "/a/{}")],
+)
 def test_a_job_that_is_removed_while_it_is_asked_for_is_not_found(
-    tmp_path: Path, method: str, query: str
+    tmp_path: Path, method: str, at: str
 ) -> None:
     async def ask() -> httpx.Response:
         store = Store(f"sqlite:///{tmp_path / 'operator.db'}")
+        versions = RemovedVersions(store, Projects(tmp_path, tmp_path), None)
         jobs = Removed(store, lambda: None, lambda: None)
         none: Any = None
         ctx = Context(
-            Settings(tmp_path), store, none, none, jobs, Renderer(store, jobs), none, none,
+            Settings(tmp_path), store, none, versions, jobs, Renderer(store, jobs), none, none,
             store.in_turn(),
         )  # fmt: skip
         try:
@@ -54,9 +75,7 @@ def test_a_job_that_is_removed_while_it_is_asked_for_is_not_found(
             job, _ = await store.submit(draft())
             app = httpx.ASGITransport(cast(Any, create_app(ctx, none)))
             async with httpx.AsyncClient(transport=app, base_url="http://localhost") as http:
-                return await http.request(
-                    method, f"/-/apis/a/jobs/{job.spec.job_id}{query}", timeout=60
-                )
+                return await http.request(method, at.format(job.spec.job_id), timeout=60)
         finally:
             store.close()
 

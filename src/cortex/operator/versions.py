@@ -12,7 +12,7 @@ from pathlib import Path
 import structlog
 
 from cortex.engines.base import Version
-from cortex.errors import CortexError, StorageUnavailable, is_storage
+from cortex.errors import NotFound, StorageUnavailable, is_storage
 from cortex.projects.building import NOT_BUILT, EnvironmentFailed
 from cortex.projects.environments import Environments
 from cortex.projects.kept import Projects
@@ -60,15 +60,18 @@ class Versions:
         self._locking: set[asyncio.Task[None]] = set()
 
     async def spec(self, api_id: str) -> ApiSpec:
-        """The spec of a version that was ever deployed.
+        """The spec of a version that jobs are of.
 
         Raises:
-            CortexError: the store holds a job of a version that it does not hold.
+            NotFound: they were removed meanwhile, and it with them.
         """
         if api_id not in self._specs:
             found = await self._store.version(api_id)
             if found is None:
-                raise CortexError(f"the version {api_id} is missing from the store")
+                raise NotFound(
+                    f"the version {api_id} was removed, and all jobs of it: they are kept for a time "
+                    "(`cortex serve --keep-jobs`)"
+                )
             self._specs[api_id] = found
         return self._specs[api_id]
 
@@ -76,7 +79,7 @@ class Versions:
         """The spec of a version as answers show it. Not to be changed.
 
         Raises:
-            CortexError: as `spec` does.
+            NotFound: as `spec` does.
         """
         found = self._shown.get(api_id)
         if found is None:
