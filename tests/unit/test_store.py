@@ -108,6 +108,19 @@ def test_the_store_takes_exactly_the_events_of_the_table(
     with_store(url, work)
 
 
+def test_words_that_are_no_text_are_stored_as_escapes(url: str) -> None:
+    async def work(store: Store) -> None:
+        job, _ = await store.submit(draft())
+        for step, facts in PATHS[State.RUNNING]:
+            await store.apply(job.spec.job_id, step, facts)
+        ending = {**ENDING, "message": "ValueError: \ud800"}
+        ended = (await store.apply(job.spec.job_id, Event.FAIL, ending)).job
+        assert ended is not None and ended.message == "ValueError: \\ud800"
+        assert await store.job(job.spec.job_id) == ended
+
+    with_store(url, work)
+
+
 def path_to(state: State) -> list[tuple[Event, Facts]]:
     if state in PATHS:
         return PATHS[state]

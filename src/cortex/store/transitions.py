@@ -123,11 +123,19 @@ def apply(
             for an ending.
         spec: the job's, if the caller has it: it may be large, and need not be read again.
     """
-    row = _STATEMENTS[event].first(connection, {"id": job_id, **facts})
+    row = _STATEMENTS[event].first(connection, {"id": job_id, **_as_text(facts)})
     if row is not None:
         return Outcome(True, record(row, spec))
     row = BY_ID.first(connection, {"job_id": job_id})
     return Outcome(False, None if row is None else record(row, spec))
+
+
+def _as_text(facts: Facts) -> Facts:
+    """A task's last words may hold a lone surrogate, which is no character that a database takes."""
+    message = facts.get("message")
+    if not isinstance(message, str):
+        return facts
+    return {**facts, "message": message.encode("utf-8", "backslashreplace").decode()}
 
 
 def record(row: Row, spec: JobSpec | None = None) -> JobRecord:
