@@ -77,6 +77,12 @@ def test_succeeded_without_a_result_that_is_json(shared: Operator, probe: str) -
     assert "not kept" in shared.log_of(probe, job)
 
 
+def test_worker_error_about_a_file_whose_name_is_not_utf_8(shared: Operator) -> None:
+    code = "import os\ndef task(config): raise OSError(os.fsdecode(b'\\xff'))"
+    done = shared.run(shared.deployed(probe_yaml("misnamed"), {"probe.py": code}))
+    assert (done["status"], done["message"]) == ("status_worker_error", r"OSError: \udcff")
+
+
 def test_worker_error_raised(shared: Operator, probe: str) -> None:
     job = shared.submit(probe, config={"do": "fail", "message": "bad C"})
     done = shared.finished(probe, job)

@@ -132,13 +132,8 @@ def _run(
         if setup.command is not None:
             code = _execute(setup.command)
         elif setup.path is not None:
-            code = task.run(
-                setup,
-                setup.path,
-                bench.found,
-                job.order.job["config"],
-                lambda data: _tell(outcome, data),
-            )
+            config = job.order.job["config"]
+            code = task.run(setup, setup.path, bench.found, config, _teller(outcome))
     except BaseException as error:  # noqa: BLE001, RUF100  # the platform's own: it fails the job
         lost = Outcome(lost=True, message=f"the worker could not be set up: {error}")
         _tell(outcome, lost.dumps())
@@ -209,6 +204,20 @@ def _mark(job_id: str, slot: int) -> None:
         ctypes.memset(slot, 0, JOB_ID_ROOM)
         value = job_id.encode()[:JOB_ID_ROOM]
         ctypes.memmove(slot, value, len(value))
+
+
+def _teller(outcome: int) -> task.Tell:
+    """What a task has to say of itself, once."""
+    own, made = os.getpid(), os.fstat(outcome)
+
+    def tell(data: bytes) -> None:
+        if os.getpid() != own:
+            return  # the task has forked by hand, and what becomes of that is its own affair
+        if not os.path.samestat(os.fstat(outcome), made):
+            raise OSError(errno.EBADF, "something of the task's own has the number of the file")
+        _tell(outcome, data)
+
+    return tell
 
 
 def _tell(outcome: int, data: bytes) -> None:

@@ -273,7 +273,9 @@ class Outcome(_Message):
 
 
 def shorten(text: str, limit: int = 500) -> str:
-    text = " ".join(text.split())
+    """One line that can be stored: a name of a file that is not UTF-8 has half characters in it, which are
+    written as the streams of a task write them."""
+    text = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

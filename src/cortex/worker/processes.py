@@ -36,13 +36,8 @@ def boot_id() -> str:
 
 def stat(pid: int | str) -> tuple[str, int, int] | None:
     """State, parent and start ticks; None when there is no such process."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            data = file.read()
-    except OSError:
-        return None
-    fields = data[data.rindex(b")") + 2 :].split()
-    return fields[0].decode(), int(fields[1]), int(fields[19])
+    fields = _fields(pid)
+    return None if fields is None else (fields[0].decode(), int(fields[1]), int(fields[19]))
 
 
 def hold(pid: int, ticks: int) -> int | None:
@@ -80,17 +75,17 @@ def walk(root: int) -> Iterator[tuple[int, int]]:
     waiting = [root]
     while waiting:
         for pid in below(waiting.pop()):
-            about = stat(pid)
-            if about is not None and about[0] not in "ZX":
-                yield pid, about[2]
+            ticks = _living(pid)
+            if ticks is not None:
+                yield pid, ticks
                 waiting.append(pid)
 
 
 def tree(root: int) -> Iterator[tuple[int, int]]:
     """A process and all that live below it."""
-    about = stat(root)
-    if about is not None and about[0] not in "ZX":
-        yield root, about[2]
+    ticks = _living(root)
+    if ticks is not None:
+        yield root, ticks
         yield from walk(root)
 
 
@@ -138,6 +133,25 @@ def close_all_but(keep: set[int]) -> None:
             # The one that listed the folder is closed already.
             with contextlib.suppress(OSError):
                 os.close(int(name))
+
+
+def _fields(pid: int | str) -> list[bytes] | None:
+    """What the kernel tells of a process, from its state on."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            data = file.read()
+    except OSError:
+        return None
+    return data[data.rindex(b")") + 2 :].split()
+
+
+def _living(pid: int) -> int | None:
+    """The start ticks of a process that can still run; None of any other. One whose first thread has ended
+    before the others is a zombie by its state, and lives on."""
+    fields = _fields(pid)
+    if fields is None or (fields[0] in (b"Z", b"X") and int(fields[17]) <= 1):
+        return None
+    return int(fields[19])
 
 
 def _children(pid: int) -> list[int]:

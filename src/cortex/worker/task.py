@@ -20,6 +20,7 @@ from cortex.worker.messages import Outcome, shorten
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TextIO
 
     from cortex.worker.messages import Setup
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     Tell = Callable[[bytes], None]
 
 MOST_RESULT = 1 << 20
+MOST_LEVELS = 250
+"""As many as a config may have: whoever reads a result comes to the end of its stack at some more."""
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
@@ -104,12 +107,12 @@ def _call(setup: Setup, path: str, found: Found | None, config: object, tell: Te
     except SystemExit as error:
         return _exit_code(error.code, tell)
     except _Unusable as error:
-        print(f"cortex: {error}", file=sys.stderr)  # noqa: T201
-        tell(Outcome(message=shorten(str(error))).dumps())
+        _print(f"cortex: {error}", sys.stderr)
+        _tell_why(str(error), tell)
         return 1
     except BaseException as error:  # noqa: BLE001, RUF100  # KeyboardInterrupt fails a task too
         _show(error)
-        tell(Outcome(message=_last_line(error)).dumps())
+        _tell_why(_last_line(error), tell)
         return 1
     _keep(value, tell)
     return 0
@@ -161,8 +164,9 @@ def _exit_code(code: object, tell: Tell) -> int:
         return 0
     if isinstance(code, int):
         return code & 0xFF
-    print(code, file=sys.stderr)  # noqa: T201
-    tell(Outcome(message=shorten(str(code))).dumps())
+    text = _text(code)
+    _print(text, sys.stderr)
+    _tell_why(text, tell)
     return 1
 
 
@@ -186,29 +190,63 @@ def _last_line(error: BaseException) -> str:
     name = kind.__qualname__
     if kind.__module__ not in ("builtins", "__main__"):
         name = f"{kind.__module__}.{name}"
+    text = _text(error)
+    return f"{name}: {text}" if text else name
+
+
+def _text(value: object) -> str:
     try:
-        text = str(error)
+        return str(value)
     except BaseException:  # noqa: BLE001, RUF100  # a __str__ of the user's
-        text = "<its message cannot be shown>"
-    return shorten(f"{name}: {text}" if text else name)
+        return "<its message cannot be shown>"
+
+
+def _tell_why(message: str, tell: Tell) -> None:
+    with contextlib.suppress(OSError):  # a task may have closed all files: the log has it still
+        tell(Outcome(message=shorten(message)).dumps())
 
 
 def _keep(value: object, tell: Tell) -> None:
     if value is None:
         return
     try:
-        text = json.dumps(value, allow_nan=False)
+        data = json.dumps(value, allow_nan=False).encode()
+        why = _why_not(data)
     except BaseException as error:  # noqa: BLE001, RUF100  # code of the user's runs in there
-        _not_kept(f"it is not JSON: {shorten(str(error))}")
-        return
-    if len(text) > MOST_RESULT:
-        _not_kept(f"it takes {len(text)} bytes, and {MOST_RESULT} is the most")
-        return
-    tell(b'{"has_result": true, "result": ' + text.encode() + b"}")  # an Outcome, not made twice
+        why = f"it is not JSON: {shorten(_text(error))}"
+    if why is None:
+        try:
+            tell(b'{"has_result": true, "result": ' + data + b"}")  # an Outcome, not made twice
+        except OSError:
+            why = "the task has closed the file that it would be kept in"
+    if why is not None:
+        _print(f"cortex: the task's return value was not kept: {why}", sys.stdout)
 
 
-def _not_kept(why: str) -> None:
-    print(f"cortex: the task's return value was not kept: {why}")  # noqa: T201
+def _why_not(data: bytes) -> str | None:
+    if len(data) > MOST_RESULT:
+        return f"it takes {len(data)} bytes, and {MOST_RESULT} is the most"
+    if data.count(b"[") + data.count(b"{") > MOST_LEVELS and _is_deep(json.loads(data)):
+        return f"it is nested over {MOST_LEVELS} levels deep"
+    return None
+
+
+def _is_deep(value: object) -> bool:
+    held = [value]
+    for _ in range(MOST_LEVELS):
+        held = [
+            below
+            for each in held
+            if isinstance(each, (dict, list))
+            for below in (each.values() if isinstance(each, dict) else each)
+        ]
+    return any(isinstance(each, (dict, list)) for each in held)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    # What the task has done to its streams, or a full disk, is no failure of its.
+    with contextlib.suppress(BaseException):
+        print(text, file=stream)
 
 
 def _finish() -> None:

@@ -1,0 +1,231 @@
+"""What a job may do to its own process, or leave there, and is told as it is all the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cortex.engines.base import Attempt, Ending
+from cortex.engines.local import LocalEngine
+from engines.bench import Bench
+
+
+@pytest.fixture
+def bench(local_bench: Bench) -> Bench:
+    return local_bench
+
+
+@pytest.mark.parametrize(
+    ("end", "exit_code", "message"),
+    [
+        ("return 'done'", 0, None),
+        ("sys.exit('words')", 1, "exit code 1: words"),
+        ("raise ValueError('x')", 1, "exit code 1: ValueError: x"),
+    ],
+)
+def test_a_task_that_closes_all_its_files_ends_as_it_ends(
+    bench: Bench, end: str, exit_code: int, message: str | None
+) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt(f"""
+            import atexit, os, pathlib, sys
+            atexit.register(pathlib.Path("at-exit").touch)
+            def task(config):
+                os.closerange(3, 1000)
+                {end}
+        """)
+        ended = await bench.outcome(engine, attempt)
+        assert (ended.ending, ended.exit_code, ended.message) == (Ending.EXITED, exit_code, message)
+        assert ("has closed the file" in bench.log(attempt)) == (exit_code == 0)
+        assert (bench.files(attempt) / "at-exit").exists()
+
+    bench.run(scenario)
+
+
+def test_nothing_is_written_into_a_file_that_has_the_number_of_one_of_ours(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt("""
+            import os
+            def task(config):
+                os.closerange(3, 1000)
+                task.files = [open(f"file{number}", "w") for number in range(8)]
+                return "done"
+        """)
+        ended = await bench.outcome(engine, attempt)
+        assert (ended.ending, ended.exit_code) == (Ending.EXITED, 0)
+        files = [bench.files(attempt) / f"file{number}" for number in range(8)]
+        assert [file.read_text() for file in files] == [""] * 8
+
+    bench.run(scenario)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        "sys.stdout.close(); sys.stderr.close()",
+        "full = os.open('/dev/full', os.O_WRONLY); os.dup2(full, 1); os.dup2(full, 2)",
+    ],
+)
+def test_a_task_that_nothing_can_be_printed_for_ends_as_it_ends(bench: Bench, spoil: str) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        for end, exit_code, message in (
+            ("return object()", 0, None),
+            ("sys.exit('words')", 1, "words"),
+            ("raise ValueError('x')", 1, "ValueError: x"),
+            ("return later()", 1, "the task is async; call asyncio.run in it"),
+        ):
+            attempt = bench.attempt(f"""
+                import os, sys
+                async def later(): pass
+                def task(config):
+                    {spoil}
+                    {end}
+            """)
+            ended = await bench.outcome(engine, attempt)
+            assert (ended.ending, ended.exit_code, ended.message) == (
+                Ending.EXITED,
+                exit_code,
+                message,
+            )
+
+    bench.run(scenario)
+
+
+def test_what_cannot_be_shown_fails_nothing(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        for end, exit_code, message in (
+            ("sys.exit(Shy())", 1, "<its message cannot be shown>"),
+            ("return {Shy(): 1, 'a': Late()}", 0, None),
+        ):
+            attempt = bench.attempt(f"""
+                import json, sys
+                class Shy(Exception):
+                    def __str__(self): raise self
+                class Late(dict):
+                    def items(self): raise Shy
+                    def __len__(self): return 1
+                def task(config):
+                    {end}
+            """)
+            ended = await bench.outcome(engine, attempt)
+            assert (ended.ending, ended.exit_code, ended.message) == (
+                Ending.EXITED,
+                exit_code,
+                message,
+            )
+
+    bench.run(scenario)
+
+
+def test_what_a_process_that_was_forked_by_hand_comes_to_is_not_the_tasks(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        for end in (
+            "raise ValueError('in the child')",
+            "sys.exit('in the child')",
+            "return 'child'",
+        ):
+            attempt = bench.attempt(f"""
+                import os, sys
+                def task(config):
+                    pid = os.fork()
+                    if pid == 0:
+                        {end}
+                    os.waitpid(pid, 0)
+                    return "done"
+            """)
+            ended = await bench.outcome(engine, attempt)
+            assert (ended.exit_code, ended.result) == (0, "done")
+
+    bench.run(scenario)
+
+
+def test_an_error_that_names_a_file_whose_name_is_not_utf_8_can_be_stored(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt("def task(config): open(b'/no/\\xff')")
+        ended = await bench.outcome(engine, attempt)
+        assert ended.message == (
+            "FileNotFoundError: [Errno 2] No such file or directory: b'/no/\\xff'"
+        )
+        attempt = bench.attempt("import os\ndef task(config): raise OSError(os.fsdecode(b'\\xff'))")
+        assert (await bench.outcome(engine, attempt)).message == r"OSError: \udcff"
+
+    bench.run(scenario)
+
+
+@pytest.mark.parametrize("levels", [250, 251, 600, 950, 965, 970, 975, 980, 985, 5000])
+def test_a_result_is_kept_unless_it_is_nested_deeper_than_a_config_may_be(
+    bench: Bench, levels: int
+) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt(f"""
+            def task(config):
+                nested = "innermost"
+                for level in range({levels}):
+                    nested = [nested] if level % 2 else {{"a": 1, "b": nested}}
+                return nested
+        """)
+        ended = await bench.outcome(engine, attempt)
+        assert (ended.exit_code, ended.has_result) == (0, levels <= 250)
+        assert ("was not kept" in bench.log(attempt)) == (levels > 250)
+
+    bench.run(scenario)
+
+
+def test_many_brackets_are_not_deep(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        for value in ("[[]] * 1000", "'[' * 1000", "[{'a': '{'}] * 300"):
+            ended = await bench.outcome(engine, bench.attempt(f"def task(config): return {value}"))
+            assert ended.result == eval(value)
+
+    bench.run(scenario)
+
+
+ALONE = """
+    import ctypes, os, signal, threading, time
+    def more(write):
+        while "Z" not in open(f"/proc/{os.getpid()}/stat").read():
+            time.sleep(0.01)
+        print("alone", os.getpid(), flush=True)
+        os.close(write)
+        time.sleep(60)
+    def leave(write):
+        threading.Thread(target=more, args=(write,)).start()
+        ctypes.CDLL(None).pthread_exit(None)
+    def task(config):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        read, write = os.pipe()
+        if config["itself"] or os.fork() == 0:
+            leave(write)
+        os.close(write)
+        os.read(read, 1)
+"""
+
+
+def lives(bench: Bench, attempt: Attempt) -> bool:
+    """Whether the process that told its pid is there, which has no folder or environment to know it by."""
+    return Path("/proc", bench.log(attempt).split()[1]).exists()
+
+
+def test_a_job_whose_first_thread_has_ended_can_be_stopped(bench: Bench) -> None:
+    bench.grace_s = 0.2
+
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt(ALONE, config={"itself": True})
+        await bench.start(engine, attempt)
+        await bench.printed(attempt, "alone")
+        engine.stop(attempt.spec.job_id)
+        assert (await bench.ended(attempt)).ending is Ending.STOPPED
+        assert not lives(bench, attempt)
+
+    bench.run(scenario)
+
+
+def test_a_process_whose_first_thread_has_ended_ends_with_its_job(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt(ALONE, config={"itself": False})
+        ended = await bench.outcome(engine, attempt)
+        assert (ended.ending, ended.exit_code) == (Ending.EXITED, 0)
+        assert not lives(bench, attempt)
+
+    bench.run(scenario)
