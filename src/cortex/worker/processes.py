@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 
 from cortex.worker.bare import signal
@@ -20,6 +21,9 @@ PR_SET_CHILD_SUBREAPER = 36
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 # Only kernels with CONFIG_PROC_CHILDREN have it.
 _HAS_CHILDREN = os.path.exists("/proc/thread-self/children")
+
+# What is not told for want of these is there all the same.
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -35,28 +39,47 @@ def boot_id() -> str:
 
 
 def stat(pid: int | str) -> tuple[str, int, int] | None:
-    """State, parent and start ticks; None when there is no such process."""
+    """State, parent and start ticks; None when there is no such process.
+
+    Raises:
+        OSError: it cannot be told, for want of descriptors or memory.
+    """
     fields = _fields(pid)
     return None if fields is None else (fields[0].decode(), int(fields[1]), int(fields[19]))
 
 
 def hold(pid: int, ticks: int) -> int | None:
-    """A pidfd of exactly this process, or None when it is gone."""
+    """A pidfd of exactly this process, or None when it is gone.
+
+    Raises:
+        OSError: it cannot be told, for want of descriptors or memory.
+    """
     try:
         pidfd = os.pidfd_open(pid)
-    except OSError:
+    except OSError as error:
+        _raise_shortage(error)
         return None
-    found = stat(pid)
+    try:
+        found = stat(pid)
+    except OSError:
+        os.close(pidfd)
+        raise
     if found is None or found[2] != ticks:
         os.close(pidfd)
         return None
     return pidfd
 
 
-def send(processes: dict[int, int], *signals: int) -> None:
-    """Signal each of these (pid: start ticks), and nobody who got one of the pids later."""
+def send(processes: dict[int, int], *signals: int) -> OSError | None:
+    """Signal each of these (pid: start ticks), and nobody who got one of the pids later; the shortage for which
+    some were not, if there was one."""
+    short = None
     for pid, ticks in processes.items():
-        pidfd = hold(pid, ticks)
+        try:
+            pidfd = hold(pid, ticks)
+        except OSError as error:
+            short = error
+            continue
         if pidfd is None:
             continue
         try:
@@ -66,6 +89,7 @@ def send(processes: dict[int, int], *signals: int) -> None:
             pass  # gone meanwhile, or (a setuid program) not ours to signal
         finally:
             os.close(pidfd)
+    return short
 
 
 def walk(root: int) -> Iterator[tuple[int, int]]:
@@ -100,7 +124,11 @@ def descendants(root: int) -> dict[int, int]:
 
 
 def with_variable(name: str, value: str) -> dict[int, int]:
-    """All processes whose environment block holds this variable: pid: start ticks."""
+    """All processes whose environment block holds this variable: pid: start ticks.
+
+    Raises:
+        OSError: it cannot be told, for want of descriptors or memory.
+    """
     wanted = f"{name}={value}".encode()
     found = {}
     for entry in os.listdir("/proc"):
@@ -109,7 +137,8 @@ def with_variable(name: str, value: str) -> dict[int, int]:
         try:
             with open(f"/proc/{entry}/environ", "rb") as file:
                 holds = wanted in file.read().split(b"\0")
-        except OSError:
+        except OSError as error:
+            _raise_shortage(error)
             continue
         about = stat(entry) if holds else None
         if about is not None:
@@ -140,7 +169,8 @@ def _fields(pid: int | str) -> list[bytes] | None:
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             data = file.read()
-    except OSError:
+    except OSError as error:
+        _raise_shortage(error)
         return None
     return data[data.rindex(b")") + 2 :].split()
 
@@ -148,10 +178,18 @@ def _fields(pid: int | str) -> list[bytes] | None:
 def _living(pid: int) -> int | None:
     """The start ticks of a process that can still run; None of any other. One whose first thread has ended
     before the others is a zombie by its state, and lives on."""
-    fields = _fields(pid)
+    try:
+        fields = _fields(pid)
+    except OSError:
+        return None  # whoever walks looks again
     if fields is None or (fields[0] in (b"Z", b"X") and int(fields[17]) <= 1):
         return None
     return int(fields[19])
+
+
+def _raise_shortage(error: OSError) -> None:
+    if error.errno in _SHORTAGES:
+        raise error
 
 
 def _children(pid: int) -> list[int]:

@@ -246,13 +246,23 @@ class Attempts:
         if gone.start is not None and gone.start.fenced:
             self._settle(live, self._never(live))
             return
-        groups = gone.start.cgroups if gone.start else []
-        await asyncio.to_thread(records.clean, self._of(live), live.attempt.number, groups)
+        await self._clean(live, gone.start.cgroups if gone.start else [])
         if record is not None:
             reason = record.message or _KILLED
         else:
             reason = _REBOOTED if gone.rebooted else _KILLED
         self._settle(live, self._lost(live, reason))
+
+    async def _clean(self, live: _Live, groups: list[str]) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(records.clean, self._of(live), live.attempt.number, groups)
+            except OSError as error:
+                job_id = live.attempt.spec.job_id
+                log.warning("what is left of a job cannot be ended", job=job_id, error=str(error))
+                await asyncio.sleep(RETRY_S)
+            else:
+                return
 
     def _conclude_by(self, live: _Live, record: ExitRecord) -> None:
         last = Ended(

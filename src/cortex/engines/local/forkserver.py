@@ -85,7 +85,7 @@ class ForkServer:
         self._unsent = 0
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed in close()
+        self._errors: IO[bytes] | None = None
         self._words = ""
         self._spawned = asyncio.Event()
         self._closed = False
@@ -136,6 +136,7 @@ class ForkServer:
 
     async def spawn(self) -> None:
         try:
+            self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed in close()
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as error:
             self._words, self.setup.preload = str(error), False
@@ -177,7 +178,8 @@ class ForkServer:
             if not self.ready:
                 self._process.kill()  # it may be in a long import, and holds nothing yet
             await asyncio.to_thread(_wait, self._process)
-        self._errors.close()
+        if self._errors is not None:
+            self._errors.close()
 
     def _popen(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
         with tempfile.TemporaryFile() as stdin:
@@ -305,6 +307,7 @@ class ForkServer:
 
     def _on_end(self) -> None:
         assert self._socket is not None
+        assert self._errors is not None
         asyncio.get_running_loop().remove_reader(self._socket)
         with contextlib.suppress(OSError):
             end = self._errors.seek(0, os.SEEK_END)
@@ -353,13 +356,21 @@ def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
 
 
 def _wait(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        pidfd = os.pidfd_open(process.pid)  # a child that is not reaped yet: it is surely this one
-        try:
-            # By the kernel's clock: that of the system may be set meanwhile.
-            ended, _, _ = select.select([pidfd], [], [], _END_S)
-        finally:
-            os.close(pidfd)
-        if not ended:
-            process.kill()
+    if process.poll() is None and not _ends(process.pid):
+        process.kill()
     process.wait()
+
+
+def _ends(pid: int) -> bool:
+    """Whether a child does so by itself within a time, by the kernel's clock: that of the system may be
+    set meanwhile."""
+    try:
+        pidfd = os.pidfd_open(pid)  # it is not reaped yet: it is surely this one
+    except OSError:
+        return False  # there are no descriptors to wait with
+    try:
+        poller = select.poll()  # a select takes no descriptor from 1024 on
+        poller.register(pidfd, select.POLLIN)
+        return bool(poller.poll(_END_S * 1000))
+    finally:
+        os.close(pidfd)

@@ -122,7 +122,10 @@ def supervised(folder: Path, attempt: int) -> bool:
         return False
     if start is None or over:
         return not over
-    pidfd = None if start.fenced else processes.hold(start.pid, start.ticks)
+    try:
+        pidfd = None if start.fenced else processes.hold(start.pid, start.ticks)
+    except OSError:
+        return True
     if pidfd is not None:
         os.close(pidfd)
     return pidfd is not None
@@ -130,7 +133,11 @@ def supervised(folder: Path, attempt: int) -> bool:
 
 def clean(folder: Path, attempt: int, groups: list[str]) -> None:
     """End whatever a killed supervisor has left of a job, and wait until it is gone. Unless another
-    operator did that while this one hung: what there is then is of a later attempt."""
+    operator did that while this one hung: what there is then is of a later attempt.
+
+    Raises:
+        OSError: what is left cannot be told, for want of descriptors or memory.
+    """
     if _is_followed(folder, attempt):
         return
     job_id = folder.name
@@ -147,7 +154,9 @@ def clean(folder: Path, attempt: int, groups: list[str]) -> None:
                     left[pid] = about[2]
         if not left:
             break
-        processes.send(left, signal.SIGKILL)
+        short = processes.send(left, signal.SIGKILL)
+        if short is not None:
+            raise short
         time.sleep(0.01)
     for group in groups:
         cgroups.remove(group)

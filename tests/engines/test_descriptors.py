@@ -1,0 +1,160 @@
+"""An operator that has few file descriptors left, or very many in use, takes nothing to be gone that is there,
+and waits for nothing that never comes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cortex.engines.base import Lost
+from cortex.engines.local import LocalEngine, records
+from cortex.worker.processes import children
+from engines.bench import Bench
+from engines.test_recovery import pid_of
+
+FEW = """
+import os, resource, subprocess, sys
+from pathlib import Path
+from types import SimpleNamespace
+from cortex.engines.local import records
+from cortex.worker import processes
+from cortex.worker.messages import StartRecord
+
+folder, asked = Path(sys.argv[1]), sys.argv[2]
+running = subprocess.Popen(["sleep", "300"], env={**os.environ, "CORTEX_JOB_ID": folder.name})
+start = StartRecord(pid=running.pid, ticks=processes.stat(running.pid)[2])
+(folder / "start.1").write_bytes(start.dumps())
+attempt = SimpleNamespace(number=1, handle=records.handle())
+
+
+def ask():
+    if asked == "look":
+        return type(records.look(folder, attempt)).__name__
+    if asked == "supervised":
+        return records.supervised(folder, 1)
+    records.clean(folder, 1, [])
+    return -running.wait(5)
+
+
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+for free in range(8):
+    used = [os.open("/dev/null", os.O_RDONLY) for _ in range(20)]
+    for fd in used[20 - free :]:
+        os.close(fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used[-1] + 1, most))
+    try:
+        print(ask())
+    except OSError as error:
+        print(error.errno)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    for fd in used[: 20 - free]:
+        os.close(fd)
+running.kill()
+"""
+
+
+@pytest.fixture
+def bench(local_bench: Bench) -> Bench:
+    return local_bench
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer"), [("look", "Alive"), ("clean", "9"), ("supervised", "True")]
+)
+def test_what_there_are_too_few_to_ask_after_is_not_taken_to_be_gone(
+    tmp_path: Path, asked: str, answer: str
+) -> None:
+    command = [sys.executable, "-c", FEW, str(tmp_path), asked]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    few = "False" if asked == "supervised" else str(errno.EMFILE)
+    assert set(told) <= {few, answer}
+    assert told[-1] == answer
+
+
+def test_what_a_killed_supervisor_left_is_ended_as_soon_as_it_can_be(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean, asked = records.clean, []
+
+    def few(folder: Path, attempt: int, groups: list[str]) -> None:
+        asked.append(attempt)
+        if len(asked) == 1:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        clean(folder, attempt, groups)
+
+    monkeypatch.setattr(records, "clean", few)
+
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.sleeper()
+        await bench.start(engine, attempt)
+        await bench.started(attempt)
+        os.kill(pid_of(bench, attempt), signal.SIGKILL)
+        assert isinstance(await bench.last(attempt), Lost)
+        assert asked == [1, 1]
+
+    bench.run(scenario)
+
+
+@contextlib.contextmanager
+def used_up(free: int) -> Iterator[None]:
+    """No more than so many descriptors are free."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    top = os.open("/dev/null", os.O_RDONLY)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (top + 1, limits[1]))
+    below = []
+    with contextlib.suppress(OSError):
+        while True:
+            below.append(os.dup(top))
+    for fd in [top, *below][:free]:
+        os.close(fd)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in [top, *below][free:]:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("free", [0, 1, 2, 3, 4])
+def test_a_fork_server_that_there_are_too_few_for_loses_its_jobs_with_the_reason(
+    bench: Bench, free: int
+) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt("def task(config): ...")
+        assert engine.reserve(attempt.spec.job_id, attempt.version.api.compute) is None
+        attempt = replace(attempt, handle=engine.claim(attempt.spec.job_id, 1))
+        with used_up(free):
+            engine.start(attempt)
+            last = await bench.last(attempt)
+        assert isinstance(last, Lost)
+        assert "Too many open files" in last.reason
+
+    bench.run(scenario)
+
+
+def test_a_fork_server_is_waited_for_however_many_are_in_use(bench: Bench) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+    used = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    before = children(os.getpid())
+
+    async def scenario(engine: LocalEngine) -> None:
+        await bench.outcome(engine, bench.attempt("def task(config): ..."))
+
+    try:
+        bench.run(scenario)
+        assert set(children(os.getpid())) <= set(before)
+    finally:
+        for fd in used:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
