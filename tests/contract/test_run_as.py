@@ -160,6 +160,15 @@ def test_a_job_that_spoils_its_records_harms_itself_alone(other: Operator, recor
     assert other.http.get(f"{other.url}/readyz").status_code == 200
 
 
+def test_a_job_that_locks_its_folder_ends_as_it_ends(other: Operator) -> None:
+    code = (
+        "import os\ndef task(config):\n"
+        "    os.chmod(os.path.dirname(os.environ['CORTEX_JOB_SPEC']), 0o500)\n"
+    )
+    endpoint = other.deployed(probe_yaml("locker"), {"probe.py": code})
+    assert other.run(endpoint)["status"] == "status_succeeded"
+
+
 def test_a_running_job_outlives_the_operator(other: Operator) -> None:
     endpoint = other.deployed(probe_yaml(), {"probe.py": PROBE})
     job = other.submit(endpoint, config={"do": "sleep", "s": 3})

@@ -1,4 +1,4 @@
-"""How a supervising process ends what is left of a job, when it gets to that too late."""
+"""How a supervising process ends what is left of a job, when it gets to that too late or too early."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-LATE = """
+MADE = """
 import os, socket, subprocess, sys, time, types
 from cortex.worker import bench, processes, serving, supervisor
 from cortex.worker.messages import Order, Setup
@@ -20,6 +20,8 @@ order = Order(job_id="job", attempt=1, folder=folder, grace_s=1, timeout=None, d
               visible_gpus=None)
 watch_bench = bench.Bench(setup, serving.Signals(), socket.socketpair()[0], 0)
 watch = supervisor.Supervisor(watch_bench, order)
+"""
+LATE = """
 daemon = "import os, sys, time; os.setsid(); os.fork(); print(os.getpid(), flush=True); time.sleep(60)"
 for _ in range(3):
     made = subprocess.Popen([sys.executable, "-c", daemon], stdout=subprocess.PIPE)
@@ -46,6 +48,26 @@ print(watch.alone, len(processes.descendants(os.getpid())))
 
 def test_what_was_stopped_is_killed_however_late_it_is(tmp_path: Path) -> None:
     """The supervising process was stopped itself in the middle of the sweep, for longer than it takes."""
-    command = [sys.executable, "-c", LATE, str(tmp_path)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert told == "True 0\n"
+    assert told(LATE, tmp_path) == "True 0\n"
+
+
+UNBEGUN = """
+killed = []
+kill = os.kill
+os.kill = lambda pid, number: killed.append(pid in processes.children(os.getpid())) or kill(pid, number)
+watch_bench.get_ready()
+watch.order.kill_dir = "/no/such/group"
+watch.groups = supervisor.cgroups.Groups(watch.order)
+print(watch.run(), killed, watch.alone)
+"""
+
+
+def test_the_process_that_waits_is_not_signalled_after_it_is_reaped(tmp_path: Path) -> None:
+    """Its job could not begin, and it is killed with all that there is: then its pid may be anybody's."""
+    assert told(UNBEGUN, tmp_path) == "False [True] True\n"
+    assert '"ending": "lost"' in (tmp_path / "exit.1").read_text()
+
+
+def told(script: str, folder: Path) -> str:
+    command = [sys.executable, "-c", MADE + script, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -5,8 +5,10 @@ Called by the job's supervisor; readers learn from `log.cut` what is gone.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import stat
 import time
 
 from cortex.worker import files
@@ -18,9 +20,21 @@ CUT = "log.cut"
 FIRST_S = 0.25
 SOONEST_S = 0.05
 LATEST_S = 8.0
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+_CUT = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _LONGEST_LINE = 1 << 16
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _CANNOT = b"cortex: the file system cannot drop a part of a file, so limits.log is not kept\n"
+
+
+def open_to_write(folder: int) -> int:
+    """Open it for a job, which finds what an earlier attempt has written. What that has put in its place is
+    removed: to follow a link is to write anywhere, and a pipe without a reader would be waited for."""
+    with contextlib.suppress(FileNotFoundError):
+        about = os.stat(NAME, dir_fd=folder, follow_symlinks=False)
+        if not stat.S_ISREG(about.st_mode):
+            os.unlink(NAME, dir_fd=folder)
+    return os.open(NAME, _APPEND, 0o644, dir_fd=folder)
 
 
 class Log:
@@ -39,7 +53,7 @@ class Log:
     def look(self) -> None:
         """Cut it if it is over its limit, and say in `due` when to look again."""
         try:
-            fd = os.open(NAME, os.O_RDWR | os.O_CLOEXEC, dir_fd=self._folder)
+            fd = os.open(NAME, _CUT, dir_fd=self._folder)
         except OSError:
             size = self._size
         else:

@@ -195,11 +195,13 @@ def _raise_shortage(error: OSError) -> None:
 def _children(pid: int) -> list[int]:
     found: list[int] = []
     try:
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{thread}/children") as file:
-                found += map(int, file.read().split())
+        threads = os.listdir(f"/proc/{pid}/task")
     except OSError:
-        pass  # gone: its children have another parent by now, and the next look finds them
+        return found  # gone: its children have another parent by now, and the next look finds them
+    for thread in threads:
+        # One that is gone has left its children to another thread.
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children") as file:
+            found += map(int, file.read().split())
     return found
 
 

@@ -77,6 +77,7 @@ class Supervisor:
         try:
             ending = self._supervise()
         except Exception as error:  # noqa: BLE001, RUF100  # the platform's own failure
+            self.bench.dismiss()  # before it is killed with the rest, and its pid is another's
             self._kill()
             record = verdict.lost(self, f"the supervisor failed: {error!r}")
         else:
@@ -84,10 +85,11 @@ class Supervisor:
         self.groups.remove()
         self.log.look()
         data = record.dumps()
-        if not self._write(data):
-            return False
+        is_written = self._write(data)
         told = record.fields() if len(data) <= MOST_RECORD else None
         self._tell(ended=True, record=told)
+        if not is_written:
+            return False
         self.bench.keep(self.folder, self._exit_name)
         for fd in self._files():
             os.close(fd)
@@ -101,12 +103,7 @@ class Supervisor:
             with contextlib.suppress(FileExistsError):
                 os.mkdir("files", dir_fd=self.folder)
             files.make(self.folder, "job.json", json.dumps(self.order.job).encode())
-            log = os.open(
-                logfile.NAME,
-                os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC,
-                0o644,
-                dir_fd=self.folder,
-            )
+            log = logfile.open_to_write(self.folder)
             # In memory, and of no limited room: whoever writes it waits for nobody.
             self.job = child.Job(self.order, log, os.memfd_create("outcome"))
         except OSError as error:
@@ -226,8 +223,10 @@ class Supervisor:
                 # What an engine has read is as safe as its store; without one there is but this.
                 write = files.put if self.bench.is_heard() else files.replace
                 write(self.folder, self._exit_name, data)
-            except FileNotFoundError:  # the folder is deleted: nobody is going to look there
-                return False
+            except (FileNotFoundError, IsADirectoryError, PermissionError):
+                return (
+                    False  # the job has spoilt its folder, or that was deleted: time heals neither
+                )
             except OSError:  # a full disk, most likely; the record is worth waiting for
                 self._tell_start()
                 time.sleep(pause_s)

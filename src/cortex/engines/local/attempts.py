@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from cortex.engines.base import (
 )
 from cortex.engines.local import records
 from cortex.engines.local.ends import Ends
-from cortex.engines.local.supervisors import Supervisor
+from cortex.engines.local.supervisors import Supervisor, ask_to_end
 from cortex.errors import is_storage
 from cortex.worker.messages import ExitRecord, Order, Reply
 
@@ -304,8 +303,7 @@ class Attempts:
         if live.supervisor is not None:
             live.supervisor.stop()
         elif live.pidfd is not None:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(live.pidfd, signal.SIGTERM)
+            ask_to_end(live.pidfd)
 
     def _let_go(self, live: _Live) -> None:
         if live.pidfd is not None:

@@ -5,6 +5,7 @@ and exit.N. Blocking and short; called by the engine, in threads where a disk is
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from cortex.worker.messages import ExitRecord, StartRecord
 
 HANDLE_VERSION = 1
 CLEAN_S = 5.0
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,15 @@ def clean(folder: Path, attempt: int, groups: list[str]) -> None:
 
 
 def append(log: Path, text: str) -> None:
+    """Add a line to a job's log, as the operator: what an earlier attempt has put in its place is not followed.
+
+    Raises:
+        OSError: it is none, or nothing can be written now.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
+    with os.fdopen(os.open(log, _APPEND, 0o644), "a", encoding="utf-8") as file:
+        if not files.is_regular(file.fileno()):
+            raise OSError(errno.EINVAL, "not a plain file", str(log))
         file.write(text.rstrip("\n") + "\n")
 
 

@@ -15,6 +15,13 @@ from cortex.worker import wire
 from cortex.worker.messages import MOST_MESSAGE, Order, Reply
 
 
+def ask_to_end(pidfd: int) -> None:
+    """SIGTERM to a supervising process; its job may have stopped it, and it would not see that."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+
+
 class Owner(Protocol):
     """Who is told what becomes of it."""
 
@@ -78,10 +85,9 @@ class Supervisor:
             wire.send(self._sock, wire.READY)
 
     def stop(self) -> None:
-        """SIGTERM: it ends its job and then itself."""
+        """It ends its job and then itself."""
         self.is_spent = True
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
+        ask_to_end(self._pidfd)
 
     def dismiss(self) -> None:
         """It ends now, or when the job that it has does. Its end is told all the same."""
