@@ -71,6 +71,15 @@ def test_health(shared: Operator) -> None:
     assert shared.http.get(f"{shared.url}/readyz").json() == {"status": "ready"}
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+def test_health_without_a_body(shared: Operator, path: str) -> None:
+    """As load balancers ask that look at the status alone."""
+    told, asked = (shared.http.request(method, shared.url + path) for method in ("GET", "HEAD"))
+    assert (asked.status_code, asked.content) == (200, b"")
+    for name in ("content-type", "content-length"):
+        assert asked.headers[name] == told.headers[name]
+
+
 def test_info(shared: Operator) -> None:
     info = shared.http.get(f"{shared.url}/-/info").json()
     assert info["engine"] == "local"
