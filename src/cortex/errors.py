@@ -150,6 +150,8 @@ class OperatorUnreachable(CortexError):
 
     kind = "client.operator_unreachable"
     http_status = 503
+    is_unanswered = False
+    """Whether the request was sent and no answer came: what it asked for may have been done."""
 
 
 class UnknownEnvironment(CortexError):

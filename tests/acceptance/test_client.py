@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 import cortex
-from cortex.errors import Conflict, InvalidSpec, NotFound
-from support import PROBE, Operator
+from cortex.errors import Conflict, InvalidRequest, InvalidSpec, NotFound
+from gate import Gate
+from support import PATIENCE_S, PROBE, Operator, probe_yaml, until
 
 
 @pytest.fixture
@@ -86,3 +92,90 @@ def test_environments(client: cortex.Client, shared: Operator) -> None:
     assert cortex.client("test").list_apis() is not None
     cortex.env_delete("test")
     assert cortex.env_list()["environments"] == []
+
+
+class Way(Gate):
+    """The way to an operator, whichever port it has when it is back. It loses answers to submits."""
+
+    def __init__(self, running: Operator) -> None:
+        super().__init__(socket.create_server(("127.0.0.1", 0)), self._to_operator)
+        self.running = running
+        self.waits = threading.Event()
+        """Set once a long poll has come."""
+        self.refused = 0
+        self.to_lose = 0
+        self.lost: list[bytes] = []
+
+    def sent(self, data: bytes, server: socket.socket) -> bool:
+        super().sent(data, server)
+        if b"?wait=" in data:
+            self.waits.set()
+        # The body comes after the header, and alone.
+        if not self.to_lose or not data.endswith(b'{"config":{"do":"echo"}}'):
+            return True
+        self.to_lose -= 1
+        self.lost.append(server.recv(65536))
+        return False
+
+    def _to_operator(self) -> socket.socket:
+        try:
+            return socket.create_connection(("127.0.0.1", int(self.running.url.rpartition(":")[2])))
+        except OSError:
+            self.refused += 1
+            raise
+
+
+@pytest.fixture
+def way(own: Operator) -> Iterator[Way]:
+    own.deployed(probe_yaml(), {"probe.py": PROBE})
+    with closing(Way(own)) as made:
+        yield made
+
+
+def test_a_wait_goes_on_over_the_death_of_the_operator(own: Operator, way: Way) -> None:
+    with cortex.Client(way.url) as client, ThreadPoolExecutor(1) as pool:
+        job = client.submit_job("probe", {"do": "sleep", "s": 300})
+        waiting = pool.submit(client.get_job, "probe", job["job_id"], wait=PATIENCE_S)
+        assert way.waits.wait(PATIENCE_S)
+        own.kill()
+        until(lambda: way.refused, "asked again while nobody was there")
+        own.start()
+        assert own.delete(f"{own.url}/probe", job).status_code == 200
+        assert waiting.result(PATIENCE_S)["job_status"]["status"] == "status_stopped"
+
+
+def test_a_submit_whose_answer_was_lost_is_one_job(way: Way) -> None:
+    way.to_lose = 2
+    with cortex.Client(way.url) as client:
+        job = client.submit_job("probe", {"do": "echo"})
+        page = client.list_jobs("probe")
+    assert [answer.split()[1] for answer in way.lost] == [b"200", b"200"]
+    assert [each["job_id"] for each in page["job_statuses"]] == [job["job_id"]]
+    assert page["next_cursor"] is None
+
+
+def test_a_key_of_ones_own_is_one_job(way: Way) -> None:
+    with cortex.Client(way.url) as client:
+        first = client.submit_job("probe", {"x": "\ud800"}, 300, idempotency_key="order 17")
+        again = client.submit_job("probe", {"x": "\ud800"}, 300, idempotency_key="order 17")
+        assert again == first
+        assert first["config"] == {"x": "\ud800"}
+        with pytest.raises(Conflict, match="order 17"):
+            client.submit_job("probe", {"x": 2}, idempotency_key="order 17")
+        assert client.submit_job("probe")["job_id"] != first["job_id"]
+
+
+def test_jobs_are_listed_page_by_page(way: Way) -> None:
+    with cortex.Client(way.url) as client:
+        jobs = [client.submit_job("probe", timeout=300)["job_id"] for _ in range(3)]
+        for job in jobs:
+            client.get_job("probe", job, wait=PATIENCE_S)
+        page = client.list_jobs("probe", "status_succeeded", limit=2)
+        rest = client.list_jobs("probe", limit=2, cursor=page["next_cursor"])
+        found = [each["job_id"] for each in page["job_statuses"] + rest["job_statuses"]]
+        assert found == jobs[::-1]
+        assert client.list_jobs("probe", "status_stopped")["job_statuses"] == []
+        with pytest.raises(InvalidRequest, match="status"):
+            client.list_jobs("probe", "odd")
+        with pytest.raises(NotFound):
+            client.list_jobs("nothing")

@@ -28,6 +28,10 @@ class Request:
     body: bytes
 
 
+# The request arrives, and the connection is closed.
+LOST = Answer(status=0)
+
+
 def answer(value: object, status: int = 200) -> Answer:
     return Answer(status, (json.dumps(value).encode(),))
 
@@ -42,6 +46,7 @@ class Stub:
 
     answers: dict[str, Answer | list[Answer]] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
+    port: int = 0
 
     def __enter__(self) -> Stub:
         stub = self
@@ -52,6 +57,9 @@ class Stub:
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 stub.requests.append(Request(self.command, self.path, headers, body))
                 found = stub.take(f"{self.command} {self.path}")
+                if found is LOST:
+                    self.close_connection = True
+                    return
                 self.send_response(found.status)
                 self.send_header("Content-Type", found.content_type)
                 self.end_headers()
@@ -64,7 +72,7 @@ class Stub:
             def log_message(self, *arguments: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
         return self

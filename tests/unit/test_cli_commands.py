@@ -129,6 +129,11 @@ def test_submit_takes_its_config_inline_or_from_a_file(stub: Stub, folder: Path)
     ]
 
 
+def test_submit_sends_its_key(stub: Stub) -> None:
+    assert run(["submit", "iris", "--idempotency-key", "order-17"]) == 0
+    assert [r.headers["idempotency-key"] for r in stub.requests] == ["order-17"]
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [

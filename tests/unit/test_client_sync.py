@@ -7,14 +7,27 @@ import socket
 import subprocess
 import sys
 import tarfile
+from contextlib import ExitStack, closing
 from email import message_from_bytes
 from email.message import Message
 from pathlib import Path
 
 import pytest
-from client_stub import RUNNING, SUBMITTED, SUCCEEDED, VIEW, Answer, Request, Stub, answer, job_view
+from client_stub import (
+    LOST,
+    RUNNING,
+    SUBMITTED,
+    SUCCEEDED,
+    VIEW,
+    Answer,
+    Request,
+    Stub,
+    answer,
+    job_view,
+)
 
 from cortex.client import Client
+from cortex.client.transport import Transport
 from cortex.errors import (
     Conflict,
     CortexError,
@@ -26,6 +39,9 @@ from cortex.errors import (
 )
 
 DEPLOYED = [{"api": VIEW, "message": "created iris", "error": ""}]
+PAGE = {"job_statuses": [RUNNING], "next_cursor": 3}
+SUBMIT = "POST /-/apis/iris/jobs"
+FULL = answer({"kind": "storage.unavailable", "message": "the disk is full"}, 503)
 YAML = "- name: iris\n  kind: TaskAPI\n  definition: {path: iris.py}\n"
 
 
@@ -53,6 +69,8 @@ def test_what_the_operator_answers_is_returned_as_it_is() -> None:
         "GET /-/apis/iris": answer([VIEW]),
         "DELETE /-/apis/iris": answer({"message": "deleted iris"}),
         "POST /-/apis/iris/jobs": answer(SUBMITTED),
+        "GET /-/apis/iris/jobs": answer(PAGE),
+        "GET /-/apis/iris/jobs?status=status_running&limit=1&cursor=7": answer(PAGE),
         "GET /-/apis/iris/jobs/j1": answer(job_view(RUNNING)),
         "DELETE /-/apis/iris/jobs/j1": answer({"message": "stopped job j1"}),
         "GET /-/info": answer({"version": "1"}),
@@ -62,6 +80,8 @@ def test_what_the_operator_answers_is_returned_as_it_is() -> None:
         assert client.list_apis() == [VIEW]
         assert client.get_api("iris") == VIEW
         assert client.get_job("iris", "j1") == job_view(RUNNING)
+        assert client.list_jobs("iris") == PAGE
+        assert client.list_jobs("iris", "status_running", limit=1, cursor=7) == PAGE
         assert client.submit_job("iris") == SUBMITTED
         assert client.submit_job("iris", {"C": 1}, timeout=5) == SUBMITTED
         assert client.stop_job("iris", "j1") == {"message": "stopped job j1"}
@@ -96,6 +116,150 @@ def test_a_wait_is_asked_for_in_slices_until_the_job_has_ended() -> None:
         job = client.get_job("iris", "j1", wait=3600)
     assert job["job_status"]["status"] == "status_succeeded"
     assert [r.path for r in stub.requests] == [path, path]
+
+
+def test_a_wait_goes_on_over_what_passes() -> None:
+    path = "GET /-/apis/iris/jobs/j1?wait=20.0"
+    away = [LOST, FULL, Answer(502, (b"bad",), "text/plain")]
+    with (
+        Stub({path: [*away, answer(job_view(RUNNING)), LOST, answer(job_view(SUCCEEDED))]}) as stub,
+        Client(stub.url) as client,
+    ):
+        assert client.get_job("iris", "j1", wait=3600) == job_view(SUCCEEDED)
+    assert len(stub.requests) == 6
+
+
+def test_a_wait_goes_on_where_connections_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = Stub({"GET /-/apis/iris/jobs/j1?wait=20.0": answer(job_view(SUCCEEDED))})
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        stub.port = taken.getsockname()[1]
+    with ExitStack() as stack:
+        monkeypatch.setattr("cortex.client.again.sleep", lambda _: stack.enter_context(stub))
+        client = stack.enter_context(Client(f"http://127.0.0.1:{stub.port}"))
+        assert client.get_job("iris", "j1", wait=3600) == job_view(SUCCEEDED)
+    assert len(stub.requests) == 1
+
+
+def test_pauses_grow_to_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    paused: list[float] = []
+    monkeypatch.setattr("cortex.client.again.sleep", paused.append)
+    path = "GET /-/apis/iris/jobs/j1?wait=20.0"
+    with (
+        Stub({path: [FULL] * 7 + [answer(job_view(SUCCEEDED))]}) as stub,
+        Client(stub.url) as client,
+    ):
+        client.get_job("iris", "j1", wait=3600)
+    assert paused == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
+
+
+def test_what_still_is_wrong_at_the_deadline_of_a_wait_is_raised() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    with Client(url) as client, pytest.raises(OperatorUnreachable, match="no operator answers"):
+        client.get_job("iris", "j1", wait=0.3)
+
+
+@pytest.mark.parametrize(
+    ("first", "wait"),
+    [(LOST, None), (FULL, None), (answer({}, 500), 3600), (answer({}, 404), 3600)],
+)
+def test_without_a_wait_and_for_what_does_not_pass_a_status_is_asked_for_once(
+    first: Answer, wait: float | None
+) -> None:
+    path = "GET /-/apis/iris/jobs/j1" + ("" if wait is None else "?wait=20.0")
+    with (
+        Stub({path: [first, answer(job_view(SUCCEEDED))]}) as stub,
+        Client(stub.url) as client,
+        pytest.raises(CortexError),
+    ):
+        client.get_job("iris", "j1", wait=wait)
+    assert len(stub.requests) == 1
+
+
+def test_a_submit_whose_answer_was_lost_is_sent_again_as_it_was() -> None:
+    bad = Answer(502, (b"bad",), "text/plain")
+    with Stub({SUBMIT: [LOST, FULL, LOST, bad, answer(SUBMITTED)]}) as stub, Client(stub.url) as c:
+        assert c.submit_job("iris", {"C": 0.5, "ü": "\ud800"}, timeout=60) == SUBMITTED
+        c.submit_job("iris")
+    *repeated, other = stub.requests
+    assert len(repeated) == 5
+    (body,) = {request.body for request in repeated}
+    assert json.loads(body) == {"config": {"C": 0.5, "ü": "\ud800"}, "timeout": 60}
+    (key,) = {request.headers["idempotency-key"] for request in repeated}
+    assert len(key) == 32
+    assert other.headers["idempotency-key"] != key
+    assert {request.headers["content-type"] for request in repeated} == {"application/json"}
+
+
+def test_a_key_of_ones_own_is_sent() -> None:
+    with Stub({SUBMIT: [LOST, answer(SUBMITTED)]}) as stub, Client(stub.url) as client:
+        client.submit_job("iris", idempotency_key="order 17")
+    assert [r.headers["idempotency-key"] for r in stub.requests] == ["order 17"] * 2
+
+
+@pytest.mark.parametrize("key", ["", "k" * 256, "a\nb", " a", "ä"])
+def test_a_key_that_would_not_arrive_is_not_sent(key: str) -> None:
+    with (
+        Stub({}) as stub,
+        Client(stub.url) as client,
+        pytest.raises(InvalidRequest, match="idempotency key"),
+    ):
+        client.submit_job("iris", idempotency_key=key)
+    assert not stub.requests
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+@pytest.mark.parametrize("status", [404, 409, 429, 500])
+def test_a_submit_that_is_refused_is_not_sent_again(lost: int, status: int) -> None:
+    with (
+        Stub({SUBMIT: [LOST] * lost + [answer({"kind": "k", "message": "no"}, status)]}) as stub,
+        Client(stub.url) as client,
+        pytest.raises(CortexError, match=r"^no$"),
+    ):
+        client.submit_job("iris")
+    assert len(stub.requests) == lost + 1
+
+
+@pytest.mark.parametrize("first", [FULL, Answer(502, (b"bad",), "text/plain")])
+def test_an_answer_to_the_first_submit_is_final(first: Answer) -> None:
+    with Stub({SUBMIT: [first, answer(SUBMITTED)]}) as stub, Client(stub.url) as client:
+        with pytest.raises(CortexError) as caught:
+            client.submit_job("iris")
+        assert caught.value.http_status == 503
+    assert len(stub.requests) == 1
+
+
+def test_a_submit_that_could_not_be_sent_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cortex.client.again.sleep", pytest.fail)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    with Client(url) as client, pytest.raises(OperatorUnreachable, match="no operator answers"):
+        client.submit_job("iris")
+    with Stub() as proxy:
+        monkeypatch.setenv("https_proxy", proxy.url)
+        with (
+            Client("https://operator.example") as client,
+            pytest.raises(OperatorUnreachable, match="no operator answers"),
+        ):
+            client.submit_job("iris")
+
+
+def test_a_submit_that_stays_unanswered_tells_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cortex.client.submission._AGAIN_S", 0.2)
+    with Stub({SUBMIT: LOST}) as stub, Client(stub.url) as client:
+        with pytest.raises(OperatorUnreachable, match="not known whether") as caught:
+            client.submit_job("iris")
+        assert len(stub.requests) > 2
+        (key,) = {request.headers["idempotency-key"] for request in stub.requests}
+        assert key in caught.value.message
+
+
+def test_a_request_that_is_taken_and_not_answered_in_time_is_unanswered() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        operator = Transport(f"http://127.0.0.1:{mute.getsockname()[1]}", "")
+        with closing(operator), pytest.raises(OperatorUnreachable, match="within") as caught:
+            operator.call("POST", "/", answer_s=0.1)
+    assert caught.value.is_unanswered
 
 
 @pytest.mark.parametrize("name", ["", ".", ".."])

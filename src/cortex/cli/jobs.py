@@ -27,6 +27,10 @@ def submit(
     timeout: Annotated[
         int | None, typer.Option(min=1, help="Seconds from now after which the job is ended.")
     ] = None,
+    idempotency_key: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="Submits with the same key and options are one job."),
+    ] = None,
     env: Env = None,
     output: Output = Format.PRETTY,
 ) -> None:
@@ -35,7 +39,7 @@ def submit(
 
     parsed = None if config is None else _config(config)
     with client(env) as operator:
-        job = operator.submit_job(api, parsed, timeout)
+        job = operator.submit_job(api, parsed, timeout, idempotency_key=idempotency_key)
     if output is Format.JSON:
         print_json(job)
         return

@@ -7,7 +7,6 @@ The command uses it, and so do programs. What it returns is the operator's JSON 
 from __future__ import annotations
 
 import io
-import json
 import tempfile
 import time
 import weakref
@@ -17,7 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, cast
 
-from cortex.client import logs
+from cortex.client import logs, submission
+from cortex.client.again import until_answered
 from cortex.client.environments import checked_endpoint, checked_token
 from cortex.client.transport import ANSWER_S, Transport, segment
 from cortex.errors import CortexError, InvalidProject, InvalidRequest, InvalidSpec
@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     from pydantic import JsonValue
 
     from cortex.client.task_project import Task
-    from cortex.client.types import ApiView, DeployResult, JobView, Message, SubmittedJob
+    from cortex.client.types import (
+        ApiView,
+        DeployResult,
+        JobPage,
+        JobView,
+        Message,
+        SubmittedJob,
+    )
 
 ApiSpecs = Mapping[str, object] | Sequence[Mapping[str, object]]
 
@@ -158,30 +165,49 @@ class Client:
         api_name: str,
         config: Mapping[str, JsonValue] | None = None,
         timeout: int | None = None,
+        *,
+        idempotency_key: str | None = None,
     ) -> SubmittedJob:
-        """Submit a job: `config` overrides the API's own, `timeout` is seconds from now."""
-        body: dict[str, JsonValue] = {}
-        if config is not None:
-            body["config"] = _checked_config(config)
-        if timeout is not None:
-            body["timeout"] = timeout
+        """Submit a job: `config` overrides the API's own, `timeout` is seconds from now.
+
+        A submit with an `idempotency_key` may be repeated: the same key and arguments give the same job.
+        Each submit has one, if need be of its own making. One whose answer was lost is sent again with it
+        for a minute; if there is no answer then, the error tells the key.
+        """
+        content = submission.body(config, timeout)
         path = f"/-/apis/{segment(api_name)}/jobs"
-        return cast("SubmittedJob", self._operator.call("POST", path, json=body))
+        answer = submission.submitted(self._operator, path, content, idempotency_key)
+        return cast("SubmittedJob", answer)
 
     def get_job(self, api_name: str, job_id: str, wait: float | None = None) -> JobView:
-        """A job's status. With `wait`, as soon as it has ended, or after that many seconds."""
+        """A job's status. With `wait`, as soon as it has ended, or after that many seconds, over which an
+        operator may go and come back."""
         deadline = time.monotonic() + (wait or 0.0)
-        while True:
+        path = _job_path(api_name, job_id)
+
+        def ask() -> JsonValue:
             left_s = min(_WAIT_SLICE_S, max(0.0, deadline - time.monotonic()))
-            answer = self._operator.call(
-                "GET",
-                _job_path(api_name, job_id),
-                params={"wait": round(left_s, 3)} if left_s else None,
-                answer_s=ANSWER_S + left_s,
-            )
-            job = cast("JobView", answer)
+            params = {"wait": round(left_s, 3)} if left_s else None
+            return self._operator.call("GET", path, params=params, answer_s=ANSWER_S + left_s)
+
+        while True:
+            job = cast("JobView", until_answered(ask, deadline))
             if "end_time" in job["job_status"] or time.monotonic() >= deadline:
                 return job
+
+    def list_jobs(
+        self,
+        api_name: str,
+        status: str | None = None,
+        limit: int | None = None,
+        cursor: int | None = None,
+    ) -> JobPage:
+        """A page of the API's jobs, newest first: those of one status only, `limit` of them, and the
+        page after the one whose `next_cursor` is given as `cursor`."""
+        asked = {"status": status, "limit": limit, "cursor": cursor}
+        params = {name: value for name, value in asked.items() if value is not None}
+        path = f"/-/apis/{segment(api_name)}/jobs"
+        return cast("JobPage", self._operator.call("GET", path, params=params))
 
     def stop_job(self, api_name: str, job_id: str) -> Message:
         """Stop a job. From then on its status is `status_stopped`."""
@@ -218,19 +244,6 @@ class Client:
                 answer_s=_UPLOAD_ANSWER_S,
             )
         return cast("list[DeployResult]", answer)
-
-
-def _checked_config(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    if not isinstance(config, Mapping):
-        raise InvalidRequest(f"config is {config!r}; it must be a dict")
-    checked = dict(config)
-    try:
-        json.dumps(checked, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidRequest(
-            f"config holds something that is no JSON: {error}; send finite numbers, strings, lists, dicts"
-        ) from error
-    return checked
 
 
 def _job_path(api_name: str, job_id: str) -> str:

@@ -59,7 +59,8 @@ class Transport:
         path: str,
         *,
         params: Mapping[str, str | float] | None = None,
-        json: JsonValue = None,
+        headers: Mapping[str, str] | None = None,
+        content: bytes | None = None,
         data: Mapping[str, str] | None = None,
         files: Files | None = None,
         answer_s: float = ANSWER_S,
@@ -70,7 +71,8 @@ class Transport:
                 method,
                 path,
                 params=params,
-                json=json,
+                headers=headers,
+                content=content,
                 data=data,
                 files=files,
                 timeout=_timeout(answer_s),
@@ -123,18 +125,18 @@ class Transport:
     def _reporting(self, answer_s: float) -> Iterator[None]:
         try:
             yield
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
             raise OperatorUnreachable(
                 f"no operator answers at {self.endpoint}{self._called()} "
                 f"({str(error) or 'no connection in time'}). {self._advice()}"
             ) from error
         except httpx.TimeoutException as error:
-            raise OperatorUnreachable(
+            raise _unanswered(
                 f"the operator at {self.endpoint}{self._called()} took the request, but did not "
                 f"answer within {answer_s:g} seconds"
             ) from error
         except httpx.TransportError as error:
-            raise OperatorUnreachable(
+            raise _unanswered(
                 f"the connection to the operator at {self.endpoint}{self._called()} broke "
                 f"({str(error) or type(error).__name__}); what was asked for may have been done"
             ) from error
@@ -147,6 +149,12 @@ class Transport:
             "Start one with `cortex serve`, or tell where it is with "
             f"`cortex env configure {self.name or 'NAME'} --operator-endpoint URL`"
         )
+
+
+def _unanswered(message: str) -> OperatorUnreachable:
+    error = OperatorUnreachable(message)
+    error.is_unanswered = True
+    return error
 
 
 def _timeout(answer_s: float) -> httpx.Timeout:

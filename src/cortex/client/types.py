@@ -43,6 +43,13 @@ class JobView(TypedDict):
     api_spec: Json
 
 
+class JobPage(TypedDict):
+    """Jobs of an API, newest first; `next_cursor` leads to the next page, and is None on the last."""
+
+    job_statuses: list[JobStatus]
+    next_cursor: int | None
+
+
 class ApiVersion(TypedDict):
     """One deployed version of an API."""
 

@@ -1,0 +1,50 @@
+"""Asking again, over the time that an operator takes to come back. Used by the client alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from time import monotonic, sleep
+from typing import TYPE_CHECKING
+
+from cortex.errors import CortexError
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
+
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 2.0
+
+
+def until_answered(ask: Callable[[], JsonValue], deadline: float) -> JsonValue:
+    """The answer, once an operator that is away or takes no writes for now is back. What may be done twice
+    only.
+
+    Args:
+        deadline: by the monotonic clock; it is asked once at least, and for the last time then.
+
+    Raises:
+        CortexError: an error that will not pass, or that was still there at the deadline.
+    """
+    pauses = _pauses()
+    while True:
+        try:
+            return ask()
+        except CortexError as error:
+            left_s = deadline - monotonic()
+            if not is_passing(error) or left_s <= 0:
+                raise
+        sleep(min(next(pauses), left_s))
+
+
+def is_passing(error: CortexError) -> bool:
+    """Whether the same request may be answered a moment later: broken and refused connections are a 503
+    as well."""
+    return error.http_status == HTTPStatus.SERVICE_UNAVAILABLE
+
+
+def _pauses() -> Iterator[float]:
+    pause_s = _FIRST_PAUSE_S
+    while True:
+        yield pause_s
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -1,0 +1,86 @@
+"""A submit: what is sent, and again where its answer was lost. Used by the client alone."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from cortex.client.again import is_passing, until_answered
+from cortex.client.transport import Transport
+from cortex.errors import CortexError, InvalidRequest, OperatorUnreachable
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
+
+_AGAIN_S = 60.0
+
+
+def body(config: Mapping[str, JsonValue] | None, timeout: int | None) -> bytes:
+    """What a submit sends; the same bytes however often.
+
+    Raises:
+        InvalidRequest: the config is no JSON.
+    """
+    content: dict[str, JsonValue] = {}
+    if config is not None:
+        content["config"] = _checked(config)
+    if timeout is not None:
+        content["timeout"] = timeout
+    # As short as the operator's limit of a body reckons with; a lone surrogate goes as it is.
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "surrogatepass")
+
+
+def submitted(operator: Transport, path: str, content: bytes, key: str | None) -> JsonValue:
+    """The operator's answer to a submit, which is one job however often it is sent.
+
+    Raises:
+        CortexError: it was not submitted, or, and then the error says so and tells the key, it is not known
+            whether it was.
+    """
+    key = uuid.uuid4().hex if key is None else _checked_key(key)
+    headers = {"Content-Type": "application/json", "Idempotency-Key": key}
+
+    def send() -> JsonValue:
+        return operator.call("POST", path, headers=headers, content=content)
+
+    try:
+        return send()
+    except OperatorUnreachable as error:
+        if not error.is_unanswered:
+            raise
+    try:
+        return until_answered(send, time.monotonic() + _AGAIN_S)
+    except CortexError as error:
+        if not is_passing(error):
+            raise
+        raise OperatorUnreachable(
+            f"it is not known whether the job was submitted: the answer was lost, and {error.message}\n"
+            f"Submit it again with the idempotency key {key}, and there will be one job of it."
+        ) from error
+
+
+def _checked(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    if not isinstance(config, Mapping):
+        raise InvalidRequest(f"config is {config!r}; it must be a dict")
+    checked = dict(config)
+    try:
+        json.dumps(checked, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(
+            f"config holds something that is no JSON: {error}; send finite numbers, strings, lists, dicts"
+        ) from error
+    return checked
+
+
+def _checked_key(key: str) -> str:
+    """One that can be sent, and arrives as it is."""
+    if not 0 < len(key) <= 255 or not (key.isascii() and key.isprintable()) or key != key.strip():
+        raise InvalidRequest(
+            f"{key!r} is no idempotency key: it has 1 to 255 letters, digits and signs of ASCII, and no "
+            "spaces around them"
+        )
+    return key
