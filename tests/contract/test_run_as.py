@@ -133,6 +133,7 @@ def test_an_environment_is_built_as_that_user_too(other: Operator) -> None:
     "plant",
     [
         'os.symlink("/etc/shadow", folder + "/log")',
+        'os.symlink("log", folder + "/log")',
         'os.mkfifo(folder + "/log")',
         'os.symlink("/dev/zero", folder + "/log.cut")',
         'os.mkfifo(folder + "/log.cut")',
@@ -145,6 +146,9 @@ def test_what_a_job_puts_in_its_logs_place_is_not_followed(other: Operator, plan
     job = other.submit(endpoint)
     assert other.finished(endpoint, job)["status"] == "status_succeeded"
     assert other.log_of(endpoint, job) == ""
+    followed = {"Accept": "text/event-stream"}
+    events = other.http.get(f"{endpoint}/{job['job_id']}/logs", headers=followed).text
+    assert events.startswith("event: end\n")
 
 
 @pytest.mark.parametrize("record", ["exit.1", "start.1"])

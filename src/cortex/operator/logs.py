@@ -49,7 +49,8 @@ class LogWatcher:
     def add(self, path: Path, follower: asyncio.Event) -> bool:
         """Set `follower` at every change of a file; False when there is no such file yet."""
         try:
-            self._watches[path] = self._inotify.add_watch(path, Mask.MODIFY)
+            # Not where a link leads that the job has put there: it may be a loop.
+            self._watches[path] = self._inotify.add_watch(path, Mask.MODIFY | Mask.DONT_FOLLOW)
         except FileNotFoundError:
             return False
         self._followers[path].add(follower)
