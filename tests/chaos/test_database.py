@@ -69,7 +69,9 @@ def test_a_server_that_is_killed_loses_nothing_and_all_goes_on_when_it_is_back(
         assert (ended["status"], ended["result"]) == ("status_succeeded", "rested")
         assert running.status(endpoint, long)["status"] == "status_running"
         listed = running.http.get(endpoint).json()["job_statuses"]
-        assert {job["job_id"] for job in listed} == {j["job_id"] for j in (done, short, long)}
+        known = {j["job_id"] for j in (done, short, long)}
+        assert {job["job_id"] for job in listed} == known
+        assert {path.name for path in (running.data_dir / "jobs").iterdir()} == {".import", *known}
         assert len(running.http.get(f"{running.url}/-/apis").json()) == 1
         assert running.run(endpoint)["status"] == "status_succeeded"
         assert running.delete(endpoint, long).status_code == 200

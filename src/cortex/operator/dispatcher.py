@@ -25,7 +25,7 @@ from cortex.engines.base import (
     Started,
     Unreachable,
 )
-from cortex.errors import Conflict, NotFound, OverLimit
+from cortex.errors import Conflict, NotFound, OverLimit, StorageUnavailable
 from cortex.operator.board import Board
 from cortex.operator.live import Live, meaning
 from cortex.operator.news import News
@@ -106,6 +106,10 @@ class Dispatcher:
             is_refused = not is_new
         except (NotFound, Conflict, OverLimit):
             is_refused = True
+            raise
+        except StorageUnavailable:
+            # Of a file on a disk that fails, nobody can tell what is found after a crash.
+            is_refused = self._store.is_shared
             raise
         finally:
             self._being_stored.discard(draft.job_id)
