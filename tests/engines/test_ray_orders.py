@@ -3,18 +3,22 @@ between: on a node without Ray (`near`)."""
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cortex.engines.base import Ended, Engine, Lost, NeverStarted, Reachable
+from cortex.engines.ray.live import taken_up
+from cortex.engines.ray.messages import NodeOrder
 from cortex.engines.ray.mirror import Mirror
 from cortex.node import logs
 from engines.bench import until
-from engines.near import NearBench, near_bench, ready
+from engines.near import NAMESPACE, NearBench, near_bench, ready
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 TALKS = """
@@ -219,6 +223,51 @@ def test_without_inotify_logs_are_copied_all_the_same(
         await bench.ended(attempt)
 
     bench.run(scenario)
+
+
+def test_an_order_that_was_given_up_while_it_was_built_is_in_no_later_ones_way(
+    bench: NearBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt, go_on = bench.sleeper(), asyncio.Event()
+        job_id, api = attempt.spec.job_id, attempt.version.api
+        assert engine.reserve(job_id, api.compute) is None
+        attempt = replace(attempt, handle=engine.claim(job_id, 1))
+        orders = [
+            taken_up(replace(attempt, number=number)).order(NAMESPACE, 5) for number in (1, 2, 3)
+        ]
+        await bench.near.send_project("node-a", api.project_id, str(bench.project))
+        agent = bench.near.agent
+        assert agent is not None
+        build = agent._build
+
+        async def slow(order: NodeOrder) -> Path:
+            python = await build(order)
+            if order.number == 1:
+                await go_on.wait()
+            return python
+
+        monkeypatch.setattr(agent, "_build", slow)
+        hello = await agent.hello()
+        await agent.start(orders[0])
+        late = agent._building[job_id]
+        await agent.recover(orders[1])  # the operator has heard nothing of the first
+        await agent.start(orders[2])
+        log = bench.folder(attempt) / "log"
+        await until(lambda: log.exists() and "pid" in log.read_text())
+        go_on.set()
+        await asyncio.gather(late, return_exceptions=True)
+        assert "pid" in log.read_text()
+        bench.go()
+        seen, seq = [], hello.seq
+        while not any(isinstance(each, Ended) and each.attempt == 3 for each in seen):
+            poll = await asyncio.wait_for(agent.poll(hello.incarnation, seq, {}, 5), 20)
+            assert poll.seq > seq, seen
+            seen, seq = [*seen, *poll.seen], poll.seq
+        engine.release(job_id)
+
+    bench.run(scenario)
+    assert bench.marker.read_text() == "ran\n"
 
 
 def test_what_an_agent_that_was_killed_had_taken_in_by_half_is_removed(bench: NearBench) -> None:

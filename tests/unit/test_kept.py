@@ -128,6 +128,16 @@ def test_what_the_store_of_files_lacks_is_sent_unless_it_was_changed(
     assert projects(tmp_path / "b", files).fetch(identity)
 
 
+def test_a_lock_file_that_was_forgotten_here_is_had_again(tmp_path: Path, files: Files) -> None:
+    here = projects(tmp_path, files)
+    identity = taken_in(here)
+    here.keep_lock(identity, "one.lock", "six==1.0\n")
+    assert here.locks(identity) == {"one.lock": "six==1.0\n"}
+    here.forget_all_but(set())
+    assert taken_in(here) == identity  # it is deployed again, and its lock file still young
+    assert here.locks(identity) == {"one.lock": "six==1.0\n"}
+
+
 def test_what_nothing_uses_is_forgotten_but_not_what_has_just_come(
     tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:

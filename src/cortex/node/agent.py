@@ -128,6 +128,9 @@ class Agent:
             if job_id in self._begun:
                 self._keep(self._begun[job_id])
             return
+        given_up = self._building.pop(job_id, None)
+        if given_up is not None:  # from here on log, stop and end are those of this attempt
+            given_up.cancel()
         folder = self._slot.jobs / job_id
         folder.mkdir(0o700, parents=True, exist_ok=True)
         self._logs.add(job_id, folder)

@@ -212,6 +212,7 @@ class Projects:
         Raises:
             StorageUnavailable: some may be left in the store of files.
         """
+        self._looked &= used
         for folder in self._locks.iterdir():
             if folder.name not in used:
                 shutil.rmtree(folder, ignore_errors=True)
