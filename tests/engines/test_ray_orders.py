@@ -225,6 +225,38 @@ def test_without_inotify_logs_are_copied_all_the_same(
     bench.run(scenario)
 
 
+def test_a_node_that_is_lost_while_a_project_travels_there_loses_no_job(bench: NearBench) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = bench.sleeper()
+
+        async def lost() -> None:
+            bench.lost()
+            await bench.last(attempt)
+
+        bench.near.before["unpack"] = lost
+        await bench.start(engine, attempt)
+        assert isinstance(await bench.last(attempt), NeverStarted)
+        await until(lambda: not bench.near.seats)
+
+    bench.run(scenario)
+    assert not bench.marker.exists()
+
+
+def test_a_stop_while_a_project_travels_starts_nothing(bench: NearBench) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = bench.sleeper()
+
+        async def stop() -> None:
+            engine.stop(attempt.spec.job_id)
+
+        bench.near.before["unpack"] = stop
+        await bench.start(engine, attempt)
+        assert isinstance(await bench.last(attempt), NeverStarted)
+        assert bench.near.asked.count("start") == 1
+
+    bench.run(scenario)
+
+
 def test_an_order_that_was_given_up_while_it_was_built_is_in_no_later_ones_way(
     bench: NearBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -202,10 +202,19 @@ class Attempts:
             return
         live.sent = True
         try:
-            await self._orders.start(live, gpus, locks)
+            while not await self._orders.start(live, gpus, locks):
+                live.sent = False
+                await self._orders.send_project(live)
+                if self._is_off(live):
+                    self._do_not_start(live)
+                    return
+                live.sent = True
         except Refused as error:
             self._do_not_start(live, str(error))
         except LinkError as error:
+            if not live.sent:
+                self._do_not_start(live, str(error))
+                return
             self._unreachable(live, str(error))
             await self._until_told(live)
         if live.stop:

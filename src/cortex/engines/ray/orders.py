@@ -97,13 +97,15 @@ class Orders:
         except (StorageUnavailable, OSError) as error:
             log.warning("a lock file cannot be kept", project=lock.project_id, error=str(error))
 
-    async def start(self, live: Live, gpus: tuple[int, ...], locks: dict[str, str]) -> None:
-        """Give the attempt to its node, and its project where the node lacks that."""
-        if await self._start(live, gpus, locks) == "project":
-            api, project = live.attempt.version.api, live.attempt.version.project
-            where = live.node_id, api.project_id, str(project)
-            await self._cluster.call("send_project", *where, within_s=BUILD_S)
-            await self._start(live, gpus, locks)
+    async def start(self, live: Live, gpus: tuple[int, ...], locks: dict[str, str]) -> bool:
+        """Give the attempt to its node; False where that lacks the project, and nothing was begun."""
+        order = live.order(self._namespace, self._grace_s, gpus, locks)
+        return await self._cluster.ask(live.node_id, "start", order) != "project"
+
+    async def send_project(self, live: Live) -> None:
+        api, project = live.attempt.version.api, live.attempt.version.project
+        where = live.node_id, api.project_id, str(project)
+        await self._cluster.call("send_project", *where, within_s=BUILD_S)
 
     async def ask_after(self, live: Live) -> None:
         """Let its node tell what there is of an attempt; one that never came there never will run."""
@@ -123,7 +125,3 @@ class Orders:
         """Tell a node something that need not reach it."""
         with contextlib.suppress(LinkError, Refused):
             await self._cluster.ask(node_id, method, *arguments)
-
-    async def _start(self, live: Live, gpus: tuple[int, ...], locks: dict[str, str]) -> object:
-        order = live.order(self._namespace, self._grace_s, gpus, locks)
-        return await self._cluster.ask(live.node_id, "start", order)
