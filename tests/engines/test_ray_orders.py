@@ -17,6 +17,7 @@ from cortex.engines.ray.live import taken_up
 from cortex.engines.ray.messages import NodeOrder
 from cortex.engines.ray.mirror import Mirror
 from cortex.node import logs
+from cortex.worker import processes
 from engines.bench import until
 from engines.near import NAMESPACE, NearBench, near_bench, ready
 
@@ -321,5 +322,21 @@ def test_a_killed_agent_is_replaced(bench: NearBench) -> None:
         await bench.seen_of(attempt, Reachable)
         bench.go()
         await bench.ended(attempt)
+
+    bench.run(scenario)
+
+
+def test_a_job_whose_folder_is_gone_with_its_records_is_lost_and_runs_no_more(
+    bench: NearBench,
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = await bench.begin(engine, bench.sleeper())
+        await bench.started(attempt)
+        await bench.near.kill_agent()
+        shutil.rmtree(bench.folder(attempt))
+        last = await bench.last(attempt)
+        assert isinstance(last, Lost)
+        assert "records in it, is gone" in last.reason
+        assert not processes.with_variable("CORTEX_JOB_ID", attempt.spec.job_id)
 
     bench.run(scenario)

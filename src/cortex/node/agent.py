@@ -29,8 +29,7 @@ from cortex.engines.base import (
     Started,
     Version,
 )
-from cortex.engines.local import LocalEngine
-from cortex.engines.local.records import handle
+from cortex.engines.local import LocalEngine, records
 from cortex.engines.ray.messages import Hello, Lock, LogPiece, NodeOrder, Poll, Refusal
 from cortex.errors import is_storage
 from cortex.node import seats
@@ -41,9 +40,10 @@ from cortex.projects.building import NOT_BUILT, EnvironmentFailed
 from cortex.projects.environments import Environments
 from cortex.projects.kept import Projects
 from cortex.projects.unpack import unpack
-from cortex.worker import logfile
+from cortex.worker import logfile, processes
 
 _BATCH = 256 << 10
+_NO_RECORDS = "the folder of its node, with the job's records in it, is gone"
 _RETRY_S = 5.0
 _LOOK_S = 1.0  # an operator that was killed may have left a poll, which takes what wakes the next
 _PAUSE_S = 0.05  # so that a log that grows by lines is copied by pieces
@@ -82,7 +82,7 @@ class Agent:
             version=cortex.__version__,
             incarnation=self._seen.greet(),
             root=self._slot.identity,
-            local_handle=handle(),
+            local_handle=records.handle(),
             memory_limit=self._engine.capabilities.memory_limit,
             seq=self._seen.end,
         )
@@ -132,9 +132,12 @@ class Agent:
         if given_up is not None:  # from here on log, stop and end are those of this attempt
             given_up.cancel()
         folder = self._slot.jobs / job_id
+        self._live[job_id] = order
+        if not folder.exists() and await asyncio.to_thread(_ended, folder, order.number):
+            self._saw(Lost(job_id, order.number, _NO_RECORDS))
+            return
         folder.mkdir(0o700, parents=True, exist_ok=True)
         self._logs.add(job_id, folder)
-        self._live[job_id] = order
         await self._engine.recover(self._attempt(order, Path(), _deadline(order)))
 
     async def poll(
@@ -188,7 +191,7 @@ class Agent:
 
     def _check(self, order: NodeOrder) -> None:
         if order.root != self._slot.identity:
-            raise Refusal("the folder of its node, with the job's records in it, is gone")
+            raise Refusal(_NO_RECORDS)
 
     async def _start(self, order: NodeOrder, deadline: float | None) -> None:
         job_id = order.spec.job_id
@@ -304,3 +307,11 @@ class Agent:
 def _deadline(order: NodeOrder) -> float | None:
     """By this machine's monotonic clock."""
     return None if order.left_s is None else time.monotonic() + order.left_s
+
+
+def _ended(folder: Path, attempt: int) -> bool:
+    """End a job that runs without its folder; False if it does not run, as if it never had."""
+    if not processes.with_variable("CORTEX_JOB_ID", folder.name):
+        return False
+    records.clean(folder, attempt, [])
+    return True
