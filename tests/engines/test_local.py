@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cortex.engines.base import Capacity, CapacityFreed, Lost
-from cortex.engines.local import LocalEngine
+from cortex.engines.base import Capacity, CapacityFreed, Lost, NeverStarted
+from cortex.engines.local import LocalEngine, forkserver
 from cortex.spec.api import Compute
 from engines.bench import Bench
 
@@ -80,5 +80,19 @@ def test_proxies_are_passed_on_from_the_operator(
         attempt = bench.attempt(command=[SH, "-c", "echo $HTTPS_PROXY"])
         await bench.outcome(engine, attempt)
         assert bench.log(attempt) == "http://proxy\n"
+
+    bench.run(scenario)
+
+
+def test_a_deadline_ends_the_wait_for_an_interpreter_that_is_being_warmed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forkserver, "READY_S", 3600)
+    bench.bare_environment({"third": "import time\ntime.sleep(300)\n"})
+
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt("import third\ndef task(config): ...", timeout=1)
+        await bench.start(engine, attempt)
+        assert isinstance(await bench.last(attempt), NeverStarted)
 
     bench.run(scenario)

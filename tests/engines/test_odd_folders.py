@@ -19,7 +19,29 @@ def bench(local_bench: Bench) -> Bench:
     return local_bench
 
 
-@pytest.mark.parametrize("spoil", ["shutil.rmtree(folder)", "os.mkdir(folder + '/exit.1')"])
+SPOILS = ["shutil.rmtree(folder)", "os.mkdir(folder + '/exit.1')"]
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_a_job_that_has_spoilt_its_folder_loses_no_more_than_a_large_result(
+    bench: Bench, spoil: str
+) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt(f"""
+            import os, shutil
+            def task(config):
+                folder = os.path.dirname(os.environ["CORTEX_JOB_DIR"])
+                {spoil}
+                return "x" * 100000
+        """)
+        ended = await bench.outcome(engine, attempt)
+        assert (ended.ending, ended.exit_code, ended.has_result) == (Ending.EXITED, 0, False)
+        assert ended.message == "the return value was lost with the folder of the job"
+
+    bench.run(scenario)
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
 def test_a_job_that_has_spoilt_its_folder_ends_as_it_ends(bench: Bench, spoil: str) -> None:
     async def scenario(engine: LocalEngine) -> None:
         attempt = bench.attempt(f"""

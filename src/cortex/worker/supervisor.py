@@ -86,6 +86,10 @@ class Supervisor:
         self.log.look()
         data = record.dumps()
         is_written = self._write(data)
+        if not is_written and len(data) > MOST_RECORD:
+            record.result, record.has_result = None, False
+            record.message = "the return value was lost with the folder of the job"
+            data = record.dumps()
         told = record.fields() if len(data) <= MOST_RECORD else None
         self._tell(ended=True, record=told)
         if not is_written:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,9 @@ class _Live:
     pidfd: int | None = None  # of one that an earlier operator had
     stop: bool = False
     started: bool = False
+    timer: asyncio.TimerHandle | None = (
+        None  # of the deadline, until a supervising process keeps that
+    )
 
 
 class Attempts:
@@ -82,6 +86,19 @@ class Attempts:
         """One is started now, by this supervising process if it has one already."""
         self._live[attempt.spec.job_id] = _Live(attempt, supervisor)
 
+    def wait(self, attempt: Attempt, withdraw: Callable[[Attempt], bool]) -> None:
+        """One that has begun may have to wait for a fork server, but no longer than its deadline.
+
+        Args:
+            withdraw: takes an order back that nobody has got; False if somebody has.
+        """
+        live = self._live.get(attempt.spec.job_id)
+        if live is None or live.supervisor is not None or attempt.deadline is None:
+            return
+        left_s = max(0.0, attempt.deadline - time.monotonic())
+        loop = asyncio.get_running_loop()
+        live.timer = loop.call_later(left_s, self._give_up, live, withdraw)
+
     async def recover(self, attempt: Attempt) -> None:
         """One was claimed by an earlier operator."""
         live = self._live[attempt.spec.job_id] = _Live(attempt)
@@ -106,6 +123,7 @@ class Attempts:
         """From a fork server: an order has got its supervising process."""
         live = self._ordered(order.job_id, order.attempt)
         if live is not None:
+            self._cancel(live)
             live.supervisor = supervisor
             if live.stop:
                 supervisor.stop()
@@ -299,6 +317,14 @@ class Attempts:
         if freed:
             self.report(CapacityFreed())
 
+    def _give_up(self, live: _Live, withdraw: Callable[[Attempt], bool]) -> None:
+        if withdraw(live.attempt):
+            self._settle(live, self._never(live))
+
+    def _cancel(self, live: _Live) -> None:
+        if live.timer is not None:
+            live.timer.cancel()
+
     def _signal(self, live: _Live) -> None:
         if live.supervisor is not None:
             live.supervisor.stop()
@@ -306,6 +332,7 @@ class Attempts:
             ask_to_end(live.pidfd)
 
     def _let_go(self, live: _Live) -> None:
+        self._cancel(live)
         if live.pidfd is not None:
             asyncio.get_running_loop().remove_reader(live.pidfd)
             os.close(live.pidfd)

@@ -111,9 +111,10 @@ class LocalEngine:
         else:
             self._attempts.begin(attempt)
             self._servers.order(attempt.version, self._order(attempt))
+            self._attempts.wait(attempt, self._withdraw)
 
     def stop(self, job_id: str) -> None:
-        self._attempts.stop(job_id, lambda a: self._servers.withdraw(a.version, job_id))
+        self._attempts.stop(job_id, self._withdraw)
 
     async def recover(self, attempt: Attempt) -> None:
         job_id = attempt.spec.job_id
@@ -138,6 +139,9 @@ class LocalEngine:
 
     def note(self, job_id: str, text: str) -> None:
         records.append(self.log(job_id), text)
+
+    def _withdraw(self, attempt: Attempt) -> bool:
+        return self._servers.withdraw(attempt.version, attempt.spec.job_id)
 
     def _free(self, job_id: str) -> bool:
         return self._ledger.release(job_id)
