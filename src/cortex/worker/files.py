@@ -13,6 +13,7 @@ import stat
 import time
 
 _READ_BYTES = 1 << 16
+_MOST_BYTES = 8 << 20  # several times of what the largest record takes
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
@@ -69,20 +70,21 @@ def put(folder: int, name: str, data: bytes) -> None:
 
 
 def read(folder: int, name: str) -> bytes | None:
+    """The content of a record, or None; nothing of what can be none."""
     try:
         fd = os.open(name, _READ, dir_fd=folder)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP):
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO):  # a socket is told by the last
             return None
         raise
     try:
         about = os.fstat(fd)
         if not stat.S_ISREG(about.st_mode):
             return b""
-        data = os.read(fd, about.st_size + 1)
-        while piece := os.read(fd, _READ_BYTES):
+        data = os.read(fd, min(about.st_size, _MOST_BYTES) + 1)
+        while len(data) <= _MOST_BYTES and (piece := os.read(fd, _READ_BYTES)):
             data += piece
-        return data
+        return data if len(data) <= _MOST_BYTES else b""
     finally:
         os.close(fd)
 

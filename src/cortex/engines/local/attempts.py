@@ -19,6 +19,7 @@ from pathlib import Path
 
 import structlog
 
+from cortex.account import Account
 from cortex.background import Background
 from cortex.engines.base import (
     Attempt,
@@ -31,7 +32,7 @@ from cortex.engines.base import (
     Started,
     Unreachable,
 )
-from cortex.engines.local import records
+from cortex.engines.local import limits, records
 from cortex.engines.local.ends import Ends
 from cortex.engines.local.supervisors import Supervisor, ask_to_end
 from cortex.errors import is_storage
@@ -61,15 +62,19 @@ class _Live:
 class Attempts:
     """All whose end has not been reported, by job."""
 
-    def __init__(self, root: Path, free: Callable[[str], bool]) -> None:
+    def __init__(
+        self, root: Path, free: Callable[[str], bool], account: Account | None = None
+    ) -> None:
         """
         Args:
             root: where the jobs' folders are.
             free: called with a job that is over; whether somebody who did not fit may fit now.
+            account: whose the jobs are, if they are not the operator's own.
         """
         self.report: Report = lambda _: None
         self._root = root
         self._free = free
+        self._account = account
         self._live: dict[str, _Live] = {}
         self._background = Background("the local engine failed")
         self._ends = Ends()
@@ -238,7 +243,9 @@ class Attempts:
     async def _take_up(self, live: _Live) -> bool:
         """Find out what became of an attempt, and go on from there; False if it cannot be told."""
         try:
-            found = await asyncio.to_thread(records.look, self._of(live), live.attempt)
+            found = await asyncio.to_thread(
+                records.look, self._of(live), live.attempt, self._account
+            )
         except OSError as error:
             self._unreachable(live, error, told=False)
             return False
@@ -263,7 +270,9 @@ class Attempts:
         if gone.start is not None and gone.start.fenced:
             self._settle(live, self._never(live))
             return
-        await self._clean(live, gone.start.cgroups if gone.start else [])
+        groups = gone.start.cgroups if gone.start else []
+        job_id, number = live.attempt.spec.job_id, live.attempt.number
+        await self._clean(live, limits.belonging(groups, self._root, job_id, number))
         if record is not None:
             reason = record.message or _KILLED
         else:

@@ -51,7 +51,7 @@ class LocalEngine:
         self._memory_limit = memory_limit
         self._ledger = Ledger(total or Capacity(0, 0, 0))
         self._limits = limits.watchdog(self._root)
-        self._attempts = Attempts(self._root, self._free)
+        self._attempts = Attempts(self._root, self._free, account)
         self._prepared: dict[str, Supervisor] = {}
         self._import_dir = self._root / ".import"
         self._account = account

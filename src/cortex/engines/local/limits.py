@@ -59,6 +59,19 @@ def prefix(root: Path) -> str:
     return f"cortex-{hashlib.sha256(bytes(root.resolve())).hexdigest()[:12]}-"
 
 
+def belonging(groups: list[str], root: Path, job_id: str, attempt: int) -> list[str]:
+    """Those that are an attempt's own by their place and name: the record that names them was the job's to
+    write, and with more rights than the job has, others could be ended."""
+    name = f"{prefix(root)}{job_id}-{attempt}"
+    mounts = [folders[-1] for folders in _mounts() if folders]
+    paths = [Path(group) for group in groups]
+    return [
+        str(path)
+        for path in paths
+        if path.name == name and ".." not in path.parts and any(m in path.parents for m in mounts)
+    ]
+
+
 def watchdog(root: Path) -> Limits:
     """No control groups at all."""
     return Limits("watchdog", prefix(root))

@@ -1,5 +1,5 @@
 """A job's folder as the local engine sees it: `<root>/<job_id>/` with job.json, log, files/, start.N
-and exit.N. Blocking and short; called by the engine, in threads where a disk is waited for.
+and exit.N. The job can write there: what its records say is looked at before it is believed. Blocking and short; called by the engine, in threads where a disk is waited for.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cortex.account import Account
-from cortex.engines.base import Attempt
+from cortex.engines.base import Attempt, Ending
 from cortex.worker import cgroups, files, processes
 from cortex.worker.messages import ExitRecord, StartRecord
 
 HANDLE_VERSION = 1
 CLEAN_S = 5.0
+_ENDINGS = ("lost", *Ending)
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
@@ -74,8 +75,12 @@ def started_gpus(folder: Path, attempt: int) -> list[int]:
     return [] if start is None else start.gpus
 
 
-def look(folder: Path, attempt: Attempt) -> Found:
+def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Found:
     """What has become of an attempt. Fences one that has not started.
+
+    Args:
+        account: whose jobs are, if they are not the operator's own: so are their supervisors, whatever a
+            record says.
 
     Raises:
         OSError: the folder cannot be asked now.
@@ -97,7 +102,9 @@ def look(folder: Path, attempt: Attempt) -> Found:
         # Asked first: its supervisor may be there still, with another job.
         pidfd = None if _exit(fd, attempt.number) else processes.hold(start.pid, start.ticks)
         if pidfd is not None:
-            return Alive(pidfd, start)
+            if account is None or _owner(start.pid) == account.uid:
+                return Alive(pidfd, start)
+            os.close(pidfd)
         return Gone(_exit(fd, attempt.number), start, rebooted=False)
 
 
@@ -213,14 +220,43 @@ def _start(folder: int, attempt: int) -> StartRecord | None:
     if not data:
         return None
     try:
-        return StartRecord.loads(data)
-    except (ValueError, TypeError):  # a disk lost it with the power: who it was is not known
+        record = StartRecord.loads(data)
+    except (ValueError, TypeError, RecursionError):  # lost with the power: who it was is not known
         return StartRecord()
+    lists = isinstance(record.cgroups, list) and isinstance(record.gpus, list)
+    is_sound = (
+        lists
+        and _are_within(1 << 31, record.pid, *record.gpus)
+        and _are_within(1 << 63, record.ticks, record.start_ns)
+        and all(isinstance(group, str) for group in record.cgroups)
+    )
+    return record if is_sound else StartRecord()
 
 
 def _exit(folder: int, attempt: int) -> ExitRecord | None:
     data = files.read(folder, f"exit.{attempt}")
     try:
-        return ExitRecord.loads(data) if data else None
-    except (ValueError, TypeError):
+        record = ExitRecord.loads(data) if data else None
+    except (ValueError, TypeError, RecursionError):
+        return None
+    is_sound = (
+        record is not None
+        and record.ending in _ENDINGS
+        and isinstance(record.exit_code, int)
+        and abs(record.exit_code) < 1 << 31
+        and _are_within(1 << 63, record.start_ns, record.end_ns)
+        and isinstance(record.message, str | None)
+    )
+    return record if is_sound else None
+
+
+def _are_within(most: int, *numbers: object) -> bool:
+    return all(isinstance(number, int) and 0 <= number < most for number in numbers)
+
+
+def _owner(pid: int) -> int | None:
+    try:
+        with open(f"/proc/{pid}/status") as file:  # noqa: PTH123  # as all of /proc is read here
+            return next(int(line.split()[1]) for line in file if line.startswith("Uid:"))
+    except FileNotFoundError:
         return None
