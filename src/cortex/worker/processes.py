@@ -70,6 +70,25 @@ def hold(pid: int, ticks: int) -> int | None:
     return pidfd
 
 
+def owner(pid: int) -> int | None:
+    """Whose it is: the real user, who may signal it; None when it is gone."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("Uid:"))
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def held(pidfd: int) -> int:
+    """The pid of a pidfd; not a positive one when it is gone, or this is none.
+
+    Raises:
+        OSError: there are no descriptors to find out with.
+    """
+    with open(f"/proc/self/fdinfo/{pidfd}") as file:
+        return next((int(line.split()[1]) for line in file if line.startswith("Pid:")), -1)
+
+
 def send(processes: dict[int, int], *signals: int) -> OSError | None:
     """Signal each of these (pid: start ticks), and nobody who got one of the pids later; the shortage for which
     some were not, if there was one."""

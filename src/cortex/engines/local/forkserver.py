@@ -20,7 +20,7 @@ from typing import IO, Protocol
 from cortex.account import Account, identity
 from cortex.engines.base import Version
 from cortex.engines.local.supervisors import Supervisor
-from cortex.worker import forkserver
+from cortex.worker import forkserver, processes
 from cortex.worker.messages import JOB_ID_ROOM, MOST_MESSAGE, Order, Reply, Setup, shorten
 
 READY_S = 60.0
@@ -28,6 +28,7 @@ IDLE_S = 10.0
 MOST_IDLE = 2  # supervising processes of a version that are kept for longer than that
 MOST_READY = 4  # of those that are idle have the process of their next job forked ahead
 _END_S = 5
+_UNUSABLE = "the operator has too many open files, or the process is not of the jobs' user"
 _FDS = 2  # a pidfd and a socket come with each
 _SCRIPT = str(Path(forkserver.__file__).absolute())
 
@@ -220,7 +221,7 @@ class ForkServer:
 
     def _forked(self, reply: Reply, fds: list[int]) -> None:
         self._asked -= 1
-        if len(fds) == _FDS:
+        if len(fds) == _FDS and self._is_own(fds[0]):
             supervisor = Supervisor(fds[0], socket.socket(fileno=fds[1]), self)
             self._all.add(supervisor)
             self._free(supervisor)
@@ -230,7 +231,17 @@ class ForkServer:
         if self.waiting:
             job_id = next(iter(self.waiting))
             del self.waiting[job_id]
-            self._listener.not_forked(job_id, reply.error or "the operator has too many open files")
+            self._listener.not_forked(job_id, reply.error or _UNUSABLE)
+
+    def _is_own(self, pidfd: int) -> bool:
+        """Whether it is of a process that the fork server's user may signal: with more rights than that the
+        operator does so for whoever is a supervising process, and users' code runs in fork servers."""
+        if self._account is None:
+            return True
+        try:
+            return processes.owner(processes.held(pidfd)) == self._account.uid
+        except OSError:
+            return False
 
     def recorded(self, reply: Reply) -> None:
         self._listener.recorded(reply)

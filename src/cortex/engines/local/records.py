@@ -102,7 +102,7 @@ def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Foun
         # Asked first: its supervisor may be there still, with another job.
         pidfd = None if _exit(fd, attempt.number) else processes.hold(start.pid, start.ticks)
         if pidfd is not None:
-            if account is None or _owner(start.pid) == account.uid:
+            if account is None or processes.owner(start.pid) == account.uid:
                 return Alive(pidfd, start)
             os.close(pidfd)
         return Gone(_exit(fd, attempt.number), start, rebooted=False)
@@ -252,11 +252,3 @@ def _exit(folder: int, attempt: int) -> ExitRecord | None:
 
 def _are_within(most: int, *numbers: object) -> bool:
     return all(isinstance(number, int) and 0 <= number < most for number in numbers)
-
-
-def _owner(pid: int) -> int | None:
-    try:
-        with open(f"/proc/{pid}/status") as file:  # noqa: PTH123  # as all of /proc is read here
-            return next(int(line.split()[1]) for line in file if line.startswith("Uid:"))
-    except FileNotFoundError:
-        return None

@@ -1,4 +1,4 @@
-"""What a job may write into its own records, which the operator reads with rights that the job may not have."""
+"""What users' code may tell the operator, which acts on it with rights that the code may not have."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import cortex
 from cortex.account import Account
 from cortex.engines.base import Attempt, Lost
 from cortex.engines.local import LocalEngine, limits, records
@@ -110,3 +112,42 @@ def test_a_process_of_somebody_elses_is_no_supervisor(bench: Bench) -> None:
     alive = records.look(bench.folder(attempt), attempt, same)
     assert isinstance(alive, records.Alive)
     os.close(alive.pidfd)
+
+
+FORGED = """#!{python}
+import json, os, socket, sys
+sys.path.insert(0, {source!r})
+from cortex.worker import bare, messages
+sys.stdin.read()
+operator = socket.socket(fileno=int(sys.argv[3]))
+operator.send(messages.Reply().dumps())
+while operator.recv(65536):
+    ours, theirs = bare.socketpair()
+    reply = messages.Reply(pid={pid})
+    bare.send_fds(operator, reply.dumps(), (os.pidfd_open({pid}), ours.fileno()))
+"""
+
+
+def test_a_fork_server_cannot_name_a_process_of_somebody_elses(bench: Bench) -> None:
+    assert os.geteuid() == 0, "this test needs root, as the operator does for --run-as"
+    own = Account("root", 0, 0, (0,), "/")
+    with subprocess.Popen(["sleep", "300"], user=NOBODY.uid) as victim:
+        bench.python = bench.project / "python"
+        source = str(Path(cortex.__file__).parents[1])
+        script = FORGED.format(python=sys.executable, source=source, pid=victim.pid)
+        bench.python.write_text(script)
+        bench.python.chmod(0o755)
+
+        async def scenario(_: LocalEngine) -> None:
+            engine = LocalEngine(bench.root, None, 1, bench.memory_limit, own)
+            await engine.open(bench._saw)
+            attempt = bench.attempt("def task(config): ...")
+            await bench.start(engine, attempt)
+            last = await bench.last(attempt)
+            assert isinstance(last, Lost)
+            assert "not of the jobs' user" in last.reason
+            await engine.close()
+            assert victim.poll() is None
+
+        bench.run(scenario)
+        victim.kill()
