@@ -228,9 +228,7 @@ class Supervisor:
                 write = files.put if self.bench.is_heard() else files.replace
                 write(self.folder, self._exit_name, data)
             except (FileNotFoundError, IsADirectoryError, PermissionError):
-                return (
-                    False  # the job has spoilt its folder, or that was deleted: time heals neither
-                )
+                return False  # the job spoilt its folder, or that was deleted: time heals neither
             except OSError:  # a full disk, most likely; the record is worth waiting for
                 self._tell_start()
                 time.sleep(pause_s)

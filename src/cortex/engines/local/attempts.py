@@ -54,9 +54,8 @@ class _Live:
     pidfd: int | None = None  # of one that an earlier operator had
     stop: bool = False
     started: bool = False
-    timer: asyncio.TimerHandle | None = (
-        None  # of the deadline, until a supervising process keeps that
-    )
+    # Of the deadline, until a supervising process keeps that.
+    timer: asyncio.TimerHandle | None = None
 
 
 class Attempts:

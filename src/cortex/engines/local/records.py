@@ -1,5 +1,6 @@
 """A job's folder as the local engine sees it: `<root>/<job_id>/` with job.json, log, files/, start.N
-and exit.N. The job can write there: what its records say is looked at before it is believed. Blocking and short; called by the engine, in threads where a disk is waited for.
+and exit.N. The job can write there: what its records say is looked at before it is believed.
+Blocking and short; called by the engine, in threads where a disk is waited for.
 """
 
 from __future__ import annotations
