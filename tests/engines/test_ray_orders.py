@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayError
 
 from cortex.engines.base import Ended, Engine, Lost, NeverStarted, Reachable
 from cortex.engines.ray.live import taken_up
 from cortex.engines.ray.messages import NodeOrder
 from cortex.engines.ray.mirror import Mirror
-from cortex.node import logs
+from cortex.node import logs, seats
 from cortex.worker import processes
 from engines.bench import until
 from engines.near import NAMESPACE, NearBench, near_bench, ready
@@ -338,5 +339,24 @@ def test_a_job_whose_folder_is_gone_with_its_records_is_lost_and_runs_no_more(
         assert isinstance(last, Lost)
         assert "records in it, is gone" in last.reason
         assert not processes.with_variable("CORTEX_JOB_ID", attempt.spec.job_id)
+
+    bench.run(scenario)
+
+
+@pytest.mark.parametrize("is_lost", [True, False], ids=["node", "agent"])
+def test_a_seat_that_an_agent_was_killed_before_it_gave_up_is_given_up(
+    bench: NearBench, monkeypatch: pytest.MonkeyPatch, *, is_lost: bool
+) -> None:
+    def let_go(_: str) -> None:
+        raise RayError("the cluster cannot be asked now")
+
+    async def scenario(engine: Engine) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(seats, "let_go", let_go)
+            await bench.outcome(engine, bench.attempt("def task(config): pass"))
+            await bench.near.kill_agent()
+        if is_lost:
+            bench.lost()
+        await until(lambda: not bench.near.seats)
 
     bench.run(scenario)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import defaultdict, deque
+from functools import partial
 
 import structlog
 
@@ -33,6 +35,8 @@ from cortex.errors import StorageUnavailable, is_storage
 
 log = structlog.get_logger()
 
+_LEFT = 100
+
 Last = Ended | Lost | NeverStarted
 
 
@@ -46,6 +50,8 @@ class Attempts:
         self._mirror = mirror
         self._live: dict[str, Live] = {}
         self._on_node: dict[str, dict[str, Live]] = {}  # the same, by node and by job
+        # The seats, by node, of those that ended last: their agent may be killed before it gives them up.
+        self._left: defaultdict[str, deque[str]] = defaultdict(partial(deque, maxlen=_LEFT))
         self._background = Background("the Ray engine failed")
         self._report: Report = lambda _: None
 
@@ -109,10 +115,12 @@ class Attempts:
 
     def lost(self, node: Node) -> None:
         """What ran there is lost with it: the node's guard ends what is left of that."""
+        self._give_up_left(node)
         for live in self._on(node):
             self._lose(live, f"the node {node.name} was lost")
 
     async def reached(self, node: Node) -> None:
+        self._give_up_left(node)
         for live in self._on(node):
             if live.sent and not live.ending:
                 await self._ask_after(live)
@@ -150,12 +158,15 @@ class Attempts:
 
     # One attempt
 
+    def _give_up_left(self, node: Node) -> None:
+        for seat in self._left.pop(node.node_id, ()):
+            self._background.run(self._orders.give_up(seat))
+
     def _lose(self, live: Live, reason: str) -> None:
-        if live.ending:
-            return  # it has ended before
         # Where its node is gone, or what it has of it, no agent gives it up.
-        self._background.run(self._orders.give_up_seat(live))
-        self._settle(live, live.lost(reason) if live.sent else live.never())
+        self._background.run(self._orders.give_up(self._orders.seat(live)))
+        if not live.ending:
+            self._settle(live, live.lost(reason) if live.sent else live.never())
 
     def _take_in(self, live: Live, seen: Observation) -> None:
         if isinstance(seen, Started):
@@ -224,7 +235,7 @@ class Attempts:
         return live.stop or self._live.get(live.job_id) is not live
 
     def _do_not_start(self, live: Live, held_up_by: str | None = None) -> None:
-        self._background.run(self._orders.give_up_seat(live))
+        self._background.run(self._orders.give_up(self._orders.seat(live)))
         self._settle(live, live.never(held_up_by))
 
     async def _until_told(self, live: Live) -> None:
@@ -277,6 +288,8 @@ class Attempts:
         if self._live.get(live.job_id) is not live:
             return
         self._let_go(live)
+        if live.node_id in self._nodes.alive:
+            self._left[live.node_id].append(self._orders.seat(live))
         freed = self._nodes.release(live.job_id)
         self._report(last)
         if freed:

@@ -67,11 +67,15 @@ class Orders:
         assert isinstance(gpus, tuple)
         return gpus
 
-    async def give_up_seat(self, live: Live) -> None:
-        """Returns once Ray knows it."""
+    def seat(self, live: Live) -> str:
+        """The name of its seat."""
+        return live.seat(self._namespace).name
+
+    async def give_up(self, seat: str) -> None:
+        """Harmless for one that was given up. Returns once Ray knows it."""
         while True:
             try:
-                await self._cluster.call("let_go", live.seat(self._namespace).name)
+                await self._cluster.call("let_go", seat)
             except LinkError:
                 await asyncio.sleep(RETRY_S)
             else:
