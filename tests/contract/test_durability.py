@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import socket
 from pathlib import Path
+
+import httpx
+import pytest
 
 from support import PROBE, Operator, operator, probe_yaml, processes_with, refused, until
 
@@ -82,6 +87,42 @@ def test_a_clean_end_leaves_jobs_running(own: Operator) -> None:
     own.start()
     assert own.status(own.url + path, job)["status"] == "status_running"
     assert own.delete(own.url + path, job).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "query", "kind"),
+    [
+        ("GET", "?wait=60", "operator.no_driver"),
+        ("GET", "?wait=6e1", "operator.no_driver"),  # the framework's way
+        ("POST", "", "operator.outcome_unknown"),  # of which the body is still to come
+    ],
+)
+def test_whoever_waits_while_the_operator_ends_is_told(
+    own: Operator, method: str, query: str, kind: str
+) -> None:
+    endpoint = own.deployed(probe_yaml(), {"probe.py": PROBE})
+    path = endpoint.removeprefix(own.url)
+    job = own.submit(endpoint, config={"do": "sleep", "s": 300})
+    at = path if method == "POST" else f"{path}/{job['job_id']}{query}"
+    length = "content-length: 2\r\n" if method == "POST" else ""
+    address = own.http.get(own.url + "/healthz").request.url
+    with (
+        socket.create_connection((address.host, address.port), 60) as waits,
+        httpx.Client(timeout=60) as http,
+    ):
+        waits.sendall(f"{method} {at} HTTP/1.1\r\nhost: x\r\n{length}\r\n".encode())
+        events = {"Accept": "text/event-stream"}
+        with http.stream("GET", f"{endpoint}/{job['job_id']}/logs", headers=events) as followed:
+            lines = followed.iter_lines()
+            until(lambda: "asleep" in next(lines), "the log is followed")
+            assert own.stop() == 0
+            with pytest.raises(httpx.RemoteProtocolError):
+                list(lines)
+        answer = b"".join(iter(lambda: waits.recv(65536), b""))
+    head, _, content = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert json.loads(content)["kind"] == kind
+    assert "Traceback" not in own.log.read_text()
 
 
 def test_a_repeated_key_holds_across_a_crash(own: Operator) -> None:

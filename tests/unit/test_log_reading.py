@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +59,25 @@ def test_a_log_that_is_removed_while_it_is_read_ends_with_a_line_that_says_so(
     first, last = asyncio.run(read())
     assert len(first) == log_routes._CHUNK_BYTES
     assert last == b"[cortex: the log was removed while it was read]\n"
+
+
+def test_a_range_of_a_log_that_is_removed_while_it_is_read_breaks_off(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(b"x" * (log_routes._CHUNK_BYTES + 1))
+    parts = log_routes._part(log, 0, log.stat().st_size)
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+        if "body" in message:
+            log.unlink(missing_ok=True)
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        return {}
+
+    asyncio.run(log_routes.Begun(parts, 206)({"type": "http"}, receive, send))
+    assert [message.get("more_body") for message in sent] == [None, True]
 
 
 def test_a_log_that_is_removed_while_it_is_followed_ends_with_a_line_that_says_so(

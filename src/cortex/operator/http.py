@@ -3,9 +3,11 @@ writes them."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import structlog
@@ -23,7 +25,9 @@ from cortex.errors import (
     ForeignOrigin,
     InvalidRequest,
     MethodNotAllowed,
+    NoDriver,
     NotFound,
+    OutcomeUnknown,
     StorageUnavailable,
     TooLarge,
     UnsupportedMediaType,
@@ -105,7 +109,11 @@ class Gate:
             return
         if b"content-length" not in headers:  # else the server lets no more through than it says
             receive = _counted(receive, limit)
-        await self._app(scope, receive, send)
+        try:
+            await self._app(scope, receive, send)
+        except asyncio.CancelledError:  # by the server, which ends and has waited long enough
+            with suppress(RuntimeError):  # an answer that has begun breaks off
+                await refuse(_given_up(scope["method"]))(scope, receive, send)
 
     def _foreign(self, origin: str, host: bytes | None) -> bool:
         own = origin.partition("://")[2].encode("latin-1")
@@ -125,6 +133,14 @@ def _counted(receive: Receive, limit: int) -> Receive:
         return message
 
     return counting
+
+
+def _given_up(method: str) -> CortexError:
+    if method in {"GET", "HEAD"}:
+        return NoDriver("the operator ends. Ask again: another one, or this one when it is back.")
+    return OutcomeUnknown(
+        "the operator ends in the middle of the change: look whether it was made, before you make it again"
+    )
 
 
 def _too_large(limit: int) -> TooLarge:

@@ -68,7 +68,7 @@ async def _logs(ctx: Context, request: Request, record: JobRecord, offset: int) 
     if "text/event-stream" in request.headers.get("accept", ""):
         resumed = request.headers.get("last-event-id", "")
         start = int(resumed) if re.fullmatch(r"\d{1,18}", resumed, re.ASCII) else offset
-        return FollowedLog(
+        return Begun(
             _events(ctx, record, min(start, _LARGEST_LOG)),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache"},
@@ -78,20 +78,21 @@ async def _logs(ctx: Context, request: Request, record: JobRecord, offset: int) 
     span = _span(request.headers.get("range"), size)
     if span is None:
         parts = _rest(path, min(offset, size), size)
-        return StreamingResponse(parts, headers=headers, media_type=_TEXT)
+        return Begun(parts, headers=headers, media_type=_TEXT)
     start, end = _kept(path, *span)
     headers |= {
         "Content-Length": str(end - start),
         "Content-Range": f"bytes {start}-{end - 1}/{size}",
     }
-    return StreamingResponse(_part(path, start, end), 206, headers, media_type=_TEXT)
+    return Begun(_part(path, start, end), 206, headers, media_type=_TEXT)
 
 
-class FollowedLog(StreamingResponse):
-    """A followed log; one that goes on elsewhere breaks off, and clients ask again."""
+class Begun(StreamingResponse):
+    """A log as it is read. One that goes on elsewhere, or cannot be read on, breaks off, and clients ask
+    again."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(NoDriver):
+        with suppress(NoDriver, StorageUnavailable):
             await super().__call__(scope, receive, send)
 
 
@@ -147,7 +148,7 @@ async def _part(path: Path, start: int, end: int) -> AsyncIterator[bytes]:
     while start < end:
         piece = await asyncio.to_thread(read, path, start, min(_CHUNK_BYTES, end - start))
         if not piece.data or piece.is_marker:
-            raise StorageUnavailable("the log was cut while it was read: it is over its limit")
+            raise StorageUnavailable("the log was cut or removed while it was read")
         start = piece.end
         yield piece.data
 
