@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 
 from cortex.engines.base import Ended, Engine, Lost, NeverStarted, Reachable
 from cortex.engines.ray.live import taken_up
-from cortex.engines.ray.messages import NodeOrder
+from cortex.engines.ray.messages import NodeOrder, Seat
 from cortex.engines.ray.mirror import Mirror
 from cortex.node import logs, seats
 from cortex.worker import processes
@@ -358,5 +358,51 @@ def test_a_seat_that_an_agent_was_killed_before_it_gave_up_is_given_up(
         if is_lost:
             bench.lost()
         await until(lambda: not bench.near.seats)
+
+    bench.run(scenario)
+
+
+def test_a_seat_of_which_nothing_is_known_is_given_up_by_whoever_drives_next(
+    bench: NearBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def cut_off(seat: Seat, _: float) -> tuple[int, ...]:
+        bench.near.seats.add(seat.name)
+        bench.near.is_cut_off = True
+        raise RayError("the link broke")
+
+    async def scenario(engine: Engine) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(bench.near, "take_seat", cut_off)
+            attempt = await bench.begin(engine, bench.sleeper())
+            await until(lambda: bench.near.is_cut_off)
+            await asyncio.sleep(0.1)
+            await engine.close()
+        bench.near.is_cut_off = False
+        other = bench.made()
+        await other.open(bench._saw)
+        if not any(
+            isinstance(each, NeverStarted) for each in bench.seen
+        ):  # else it is not asked after
+            await other.recover(attempt)
+        assert isinstance(await bench.last(attempt), NeverStarted)
+        await until(lambda: not bench.near.seats)
+        await other.close()
+
+    bench.run(scenario)
+
+
+def test_the_time_of_a_job_ends_though_its_seat_cannot_be_given_up(
+    bench: NearBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def cut_off(*_: object) -> tuple[int, ...]:
+        bench.near.is_cut_off = True
+        raise RayError("the link broke")
+
+    async def scenario(engine: Engine) -> None:
+        monkeypatch.setattr(bench.near, "take_seat", cut_off)
+        attempt = bench.attempt("def task(config): pass", timeout=1)
+        await bench.start(engine, attempt)
+        assert isinstance(await bench.last(attempt), NeverStarted)
+        assert bench.near.is_cut_off
 
     bench.run(scenario)

@@ -206,6 +206,10 @@ class Attempts:
             gpus = await self._orders.take_seat(live)
             locks = await self._orders.locks(live)
         except (LinkError, Refused, StorageUnavailable, OSError) as error:
+            # First: it may be there or yet come, and once this is told no operator looks for it.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(live.left_s):
+                    await self._orders.give_up(self._orders.seat(live))
             self._do_not_start(live, str(error))
             return
         if self._is_off(live):

@@ -41,6 +41,12 @@ class Live:
     def number(self) -> int:
         return self.attempt.number
 
+    @property
+    def left_s(self) -> float | None:
+        """Until its deadline, if it has one."""
+        deadline = self.attempt.deadline
+        return None if deadline is None else deadline - time.monotonic()
+
     def seat(self, namespace: str) -> Seat:
         compute = self.attempt.version.api.compute
         bundle: dict[str, float] = {"CPU": compute.cpu_m / MILLI}
@@ -59,7 +65,6 @@ class Live:
     ) -> NodeOrder:
         """It, as its node is told of it now."""
         attempt = self.attempt
-        left_s = None if attempt.deadline is None else attempt.deadline - time.monotonic()
         return NodeOrder(
             spec=attempt.spec,
             api=attempt.version.api,
@@ -68,7 +73,7 @@ class Live:
             root=self.root,
             local_handle=self.local_handle,
             grace_s=grace_s,
-            left_s=left_s,
+            left_s=self.left_s,
             seat=self.seat(namespace).name,
             gpus=gpus,
             losses=attempt.losses,
