@@ -76,6 +76,9 @@ class Link:
             ours.close()
             await self.close()
             raise LinkError(f"the process that talks to Ray cannot be started: {error}") from error
+        except BaseException:
+            await self.close()  # it ends by itself, should it come to be: its socket is closed
+            raise
         finally:
             theirs.close()
         self._reader_task = asyncio.create_task(self._read(reader), name="ray link")
