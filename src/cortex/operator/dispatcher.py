@@ -25,7 +25,7 @@ from cortex.engines.base import (
     Started,
     Unreachable,
 )
-from cortex.errors import Conflict, NotFound, OverLimit, StorageUnavailable
+from cortex.errors import Conflict, NotFound, OverLimit, StorageUnavailable, Superseded
 from cortex.operator.board import Board
 from cortex.operator.live import Live, meaning
 from cortex.operator.news import News
@@ -107,6 +107,8 @@ class Dispatcher:
         except (NotFound, Conflict, OverLimit):
             is_refused = True
             raise
+        except Superseded:
+            raise  # the job is going to be stored without a claim
         except StorageUnavailable:
             # Of a file on a disk that fails, nobody can tell what is found after a crash.
             is_refused = self._store.is_shared

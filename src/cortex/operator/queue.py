@@ -6,9 +6,10 @@ runs as many as it may are passed by. Used by the dispatcher alone.
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
-from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import structlog
 
@@ -24,6 +25,8 @@ from cortex.spec.times import now_ns
 from cortex.store import Claim
 
 log = structlog.get_logger()
+
+_LAID_OUT_S = 5.0  # after which whoever has laid out a folder ahead has seen that it need not be
 
 
 class Queue:
@@ -97,8 +100,7 @@ class Queue:
             self._engine.release(draft.job_id)
             self.line.vacate(draft.api_name, draft.job_id)
             if is_refused:
-                with suppress(OSError):  # or retention would never know of it
-                    self._engine.log(draft.job_id).parent.rmdir()
+                self._remove(self._engine.log(draft.job_id).parent)
             self.pump()
 
     def why_waiting(self, live: Live) -> str | None:
@@ -241,6 +243,15 @@ class Queue:
             return
         self._engine.start(attempt(live))
 
+    def _remove(self, folder: Path) -> None:
+        """The folder of a job that there never was: retention would never know of it."""
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            return
+        except OSError:  # it was laid out ahead, or is at this moment
+            self._board.tasks.run(_remove_later(folder))
+
     def _set_deadline(self, live: Live) -> None:
         if live.deadline is None:  # from here on the wall clock may be set as it may
             live.deadline = _deadline(live.record.spec)
@@ -260,6 +271,11 @@ class Queue:
         if self._blocked_by is not None and self.line.first() != live.record.spec.job_id:
             return f"waits behind earlier jobs, the first of which {self._blocked_by}"
         return self._blocked_by
+
+
+async def _remove_later(folder: Path) -> None:
+    await asyncio.sleep(_LAID_OUT_S)
+    await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
 
 def _deadline(spec: JobSpec) -> float | None:
