@@ -1,15 +1,32 @@
-"""Work that goes on in the background of an event loop. Used by `operator` and `engines`, where several things
-are under way that nobody waits for.
+"""Work that goes on in the background of an event loop, or beside it. Used by `operator` and `engines`, where
+several things are under way that nobody waits for.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import errno
+from collections.abc import Callable, Coroutine
+from typing import ParamSpec, TypeVar
 
 import structlog
 
 log = structlog.get_logger()
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+async def in_thread(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """What a function that blocks returns.
+
+    Raises:
+        OSError: the machine has no room for another thread; that passes, as other shortages do.
+    """
+    try:
+        return await asyncio.to_thread(function, *args, **kwargs)
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, str(error)) from error
 
 
 class Background:

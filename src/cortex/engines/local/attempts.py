@@ -20,7 +20,7 @@ from pathlib import Path
 import structlog
 
 from cortex.account import Account
-from cortex.background import Background
+from cortex.background import Background, in_thread
 from cortex.engines.base import (
     Attempt,
     CapacityFreed,
@@ -242,9 +242,7 @@ class Attempts:
     async def _take_up(self, live: _Live) -> bool:
         """Find out what became of an attempt, and go on from there; False if it cannot be told."""
         try:
-            found = await asyncio.to_thread(
-                records.look, self._of(live), live.attempt, self._account
-            )
+            found = await in_thread(records.look, self._of(live), live.attempt, self._account)
         except OSError as error:
             self._unreachable(live, error, told=False)
             return False
@@ -281,7 +279,7 @@ class Attempts:
     async def _clean(self, live: _Live, groups: list[str]) -> None:
         while True:
             try:
-                await asyncio.to_thread(records.clean, self._of(live), live.attempt.number, groups)
+                await in_thread(records.clean, self._of(live), live.attempt.number, groups)
             except OSError as error:
                 job_id = live.attempt.spec.job_id
                 log.warning("what is left of a job cannot be ended", job=job_id, error=str(error))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from cortex.account import Account, identity
+from cortex.background import in_thread
 from cortex.engines.base import Version
 from cortex.engines.local.supervisors import Supervisor
 from cortex.worker import forkserver, processes
@@ -147,7 +148,7 @@ class ForkServer:
         ours.setblocking(False)
         self._socket = ours
         try:
-            self._process = await asyncio.to_thread(self._popen, theirs)
+            self._process = await in_thread(self._popen, theirs)
         except OSError as error:
             self._words = str(error)
             self.setup.preload = False  # it would fail again
@@ -178,7 +179,7 @@ class ForkServer:
         if self._process is not None:
             if not self.ready:
                 self._process.kill()  # it may be in a long import, and holds nothing yet
-            await asyncio.to_thread(_wait, self._process)
+            await _ended(self._process)
         if self._errors is not None:
             self._errors.close()
 
@@ -329,7 +330,7 @@ class ForkServer:
 
     async def _end(self) -> None:
         if self._process is not None:
-            await asyncio.to_thread(_wait, self._process)
+            await _ended(self._process)
         if not self._closed:
             self._died(self)
 
@@ -364,6 +365,14 @@ def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
     return data, list(fds)
+
+
+async def _ended(process: subprocess.Popen[bytes]) -> None:
+    try:
+        await in_thread(_wait, process)
+    except OSError:
+        process.kill()
+        process.wait()  # not for long
 
 
 def _wait(process: subprocess.Popen[bytes]) -> None:

@@ -1,0 +1,101 @@
+"""What the local engine does on a machine that has no room for another thread, as a fork bomb may have it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from cortex.engines.base import Ended, Lost, Started, Unreachable
+from cortex.engines.local import LocalEngine
+from cortex.worker.processes import children
+from engines.bench import Bench
+
+
+@pytest.fixture
+def bench(local_bench: Bench) -> Bench:
+    return local_bench
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set while no thread of a loop's pool can be started. That the machine has no room for one cannot be made
+    so without the rest of the tests having none."""
+    start, is_full = threading.Thread.start, threading.Event()
+
+    def begin(thread: threading.Thread) -> None:
+        if is_full.is_set() and thread.name.startswith("asyncio_"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", begin)
+    return is_full
+
+
+def run(
+    bench: Bench, full: threading.Event, scenario: Callable[[LocalEngine], Awaitable[None]]
+) -> None:
+    """With an engine whose loop has no threads yet."""
+
+    async def main() -> None:
+        engine = LocalEngine(bench.root, None, 1, "watchdog")
+        engine._attempts.report = bench._saw
+        engine._prepare()
+        full.set()
+        try:
+            await scenario(engine)
+        finally:
+            full.clear()
+            await engine.close()
+
+    bench.changed = asyncio.Event()
+    asyncio.run(main())
+
+
+def test_a_job_is_taken_up_once_there_is_room(bench: Bench, full: threading.Event) -> None:
+    attempt = bench.killed_operator(bench.sleeper(), "started")
+
+    async def scenario(engine: LocalEngine) -> None:
+        await engine.recover(attempt)
+        await bench.unreachable(attempt)
+        full.clear()
+        await bench.started(attempt)
+        bench.go()
+        assert (await bench.ended(attempt)).result == "done"
+        assert [type(seen) for seen in bench.seen] == [Unreachable, Started, Ended]
+
+    run(bench, full, scenario)
+
+
+def test_a_fork_server_that_cannot_be_started_loses_its_job_with_the_reason(
+    bench: Bench, full: threading.Event
+) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt("def task(config): ...")
+        await bench.start(engine, attempt)
+        last = await bench.last(attempt)
+        assert isinstance(last, Lost)
+        assert "can't start new thread" in last.reason
+
+    run(bench, full, scenario)
+
+
+def test_a_fork_server_that_cannot_be_waited_for_is_ended(
+    bench: Bench, full: threading.Event
+) -> None:
+    before = children(os.getpid())
+
+    async def scenario(engine: LocalEngine) -> None:
+        full.clear()
+        await bench.outcome(engine, bench.attempt("def task(config): ..."))
+        pool = asyncio.get_running_loop()
+        pool.set_default_executor(ThreadPoolExecutor(thread_name_prefix="asyncio"))
+        full.set()
+        await engine._servers.close()
+        assert set(children(os.getpid())) <= set(before)
+
+    run(bench, full, scenario)
