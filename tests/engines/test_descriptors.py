@@ -3,15 +3,12 @@ and waits for nothing that never comes."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +28,7 @@ from cortex.worker import processes
 from cortex.worker.messages import StartRecord
 
 folder, asked = Path(sys.argv[1]), sys.argv[2]
-running = subprocess.Popen(["sleep", "300"], env={**os.environ, "CORTEX_JOB_ID": folder.name})
+running = subprocess.Popen(["sleep", "300"], stdout=subprocess.DEVNULL, env={**os.environ, "CORTEX_JOB_ID": folder.name})
 start = StartRecord(pid=running.pid, ticks=processes.stat(running.pid)[2])
 (folder / "start.1").write_bytes(start.dumps())
 attempt = SimpleNamespace(number=1, handle=records.handle())
@@ -68,9 +65,7 @@ def bench(local_bench: Bench) -> Bench:
     return local_bench
 
 
-@pytest.mark.parametrize(
-    ("asked", "answer"), [("look", "Alive"), ("clean", "9"), ("supervised", "True")]
-)
+@pytest.mark.parametrize(("asked", "answer"), [("look", "Alive"), ("supervised", "True")])
 def test_what_there_are_too_few_to_ask_after_is_not_taken_to_be_gone(
     tmp_path: Path, asked: str, answer: str
 ) -> None:
@@ -101,43 +96,6 @@ def test_what_a_killed_supervisor_left_is_ended_as_soon_as_it_can_be(
         os.kill(pid_of(bench, attempt), signal.SIGKILL)
         assert isinstance(await bench.last(attempt), Lost)
         assert asked == [1, 1]
-
-    bench.run(scenario)
-
-
-@contextlib.contextmanager
-def used_up(free: int) -> Iterator[None]:
-    """No more than so many descriptors are free."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    top = os.open("/dev/null", os.O_RDONLY)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (top + 1, limits[1]))
-    below = []
-    with contextlib.suppress(OSError):
-        while True:
-            below.append(os.dup(top))
-    for fd in [top, *below][:free]:
-        os.close(fd)
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        for fd in [top, *below][free:]:
-            os.close(fd)
-
-
-@pytest.mark.parametrize("free", [0, 1, 2, 3, 4])
-def test_a_fork_server_that_there_are_too_few_for_loses_its_jobs_with_the_reason(
-    bench: Bench, free: int
-) -> None:
-    async def scenario(engine: LocalEngine) -> None:
-        attempt = bench.attempt("def task(config): ...")
-        assert engine.reserve(attempt.spec.job_id, attempt.version.api.compute) is None
-        attempt = replace(attempt, handle=engine.claim(attempt.spec.job_id, 1))
-        with used_up(free):
-            engine.start(attempt)
-            last = await bench.last(attempt)
-        assert isinstance(last, Lost)
-        assert "Too many open files" in last.reason
 
     bench.run(scenario)
 
