@@ -9,6 +9,7 @@ import signal
 from dataclasses import replace
 
 from cortex.engines.base import Attempt, Ended, Ending, Engine, Lost, NeverStarted
+from cortex.worker.processes import with_variable
 from engines.bench import Bench, exists, until
 
 
@@ -119,7 +120,9 @@ def test_a_lost_attempt_may_be_followed_by_another_that_knows_of_it(bench: Bench
         worker = int(bench.log(attempt).split()[2])
         os.kill(json.loads(bench.start_record(attempt).read_bytes())["pid"], signal.SIGKILL)
         assert isinstance(await bench.last(attempt), Lost)
-        assert not exists(worker)
+        # What is left of it has no memory any more, and can run nothing.
+        assert not with_variable("CORTEX_JOB_ID", attempt.spec.job_id)
+        await until(lambda: not exists(worker))
         told = replace(attempt, losses=1, lost="attempt 1 was lost: as asked")
         again = await bench.begin(engine, told, 2)
         assert (await bench.ended(again)).result == "done"
