@@ -37,10 +37,7 @@ attempt = SimpleNamespace(number=1, handle=records.handle())
 def ask():
     if asked == "look":
         return type(records.look(folder, attempt)).__name__
-    if asked == "supervised":
-        return records.supervised(folder, 1)
-    records.clean(folder, 1, [])
-    return -running.wait(5)
+    return records.supervised(folder, 1)
 
 
 _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

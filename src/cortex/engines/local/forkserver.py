@@ -1,5 +1,5 @@
-"""One fork server, seen from the operator: its process, its socket, and the supervising processes that
-it forked. Called by `forkservers`.
+"""One fork server, seen from the operator: its process and its socket. What it forked is its `crew`. Called by
+`forkservers`.
 """
 
 from __future__ import annotations
@@ -15,52 +15,24 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 from cortex.account import Account, identity
 from cortex.background import in_thread
 from cortex.engines.base import Version
-from cortex.engines.local.supervisors import Supervisor
+from cortex.engines.local.crew import Crew, Listener
 from cortex.worker import forkserver, processes
-from cortex.worker.messages import JOB_ID_ROOM, MOST_MESSAGE, Order, Reply, Setup, shorten
+from cortex.worker.messages import JOB_ID_ROOM, MOST_MESSAGE, Reply, Setup, shorten
 
 READY_S = 60.0
-IDLE_S = 10.0
-MOST_IDLE = 2  # supervising processes of a version that are kept for longer than that
-MOST_READY = 4  # of those that are idle have the process of their next job forked ahead
 _END_S = 5
 _UNUSABLE = "the operator has too many open files, or the process is not of the jobs' user"
 _FDS = 2  # a pidfd and a socket come with each
 _SCRIPT = str(Path(forkserver.__file__).absolute())
 
 
-class Listener(Protocol):
-    """Who gives the orders."""
-
-    def given(self, supervisor: Supervisor, order: Order) -> None:
-        """A supervising process has got its order."""
-
-    def recorded(self, reply: Reply) -> None:
-        """A start record is made: the job has started."""
-
-    def ended(self, reply: Reply) -> None:
-        """An exit record is made."""
-
-    def refused(self, reply: Reply) -> None:
-        """An order could not be begun with: no code has run, and none is going to."""
-
-    def orphaned(self, order: Order) -> None:
-        """The supervising process of an order is gone: its records tell what became of the job."""
-
-    def not_forked(self, job_id: str, reason: str) -> None:
-        """The order could not be carried out, and never will be."""
-
-    def unanswered(self, job_id: str) -> None:
-        """The order was given to nobody, for the fork server died."""
-
-
 class ForkServer:
-    """One process and its socket. Orders wait here until there is a supervising process for each."""
+    """It forks as many supervising processes as its crew has orders for."""
 
     def __init__(
         self,
@@ -75,14 +47,10 @@ class ForkServer:
         self.version = version
         self.setup = setup
         self.ready = False
-        self.retired = False
-        self.waiting: dict[str, Order] = {}  # by job, first in first out
+        self.crew = Crew(listener, ask=self._ask, drained=lambda: drained(self))
         self._account = account
         self._listener = listener
         self._died = died
-        self._drained = drained
-        self._idle: list[Supervisor] = []  # the one that has just ended a job is the warmest: last
-        self._all: set[Supervisor] = set()
         self._asked = 0  # for how many supervising processes
         self._unsent = 0
         self._socket: socket.socket | None = None
@@ -92,14 +60,13 @@ class ForkServer:
         self._spawned = asyncio.Event()
         self._closed = False
         self._timer: asyncio.TimerHandle | None = None
-        self._trimmer: asyncio.TimerHandle | None = None
         self._hurried = False
         self._ending: asyncio.Task[None] | None = None
 
     @property
     def is_over(self) -> bool:
         """Whether nothing of it is left."""
-        return self._closed and not self._all
+        return self._closed and self.crew.is_gone
 
     @property
     def was_killed(self) -> bool:
@@ -107,31 +74,6 @@ class ForkServer:
         has died."""
         code = None if self._process is None else self._process.returncode
         return code == -signal.SIGKILL and not self._hurried
-
-    def order(self, order: Order) -> None:
-        """Give it to a supervising process, as soon as there is one."""
-        while self._idle:
-            if self._give(self._idle.pop(), order):
-                return
-        self.waiting[order.job_id] = order
-        self._ask()
-
-    def prepare(self, order: Order) -> Supervisor | None:
-        """Give an order that is held to a supervising process that has none, if there is one."""
-        while self._idle:
-            supervisor = self._idle.pop()
-            if supervisor.give(order):
-                return supervisor
-        return None
-
-    def withdraw(self, job_id: str) -> bool:
-        """Take back an order that waits; False if it was given to somebody."""
-        return self.waiting.pop(job_id, None) is not None
-
-    def retire(self) -> None:
-        """It gets no more orders: what is idle ends."""
-        self.retired = True
-        self._trim(0)
 
     def last_words(self) -> str:
         return shorten(self._words) or "it said nothing"
@@ -167,10 +109,9 @@ class ForkServer:
             return
         self._closed = True
         await self._spawned.wait()
-        for timer in (self._timer, self._trimmer):
-            if timer is not None:
-                timer.cancel()
-        self._trim(0)
+        if self._timer is not None:
+            self._timer.cancel()
+        self.crew.retire()
         if self._socket is not None:
             loop = asyncio.get_running_loop()
             loop.remove_reader(self._socket)
@@ -223,15 +164,13 @@ class ForkServer:
     def _forked(self, reply: Reply, fds: list[int]) -> None:
         self._asked -= 1
         if len(fds) == _FDS and self._is_own(fds[0]):
-            supervisor = Supervisor(fds[0], socket.socket(fileno=fds[1]), self)
-            self._all.add(supervisor)
-            self._free(supervisor)
+            self.crew.join(fds[0], socket.socket(fileno=fds[1]))
             return
         for fd in fds:
             os.close(fd)
-        if self.waiting:
-            job_id = next(iter(self.waiting))
-            del self.waiting[job_id]
+        if self.crew.waiting:
+            job_id = next(iter(self.crew.waiting))
+            del self.crew.waiting[job_id]
             self._listener.not_forked(job_id, reply.error or _UNUSABLE)
 
     def _is_own(self, pidfd: int) -> bool:
@@ -244,75 +183,12 @@ class ForkServer:
         except OSError:
             return False
 
-    def recorded(self, reply: Reply) -> None:
-        self._listener.recorded(reply)
-
-    def ended(self, supervisor: Supervisor, reply: Reply) -> None:
-        self._listener.ended(reply)
-        self._free(supervisor)
-
-    def refused(self, reply: Reply) -> None:
-        self._listener.refused(reply)
-
-    def gone(self, supervisor: Supervisor) -> None:
-        self._all.discard(supervisor)
-        if supervisor in self._idle:
-            self._idle.remove(supervisor)
-        if supervisor.order is not None:
-            self._listener.orphaned(supervisor.order)
-
-    def let_go(self) -> None:
-        """Let go of all supervising processes: they end when their jobs do."""
-        for supervisor in self._all:
-            supervisor.close()
-
-    def _give(self, supervisor: Supervisor, order: Order) -> bool:
-        if not supervisor.give(order):
-            return False
-        self._listener.given(supervisor, order)
-        if self.retired and not self.waiting:
-            self._drained(self)
-        return True
-
-    def _free(self, supervisor: Supervisor) -> None:
-        if supervisor.is_spent:
-            supervisor.dismiss()
-        elif self.waiting:
-            order = self.waiting.pop(next(iter(self.waiting)))
-            if not self._give(supervisor, order):
-                self.order(order)
-        elif self.retired or self._closed:
-            supervisor.dismiss()
-        else:
-            loop = asyncio.get_running_loop()
-            supervisor.idle_since = loop.time()
-            self._idle.append(supervisor)
-            if len(self._idle) <= MOST_READY:
-                supervisor.get_ready()
-            if self._trimmer is None:
-                self._trimmer = loop.call_later(IDLE_S, self._trim_later)
-
-    def _trim_later(self) -> None:
-        self._trimmer = None
-        self._trim(MOST_IDLE)
-        if len(self._idle) > MOST_IDLE:
-            loop = asyncio.get_running_loop()
-            self._trimmer = loop.call_later(IDLE_S, self._trim_later)
-
-    def _trim(self, most: int) -> None:
-        """Dismiss those that were idle for long, the coldest first, but for `most`; with 0 all."""
-        before = asyncio.get_running_loop().time() - (IDLE_S / 2 if most else 0)
-        old = [s for s in self._idle[: max(0, len(self._idle) - most)] if s.idle_since <= before]
-        for supervisor in old:
-            self._idle.remove(supervisor)
-            supervisor.dismiss()
-
     def _ask(self) -> None:
         """Ask for as many supervising processes as there are orders without one; for one ahead,
         once it is ready and there are none."""
         if not self.ready or self._closed:
             return
-        wanted = len(self.waiting) or int(not self._all)
+        wanted = len(self.crew.waiting) or int(self.crew.is_gone)
         self._unsent += max(0, wanted - self._asked)
         self._asked = max(wanted, self._asked)
         self._flush()

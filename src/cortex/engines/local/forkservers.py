@@ -13,7 +13,8 @@ import cortex
 from cortex.account import Account
 from cortex.background import Background
 from cortex.engines.base import Version
-from cortex.engines.local.forkserver import ForkServer, Listener
+from cortex.engines.local.crew import Listener
+from cortex.engines.local.forkserver import ForkServer
 from cortex.engines.local.supervisors import Supervisor
 from cortex.worker.messages import Order, Setup
 
@@ -35,14 +36,14 @@ class ForkServers:
         self._background = Background("a fork server failed")
 
     def order(self, version: Version, order: Order) -> None:
-        self._of(version).order(order)
+        self._of(version).crew.order(order)
         self._trim()
 
     def prepare(self, version: Version, order: Order) -> Supervisor | None:
         """Give an order that is held to a supervising process, if one waits for any."""
         server = self._servers.get(version.api.api_id)
         is_same = server is not None and server.version == version
-        return server.prepare(order) if server is not None and is_same else None
+        return server.crew.prepare(order) if server is not None and is_same else None
 
     def warm(self, version: Version) -> None:
         self._of(version)
@@ -51,7 +52,7 @@ class ForkServers:
     def withdraw(self, version: Version, job_id: str) -> bool:
         """Take back an order that was given to nobody yet."""
         server = self._servers.get(version.api.api_id)
-        return server is not None and server.withdraw(job_id)
+        return server is not None and server.crew.withdraw(job_id)
 
     def forget(self, api_id: str) -> None:
         server = self._servers.get(api_id)
@@ -61,7 +62,7 @@ class ForkServers:
     async def close(self) -> None:
         self._servers.clear()
         for server in list(self._all):
-            server.let_go()
+            server.crew.let_go()
             self._end(server)
         await self._background.finish()
 
@@ -95,7 +96,7 @@ class ForkServers:
         api_id = server.version.api.api_id
         if self._servers.get(api_id) is server:
             del self._servers[api_id]
-        orders = list(server.waiting.values())
+        orders = list(server.crew.waiting.values())
         self._end(server)
         if server.ready or server.was_killed:
             for order in orders:
@@ -110,15 +111,15 @@ class ForkServers:
                 self._listener.not_forked(order.job_id, reason)
 
     def _trim(self) -> None:
-        idle = [server for server in self._servers.values() if not server.waiting]
+        idle = [server for server in self._servers.values() if not server.crew.waiting]
         for server in idle[: max(0, len(idle) - MOST_IDLE)]:
             self._retire(server)
 
     def _retire(self, server: ForkServer) -> None:
         """It gets no more orders, and ends when those it has are given."""
         self._servers.pop(server.version.api.api_id, None)
-        server.retire()
-        if not server.waiting:
+        server.crew.retire()
+        if not server.crew.waiting:
             self._end(server)
 
     def _end(self, server: ForkServer) -> None:

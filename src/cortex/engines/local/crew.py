@@ -1,0 +1,164 @@
+"""The supervising processes of one fork server, and the orders that wait for one of them. Owned by
+`forkserver`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Protocol
+
+from cortex.engines.local.supervisors import Supervisor
+from cortex.worker.messages import Order, Reply
+
+IDLE_S = 10.0
+MOST_IDLE = 2  # that are kept for longer than that
+MOST_READY = 4  # of those that are idle have the process of their next job forked ahead
+
+
+class Listener(Protocol):
+    """Who gives the orders."""
+
+    def given(self, supervisor: Supervisor, order: Order) -> None:
+        """A supervising process has got its order."""
+
+    def recorded(self, reply: Reply) -> None:
+        """A start record is made: the job has started."""
+
+    def ended(self, reply: Reply) -> None:
+        """An exit record is made."""
+
+    def refused(self, reply: Reply) -> None:
+        """An order could not be begun with: no code has run, and none is going to."""
+
+    def orphaned(self, order: Order) -> None:
+        """The supervising process of an order is gone: its records tell what became of the job."""
+
+    def not_forked(self, job_id: str, reason: str) -> None:
+        """The order could not be carried out, and never will be."""
+
+    def unanswered(self, job_id: str) -> None:
+        """The order was given to nobody, for the fork server died."""
+
+
+class Crew:
+    """All of one fork server, whether or not that lives."""
+
+    def __init__(
+        self, listener: Listener, *, ask: Callable[[], None], drained: Callable[[], None]
+    ) -> None:
+        """
+        Args:
+            ask: called when more of them are wanted.
+            drained: called when it gets no more orders, and those it has are given.
+        """
+        self.waiting: dict[str, Order] = {}  # by job, first in first out
+        self._listener = listener
+        self._ask = ask
+        self._drained = drained
+        self._is_retired = False
+        self._idle: list[Supervisor] = []  # the one that has just ended a job is the warmest: last
+        self._all: set[Supervisor] = set()
+        self._trimmer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether there are none."""
+        return not self._all
+
+    def order(self, order: Order) -> None:
+        """Give it to a supervising process, as soon as there is one."""
+        while self._idle:
+            if self._give(self._idle.pop(), order):
+                return
+        self.waiting[order.job_id] = order
+        self._ask()
+
+    def prepare(self, order: Order) -> Supervisor | None:
+        """Give an order that is held to a supervising process that has none, if there is one."""
+        while self._idle:
+            supervisor = self._idle.pop()
+            if supervisor.give(order):
+                return supervisor
+        return None
+
+    def withdraw(self, job_id: str) -> bool:
+        """Take back an order that waits; False if it was given to somebody."""
+        return self.waiting.pop(job_id, None) is not None
+
+    def retire(self) -> None:
+        """It gets no more orders: what is idle ends."""
+        self._is_retired = True
+        if self._trimmer is not None:
+            self._trimmer.cancel()
+        self._trim(0)
+
+    def join(self, pidfd: int, sock: socket.socket) -> None:
+        """Another one was forked."""
+        supervisor = Supervisor(pidfd, sock, self)
+        self._all.add(supervisor)
+        self._free(supervisor)
+
+    def recorded(self, reply: Reply) -> None:
+        self._listener.recorded(reply)
+
+    def ended(self, supervisor: Supervisor, reply: Reply) -> None:
+        self._listener.ended(reply)
+        self._free(supervisor)
+
+    def refused(self, reply: Reply) -> None:
+        self._listener.refused(reply)
+
+    def gone(self, supervisor: Supervisor) -> None:
+        self._all.discard(supervisor)
+        if supervisor in self._idle:
+            self._idle.remove(supervisor)
+        if supervisor.order is not None:
+            self._listener.orphaned(supervisor.order)
+
+    def let_go(self) -> None:
+        """Let go of all supervising processes: they end when their jobs do."""
+        for supervisor in self._all:
+            supervisor.close()
+
+    def _give(self, supervisor: Supervisor, order: Order) -> bool:
+        if not supervisor.give(order):
+            return False
+        self._listener.given(supervisor, order)
+        if self._is_retired and not self.waiting:
+            self._drained()
+        return True
+
+    def _free(self, supervisor: Supervisor) -> None:
+        if supervisor.is_spent:
+            supervisor.dismiss()
+        elif self.waiting:
+            order = self.waiting.pop(next(iter(self.waiting)))
+            if not self._give(supervisor, order):
+                self.order(order)
+        elif self._is_retired:
+            supervisor.dismiss()
+        else:
+            loop = asyncio.get_running_loop()
+            supervisor.idle_since = loop.time()
+            self._idle.append(supervisor)
+            if len(self._idle) <= MOST_READY:
+                supervisor.get_ready()
+            if self._trimmer is None:
+                self._trimmer = loop.call_later(IDLE_S, self._trim_later)
+
+    def _trim_later(self) -> None:
+        self._trimmer = None
+        self._trim(MOST_IDLE)
+        if len(self._idle) > MOST_IDLE:
+            loop = asyncio.get_running_loop()
+            self._trimmer = loop.call_later(IDLE_S, self._trim_later)
+
+    def _trim(self, most: int) -> None:
+        """Dismiss those that were idle for long, the coldest first, but for `most`; with 0 all."""
+        before = asyncio.get_running_loop().time() - (IDLE_S / 2 if most else 0)
+        old = [s for s in self._idle[: max(0, len(self._idle) - most)] if s.idle_since <= before]
+        for supervisor in old:
+            self._idle.remove(supervisor)
+            supervisor.dismiss()
