@@ -16,6 +16,12 @@ def bench(local_bench: Bench) -> Bench:
     return local_bench
 
 
+async def told(bench: Bench, engine: LocalEngine, attempt: Attempt) -> tuple[object, ...]:
+    """How an attempt ends."""
+    ended = await bench.outcome(engine, attempt)
+    return ended.ending, ended.exit_code, ended.message
+
+
 @pytest.mark.parametrize(
     ("end", "exit_code", "message"),
     [
@@ -35,8 +41,7 @@ def test_a_task_that_closes_all_its_files_ends_as_it_ends(
                 os.closerange(3, 1000)
                 {end}
         """)
-        ended = await bench.outcome(engine, attempt)
-        assert (ended.ending, ended.exit_code, ended.message) == (Ending.EXITED, exit_code, message)
+        assert await told(bench, engine, attempt) == (Ending.EXITED, exit_code, message)
         assert ("has closed the file" in bench.log(attempt)) == (exit_code == 0)
         assert (bench.files(attempt) / "at-exit").exists()
 
@@ -82,12 +87,7 @@ def test_a_task_that_nothing_can_be_printed_for_ends_as_it_ends(bench: Bench, sp
                     {spoil}
                     {end}
             """)
-            ended = await bench.outcome(engine, attempt)
-            assert (ended.ending, ended.exit_code, ended.message) == (
-                Ending.EXITED,
-                exit_code,
-                message,
-            )
+            assert await told(bench, engine, attempt) == (Ending.EXITED, exit_code, message)
 
     bench.run(scenario)
 
@@ -108,12 +108,7 @@ def test_what_cannot_be_shown_fails_nothing(bench: Bench) -> None:
                 def task(config):
                     {end}
             """)
-            ended = await bench.outcome(engine, attempt)
-            assert (ended.ending, ended.exit_code, ended.message) == (
-                Ending.EXITED,
-                exit_code,
-                message,
-            )
+            assert await told(bench, engine, attempt) == (Ending.EXITED, exit_code, message)
 
     bench.run(scenario)
 

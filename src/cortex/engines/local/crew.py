@@ -83,6 +83,10 @@ class Crew:
                 return supervisor
         return None
 
+    def take_first(self) -> Order:
+        """Take the order that has waited longest; there has to be one."""
+        return self.waiting.pop(next(iter(self.waiting)))
+
     def withdraw(self, job_id: str) -> bool:
         """Take back an order that waits; False if it was given to somebody."""
         return self.waiting.pop(job_id, None) is not None
@@ -134,7 +138,7 @@ class Crew:
         if supervisor.is_spent:
             supervisor.dismiss()
         elif self.waiting:
-            order = self.waiting.pop(next(iter(self.waiting)))
+            order = self.take_first()
             if not self._give(supervisor, order):
                 self.order(order)
         elif self._is_retired:

@@ -169,9 +169,7 @@ class ForkServer:
         for fd in fds:
             os.close(fd)
         if self.crew.waiting:
-            job_id = next(iter(self.crew.waiting))
-            del self.crew.waiting[job_id]
-            self._listener.not_forked(job_id, reply.error or _UNUSABLE)
+            self._listener.not_forked(self.crew.take_first().job_id, reply.error or _UNUSABLE)
 
     def _is_own(self, pidfd: int) -> bool:
         """Whether it is of a process that the fork server's user may signal: with more rights than that the
