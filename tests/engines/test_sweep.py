@@ -18,7 +18,7 @@ setup = Setup(package="", import_dir="", open_files=64, project=folder, python_p
 order = Order(job_id="job", attempt=1, folder=folder, grace_s=1, timeout=None, deadline=None,
               log_limit=1 << 20, mem=None, memory_kind=None, memory_dir=None, kill_dir=None, gpus=[], job={},
               visible_gpus=None)
-watch_bench = bench.Bench(setup, serving.Signals(), socket.socketpair()[0], 0)
+watch_bench = bench.Bench(setup, serving.Signals(for_python=False), socket.socketpair()[0], 0)
 watch = supervisor.Supervisor(watch_bench, order)
 """
 LATE = """

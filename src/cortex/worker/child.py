@@ -1,6 +1,9 @@
-"""A forked process becomes a job's: its own session, groups, signals, files and environment; then the
-user's command or Task. Where there is time it is forked ahead and waits for its job, so that most of that
-is done by then.
+"""A forked process becomes a job's: its own session, groups, files and environment; then the user's command
+or Task. Where there is time it is forked ahead and waits for its job, so that most of that is done by then.
+
+Each object that it touches for the first time is a page that the kernel copies: it is told by its arguments
+what it needs, calls by names of its own (an attribute is found through tables, and counts its name), and has
+its signals set by who forks it (`serving.Signals.lend`).
 """
 
 from __future__ import annotations
@@ -10,24 +13,32 @@ import ctypes
 import errno
 import os
 import sys
+from os import _exit, chdir, close, dup2, environb, fork, getpid, getppid, setsid
 
 from cortex.worker import bare, cgroups, task, wire
 from cortex.worker.bare import signal
 from cortex.worker.messages import JOB_ID_ROOM, Order, Outcome
-from cortex.worker.processes import PR_SET_PDEATHSIG, prctl
+from cortex.worker.processes import PR_SET_PDEATHSIG, libc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
     from typing import NoReturn
 
     from cortex.worker.bench import Bench
     from cortex.worker.messages import Setup
 
+    Orders = socket.socket | None
+    Marks = tuple[list[tuple[bytes, bytes]], bytes]
+    Work = tuple[list[tuple[bytes, bytes]], bytes, int, int, Order]
+
 NOT_FOUND = 127
 NOT_RUNNABLE = 126
-HELD_BACK = (signal.SIGTERM, signal.SIGCHLD)
+_SIGKILL = int(signal.SIGKILL)
+OUTCOME = "/memfd:outcome (deleted)"
+"""What the kernel calls an open file that `outcome_file` made."""
+_SIGKILL, _SETMASK, _sigmask = signal.SIGKILL, signal.SIG_SETMASK, signal.pthread_sigmask
+_prctl, _memmove = libc.prctl, ctypes.memmove
 
 
 class Job:
@@ -48,7 +59,7 @@ class Worker:
 
     def __init__(self, bench: Bench) -> None:
         self._sock, theirs = bare.socketpair()
-        self.pid = _fork(bench, (self._sock.fileno(),), lambda: _await(theirs, bench.slot))
+        self.pid = _fork(bench, (self._sock.fileno(),), None, theirs)
         theirs.close()
 
     def announce(self, order: bytes) -> None:
@@ -76,98 +87,121 @@ class Worker:
         os.waitpid(self.pid, 0)
 
 
+def outcome_file() -> int:
+    """A new file for a job's outcome. It is in memory, and of no limited room: whoever writes it waits for
+    nobody."""
+    return os.memfd_create("outcome")
+
+
 def start(bench: Bench, job: Job, others: tuple[int, ...]) -> int:
-    """Fork a process that runs a job at once; its pid.
+    """Fork a process that runs a job at once; its pid. The bench has looked at the task's file just now.
 
     Args:
         others: file descriptors that it must not keep, beside those of the bench.
     """
-
-    def get() -> Job:
-        _get_ready(job.order, bench.slot)
-        return job
-
-    return _fork(bench, others, get)
+    return _fork(bench, others, (*_marks(job.order), job.log, job.outcome, job.order), None)
 
 
-def _fork(bench: Bench, others: tuple[int, ...], get: Callable[[], Job | None]) -> int:
-    parent = os.getpid()
-    # Held back so that a stop finds the child with the default action, not with our handler.
-    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
-    pid = os.fork()
-    if pid == 0:
-        _run(bench, parent, (*bench.files, *others), get)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+def _fork(bench: Bench, others: tuple[int, ...], work: Work | None, orders: Orders) -> int:
+    """Fork a process that does this work, or the one that it hears of."""
+    setup, found, slot = bench.setup, bench.found, bench.slot
+    project, path = setup.project, setup.path
+    supervisor, foreign = getpid(), (*bench.files, *others)
+    bench.signals.lend()
+    try:
+        pid = fork()
+        if pid == 0:
+            _run(setup, project, path, found, slot, supervisor, foreign, work, orders)
+    finally:
+        bench.signals.take_back()
     return pid
 
 
-def _await(sock: socket.socket, slot: int) -> Job | None:
-    data, _ = wire.receive(sock)
-    if not data:
-        return None
-    order = Order.loads(data)
-    _get_ready(order, slot)
-    data, fds = wire.receive(sock, 2)
-    sock.close()
-    return Job(order, *fds) if data else None
-
-
 def _run(
-    bench: Bench, supervisor: int, others: tuple[int, ...], get: Callable[[], Job | None]
+    setup: Setup,
+    project: str,
+    path: str | None,
+    found: task.Found | None,
+    slot: int,
+    supervisor: int,
+    foreign: tuple[int, ...],
+    work: Work | None,
+    orders: Orders,
 ) -> NoReturn:
     """The forked process, all its life."""
-    setup = bench.setup
     code, outcome = 1, -1
     try:
-        failed = _become(setup, supervisor, others)
-        job = get()
-        if job is None:  # and never will be
-            os._exit(0)
-        outcome = job.outcome
+        failed = _become(project, supervisor, foreign)
+        if work is not None:
+            variables, mark, log, outcome, order = work
+            _get_ready(variables, mark, slot)
+        elif orders is not None:
+            log, outcome, order = _await(orders, slot)
+            found = task.still(found, path)
         if failed is not None:
             raise failed
-        _begin(job)
+        if cgroups.paths(order):
+            cgroups.Groups(order).join()
+        dup2(log, 1)  # and from 0 nothing can be read, since the fork server
+        dup2(log, 2)
+        close(log)
         # Last: a stop that came meanwhile ends the process now, by the default action.
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        if setup.command is not None:
+        _sigmask(_SETMASK, ())
+        if path is not None:
+            code = task.run(setup, path, found, order.job["config"], _teller(outcome))
+        elif setup.command is not None:
             code = _execute(setup.command)
-        elif setup.path is not None:
-            config = job.order.job["config"]
-            code = task.run(setup, setup.path, bench.found, config, _teller(outcome))
     except BaseException as error:  # noqa: BLE001, RUF100  # the platform's own: it fails the job
         lost = Outcome(lost=True, message=f"the worker could not be set up: {error}")
         _tell(outcome, lost.dumps())
     finally:
-        os._exit(code)
+        _exit(code)
 
 
-def _become(setup: Setup, supervisor: int, others: tuple[int, ...]) -> Exception | None:
+def _become(project: str, supervisor: int, foreign: tuple[int, ...]) -> Exception | None:
     """What can be done before there is a job; what went wrong with it is told when there is one."""
     try:
-        os.setsid()
+        setsid()
         # Without it a killed supervisor would leave the job running unseen.
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != supervisor:
-            os._exit(1)
-        _reset_signals(for_python=setup.command is None)
-        for fd in others:
-            os.close(fd)
-        os.chdir(setup.project)
+        if _prctl(PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "PR_SET_PDEATHSIG failed")
+        if getppid() != supervisor:
+            _exit(1)
+        for fd in foreign:
+            close(fd)
+        chdir(project)
     except Exception as error:  # noqa: BLE001, RUF100
         return error
     return None
 
 
-def _get_ready(order: Order, slot: int) -> None:
-    os.environ.update(environment(order))
-    _mark(order.job_id, slot)
+def _await(orders: socket.socket, slot: int) -> tuple[int, int, Order]:
+    """The log, the outcome and the order of the job that it hears of, when that is to begin."""
+    data, _ = wire.receive(orders)
+    if not data:
+        _exit(0)
+    order = Order.loads(data)
+    _get_ready(*_marks(order), slot)
+    data, fds = wire.receive(orders, 2)
+    if not data:
+        _exit(0)
+    orders.close()
+    log, outcome = fds
+    return log, outcome, order
 
 
-def _begin(job: Job) -> None:
-    cgroups.Groups(job.order).join()
-    os.dup2(job.log, 1)  # and from 0 nothing can be read, since the fork server
-    os.dup2(job.log, 2)
-    os.close(job.log)
+def _marks(order: Order) -> Marks:
+    variables = [(os.fsencode(k), os.fsencode(v)) for k, v in environment(order).items()]
+    return variables, order.job_id.encode()[:JOB_ID_ROOM].ljust(JOB_ID_ROOM, b"\0")
+
+
+def _get_ready(variables: list[tuple[bytes, bytes]], mark: bytes, slot: int) -> None:
+    for name, value in variables:
+        environb[name] = value
+    if slot:
+        # Where /proc/<pid>/environ shows it. That block is the fork server's own from its exec, and is
+        # inherited by what a Task forks: so each of them can be found after the supervisor was killed.
+        _memmove(slot, mark, JOB_ID_ROOM)
 
 
 def environment(order: Order) -> dict[str, str]:
@@ -183,37 +217,14 @@ def environment(order: Order) -> dict[str, str]:
     return env
 
 
-def _reset_signals(*, for_python: bool) -> None:
-    """Undo what the supervising process has set, which had begun from the defaults."""
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-    if for_python:  # as an interpreter sets itself up
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    else:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _mark(job_id: str, slot: int) -> None:
-    """Write the job's id where /proc/<pid>/environ shows it. That block is the fork server's own
-    from its exec, and is inherited by what a Task forks: so that each of them can be found after
-    the supervisor was killed."""
-    if slot:
-        ctypes.memset(slot, 0, JOB_ID_ROOM)
-        value = job_id.encode()[:JOB_ID_ROOM]
-        ctypes.memmove(slot, value, len(value))
-
-
 def _teller(outcome: int) -> task.Tell:
     """What a task has to say of itself, once."""
-    own, made = os.getpid(), os.fstat(outcome)
+    own = getpid()
 
     def tell(data: bytes) -> None:
-        if os.getpid() != own:
+        if getpid() != own:
             return  # the task has forked by hand, and what becomes of that is its own affair
-        if not os.path.samestat(os.fstat(outcome), made):
+        if os.readlink(f"/proc/self/fd/{outcome}") != OUTCOME:
             raise OSError(errno.EBADF, "something of the task's own has the number of the file")
         _tell(outcome, data)
 

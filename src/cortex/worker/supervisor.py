@@ -108,8 +108,7 @@ class Supervisor:
                 os.mkdir("files", dir_fd=self.folder)
             files.make(self.folder, "job.json", json.dumps(self.order.job).encode())
             log = logfile.open_to_write(self.folder)
-            # In memory, and of no limited room: whoever writes it waits for nobody.
-            self.job = child.Job(self.order, log, os.memfd_create("outcome"))
+            self.job = child.Job(self.order, log, child.outcome_file())
         except OSError as error:
             return error
         return None

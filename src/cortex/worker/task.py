@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MOST_RESULT = 1 << 20
 MOST_LEVELS = 250
 """As many as a config may have: whoever reads a result comes to the end of its stack at some more."""
+_ENCODER = json.JSONEncoder(allow_nan=False)
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
@@ -56,11 +57,15 @@ def find(setup: Setup, path: str, before: Found | None) -> Found | None:
         before: what was found last, which still holds if the file is as it was.
     """
     try:
-        if before is not None and before.made_of == _made_of(path):
-            return before
-        return _find(setup, path)
+        return still(before, path) or _find(setup, path)
     except Exception:  # noqa: BLE001, RUF100  # of whatever kind
         return None
+
+
+def still(found: Found | None, path: str | None) -> Found | None:
+    """What was found, if the file is as it was then."""
+    is_same = found is not None and path is not None and found.made_of == _made_of(path)
+    return found if is_same else None
 
 
 def run(setup: Setup, path: str, found: Found | None, config: object, tell: Tell) -> int:
@@ -70,8 +75,6 @@ def run(setup: Setup, path: str, found: Found | None, config: object, tell: Tell
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
         numpy_random.seed()
-    if found is not None and found.made_of != _made_of(path):
-        found = None
     code = _call(setup, path, found, config, tell)
     _finish()
     return code
@@ -146,16 +149,19 @@ def _load(setup: Setup, path: str, found: Found | None) -> Task:
     found = found or _find(setup, path)
     module = found.module
     sys.modules[module.__name__] = module
-    exec(found.code, module.__dict__)
-    shown = os.path.relpath(path, setup.project)
-    if hasattr(module, "Task"):
-        task: Task = module.Task()
+    # Asked for below by name: an attribute that is missing makes an exception and its message.
+    names = module.__dict__
+    exec(found.code, names)
+    if "Task" in names:
+        task: object = names["Task"]()
         if not callable(task):
+            shown = os.path.relpath(path, setup.project)
             raise _Unusable(f"the class Task of {shown} has no method __call__(self, config)")
         return task
-    if callable(getattr(module, "task", None)):
-        function: Task = module.task
+    if callable(names.get("task")):
+        function: Task = names["task"]
         return function
+    shown = os.path.relpath(path, setup.project)
     raise _Unusable(f"{shown} defines neither a class Task nor a function task(config)")
 
 
@@ -210,7 +216,7 @@ def _keep(value: object, tell: Tell) -> None:
     if value is None:
         return
     try:
-        data = json.dumps(value, allow_nan=False).encode()
+        data = _ENCODER.encode(value).encode()
         why = _why_not(data)
     except BaseException as error:  # noqa: BLE001, RUF100  # code of the user's runs in there
         why = f"it is not JSON: {shorten(_text(error))}"
@@ -261,5 +267,7 @@ def _finish() -> None:
         except BaseException as error:  # noqa: BLE001, RUF100
             sys.__excepthook__(type(error), error, error.__traceback__)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(BaseException):
+        try:  # noqa: SIM105  # the manager of a context would be pages more to copy
             stream.flush()
+        except BaseException:  # noqa: BLE001, RUF100
+            pass
