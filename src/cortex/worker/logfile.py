@@ -5,7 +5,6 @@ Called by the job's supervisor; readers learn from `log.cut` what is gone.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import stat
@@ -30,8 +29,11 @@ _CANNOT = b"cortex: the file system cannot drop a part of a file, so limits.log 
 def open_to_write(folder: int) -> int:
     """Open it for a job, which finds what an earlier attempt has written. What that has put in its place is
     removed: to follow a link is to write anywhere, and a pipe without a reader would be waited for."""
-    with contextlib.suppress(FileNotFoundError):
+    try:
         about = os.stat(NAME, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        pass
+    else:
         if not stat.S_ISREG(about.st_mode):
             os.unlink(NAME, dir_fd=folder)
     return os.open(NAME, _APPEND, 0o644, dir_fd=folder)
@@ -53,19 +55,24 @@ class Log:
     def look(self) -> None:
         """Cut it if it is over its limit, and say in `due` when to look again."""
         try:
-            fd = os.open(NAME, _CUT, dir_fd=self._folder)
+            size = os.stat(NAME, dir_fd=self._folder, follow_symlinks=False).st_size
         except OSError:
             size = self._size
-        else:
-            try:
-                size = os.fstat(fd).st_size
-                if size - self._gone() > self._limit and not self._gave_up:
-                    self._drop(fd, size)
-            except OSError:
-                pass  # a full disk, most likely: there will be another look
-            finally:
-                os.close(fd)
+        if size - self._gone() > self._limit and not self._gave_up:
+            self._cut_open()
         self._plan(size)
+
+    def _cut_open(self) -> None:
+        try:
+            fd = os.open(NAME, _CUT, dir_fd=self._folder)
+        except OSError:
+            return
+        try:
+            self._drop(fd, os.fstat(fd).st_size)
+        except OSError:
+            pass  # a full disk, most likely: there will be another look
+        finally:
+            os.close(fd)
 
     def _plan(self, size: int) -> None:
         now = time.monotonic()

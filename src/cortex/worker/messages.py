@@ -31,7 +31,7 @@ class _Message:
     @classmethod
     def loads(cls, data: bytes) -> Self:
         """Fields of a later version are left out: records outlive the version that wrote them."""
-        fields = json.loads(data)
+        fields = json.loads(data.decode())  # of bytes it would ask for the encoding first
         return cls(**{name: fields[name] for name in cls.__slots__ if name in fields})
 
 

@@ -7,7 +7,6 @@ job", leaves no process behind, writes the exit record, and tells the engine of 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import select
@@ -104,8 +103,10 @@ class Supervisor:
     def _laid_out(self) -> OSError | None:
         """Make all that a job finds and writes; what went wrong with that."""
         try:
-            with contextlib.suppress(FileExistsError):
+            try:
                 os.mkdir("files", dir_fd=self.folder)
+            except FileExistsError:
+                pass
             files.make(self.folder, "job.json", json.dumps(self.order.job).encode())
             log = logfile.open_to_write(self.folder)
             self.job = child.Job(self.order, log, child.outcome_file())
@@ -144,8 +145,10 @@ class Supervisor:
             error=error,
             errno=errno,
         )
-        with contextlib.suppress(OSError):
+        try:
             self.bench.sock.send(reply.dumps())
+        except OSError:
+            pass
 
     def _supervise(self) -> str:
         if self.bench.signals.stop:
@@ -239,8 +242,10 @@ class Supervisor:
         assert self.job is not None  # or it would not have been laid out
         if self.order.lost is not None:
             words = f"cortex: {self.order.lost}; attempt {self.order.losses + 1} begins\n"
-            with contextlib.suppress(OSError):  # a full disk is no reason not to run
+            try:
                 os.write(self.job.log, words.encode())
+            except OSError:
+                pass  # a full disk is no reason not to run
         self.log_start = os.fstat(self.job.log).st_size
         self._begin(self.job)
 

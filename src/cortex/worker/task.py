@@ -267,7 +267,7 @@ def _finish() -> None:
         except BaseException as error:  # noqa: BLE001, RUF100
             sys.__excepthook__(type(error), error, error.__traceback__)
     for stream in (sys.stdout, sys.stderr):
-        try:  # noqa: SIM105  # the manager of a context would be pages more to copy
+        try:
             stream.flush()
         except BaseException:  # noqa: BLE001, RUF100
             pass

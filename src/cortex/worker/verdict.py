@@ -22,6 +22,7 @@ EXITED, OUT_OF_MEMORY, TIMED_OUT, STOPPED, LOST = (
     "stopped",
     "lost",
 )
+_FEW = 4096  # of as many bytes the kernel has to map as are asked for, not as there are
 _MOST_OUTCOME = task.MOST_RESULT + (1 << 16)
 
 
@@ -74,7 +75,9 @@ def _record(
 
 
 def _outcome(seen: Supervisor) -> Outcome:
-    said = b"" if seen.job is None else os.pread(seen.job.outcome, _MOST_OUTCOME, 0)
+    said = b"" if seen.job is None else os.pread(seen.job.outcome, _FEW, 0)
+    if len(said) == _FEW and seen.job is not None:
+        said = os.pread(seen.job.outcome, _MOST_OUTCOME, 0)
     try:
         return Outcome.loads(said) if said else Outcome()
     except (ValueError, TypeError):
