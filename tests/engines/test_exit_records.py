@@ -29,7 +29,7 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def ends() -> Iterator[tuple[Bench, socket.socket]]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
-        signals: Any = SimpleNamespace(wake=-1, wake_write=-1)
+        signals: Any = SimpleNamespace(wake=theirs.fileno(), wake_write=-1)  # nobody signals here
         setup: Any = SimpleNamespace(path=None)
         yield Bench(setup, signals, theirs, 0), ours
 

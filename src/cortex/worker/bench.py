@@ -22,7 +22,20 @@ if TYPE_CHECKING:
 class Bench:
     """One for each supervising process."""
 
-    __slots__ = ("_last", "boot", "found", "setup", "signals", "slot", "sock", "ticks", "worker")
+    __slots__ = (
+        "_end",
+        "_last",
+        "_said",
+        "boot",
+        "found",
+        "setup",
+        "signals",
+        "slot",
+        "sock",
+        "ticks",
+        "woken",
+        "worker",
+    )
 
     def __init__(
         self,
@@ -39,6 +52,10 @@ class Bench:
         self.found = found
         self.worker: child.Worker | None = None  # of the next job
         self._last: tuple[int, str] | None = None
+        self.woken = _poller(signals.wake, select.POLLIN)  # a supervisor waits by it
+        self._said = _poller(sock.fileno(), select.POLLIN)
+        self._said.register(signals.wake, select.POLLIN)
+        self._end = _poller(sock.fileno(), 0)  # POLLHUP is told of unasked
         about = processes.stat("self")
         self.ticks = about[2] if about else 0
         self.boot = processes.boot_id()
@@ -51,9 +68,7 @@ class Bench:
 
     def is_heard(self) -> bool:
         """Whether there is an engine at the other end."""
-        poller = select.poll()
-        poller.register(self.sock, 0)  # POLLHUP is told of unasked
-        return not poller.poll(0)
+        return not self._end.poll(0)
 
     def keep(self, folder: int, name: str) -> None:
         """An engine that has read this record stores it. If it goes it may have had no time for that, so
@@ -86,11 +101,8 @@ class Bench:
 
     def hear(self) -> bytes:
         """What the engine says next; nothing where it is gone, or a stop comes before it says anything."""
-        poller = select.poll()
-        poller.register(self.sock, select.POLLIN)
-        poller.register(self.signals.wake, select.POLLIN)
         while True:
-            ready = [fd for fd, _ in poller.poll()]
+            ready = [fd for fd, _ in self._said.poll()]
             if self.signals.wake in ready:
                 os.read(self.signals.wake, 512)
             if self.sock.fileno() in ready:
@@ -111,3 +123,9 @@ class Bench:
         if self._last is not None:
             with contextlib.suppress(OSError):
                 files.sync(*self._last)
+
+
+def _poller(fd: int, events: int) -> select.poll:
+    poller = select.poll()
+    poller.register(fd, events)
+    return poller

@@ -29,14 +29,13 @@ if TYPE_CHECKING:
     from cortex.worker.messages import Setup
 
     Orders = socket.socket | None
+    Identity = tuple[int, int]  # device and inode
     Marks = tuple[list[tuple[bytes, bytes]], bytes]
-    Work = tuple[list[tuple[bytes, bytes]], bytes, int, int, Order]
+    Work = tuple[list[tuple[bytes, bytes]], bytes, int, int, Identity, Order]
 
 NOT_FOUND = 127
 NOT_RUNNABLE = 126
 _SIGKILL = int(signal.SIGKILL)
-OUTCOME = "/memfd:outcome (deleted)"
-"""What the kernel calls an open file that `outcome_file` made."""
 _SIGKILL, _SETMASK, _sigmask = signal.SIGKILL, signal.SIG_SETMASK, signal.pthread_sigmask
 _prctl, _memmove = libc.prctl, ctypes.memmove
 
@@ -99,7 +98,8 @@ def start(bench: Bench, job: Job, others: tuple[int, ...]) -> int:
     Args:
         others: file descriptors that it must not keep, beside those of the bench.
     """
-    return _fork(bench, others, (*_marks(job.order), job.log, job.outcome, job.order), None)
+    work = (*_marks(job.order), job.log, job.outcome, _identity(job.outcome), job.order)
+    return _fork(bench, others, work, None)
 
 
 def _fork(bench: Bench, others: tuple[int, ...], work: Work | None, orders: Orders) -> int:
@@ -133,10 +133,11 @@ def _run(
     try:
         failed = _become(project, supervisor, foreign)
         if work is not None:
-            variables, mark, log, outcome, order = work
+            variables, mark, log, outcome, identity, order = work
             _get_ready(variables, mark, slot)
         elif orders is not None:
             log, outcome, order = _await(orders, slot)
+            identity = _identity(outcome)
             found = task.still(found, path)
         if failed is not None:
             raise failed
@@ -148,7 +149,7 @@ def _run(
         # Last: a stop that came meanwhile ends the process now, by the default action.
         _sigmask(_SETMASK, ())
         if path is not None:
-            code = task.run(setup, path, found, order.job["config"], _teller(outcome))
+            code = task.run(setup, path, found, order.job["config"], _teller(outcome, identity))
         elif setup.command is not None:
             code = _execute(setup.command)
     except BaseException as error:  # noqa: BLE001, RUF100  # the platform's own: it fails the job
@@ -217,14 +218,19 @@ def environment(order: Order) -> dict[str, str]:
     return env
 
 
-def _teller(outcome: int) -> task.Tell:
+def _identity(file: int) -> Identity:
+    about = os.fstat(file)
+    return about.st_dev, about.st_ino
+
+
+def _teller(outcome: int, made: Identity) -> task.Tell:
     """What a task has to say of itself, once."""
     own = getpid()
 
     def tell(data: bytes) -> None:
         if getpid() != own:
             return  # the task has forked by hand, and what becomes of that is its own affair
-        if os.readlink(f"/proc/self/fd/{outcome}") != OUTCOME:
+        if _identity(outcome) != made:
             raise OSError(errno.EBADF, "something of the task's own has the number of the file")
         _tell(outcome, data)
 

@@ -45,7 +45,7 @@ class Log:
     def __init__(self, folder: int, limit: int) -> None:
         self._folder = folder
         self._limit = limit
-        self._cut = LogCut(start=0, end=0, limit=limit)
+        self._cut: LogCut | None = None
         self._size = 0
         self._pause_s = FIRST_S
         self._seen = time.monotonic()
@@ -83,12 +83,12 @@ class Log:
         self._size, self._seen, self.due = size, now, now + self._pause_s
 
     def _gone(self) -> int:
-        return self._cut.end - self._cut.start
+        return 0 if self._cut is None else self._cut.end - self._cut.start
 
     def _drop(self, fd: int, size: int) -> None:
         # On either side: there is room for as much again until the next cut.
         keep = self._limit // 4
-        start = self._cut.start or _after_line(fd, keep)
+        start = _after_line(fd, keep) if self._cut is None else self._cut.start
         end = _after_line(fd, size - keep)
         cut = LogCut(start=start, end=end, limit=self._limit)
         # Told before it is done: a reader that finds zeros looks here again.
@@ -97,7 +97,7 @@ class Log:
         if not punch(fd, start, end):
             os.unlink(CUT, dir_fd=self._folder)
             self._gave_up = True
-            self._cut = LogCut(start=0, end=0, limit=self._limit)
+            self._cut = None
             os.pwrite(fd, _CANNOT, size)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 
+from cortex.worker import plain
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import ClassVar, Self
@@ -19,6 +21,10 @@ JOB_ID_ROOM = 64
 """Bytes kept free for the job's id in the first environment block of a fork server."""
 
 
+encode = plain.encoder()
+_decode = json.JSONDecoder().decode
+
+
 class _Message:
     __slots__: ClassVar[tuple[str, ...]] = ()
 
@@ -26,12 +32,12 @@ class _Message:
         return {name: getattr(self, name) for name in self.__slots__}
 
     def dumps(self) -> bytes:
-        return json.dumps(self.fields()).encode()
+        return encode({name: getattr(self, name) for name in self.__slots__}).encode()
 
     @classmethod
     def loads(cls, data: bytes) -> Self:
         """Fields of a later version are left out: records outlive the version that wrote them."""
-        fields = json.loads(data.decode())  # of bytes it would ask for the encoding first
+        fields = _decode(data.decode())
         return cls(**{name: fields[name] for name in cls.__slots__ if name in fields})
 
 

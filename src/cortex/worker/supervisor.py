@@ -7,9 +7,7 @@ job", leaves no process behind, writes the exit record, and tells the engine of 
 
 from __future__ import annotations
 
-import json
 import os
-import select
 import time
 
 from cortex.worker import cgroups, child, files, logfile, processes, verdict, wire
@@ -18,6 +16,7 @@ from cortex.worker.messages import (
     MOST_RECORD,
     Reply,
     StartRecord,
+    encode,
 )
 from cortex.worker.verdict import EXITED, LOST, OUT_OF_MEMORY, STOPPED, TIMED_OUT
 
@@ -44,8 +43,6 @@ class Supervisor:
         self.folder = files.open_folder(order.folder)
         self.groups = cgroups.Groups(order)
         self.log = logfile.Log(self.folder, order.log_limit)
-        self.poller = select.poll()
-        self.poller.register(bench.signals.wake, select.POLLIN)
         self.alone = False  # no descendant is left
         self.tell_at: float | None = None  # when to tell of the start, unless it is told
         self.worker = 0
@@ -94,6 +91,8 @@ class Supervisor:
         if not is_written:
             return False
         self.bench.keep(self.folder, self._exit_name)
+        if self.oom_fd is not None and not self.oom_look:
+            self.bench.woken.unregister(self.oom_fd)
         for fd in self._files():
             os.close(fd)
         self.bench.dismiss()  # it would be there still if the job never began
@@ -107,7 +106,7 @@ class Supervisor:
                 os.mkdir("files", dir_fd=self.folder)
             except FileExistsError:
                 pass
-            files.make(self.folder, "job.json", json.dumps(self.order.job).encode())
+            files.make(self.folder, "job.json", encode(self.order.job).encode())
             log = logfile.open_to_write(self.folder)
             self.job = child.Job(self.order, log, child.outcome_file())
         except OSError as error:
@@ -156,7 +155,7 @@ class Supervisor:
         if self._overdue():
             return TIMED_OUT
         self.groups.create()
-        self.oom_fd = self.groups.watch(self.poller)
+        self.oom_fd = self.groups.watch(self.bench.woken)
         self._fork()
         ending = self._watch()
         if ending in (STOPPED, TIMED_OUT):
@@ -293,12 +292,12 @@ class Supervisor:
         if until is not None:
             left.append(until - now)
         timeout = max(0.0, min(left) * 1000 + 1)
-        for fd, _ in self.poller.poll(timeout):
+        for fd, _ in self.bench.woken.poll(timeout):
             if fd == self.bench.signals.wake:
                 os.read(fd, 512)
             elif fd == self.oom_fd:
                 self.oom_look = True
-                self.poller.unregister(fd)
+                self.bench.woken.unregister(fd)
 
     def _start_record(self) -> bytes:
         return StartRecord(

@@ -15,6 +15,7 @@ import os
 import sys
 import types
 
+from cortex.worker import plain
 from cortex.worker.messages import Outcome, shorten
 
 TYPE_CHECKING = False
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 MOST_RESULT = 1 << 20
 MOST_LEVELS = 250
 """As many as a config may have: whoever reads a result comes to the end of its stack at some more."""
-_ENCODER = json.JSONEncoder(allow_nan=False)
+_encode = plain.encoder(for_one=True, allow_nan=False)
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
@@ -216,7 +217,7 @@ def _keep(value: object, tell: Tell) -> None:
     if value is None:
         return
     try:
-        data = _ENCODER.encode(value).encode()
+        data = _encode(value).encode()
         why = _why_not(data)
     except BaseException as error:  # noqa: BLE001, RUF100  # code of the user's runs in there
         why = f"it is not JSON: {shorten(_text(error))}"

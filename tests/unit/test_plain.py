@@ -1,0 +1,60 @@
+"""The encoders that are made once: they say what `json.dumps` says."""
+
+from __future__ import annotations
+
+import json
+import json.encoder
+import math
+from collections import OrderedDict
+from enum import IntEnum
+from typing import Any
+
+import pytest
+
+from cortex.worker import plain
+
+
+class Level(IntEnum):
+    HIGH = 3
+
+
+VALUES: dict[str, Any] = {
+    "nothing": None,
+    "truth": True,
+    "a number": -12.5e300,
+    "a large number": 1 << 80,
+    "text": 'quotes " and \\, \x00, ä, 😀',
+    "half a character": "\ud83d",
+    "names that are no text": {1: 2, None: 3, 4.5: [True], False: ()},
+    "deep": [[[{"a": [{"b": {}}]}]]],
+    "of other types": OrderedDict(level=Level.HIGH, many=(1, 2)),
+}
+
+
+@pytest.mark.parametrize("extension", [True, False], ids=["extension", "none"])
+@pytest.mark.parametrize("name", VALUES)
+def test_it_says_the_same(name: str, extension: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not extension:
+        monkeypatch.setattr(json.encoder, "c_make_encoder", None)
+    encode = plain.encoder()
+    assert [encode(VALUES[name]) for _ in range(2)] == [json.dumps(VALUES[name])] * 2
+
+
+def test_numbers_that_json_does_not_have_are_as_one_wants_them() -> None:
+    assert plain.encoder()([math.nan, math.inf]) == "[NaN, Infinity]"
+    with pytest.raises(ValueError, match="JSON compliant"):
+        plain.encoder(allow_nan=False)([math.nan])
+
+
+def test_what_is_not_json_is_refused_and_the_next_value_is_not() -> None:
+    encode = plain.encoder()
+    with pytest.raises(TypeError, match="set is not JSON serializable"):
+        encode({"a": [{1}]})
+    assert encode({"a": [1]}) == '{"a": [1]}'
+
+
+def test_a_value_that_holds_itself_is_refused() -> None:
+    value: list[Any] = []
+    value.append(value)
+    with pytest.raises(ValueError, match="Circular reference"):
+        plain.encoder(for_one=True)(value)
