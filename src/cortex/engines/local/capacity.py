@@ -51,12 +51,12 @@ class Ledger:
         if too_little is not None:
             self._refused = True
             return too_little
-        self._give(job_id, compute, self._free_gpus()[: compute.gpu])
+        self._give(job_id, compute, self._free_gpus(compute.gpu))
         return None
 
     def hold(self, job_id: str, compute: Compute, gpus: list[int]) -> None:
         """Take what a recovered job has already, even if that is more than there is now."""
-        self._give(job_id, compute, gpus or self._free_gpus()[: compute.gpu])
+        self._give(job_id, compute, gpus or self._free_gpus(compute.gpu))
 
     def gpus(self, job_id: str) -> list[int]:
         share = self._shares.get(job_id)
@@ -76,9 +76,11 @@ class Ledger:
         self._shares[job_id] = Share(amount, tuple(gpus))
         self.free -= amount
 
-    def _free_gpus(self) -> list[int]:
+    def _free_gpus(self, number: int) -> list[int]:
+        if not number:
+            return []
         taken = {index for share in self._shares.values() for index in share.gpus}
-        return [index for index in range(self.total.gpu) if index not in taken]
+        return [index for index in range(self.total.gpu) if index not in taken][:number]
 
 
 def _memory() -> int:

@@ -111,6 +111,8 @@ class ForkServers:
                 self._listener.not_forked(order.job_id, reason)
 
     def _trim(self) -> None:
+        if len(self._servers) <= MOST_IDLE:
+            return
         idle = [server for server in self._servers.values() if not server.crew.waiting]
         for server in idle[: max(0, len(idle) - MOST_IDLE)]:
             self._retire(server)

@@ -52,7 +52,7 @@ class Limits:
             cgroups.remove(str(self.own), within_s=0)
 
     def _group(self, folder: Path | None, job_id: str, attempt: int) -> str | None:
-        return None if folder is None else str(folder / f"{self.prefix}{job_id}-{attempt}")
+        return None if folder is None else f"{folder}/{self.prefix}{job_id}-{attempt}"
 
 
 def prefix(root: Path) -> str:
