@@ -10,6 +10,8 @@ import pytest
 from _pytest.nodeid import coerce_node_id
 
 import s3 as s3_server
+from awaited import Awaited, Connect
+from cortex.client import Client
 from cortex.store import Store
 from postgresql import Server, server
 from s3 import S3
@@ -37,6 +39,13 @@ def own(tmp_path: Path) -> Iterator[Operator]:
     """An operator for one test, which may kill it; it has one core for jobs."""
     with operator(tmp_path, "--cpu", "1") as running:
         yield running
+
+
+@pytest.fixture(params=[Client, Awaited], ids=["sync", "async"])
+def connect(request: pytest.FixtureRequest) -> Connect:
+    """Makes a client; each test that uses it is run with both."""
+    made: Connect = request.param
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,11 @@ import importlib
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cortex import errors as errors
-    from cortex.client import Client, client, env_delete, env_list, new_client
+    from cortex.client import AsyncClient, Client, client, env_delete, env_list, new_client
     from cortex.errors import CortexError
 
 _HOME = {
+    "AsyncClient": "cortex.client",
     "Client": "cortex.client",
     "CortexError": "cortex.errors",
     "client": "cortex.client",
@@ -30,6 +31,7 @@ __all__ = [  # noqa: RUF022  # in the order in which a reader meets them
     "env_list",
     "env_delete",
     "Client",
+    "AsyncClient",
     "CortexError",
 ]
 

@@ -12,15 +12,23 @@ from pathlib import Path
 import pytest
 
 import cortex
+from awaited import Awaited, Connect
 from cortex.errors import Conflict, InvalidRequest, InvalidSpec, NotFound
 from gate import Gate
 from support import PATIENCE_S, PROBE, Operator, probe_yaml, until
 
 
-@pytest.fixture
-def client(shared: Operator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> cortex.Client:
+@pytest.fixture(params=[cortex.client, Awaited.of_environment], ids=["sync", "async"])
+def client(
+    shared: Operator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> Iterator[cortex.Client]:
     monkeypatch.setenv("CORTEX_CLI_CONFIG_DIR", str(tmp_path / "config"))
-    return cortex.new_client("test", shared.url)
+    cortex.new_client("test", shared.url).close()
+    with request.param() as made:
+        yield made
 
 
 def api(name: str) -> dict[str, object]:
@@ -132,8 +140,10 @@ def way(own: Operator) -> Iterator[Way]:
         yield made
 
 
-def test_a_wait_goes_on_over_the_death_of_the_operator(own: Operator, way: Way) -> None:
-    with cortex.Client(way.url) as client, ThreadPoolExecutor(1) as pool:
+def test_a_wait_goes_on_over_the_death_of_the_operator(
+    connect: Connect, own: Operator, way: Way
+) -> None:
+    with connect(way.url) as client, ThreadPoolExecutor(1) as pool:
         job = client.submit_job("probe", {"do": "sleep", "s": 300})
         waiting = pool.submit(client.get_job, "probe", job["job_id"], wait=PATIENCE_S)
         assert way.waits.wait(PATIENCE_S)
@@ -144,9 +154,43 @@ def test_a_wait_goes_on_over_the_death_of_the_operator(own: Operator, way: Way) 
         assert waiting.result(PATIENCE_S)["job_status"]["status"] == "status_stopped"
 
 
-def test_a_submit_whose_answer_was_lost_is_one_job(way: Way) -> None:
+def test_a_job_is_known_after_its_operator_died_and_came_back(
+    connect: Connect, own: Operator, way: Way
+) -> None:
+    with connect(way.url) as client:
+        job = client.submit_job("probe", {"x": 1})
+        own.kill()
+        own.start()
+        view = client.get_job("probe", job["job_id"], wait=PATIENCE_S)
+    assert view["job_status"]["status"] == "status_succeeded"
+    assert view["job_status"]["result"]["x"] == 1
+
+
+def test_a_log_is_followed_over_the_death_of_the_operator(
+    connect: Connect, own: Operator, way: Way
+) -> None:
+    with connect(way.url) as client:
+        job = client.submit_job("probe", {"do": "sleep", "s": 300})
+        log = client.stream_job_logs("probe", job["job_id"])
+        assert next(log) == "asleep\n"
+        own.kill()
+        own.start()
+        client.stop_job("probe", job["job_id"])
+        assert "".join(log) == ""
+
+
+def test_a_log_is_read_as_far_as_it_is_written(connect: Connect, own: Operator, way: Way) -> None:
+    with connect(way.url) as client:
+        running = client.submit_job("probe", {"do": "sleep", "s": 300})
+        own.await_log(f"{own.url}/probe", running, "asleep")
+        assert "".join(client.read_job_logs("probe", running["job_id"])) == "asleep\n"
+        with pytest.raises(NotFound):
+            "".join(client.read_job_logs("probe", "nothing"))
+
+
+def test_a_submit_whose_answer_was_lost_is_one_job(connect: Connect, way: Way) -> None:
     way.to_lose = 2
-    with cortex.Client(way.url) as client:
+    with connect(way.url) as client:
         job = client.submit_job("probe", {"do": "echo"})
         page = client.list_jobs("probe")
     assert [answer.split()[1] for answer in way.lost] == [b"200", b"200"]
@@ -154,8 +198,8 @@ def test_a_submit_whose_answer_was_lost_is_one_job(way: Way) -> None:
     assert page["next_cursor"] is None
 
 
-def test_a_key_of_ones_own_is_one_job(way: Way) -> None:
-    with cortex.Client(way.url) as client:
+def test_a_key_of_ones_own_is_one_job(connect: Connect, way: Way) -> None:
+    with connect(way.url) as client:
         first = client.submit_job("probe", {"x": "\ud800"}, 300, idempotency_key="order 17")
         again = client.submit_job("probe", {"x": "\ud800"}, 300, idempotency_key="order 17")
         assert again == first
@@ -165,8 +209,8 @@ def test_a_key_of_ones_own_is_one_job(way: Way) -> None:
         assert client.submit_job("probe")["job_id"] != first["job_id"]
 
 
-def test_jobs_are_listed_page_by_page(way: Way) -> None:
-    with cortex.Client(way.url) as client:
+def test_jobs_are_listed_page_by_page(connect: Connect, way: Way) -> None:
+    with connect(way.url) as client:
         jobs = [client.submit_job("probe", timeout=300)["job_id"] for _ in range(3)]
         for job in jobs:
             client.get_job("probe", job, wait=PATIENCE_S)

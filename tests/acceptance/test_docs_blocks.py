@@ -55,8 +55,11 @@ def test_the_first_screen_of_the_readme(shared: Operator, tmp_path: Path) -> Non
         run(shared, tmp_path, CORTEX, *words)
 
 
-def test_the_example_of_the_python_client(shared: Operator, tmp_path: Path) -> None:
-    (code,) = blocks("docs/cli.md", "python")
+def test_the_examples_of_the_python_clients(shared: Operator, tmp_path: Path) -> None:
+    code, of_asyncio = blocks("docs/cli.md", "python")
     configure(shared, tmp_path)
     (tmp_path / "example.py").write_text(code)
     assert "status_succeeded {'rows': 300}" in run(shared, tmp_path, sys.executable, "example.py")
+    (tmp_path / "example.py").write_text(of_asyncio)
+    told = run(shared, tmp_path, sys.executable, "-X", "dev", "-W", "error", "example.py")
+    assert told.splitlines() == ["{'rows': 150}", "{'rows': 300}", "{'rows': 450}"]

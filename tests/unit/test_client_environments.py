@@ -137,6 +137,25 @@ def test_cortex_client_is_a_function_however_often_and_whatever_was_imported() -
         assert isinstance(opened, Client)
 
 
+def test_both_clients_are_made_of_an_environment_with_the_token_that_goes_before_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    environments.configure("far", "https://one.example", "ctx_own")
+    monkeypatch.delenv("CORTEX_TOKEN", raising=False)
+
+    def made() -> set[tuple[str, str, str | None]]:
+        asynchronous = cortex.AsyncClient.of_environment("far")
+        with cortex.client("far") as client:
+            return {
+                (c.name, c.operator_endpoint, c._endpoint.token) for c in (client, asynchronous)
+            }
+
+    assert made() == {("far", "https://one.example", "ctx_own")}
+    monkeypatch.setenv("CORTEX_TOKEN", "ctx_first")
+    assert made() == {("far", "https://one.example", "ctx_first")}
+    assert "ctx_first" not in repr(cortex.AsyncClient.of_environment())
+
+
 def test_a_token_is_kept_for_its_endpoint_alone_and_for_its_owner_alone(folder: Path) -> None:
     environments.configure("far", "https://one.example", "ctx_secret")
     file = environments.path()

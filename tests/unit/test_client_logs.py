@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from itertools import pairwise
 
 import pytest
@@ -10,8 +11,8 @@ from client_stub import Stub, answer, events
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cortex.client import Client
-from cortex.client.logs import PAUSES_S, Event, follow, parse
+from awaited import Connect
+from cortex.client.logs import PAUSES_S, Event, Parser, follow, follow_async
 from cortex.errors import NotFound, OperatorUnreachable
 
 END = b'event: end\ndata: {"status": "status_succeeded"}\n\n'
@@ -19,6 +20,12 @@ END = b'event: end\ndata: {"status": "status_succeeded"}\n\n'
 
 def log(offset: int, text: str) -> bytes:
     return f"event: log\nid: {offset}\ndata: {json.dumps(text, ensure_ascii=False)}\n\n".encode()
+
+
+def parse(chunks: Iterable[bytes]) -> Iterator[Event]:
+    parser = Parser()
+    for chunk in chunks:
+        yield from parser.events(chunk)
 
 
 def test_events_are_parsed_with_comments_and_both_line_ends() -> None:
@@ -65,12 +72,38 @@ class Scripted:
         yield step
 
 
+def awaited(connect: Scripted, *, pause: Callable[[float], object]) -> list[str]:
+    """What `follow_async` makes of the script."""
+
+    @asynccontextmanager
+    async def opened(last_id: str | None) -> AsyncIterator[AsyncIterator[bytes]]:
+        async def each() -> AsyncIterator[bytes]:
+            for chunk in chunks:
+                yield chunk
+
+        with connect(last_id) as chunks:
+            yield each()
+
+    async def paused(seconds: float) -> None:
+        pause(seconds)
+
+    async def all_of_it() -> list[str]:
+        return [text async for text in follow_async(opened, pause=paused)]
+
+    return asyncio.run(all_of_it())
+
+
+both = pytest.mark.parametrize("follow", [follow, awaited], ids=["sync", "async"])
+Follow = Callable[..., Iterable[str]]
+
+
 def breaks_off(*chunks: bytes) -> Iterator[bytes]:
     yield from chunks
     raise OperatorUnreachable("broke")
 
 
-def test_a_log_goes_on_after_the_last_event_that_arrived() -> None:
+@both
+def test_a_log_goes_on_after_the_last_event_that_arrived(follow: Follow) -> None:
     connect = Scripted(
         breaks_off(log(3, "one"), log(9, "two")[:-1]),
         OperatorUnreachable("restarting"),
@@ -83,12 +116,14 @@ def test_a_log_goes_on_after_the_last_event_that_arrived() -> None:
     assert paused == [PAUSES_S[0], PAUSES_S[1], PAUSES_S[0]]
 
 
-def test_an_operator_that_was_never_there_is_not_waited_for() -> None:
+@both
+def test_an_operator_that_was_never_there_is_not_waited_for(follow: Follow) -> None:
     with pytest.raises(OperatorUnreachable):
         list(follow(Scripted(OperatorUnreachable("none")), pause=pytest.fail))
 
 
-def test_an_operator_that_stays_away_is_given_up() -> None:
+@both
+def test_an_operator_that_stays_away_is_given_up(follow: Follow) -> None:
     away = [OperatorUnreachable("away")] * (len(PAUSES_S) + 1)
     connect = Scripted([log(1, "x")], *away)
     with pytest.raises(OperatorUnreachable):
@@ -96,28 +131,29 @@ def test_an_operator_that_stays_away_is_given_up() -> None:
     assert len(connect.asked) == 1 + len(PAUSES_S)
 
 
-def test_an_error_that_will_not_pass_is_final() -> None:
+@both
+def test_an_error_that_will_not_pass_is_final(follow: Follow) -> None:
     connect = Scripted([log(1, "x")], NotFound("deleted"))
     with pytest.raises(NotFound):
         list(follow(connect, pause=lambda _: None))
 
 
-def test_a_log_is_followed_over_http_across_connections() -> None:
+def test_a_log_is_followed_over_http_across_connections(connect: Connect) -> None:
     path = "GET /-/apis/iris/jobs/j1/logs"
     with (
         Stub({path: [events(log(4, "grün\n")), events(log(8, "done"), END)]}) as stub,
-        Client(stub.url) as client,
+        connect(stub.url) as client,
     ):
         assert "".join(client.stream_job_logs("iris", "j1")) == "grün\ndone"
     assert [r.headers.get("last-event-id") for r in stub.requests] == [None, "4"]
     assert {r.headers["accept"] for r in stub.requests} == {"text/event-stream"}
 
 
-def test_the_log_of_an_unknown_job_is_an_error() -> None:
+def test_the_log_of_an_unknown_job_is_an_error(connect: Connect) -> None:
     gone = answer({"kind": "not_found", "message": "there is no job j1"}, 404)
     with (
         Stub({"GET /-/apis/iris/jobs/j1/logs": gone}) as stub,
-        Client(stub.url) as client,
+        connect(stub.url) as client,
         pytest.raises(NotFound, match="no job j1"),
     ):
         next(client.stream_job_logs("iris", "j1"))

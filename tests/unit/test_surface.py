@@ -13,7 +13,7 @@ from cortex.spec.times import new_id, parse_rfc3339, rfc3339
 
 def test_the_public_surface() -> None:
     assert cortex.__all__ == [
-        "client", "new_client", "env_list", "env_delete", "Client", "CortexError",
+        "client", "new_client", "env_list", "env_delete", "Client", "AsyncClient", "CortexError",
     ]  # fmt: skip
     for name in cortex.__all__:
         assert getattr(cortex, name).__doc__

@@ -6,11 +6,11 @@ a client: importing a package binds its name in its parent, so the package itsel
 
 from __future__ import annotations
 
-import os
 import sys
 from types import ModuleType
 
 from cortex.client import environments
+from cortex.client.asynchronous import AsyncClient
 from cortex.client.sync import Client
 from cortex.client.types import (
     ApiVersion,
@@ -28,6 +28,7 @@ from cortex.client.types import (
 __all__ = [
     "ApiVersion",
     "ApiView",
+    "AsyncClient",
     "Client",
     "DeployResult",
     "EnvironmentEntry",
@@ -59,7 +60,7 @@ def new_client(name: str, operator_endpoint: str, token: str | None = None) -> C
 
 
 def _client_of(environment: environments.Environment) -> Client:
-    token = os.environ.get("CORTEX_TOKEN") or environment.token
+    token = environments.token_of(environment)
     return Client(environment.operator_endpoint, name=environment.name, token=token)
 
 

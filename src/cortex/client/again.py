@@ -1,12 +1,13 @@
-"""Asking again, over the time that an operator takes to come back. Used by the client alone."""
+"""Asking again, over the time that an operator takes to come back. Used by the clients, and by the command."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
-from time import monotonic, sleep
+from time import monotonic
 from typing import TYPE_CHECKING
 
+from cortex.client.exchange import Exchange, Pause, Request
 from cortex.errors import CortexError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 2.0
 
 
-def until_answered(ask: Callable[[], JsonValue], deadline: float) -> JsonValue:
+def until_answered(ask: Callable[[], Request], deadline: float) -> Exchange[JsonValue]:
     """The answer, once an operator that is away or takes no writes for now is back. What may be done twice
     only.
 
@@ -29,12 +30,12 @@ def until_answered(ask: Callable[[], JsonValue], deadline: float) -> JsonValue:
     pauses = _pauses()
     while True:
         try:
-            return ask()
+            return (yield ask())
         except CortexError as error:
             left_s = deadline - monotonic()
             if not is_passing(error) or left_s <= 0:
                 raise
-        sleep(min(next(pauses), left_s))
+        yield Pause(min(next(pauses), left_s))
 
 
 def is_passing(error: CortexError) -> bool:

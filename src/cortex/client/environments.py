@@ -101,6 +101,11 @@ def resolve(name: str | None) -> Environment:
     return environments.named(environments.default)
 
 
+def token_of(environment: Environment) -> str | None:
+    """The token to send to it: $CORTEX_TOKEN goes before its own."""
+    return os.environ.get("CORTEX_TOKEN") or environment.token
+
+
 def configure(name: str, operator_endpoint: str, token: str | None = None) -> Environment:
     """Add an environment, or point it elsewhere. The first one becomes the default. A token that was
     stored is kept only for the endpoint that it was given for."""

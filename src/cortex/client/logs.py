@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+)
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 
 from cortex.errors import CortexError, OperatorUnreachable
@@ -14,6 +22,7 @@ from cortex.errors import CortexError, OperatorUnreachable
 PAUSES_S = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0)
 
 Connect = Callable[[str | None], AbstractContextManager[Iterable[bytes]]]
+AsyncConnect = Callable[[str | None], AbstractAsyncContextManager[AsyncIterable[bytes]]]
 
 
 @dataclass(frozen=True)
@@ -31,57 +40,111 @@ def follow(connect: Connect, *, pause: Callable[[float], None] = time.sleep) -> 
     `connect` opens the stream after a given event. Until it has worked once, its failure is final;
     from then on the stream is resumed after the last event that arrived.
     """
-    last_id: str | None = None
-    pauses: Iterator[float] = iter(())
-    connected = False
+    log = _Followed()
     while True:
         try:
-            with connect(last_id) as chunks:
-                if not connected:
-                    connected, pauses = True, iter(PAUSES_S)
-                for event in parse(chunks):
-                    pauses = iter(PAUSES_S)
-                    if event.name == "end":
+            with connect(log.last_id) as chunks:
+                log.begin()
+                for chunk in chunks:
+                    yield from log.read(chunk)
+                    if log.has_ended:
                         return
-                    if event.name == "log":
-                        last_id = event.id
-                        yield json.loads(event.data)
-            broken: CortexError = OperatorUnreachable("the stream of the job's log broke off")
+            broken = None
         except CortexError as error:
-            if error.http_status < 500:
-                raise
             broken = error
-        wait_s = next(pauses, None)
-        if wait_s is None:
-            raise broken
-        pause(wait_s)
+        pause(log.pause_s(broken))
 
 
-def parse(chunks: Iterable[bytes]) -> Iterator[Event]:
+async def follow_async(
+    connect: AsyncConnect, *, pause: Callable[[float], Awaitable[None]] = asyncio.sleep
+) -> AsyncGenerator[str, None]:
+    """As `follow`."""
+    log = _Followed()
+    while True:
+        try:
+            async with connect(log.last_id) as chunks:
+                log.begin()
+                async for chunk in chunks:
+                    for text in log.read(chunk):
+                        yield text
+                    if log.has_ended:
+                        return
+            broken = None
+        except CortexError as error:
+            broken = error
+        await pause(log.pause_s(broken))
+
+
+class Parser:
     """The events in a stream of bytes. One that the stream breaks off within is dropped."""
-    name, last_id, data = "message", "", list[str]()
-    for line in _lines(chunks):
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._name, self._id, self._data = "message", "", list[str]()
+
+    def events(self, chunk: bytes) -> Iterator[Event]:
+        """Those that these bytes complete."""
+        # Not `str.splitlines`: it would split data at U+2028 and its like, which end no line here.
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        for line in lines:
+            event = self._event(line.removesuffix(b"\r").decode("utf-8", "replace"))
+            if event is not None:
+                yield event
+
+    def _event(self, line: str) -> Event | None:
         if not line:
-            if data:
-                yield Event(name, last_id, "\n".join(data))
-            name, data = "message", []
-            continue
+            whole = Event(self._name, self._id, "\n".join(self._data)) if self._data else None
+            self._name, self._data = "message", []
+            return whole
         field, _, value = line.partition(":")
         value = value.removeprefix(" ")
         if field == "":
-            yield Event(":", last_id, value)
-        elif field == "event":
-            name = value
+            return Event(":", self._id, value)
+        if field == "event":
+            self._name = value
         elif field == "id":
-            last_id = value
+            self._id = value
         elif field == "data":
-            data.append(value)
+            self._data.append(value)
+        return None
 
 
-def _lines(chunks: Iterable[bytes]) -> Iterator[str]:
-    # Not `str.splitlines`: it would split data at U+2028 and its like, which end no line here.
-    rest = b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line.removesuffix(b"\r").decode("utf-8", "replace")
+class _Followed:
+    """How far a log was read, and for how long its stream is sought again."""
+
+    def __init__(self) -> None:
+        self.last_id: str | None = None
+        self.has_ended = False
+        self._parser = Parser()
+        self._has_begun = False
+        self._pauses: Iterator[float] = iter(())
+
+    def begin(self) -> None:
+        """A stream begins, after `last_id`."""
+        if not self._has_begun:
+            self._has_begun, self._pauses = True, iter(PAUSES_S)
+        self._parser = Parser()
+
+    def read(self, chunk: bytes) -> Iterator[str]:
+        """The text in these bytes of the stream."""
+        for event in self._parser.events(chunk):
+            self._pauses = iter(PAUSES_S)
+            if event.name == "end":
+                self.has_ended = True
+                return
+            if event.name == "log":
+                self.last_id = event.id
+                yield json.loads(event.data)
+
+    def pause_s(self, broken: CortexError | None) -> float:
+        """The time until the stream is sought again, after it ended or an error broke it.
+
+        Raises:
+            CortexError: it is not: the error will not pass, or the operator was away for too long.
+        """
+        if broken is None:
+            broken = OperatorUnreachable("the stream of the job's log broke off")
+        pause_s = next(self._pauses, None)
+        if broken.http_status < 500 or pause_s is None:
+            raise broken
+        return pause_s

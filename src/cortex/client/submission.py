@@ -1,4 +1,4 @@
-"""A submit: what is sent, and again where its answer was lost. Used by the client alone."""
+"""A submit: what is sent, and again where its answer was lost. Used by the clients alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from cortex.client.again import is_passing, until_answered
-from cortex.client.transport import Transport
+from cortex.client.exchange import Exchange, Request
 from cortex.errors import CortexError, InvalidRequest, OperatorUnreachable
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def body(config: Mapping[str, JsonValue] | None, timeout: int | None) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def submitted(operator: Transport, path: str, content: bytes, key: str | None) -> JsonValue:
+def submitted(path: str, content: bytes, key: str | None) -> Exchange[JsonValue]:
     """The operator's answer to a submit, which is one job however often it is sent.
 
     Raises:
@@ -43,17 +43,14 @@ def submitted(operator: Transport, path: str, content: bytes, key: str | None) -
     """
     key = uuid.uuid4().hex if key is None else _checked_key(key)
     headers = {"Content-Type": "application/json", "Idempotency-Key": key}
-
-    def send() -> JsonValue:
-        return operator.call("POST", path, headers=headers, content=content)
-
+    request = Request("POST", path, headers=headers, content=content)
     try:
-        return send()
+        return (yield request)
     except OperatorUnreachable as error:
         if not error.is_unanswered:
             raise
     try:
-        return until_answered(send, time.monotonic() + _AGAIN_S)
+        return (yield from until_answered(lambda: request, time.monotonic() + _AGAIN_S))
     except CortexError as error:
         if not is_passing(error):
             raise

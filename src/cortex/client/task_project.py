@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 
 import cloudpickle  # type: ignore[import-untyped]  # it ships no types
@@ -24,6 +25,9 @@ from cortex.errors import InvalidProject
 Task = Callable[..., object]
 
 MODULE = "task.py"
+
+# What is pickled by value is one list for the whole process.
+_REGISTRY = Lock()
 _LOADER = '''"""The task that was deployed from Python, as `task.pkl` holds it."""
 
 import pickle
@@ -93,6 +97,11 @@ def _requirements(requirements: Sequence[str]) -> list[str]:
 
 
 def _pickle(task: Task) -> bytes:
+    with _REGISTRY:
+        return _pickle_by_value(task)
+
+
+def _pickle_by_value(task: Task) -> bytes:
     known = cloudpickle.list_registry_pickle_by_value()
     own = [module for module in _own_modules(task) if module.__name__ not in known]
     for module in own:

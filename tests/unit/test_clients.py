@@ -7,7 +7,8 @@ import socket
 import subprocess
 import sys
 import tarfile
-from contextlib import ExitStack, closing
+from collections.abc import Callable
+from contextlib import ExitStack
 from email import message_from_bytes
 from email.message import Message
 from pathlib import Path
@@ -26,8 +27,7 @@ from client_stub import (
     job_view,
 )
 
-from cortex.client import Client
-from cortex.client.transport import Transport
+from awaited import Connect
 from cortex.errors import (
     Conflict,
     CortexError,
@@ -63,7 +63,17 @@ def unpacked(request: Request, folder: Path) -> Path:
     return folder
 
 
-def test_what_the_operator_answers_is_returned_as_it_is() -> None:
+def on_pause(monkeypatch: pytest.MonkeyPatch, act: Callable[[float], object]) -> None:
+    """Do that wherever a client would pause."""
+
+    async def pause(seconds: float) -> None:
+        act(seconds)
+
+    monkeypatch.setattr("cortex.client.transport.sleep", act)
+    monkeypatch.setattr("cortex.client.transport.asyncio.sleep", pause)
+
+
+def test_what_the_operator_answers_is_returned_as_it_is(connect: Connect) -> None:
     answers = {
         "GET /-/apis": answer([VIEW]),
         "GET /-/apis/iris": answer([VIEW]),
@@ -76,7 +86,7 @@ def test_what_the_operator_answers_is_returned_as_it_is() -> None:
         "GET /-/info": answer({"version": "1"}),
         "GET /-/cluster": answer({"nodes": []}),
     }
-    with Stub(answers) as stub, Client(stub.url) as client:
+    with Stub(answers) as stub, connect(stub.url) as client:
         assert client.list_apis() == [VIEW]
         assert client.get_api("iris") == VIEW
         assert client.get_job("iris", "j1") == job_view(RUNNING)
@@ -97,65 +107,67 @@ def test_what_the_operator_answers_is_returned_as_it_is() -> None:
     [{"C": object()}, {"C": float("nan")}, {"C": {1, 2}}, [1], "C"],
     ids=["object", "nan", "set", "list", "text"],
 )
-def test_a_config_that_is_no_json_is_not_sent(config) -> None:  # type: ignore[no-untyped-def]
+def test_a_config_that_is_no_json_is_not_sent(connect: Connect, config) -> None:  # type: ignore[no-untyped-def]
     with (
         Stub({}) as stub,
-        Client(stub.url) as client,
+        connect(stub.url) as client,
         pytest.raises(InvalidRequest, match="config"),
     ):
         client.submit_job("iris", config)
     assert not stub.requests
 
 
-def test_a_wait_is_asked_for_in_slices_until_the_job_has_ended() -> None:
+def test_a_wait_is_asked_for_in_slices_until_the_job_has_ended(connect: Connect) -> None:
     path = "/-/apis/iris/jobs/j1?wait=20.0"
     with (
         Stub({f"GET {path}": [answer(job_view(RUNNING)), answer(job_view(SUCCEEDED))]}) as stub,
-        Client(stub.url) as client,
+        connect(stub.url) as client,
     ):
         job = client.get_job("iris", "j1", wait=3600)
     assert job["job_status"]["status"] == "status_succeeded"
     assert [r.path for r in stub.requests] == [path, path]
 
 
-def test_a_wait_goes_on_over_what_passes() -> None:
+def test_a_wait_goes_on_over_what_passes(connect: Connect) -> None:
     path = "GET /-/apis/iris/jobs/j1?wait=20.0"
     away = [LOST, FULL, Answer(502, (b"bad",), "text/plain")]
     with (
         Stub({path: [*away, answer(job_view(RUNNING)), LOST, answer(job_view(SUCCEEDED))]}) as stub,
-        Client(stub.url) as client,
+        connect(stub.url) as client,
     ):
         assert client.get_job("iris", "j1", wait=3600) == job_view(SUCCEEDED)
     assert len(stub.requests) == 6
 
 
-def test_a_wait_goes_on_where_connections_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_goes_on_where_connections_are_refused(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stub = Stub({"GET /-/apis/iris/jobs/j1?wait=20.0": answer(job_view(SUCCEEDED))})
     with socket.create_server(("127.0.0.1", 0)) as taken:
         stub.port = taken.getsockname()[1]
     with ExitStack() as stack:
-        monkeypatch.setattr("cortex.client.again.sleep", lambda _: stack.enter_context(stub))
-        client = stack.enter_context(Client(f"http://127.0.0.1:{stub.port}"))
+        on_pause(monkeypatch, lambda _: stack.enter_context(stub))
+        client = stack.enter_context(connect(f"http://127.0.0.1:{stub.port}"))
         assert client.get_job("iris", "j1", wait=3600) == job_view(SUCCEEDED)
     assert len(stub.requests) == 1
 
 
-def test_pauses_grow_to_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pauses_grow_to_two_seconds(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     paused: list[float] = []
-    monkeypatch.setattr("cortex.client.again.sleep", paused.append)
+    on_pause(monkeypatch, paused.append)
     path = "GET /-/apis/iris/jobs/j1?wait=20.0"
     with (
         Stub({path: [FULL] * 7 + [answer(job_view(SUCCEEDED))]}) as stub,
-        Client(stub.url) as client,
+        connect(stub.url) as client,
     ):
         client.get_job("iris", "j1", wait=3600)
     assert paused == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
 
 
-def test_what_still_is_wrong_at_the_deadline_of_a_wait_is_raised() -> None:
+def test_what_still_is_wrong_at_the_deadline_of_a_wait_is_raised(connect: Connect) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-    with Client(url) as client, pytest.raises(OperatorUnreachable, match="no operator answers"):
+    with connect(url) as client, pytest.raises(OperatorUnreachable, match="no operator answers"):
         client.get_job("iris", "j1", wait=0.3)
 
 
@@ -164,21 +176,21 @@ def test_what_still_is_wrong_at_the_deadline_of_a_wait_is_raised() -> None:
     [(LOST, None), (FULL, None), (answer({}, 500), 3600), (answer({}, 404), 3600)],
 )
 def test_without_a_wait_and_for_what_does_not_pass_a_status_is_asked_for_once(
-    first: Answer, wait: float | None
+    connect: Connect, first: Answer, wait: float | None
 ) -> None:
     path = "GET /-/apis/iris/jobs/j1" + ("" if wait is None else "?wait=20.0")
     with (
         Stub({path: [first, answer(job_view(SUCCEEDED))]}) as stub,
-        Client(stub.url) as client,
+        connect(stub.url) as client,
         pytest.raises(CortexError),
     ):
         client.get_job("iris", "j1", wait=wait)
     assert len(stub.requests) == 1
 
 
-def test_a_submit_whose_answer_was_lost_is_sent_again_as_it_was() -> None:
+def test_a_submit_whose_answer_was_lost_is_sent_again_as_it_was(connect: Connect) -> None:
     bad = Answer(502, (b"bad",), "text/plain")
-    with Stub({SUBMIT: [LOST, FULL, LOST, bad, answer(SUBMITTED)]}) as stub, Client(stub.url) as c:
+    with Stub({SUBMIT: [LOST, FULL, LOST, bad, answer(SUBMITTED)]}) as stub, connect(stub.url) as c:
         assert c.submit_job("iris", {"C": 0.5, "ü": "\ud800"}, timeout=60) == SUBMITTED
         c.submit_job("iris")
     *repeated, other = stub.requests
@@ -191,17 +203,17 @@ def test_a_submit_whose_answer_was_lost_is_sent_again_as_it_was() -> None:
     assert {request.headers["content-type"] for request in repeated} == {"application/json"}
 
 
-def test_a_key_of_ones_own_is_sent() -> None:
-    with Stub({SUBMIT: [LOST, answer(SUBMITTED)]}) as stub, Client(stub.url) as client:
+def test_a_key_of_ones_own_is_sent(connect: Connect) -> None:
+    with Stub({SUBMIT: [LOST, answer(SUBMITTED)]}) as stub, connect(stub.url) as client:
         client.submit_job("iris", idempotency_key="order 17")
     assert [r.headers["idempotency-key"] for r in stub.requests] == ["order 17"] * 2
 
 
 @pytest.mark.parametrize("key", ["", "k" * 256, "a\nb", " a", "ä"])
-def test_a_key_that_would_not_arrive_is_not_sent(key: str) -> None:
+def test_a_key_that_would_not_arrive_is_not_sent(connect: Connect, key: str) -> None:
     with (
         Stub({}) as stub,
-        Client(stub.url) as client,
+        connect(stub.url) as client,
         pytest.raises(InvalidRequest, match="idempotency key"),
     ):
         client.submit_job("iris", idempotency_key=key)
@@ -210,10 +222,12 @@ def test_a_key_that_would_not_arrive_is_not_sent(key: str) -> None:
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
 @pytest.mark.parametrize("status", [404, 409, 429, 500])
-def test_a_submit_that_is_refused_is_not_sent_again(lost: int, status: int) -> None:
+def test_a_submit_that_is_refused_is_not_sent_again(
+    connect: Connect, lost: int, status: int
+) -> None:
     with (
         Stub({SUBMIT: [LOST] * lost + [answer({"kind": "k", "message": "no"}, status)]}) as stub,
-        Client(stub.url) as client,
+        connect(stub.url) as client,
         pytest.raises(CortexError, match=r"^no$"),
     ):
         client.submit_job("iris")
@@ -221,32 +235,36 @@ def test_a_submit_that_is_refused_is_not_sent_again(lost: int, status: int) -> N
 
 
 @pytest.mark.parametrize("first", [FULL, Answer(502, (b"bad",), "text/plain")])
-def test_an_answer_to_the_first_submit_is_final(first: Answer) -> None:
-    with Stub({SUBMIT: [first, answer(SUBMITTED)]}) as stub, Client(stub.url) as client:
+def test_an_answer_to_the_first_submit_is_final(connect: Connect, first: Answer) -> None:
+    with Stub({SUBMIT: [first, answer(SUBMITTED)]}) as stub, connect(stub.url) as client:
         with pytest.raises(CortexError) as caught:
             client.submit_job("iris")
         assert caught.value.http_status == 503
     assert len(stub.requests) == 1
 
 
-def test_a_submit_that_could_not_be_sent_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cortex.client.again.sleep", pytest.fail)
+def test_a_submit_that_could_not_be_sent_is_told_at_once(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_pause(monkeypatch, pytest.fail)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-    with Client(url) as client, pytest.raises(OperatorUnreachable, match="no operator answers"):
+    with connect(url) as client, pytest.raises(OperatorUnreachable, match="no operator answers"):
         client.submit_job("iris")
     with Stub() as proxy:
         monkeypatch.setenv("https_proxy", proxy.url)
         with (
-            Client("https://operator.example") as client,
+            connect("https://operator.example") as client,
             pytest.raises(OperatorUnreachable, match="no operator answers"),
         ):
             client.submit_job("iris")
 
 
-def test_a_submit_that_stays_unanswered_tells_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_submit_that_stays_unanswered_tells_the_key(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("cortex.client.submission._AGAIN_S", 0.2)
-    with Stub({SUBMIT: LOST}) as stub, Client(stub.url) as client:
+    with Stub({SUBMIT: LOST}) as stub, connect(stub.url) as client:
         with pytest.raises(OperatorUnreachable, match="not known whether") as caught:
             client.submit_job("iris")
         assert len(stub.requests) > 2
@@ -254,38 +272,43 @@ def test_a_submit_that_stays_unanswered_tells_the_key(monkeypatch: pytest.Monkey
         assert key in caught.value.message
 
 
-def test_a_request_that_is_taken_and_not_answered_in_time_is_unanswered() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as mute:
-        operator = Transport(f"http://127.0.0.1:{mute.getsockname()[1]}", "")
-        with closing(operator), pytest.raises(OperatorUnreachable, match="within") as caught:
-            operator.call("POST", "/", answer_s=0.1)
+def test_a_request_that_is_taken_and_not_answered_in_time_is_unanswered(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cortex.client.calls.ANSWER_S", 0.1)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as mute,
+        connect(f"http://127.0.0.1:{mute.getsockname()[1]}") as client,
+        pytest.raises(OperatorUnreachable, match="within") as caught,
+    ):
+        client.get_job("iris", "j1")
     assert caught.value.is_unanswered
 
 
 @pytest.mark.parametrize("name", ["", ".", ".."])
-def test_no_name_leads_to_another_path(name: str) -> None:
+def test_no_name_leads_to_another_path(connect: Connect, name: str) -> None:
     with (
-        Client("http://127.0.0.1:9") as client,
+        connect("http://127.0.0.1:9") as client,
         pytest.raises(NotFound),
     ):
         client.delete_api(name)
-        with pytest.raises(NotFound):
-            client.stop_job("iris", name)
+    with connect("http://127.0.0.1:9") as client, pytest.raises(NotFound):
+        client.stop_job("iris", name)
 
 
-def test_an_endpoint_may_have_a_path_and_names_are_escaped() -> None:
+def test_an_endpoint_may_have_a_path_and_names_are_escaped(connect: Connect) -> None:
     with (
         Stub({"GET /proxied/-/apis/a%2Fb%3F": answer([VIEW])}) as stub,
-        Client(f"{stub.url}/proxied/") as client,
+        connect(f"{stub.url}/proxied/") as client,
     ):
         assert client.get_api("a/b?") == VIEW
 
 
-def test_errors_come_back_as_they_were_raised() -> None:
+def test_errors_come_back_as_they_were_raised(connect: Connect) -> None:
     body = {"kind": "conflict", "message": "it has finished"}
     with (
         Stub({"DELETE /-/apis/iris/jobs/j1": answer(body, 409)}) as stub,
-        Client(stub.url) as c,
+        connect(stub.url) as c,
         pytest.raises(Conflict, match="it has finished"),
     ):
         c.stop_job("iris", "j1")
@@ -300,21 +323,21 @@ def test_errors_come_back_as_they_were_raised() -> None:
         Answer(302),
     ],
 )
-def test_a_server_that_is_no_operator_is_told(strange: Answer) -> None:
+def test_a_server_that_is_no_operator_is_told(connect: Connect, strange: Answer) -> None:
     with (
         Stub({"GET /-/apis": strange}) as stub,
-        Client(stub.url) as client,
+        connect(stub.url) as client,
         pytest.raises(CortexError, match="not as a Cortex operator does"),
     ):
         client.list_apis()
 
 
-def test_an_operator_that_does_not_answer_is_told_with_what_to_do() -> None:
+def test_an_operator_that_does_not_answer_is_told_with_what_to_do(connect: Connect) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         with (
-            Client(url, name="prod") as client,
+            connect(url, name="prod") as client,
             pytest.raises(OperatorUnreachable) as caught,
         ):
             client.list_apis()
@@ -322,22 +345,22 @@ def test_an_operator_that_does_not_answer_is_told_with_what_to_do() -> None:
         assert words in caught.value.message
 
 
-def test_a_gateway_without_its_operator_is_unreachable() -> None:
+def test_a_gateway_without_its_operator_is_unreachable(connect: Connect) -> None:
     with (
         Stub({"GET /-/apis": Answer(502, (b"bad",), "text/plain")}) as stub,
-        Client(stub.url) as client,
+        connect(stub.url) as client,
         pytest.raises(OperatorUnreachable, match="502"),
     ):
         client.list_apis()
 
 
-def test_a_deploy_sends_the_file_and_the_folder_around_it(tmp_path: Path) -> None:
+def test_a_deploy_sends_the_file_and_the_folder_around_it(connect: Connect, tmp_path: Path) -> None:
     project = tmp_path / "project"
     project.mkdir()
     (project / "iris.py").write_text("def task(config): ...\n")
     file = project / ".hidden.yaml"
     file.write_text(YAML)
-    with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, Client(stub.url) as client:
+    with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, connect(stub.url) as client:
         assert client.deploy(file) == DEPLOYED
         client.deploy(file, force=False)
     first, second = (parts(r) for r in stub.requests)
@@ -347,12 +370,14 @@ def test_a_deploy_sends_the_file_and_the_folder_around_it(tmp_path: Path) -> Non
     assert (unpacked(stub.requests[0], tmp_path / "out") / "iris.py").exists()
 
 
-def test_a_file_with_mistakes_or_without_existence_is_not_sent(tmp_path: Path) -> None:
+def test_a_file_with_mistakes_or_without_existence_is_not_sent(
+    connect: Connect, tmp_path: Path
+) -> None:
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("- name: iris\n  kind: TaskAPI\n  definition: {pth: iris.py}\n")
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe")
-    with Stub() as stub, Client(stub.url) as client:
+    with Stub() as stub, connect(stub.url) as client:
         for file, words in (
             (wrong, "pth"),
             (binary, "UTF-8"),
@@ -387,8 +412,8 @@ def run_elsewhere(project: Path, expression: str) -> str:
     return done.stdout.strip()
 
 
-def test_a_class_of_ones_own_runs_where_its_module_is_not(tmp_path: Path) -> None:
-    with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, Client(stub.url) as client:
+def test_a_class_of_ones_own_runs_where_its_module_is_not(connect: Connect, tmp_path: Path) -> None:
+    with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, connect(stub.url) as client:
         assert client.create_api(SPEC, task=Tripler, requirements=["six"]) == DEPLOYED
     project = unpacked(stub.requests[0], tmp_path)
     assert run_elsewhere(project, "task.Task()({'x': 7})") == "21"
@@ -403,16 +428,16 @@ def test_a_class_of_ones_own_runs_where_its_module_is_not(tmp_path: Path) -> Non
     assert api.definition.config == {"x": 1e-05, "y": "yes"}
 
 
-def test_a_closure_runs_elsewhere(tmp_path: Path) -> None:
+def test_a_closure_runs_elsewhere(connect: Connect, tmp_path: Path) -> None:
     factor = 4
-    with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, Client(stub.url) as client:
+    with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, connect(stub.url) as client:
         client.create_api(SPEC, task=lambda config: factor * by_three(config["x"]))
     project = unpacked(stub.requests[0], tmp_path)
     assert run_elsewhere(project, "task.task({'x': 2})") == "24"
 
 
-def test_pickling_by_value_ends_with_the_call() -> None:
-    with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, Client(stub.url) as client:
+def test_pickling_by_value_ends_with_the_call(connect: Connect) -> None:
+    with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, connect(stub.url) as client:
         client.create_api(SPEC, task=Tripler)
     import cloudpickle
 
@@ -439,39 +464,41 @@ class NeedsArguments:
         (3, "it must be a function"),
     ],
 )
-def test_a_task_that_cannot_run_is_told_before_anything_is_sent(task, words: str) -> None:
+def test_a_task_that_cannot_run_is_told_before_anything_is_sent(
+    connect: Connect, task, words: str
+) -> None:
     with (
         Stub({"POST /-/apis": answer(DEPLOYED)}) as stub,
-        Client(stub.url) as client,
+        connect(stub.url) as client,
         pytest.raises(InvalidProject, match=words),
     ):
         client.create_api(SPEC, task=task)
     assert stub.requests == []
 
 
-def test_a_task_that_holds_an_open_file_is_told(tmp_path: Path) -> None:
+def test_a_task_that_holds_an_open_file_is_told(connect: Connect, tmp_path: Path) -> None:
     with (
         (tmp_path / "open").open("w") as held,
-        Client("http://127.0.0.1:9") as client,
+        connect("http://127.0.0.1:9") as client,
         pytest.raises(InvalidProject, match="cannot be sent to another process"),
     ):
         client.create_api(SPEC, task=lambda config: held.write("x"))
 
 
-def test_a_folder_is_sent_without_being_touched(tmp_path: Path) -> None:
+def test_a_folder_is_sent_without_being_touched(connect: Connect, tmp_path: Path) -> None:
     project = tmp_path / "project"
     project.mkdir()
     (project / "iris.py").write_text("def task(config): ...\n")
     spec = {"name": "iris", "kind": "TaskAPI", "definition": {"path": "iris.py"}}
-    with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, Client(stub.url) as client:
+    with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, connect(stub.url) as client:
         client.create_api([spec, {**spec, "name": "again"}], project_dir=str(project))
     assert [p.name for p in project.iterdir()] == ["iris.py"]
     assert b"again" in content(parts(stub.requests[0])["config"])
     assert (unpacked(stub.requests[0], tmp_path / "out") / "iris.py").exists()
 
 
-def test_create_api_takes_exactly_one_source(tmp_path: Path) -> None:
-    with Client("http://127.0.0.1:9") as client:
+def test_create_api_takes_exactly_one_source(connect: Connect, tmp_path: Path) -> None:
+    with connect("http://127.0.0.1:9") as client:
         for arguments in ({}, {"task": Tripler, "project_dir": tmp_path}):
             with pytest.raises(InvalidRequest, match="exactly one of"):
                 client.create_api(SPEC, **arguments)
@@ -489,11 +516,11 @@ def test_create_api_takes_exactly_one_source(tmp_path: Path) -> None:
             client.create_api({**SPEC, "definition": {"config": {"x": object()}}}, task=Tripler)
 
 
-def test_a_result_with_an_error_raises_it() -> None:
+def test_a_result_with_an_error_raises_it(connect: Connect) -> None:
     failed = [{"api": None, "message": "", "error": "iris: the endpoint is taken"}]
     with (
         Stub({"POST /-/apis": answer(failed)}) as stub,
-        Client(stub.url) as client,
+        connect(stub.url) as client,
         pytest.raises(CortexError, match="endpoint is taken"),
     ):
         client.create_api(SPEC, task=Tripler)

@@ -1,0 +1,147 @@
+"""What a deploy sends: the file that describes the APIs, and the project, packed. For either client; the one of
+asyncio has it done in a thread.
+
+The functions pack into a file that is theirs to write, and return the request that sends it.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, cast
+
+from cortex.client.exchange import Request
+from cortex.errors import InvalidProject, InvalidRequest, InvalidSpec
+
+if TYPE_CHECKING:
+    from cortex.client.task_project import Task
+
+ApiSpecs = Mapping[str, object] | Sequence[Mapping[str, object]]
+
+_UPLOAD_ANSWER_S = 300.0
+_SPEC_FILE = "api_spec.yaml"
+
+
+def room() -> IO[bytes]:
+    """A temporary file to pack into, which is gone once it is closed."""
+    return tempfile.TemporaryFile(prefix="cortex-project-")
+
+
+def of_api_spec(
+    packed: IO[bytes],
+    api_spec: ApiSpecs,
+    task: Task | None,
+    requirements: Sequence[str],
+    project_dir: str | Path | None,
+    *,
+    force: bool,
+) -> Request:
+    """What `create_api` sends.
+
+    Raises:
+        CortexError: the arguments, the spec or the project have mistakes.
+    """
+    if (task is None) == (project_dir is None):
+        raise InvalidRequest("create_api needs exactly one of task= and project_dir=")
+    if task is not None:
+        from cortex.client.task_project import MODULE, project_of
+
+        text = _as_yaml([_with_path(api_spec, MODULE)])
+        _check_spec(text, _SPEC_FILE)
+        with project_of(task, requirements) as project:
+            return _upload(packed, text.encode(), _SPEC_FILE, project, force=force)
+    if requirements:
+        raise InvalidRequest(
+            "requirements= goes with task=; for project_dir=, write requirements.txt in the folder"
+        )
+    folder = Path(cast("str | Path", project_dir)).expanduser()
+    if not folder.is_dir():
+        raise InvalidProject(f"project_dir {str(folder)!r} is not a folder")
+    text = _as_yaml([api_spec] if isinstance(api_spec, Mapping) else list(api_spec))
+    _check_spec(text, _SPEC_FILE)
+    return _upload(packed, text.encode(), _SPEC_FILE, folder, force=force)
+
+
+def of_file(packed: IO[bytes], file: str | Path, *, force: bool) -> Request:
+    """What `deploy` sends.
+
+    Raises:
+        CortexError: the file or the project have mistakes.
+    """
+    file = Path(file).expanduser()
+    try:
+        config = file.read_bytes()
+        text = config.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidSpec(f"{file}: it is not text in UTF-8 ({error})") from error
+    except OSError as error:
+        raise InvalidSpec(
+            f"{file} cannot be read ({error.strerror}); name the file that describes "
+            "the APIs: `cortex deploy FILE`"
+        ) from error
+    _check_spec(text, str(file))
+    return _upload(packed, config, file.name, file.resolve().parent, force=force)
+
+
+def _upload(
+    packed: IO[bytes], config: bytes, filename: str, project: Path, *, force: bool
+) -> Request:
+    from cortex.projects.pack import pack
+
+    pack(project, packed)
+    packed.seek(0)
+    return Request(
+        "POST",
+        "/-/apis",
+        data={"force": "true" if force else "false"},
+        files={
+            "config": (filename, config, "application/yaml"),
+            "project": ("project.tar.gz", packed, "application/gzip"),
+        },
+        answer_s=_UPLOAD_ANSWER_S,
+    )
+
+
+def _check_spec(text: str, filename: str) -> None:
+    from cortex.spec.yaml import read_apis
+
+    read_apis(text, filename)
+
+
+def _with_path(api_spec: ApiSpecs, path: str) -> Mapping[str, object]:
+    entries = [api_spec] if isinstance(api_spec, Mapping) else list(api_spec)
+    if len(entries) != 1:
+        raise InvalidRequest(f"task= is for one API, and api_spec has {len(entries)}")
+    definition = entries[0].get("definition", {})
+    if not isinstance(definition, Mapping):
+        raise InvalidSpec(f"definition is {definition!r}; it must be a dict")
+    given = sorted({"path", "command"} & set(definition))
+    if given:
+        raise InvalidRequest(f"task= says what runs, and so does definition.{given[0]}: give one")
+    return {**entries[0], "definition": {**definition, "path": path}}
+
+
+def _as_yaml(entries: Sequence[Mapping[str, object]]) -> str:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # wrongly inferred
+    out = io.StringIO()
+    try:
+        yaml.dump(_plain(entries), out)
+    except YAMLError as error:
+        raise InvalidSpec(f"api_spec holds something that is no JSON: {error}") from error
+    return out.getvalue()
+
+
+def _plain(value: object) -> object:
+    """Only lists and dicts, which are what a YAML file holds; each on its own, as it has no anchors."""
+    if isinstance(value, Mapping):
+        return {key: _plain(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(below) for below in value]
+    return value

@@ -1,0 +1,70 @@
+"""`AsyncClient` behind the methods of `Client`, so that both take the same tests."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from threading import Thread
+from typing import Any, Self
+
+from cortex.client import AsyncClient, Client
+
+Connect = Callable[..., Client]
+
+
+class Awaited:
+    """A client whose methods are awaited, in an event loop that runs in a thread of its own."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        self._begin(AsyncClient(*arguments, **named))
+
+    @classmethod
+    def of_environment(cls, env: str | None = None) -> Self:
+        made = cls.__new__(cls)
+        made._begin(AsyncClient.of_environment(env))
+        return made
+
+    def _begin(self, client: AsyncClient) -> None:
+        self._client = client
+        self._loop = asyncio.new_event_loop()
+        self._thread = Thread(target=self._loop.run_forever)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._wait(self._client.aclose())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        self._loop.close()
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._client, name)
+        if not inspect.ismethod(found):
+            return found
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            made = found(*arguments, **named)
+            return self._each(made) if inspect.isasyncgen(made) else self._wait(made)
+
+        return call
+
+    def _wait(self, asked: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(asked, self._loop).result()
+
+    def _each(self, texts: AsyncGenerator[str, None]) -> Iterator[str]:
+        async def following() -> str | None:
+            return await anext(texts, None)
+
+        try:
+            while (text := self._wait(following())) is not None:
+                yield text
+        finally:
+            self._wait(texts.aclose())
