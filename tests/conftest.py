@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from cortex.store import Store
 from postgresql import Server, server
 from s3 import S3
 from support import PROBE, Operator, operator, probe_yaml
+from way import Way
 
 # A shell lets what it runs in the background ignore it, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -46,6 +48,14 @@ def connect(request: pytest.FixtureRequest) -> Connect:
     """Makes a client; each test that uses it is run with both."""
     made: Connect = request.param
     return made
+
+
+@pytest.fixture
+def way(own: Operator) -> Iterator[Way]:
+    """A way to an operator that has the probe, and which the test may kill."""
+    own.deployed(probe_yaml(), {"probe.py": PROBE})
+    with closing(Way(own)) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

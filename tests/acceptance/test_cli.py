@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import selectors
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import loaded
-from support import PROBE, Operator, probe_yaml
+from support import PATIENCE_S, PROBE, Operator, probe_yaml, until
+from way import Way
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -84,6 +87,89 @@ def test_the_life_of_an_api(cortex: Run, shared: Operator, tmp_path: Path) -> No
     missing = cortex("get", "cli-life", "-o", "json", code=1)
     assert missing.stdout == ""
     assert "cli-life" in missing.stderr
+
+
+@pytest.fixture
+def away(way: Way, tmp_path: Path) -> dict[str, str]:
+    """The surroundings of a command whose operator the test may kill."""
+    surroundings = {**os.environ, "CORTEX_CLI_CONFIG_DIR": str(tmp_path / "cli")}
+    done = loaded.run("env", "configure", "w", "--operator-endpoint", way.url, env=surroundings)
+    assert done.returncode == 0, done.stderr
+    return surroundings
+
+
+def test_a_wait_goes_on_over_the_death_of_the_operator(
+    own: Operator, way: Way, away: dict[str, str], tmp_path: Path
+) -> None:
+    out, err = (tmp_path / "out").open("w+"), (tmp_path / "err").open("w+")
+    config = json.dumps({"do": "sleep", "s": 300})
+    with out, err:
+        waiting = loaded.start(
+            "submit", "probe", "--wait", "--config", config, "-o", "json",
+            stdin=0, stdout=out.fileno(), stderr=err.fileno(), env=away,
+        )  # fmt: skip
+        try:
+            assert way.waits.wait(PATIENCE_S)
+            own.kill()
+            until(lambda: way.refused, "asked again while nobody was there")
+            own.start()
+            (job,) = own.http.get(f"{own.url}/probe").json()["job_statuses"]
+            own.delete(f"{own.url}/probe", job)
+            assert waiting.wait(PATIENCE_S) == 3
+        finally:
+            waiting.kill()
+        out.seek(0)
+        shown = json.load(out)["job_status"]
+        assert (shown["job_id"], shown["status"]) == (job["job_id"], "status_stopped")
+
+
+def test_watching_on_a_terminal_says_once_that_the_operator_is_gone_and_goes_on(
+    own: Operator, way: Way, away: dict[str, str]
+) -> None:
+    job = own.submit(f"{own.url}/probe", config={"do": "sleep", "s": 300})
+    own.await_log(f"{own.url}/probe", job, "asleep")
+    mine, terminal = pty.openpty()
+    watching = loaded.start(
+        "get", "probe", job["job_id"], "--watch",
+        stdin=terminal, stdout=terminal, stderr=terminal, env=away,
+    )  # fmt: skip
+    os.close(terminal)
+    try:
+        seen = shown(mine, "running")
+        own.kill()
+        seen += shown(mine, "when it answers again")
+        asked = way.refused
+        until(lambda: way.refused > asked, "asked again while nobody was there")
+        own.start()
+        seen += shown(mine, "The operator answers again")
+        own.delete(f"{own.url}/probe", job)
+        seen += shown(mine, "stopped")
+        assert watching.wait(PATIENCE_S) == 0
+    finally:
+        watching.kill()
+        os.close(mine)
+    assert seen.count("when it answers again") == 1
+
+
+def shown(terminal: int, words: str) -> str:
+    """What appears on a terminal up to these words."""
+    seen = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(terminal, selectors.EVENT_READ)
+        while words.encode() not in seen:
+            assert selector.select(PATIENCE_S), f"never: {words!r} after {seen!r}"
+            seen += os.read(terminal, 4096)
+    return seen.decode(errors="replace")
+
+
+def test_a_log_is_printed_as_far_as_it_is_written(
+    cortex: Run, shared: Operator, probe: str
+) -> None:
+    job = shared.submit(probe, config={"do": "sleep", "s": 300})
+    shared.await_log(probe, job, "asleep")
+    assert cortex("logs", "--no-follow", "probe", job["job_id"]).stdout == "asleep\n"
+    assert shared.status(probe, job)["status"] == "status_running"
+    shared.delete(probe, job)
 
 
 def test_submit_prints_what_the_operator_answers(

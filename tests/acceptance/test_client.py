@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,8 @@ import pytest
 import cortex
 from awaited import Awaited, Connect
 from cortex.errors import Conflict, InvalidRequest, InvalidSpec, NotFound
-from gate import Gate
-from support import PATIENCE_S, PROBE, Operator, probe_yaml, until
+from support import PATIENCE_S, PROBE, Operator, until
+from way import Way
 
 
 @pytest.fixture(params=[cortex.client, Awaited.of_environment], ids=["sync", "async"])
@@ -100,44 +97,6 @@ def test_environments(client: cortex.Client, shared: Operator) -> None:
     assert cortex.client("test").list_apis() is not None
     cortex.env_delete("test")
     assert cortex.env_list()["environments"] == []
-
-
-class Way(Gate):
-    """The way to an operator, whichever port it has when it is back. It loses answers to submits."""
-
-    def __init__(self, running: Operator) -> None:
-        super().__init__(socket.create_server(("127.0.0.1", 0)), self._to_operator)
-        self.running = running
-        self.waits = threading.Event()
-        """Set once a long poll has come."""
-        self.refused = 0
-        self.to_lose = 0
-        self.lost: list[bytes] = []
-
-    def sent(self, data: bytes, server: socket.socket) -> bool:
-        super().sent(data, server)
-        if b"?wait=" in data:
-            self.waits.set()
-        # The body comes after the header, and alone.
-        if not self.to_lose or not data.endswith(b'{"config":{"do":"echo"}}'):
-            return True
-        self.to_lose -= 1
-        self.lost.append(server.recv(65536))
-        return False
-
-    def _to_operator(self) -> socket.socket:
-        try:
-            return socket.create_connection(("127.0.0.1", int(self.running.url.rpartition(":")[2])))
-        except OSError:
-            self.refused += 1
-            raise
-
-
-@pytest.fixture
-def way(own: Operator) -> Iterator[Way]:
-    own.deployed(probe_yaml(), {"probe.py": PROBE})
-    with closing(Way(own)) as made:
-        yield made
 
 
 def test_a_wait_goes_on_over_the_death_of_the_operator(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -14,7 +15,7 @@ class Answer:
     """What one request is answered with; the pieces of a body are sent one by one."""
 
     status: int = 200
-    pieces: tuple[bytes, ...] = ()
+    pieces: Iterable[bytes] = ()
     content_type: str = "application/json"
 
 

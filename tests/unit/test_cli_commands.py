@@ -7,10 +7,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client_stub import RUNNING, SUBMITTED, SUCCEEDED, VIEW, Stub, answer, events, job_view
+from client_stub import (
+    LOST,
+    RUNNING,
+    SUBMITTED,
+    SUCCEEDED,
+    VIEW,
+    Answer,
+    Stub,
+    answer,
+    events,
+    job_view,
+)
 
 from cortex.cli.main import run
 from cortex.client import environments
+from support import FINAL
 
 JOB = str(SUBMITTED["job_id"])
 
@@ -119,6 +131,113 @@ def test_watching_a_job_ends_with_it(stub: Stub, capsys: pytest.CaptureFixture[s
     assert run(["get", "-w", "-o", "json"]) == 2
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No time passes in a wait, nor between two looks."""
+    monkeypatch.setattr("cortex.cli.jobs._WAIT_S", 0)
+    monkeypatch.setattr("cortex.cli.get._WATCH_S", 0)
+    monkeypatch.setattr("cortex.cli.away._PAUSE_S", 0)
+
+
+FULL = answer({"kind": "storage.unavailable", "message": "the disk is full"}, 503)
+TWICE_AWAY = [
+    answer(job_view(RUNNING)),
+    LOST,
+    LOST,
+    answer(job_view(RUNNING)),
+    FULL,
+    answer(job_view(SUCCEEDED)),
+]
+
+
+def check_twice_away(told: str) -> None:
+    first, on, back, second, *rest = told.splitlines()
+    assert "the connection to the operator" in first
+    assert second == "the disk is full"
+    assert rest == [on, back]
+    assert (on, back) == ("This goes on when it answers again.", "The operator answers again.")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_watching_goes_on_over_an_operator_that_is_away(
+    stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub.answers[f"GET /-/apis/iris/jobs/{JOB}"] = list(TWICE_AWAY)
+    assert run(["get", "iris", JOB, "--watch"]) == 0
+    printed = capsys.readouterr()
+    check_twice_away(printed.err)
+    statuses = [line.split()[1] for line in printed.out.splitlines() if line[:6] == "status"]
+    assert statuses == ["running", "running", "succeeded"]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_watching_ends_with_what_does_not_pass_and_where_it_cannot_begin(
+    stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = answer({"kind": "not_found", "message": "it is gone"}, 404)
+    stub.answers["GET /-/apis/iris"] = [answer([VIEW]), gone]
+    assert run(["get", "iris", "--watch"]) == 1
+    assert capsys.readouterr().err == "error: it is gone\n"
+    stub.answers["GET /-/apis"] = FULL
+    assert run(["get", "--watch"]) == 1
+    assert capsys.readouterr() == ("", "error: the disk is full\n")
+
+
+def test_submit_waits_for_the_end_and_shows_it(
+    stub: Stub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cortex.cli.jobs._WAIT_S", 3600)
+    path = f"GET /-/apis/iris/jobs/{JOB}"
+    stub.answers[f"{path}?wait=20.0"] = [answer(job_view(RUNNING)), stub.answers[path]]
+    assert run(["get", "iris", JOB]) == 0
+    shown = capsys.readouterr().out
+    assert run(["submit", "iris", "--wait"]) == 0
+    submitted, _, _, _, *status = capsys.readouterr().out.splitlines()
+    assert submitted == f"submitted job {JOB}"
+    assert status == shown.splitlines()
+    assert run(["submit", "iris", "--wait", "-o", "json"]) == 0
+    printed = capsys.readouterr()
+    assert (json.loads(printed.out), printed.err) == (job_view(SUCCEEDED), "")
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("status", sorted(FINAL - {"status_succeeded"}))
+def test_a_job_that_was_waited_for_in_vain_is_exit_code_3(
+    status: str, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = job_view({**SUCCEEDED, "status": status})
+    stub.answers[f"GET /-/apis/iris/jobs/{JOB}"] = answer(ended)
+    assert run(["submit", "iris", "--wait", "-o", "json"]) == 3
+    printed = capsys.readouterr()
+    assert (json.loads(printed.out), printed.err) == (ended, "")
+    assert run(["submit", "iris", "--wait"]) == 3
+    assert "\nstatus" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_wait_goes_on_over_an_operator_that_is_away(
+    stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub.answers[f"GET /-/apis/iris/jobs/{JOB}"] = list(TWICE_AWAY)
+    assert run(["submit", "iris", "--wait", "-o", "json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == job_view(SUCCEEDED)
+    check_twice_away(printed.err)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_wait_that_cannot_go_on_tells_the_job(
+    stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = answer({"kind": "not_found", "message": "it is gone"}, 404)
+    stub.answers[f"GET /-/apis/iris/jobs/{JOB}"] = gone
+    assert run(["submit", "iris", "--wait", "-o", "json"]) == 1
+    printed = capsys.readouterr()
+    note, error = printed.err.splitlines()
+    assert f"cortex get iris {JOB}" in note
+    assert (printed.out, error) == ("", "error: it is gone")
+
+
 def test_submit_takes_its_config_inline_or_from_a_file(stub: Stub, folder: Path) -> None:
     (folder / "config.json").write_text('{"C": 2}')
     assert run(["submit", "iris", "--config", '{"C": 1}', "--timeout", "60"]) == 0
@@ -181,6 +300,31 @@ def test_logs_are_printed_as_they_are(stub: Stub, capsys: pytest.CaptureFixture[
     )
     assert run(["logs", "iris", "j1"]) == 0
     assert capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize("flag", ["-f", "--follow"])
+def test_a_log_is_followed_by_the_flag_that_others_have(
+    flag: str, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub.answers["GET /-/apis/iris/jobs/j1/logs"] = events(
+        b'event: log\nid: 5\ndata: "text"\n\nevent: end\ndata: {}\n\n'
+    )
+    assert run(["logs", flag, "iris", "j1"]) == 0
+    assert capsys.readouterr().out == "text"
+
+
+def test_a_log_is_printed_as_far_as_it_is_written(
+    stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "[bold]größer\r\n\x1b[31mred\x1b[0m".encode()
+    # In two within a character, and the end of one is missing.
+    pieces = (text[:9], text[9:], "ü".encode()[:1])
+    stub.answers["GET /-/apis/iris/jobs/j1/logs"] = Answer(200, pieces, "text/plain; charset=utf-8")
+    assert run(["logs", "iris", "j1", "--no-follow"]) == 0
+    assert capsys.readouterr() == (f"{text.decode()}\ufffd", "")
+    assert "text/event-stream" not in stub.requests[-1].headers["accept"]
+    assert run(["logs", "iris", "j2", "--no-follow"]) == 1
+    assert capsys.readouterr().out == ""
 
 
 def test_deleting_an_api_asks_on_a_terminal(

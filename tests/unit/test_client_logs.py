@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from itertools import pairwise
 
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from awaited import Connect
 from cortex.client.logs import PAUSES_S, Event, Parser, follow, follow_async
-from cortex.errors import NotFound, OperatorUnreachable
+from cortex.errors import CortexError, NotFound, OperatorUnreachable
 
 END = b'event: end\ndata: {"status": "status_succeeded"}\n\n'
 
@@ -157,3 +159,38 @@ def test_the_log_of_an_unknown_job_is_an_error(connect: Connect) -> None:
         pytest.raises(NotFound, match="no job j1"),
     ):
         next(client.stream_job_logs("iris", "j1"))
+
+
+def test_a_log_that_breaks_off_while_it_is_read_is_told(connect: Connect) -> None:
+    part = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; charset=utf-8\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n4\r\npart\r\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer_in_part() -> None:
+            client, _ = listener.accept()
+            with client:
+                client.recv(65536)
+                client.sendall(part)
+
+        with (
+            ThreadPoolExecutor(1) as pool,
+            connect(f"http://127.0.0.1:{listener.getsockname()[1]}") as client,
+        ):
+            done = pool.submit(answer_in_part)
+            log = client.read_job_logs("iris", "j1")
+            assert next(log) == "part"
+            with pytest.raises(OperatorUnreachable, match="broke"):
+                next(log)
+            done.result()
+
+
+def test_what_is_no_log_is_told(connect: Connect) -> None:
+    with (
+        Stub({"GET /-/apis/iris/jobs/j1/logs": answer({})}) as stub,
+        connect(stub.url) as client,
+    ):
+        for read in (client.read_job_logs, client.stream_job_logs):
+            with pytest.raises(CortexError, match="not as a Cortex operator does"):
+                "".join(read("iris", "j1"))

@@ -1,4 +1,4 @@
-"""`cortex get`: all APIs, one API, or one job."""
+"""`cortex get`: all APIs, one API, or one job, which other commands show as well."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cortex.cli.away import until_back
 from cortex.cli.options import Env, Format, OptionalJobId, Output
 from cortex.cli.output import (
     ago,
@@ -51,7 +52,10 @@ def get(
     env: Env = None,
     output: Output = Format.PRETTY,
     watch: Annotated[
-        bool, typer.Option("--watch", "-w", help="Show it again as it changes, until Ctrl-C.")
+        bool,
+        typer.Option(
+            "--watch", "-w", help="Show it again as it changes, until Ctrl-C or the job's end."
+        ),
     ] = False,
 ) -> None:
     """Show all APIs, one API with its jobs, or one job."""
@@ -69,6 +73,32 @@ def get(
             show(page.body())
 
 
+def one_job(view: JobView) -> RenderableType:
+    """A job for people."""
+    job = view["job_status"]
+    pairs: list[tuple[str, RenderableType]] = [
+        ("job", job["job_id"]),
+        ("api", job["api_name"]),
+        ("version", job["api_id"]),
+        ("status", status_words(job)),
+    ]
+    if job.get("message"):
+        pairs.append(("message", job.get("message") or ""))
+    pairs += [
+        ("created", local_time(job["created_time"])),
+        ("started", local_time(job["start_time"]) if _has_started(job) else "-"),
+        ("ended", local_time(job["end_time"]) if "end_time" in job else "-"),
+        ("duration", duration(job) if _has_started(job) else "-"),
+        ("timeout", "none" if job["timeout"] is None else f"{job['timeout']}s from submission"),
+        ("config", _inline(job["config"])),
+    ]
+    if job.get("exit_code") is not None:
+        pairs.append(("exit code", str(job.get("exit_code"))))
+    if "result" in job:
+        pairs.append(("result", _inline(job["result"])))
+    return fields([*pairs, ("endpoint", view["endpoint"])])
+
+
 def _watch(page: _Page, again: Callable[[], _Page]) -> None:
     from rich.live import Live
 
@@ -80,11 +110,17 @@ def _watch(page: _Page, again: Callable[[], _Page]) -> None:
                 return
             time.sleep(_WATCH_S)
             print_line("")
-            page = again()
-    with Live(page.body(), console=console(), auto_refresh=False) as live:
+            page = until_back(again)
+    # What is said on stderr stands above the page, unless it goes elsewhere.
+    with Live(
+        page.body(),
+        console=console(),
+        auto_refresh=False,
+        redirect_stderr=sys.stderr.isatty(),
+    ) as live:
         while not page.final:
             time.sleep(_WATCH_S)
-            page = again()
+            page = until_back(again)
             live.update(page.body(), refresh=True)
 
 
@@ -96,7 +132,7 @@ def _page(operator: Client, api: str | None, job: str | None) -> _Page:
         one = operator.get_api(api)
         return _Page([one], lambda: _one_api(one))
     view = operator.get_job(api, job)
-    return _Page(view, lambda: _one_job(view), final="end_time" in view["job_status"])
+    return _Page(view, lambda: one_job(view), final="end_time" in view["job_status"])
 
 
 def _all_apis(apis: list[ApiView], operator: Client) -> RenderableType:
@@ -145,31 +181,6 @@ def _jobs(jobs: list[JobStatus]) -> RenderableType:
         for job in jobs
     ]
     return table(("job", "status", "submitted", "duration", "version"), rows)
-
-
-def _one_job(view: JobView) -> RenderableType:
-    job = view["job_status"]
-    pairs: list[tuple[str, RenderableType]] = [
-        ("job", job["job_id"]),
-        ("api", job["api_name"]),
-        ("version", job["api_id"]),
-        ("status", status_words(job)),
-    ]
-    if job.get("message"):
-        pairs.append(("message", job.get("message") or ""))
-    pairs += [
-        ("created", local_time(job["created_time"])),
-        ("started", local_time(job["start_time"]) if _has_started(job) else "-"),
-        ("ended", local_time(job["end_time"]) if "end_time" in job else "-"),
-        ("duration", duration(job) if _has_started(job) else "-"),
-        ("timeout", "none" if job["timeout"] is None else f"{job['timeout']}s from submission"),
-        ("config", _inline(job["config"])),
-    ]
-    if job.get("exit_code") is not None:
-        pairs.append(("exit code", str(job.get("exit_code"))))
-    if "result" in job:
-        pairs.append(("result", _inline(job["result"])))
-    return fields([*pairs, ("endpoint", view["endpoint"])])
 
 
 def _has_started(job: JobStatus) -> bool:

@@ -9,12 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cortex.cli.away import until_back
+from cortex.cli.get import one_job
 from cortex.cli.options import ApiName, Env, Force, Format, JobId, OptionalJobId, Output, Yes
-from cortex.cli.output import print_json, print_line
+from cortex.cli.output import print_json, print_line, print_note, show
+from cortex.errors import CortexError
 
 if TYPE_CHECKING:
-    from cortex.client import Client
+    from cortex.client import Client, JobView, SubmittedJob
     from cortex.spec.job import Json
+
+NO_SUCCESS = 3
+"""The exit code for a job that was waited for and did not succeed."""
+
+# For so long an operator is away without a word about it.
+_WAIT_S = 20.0
 
 
 def submit(
@@ -31,6 +40,13 @@ def submit(
         str | None,
         typer.Option(metavar="KEY", help="Submits with the same key and options are one job."),
     ] = None,
+    wait: Annotated[
+        bool,
+        typer.Option(
+            "--wait",
+            help=f"Wait until the job has ended, and show it; exit with {NO_SUCCESS} unless it succeeded.",
+        ),
+    ] = False,
     env: Env = None,
     output: Output = Format.PRETTY,
 ) -> None:
@@ -40,20 +56,59 @@ def submit(
     parsed = None if config is None else _config(config)
     with client(env) as operator:
         job = operator.submit_job(api, parsed, timeout, idempotency_key=idempotency_key)
+        if output is Format.PRETTY:
+            print_line(f"submitted job {job['job_id']}")
+            print_line(f"  cortex get {api} {job['job_id']}")
+            print_line(f"  cortex logs {api} {job['job_id']}")
+        elif not wait:
+            print_json(job)
+        if wait:
+            sys.stdout.flush()
+            _show_ended(_ended(operator, job), output)
+
+
+def _ended(operator: Client, job: SubmittedJob) -> JobView:
+    api, job_id = job["api_name"], job["job_id"]
+    try:
+        while True:
+            view = until_back(lambda: operator.get_job(api, job_id, wait=_WAIT_S))
+            if "end_time" in view["job_status"]:
+                return view
+    except (CortexError, KeyboardInterrupt):
+        print_note(f"The job {job_id} is not waited for any more: `cortex get {api} {job_id}`")
+        raise
+
+
+def _show_ended(view: JobView, output: Format) -> None:
     if output is Format.JSON:
-        print_json(job)
-        return
-    print_line(f"submitted job {job['job_id']}")
-    print_line(f"  cortex get {api} {job['job_id']}")
-    print_line(f"  cortex logs {api} {job['job_id']}")
+        print_json(view)
+    else:
+        print_line("")
+        show(one_job(view))
+    if view["job_status"]["status"] != "status_succeeded":
+        raise typer.Exit(NO_SUCCESS)
 
 
-def logs(api: ApiName, job: JobId, env: Env = None) -> None:
+def logs(
+    api: ApiName,
+    job: JobId,
+    *,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow/--no-follow",
+            "-f",
+            help="Go on until the job ends, or print what there is and end.",
+        ),
+    ] = True,
+    env: Env = None,
+) -> None:
     """Print the log of JOB, as it is written until the job ends."""
     from cortex.client import client
 
     with client(env) as operator:
-        for text in operator.stream_job_logs(api, job):
+        read = operator.stream_job_logs if follow else operator.read_job_logs
+        for text in read(api, job):
             sys.stdout.write(text)
             sys.stdout.flush()
 

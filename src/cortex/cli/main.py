@@ -1,6 +1,7 @@
 """The `cortex` command: its groups put together, and the one place where errors are printed.
 
-Exit codes: 0, 1 for what went wrong, 2 for a command that was not understood, 130 for Ctrl-C.
+Exit codes: 0, 1 for what went wrong, 2 for a command that was not understood, 3 for a job that was waited for and
+did not succeed, 130 for Ctrl-C.
 Modules that take long to load are imported by the commands that need them.
 """
 

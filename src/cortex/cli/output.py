@@ -48,6 +48,12 @@ def print_error(message: str) -> None:
     sys.stderr.write(f"error: {message}\n")
 
 
+def print_note(text: str) -> None:
+    """What happens meanwhile, on stderr, where it is seen at once."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 def show(body: RenderableType) -> None:
     """A table or text for people on stdout."""
     screen = console()
