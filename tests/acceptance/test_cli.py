@@ -182,6 +182,17 @@ def test_submit_prints_what_the_operator_answers(
     assert (job["config"], job["timeout"]) == ({"a": 1}, 60)
 
 
+def test_a_step_that_is_begun_again_with_its_key_waits_for_its_job(
+    cortex: Run, shared: Operator, probe: str
+) -> None:
+    step = ("submit", "probe", "--wait", "--idempotency-key", "step 1", "-o", "json")
+    shown = json.loads(cortex(*step).stdout)
+    assert shown["job_status"]["status"] == "status_succeeded"
+    assert json.loads(cortex(*step).stdout) == shown
+    failed = cortex("submit", "probe", "--wait", "--config", '{"do": "leave", "code": 7}', code=3)
+    assert "exit code  7" in failed.stdout
+
+
 def test_a_file_of_any_name_is_deployed(cortex: Run, tmp_path: Path) -> None:
     file = project(tmp_path, "cli-dot", ".cortex-generated.yaml")
     (done,) = json.loads(cortex("deploy", str(file), "-e", "test", "-o", "json", "-y").stdout)
