@@ -59,7 +59,9 @@ def content(part: Message) -> bytes:
 
 def unpacked(request: Request, folder: Path) -> Path:
     with tarfile.open(fileobj=io.BytesIO(content(parts(request)["project"]))) as tar:
-        tar.extractall(folder, filter="data")
+        # Python 3.11.2, which is Debian 12's, has no filters.
+        tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
+        tar.extractall(folder)
     return folder
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import json.encoder
 import math
+import subprocess
+import sys
 from collections import OrderedDict
 from enum import IntEnum
 from typing import Any
@@ -58,3 +60,23 @@ def test_a_value_that_holds_itself_is_refused() -> None:
     value.append(value)
     with pytest.raises(ValueError, match="Circular reference"):
         plain.encoder(for_one=True)(value)
+
+
+def test_what_is_cut_is_no_message_whatever_the_user_calls_json() -> None:
+    """The extension looks for its exception in `json.decoder`, which may be gone for a user's own `json`."""
+    script = """
+import json, sys
+from cortex.worker.messages import Outcome
+for name in [name for name in sys.modules if name.partition(".")[0] == "json"]:
+    del sys.modules[name]
+sys.modules["json"] = None
+for text in (b'{"message": "cut', b'{"message": [1,}', b'{"message"', b'', b'\\xff'):
+    try:
+        Outcome.loads(text)
+    except ValueError:
+        print("no message")
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert told.stdout.split("\n") == ["no message"] * 5 + [""]

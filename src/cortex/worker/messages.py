@@ -37,7 +37,12 @@ class _Message:
     @classmethod
     def loads(cls, data: bytes) -> Self:
         """Fields of a later version are left out: records outlive the version that wrote them."""
-        fields = _decode(data.decode())
+        try:
+            fields = _decode(data.decode())
+        except (
+            SystemError
+        ) as error:  # of CPython 3.11, where a user's own `json` is to be found instead
+            raise ValueError("it is no JSON") from error
         return cls(**{name: fields[name] for name in cls.__slots__ if name in fields})
 
 

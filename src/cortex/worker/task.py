@@ -76,6 +76,8 @@ def run(setup: Setup, path: str, found: Found | None, config: object, tell: Tell
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
         numpy_random.seed()
+    # Not before: a module that this package's own processes came to need would be the user's, of that name.
+    sys.path[0:0] = user_roots(setup)
     code = _call(setup, path, found, config, tell)
     _finish()
     return code
@@ -87,11 +89,12 @@ def user_roots(setup: Setup) -> list[str]:
 
 
 def prepare(setup: Setup, path: str) -> None:
-    """Make the interpreter what a task expects, once for all that are forked from this process."""
-    sys.path[0:0] = user_roots(setup)
+    """Make the interpreter what a task expects, once for all that are forked from this process, but for where
+    it looks first for modules."""
     # Last, so that they shadow nothing. A process that multiprocessing spawns gets this path, and
     # must find the task's module to unpickle its functions, and cortex.logger.
-    sys.path += [p for p in (os.path.dirname(path), setup.import_dir) if p not in sys.path]
+    there = [*user_roots(setup), *sys.path]
+    sys.path += [p for p in (os.path.dirname(path), setup.import_dir) if p not in there]
     sys.argv = [path]
     # multiprocessing would run the file of __main__ again in each spawned process: not ours.
     sys.modules["__main__"] = types.ModuleType("__main__")
