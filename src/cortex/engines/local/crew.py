@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 from typing import Protocol
 
+from cortex.engines.local.starts import Starts
 from cortex.engines.local.supervisors import Supervisor
 from cortex.worker.messages import Order, Reply
 
@@ -61,6 +62,12 @@ class Crew:
         self._idle: list[Supervisor] = []  # the one that has just ended a job is the warmest: last
         self._all: set[Supervisor] = set()
         self._trimmer: asyncio.TimerHandle | None = None
+        self._starts = Starts(self._hand_out)
+
+    @property
+    def wanted(self) -> int:
+        """How many more supervising processes there is work for now."""
+        return min(len(self.waiting), max(0, self._starts.room))
 
     @property
     def is_gone(self) -> bool:
@@ -68,12 +75,9 @@ class Crew:
         return not self._all
 
     def order(self, order: Order) -> None:
-        """Give it to a supervising process, as soon as there is one."""
-        while self._idle:
-            if self._give(self._idle.pop(), order):
-                return
+        """Give it to a supervising process, as soon as there is one and it is its turn."""
         self.waiting[order.job_id] = order
-        self._ask()
+        self._hand_out()
 
     def prepare(self, order: Order) -> Supervisor | None:
         """Give an order that is held to a supervising process that has none, if there is one."""
@@ -104,10 +108,13 @@ class Crew:
         self._all.add(supervisor)
         self._free(supervisor)
 
-    def recorded(self, reply: Reply) -> None:
+    def recorded(self, supervisor: Supervisor, reply: Reply) -> None:
+        self._starts.has_begun(supervisor)
         self._listener.recorded(reply)
+        self._hand_out()
 
     def ended(self, supervisor: Supervisor, reply: Reply) -> None:
+        self._starts.has_begun(supervisor)
         self._listener.ended(reply)
         self._free(supervisor)
 
@@ -118,39 +125,49 @@ class Crew:
         self._all.discard(supervisor)
         if supervisor in self._idle:
             self._idle.remove(supervisor)
+        self._starts.has_begun(supervisor)
         if supervisor.order is not None:
             self._listener.orphaned(supervisor.order)
+        self._hand_out()
 
     def let_go(self) -> None:
         """Let go of all supervising processes: they end when their jobs do."""
+        self._starts.close()
         for supervisor in self._all:
             supervisor.close()
 
-    def _give(self, supervisor: Supervisor, order: Order) -> bool:
-        if not supervisor.give(order):
-            return False
+    def _hand_out(self) -> None:
+        """Give what waits to those that are idle, as far as there is room for starts."""
+        while self.wanted:
+            if not self._idle:
+                self._ask()
+                return
+            supervisor = self._idle.pop()
+            order = next(iter(self.waiting.values()))
+            if supervisor.give(order):
+                self._given(supervisor, self.take_first())
+
+    def _given(self, supervisor: Supervisor, order: Order) -> None:
+        self._starts.begins(supervisor)
         self._listener.given(supervisor, order)
         if self._is_retired and not self.waiting:
+            self._trim(0)
             self._drained()
-        return True
 
     def _free(self, supervisor: Supervisor) -> None:
-        if supervisor.is_spent:
+        if supervisor.is_spent or (self._is_retired and not self.waiting):
             supervisor.dismiss()
-        elif self.waiting:
-            order = self.take_first()
-            if not self._give(supervisor, order):
-                self.order(order)
-        elif self._is_retired:
-            supervisor.dismiss()
-        else:
-            loop = asyncio.get_running_loop()
-            supervisor.idle_since = loop.time()
-            self._idle.append(supervisor)
-            if len(self._idle) <= MOST_READY:
-                supervisor.get_ready()
-            if self._trimmer is None:
-                self._trimmer = loop.call_later(IDLE_S, self._trim_later)
+            return
+        loop = asyncio.get_running_loop()
+        supervisor.idle_since = loop.time()
+        self._idle.append(supervisor)
+        self._hand_out()
+        if supervisor.order is not None:
+            return
+        if len(self._idle) <= MOST_READY and not self.waiting:
+            supervisor.get_ready()
+        if self._trimmer is None and not self._is_retired:
+            self._trimmer = loop.call_later(IDLE_S, self._trim_later)
 
     def _trim_later(self) -> None:
         self._trimmer = None

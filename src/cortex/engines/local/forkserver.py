@@ -182,11 +182,11 @@ class ForkServer:
             return False
 
     def _ask(self) -> None:
-        """Ask for as many supervising processes as there are orders without one; for one ahead,
-        once it is ready and there are none."""
+        """Ask for as many supervising processes as there is work for; for one ahead, once it is ready and
+        there are none."""
         if not self.ready or self._closed:
             return
-        wanted = len(self.crew.waiting) or int(self.crew.is_gone)
+        wanted = self.crew.wanted or int(self.crew.is_gone)
         self._unsent += max(0, wanted - self._asked)
         self._asked = max(wanted, self._asked)
         self._flush()

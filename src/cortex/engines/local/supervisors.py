@@ -25,7 +25,7 @@ def ask_to_end(pidfd: int) -> None:
 class Owner(Protocol):
     """Who is told what becomes of it."""
 
-    def recorded(self, reply: Reply) -> None:
+    def recorded(self, supervisor: Supervisor, reply: Reply) -> None:
         """The start record of its job is made: the job has started."""
 
     def ended(self, supervisor: Supervisor, reply: Reply) -> None:
@@ -126,7 +126,7 @@ class Supervisor:
             self.order = None
             self._owner.ended(self, reply)
         else:
-            self._owner.recorded(reply)
+            self._owner.recorded(self, reply)
         return True
 
     def _on_gone(self) -> None:

@@ -1,0 +1,115 @@
+"""The supervising processes of a version that begin at the same time: few, and the others in their turn."""
+
+from __future__ import annotations
+
+import pytest
+
+from cortex.engines.base import Attempt, Ending, NeverStarted
+from cortex.engines.local import LocalEngine, starts
+from cortex.spec.job import Json
+from engines.bench import SLEEP, Bench
+
+SILENT = """
+    import os, signal, time
+    def task(config):
+        if config.get("silent"):
+            os.kill(os.getppid(), signal.SIGSTOP)
+            print("silent", flush=True)
+            time.sleep(300)
+"""
+
+
+@pytest.fixture
+def bench(local_bench: Bench) -> Bench:
+    return local_bench
+
+
+def silent(bench: Bench) -> Attempt:
+    """Of a job that stops its supervising process before that has said that it started."""
+    return bench.attempt(SILENT, config={"silent": True}, api_id="one")
+
+
+def plain(bench: Bench) -> Attempt:
+    return bench.attempt(SILENT, api_id="one")
+
+
+@pytest.fixture
+def one_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starts, "MOST", 1)
+    monkeypatch.setattr(starts, "LONGEST_S", 3600.0)
+
+
+@pytest.mark.usefixtures("one_at_once")
+def test_an_order_waits_until_there_is_room_for_its_start(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        first, *others = silent(bench), plain(bench), plain(bench)
+        for attempt in (first, *others):
+            await bench.start(engine, attempt)
+        await bench.printed(first, "silent")
+        engine.stop(first.spec.job_id)
+        ended = [await bench.ended(attempt) for attempt in (first, *others)]
+        assert ended[0].ending is Ending.STOPPED
+        assert ended[0].end_ns <= ended[1].start_ns <= ended[2].start_ns
+
+    bench.run(scenario)
+
+
+@pytest.mark.usefixtures("one_at_once")
+def test_an_order_that_waits_for_its_turn_is_taken_back(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        first, second = silent(bench), plain(bench)
+        for attempt in (first, second):
+            await bench.start(engine, attempt)
+        await bench.printed(first, "silent")
+        engine.stop(second.spec.job_id)
+        assert isinstance(await bench.last(second), NeverStarted)
+        engine.stop(first.spec.job_id)
+        await bench.ended(first)
+
+    bench.run(scenario)
+
+
+@pytest.mark.usefixtures("one_at_once")
+def test_a_version_that_is_replaced_hands_out_what_waits(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        first, second = silent(bench), plain(bench)
+        for attempt in (first, second):
+            await bench.start(engine, attempt)
+        await bench.printed(first, "silent")
+        engine.forget("one")
+        engine.stop(first.spec.job_id)
+        assert (await bench.ended(second)).exit_code == 0
+
+    bench.run(scenario)
+
+
+def test_those_that_never_say_that_they_began_hold_up_nobody_for_long(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        mute = [silent(bench) for _ in range(2 * starts.MOST)]
+        for attempt in mute:
+            await bench.start(engine, attempt)
+        assert (await bench.outcome(engine, plain(bench))).exit_code == 0
+        for attempt in mute:
+            engine.stop(attempt.spec.job_id)
+            await bench.ended(attempt)
+
+    bench.run(scenario)
+
+
+def test_many_jobs_begin_while_others_run(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        config: Json = {"file": str(bench.marker)}
+        running = [
+            bench.attempt(SLEEP, config=config, cpu_m=10, api_id="one")
+            for _ in range(3 * starts.MOST)
+        ]
+        for attempt in running:
+            await bench.start(engine, attempt)
+        for attempt in running:
+            await bench.printed(attempt, "pid")
+        bench.go()
+        assert [(await bench.ended(attempt)).result for attempt in running] == ["done"] * len(
+            running
+        )
+
+    bench.run(scenario)
