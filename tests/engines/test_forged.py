@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +19,11 @@ import pytest
 
 import cortex
 from cortex.account import Account
-from cortex.engines.base import Attempt, Lost
+from cortex.engines.base import Attempt, Lost, NeverStarted
 from cortex.engines.local import LocalEngine, limits, records
 from cortex.worker.processes import stat
 from engines.bench import Bench
+from engines.test_recovery import DAEMON, pid_of
 
 NOBODY = Account("nobody", 65534, 65534, (65534,), "/")
 START = {"pid": 1, "ticks": 1, "start_ns": 1, "cgroups": [], "gpus": []}
@@ -40,7 +45,7 @@ def forged(bench: Bench, name: str, data: bytes) -> Attempt:
 
 
 def test_a_record_that_is_none_is_a_lost_job_and_nothing_else(bench: Bench) -> None:
-    odd = [b"[" * 100000, b"[]", b"1", b'"ending"', b"null", b"\xff"]
+    odd = [b"", b"[" * 100000, b"[]", b"1", b'"ending"', b"null", b"\xff"]
     start = [
         {"pid": "x"}, {"pid": -1}, {"pid": 1 << 40}, {"ticks": None}, {"start_ns": 1 << 70},
         {"cgroups": "/"}, {"cgroups": [1]}, {"gpus": {"a": 1}}, {"gpus": ["0"]},
@@ -61,6 +66,136 @@ def test_a_record_that_is_none_is_a_lost_job_and_nothing_else(bench: Bench) -> N
             engine.stop(attempt.spec.job_id)
 
     bench.run(scenario)
+
+
+def spoilt(bench: Bench, spoil: Callable[[Path], object]) -> Attempt:
+    """An attempt that runs on without its operator, and has spoilt its start record."""
+    attempt = bench.killed_operator(bench.sleeper(), "started")
+    asyncio.run(bench.printed(attempt, "pid"))
+    spoil(bench.start_record(attempt))
+    return attempt
+
+
+def in_place_of(make: Callable[[Path], object]) -> Callable[[Path], object]:
+    def spoil(record: Path) -> None:
+        record.unlink()
+        make(record)
+
+    return spoil
+
+
+SPOILS: dict[str, Callable[[Path], object]] = {
+    "emptied": lambda record: record.write_bytes(b""),
+    "garbled": lambda record: record.write_bytes(b"\0\0"),
+    "fenced": lambda record: record.write_bytes(b'{"fenced": true}'),
+    "another's": lambda record: record.write_text(json.dumps(START)),
+    "removed": lambda record: record.unlink(),
+    "link": in_place_of(lambda record: record.symlink_to("elsewhere")),
+    "pipe": in_place_of(os.mkfifo),
+    "folder": in_place_of(os.mkdir),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_a_job_that_has_spoilt_its_start_record_is_taken_up_all_the_same(
+    bench: Bench, spoil: str
+) -> None:
+    attempt = spoilt(bench, SPOILS[spoil])
+
+    async def scenario(engine: LocalEngine) -> None:
+        await engine.recover(attempt)
+        await bench.started(attempt)
+        bench.go()
+        assert (await bench.ended(attempt)).result == "done"
+        assert bench.marker.read_text() == "ran\n"
+
+    bench.run(scenario)
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_without_its_supervising_process_it_is_ended_and_lost(bench: Bench, spoil: str) -> None:
+    attempt = bench.killed_operator(bench.attempt(DAEMON), "started")
+
+    async def scenario(engine: LocalEngine) -> None:
+        await bench.printed(attempt, "daemon")
+        supervisor = pid_of(bench, attempt)
+        SPOILS[spoil](bench.start_record(attempt))
+        os.kill(supervisor, signal.SIGKILL)
+        await engine.recover(attempt)
+        assert isinstance(await bench.last(attempt), Lost)
+        left = [line for line in bench.left() if "forkserver.py" not in line]
+        assert left == []
+
+    bench.run(scenario)
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_nothing_of_it_is_left_where_its_operator_sees_its_supervising_process_end(
+    bench: Bench, spoil: str
+) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = bench.attempt(DAEMON)
+        await bench.start(engine, attempt)
+        await bench.printed(attempt, "daemon")
+        supervisor = pid_of(bench, attempt)
+        SPOILS[spoil](bench.start_record(attempt))
+        os.kill(supervisor, signal.SIGKILL)
+        assert isinstance(await bench.last(attempt), Lost | NeverStarted)
+        left = [line for line in bench.left() if "forkserver.py" not in line]
+        assert left == []
+
+    bench.run(scenario)
+
+
+def test_a_job_that_has_no_environment_and_no_record_is_not_started_again(bench: Bench) -> None:
+    command = ["env", "-i", "sh", "-c", 'echo pid; until [ -e "$0" ]; do sleep 0.1; done']
+    go = f"{bench.marker}.go"
+    attempt = bench.killed_operator(bench.attempt(command=[*command, go]), "started")
+
+    async def scenario(engine: LocalEngine) -> None:
+        await bench.printed(attempt, "pid")
+        bench.start_record(attempt).write_bytes(b"")
+        await engine.recover(attempt)
+        await bench.started(attempt)
+        bench.go()
+        assert (await bench.ended(attempt)).exit_code == 0
+
+    bench.run(scenario)
+
+
+def test_an_end_that_is_told_is_believed_where_the_start_is_not(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        for spoil in SPOILS.values():
+            attempt = forged(bench, "exit.1", json.dumps(END).encode())
+            spoil(bench.start_record(attempt))
+            await engine.recover(attempt)
+            assert (await bench.ended(attempt)).exit_code == 0
+
+    bench.run(scenario)
+
+
+def test_a_record_that_its_owner_may_not_read_is_none(bench: Bench) -> None:
+    attempt = forged(bench, "exit.1", json.dumps(END).encode())
+    with tempfile.TemporaryDirectory() as own:
+        folder = bench.folder(attempt).rename(Path(own, attempt.spec.job_id))
+        for record in folder.iterdir():
+            record.chmod(0)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                if os.getuid() == 0:  # root may read anything
+                    for path in (*folder.iterdir(), folder, Path(own)):
+                        os.chown(path, NOBODY.uid, NOBODY.gid)
+                    os.setgroups([])
+                    os.setgid(NOBODY.gid)
+                    os.setuid(NOBODY.uid)
+                found = records.look(folder, attempt)
+                code = int(not isinstance(found, records.Gone) or found.exit is not None)
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_what_can_be_no_record_is_not_read(bench: Bench) -> None:

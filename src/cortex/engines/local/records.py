@@ -1,5 +1,6 @@
 """A job's folder as the local engine sees it: `<root>/<job_id>/` with job.json, log, files/, start.N
-and exit.N. The job can write there: what its records say is looked at before it is believed.
+and exit.N. The job can write there: what its records say is looked at before it is believed, and where
+that cannot be, processes are asked for what runs.
 Blocking and short; called by the engine, in threads where a disk is waited for.
 """
 
@@ -17,10 +18,11 @@ from pathlib import Path
 from cortex.account import Account
 from cortex.engines.base import Attempt, Ending
 from cortex.worker import cgroups, files, processes
-from cortex.worker.messages import ExitRecord, StartRecord
+from cortex.worker.messages import JOB_ID_ROOM, ExitRecord, StartRecord
 
 HANDLE_VERSION = 1
 CLEAN_S = 5.0
+_GOES_S = 2.0  # what was laid out and finds the fence
 _ENDINGS = ("lost", *Ending)
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
@@ -90,27 +92,25 @@ def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Foun
     with _opened(folder, must_exist=not rebooted) as fd:
         if fd is None:
             return Gone(None, None, rebooted=True)
-        start = _start(fd, attempt.number)
-        if rebooted:
-            return Gone(_exit(fd, attempt.number), start, rebooted=True)
+        start, over = _start(fd, attempt.number), _exit(fd, attempt.number)
+        # The end is asked for first: its supervisor may be there still, with another job.
+        if rebooted or over is not None:
+            return Gone(over, start, rebooted=rebooted)
         if start is None:
-            fence = StartRecord(fenced=True).dumps()
-            if files.create(fd, f"start.{attempt.number}", fence):
-                return Fenced()
+            files.create(fd, f"start.{attempt.number}", StartRecord(fenced=True).dumps())
             start = _start(fd, attempt.number)
         if start is None or start.fenced:
-            return Fenced()
-        # Asked first: its supervisor may be there still, with another job.
-        pidfd = None if _exit(fd, attempt.number) else processes.hold(start.pid, start.ticks)
-        if pidfd is not None:
-            if account is None or processes.owner(start.pid) == account.uid:
-                return Alive(pidfd, start)
-            os.close(pidfd)
+            if not _runs(folder, attempt.number):
+                return Fenced()
+            start = StartRecord()
+        alive = _alive(start, account) or _alive(_supervisor(fd), account)
+        if alive is not None:
+            return alive
         return Gone(_exit(fd, attempt.number), start, rebooted=False)
 
 
 def ended(folder: Path, attempt: int) -> Gone:
-    """What a supervisor that has just ended has left.
+    """What a supervisor that has just ended has left. A fence is not believed here: `look` tells.
 
     Raises:
         OSError: the folder cannot be asked now.
@@ -118,7 +118,9 @@ def ended(folder: Path, attempt: int) -> Gone:
     # Both are read through one open folder: it may be moved away, or back, in between.
     with _opened(folder, must_exist=True) as fd:
         assert fd is not None
-        return Gone(_exit(fd, attempt), _start(fd, attempt), rebooted=False)
+        start = _start(fd, attempt)
+        is_fenced = start is not None and start.fenced
+        return Gone(_exit(fd, attempt), None if is_fenced else start, rebooted=False)
 
 
 def supervised(folder: Path, attempt: int) -> bool:
@@ -216,13 +218,51 @@ def _boot(handle: str) -> str:
     return str(boot)
 
 
+def _alive(start: StartRecord | None, account: Account | None) -> Alive | None:
+    pidfd = None if start is None else processes.hold(start.pid, start.ticks)
+    if start is None or pidfd is None:
+        return None
+    if account is None or processes.owner(start.pid) == account.uid:
+        return Alive(pidfd, start)
+    os.close(pidfd)
+    return None
+
+
+def _runs(folder: Path, attempt: int) -> bool:
+    """Whether an attempt runs that is fenced off: the job has removed its record, or written another. What
+    had only been laid out is gone once it has found the fence."""
+    until = time.monotonic() + _GOES_S
+    while processes.with_variable("CORTEX_JOB_ID", folder.name):
+        if _is_followed(folder, attempt):
+            return False
+        if time.monotonic() > until:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def _supervisor(folder: int) -> StartRecord | None:
+    """The supervising process that has this folder open, told as its record would tell of it."""
+    about = os.fstat(folder)
+    # Its environment is the fork server's, where jobs have their ids.
+    for pid, ticks in processes.with_variable("CORTEX_JOB_ID", "-" * JOB_ID_ROOM).items():
+        with contextlib.suppress(FileNotFoundError, PermissionError, ProcessLookupError):
+            for fd in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(fd.stat(), about):
+                        return StartRecord(pid=pid, ticks=ticks, start_ns=time.time_ns())
+    return None
+
+
 def _start(folder: int, attempt: int) -> StartRecord | None:
-    data = files.read(folder, f"start.{attempt}")
-    if not data:
+    """Who began an attempt; nobody where there is no record, and nobody known where it is spoilt. It got its
+    name with all of its content: what is not so was spoilt by the job, or a loss of power."""
+    data = _read(folder, f"start.{attempt}")
+    if data is None:
         return None
     try:
         record = StartRecord.loads(data)
-    except (ValueError, TypeError, RecursionError):  # lost with the power: who it was is not known
+    except (ValueError, TypeError, RecursionError):
         return StartRecord()
     lists = isinstance(record.cgroups, list) and isinstance(record.gpus, list)
     is_sound = (
@@ -235,7 +275,7 @@ def _start(folder: int, attempt: int) -> StartRecord | None:
 
 
 def _exit(folder: int, attempt: int) -> ExitRecord | None:
-    data = files.read(folder, f"exit.{attempt}")
+    data = _read(folder, f"exit.{attempt}")
     try:
         record = ExitRecord.loads(data) if data else None
     except (ValueError, TypeError, RecursionError):
@@ -249,6 +289,28 @@ def _exit(folder: int, attempt: int) -> ExitRecord | None:
         and isinstance(record.message, str | None)
     )
     return record if is_sound else None
+
+
+def _read(folder: int, name: str) -> bytes | None:
+    """The content of a record; nothing of what can be none, or that its owner may not read; None where
+    there is not even that."""
+    try:
+        data = files.read(folder, name)
+    except PermissionError:
+        if os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode & 0o400:
+            raise
+        return b""
+    if data is None and _is_there(folder, name):
+        return b""
+    return data
+
+
+def _is_there(folder: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _are_within(most: int, *numbers: object) -> bool:
