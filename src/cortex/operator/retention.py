@@ -15,6 +15,7 @@ from pathlib import Path
 
 import structlog
 
+from cortex.background import Background, in_thread
 from cortex.errors import StorageUnavailable
 from cortex.operator.context import Context
 from cortex.projects.environments import Environments
@@ -23,6 +24,7 @@ from cortex.spec.times import now_ns
 log = structlog.get_logger()
 
 _BATCH = 200
+_FAILED = "retention failed"
 _SOONEST_S, _LATEST_S = 1.0, 60.0
 
 
@@ -33,16 +35,13 @@ class Retention:
         self._ctx = ctx
         self._keep = ctx.settings.keep
         self._environments = environments
-        self._task: asyncio.Task[None] | None = None
+        self._background = Background(_FAILED)
 
     async def open(self) -> None:
-        self._task = asyncio.create_task(self._run(), name="retention")
+        self._background.run(self._run(), "retention")
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+        await self._background.close()
 
     async def _run(self) -> None:
         ages = [age for age in (self._keep.jobs_s, self._keep.logs_s) if age is not None]
@@ -52,6 +51,8 @@ class Retention:
                 await self._sweep()
             except (StorageUnavailable, OSError) as error:
                 log.warning("retention has to wait", error=str(error))
+            except Exception as error:  # another round may go well
+                log.error(_FAILED, exc_info=error)
             await asyncio.sleep(pause_s)
 
     async def _sweep(self) -> None:
@@ -84,14 +85,14 @@ class Retention:
             await self._ctx.archive.remove(ids)
         folders = [self._ctx.engine.log(job_id).parent for job_id in ids]
         self._ctx.engine.discard(ids)
-        await asyncio.to_thread(_remove_all, folders)
+        await in_thread(_remove_all, folders)
 
     async def _remove_versions(self, before_ns: int) -> None:
         for api_id in await self._ctx.store.remove_versions(before_ns):
             self._ctx.versions.forget(api_id)
             log.info("removed version", api_id=api_id)
         projects = {spec.project_id for spec in await self._ctx.store.all_versions()}
-        await asyncio.to_thread(self._remove_projects, projects)
+        await in_thread(self._remove_projects, projects)
 
     def _remove_projects(self, used: set[str]) -> None:
         root = self._ctx.settings.projects
