@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cortex.projects import kept
+from cortex.projects import away, kept
 from cortex.projects.environments import Environments
 from cortex.projects.files import Files
 from cortex.projects.kept import Projects
@@ -151,6 +151,40 @@ def test_what_nothing_uses_is_forgotten_but_not_what_has_just_come(
     assert len(files.listed("projects")) == 2
     here.forget_all_but(set())
     assert files.listed("projects") == {}
+
+
+def test_a_project_that_comes_in_while_it_is_put_away_is_there_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = projects(tmp_path, None)
+    identity = taken_in(here)
+    came = here.here()[identity]
+    touched = away.touched
+    for moment in range(3):  # before the first look, before the move, before the second look
+        looks = 0
+
+        def look(folder: Path, moment: int = moment) -> int:
+            nonlocal looks
+            looks += 1
+            if looks > 2:
+                return touched(folder)
+            if (looks, moment) in {(1, 0), (2, 2)}:
+                taken_in(here)
+            seen = touched(folder)
+            if (looks, moment) == (1, 1):
+                taken_in(here)
+            return seen
+
+        with monkeypatch.context() as slow:
+            slow.setattr(away, "touched", look)
+            here.put_away(identity, came)
+        assert project_id(here.folder(identity)) == identity
+        came = here.here()[identity]
+    here.put_away(identity, came)
+    assert not here.folder(identity).exists()
+    assert taken_in(here) == identity
+    here.open()
+    assert here.to_remove() == []
 
 
 def test_an_environment_built_again_elsewhere_holds_the_same(tmp_path: Path, files: Files) -> None:

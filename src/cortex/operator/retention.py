@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -36,11 +37,13 @@ class Retention:
         self._keep = ctx.settings.keep
         self._environments = environments
         self._background = Background(_FAILED)
+        self._is_over = threading.Event()
 
     async def open(self) -> None:
         self._background.run(self._run(), "retention")
 
     async def close(self) -> None:
+        self._is_over.set()
         await self._background.close()
 
     async def _run(self) -> None:
@@ -73,7 +76,8 @@ class Retention:
                 await self._remove_jobs(ids)
         if keep.jobs_s is not None:
             async with self._ctx.deploying:
-                await self._remove_versions(_ago(keep.jobs_s))
+                await self._put_versions_away(_ago(keep.jobs_s))
+            await in_thread(self._remove_unused)  # which takes long, and is nobody else's any more
 
     async def _remove_jobs(self, ids: list[str]) -> None:
         await self._remove_folders(ids)
@@ -87,21 +91,30 @@ class Retention:
         self._ctx.engine.discard(ids)
         await in_thread(_remove_all, folders)
 
-    async def _remove_versions(self, before_ns: int) -> None:
+    async def _put_versions_away(self, before_ns: int) -> None:
+        here = await in_thread(self._ctx.projects.here)  # first: what comes in again is another
         for api_id in await self._ctx.store.remove_versions(before_ns):
             self._ctx.versions.forget(api_id)
             log.info("removed version", api_id=api_id)
-        projects = {spec.project_id for spec in await self._ctx.store.all_versions()}
-        await in_thread(self._remove_projects, projects)
+        used = {spec.project_id for spec in await self._ctx.store.all_versions()}
+        await in_thread(self._put_projects_away, here, used)
 
-    def _remove_projects(self, used: set[str]) -> None:
-        root = self._ctx.settings.projects
-        for folder in root.iterdir():
-            if folder.name not in used and not folder.name.startswith("."):
-                remove(folder)
-        left = [folder for folder in root.iterdir() if not folder.name.startswith(".")]
-        self._environments.remove_all_but(left)
+    # In threads, which go on when nobody waits for them any more
+
+    def _put_projects_away(self, here: dict[str, int], used: set[str]) -> None:
+        for identity in here.keys() - used:
+            if self._is_over.is_set():
+                return
+            self._ctx.projects.put_away(identity, here[identity])
         self._ctx.projects.forget_all_but(used)
+
+    def _remove_unused(self) -> None:
+        for folder in self._ctx.projects.to_remove():
+            if self._is_over.is_set():
+                return
+            remove(folder)
+        folders = self._ctx.projects.folders()
+        self._environments.remove_all_but(folders, self._is_over.is_set)
 
 
 def _ago(seconds: float) -> int:

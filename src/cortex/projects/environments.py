@@ -18,7 +18,7 @@ import shutil
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,10 +116,16 @@ class Environments:
         name = locks.name(wanted.python_to_find)
         self._projects.keep_first_lock(project.name, name, locks.held(python))
 
-    def remove_all_but(self, projects: Iterable[Path]) -> None:
+    def remove_all_but(
+        self, projects: Iterable[Path], is_over: Callable[[], bool] = lambda: False
+    ) -> None:
         """Remove the environments that none of these projects wants, in which no process runs, and that
         are neither being built nor were asked for since this was called last: their projects may have
-        come after the list."""
+        come after the list.
+
+        Args:
+            is_over: asked before each; whether the others are left.
+        """
         for leftover in self._root.glob(f"{_GONE}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         with self._lock:
@@ -128,6 +134,8 @@ class Environments:
         # An operator that came with another Python wants others for the jobs that it has found running.
         kept = {self._folder(identity) for identity in used} | _in_use(self._root)
         for folder in self._root.iterdir():
+            if is_over():
+                return
             gone = folder.with_name(f"{_GONE}{folder.name}-{new_id()}")
             with self._lock:
                 busy = {self._folder(each) for each in (*self._asked_for, *self._builds)}

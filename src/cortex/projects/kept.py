@@ -22,6 +22,7 @@ from pathlib import Path
 import structlog
 
 from cortex.errors import InvalidProject
+from cortex.projects import away
 from cortex.projects.files import Files
 from cortex.projects.locks import SUFFIX
 from cortex.projects.unpack import project_id, unpack
@@ -52,7 +53,7 @@ class Projects:
 
     def open(self) -> None:
         """Remove what was cut off."""
-        for leftover in self._root.glob(f"{_INCOMING}*"):
+        for leftover in (*self._root.glob(f"{_INCOMING}*"), *self.to_remove()):
             _remove(leftover)
 
     def start_over(self) -> None:
@@ -82,7 +83,7 @@ class Projects:
 
     def place(self, identity: str, incoming: Path) -> None:
         """Let what came in be a project's files, unless they are here already. Durable when it returns."""
-        if not self.folder(identity).exists():
+        if not away.touch(self.folder(identity)):
             # Of thousands of small files that is cheaper at one stroke than one by one.
             os.sync()
             try:
@@ -206,15 +207,31 @@ class Projects:
             if self.lock(identity, name) is None:
                 self.keep_lock(identity, name, text)
 
+    def here(self) -> dict[str, int]:
+        """The projects that are here, each with when it came in last."""
+        return {folder.name: away.touched(folder) for folder in self.folders()}
+
+    def folders(self) -> list[Path]:
+        """The folders of all that are here."""
+        return [path for path in self._root.iterdir() if not path.name.startswith(".")]
+
+    def put_away(self, identity: str, came: int) -> None:
+        """Put a project away that nothing uses, unless it has come in again since."""
+        away.put_away(self.folder(identity), came)
+
+    def to_remove(self) -> list[Path]:
+        """The folders that were put away."""
+        return away.to_remove(self._root)
+
     def forget_all_but(self, used: set[str]) -> None:
-        """Remove what is kept of projects that nothing uses, beside their folders.
+        """Remove what is kept of projects that nothing uses and that are not here any more.
 
         Raises:
             StorageUnavailable: some may be left in the store of files.
         """
         self._looked &= used
         for folder in self._locks.iterdir():
-            if folder.name not in used:
+            if folder.name not in used and not self.folder(folder.name).exists():
                 shutil.rmtree(folder, ignore_errors=True)
         if self._files is not None:
             there = self._files.listed(_ABOVE).items()

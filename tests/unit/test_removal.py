@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from cortex.operator.shared import SharedJobs
 from cortex.operator.versions import Versions
 from cortex.projects.environments import Environments
 from cortex.projects.kept import Projects
+from cortex.spec.api import ApiSpec
 from cortex.store import Store
 
 
@@ -43,6 +45,16 @@ class Parts:
 
     def retention(self) -> Retention:
         return Retention(self.context, self.environments)
+
+    def project(self, content: str) -> str:
+        """Take a project in, as a deploy does."""
+        with self.projects.incoming() as incoming:
+            incoming.mkdir()
+            (incoming / "a.py").write_text(content)
+            return self.projects.take_in(incoming)
+
+    def here(self) -> set[str]:
+        return {folder.name for folder in self.context.settings.projects.iterdir()}
 
 
 @pytest.fixture
@@ -81,3 +93,56 @@ def test_a_round_that_fails_as_nobody_thought_of_is_logged_and_the_next_one_come
     [told] = [entry for entry in logs if entry["log_level"] == "error"]
     assert told["event"] == "retention failed"
     assert str(told["exc_info"]) == "nobody thought of this"
+
+
+def test_a_removal_that_goes_on_when_it_is_over_stops_at_the_next_project(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        parts.project(str(number))
+    put_away, is_at_it, may_go_on = parts.projects.put_away, threading.Event(), threading.Event()
+
+    def put_away_slowly(identity: str, came: int) -> None:
+        is_at_it.set()
+        assert may_go_on.wait(30)
+        put_away(identity, came)
+
+    monkeypatch.setattr(parts.projects, "put_away", put_away_slowly)
+
+    async def main() -> None:
+        removal = parts.retention()
+        await removal.open()
+        assert await asyncio.to_thread(is_at_it.wait, 30)
+        await removal.close()
+        may_go_on.set()
+        # The loop waits for its threads when it is closed.
+
+    asyncio.run(main())
+    assert len([name for name in parts.here() if not name.startswith(".")]) == 2
+
+
+def test_a_project_that_another_operator_deploys_at_that_moment_stays(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity, other = parts.project("x = 1"), parts.project("x = 2")
+    parts.projects.keep_lock(identity, "one.lock", "six==1.0\n")
+    all_versions = parts.store.all_versions
+
+    async def main() -> None:
+        # It has hung so long that the turn was another's.
+        async def and_a_deploy() -> list[ApiSpec]:
+            old = await all_versions()
+            assert parts.project("x = 1") == identity
+            return old
+
+        monkeypatch.setattr(parts.store, "all_versions", and_a_deploy)
+        removal = parts.retention()
+        await removal.open()
+        async with asyncio.timeout(30):
+            while other in parts.here():  # noqa: ASYNC110  # nobody tells
+                await asyncio.sleep(0.01)
+        await removal.close()
+
+    asyncio.run(main())
+    assert parts.here() == {identity}
+    assert parts.projects.locks(identity) == {"one.lock": "six==1.0\n"}
