@@ -1,0 +1,46 @@
+"""What a submit sends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import ItemsView
+
+import pytest
+
+from cortex.client import submission
+from cortex.errors import InvalidRequest
+
+
+def test_a_config_is_made_json_once() -> None:
+    made = 0
+
+    class Large(dict[str, int]):
+        def items(self) -> ItemsView[str, int]:
+            nonlocal made
+            made += 1
+            return super().items()
+
+    body = submission.body({"large": Large(x=1)}, 3)  # type: ignore[dict-item]  # a kind of dict
+    assert json.loads(body) == {"config": {"large": {"x": 1}}, "timeout": 3}
+    assert made == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "timeout", "body"),
+    [
+        (None, None, b"{}"),
+        ({}, None, b'{"config":{}}'),
+        (None, 1, b'{"timeout":1}'),
+        ({"ä": [1, "\ud800"]}, 1, b'{"config":{"\xc3\xa4":[1,"\xed\xa0\x80"]},"timeout":1}'),
+    ],
+)
+def test_it_is_as_short_as_json_can_be(
+    config: dict[str, object] | None, timeout: int | None, body: bytes
+) -> None:
+    assert submission.body(config, timeout) == body  # type: ignore[arg-type]  # it is JSON
+
+
+@pytest.mark.parametrize("value", [float("nan"), {1, 2}, b"", {(1,): 1}])
+def test_what_is_no_json_is_refused(value: object) -> None:
+    with pytest.raises(InvalidRequest, match="config holds something that is no JSON"):
+        submission.body({"x": value}, None)  # type: ignore[dict-item]  # that is the point
