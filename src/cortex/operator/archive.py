@@ -117,9 +117,9 @@ class Archive:
         """
         job_id = record.spec.job_id
         async with self._turn(job_id):
-            is_sure = not self._is_apart or (self._is_open and job_id not in self._unsure)
+            is_sure, is_driving = self._has_all_of(job_id), self._is_open
             is_here = await self._run(
-                self._copies.bring_back, job_id, is_sure=is_sure, is_driving=self._is_open
+                self._copies.bring_back, job_id, is_sure=is_sure, is_driving=is_driving
             )
         await self.drop_old()
         if not is_here and record.attempt:
@@ -176,8 +176,7 @@ class Archive:
         try:
             # What it does not know any more, retention was about to remove.
             if job_id not in self._unsure or await self._store.job(job_id) is not None:
-                is_sure = not self._is_apart or job_id not in self._unsure
-                await self._run(self._copies.send, job_id, is_sure=is_sure)
+                await self._run(self._copies.send, job_id, is_sure=self._has_all_of(job_id))
             self._unsure.discard(job_id)
         except (StorageUnavailable, OSError) as error:
             log.warning("a log is still to be archived", job=job_id, error=str(error))
@@ -186,6 +185,10 @@ class Archive:
         except Exception as error:  # the others' logs have to be sent all the same
             log.error("a log cannot be archived", job=job_id, exc_info=error)
         return True
+
+    def _has_all_of(self, job_id: str) -> bool:
+        """Whether what is here of a log that was not sent from here is surely all of it."""
+        return not self._is_apart or (self._is_open and job_id not in self._unsure)
 
     def _turn(self, job_id: str) -> asyncio.Lock:
         return self._turns.setdefault(job_id, asyncio.Lock())
