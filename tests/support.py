@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -109,6 +110,28 @@ class Task:
     def unserialisable(self, config):
         return object()
 """
+
+
+def by_its_owner(lay_out: Callable[[Path], None], holds: Callable[[Path], bool]) -> bool:
+    """What is found in a new folder by its owner, who is not root: root may do anything anywhere."""
+    with tempfile.TemporaryDirectory() as name:
+        own = Path(name)
+        lay_out(own)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                if os.getuid() == 0:
+                    for path in (*own.rglob("*"), own):
+                        os.chown(path, 65534, 65534)
+                    os.setgroups([])
+                    os.setgid(65534)
+                    os.setuid(65534)
+                code = int(not holds(own))
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        return os.waitstatus_to_exitcode(status) == 0
 
 
 def probe_yaml(name: str = "probe", more: str = "") -> str:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cortex.operator.retention import remove
 from support import PROBE, Operator, operator, probe_yaml, until
 
 SECOND = str(1 / 86_400)  # in days
@@ -119,39 +116,3 @@ def test_nothing_goes_before_its_time(tmp_path: Path) -> None:
         until(lambda: running.http.get(f"{running.url}/readyz").status_code == 200, "ready")
         assert running.status(f"{running.url}/probe", job) == done
         assert running.log_of(f"{running.url}/probe", job) == "line 0\n"
-
-
-def test_folders_that_their_own_user_may_not_use_go_too() -> None:
-    with tempfile.TemporaryDirectory() as own:
-        job = Path(own) / "job"
-        modes = {"unwritable": 0o500, "unreadable": 0o300, "unsearchable": 0o600, "closed": 0o000}
-        for name in modes:
-            (job / name / "closed").mkdir(parents=True)
-            (job / name / "closed" / "file").touch()
-        everything = [*job.rglob("*"), job, Path(own)]
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                if os.getuid() == 0:  # root may do anything anywhere
-                    for path in everything:
-                        os.chown(path, 65534, 65534)
-                    os.setgroups([])
-                    os.setgid(65534)
-                    os.setuid(65534)
-                for name, mode in modes.items():
-                    (job / name / "closed").chmod(0o000)
-                    (job / name).chmod(mode)
-                job.chmod(0o500)
-                remove(job)
-                code = int(job.exists())
-            finally:
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        assert os.waitstatus_to_exitcode(status) == 0
-
-
-def test_what_is_gone_already_leaves_the_folder_above_as_it_is(tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)  # other users pass through it, where jobs run as another
-    remove(tmp_path / "job")
-    assert tmp_path.stat().st_mode & 0o777 == 0o755

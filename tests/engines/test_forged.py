@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from cortex.engines.local import LocalEngine, limits, records
 from cortex.worker.processes import stat
 from engines.bench import Bench
 from engines.test_recovery import DAEMON, pid_of
+from support import by_its_owner
 
 NOBODY = Account("nobody", 65534, 65534, (65534,), "/")
 START = {"pid": 1, "ticks": 1, "start_ns": 1, "cgroups": [], "gpus": []}
@@ -176,26 +176,17 @@ def test_an_end_that_is_told_is_believed_where_the_start_is_not(bench: Bench) ->
 
 def test_a_record_that_its_owner_may_not_read_is_none(bench: Bench) -> None:
     attempt = forged(bench, "exit.1", json.dumps(END).encode())
-    with tempfile.TemporaryDirectory() as own:
-        folder = bench.folder(attempt).rename(Path(own, attempt.spec.job_id))
-        for record in folder.iterdir():
+
+    def lay_out(own: Path) -> None:
+        bench.folder(attempt).rename(own / attempt.spec.job_id)
+
+    def is_gone(own: Path) -> bool:
+        for record in (own / attempt.spec.job_id).iterdir():
             record.chmod(0)
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                if os.getuid() == 0:  # root may read anything
-                    for path in (*folder.iterdir(), folder, Path(own)):
-                        os.chown(path, NOBODY.uid, NOBODY.gid)
-                    os.setgroups([])
-                    os.setgid(NOBODY.gid)
-                    os.setuid(NOBODY.uid)
-                found = records.look(folder, attempt)
-                code = int(not isinstance(found, records.Gone) or found.exit is not None)
-            finally:
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        assert os.waitstatus_to_exitcode(status) == 0
+        found = records.look(own / attempt.spec.job_id, attempt)
+        return isinstance(found, records.Gone) and found.exit is None
+
+    assert by_its_owner(lay_out, is_gone)
 
 
 def test_what_can_be_no_record_is_not_read(bench: Bench) -> None:

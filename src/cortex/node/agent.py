@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
-import shutil
 import time
 from collections.abc import Coroutine
 from pathlib import Path
@@ -40,6 +39,7 @@ from cortex.projects.building import NOT_BUILT, EnvironmentFailed
 from cortex.projects.environments import Environments
 from cortex.projects.kept import Projects
 from cortex.projects.unpack import unpack
+from cortex.removal import remove
 from cortex.worker import logfile, processes
 
 _BATCH = 256 << 10
@@ -172,8 +172,7 @@ class Agent:
     async def discard(self, job_ids: list[str]) -> None:
         for job_id in job_ids:
             if job_id not in self._live:
-                folder = self._slot.jobs / job_id
-                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+                await asyncio.to_thread(remove, self._slot.jobs / job_id)
 
     async def _open(self) -> None:
         # Whoever asks first: Ray may have started this process again since the operator's hello.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import subprocess
 import sys
 import uuid
@@ -19,6 +18,7 @@ from typing import IO
 import platformdirs
 
 from cortex.node import guard
+from cortex.removal import remove
 
 _OWNER = "owner"
 _MOST = 1000
@@ -63,7 +63,7 @@ def _find(base: Path, node_id: str) -> tuple[Path, IO[str], str]:
     free.mkdir(0o700, exist_ok=True)
     lock = _locked(free)
     guard.end_all(free / "jobs")
-    shutil.rmtree(free / "jobs", ignore_errors=True)
+    remove(free / "jobs")
     identity = uuid.uuid4().hex
     (free / _OWNER).write_text(f"{node_id} {identity}")
     return free, lock, identity

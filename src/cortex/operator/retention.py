@@ -7,11 +7,7 @@ that nobody knows of. One per operator, opened by the app.
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 import threading
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -20,6 +16,7 @@ from cortex.background import Background, in_thread
 from cortex.errors import StorageUnavailable
 from cortex.operator.context import Context
 from cortex.projects.environments import Environments
+from cortex.removal import remove
 from cortex.spec.times import now_ns
 
 log = structlog.get_logger()
@@ -124,29 +121,3 @@ def _ago(seconds: float) -> int:
 def _remove_all(folders: list[Path]) -> None:
     for folder in folders:
         remove(folder)
-
-
-def remove(folder: Path) -> None:
-    """Remove a folder and all that is in it, if it is there; what withstands is logged and left. Nothing
-    above it is touched."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.is_dir():
-        _open_up(folder)
-    if folder.exists():
-        shutil.rmtree(folder, onerror=_left)
-
-
-def _open_up(folder: Path) -> None:
-    """A task may have made folders that its own user may not look into, or not write in."""
-    with suppress(OSError):
-        folder.chmod(0o700)
-    for parent, names, _ in os.walk(folder):
-        for path in (Path(parent, name) for name in names):
-            with suppress(OSError):
-                if not path.is_symlink():
-                    path.chmod(0o700)
-
-
-def _left(_function: Callable[..., object], path: str, _info: object) -> None:
-    if Path(path).exists():
-        log.warning("cannot be removed", path=path)

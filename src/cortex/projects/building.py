@@ -28,6 +28,7 @@ import uv
 from cortex.account import Account, identity
 from cortex.projects import locks
 from cortex.projects.requirements import Requirements, read_requirements
+from cortex.removal import remove
 from cortex.spec.times import new_id
 
 NOT_BUILT = "the environment could not be built; the job's log has the resolver's words"
@@ -123,7 +124,7 @@ def _start_attempt(folder: Path, attempt: Path, account: Account | None) -> None
         if leftover.suffix in _BESIDE:
             leftover.unlink()
         else:
-            shutil.rmtree(leftover, ignore_errors=True)
+            remove(leftover)
     attempt.mkdir()
     if account is not None:
         account.own(attempt)
@@ -133,7 +134,7 @@ def _start_attempt(folder: Path, attempt: Path, account: Account | None) -> None
 
 
 def _discard(attempt: Path) -> None:
-    shutil.rmtree(attempt, ignore_errors=True)
+    remove(attempt)
     for suffix in _BESIDE:
         attempt.with_suffix(suffix).unlink(missing_ok=True)
 

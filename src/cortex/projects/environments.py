@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import sys
 import sysconfig
 import threading
@@ -27,6 +26,7 @@ from cortex.account import Account
 from cortex.projects import building, locks
 from cortex.projects.kept import Projects
 from cortex.projects.requirements import read_requirements
+from cortex.removal import remove
 from cortex.spec.times import new_id
 
 _MOST_BUILDS = 2
@@ -127,7 +127,7 @@ class Environments:
             is_over: asked before each; whether the others are left.
         """
         for leftover in self._root.glob(f"{_GONE}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            remove(leftover)
         with self._lock:
             before, self._asked_for = self._asked_for, set()
         used = {each for project in projects for each in self._identities(project)} | before
@@ -143,7 +143,7 @@ class Environments:
                     continue
                 # At one stroke: no half of it counts as whole, and one that is built now is another.
                 folder.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            remove(gone)
 
     def _choose(self, project: Path) -> tuple[str, str | None]:
         """The environment that a project gets, and the lock that it is built by, if any: one that was

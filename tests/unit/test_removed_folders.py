@@ -1,0 +1,68 @@
+"""Folders that users' code has written in go, whatever it has left there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cortex.node import slots
+from cortex.node.agent import Agent
+from cortex.projects.environments import Environments
+from cortex.removal import remove
+from support import by_its_owner
+
+MODES = {"unwritable": 0o500, "unreadable": 0o300, "unsearchable": 0o600, "closed": 0o000}
+
+
+def lay_out(job: Path) -> None:
+    for name in MODES:
+        (job / name / "closed").mkdir(parents=True)
+        (job / name / "closed" / "file").touch()
+
+
+def close_off(job: Path) -> None:
+    for name, mode in MODES.items():
+        (job / name / "closed").chmod(0o000)
+        (job / name).chmod(mode)
+    job.chmod(0o500)
+
+
+def by_hand(root: Path) -> None:
+    remove(root / "jobs" / "job")
+
+
+def by_an_agent(root: Path) -> None:
+    agent: Any = SimpleNamespace(_live={}, _slot=SimpleNamespace(jobs=root / "jobs"))
+    asyncio.run(Agent.discard(agent, ["job"]))
+
+
+def by_the_next_owner_of_its_slot(root: Path) -> None:
+    slots._find(root.parent, "node")
+
+
+def as_an_environment(root: Path) -> None:
+    Environments(root / "jobs").remove_all_but([])
+
+
+@pytest.mark.parametrize(
+    "removal", [by_hand, by_an_agent, by_the_next_owner_of_its_slot, as_an_environment]
+)
+def test_folders_that_their_own_user_may_not_use_go_too(removal: Callable[[Path], None]) -> None:
+    def is_gone(own: Path) -> bool:
+        close_off(own / "0" / "jobs" / "job")
+        removal(own / "0")
+        jobs = own / "0" / "jobs"
+        return not jobs.exists() or not list(jobs.iterdir())
+
+    assert by_its_owner(lambda own: lay_out(own / "0" / "jobs" / "job"), is_gone)
+
+
+def test_what_is_gone_already_leaves_the_folder_above_as_it_is(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)  # other users pass through it, where jobs run as another
+    remove(tmp_path / "job")
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
