@@ -77,7 +77,7 @@ def test_an_attempt_that_never_starts_adds_nothing_to_the_log(
         await bench.outcome(engine, attempt)
         assert bench.near.agent is not None
         with monkeypatch.context() as patched:
-            patched.setattr(bench.near.agent._environments, "build", build)
+            patched.setattr(bench.near.agent._stock._environments, "build", build)
             second = await bench.begin(engine, attempt, 2)
             assert isinstance(await bench.last(second), NeverStarted)
         assert bench.log(attempt) == "hello\n"
@@ -273,7 +273,7 @@ def test_an_order_that_was_given_up_while_it_was_built_is_in_no_later_ones_way(
         await bench.near.send_project("node-a", api.project_id, str(bench.project))
         agent = bench.near.agent
         assert agent is not None
-        build = agent._build
+        build = agent._stock.build
 
         async def slow(order: NodeOrder) -> Path:
             python = await build(order)
@@ -281,7 +281,7 @@ def test_an_order_that_was_given_up_while_it_was_built_is_in_no_later_ones_way(
                 await go_on.wait()
             return python
 
-        monkeypatch.setattr(agent, "_build", slow)
+        monkeypatch.setattr(agent._stock, "build", slow)
         hello = await agent.hello()
         await agent.start(orders[0])
         late = agent._building[job_id]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import time
 from collections.abc import Coroutine
 from pathlib import Path
@@ -35,10 +34,8 @@ from cortex.node import seats
 from cortex.node.logs import LogWatch, piece
 from cortex.node.seen import Seen
 from cortex.node.slots import Slot
+from cortex.node.stock import Stock
 from cortex.projects.building import NOT_BUILT, EnvironmentFailed
-from cortex.projects.environments import Environments
-from cortex.projects.kept import Projects
-from cortex.projects.unpack import unpack
 from cortex.removal import remove
 from cortex.worker import logfile, processes
 
@@ -65,8 +62,7 @@ class Agent:
         self._opening = asyncio.Lock()
         self._engine = NodeEngine(self._slot.jobs, total)
         self._is_open = False
-        self._projects = Projects(self._slot.projects, self._slot.locks)
-        self._environments = Environments(self._slot.environments, projects=self._projects)
+        self._stock = Stock(self._slot, self._keep)
         self._seen = Seen()
         self._news = asyncio.Event()  # an observation
         self._woken = asyncio.Event()  # an observation, or a log has grown
@@ -92,7 +88,7 @@ class Agent:
         await self._open()
         job_id = order.spec.job_id
         self._check(order)
-        if not (self._slot.projects / order.api.project_id).is_dir():
+        if not self._stock.folder(order.api.project_id).is_dir():
             return "project"
         known = self._live.get(job_id)
         if known is not None and known.number != order.number:
@@ -103,9 +99,9 @@ class Agent:
         return None
 
     async def unpack(self, project_id: str, archive: bytes) -> None:
-        """Take in a project. Two that come at once are the same."""
+        """Take in a project."""
         await self._open()
-        await asyncio.to_thread(self._take_in, project_id, archive)
+        await asyncio.to_thread(self._stock.take_in, project_id, archive)
 
     async def stop(self, job_id: str) -> None:
         await self._open()
@@ -178,15 +174,10 @@ class Agent:
         # Whoever asks first: Ray may have started this process again since the operator's hello.
         async with self._opening:
             if not self._is_open:
-                await asyncio.to_thread(self._projects.open)
+                await asyncio.to_thread(self._stock.open)
                 await self._engine.open(self._saw)
                 self._logs.open()
                 self._is_open = True
-
-    def _take_in(self, project_id: str, archive: bytes) -> None:
-        with self._projects.incoming() as incoming:
-            unpack(io.BytesIO(archive), incoming)
-            self._projects.place(project_id, incoming)
 
     def _check(self, order: NodeOrder) -> None:
         if order.root != self._slot.identity:
@@ -196,7 +187,7 @@ class Agent:
         job_id = order.spec.job_id
         try:
             async with asyncio.timeout(order.left_s):
-                python = await self._build(order)
+                python = await self._stock.build(order)
             self._begin_anew(job_id)
         except Exception as error:  # nobody waits for this task: all of it is told
             self._building.pop(job_id, None)
@@ -205,20 +196,6 @@ class Agent:
             self._building.pop(job_id, None)  # from here on a stop is the engine's
             self._engine.take(job_id, order)
             self._engine.start(self._attempt(order, python, deadline))
-
-    async def _build(self, order: NodeOrder) -> Path:
-        """The environment by the operator's lock files; what it has not, it is told."""
-        identity = order.api.project_id
-        for name, text in order.locks.items():
-            if self._projects.lock_here(identity, name) != text:
-                await asyncio.to_thread(self._projects.keep_lock, identity, name, text)
-        project = self._projects.folder(identity)
-        python = await self._environments.build(project)
-        await asyncio.to_thread(self._environments.keep_lock, project)
-        for name, text in self._projects.locks(identity).items():
-            if name not in order.locks:
-                self._keep(Lock(identity, name, text))
-        return python
 
     def _failed(self, order: NodeOrder, error: Exception) -> Lost | NeverStarted:
         """Why an attempt did not come to be started."""
@@ -247,7 +224,7 @@ class Agent:
         self._logs.add(job_id, folder)
 
     def _attempt(self, order: NodeOrder, python: Path, deadline: float | None) -> Attempt:
-        version = Version(order.api, self._slot.projects / order.api.project_id, python, order.env)
+        version = Version(order.api, self._stock.folder(order.api.project_id), python, order.env)
         return Attempt(
             order.spec,
             version,

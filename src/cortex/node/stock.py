@@ -1,0 +1,65 @@
+"""What jobs of a version need of their node: the project's files, and the environment by its lock files. Made
+by the agent, whose slot keeps it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+from cortex.engines.ray.messages import Lock, NodeOrder
+from cortex.node.slots import Slot
+from cortex.projects.environments import Environments
+from cortex.projects.kept import Projects
+from cortex.projects.unpack import unpack
+
+
+class Stock:
+    """One node's."""
+
+    def __init__(self, slot: Slot, tell: Callable[[Lock], None]) -> None:
+        """
+        Args:
+            tell: called with each lock file that the operator has not.
+        """
+        self._projects = Projects(slot.projects, slot.locks)
+        self._environments = Environments(slot.environments, projects=self._projects)
+        self._tell = tell
+
+    def open(self) -> None:
+        """Remove what was cut off. Blocking."""
+        self._projects.open()
+
+    def folder(self, project_id: str) -> Path:
+        """Where a project's files are, as far as they are here."""
+        return self._projects.folder(project_id)
+
+    def take_in(self, project_id: str, archive: bytes) -> None:
+        """Keep a project, as it was sent. Two that come at once are the same. Blocking.
+
+        Raises:
+            InvalidProject: it is none.
+        """
+        with self._projects.incoming() as incoming:
+            unpack(io.BytesIO(archive), incoming)
+            self._projects.place(project_id, incoming)
+
+    async def build(self, order: NodeOrder) -> Path:
+        """The interpreter of the environment, by the operator's lock files; what it has not, it is told.
+
+        Raises:
+            EnvironmentFailed: it cannot be built.
+        """
+        identity = order.api.project_id
+        for name, text in order.locks.items():
+            if self._projects.lock_here(identity, name) != text:
+                await asyncio.to_thread(self._projects.keep_lock, identity, name, text)
+        project = self.folder(identity)
+        python = await self._environments.build(project)
+        await asyncio.to_thread(self._environments.keep_lock, project)
+        for name, text in self._projects.locks(identity).items():
+            if name not in order.locks:
+                self._tell(Lock(identity, name, text))
+        return python
