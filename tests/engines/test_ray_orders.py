@@ -17,7 +17,7 @@ from cortex.engines.base import Ended, Engine, Lost, NeverStarted, Reachable
 from cortex.engines.ray.live import taken_up
 from cortex.engines.ray.messages import NodeOrder, Seat
 from cortex.engines.ray.mirror import Mirror
-from cortex.node import logs, seats
+from cortex.node import guard, logs, seats
 from cortex.worker import processes
 from engines.bench import until
 from engines.near import NAMESPACE, NearBench, near_bench, ready
@@ -313,6 +313,19 @@ def test_what_an_agent_that_was_killed_had_taken_in_by_half_is_removed(bench: Ne
         assert not part.exists()
 
     bench.run(scenario)
+
+
+def test_a_job_that_has_spoilt_its_start_record_ends_with_its_node(bench: NearBench) -> None:
+    attempt = bench.sleeper()
+
+    async def scenario(engine: Engine) -> None:
+        await bench.start(engine, attempt)
+        await bench.printed(attempt, "pid")
+        bench.start_record(attempt).write_bytes(b"")
+
+    bench.run(scenario)
+    guard.end_all(bench.slot / "jobs")
+    assert not processes.with_variable("CORTEX_JOB_ID", attempt.spec.job_id)
 
 
 def test_a_killed_agent_is_replaced(bench: NearBench) -> None:

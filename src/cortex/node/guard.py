@@ -15,17 +15,21 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 LOCK = "guard.lock"
 AGENT_LOCK = "lock"
 _LONGEST_S = 60.0
+_IS_SUPERVISOR = b"CORTEX_JOB_ID=-"  # as its fork server was started; jobs have their ids there
 
 
 def end_all(jobs: Path) -> None:
     """Ask all supervising processes of a folder to stop their jobs, which they do with the grace that
     they were given; kill them if that takes too long."""
-    held = list(filter(None, (_supervisor(record) for record in jobs.glob("*/start.*"))))
+    told = (_supervisor(record) for record in jobs.glob("*/start.*"))
+    # A job may have spoilt its record.
+    held = [fd for fd in (*told, *_found(jobs)) if fd is not None]
     for fd in held:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(fd, signal.SIGTERM)
@@ -74,6 +78,25 @@ def _supervisor(record: Path) -> int | None:
         pass
     os.close(fd)
     return None
+
+
+def _found(jobs: Path) -> Iterator[int | None]:
+    """Pidfds of the supervising processes that have the folder of a job open."""
+    above = f"{jobs.resolve()}/"
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+            pid = int(process.name)
+            fd = os.pidfd_open(pid)
+            try:
+                is_one = _IS_SUPERVISOR in (process / "environ").read_bytes() and any(
+                    str(path.readlink()).startswith(above) for path in (process / "fd").iterdir()
+                )
+            except OSError:
+                is_one = False
+            if is_one:
+                yield fd
+            else:
+                os.close(fd)
 
 
 def _boot() -> str:
