@@ -98,6 +98,30 @@ def test_a_log_that_is_removed_while_it_is_followed_ends_with_a_line_that_says_s
     assert asyncio.run(follow()) == [(end, "x" * end), (end, logs.REMOVED)]
 
 
+@pytest.mark.parametrize(
+    "cut",
+    [
+        b"[" * 4000,
+        b"[]",
+        b'{"start": 1, "end": 1e3, "limit": 1}',
+        b'{"start": 3, "end": 1, "limit": 1}',
+        b'{"start": 1, "end": %d, "limit": 1}' % 10**30,
+    ],
+)
+def test_what_a_job_has_written_in_place_of_a_cut_is_none(tmp_path: Path, cut: bytes) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(b"abc")
+    (tmp_path / "log.cut").write_bytes(cut)
+
+    async def followed() -> list[str]:
+        async with watching() as watcher:
+            pieces = logs.follow("job", log, 0, Over(), watcher)
+            return [piece[1] async for piece in pieces if piece is not None]
+
+    assert logs.read(log, 0, 10).data == b"abc"
+    assert asyncio.run(followed()) == ["abc"]
+
+
 def test_a_log_that_comes_while_it_is_looked_for_is_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

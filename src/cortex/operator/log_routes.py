@@ -16,15 +16,13 @@ from starlette.responses import Response, StreamingResponse
 from cortex.errors import NoDriver, NotFound, RangeNotSatisfiable, StorageUnavailable
 from cortex.operator.context import Context, context
 from cortex.operator.http import Receive, Scope, Send
-from cortex.operator.logs import REMOVED, event, follow, length, lost, read
+from cortex.operator.logs import LARGEST, REMOVED, event, follow, length, lost, read
 from cortex.spec.job import JobRecord
 from cortex.spec.lifecycle import IN_PROGRESS
 
 router = APIRouter()
 
 _CHUNK_BYTES = 256 * 1024
-# No file system takes a read much further on.
-_LARGEST_LOG = 1 << 40
 _TEXT = "text/plain; charset=utf-8"
 
 Offset = Annotated[int, Query(ge=0, lt=2**63, description="First byte.")]
@@ -69,7 +67,7 @@ async def _logs(ctx: Context, request: Request, record: JobRecord, offset: int) 
         resumed = request.headers.get("last-event-id", "")
         start = int(resumed) if re.fullmatch(r"\d{1,18}", resumed, re.ASCII) else offset
         return Begun(
-            _events(ctx, record, min(start, _LARGEST_LOG)),
+            _events(ctx, record, min(start, LARGEST)),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache"},
         )

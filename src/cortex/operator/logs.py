@@ -23,6 +23,8 @@ from cortex.worker.messages import size as readable
 _CHUNK_BYTES = 64 * 1024
 _KEEP_ALIVE_S = 15
 _MOST_RECORD = 4096
+LARGEST = 1 << 40
+"""No file system takes a read much further on."""
 
 REMOVED = "[cortex: the log was removed while it was read]\n"
 
@@ -178,10 +180,15 @@ def lost(path: Path) -> LogCut | None:
         data = b"" if fd is None else os.pread(fd, _MOST_RECORD, 0)
     try:
         gone = LogCut.loads(data)
-    except (ValueError, TypeError):  # there is none, or the job has written there itself
+    except (
+        ValueError,
+        TypeError,
+        RecursionError,
+    ):  # there is none, or the job has written there itself
         return None
     numbers = (gone.start, gone.end, gone.limit)
-    return gone if all(isinstance(n, int) for n in numbers) and 0 <= gone.start < gone.end else None
+    is_sound = all(isinstance(n, int) for n in numbers) and 0 <= gone.start < gone.end <= LARGEST
+    return gone if is_sound else None
 
 
 def _marker(gone: LogCut) -> bytes:
