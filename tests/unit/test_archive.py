@@ -69,6 +69,13 @@ def test_what_is_here_of_an_earlier_term_is_not_taken_for_all_of_it(reader: Read
     assert asyncio.run(reader.archive.has("1"))
 
 
+def test_a_part_that_another_operator_removes_meanwhile_is_no_hindrance(reader: Reader) -> None:
+    (reader.marks / ".part-1").symlink_to("gone")
+    reader.log.parent.mkdir()
+    copies = Copies(reader.files, lambda _: reader.log, reader.marks)
+    assert copies.not_sent() == ["1"]
+
+
 def test_a_log_that_is_removed_while_it_is_read_leaves_no_mark(
     reader: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:

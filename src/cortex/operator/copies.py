@@ -43,9 +43,11 @@ class Copies:
 
     def not_sent(self) -> list[str]:
         """The jobs that have a folder here and no mark; what an operator died over is removed."""
-        for part in self._marks.glob(f"{_PART}*"):  # another operator may be writing a new one
-            if part.stat().st_mtime < time.time() - _KEPT_S:
-                part.unlink(missing_ok=True)
+        for part in self._marks.glob(f"{_PART}*"):
+            # Another operator may be writing a new one, or have removed it.
+            with suppress(FileNotFoundError):
+                if part.stat().st_mtime < time.time() - _KEPT_S:
+                    part.unlink()
         sent = {mark.name for mark in self._marks.iterdir()}
         here = {folder.name for folder in self._path("any").parents[1].iterdir()}
         return sorted(name for name in here - sent if not name.startswith("."))
