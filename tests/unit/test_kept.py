@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import socket
 import subprocess
 import threading
 from pathlib import Path
@@ -151,6 +153,31 @@ def test_what_nothing_uses_is_forgotten_but_not_what_has_just_come(
     assert len(files.listed("projects")) == 2
     here.forget_all_but(set())
     assert files.listed("projects") == {}
+
+
+def test_half_of_an_upload_is_no_lock_file(tmp_path: Path, files: Files) -> None:
+    here = projects(tmp_path, files)
+    identity = taken_in(here)
+    files.put(f"projects/{identity}/project.tar.gz.1.part", b"\x1f\x8b")
+    files.put(f"projects/{identity}/one.lock", b"six==1.0\n")
+    assert here.locks(identity) == {"one.lock": "six==1.0\n"}
+    assert [path.name for path in (tmp_path / "locks" / identity).iterdir()] == ["one.lock"]
+
+
+def test_what_a_job_has_left_in_its_project_keeps_no_other_from_being_sent(
+    tmp_path: Path, files: Files
+) -> None:
+    identity = taken_in(projects(tmp_path, None))
+    here = projects(tmp_path, files)
+    os.mkfifo(here.folder(identity) / "pipe")
+    (here.folder(identity) / "gone").symlink_to("nowhere")
+    with socket.socket(socket.AF_UNIX) as bound, contextlib.chdir(here.folder(identity)):
+        bound.bind("socket")
+    here.send_missing({identity})
+    assert files.listed("projects") == {}  # it is another one, with that link in it
+    (here.folder(identity) / "gone").unlink()
+    here.send_missing({identity})
+    assert projects(tmp_path / "b", files).fetch(identity)
 
 
 def test_a_project_that_comes_in_while_it_is_put_away_is_there_afterwards(

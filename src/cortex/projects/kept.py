@@ -13,6 +13,7 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
+import stat
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -139,8 +140,7 @@ class Projects:
                 continue
             with self.incoming() as copy:
                 # Python has written there since; whatever else did has spoiled it.
-                without = shutil.ignore_patterns("__pycache__")
-                shutil.copytree(folder, copy, symlinks=True, ignore=without)
+                shutil.copytree(folder, copy, symlinks=True, ignore=_no_part)
                 if project_id(copy) == identity:
                     self._send(self._files, identity, copy)
                 else:
@@ -155,8 +155,8 @@ class Projects:
         if self._files is not None and identity not in self._looked:
             above = f"{_ABOVE}/{identity}/"
             for path in self._files.listed(above):
-                if (name := path.removeprefix(above)) != _ARCHIVE:
-                    self.lock(identity, name)
+                if path.endswith(SUFFIX):
+                    self.lock(identity, path.removeprefix(above))
             self._looked.add(identity)
         try:
             files = list((self._locks / identity).iterdir())
@@ -250,6 +250,15 @@ class Projects:
         part = path.with_name(f".{new_id()}")
         part.write_text(text, "utf-8")
         part.rename(path)
+
+
+def _no_part(folder: str, names: list[str]) -> set[str]:
+    """What of a folder is no part of its project: what Python keeps there, and what is no file, for which
+    copying would wait or fail."""
+    modes = {name: Path(folder, name).lstat().st_mode for name in names}
+    kinds = (stat.S_ISREG, stat.S_ISDIR, stat.S_ISLNK)
+    odd = {name for name, mode in modes.items() if not any(is_kind(mode) for is_kind in kinds)}
+    return odd | ({"__pycache__"} & set(names))
 
 
 def _archive(folder: Path, target: Path) -> None:
