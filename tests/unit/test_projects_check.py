@@ -124,6 +124,19 @@ def test_every_mistake_of_a_project_at_once(tmp_path: Path) -> None:
     assert check(tmp_path / "p", text)[9].startswith("pyproject.toml:")
 
 
+def test_a_version_of_endless_digits_is_none(tmp_path: Path) -> None:
+    digits = "1" * 5000
+    write(tmp_path, {"a.py": TASK, "conda-packages.txt": f"python={digits}\n"})
+    (told,) = check(tmp_path, "- {name: a, kind: TaskAPI, definition: {path: a.py}}")
+    assert told.startswith(f"conda-packages.txt:1: python={digits[:50]}")
+    write(tmp_path, {"conda-packages.txt": "", "pyproject.toml": pyproject(f">={digits}")})
+    assert read_requirements(tmp_path).python_to_find == f">={digits}"  # uv says what is wrong
+
+
+def pyproject(requires: str) -> str:
+    return f'[project]\nname = "x"\nversion = "1"\nrequires-python = "{requires}"\n'
+
+
 def test_a_command_needs_no_file(tmp_path: Path) -> None:
     assert check(tmp_path, "- {name: a, kind: TaskAPI, definition: {command: [ls]}}") == []
 

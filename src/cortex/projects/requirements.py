@@ -19,7 +19,9 @@ PYPROJECT = "pyproject.toml"
 CONDA = "conda-packages.txt"
 UV_TOML = "uv.toml"
 
-_CONDA_LINE = re.compile(r"(python|pip)(?:\s*==?\s*(\d+(?:\.\d+){0,2})(?:\.\*)?)?", re.IGNORECASE)
+_CONDA_LINE = re.compile(
+    r"(python|pip)(?:\s*==?\s*(\d{1,9}(?:\.\d{1,9}){0,2})(?:\.\*)?)?", re.IGNORECASE
+)
 _INCLUDE = re.compile(r"(?:-[rc]\s*=?|--(?:requirement|constraint)[\s=])\s*(\S.*)")
 _LOCAL_OPTION = re.compile(r"(?:-[ef]\s*=?|--(?:editable|find-links)[\s=])\s*(\S.*)")
 _ARCHIVES = (".whl", ".tar.gz", ".zip")
@@ -215,7 +217,7 @@ def satisfies(version: tuple[int, ...], specifier: str) -> bool:
 
 
 def _satisfies(version: tuple[int, ...], clause: str) -> bool:
-    matched = re.fullmatch(r"(~=|===?|!=|<=|>=|<|>)\s*(\d+(?:\.\d+)*)(\.\*)?", clause)
+    matched = re.fullmatch(r"(~=|===?|!=|<=|>=|<|>)\s*(\d{1,9}(?:\.\d{1,9})*)(\.\*)?", clause)
     if matched is None:
         return not clause
     operator, given = matched[1], tuple(int(part) for part in matched[2].split("."))
