@@ -16,7 +16,7 @@ from cortex.errors import NotFound, StorageUnavailable, is_storage
 from cortex.projects.building import NOT_BUILT, EnvironmentFailed
 from cortex.projects.environments import Environments
 from cortex.projects.kept import Projects
-from cortex.projects.variables import variables
+from cortex.projects.variables import check_variables, variables
 from cortex.spec.api import ApiSpec
 from cortex.spec.job import Json
 from cortex.store import Store
@@ -154,6 +154,9 @@ class Versions:
                     "the project's files are gone from where the operator keeps them; deploy it again",
                     f"{project} does not exist\n",
                 )
+            # Jobs run there, and may have written it anew.
+            if mistakes := await asyncio.to_thread(check_variables, project):
+                raise Unusable(mistakes[0], "".join(f"{mistake}\n" for mistake in mistakes))
             built = self._environments
             python = Path() if built is None else await built.build(project)
             env = {**variables(project), **spec.definition.env}
