@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import threading
@@ -153,6 +154,33 @@ def test_what_nothing_uses_is_forgotten_but_not_what_has_just_come(
     assert len(files.listed("projects")) == 2
     here.forget_all_but(set())
     assert files.listed("projects") == {}
+
+
+def test_a_project_that_jobs_have_changed_is_as_it_was_when_it_is_deployed_again(
+    tmp_path: Path,
+) -> None:
+    here = projects(tmp_path, None)
+    identity = taken_in(here)
+    folder, outside = here.folder(identity), tmp_path / "outside"
+    outside.mkdir()
+    (folder / "script").chmod(0o644)
+    (folder / "nämé").write_bytes(b"\xfe\n" * 50_000)  # as long as it was
+    (folder / "link").unlink()
+    (folder / "link").mkdir()
+    (folder / "link" / "within").touch()
+    (folder / "file-link").unlink()
+    (folder / "file-link").symlink_to("nowhere")
+    shutil.rmtree(folder / "deep")
+    (folder / "deep").symlink_to(outside)
+    (folder / "empty" / "within").rmdir()
+    (folder / "empty" / "within").write_text("a file")
+    (folder / "output").write_text("a job's")
+    assert taken_in(here) == identity
+    assert (folder / "output").read_text() == "a job's"
+    assert list(outside.iterdir()) == []
+    (folder / "output").unlink()
+    assert project_id(folder) == identity
+    assert here.here().keys() == {identity}
 
 
 def test_half_of_an_upload_is_no_lock_file(tmp_path: Path, files: Files) -> None:

@@ -26,6 +26,7 @@ from cortex.errors import InvalidProject
 from cortex.projects import away
 from cortex.projects.files import Files
 from cortex.projects.locks import SUFFIX
+from cortex.projects.mend import mend
 from cortex.projects.unpack import project_id, unpack
 from cortex.spec.times import new_id
 
@@ -83,8 +84,14 @@ class Projects:
         return identity
 
     def place(self, identity: str, incoming: Path) -> None:
-        """Let what came in be a project's files, unless they are here already. Durable when it returns."""
-        if not away.touch(self.folder(identity)):
+        """Let what came in be a project's files. Durable when it returns."""
+        if away.touch(self.folder(identity)):
+            if mended := mend(self.folder(identity), incoming):
+                log.warning(
+                    "a project was changed after its deploy", project=identity, mended=mended
+                )
+                os.sync()
+        else:
             # Of thousands of small files that is cheaper at one stroke than one by one.
             os.sync()
             try:
