@@ -152,6 +152,8 @@ class OperatorUnreachable(CortexError):
     http_status = 503
     is_unanswered = False
     """Whether the request was sent and no answer came: what it asked for may have been done."""
+    was_there = True
+    """Whether the client that asked has ever had a connection: else the endpoint may be mistyped."""
 
 
 class UnknownEnvironment(CortexError):

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from email import message_from_bytes
 from email.message import Message
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from client_stub import (
@@ -171,6 +172,56 @@ def test_what_still_is_wrong_at_the_deadline_of_a_wait_is_raised(connect: Connec
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
     with connect(url) as client, pytest.raises(OperatorUnreachable, match="no operator answers"):
         client.get_job("iris", "j1", wait=0.3)
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> Callable[[], float]:
+    """How many seconds clients have paused: by their clock nothing else takes time."""
+    paused_s = 0.0
+
+    def pause(seconds: float) -> None:
+        nonlocal paused_s
+        paused_s += seconds
+
+    on_pause(monkeypatch, pause)
+    for module in ("again", "calls"):
+        monkeypatch.setattr(f"cortex.client.{module}.monotonic", lambda: paused_s)
+    return lambda: paused_s
+
+
+@pytest.mark.parametrize("resolves", [True, False])
+def test_a_wait_where_no_operator_has_ever_answered_is_short(
+    connect: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+    slept: Callable[[], float],
+    resolves: bool,
+) -> None:
+    def resolve(*_: object, **__: object) -> NoReturn:
+        raise socket.gaierror(socket.EAI_NONAME, "name does not resolve")
+
+    with Stub() as stub:
+        url = stub.url
+    if not resolves:
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        url = "http://mistyped.invalid:8888"
+    with (
+        connect(url) as client,
+        pytest.raises(OperatorUnreachable, match=r"no operator answers .*cortex env configure"),
+    ):
+        client.get_job("iris", "j1", wait=60)
+    assert 1 < slept() < 10
+
+
+def test_a_wait_for_an_operator_that_has_answered_lasts_as_it_was_asked(
+    connect: Connect, slept: Callable[[], float]
+) -> None:
+    with ExitStack() as stack:
+        with Stub({"GET /-/info": answer({})}) as stub:
+            client = stack.enter_context(connect(stub.url))
+            client.info()
+        with pytest.raises(OperatorUnreachable, match="no operator answers"):
+            client.get_job("iris", "j1", wait=60)
+    assert slept() == pytest.approx(60)
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,19 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from cortex.client.exchange import Exchange, Pause, Request
-from cortex.errors import CortexError
+from cortex.errors import CortexError, OperatorUnreachable
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 2.0
+_PATIENCE_S = 5.0  # an operator is being started right now, perhaps
 
 
 def until_answered(ask: Callable[[], Request], deadline: float) -> Exchange[JsonValue]:
-    """The answer, once an operator that is away or takes no writes for now is back. What may be done twice
-    only.
+    """The answer, once an operator that is away or takes no writes for now is back; one that was never there
+    is not waited for long. What may be done twice only.
 
     Args:
         deadline: by the monotonic clock; it is asked once at least, and for the last time then.
@@ -27,12 +28,13 @@ def until_answered(ask: Callable[[], Request], deadline: float) -> Exchange[Json
     Raises:
         CortexError: an error that will not pass, or that was still there at the deadline.
     """
-    pauses = _pauses()
+    pauses, soon = _pauses(), min(deadline, monotonic() + _PATIENCE_S)
     while True:
         try:
             return (yield ask())
         except CortexError as error:
-            left_s = deadline - monotonic()
+            was_there = not isinstance(error, OperatorUnreachable) or error.was_there
+            left_s = (deadline if was_there else soon) - monotonic()
             if not is_passing(error) or left_s <= 0:
                 raise
         yield Pause(min(next(pauses), left_s))

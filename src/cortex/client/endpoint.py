@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from threading import Event
 from typing import TYPE_CHECKING, TypedDict
 
 import httpx
@@ -38,6 +39,7 @@ class Endpoint:
     url: str
     name: str = ""
     token: str | None = field(default=None, repr=False)
+    _was_there: Event = field(default_factory=Event, init=False, repr=False, compare=False)
 
     @classmethod
     def checked(cls, url: str, name: str, token: str | None) -> Endpoint:
@@ -100,20 +102,26 @@ class Endpoint:
         try:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
-            raise OperatorUnreachable(
+            unreachable = OperatorUnreachable(
                 f"no operator answers at {self.url}{self._called()} "
                 f"({str(error) or 'no connection in time'}). {self._advice()}"
-            ) from error
+            )
+            unreachable.was_there = self._was_there.is_set()
+            raise unreachable from error
         except httpx.TimeoutException as error:
+            self._was_there.set()
             raise _unanswered(
                 f"the operator at {self.url}{self._called()} took the request, but did not "
                 f"answer within {answer_s:g} seconds"
             ) from error
         except httpx.TransportError as error:
+            self._was_there.set()
             raise _unanswered(
                 f"the connection to the operator at {self.url}{self._called()} broke "
                 f"({str(error) or type(error).__name__}); what was asked for may have been done"
             ) from error
+        else:
+            self._was_there.set()
 
     def _stranger(self, response: httpx.Response) -> CortexError:
         what = f"{response.request.url} answered {response.status_code} {response.reason_phrase}"
