@@ -114,7 +114,7 @@ def test_a_job_that_has_spoilt_its_start_record_is_taken_up_all_the_same(
 
 @pytest.mark.parametrize("spoil", SPOILS)
 def test_without_its_supervising_process_it_is_ended_and_lost(bench: Bench, spoil: str) -> None:
-    attempt = bench.killed_operator(bench.attempt(DAEMON), "started")
+    attempt = bench.killed_operator(bench.attempt(DAEMON, mem=512 << 20), "started")
 
     async def scenario(engine: LocalEngine) -> None:
         await bench.printed(attempt, "daemon")
@@ -134,7 +134,7 @@ def test_nothing_of_it_is_left_where_its_operator_sees_its_supervising_process_e
     bench: Bench, spoil: str
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        attempt = bench.attempt(DAEMON)
+        attempt = bench.attempt(DAEMON, mem=512 << 20)
         await bench.start(engine, attempt)
         await bench.printed(attempt, "daemon")
         supervisor = pid_of(bench, attempt)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cortex.account import Account
 from cortex.engines.base import Attempt, Ending
+from cortex.engines.local import limits
 from cortex.worker import cgroups, files, processes
 from cortex.worker.messages import JOB_ID_ROOM, ExitRecord, StartRecord
 
@@ -100,17 +101,18 @@ def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Foun
             files.create(fd, f"start.{attempt.number}", StartRecord(fenced=True).dumps())
             start = _start(fd, attempt.number)
         if start is None or start.fenced:
-            if not _runs(folder, attempt.number):
+            if not (_groups(folder, attempt.number) or _runs(folder, attempt.number)):
                 return Fenced()
             start = StartRecord()
         alive = _alive(start, account) or _alive(_supervisor(fd), account)
         if alive is not None:
             return alive
+        start.cgroups += _groups(folder, attempt.number)
         return Gone(_exit(fd, attempt.number), start, rebooted=False)
 
 
 def ended(folder: Path, attempt: int) -> Gone:
-    """What a supervisor that has just ended has left. A fence is not believed here: `look` tells.
+    """What a supervisor that has just ended has left: where that is no end, `look` has to tell.
 
     Raises:
         OSError: the folder cannot be asked now.
@@ -118,9 +120,8 @@ def ended(folder: Path, attempt: int) -> Gone:
     # Both are read through one open folder: it may be moved away, or back, in between.
     with _opened(folder, must_exist=True) as fd:
         assert fd is not None
-        start = _start(fd, attempt)
-        is_fenced = start is not None and start.fenced
-        return Gone(_exit(fd, attempt), None if is_fenced else start, rebooted=False)
+        over = _exit(fd, attempt)
+        return Gone(over, None if over is None else _start(fd, attempt), rebooted=False)
 
 
 def supervised(folder: Path, attempt: int) -> bool:
@@ -252,6 +253,13 @@ def _supervisor(folder: int) -> StartRecord | None:
                     if os.path.samestat(fd.stat(), about):
                         return StartRecord(pid=pid, ticks=ticks, start_ns=time.time_ns())
     return None
+
+
+def _groups(folder: Path, attempt: int) -> list[str]:
+    """The groups of an attempt that are there, whatever its record says. They are made once it has begun."""
+    name = f"{limits.prefix(folder.parent)}{folder.name}-{attempt}"
+    found = os.walk("/sys/fs/cgroup")
+    return [f"{parent}/{name}" for parent, names, _ in found if name in names]
 
 
 def _start(folder: int, attempt: int) -> StartRecord | None:
