@@ -172,6 +172,13 @@ class StartupError(CortexError):
 
 # What a disk says that may say something else later: it is full, over a quota, read-only, failing.
 _LATER = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
+# What a machine has none of for now: processes and threads, descriptors, memory.
+_SHORT = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
+
+def is_shortage(error: OSError) -> bool:
+    """Whether the machine lacks something now that it may have later."""
+    return error.errno in _SHORT
 
 
 def is_storage(error: OSError) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -66,11 +67,12 @@ def test_a_log_is_its_own_attempts_while_another_one_is_about_to_begin(bench: Ne
     bench.run(scenario)
 
 
+@pytest.mark.parametrize("lacks", [errno.ENOSPC, errno.EMFILE])
 def test_an_attempt_that_never_starts_adds_nothing_to_the_log(
-    bench: NearBench, monkeypatch: pytest.MonkeyPatch
+    bench: NearBench, monkeypatch: pytest.MonkeyPatch, lacks: int
 ) -> None:
     async def build(_: Path) -> Path:
-        raise FULL
+        raise OSError(lacks, os.strerror(lacks))
 
     async def scenario(engine: Engine) -> None:
         attempt = bench.attempt("def task(config): print('hello')")

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from cortex.operator.versions import HeldUp, Unusable, Versions
+from cortex.projects import building
+from cortex.projects.environments import Environments
 from cortex.projects.files import Files
 from cortex.projects.kept import Projects
 from cortex.spec.api import ApiSpec, Definition, Networking
@@ -44,6 +53,52 @@ def test_a_version_whose_variables_a_job_has_spoilt_is_told_so(
             store.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_what_the_machine_lacks_for_a_moment_holds_a_version_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def popen(*_: object, **__: object) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(building.subprocess, "Popen", popen)
+    with prepared(tmp_path) as versions, pytest.raises(HeldUp, match="cannot be built now"):
+        asyncio.run(versions.prepare("v1"))
+
+
+def test_a_machine_without_room_for_a_thread_holds_a_version_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(_: threading.Thread) -> NoReturn:
+        raise RuntimeError("can't start new thread")
+
+    async def main(versions: Versions) -> None:
+        await versions.spec("v1")
+        await asyncio.to_thread(lambda: None)
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))  # one that has no thread yet
+        with monkeypatch.context() as full:
+            full.setattr(threading.Thread, "start", start)
+            with pytest.raises(HeldUp, match="cannot be built now"):
+                await versions.prepare("v1")
+
+    with prepared(tmp_path) as versions:
+        asyncio.run(main(versions))
+
+
+@contextmanager
+def prepared(folder: Path) -> Iterator[Versions]:
+    """A version that has an environment to be built, and nothing else of an operator."""
+    for name in ("projects", "locks", "environments"):
+        (folder / name).mkdir()
+    projects = Projects(folder / "projects", folder / "locks")
+    store = Store(f"sqlite:///{folder / 'operator.db'}")
+    try:
+        asyncio.run(store.deploy([taken_in(projects)]))
+        yield Versions(store, projects, Environments(folder / "environments"))
+    finally:
+        store.close()
 
 
 def taken_in(projects: Projects) -> ApiSpec:

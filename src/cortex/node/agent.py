@@ -29,7 +29,7 @@ from cortex.engines.base import (
 )
 from cortex.engines.local import LocalEngine, records
 from cortex.engines.ray.messages import Hello, Lock, LogPiece, NodeOrder, Poll, Refusal
-from cortex.errors import is_storage
+from cortex.errors import is_shortage, is_storage
 from cortex.node import seats
 from cortex.node.logs import LogWatch, piece
 from cortex.node.seen import Seen
@@ -211,7 +211,7 @@ class Agent:
                 self._engine.note(job_id, error.output)
             return Lost(job_id, number, NOT_BUILT, is_final=True)
         reason = f"it cannot be started on its node: {error}"
-        if isinstance(error, OSError) and is_storage(error):
+        if isinstance(error, OSError) and (is_storage(error) or is_shortage(error)):
             return NeverStarted(job_id, number, reason)
         return Lost(job_id, number, reason)
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import structlog
 
+from cortex.background import in_thread
 from cortex.engines.base import Version
-from cortex.errors import NotFound, StorageUnavailable, is_storage
+from cortex.errors import NotFound, StorageUnavailable, is_shortage, is_storage
 from cortex.projects.building import NOT_BUILT, EnvironmentFailed
 from cortex.projects.environments import Environments
 from cortex.projects.kept import Projects
@@ -149,13 +150,13 @@ class Versions:
         spec = await self.spec(api_id)
         project = self.project(spec)
         try:
-            if not await asyncio.to_thread(self._projects.fetch, spec.project_id):
+            if not await in_thread(self._projects.fetch, spec.project_id):
                 raise Unusable(
                     "the project's files are gone from where the operator keeps them; deploy it again",
                     f"{project} does not exist\n",
                 )
             # Jobs run there, and may have written it anew.
-            if mistakes := await asyncio.to_thread(check_variables, project):
+            if mistakes := await in_thread(check_variables, project):
                 raise Unusable(mistakes[0], "".join(f"{mistake}\n" for mistake in mistakes))
             built = self._environments
             python = Path() if built is None else await built.build(project)
@@ -168,7 +169,7 @@ class Versions:
             log.warning("environment failed", api=spec.name, api_id=api_id)
             raise Unusable(NOT_BUILT, error.output) from error
         except OSError as error:
-            if is_storage(error):
+            if is_storage(error) or is_shortage(error):
                 raise HeldUp(f"the environment cannot be built now: {error}") from error
             raise Unusable(f"the environment could not be built: {error}", f"{error}\n") from error
         except StorageUnavailable as error:
@@ -183,7 +184,7 @@ class Versions:
     async def _keep_lock(self, built: Environments, project: Path) -> None:
         while True:
             try:
-                await asyncio.to_thread(built.keep_lock, project)
+                await in_thread(built.keep_lock, project)
             except (StorageUnavailable, OSError) as error:
                 log.warning(
                     "a lock file is still to be kept", project=project.name, error=str(error)

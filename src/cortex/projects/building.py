@@ -26,6 +26,7 @@ from pathlib import Path
 import uv
 
 from cortex.account import Account, identity
+from cortex.background import in_thread
 from cortex.projects import locks
 from cortex.projects.requirements import Requirements, read_requirements
 from cortex.removal import remove
@@ -89,19 +90,19 @@ async def build(project: Path, folder: Path, account: Account | None, lock: str 
     Raises:
         EnvironmentFailed: it cannot be built.
     """
-    wanted = await asyncio.to_thread(read_requirements, project)
+    wanted = await in_thread(read_requirements, project)
     if wanted.mistakes:
         told = "\n".join(wanted.mistakes)
         raise EnvironmentFailed(wanted.mistakes[0], f"{told}\n")
     attempt = folder / new_id()
-    await asyncio.to_thread(_start_attempt, folder, attempt, account)
+    await in_thread(_start_attempt, folder, attempt, account)
     try:
         if lock is not None:
             attempt.with_suffix(locks.SUFFIX).write_text(lock, "utf-8")
         await _install(wanted, project, attempt, account)
-        await asyncio.to_thread(_mark, folder, attempt)
+        await in_thread(_mark, folder, attempt)
     except BaseException:
-        await asyncio.to_thread(_discard, attempt)
+        await in_thread(_discard, attempt)
         raise
     return _interpreter(attempt)
 
@@ -166,7 +167,7 @@ async def _install(
     if wanted.is_local:
         # A build writes into its source, and an editable install needs it for good.
         source = attempt / "source"
-        await asyncio.to_thread(_copy, project, source, account)
+        await in_thread(_copy, project, source, account)
     python = wanted.python_to_find or own_python()
     venv = attempt / "venv"
     uv_here = partial(_uv, attempt, source, account)

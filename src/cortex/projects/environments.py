@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cortex.account import Account
+from cortex.background import in_thread
 from cortex.projects import building, locks
 from cortex.projects.kept import Projects
 from cortex.projects.requirements import read_requirements
@@ -80,7 +81,7 @@ class Environments:
             EnvironmentFailed: it cannot be built; the next call tries again.
             StorageUnavailable: what it has to hold cannot be told now.
         """
-        identity, lock = await asyncio.to_thread(self._choose, project)
+        identity, lock = await in_thread(self._choose, project)
         with self._lock:
             self._asked_for.add(identity)
             found = self._ready(identity)
