@@ -133,6 +133,32 @@ def test_what_ended_by_itself_or_by_its_limits_is_not_tried_again(
     assert shared.log_of(endpoint, done).count("started") == 1
 
 
+FORGETFUL = """
+import os, signal, time
+def task(config):
+    folder = os.path.dirname(os.environ["CORTEX_JOB_DIR"])
+    while not os.path.exists(folder + "/go"):
+        time.sleep(0.01)
+    os.unlink(folder + "/start.1")
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(300)
+"""
+
+
+def test_a_job_that_has_removed_its_start_record_and_is_lost_ends(shared: Operator) -> None:
+    # Without a group of its own, which would tell that it ran.
+    yaml = YAML.replace("RETRIES", "0").replace(", mem: 96Mi", "")
+    endpoint = shared.deployed(yaml, {"task.py": FORGETFUL})
+    job = shared.submit(endpoint)
+    until(
+        lambda: shared.status(endpoint, job).get("worker_counts", {}).get("running"), "it is seen"
+    )
+    (shared.data_dir / "jobs" / job["job_id"] / "go").touch()
+    done = shared.finished(endpoint, job)
+    assert done["status"] == "status_unexpected_error"
+    assert done["message"] == "its start record is gone"
+
+
 def test_a_job_lost_while_no_operator_runs_is_tried_again_by_the_next(own: Operator) -> None:
     endpoint = deployed(own)
     job = own.submit(endpoint)

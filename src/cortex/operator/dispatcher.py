@@ -296,6 +296,9 @@ class Dispatcher:
         if live.stop_wanted:
             await self._board.lose(live, "stopped before it started")
             return
+        if live.record.state is State.RUNNING:  # the job has removed its start record since
+            await self._lost(live, Lost(seen.job_id, seen.attempt, "its start record is gone"))
+            return
         attempts = live.fruitless
         if attempts >= _MAX_ATTEMPTS and seen.held_up_by is None:
             await self._board.lose(live, f"{attempts} attempts to start it failed")
