@@ -27,7 +27,11 @@ def test_a_running_job_outlives_the_operator(own: Operator) -> None:
     own.start()
     endpoint = own.url + path
     assert own.finished(endpoint, short)["result"] == "rested"
-    assert own.status(endpoint, long)["worker_counts"] == {"pending": 0, "running": 1}
+    # That it has started may not have been stored when the operator was killed.
+    until(
+        lambda: own.status(endpoint, long)["worker_counts"] == {"pending": 0, "running": 1},
+        "the long one is seen to run",
+    )
     assert processes_with(f"CORTEX_JOB_ID={long['job_id']}") == [worker]
     assert own.delete(endpoint, long).status_code == 200
     until(lambda: not processes_with(long["job_id"]), "the long one gone")
