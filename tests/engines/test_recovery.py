@@ -17,6 +17,7 @@ import pytest
 from cortex.engines.base import Attempt, Ended, Ending, Lost, NeverStarted, Started, Unreachable
 from cortex.engines.local import LocalEngine, records
 from cortex.engines.local.ends import Ends
+from cortex.worker import processes
 from cortex.worker.processes import children, stat
 from engines.bench import SLEEP, Bench, exists, parent, until
 
@@ -378,6 +379,31 @@ def test_a_file_that_changes_after_the_next_process_was_made_is_run_as_it_is_the
         await until(lambda: len(children(pid_of(bench, attempt))) == 1)
         following = replace(bench.attempt("def task(c): return 1 + 1"), version=attempt.version)
         assert (await bench.outcome(engine, following)).result == 2
+
+    bench.run(scenario)
+
+
+def test_an_order_that_nobody_took_up_is_fenced_without_a_search(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be very many, and a search looks at all processes and control groups there are."""
+    searched: list[str] = []
+    with_variable = processes.with_variable
+    monkeypatch.setattr(
+        records.processes,
+        "with_variable",
+        lambda *args: searched.append("processes") or with_variable(*args),
+    )
+
+    async def scenario(engine: LocalEngine) -> None:
+        for laid_out in ([], ["files"]):
+            attempt = bench.attempt("def task(config): pass")
+            attempt = replace(attempt, handle=engine.claim(attempt.spec.job_id, 1))
+            for name in laid_out:
+                (bench.folder(attempt) / name).mkdir()
+            await engine.recover(attempt)
+            assert isinstance(await bench.last(attempt), NeverStarted)
+            assert searched == ["processes"] * len(laid_out)
 
     bench.run(scenario)
 

@@ -101,7 +101,7 @@ def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Foun
             files.create(fd, f"start.{attempt.number}", StartRecord(fenced=True).dumps())
             start = _start(fd, attempt.number)
         if start is None or start.fenced:
-            if not (_groups(folder, attempt.number) or _runs(folder, attempt.number)):
+            if not (_is_laid_out(fd) and _has_begun(folder, attempt.number)):
                 return Fenced()
             start = StartRecord()
         alive = _alive(start, account) or _alive(_supervisor(fd), account)
@@ -229,9 +229,17 @@ def _alive(start: StartRecord | None, account: Account | None) -> Alive | None:
     return None
 
 
-def _runs(folder: Path, attempt: int) -> bool:
-    """Whether an attempt runs that is fenced off: the job has removed its record, or written another. What
-    had only been laid out is gone once it has found the fence."""
+def _is_laid_out(folder: int) -> bool:
+    """Whether anybody has ever taken up the order of an attempt: of very many that nobody has, none is worth a
+    search through all processes and groups."""
+    return any(not name.startswith("start.") for name in os.listdir(folder))
+
+
+def _has_begun(folder: Path, attempt: int) -> bool:
+    """Whether an attempt runs, or has left a group, that is fenced off: the job has removed its record, or
+    written another. What had only been laid out is gone once it has found the fence."""
+    if _groups(folder, attempt):
+        return True
     until = time.monotonic() + _GOES_S
     while processes.with_variable("CORTEX_JOB_ID", folder.name):
         if _is_followed(folder, attempt):
