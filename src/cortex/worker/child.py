@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 NOT_FOUND = 127
 NOT_RUNNABLE = 126
-_SIGKILL = int(signal.SIGKILL)
 _SIGKILL, _SETMASK, _sigmask = signal.SIGKILL, signal.SIG_SETMASK, signal.pthread_sigmask
 _prctl, _memmove = libc.prctl, ctypes.memmove
 
