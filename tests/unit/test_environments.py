@@ -170,8 +170,11 @@ def test_what_a_job_runs_in_stays_though_an_operator_of_another_python_wants_it_
 ) -> None:
     mine = with_wheel(tmp_path / "p")
     python = asyncio.run(Environments(root).build(mine))
-    job = subprocess.Popen([python, "-c", "input()"], stdin=subprocess.PIPE)
+    pipe = subprocess.PIPE
+    job = subprocess.Popen([python, "-c", "input('begun\\n')"], stdin=pipe, stdout=pipe)
     try:
+        assert job.stdout is not None
+        job.stdout.readline()  # right after it was executed it has no command line yet
         monkeypatch.setattr(sys, "version", "another")
         upgraded = Environments(root)
         for _ in range(2):
