@@ -91,7 +91,11 @@ def test_a_clock_that_is_set_back_while_no_operator_runs(jumpy: Operator, clock:
     clock.set(-HOUR)
     jumpy.start()
     endpoint = f"{jumpy.url}/probe"
-    assert jumpy.status(endpoint, job)["worker_counts"] == {"pending": 0, "running": 1}
+    # That it has started may not have been stored when the operator was killed.
+    until(
+        lambda: jumpy.status(endpoint, job)["worker_counts"] == {"pending": 0, "running": 1},
+        "it is seen to run",
+    )
     assert jumpy.delete(endpoint, job).status_code == 200
     ends = [jumpy.finished(endpoint, each) for each in (job, waiting)]
     assert [end["status"] for end in ends] == ["status_stopped", "status_succeeded"]

@@ -295,9 +295,11 @@ def test_while_nobody_drives_what_is_stored_is_told_and_taken(
         hung, (other,) = roles(database, running)
         other.deployed(probe_yaml(), {"probe.py": PROBE})
         long = other.submit(at(other), config=ASLEEP)
-        other.await_log(at(other), long, "asleep")
+        until(
+            lambda: other.status(at(other), long)["worker_counts"] == {"pending": 0, "running": 1},
+            "it is stored that it runs",
+        )
         with stopped(hung):
-            assert other.status(at(other), long)["worker_counts"] == {"pending": 0, "running": 1}
             job = other.submit(at(other))
             told = other.status(at(other), job)
             assert told["worker_counts"] == {"pending": 1, "running": 0}
