@@ -59,10 +59,15 @@ def prefix(root: Path) -> str:
     return f"cortex-{hashlib.sha256(bytes(root.resolve())).hexdigest()[:12]}-"
 
 
+def group_name(root: Path, job_id: str, attempt: int) -> str:
+    """What the groups of an attempt are called, wherever they are."""
+    return f"{prefix(root)}{job_id}-{attempt}"
+
+
 def belonging(groups: list[str], root: Path, job_id: str, attempt: int) -> list[str]:
     """Those that are an attempt's own by their place and name: the record that names them was the job's to
     write, and with more rights than the job has, others could be ended."""
-    name = f"{prefix(root)}{job_id}-{attempt}"
+    name = group_name(root, job_id, attempt)
     mounts = [folders[-1] for folders in _mounts() if folders]
     paths = [Path(group) for group in groups]
     return [

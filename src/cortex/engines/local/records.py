@@ -265,7 +265,7 @@ def _supervisor(folder: int) -> StartRecord | None:
 
 def _groups(folder: Path, attempt: int) -> list[str]:
     """The groups of an attempt that are there, whatever its record says. They are made once it has begun."""
-    name = f"{limits.prefix(folder.parent)}{folder.name}-{attempt}"
+    name = limits.group_name(folder.parent, folder.name, attempt)
     found = os.walk("/sys/fs/cgroup")
     return [f"{parent}/{name}" for parent, names, _ in found if name in names]
 

@@ -37,10 +37,8 @@ class Starts:
 
     def begins(self, supervisor: Supervisor) -> None:
         """One has got its order."""
-        loop = asyncio.get_running_loop()
-        self._since[supervisor] = loop.time()
-        if self._timer is None and self.room <= 0:
-            self._timer = loop.call_later(LONGEST_S, self._look)
+        self._since[supervisor] = asyncio.get_running_loop().time()
+        self._look_later()
 
     def has_begun(self, supervisor: Supervisor) -> None:
         """One has said that its job started or ended, or is gone."""
@@ -53,11 +51,15 @@ class Starts:
 
     def _look(self) -> None:
         self._timer = None
-        loop = asyncio.get_running_loop()
+        before = asyncio.get_running_loop().time() - LONGEST_S
         for supervisor, since in list(self._since.items()):
-            if since <= loop.time() - LONGEST_S:
+            if since <= before:
                 del self._since[supervisor]
         if self.room > 0:
             self._room()
+        self._look_later()
+
+    def _look_later(self) -> None:
+        """While there is no room, unless that is so already."""
         if self._timer is None and self.room <= 0:
-            self._timer = loop.call_later(LONGEST_S, self._look)
+            self._timer = asyncio.get_running_loop().call_later(LONGEST_S, self._look)
