@@ -180,11 +180,7 @@ def lost(path: Path) -> LogCut | None:
         data = b"" if fd is None else os.pread(fd, _MOST_RECORD, 0)
     try:
         gone = LogCut.loads(data)
-    except (
-        ValueError,
-        TypeError,
-        RecursionError,
-    ):  # there is none, or the job has written there itself
+    except (ValueError, TypeError, RecursionError):  # none, or the job has written there itself
         return None
     numbers = (gone.start, gone.end, gone.limit)
     is_sound = all(isinstance(n, int) for n in numbers) and 0 <= gone.start < gone.end <= LARGEST

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
     Orders = socket.socket | None
     Identity = tuple[int, int]  # device and inode
-    Marks = tuple[list[tuple[bytes, bytes]], bytes]
-    Work = tuple[list[tuple[bytes, bytes]], bytes, int, int, Identity, Order]
+    Variables = list[tuple[bytes, bytes]]
+    Marks = tuple[Variables, bytes]
+    Work = tuple[Variables, bytes, int, int, Identity, Order]
 
 NOT_FOUND = 127
 NOT_RUNNABLE = 126
@@ -195,7 +196,7 @@ def _marks(order: Order) -> Marks:
     return variables, order.job_id.encode()[:JOB_ID_ROOM].ljust(JOB_ID_ROOM, b"\0")
 
 
-def _get_ready(variables: list[tuple[bytes, bytes]], mark: bytes, slot: int) -> None:
+def _get_ready(variables: Variables, mark: bytes, slot: int) -> None:
     for name, value in variables:
         environb[name] = value
     if slot:
