@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from cortex.engines.base import Attempt, Ended, Ending, Lost, NeverStarted, Started, Unreachable
-from cortex.engines.local import LocalEngine, records
+from cortex.engines.local import LocalEngine, records, remains
 from cortex.engines.local.ends import Ends
 from cortex.worker import processes
 from cortex.worker.processes import children, stat
@@ -390,7 +390,7 @@ def test_an_order_that_nobody_took_up_is_fenced_without_a_search(
     searched: list[str] = []
     with_variable = processes.with_variable
     monkeypatch.setattr(
-        records.processes,
+        remains.processes,
         "with_variable",
         lambda *args: searched.append("processes") or with_variable(*args),
     )
@@ -415,7 +415,7 @@ def test_an_operator_that_hung_leaves_alone_what_a_later_attempt_runs(tmp_path: 
     (folder / "start.2").touch()
     environment = {**os.environ, "CORTEX_JOB_ID": folder.name}
     with subprocess.Popen(["sleep", "300"], env=environment) as running:
-        records.clean(folder, 1, [])
+        remains.clean(folder, 1, [])
         assert running.poll() is None
-        records.clean(folder, 2, [])
+        remains.clean(folder, 2, [])
         assert running.wait() == -signal.SIGKILL

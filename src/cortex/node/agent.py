@@ -27,7 +27,7 @@ from cortex.engines.base import (
     Started,
     Version,
 )
-from cortex.engines.local import LocalEngine, records
+from cortex.engines.local import LocalEngine, records, remains
 from cortex.engines.ray.messages import Hello, Lock, LogPiece, NodeOrder, Poll, Refusal
 from cortex.errors import is_shortage, is_storage
 from cortex.node import seats
@@ -289,5 +289,5 @@ def _ended(folder: Path, attempt: int) -> bool:
     """End a job that runs without its folder; False if it does not run, as if it never had."""
     if not processes.with_variable("CORTEX_JOB_ID", folder.name):
         return False
-    records.clean(folder, attempt, [])
+    remains.clean(folder, attempt, [])
     return True

@@ -32,7 +32,7 @@ from cortex.engines.base import (
     Started,
     Unreachable,
 )
-from cortex.engines.local import limits, records
+from cortex.engines.local import limits, records, remains
 from cortex.engines.local.ends import Ends
 from cortex.engines.local.supervisors import Supervisor, ask_to_end
 from cortex.errors import is_storage
@@ -279,7 +279,7 @@ class Attempts:
     async def _clean(self, live: _Live, groups: list[str]) -> None:
         while True:
             try:
-                await in_thread(records.clean, self._of(live), live.attempt.number, groups)
+                await in_thread(remains.clean, self._of(live), live.attempt.number, groups)
             except OSError as error:
                 job_id = live.attempt.spec.job_id
                 log.warning("what is left of a job cannot be ended", job=job_id, error=str(error))

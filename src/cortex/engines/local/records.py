@@ -1,6 +1,6 @@
 """A job's folder as the local engine sees it: `<root>/<job_id>/` with job.json, log, files/, start.N
 and exit.N. The job can write there: what its records say is looked at before it is believed, and where
-that cannot be, processes are asked for what runs.
+that cannot be, processes are asked for what runs (`remains`).
 Blocking and short; called by the engine, in threads where a disk is waited for.
 """
 
@@ -10,20 +10,16 @@ import contextlib
 import errno
 import json
 import os
-import signal
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from cortex.account import Account
 from cortex.engines.base import Attempt, Ending
-from cortex.engines.local import limits
-from cortex.worker import cgroups, files, processes
-from cortex.worker.messages import JOB_ID_ROOM, ExitRecord, StartRecord
+from cortex.engines.local import remains
+from cortex.worker import files, processes
+from cortex.worker.messages import ExitRecord, StartRecord
 
 HANDLE_VERSION = 1
-CLEAN_S = 5.0
-_GOES_S = 2.0  # what was laid out and finds the fence
 _ENDINGS = ("lost", *Ending)
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
@@ -101,13 +97,13 @@ def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Foun
             files.create(fd, f"start.{attempt.number}", StartRecord(fenced=True).dumps())
             start = _start(fd, attempt.number)
         if start is None or start.fenced:
-            if not (_is_laid_out(fd) and _has_begun(folder, attempt.number)):
+            if not (_is_laid_out(fd) and remains.has_begun(folder, attempt.number)):
                 return Fenced()
             start = StartRecord()
-        alive = _alive(start, account) or _alive(_supervisor(fd), account)
+        alive = _alive(start, account) or _alive(remains.supervisor(fd), account)
         if alive is not None:
             return alive
-        start.cgroups += _groups(folder, attempt.number)
+        start.cgroups += remains.control_groups(folder, attempt.number)
         return Gone(_exit(fd, attempt.number), start, rebooted=False)
 
 
@@ -144,37 +140,6 @@ def supervised(folder: Path, attempt: int) -> bool:
     return pidfd is not None
 
 
-def clean(folder: Path, attempt: int, groups: list[str]) -> None:
-    """End whatever a killed supervisor has left of a job, and wait until it is gone. Unless another
-    operator did that while this one hung: what there is then is of a later attempt.
-
-    Raises:
-        OSError: what is left cannot be told, for want of descriptors or memory.
-    """
-    if _is_followed(folder, attempt):
-        return
-    job_id = folder.name
-    until = time.monotonic() + CLEAN_S
-    for group in groups:
-        with contextlib.suppress(OSError):
-            cgroups.put(f"{group}/cgroup.kill", "1")
-    while time.monotonic() < until:
-        left = processes.with_variable("CORTEX_JOB_ID", job_id)
-        for group in groups:
-            for pid in cgroups.members(group):
-                about = processes.stat(pid)
-                if about is not None:
-                    left[pid] = about[2]
-        if not left:
-            break
-        short = processes.send(left, signal.SIGKILL)
-        if short is not None:
-            raise short
-        time.sleep(0.01)
-    for group in groups:
-        cgroups.remove(group)
-
-
 def append(log: Path, text: str) -> None:
     """Add a line to a job's log, as the operator: what an earlier attempt has put in its place is not followed.
 
@@ -186,14 +151,6 @@ def append(log: Path, text: str) -> None:
         if not files.is_regular(file.fileno()):
             raise OSError(errno.EINVAL, "not a plain file", str(log))
         file.write(text.rstrip("\n") + "\n")
-
-
-def _is_followed(folder: Path, attempt: int) -> bool:
-    try:
-        starts = [path.suffix[1:] for path in folder.glob("start.*")]
-    except OSError:
-        return False
-    return any(number.isdigit() and int(number) > attempt for number in starts)
 
 
 @contextlib.contextmanager
@@ -233,41 +190,6 @@ def _is_laid_out(folder: int) -> bool:
     """Whether anybody has ever taken up the order of an attempt: of very many that nobody has, none is worth a
     search through all processes and groups."""
     return any(not name.startswith("start.") for name in os.listdir(folder))
-
-
-def _has_begun(folder: Path, attempt: int) -> bool:
-    """Whether an attempt runs, or has left a group, that is fenced off: the job has removed its record, or
-    written another. What had only been laid out is gone once it has found the fence."""
-    if _groups(folder, attempt):
-        return True
-    until = time.monotonic() + _GOES_S
-    while processes.with_variable("CORTEX_JOB_ID", folder.name):
-        if _is_followed(folder, attempt):
-            return False
-        if time.monotonic() > until:
-            return True
-        time.sleep(0.02)
-    return False
-
-
-def _supervisor(folder: int) -> StartRecord | None:
-    """The supervising process that has this folder open, told as its record would tell of it."""
-    about = os.fstat(folder)
-    # Its environment is the fork server's, where jobs have their ids.
-    for pid, ticks in processes.with_variable("CORTEX_JOB_ID", "-" * JOB_ID_ROOM).items():
-        with contextlib.suppress(FileNotFoundError, PermissionError, ProcessLookupError):
-            for fd in Path(f"/proc/{pid}/fd").iterdir():
-                with contextlib.suppress(FileNotFoundError):
-                    if os.path.samestat(fd.stat(), about):
-                        return StartRecord(pid=pid, ticks=ticks, start_ns=time.time_ns())
-    return None
-
-
-def _groups(folder: Path, attempt: int) -> list[str]:
-    """The groups of an attempt that are there, whatever its record says. They are made once it has begun."""
-    name = limits.group_name(folder.parent, folder.name, attempt)
-    found = os.walk("/sys/fs/cgroup")
-    return [f"{parent}/{name}" for parent, names, _ in found if name in names]
 
 
 def _start(folder: int, attempt: int) -> StartRecord | None:

@@ -1,0 +1,92 @@
+"""What runs of a job or is left of it on this machine, told by processes and control groups whatever its records
+say. Blocking; called by `records`, and by who ends what a killed supervisor has left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+from cortex.engines.local import limits
+from cortex.worker import cgroups, processes
+from cortex.worker.messages import JOB_ID_ROOM, StartRecord
+
+CLEAN_S = 5.0
+_GOES_S = 2.0  # what was laid out and finds the fence
+
+
+def clean(folder: Path, attempt: int, groups: list[str]) -> None:
+    """End whatever a killed supervisor has left of a job, and wait until it is gone. Unless another
+    operator did that while this one hung: what there is then is of a later attempt.
+
+    Raises:
+        OSError: what is left cannot be told, for want of descriptors or memory.
+    """
+    if _is_followed(folder, attempt):
+        return
+    job_id = folder.name
+    until = time.monotonic() + CLEAN_S
+    for group in groups:
+        with contextlib.suppress(OSError):
+            cgroups.put(f"{group}/cgroup.kill", "1")
+    while time.monotonic() < until:
+        left = processes.with_variable("CORTEX_JOB_ID", job_id)
+        for group in groups:
+            for pid in cgroups.members(group):
+                about = processes.stat(pid)
+                if about is not None:
+                    left[pid] = about[2]
+        if not left:
+            break
+        short = processes.send(left, signal.SIGKILL)
+        if short is not None:
+            raise short
+        time.sleep(0.01)
+    for group in groups:
+        cgroups.remove(group)
+
+
+def has_begun(folder: Path, attempt: int) -> bool:
+    """Whether an attempt runs, or has left a group, that is fenced off: the job has removed its record, or
+    written another. What had only been laid out is gone once it has found the fence."""
+    if control_groups(folder, attempt):
+        return True
+    until = time.monotonic() + _GOES_S
+    while processes.with_variable("CORTEX_JOB_ID", folder.name):
+        if _is_followed(folder, attempt):
+            return False
+        if time.monotonic() > until:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def supervisor(folder: int) -> StartRecord | None:
+    """The supervising process that has this folder open, told as its record would tell of it."""
+    about = os.fstat(folder)
+    # Its environment is the fork server's, where jobs have their ids.
+    for pid, ticks in processes.with_variable("CORTEX_JOB_ID", "-" * JOB_ID_ROOM).items():
+        with contextlib.suppress(FileNotFoundError, PermissionError, ProcessLookupError):
+            for fd in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(fd.stat(), about):
+                        return StartRecord(pid=pid, ticks=ticks, start_ns=time.time_ns())
+    return None
+
+
+def control_groups(folder: Path, attempt: int) -> list[str]:
+    """The groups of an attempt that are there, whatever its record says. They are made once it has begun."""
+    name = limits.group_name(folder.parent, folder.name, attempt)
+    found = os.walk("/sys/fs/cgroup")
+    return [f"{parent}/{name}" for parent, names, _ in found if name in names]
+
+
+def _is_followed(folder: Path, attempt: int) -> bool:
+    try:
+        starts = [path.suffix[1:] for path in folder.glob("start.*")]
+    except OSError:
+        return False
+    return any(number.isdigit() and int(number) > attempt for number in starts)
