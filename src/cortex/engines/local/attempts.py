@@ -2,16 +2,14 @@
 processes tell it what they see.
 
 Each attempt is watched over by a supervising process (`cortex.worker.serving`), which says when it has
-made the attempt's exit record. One that an earlier operator had is held by a pidfd: it is gone when that
-becomes readable, or over when its exit record is there. What no record tells is cleared up first and then
-reported as lost.
+made the attempt's exit record; one that an earlier operator had is `taken_over`. What no record tells is cleared
+up first and then reported as lost.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +32,8 @@ from cortex.engines.base import (
 )
 from cortex.engines.local import limits, records, remains
 from cortex.engines.local.ends import Ends
-from cortex.engines.local.supervisors import Supervisor, ask_to_end
+from cortex.engines.local.supervisors import Supervisor
+from cortex.engines.local.taken_over import TakenOver
 from cortex.errors import is_storage
 from cortex.worker.messages import ExitRecord, Order, Reply
 
@@ -51,7 +50,7 @@ class _Live:
 
     attempt: Attempt
     supervisor: Supervisor | None = None
-    pidfd: int | None = None  # of one that an earlier operator had
+    taken_over: TakenOver | None = None
     stop: bool = False
     started: bool = False
     # Of the deadline, until a supervising process keeps that.
@@ -191,29 +190,17 @@ class Attempts:
             live.started = True
             self.report(Started(live.attempt.spec.job_id, live.attempt.number, start_ns))
 
-    def _watch(self, live: _Live, pidfd: int) -> None:
-        live.pidfd = pidfd
-        asyncio.get_running_loop().add_reader(pidfd, self._on_gone, live)
+    def _take_over(self, live: _Live, pidfd: int) -> None:
+        held = TakenOver(pidfd, self._exit_of(live), self._ends, lambda: self._on_over(live))
+        live.taken_over = held
         if live.stop:
-            self._signal(live)
+            held.stop()
+        with contextlib.suppress(OSError):  # the end of the process tells as well, if later
+            if records.ended(self._of(live), live.attempt.number).exit is not None:  # it came first
+                held.end()
 
-    def _await_record(self, live: _Live) -> None:
-        self._ends.add(self._exit_of(live), lambda: self._on_record(live))
-        if records.ended(self._of(live), live.attempt.number).exit is not None:  # it came first
-            self._on_record(live)
-
-    def _on_record(self, live: _Live) -> None:
-        if live.pidfd is not None:
-            self._let_go(live)
-            self._background.run(self._conclude(live))
-
-    def _on_gone(self, live: _Live) -> None:
-        if live.pidfd is None:
-            return
-        # An operator that is PID 1 of a container inherits supervisors from fork servers.
-        with contextlib.suppress(ChildProcessError):
-            os.waitid(os.P_PIDFD, live.pidfd, os.WEXITED | os.WNOHANG)
-        self._let_go(live)
+    def _on_over(self, live: _Live) -> None:
+        live.taken_over = None
         self._background.run(self._conclude(live))
 
     async def _conclude(self, live: _Live) -> None:
@@ -250,11 +237,7 @@ class Attempts:
             self._settle(live, self._never(live))
         elif isinstance(found, records.Alive):
             self._started(live, found.start.start_ns)
-            self._watch(live, found.pidfd)
-            try:
-                self._await_record(live)
-            except OSError as error:
-                log.warning("an exit record cannot be awaited", error=str(error))
+            self._take_over(live, found.pidfd)
         else:
             await self._end(live, found)
         return True
@@ -334,16 +317,14 @@ class Attempts:
     def _signal(self, live: _Live) -> None:
         if live.supervisor is not None:
             live.supervisor.stop()
-        elif live.pidfd is not None:
-            ask_to_end(live.pidfd)
+        elif live.taken_over is not None:
+            live.taken_over.stop()
 
     def _let_go(self, live: _Live) -> None:
         self._cancel(live)
-        if live.pidfd is not None:
-            asyncio.get_running_loop().remove_reader(live.pidfd)
-            os.close(live.pidfd)
-            live.pidfd = None
-            self._ends.remove(self._exit_of(live))
+        if live.taken_over is not None:
+            live.taken_over.close()
+            live.taken_over = None
 
     def _exit_of(self, live: _Live) -> Path:
         return self._of(live) / f"exit.{live.attempt.number}"

@@ -1,0 +1,65 @@
+"""A supervising process that an earlier operator had, held by a pidfd. Owned by `attempts`.
+
+It answers to nobody here: it is gone when the pidfd becomes readable, and over with its job when the exit record
+is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from cortex.engines.local.ends import Ends
+from cortex.engines.local.supervisors import ask_to_end
+
+log = structlog.get_logger()
+
+
+class TakenOver:
+    """All of it happens on the event loop."""
+
+    def __init__(self, pidfd: int, record: Path, ends: Ends, over: Callable[[], None]) -> None:
+        """
+        Args:
+            pidfd: is closed here.
+            record: the exit record. One that is there already is not told.
+            over: called once, when the process is gone or the record is there.
+        """
+        self._pidfd = pidfd
+        self._record = record
+        self._ends = ends
+        self._over = over
+        asyncio.get_running_loop().add_reader(pidfd, self._on_gone)
+        try:
+            ends.add(record, self.end)
+        except OSError as error:
+            log.warning("an exit record cannot be awaited", error=str(error))
+
+    def stop(self) -> None:
+        """It ends its job, and then itself."""
+        ask_to_end(self._pidfd)
+
+    def end(self) -> None:
+        """It is over with the job."""
+        if self._pidfd >= 0:
+            self.close()
+            self._over()
+
+    def close(self) -> None:
+        """Let go of it; what runs goes on."""
+        if self._pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+            self._ends.remove(self._record)
+
+    def _on_gone(self) -> None:
+        # An operator that is PID 1 of a container inherits supervisors from fork servers.
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+        self.end()
