@@ -241,7 +241,7 @@ def bare(bench: Bench) -> None:
         "forks",
         {
             "on one core": lambda: limits.fork_and_exit(number),
-            f"on {CORES} cores": lambda: limits.fork_and_exit(number, CORES),
+            "on all cores": lambda: limits.fork_and_exit(number, CORES),
         },
     )
 

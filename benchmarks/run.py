@@ -7,7 +7,6 @@ within the same seconds. Every figure is the median of the rounds, with its mini
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import signal
 import sys
@@ -18,6 +17,7 @@ import figures
 import measurements
 import targets
 from figures import Results
+from kinds import CORES
 from measurements import Bench, Options
 from peers import registry
 
@@ -26,7 +26,7 @@ def main() -> None:
     options, out = _options()
     results = Results()
     results.about = {
-        "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.release().partition('-')[0]}",
+        "machine": f"{CORES} cores, {platform.system()} {platform.release().partition('-')[0]}",
         "python": platform.python_version(),
         "rounds": str(options.rounds),
         **(registry.versions() if options.peers else {}),
