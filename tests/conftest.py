@@ -43,6 +43,13 @@ def own(tmp_path: Path) -> Iterator[Operator]:
         yield running
 
 
+@pytest.fixture
+def patient(tmp_path: Path) -> Iterator[Operator]:
+    """An operator that gives a stopped job time to save its work, also where the machine is busy."""
+    with operator(tmp_path, "--grace", "30") as running:
+        yield running
+
+
 @pytest.fixture(params=[Client, Awaited], ids=["sync", "async"])
 def connect(request: pytest.FixtureRequest) -> Connect:
     """Makes a client; each test that uses it is run with both."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cortex.projects.pack import pack
-from support import CORTEX, Operator, operator, processes_with, until
+from support import CORTEX, Operator, processes_with, until
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,13 +43,6 @@ def test_wordcount_processes_a_file(shared: Operator) -> None:
     job = shared.submit(endpoint)
     assert shared.finished(endpoint, job)["status"] == "status_succeeded"
     assert any(character.isdigit() for character in shared.log_of(endpoint, job))
-
-
-@pytest.fixture
-def patient(tmp_path: Path) -> Iterator[Operator]:
-    """An operator that gives a stopped job time to save its work, also where the machine is busy."""
-    with operator(tmp_path, "--grace", "30") as running:
-        yield running
 
 
 def test_checkpoint_saves_when_stopped_and_resumes(patient: Operator) -> None:

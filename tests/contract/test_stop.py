@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from support import Operator, processes_with, until
+from support import PROBE, Operator, probe_yaml, processes_with, until
 
 
 def test_stop_says_so_and_again(shared: Operator, probe: str) -> None:
@@ -28,14 +28,15 @@ def test_a_finished_job_cannot_be_stopped(shared: Operator, probe: str) -> None:
     assert shared.status(probe, job) == before
 
 
-def test_a_task_may_save_its_work_first(shared: Operator, probe: str) -> None:
-    job = shared.submit(probe, config={"do": "save_on_term"})
-    shared.await_log(probe, job, "asleep")
-    shared.delete(probe, job)
-    shared.await_log(probe, job, "saved")
-    (saved,) = (shared.data_dir / "jobs" / job["job_id"]).rglob("saved")
+def test_a_task_may_save_its_work_first(patient: Operator) -> None:
+    endpoint = patient.deployed(probe_yaml(), {"probe.py": PROBE})
+    job = patient.submit(endpoint, config={"do": "save_on_term"})
+    patient.await_log(endpoint, job, "asleep")
+    patient.delete(endpoint, job)
+    patient.await_log(endpoint, job, "saved")
+    (saved,) = (patient.data_dir / "jobs" / job["job_id"]).rglob("saved")
     assert saved.read_text() == "checkpoint"
-    assert shared.status(probe, job)["status"] == "status_stopped"
+    assert patient.status(endpoint, job)["status"] == "status_stopped"
 
 
 def test_a_task_that_ignores_sigterm_is_killed(shared: Operator, probe: str) -> None:
