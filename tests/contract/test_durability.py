@@ -73,7 +73,8 @@ def test_a_stop_is_final_across_a_crash(own: Operator) -> None:
 def test_a_timeout_holds_while_the_operator_is_away(own: Operator) -> None:
     endpoint = own.deployed(probe_yaml(), {"probe.py": PROBE})
     path = endpoint.removeprefix(own.url)
-    job = own.submit(endpoint, config={"do": "sleep", "s": 300}, timeout=2)
+    own.run(endpoint)  # so that the next one begins long before its timeout, wherever it runs
+    job = own.submit(endpoint, config={"do": "sleep", "s": 300}, timeout=10)
     own.await_log(endpoint, job, "asleep")
     own.kill()
     until(lambda: not processes_with(f"CORTEX_JOB_ID={job['job_id']}"), "its processes gone")

@@ -127,7 +127,8 @@ def test_what_ended_by_itself_or_by_its_limits_is_not_tried_again(
     shared: Operator, end: str, status: str
 ) -> None:
     endpoint = deployed(shared)
-    timeout = 2 if end == "timeout" else None
+    shared.run(endpoint, config={"end": "raise"})  # so that the next one begins before its timeout
+    timeout = 10 if end == "timeout" else None
     done = shared.run(endpoint, config={"end": end}, timeout=timeout)
     assert done["status"] == status
     assert shared.log_of(endpoint, done).count("started") == 1
@@ -174,7 +175,8 @@ def test_a_job_lost_while_no_operator_runs_is_tried_again_by_the_next(own: Opera
 
 def test_a_timeout_holds_over_all_attempts(shared: Operator) -> None:
     endpoint = deployed(shared)
-    job = shared.submit(endpoint, timeout=4)
+    shared.run(endpoint, config={"end": "raise"})  # so that the next one begins before its timeout
+    job = shared.submit(endpoint, timeout=10)
     shared.await_log(endpoint, job, "asleep")
     (shared.data_dir / "jobs" / job["job_id"] / "files" / "left").unlink()
     lose(shared, endpoint, job)
