@@ -18,6 +18,8 @@ class Gate:
     def __init__(self, listener: socket.socket, connect: Callable[[], socket.socket]) -> None:
         self.is_open = True
         """Whether it takes new connections."""
+        self.shuts_at = b""
+        """At what a client sends it shuts, once, before that is passed on; empty for nothing."""
         self._listener = listener
         self._connect = connect
         self._sockets: set[socket.socket] = set()
@@ -48,6 +50,10 @@ class Gate:
 
     def sent(self, data: bytes, server: socket.socket) -> bool:
         """Pass on what a client has sent; whether its connection goes on."""
+        if self.shuts_at and self.shuts_at in data:
+            self.shuts_at = b""
+            self.shut()
+            return False
         server.sendall(data)
         return True
 

@@ -368,16 +368,15 @@ def test_what_is_needed_from_there_is_waited_for_and_what_is_to_be_removed_goes_
     options = ("--keep-logs", str(4 / 86_400), "--files", f"s3://{bucket}/some/prefix")
     with operator(tmp_path, *options) as running:
         files = {"probe.py": PROBE, "requirements.txt": "--no-index\n"}
+        way.shuts_at = b".lock"  # before it can be told whether there is one
         endpoint = running.deployed(probe_yaml(), files)
-        way.shut()  # before it could be told whether there is a lock file
         job = running.submit(endpoint, config=SAY)
         words = "it is tried again until this is over: the store of files"
         until(lambda: words in running.status(endpoint, job).get("message", ""), "it says why")
+        way.shuts_at = b"?delete"  # whenever that is
         way.open()
         assert running.finished(endpoint, job)["status"] == "status_succeeded"
         asleep = running.submit(endpoint, config=ASLEEP)
-        until((running.data_dir / "archived" / job["job_id"]).exists, "the log is archived")
-        way.shut()
         until(lambda: "retention has to wait" in running.log.read_text(), "it waits")
         assert running.log_of(endpoint, job) == SAID
         way.open()
