@@ -49,6 +49,8 @@ class Task:
         for number in range(config.get("lines", 1)):
             print(f"line {number}", flush=True)
             time.sleep(config.get("pause", 0))
+            while not os.path.exists(config.get("go", "/")):
+                time.sleep(0.02)
 
     def surroundings(self, config):
         return {"cwd": os.getcwd(), "files": sorted(os.listdir()), "env": dict(os.environ),

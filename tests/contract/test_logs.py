@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from support import Operator
+from support import PATIENCE_S, PROBE, Operator, probe_yaml
 
 STREAM = {"Accept": "text/event-stream"}
 
@@ -17,6 +18,8 @@ def events(shared: Operator, url: str, **headers: str) -> Iterator[dict[str, str
         assert response.headers["content-type"].startswith("text/event-stream")
         fields: dict[str, str] = {}
         for line in response.iter_lines():
+            if line.startswith(":"):
+                continue  # a comment, as there is one when nothing came for a while
             if line:
                 name, _, value = line.partition(": ")
                 fields[name] = value
@@ -76,9 +79,14 @@ def test_a_log_is_read_whole_while_it_grows(shared: Operator) -> None:
     assert shared.finished(endpoint, job)["status"] == "status_succeeded"
 
 
-def test_a_log_is_followed_to_its_end(shared: Operator, probe: str) -> None:
-    job = shared.submit(probe, config={"do": "say", "lines": 5, "pause": 0.1})
-    seen = list(events(shared, f"{probe}/{job['job_id']}/logs"))
+def test_a_log_is_followed_to_its_end(shared: Operator, probe: str, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    config = {"do": "say", "lines": 5, "go": str(go)}
+    job = shared.submit(probe, config=config, timeout=PATIENCE_S)
+    seen = []
+    for event in events(shared, f"{probe}/{job['job_id']}/logs"):
+        seen.append(event)
+        go.touch()  # a slow follower would get lines at once that are not held back until then
     pieces = [json.loads(event["data"]) for event in seen if event["event"] == "log"]
     assert "".join(pieces) == "".join(f"line {n}\n" for n in range(5))
     assert len(pieces) > 1, "it came as it was written"
@@ -94,21 +102,20 @@ def test_a_follower_resumes_where_it_was(shared: Operator, probe: str) -> None:
     assert [json.loads(event["data"]) for event in seen[:-1]] == ["line 2\n"]
 
 
-def test_a_stopped_job_is_followed_to_its_last_line(shared: Operator, probe: str) -> None:
-    job = shared.submit(probe, config={"do": "save_on_term"})
+def test_a_stopped_job_is_followed_to_its_last_line(patient: Operator) -> None:
+    endpoint = patient.deployed(probe_yaml(), {"probe.py": PROBE})
+    job = patient.submit(endpoint, config={"do": "save_on_term"})
     text = ""
-    for event in events(shared, f"{probe}/{job['job_id']}/logs"):
+    for event in events(patient, f"{endpoint}/{job['job_id']}/logs"):
         if event["event"] == "end":
             break
         text += json.loads(event["data"])
         if "asleep" in text and "saved" not in text:
-            shared.delete(probe, job)
+            patient.delete(endpoint, job)
     assert text == "asleep\nsaved\n"
 
 
 def test_a_log_that_is_not_there_yet_is_empty(own: Operator) -> None:
-    from support import PROBE, probe_yaml
-
     endpoint = own.deployed(probe_yaml().replace("1m", '"1"'), {"probe.py": PROBE})
     first = own.submit(endpoint, config={"do": "sleep", "s": 300})
     own.await_log(endpoint, first, "asleep")
