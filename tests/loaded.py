@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-_PATIENCE_S = 60
+_PATIENCE_S = 180
 _LONG_TO_LOAD = (
     "alembic.command",
     "cortex.client",

@@ -75,7 +75,7 @@ class S3:
 
     def enforce_credentials(self) -> None:
         """From here on a request needs a user's credentials and rights."""
-        httpx.post(f"{self.url}/moto-api/reset-auth", content=b"0").raise_for_status()
+        httpx.post(f"{self.url}/moto-api/reset-auth", content=b"0", timeout=60).raise_for_status()
 
     def freeze(self) -> None:
         """It takes connections, and says nothing."""

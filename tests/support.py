@@ -22,7 +22,7 @@ import loaded
 from cortex.projects.pack import pack
 
 CORTEX = str(Path(sys.executable).with_name("cortex"))
-PATIENCE_S = 60
+PATIENCE_S = 180  # where many tests share a few cores, an environment takes long to build
 FINAL = {
     "status_succeeded",
     "status_worker_error",
@@ -157,7 +157,9 @@ class Operator:
         self.options = options
         self.within: list[str] = []  # a command that runs the operator's
         self.log = folder / "operator.log"
-        self.http = httpx.Client(timeout=PATIENCE_S)
+        # Longer than a long poll may take, and connections are let go of before the operator lets go of
+        # them (uvicorn: 5 s idle): else a request can meet a closing one.
+        self.http = httpx.Client(timeout=PATIENCE_S + 30, limits=httpx.Limits(keepalive_expiry=2.0))
         self.environment: dict[str, str] = {}
 
     def start(self) -> None:

@@ -42,7 +42,7 @@ def test_a_function_is_deployed_and_run(client: cortex.Client, shared: Operator)
     client.create_api(api("from-function"), task=task)
     job = client.submit_job("from-function", config={"x": 14}, timeout=300)
     assert "".join(client.stream_job_logs("from-function", job["job_id"])) == "computing\n"
-    done = client.get_job("from-function", job["job_id"], wait=60)
+    done = client.get_job("from-function", job["job_id"], wait=PATIENCE_S)
     assert done["job_status"]["result"] == 42
 
 
@@ -58,7 +58,8 @@ def test_a_class_is_deployed_and_run_with_requirements(client: cortex.Client) ->
 
     client.create_api(api("from-class"), task=Task, requirements=["six"])
     job = client.submit_job("from-class")
-    assert client.get_job("from-class", job["job_id"], wait=60)["job_status"]["result"] == "six"
+    done = client.get_job("from-class", job["job_id"], wait=PATIENCE_S)
+    assert done["job_status"]["result"] == "six"
 
 
 def test_a_folder_is_deployed_and_left_as_it_was(client: cortex.Client, tmp_path: Path) -> None:
@@ -69,7 +70,8 @@ def test_a_folder_is_deployed_and_left_as_it_was(client: cortex.Client, tmp_path
     client.create_api(spec, project_dir=folder)
     assert sorted(path.name for path in folder.iterdir()) == ["probe.py"]
     job = client.submit_job("from-folder")
-    assert client.get_job("from-folder", job["job_id"], wait=60)["job_status"]["result"] == {"a": 1}
+    done = client.get_job("from-folder", job["job_id"], wait=PATIENCE_S)
+    assert done["job_status"]["result"] == {"a": 1}
 
     running = client.submit_job("from-folder", config={"do": "sleep", "s": 300})
     client.stop_job("from-folder", running["job_id"])

@@ -27,7 +27,7 @@ def test_both_forms_of_the_url_give_the_same_answer(shared: Operator, probe: str
 
 
 def test_a_running_job(shared: Operator, probe: str) -> None:
-    job = shared.submit(probe, config={"do": "sleep", "s": 60})
+    job = shared.submit(probe, config={"do": "sleep", "s": 300})
     shared.await_log(probe, job, "asleep")
     until(lambda: shared.status(probe, job)["worker_counts"]["running"], "running")
     status = shared.status(probe, job)
@@ -40,7 +40,7 @@ def test_a_running_job(shared: Operator, probe: str) -> None:
 
 def test_a_waiting_job_says_what_it_waits_for(own: Operator) -> None:
     endpoint = own.deployed(probe_yaml().replace("1m", '"1"'), {"probe.py": PROBE})
-    first = own.submit(endpoint, config={"do": "sleep", "s": 60})
+    first = own.submit(endpoint, config={"do": "sleep", "s": 300})
     own.await_log(endpoint, first, "asleep")
     second, third = own.submit(endpoint), own.submit(endpoint)
     status = own.status(endpoint, second)
@@ -149,7 +149,7 @@ def test_timed_out_ignoring_sigterm(shared: Operator, probe: str) -> None:
 
 def test_timed_out_while_it_waited(own: Operator) -> None:
     endpoint = own.deployed(probe_yaml().replace("1m", '"1"'), {"probe.py": PROBE})
-    first = own.submit(endpoint, config={"do": "sleep", "s": 60})
+    first = own.submit(endpoint, config={"do": "sleep", "s": 300})
     own.await_log(endpoint, first, "asleep")
     done = own.run(endpoint, timeout=1)
     assert done["status"] == "status_timed_out"

@@ -91,7 +91,7 @@ def test_a_wrong_token_is_refused_whatever_it_is(
     safe: tuple[Operator, dict[str, str]], sent: bytes
 ) -> None:
     running, _ = safe
-    answer = httpx.get(f"{running.url}/probe", headers={b"Authorization": sent})
+    answer = httpx.get(f"{running.url}/probe", headers={b"Authorization": sent}, timeout=60)
     assert (answer.status_code, answer.json()["kind"]) == (401, "auth.unauthorized")
     assert answer.headers["www-authenticate"].startswith("Bearer")
 
@@ -143,7 +143,7 @@ def test_a_scope_allows_what_it_is_for_and_no_more(
 def test_the_scheme_is_read_in_any_case(safe: tuple[Operator, dict[str, str]]) -> None:
     running, tokens = safe
     headers = {"Authorization": f"bEARER {tokens['read']}"}
-    assert httpx.get(f"{running.url}/probe", headers=headers).status_code == 200
+    assert httpx.get(f"{running.url}/probe", headers=headers, timeout=60).status_code == 200
 
 
 def test_a_change_holds_from_the_next_request_on(tmp_path: Path) -> None:
