@@ -81,4 +81,4 @@ def test_the_demo(tmp_path: Path) -> None:
     assert "status_succeeded" in done.stdout or "succeeded" in done.stdout
     assert "accuracy" in done.stdout
     assert list(tmp_path.iterdir()) == [], "it cleans up"
-    assert not processes_with(str(tmp_path))
+    until(lambda: not processes_with(str(tmp_path)), "its processes gone")
