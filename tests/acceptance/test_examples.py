@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -47,16 +48,19 @@ def test_wordcount_processes_a_file(shared: Operator) -> None:
 
 def test_checkpoint_saves_when_stopped_and_resumes(patient: Operator) -> None:
     endpoint = deploy(patient, "checkpoint")
-    job = patient.submit(endpoint, config={"steps": 10_000, "interval": 0.05})
+    job = patient.submit(endpoint, config={"steps": 10_000, "interval_s": 0.05})
     patient.await_log(endpoint, job, "step")
     assert patient.delete(endpoint, job).status_code == 200
     until(lambda: saved(patient, job), "the checkpoint")
     until(lambda: not processes_with(job["job_id"]), "its processes gone")
     (checkpoint,) = saved(patient, job)
+    steps = json.loads(checkpoint.read_text())["steps"]
     again = patient.submit(
-        endpoint, config={"steps": 3, "interval": 0.01, "checkpoint": str(checkpoint)}
+        endpoint, config={"steps": steps + 3, "interval_s": 0.01, "checkpoint": str(checkpoint)}
     )
-    assert patient.finished(endpoint, again)["status"] == "status_succeeded"
+    done = patient.finished(endpoint, again)
+    assert (done["status"], done["result"]["steps"]) == ("status_succeeded", steps + 3)
+    assert f"going on after step {steps}" in patient.log_of(endpoint, again)
 
 
 @pytest.mark.parametrize("example", ["iris", "wordcount", "checkpoint"])
