@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 import uuid
 from collections.abc import Mapping
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from cortex.client.again import is_passing, until_answered
@@ -50,7 +50,7 @@ def submitted(path: str, content: bytes, key: str | None) -> Exchange[JsonValue]
         if not error.is_unanswered:
             raise
     try:
-        return (yield from until_answered(lambda: request, time.monotonic() + _AGAIN_S))
+        return (yield from until_answered(lambda: request, monotonic() + _AGAIN_S))
     except CortexError as error:
         if not is_passing(error):
             raise
