@@ -7,8 +7,8 @@ import socket
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from email import message_from_bytes
 from email.message import Message
 from pathlib import Path
@@ -74,6 +74,16 @@ def on_pause(monkeypatch: pytest.MonkeyPatch, act: Callable[[float], object]) ->
 
     monkeypatch.setattr("cortex.client.transport.sleep", act)
     monkeypatch.setattr("cortex.client.transport.asyncio.sleep", pause)
+
+
+@contextmanager
+def refusing() -> Iterator[int]:
+    """A port where connections are refused, and which nobody but a stub gets meanwhile."""
+    with socket.socket() as taken:
+        # As a stub's, which may listen there. This one does not: connections are refused.
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
 
 
 def test_what_the_operator_answers_is_returned_as_it_is(connect: Connect) -> None:
@@ -146,9 +156,8 @@ def test_a_wait_goes_on_where_connections_are_refused(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub = Stub({"GET /-/apis/iris/jobs/j1?wait=20.0": answer(job_view(SUCCEEDED))})
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        stub.port = taken.getsockname()[1]
     with ExitStack() as stack:
+        stub.port = stack.enter_context(refusing())
         on_pause(monkeypatch, lambda _: stack.enter_context(stub))
         client = stack.enter_context(connect(f"http://127.0.0.1:{stub.port}"))
         assert client.get_job("iris", "j1", wait=3600) == job_view(SUCCEEDED)
@@ -168,9 +177,11 @@ def test_pauses_grow_to_two_seconds(connect: Connect, monkeypatch: pytest.Monkey
 
 
 def test_what_still_is_wrong_at_the_deadline_of_a_wait_is_raised(connect: Connect) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-    with connect(url) as client, pytest.raises(OperatorUnreachable, match="no operator answers"):
+    with (
+        refusing() as port,
+        connect(f"http://127.0.0.1:{port}") as client,
+        pytest.raises(OperatorUnreachable, match="no operator answers"),
+    ):
         client.get_job("iris", "j1", wait=0.3)
 
 
@@ -184,7 +195,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> Callable[[], float]:
         paused_s += seconds
 
     on_pause(monkeypatch, pause)
-    for module in ("again", "calls"):
+    for module in ("again", "calls", "submission"):
         monkeypatch.setattr(f"cortex.client.{module}.monotonic", lambda: paused_s)
     return lambda: paused_s
 
@@ -199,16 +210,16 @@ def test_a_wait_where_no_operator_has_ever_answered_is_short(
     def resolve(*_: object, **__: object) -> NoReturn:
         raise socket.gaierror(socket.EAI_NONAME, "name does not resolve")
 
-    with Stub() as stub:
-        url = stub.url
-    if not resolves:
-        monkeypatch.setattr(socket, "getaddrinfo", resolve)
-        url = "http://mistyped.invalid:8888"
-    with (
-        connect(url) as client,
-        pytest.raises(OperatorUnreachable, match=r"no operator answers .*cortex env configure"),
-    ):
-        client.get_job("iris", "j1", wait=60)
+    with refusing() as port:
+        url = f"http://127.0.0.1:{port}"
+        if not resolves:
+            monkeypatch.setattr(socket, "getaddrinfo", resolve)
+            url = "http://mistyped.invalid:8888"
+        with (
+            connect(url) as client,
+            pytest.raises(OperatorUnreachable, match=r"no operator answers .*cortex env configure"),
+        ):
+            client.get_job("iris", "j1", wait=60)
     assert 1 < slept() < 10
 
 
@@ -216,7 +227,8 @@ def test_a_wait_for_an_operator_that_has_answered_lasts_as_it_was_asked(
     connect: Connect, slept: Callable[[], float]
 ) -> None:
     with ExitStack() as stack:
-        with Stub({"GET /-/info": answer({})}) as stub:
+        port = stack.enter_context(refusing())
+        with Stub({"GET /-/info": answer({})}, port=port) as stub:
             client = stack.enter_context(connect(stub.url))
             client.info()
         with pytest.raises(OperatorUnreachable, match="no operator answers"):
@@ -300,9 +312,11 @@ def test_a_submit_that_could_not_be_sent_is_told_at_once(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_pause(monkeypatch, pytest.fail)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-    with connect(url) as client, pytest.raises(OperatorUnreachable, match="no operator answers"):
+    with (
+        refusing() as port,
+        connect(f"http://127.0.0.1:{port}") as client,
+        pytest.raises(OperatorUnreachable, match="no operator answers"),
+    ):
         client.submit_job("iris")
     with Stub() as proxy:
         monkeypatch.setenv("https_proxy", proxy.url)
@@ -314,12 +328,12 @@ def test_a_submit_that_could_not_be_sent_is_told_at_once(
 
 
 def test_a_submit_that_stays_unanswered_tells_the_key(
-    connect: Connect, monkeypatch: pytest.MonkeyPatch
+    connect: Connect, slept: Callable[[], float]
 ) -> None:
-    monkeypatch.setattr("cortex.client.submission._AGAIN_S", 0.2)
     with Stub({SUBMIT: LOST}) as stub, connect(stub.url) as client:
         with pytest.raises(OperatorUnreachable, match="not known whether") as caught:
             client.submit_job("iris")
+        assert slept() == pytest.approx(60)
         assert len(stub.requests) > 2
         (key,) = {request.headers["idempotency-key"] for request in stub.requests}
         assert key in caught.value.message
@@ -386,9 +400,8 @@ def test_a_server_that_is_no_operator_is_told(connect: Connect, strange: Answer)
 
 
 def test_an_operator_that_does_not_answer_is_told_with_what_to_do(connect: Connect) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
-        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    with refusing() as port:
+        url = f"http://127.0.0.1:{port}"
         with (
             connect(url, name="prod") as client,
             pytest.raises(OperatorUnreachable) as caught,
