@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 from client_stub import Stub, answer, events
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from awaited import Connect
@@ -41,6 +41,8 @@ def test_events_are_parsed_with_comments_and_both_line_ends() -> None:
     ]
 
 
+# A busy machine may stand still.
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(), st.lists(st.integers(0, 200), max_size=8))
 def test_events_are_the_same_wherever_the_network_cuts_the_stream(
     text: str, cuts: list[int]
