@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+
+import psycopg
+
 from cortex.store import Store
 
 ADDRESS = "http://operator.invalid"
@@ -29,8 +34,25 @@ class Driver:
         self.failures.append(error)
 
 
+async def eventually(condition: Callable[[], object]) -> None:
+    """Wait for a condition; the test fails when it never comes."""
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110  # it is another thread's, or a server's
+            await asyncio.sleep(0.02)
+
+
+def sessions(database: str) -> int:
+    """How many of operators a database has: they end a while after their connections."""
+    named = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'cortex %'"
+    named += " AND datname = current_database()"
+    with psycopg.connect(database) as connection:
+        found = connection.execute(named).fetchone()
+    return 0 if found is None else int(found[0])
+
+
 async def driving(store: Store, driver: Driver | None = None, *, lease_s: float = 30) -> Driver:
-    """Stand for driving, where the store can be shared; `store.operators.leave` ends it."""
+    """Stand for driving, where the store can be shared; `store.operators.leave` ends it. Where the session
+    of one that drove before ends late, it does not drive yet."""
     driver = driver or Driver()
     if store.is_shared:
         store.operators.join("here", "this machine", ADDRESS)

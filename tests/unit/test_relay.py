@@ -15,7 +15,7 @@ from cortex.errors import StorageUnavailable
 from cortex.operator.relay import Relay
 from cortex.store import Store
 from postgresql import Server
-from unit.driver import Driver
+from unit.driver import Driver, eventually
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok"
 INFO = {"type": "http", "method": "GET", "path": "/-/info", "query_string": b"", "headers": []}
@@ -33,7 +33,9 @@ class Pair:
         """Let the second one drive in place of the first."""
         await self.first.operators.leave()
         self.second.operators.join("here", "this machine", self.address)
-        await self.second.operators.campaign(Driver(), 30)
+        second = Driver()
+        await self.second.operators.campaign(second, 30)
+        await eventually(lambda: second.drives)  # the session of the first may end late
 
     async def is_asked(self) -> bool:
         """Whether the second one is."""
@@ -78,7 +80,7 @@ def test_a_change_that_could_not_be_looked_at_is_looked_at_later(
                 await both.first.operators.driver()
             await asyncio.sleep(0.1)
             between.open()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while not await both.is_asked():  # noqa: ASYNC110  # nobody tells of it
                     await asyncio.sleep(0.05)
 

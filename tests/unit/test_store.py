@@ -22,7 +22,7 @@ from cortex.spec.times import new_id, now_ns, rfc3339
 from cortex.store import Facts, Replay, Store
 from cortex.store.database import connect, migrate
 from cortex.store.schema import REVISION, metadata
-from unit.driver import Driver, driving
+from unit.driver import Driver, driving, eventually
 
 ENDING: Facts = {
     "of_attempt": 1, "start_ns": None, "end_ns": 1, "message": "m", "exit_code": 3, "result": None,
@@ -72,7 +72,8 @@ def with_store(
     async def main() -> None:
         store = Store(url)
         try:
-            await driving(store, driver)
+            stands = await driving(store, driver)
+            await eventually(lambda: stands.drives or not store.is_shared)
             await store.deploy([spec()])
             await work(store)
         finally:
