@@ -243,7 +243,9 @@ def _assert_sound(target: Operator, endpoint: str, report: Report) -> None:
     """Every submit that was acknowledged is a job, all come to an end, and the next one succeeds."""
     for name, job_id in report.submitted:
         answer = target.http.get(
-            f"{target.url}/-/apis/{name}/jobs/{job_id}", params={"wait": PATIENCE_S}
+            f"{target.url}/-/apis/{name}/jobs/{job_id}",
+            params={"wait": PATIENCE_S},
+            timeout=2 * PATIENCE_S,
         )
         assert answer.status_code == 200, answer.text
         status = answer.json()["job_status"]

@@ -10,7 +10,7 @@ import socket
 import struct
 from dataclasses import dataclass
 
-PATIENCE_S = 30
+PATIENCE_S = 60
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ from cortex.projects import building
 from cortex.projects.building import EnvironmentFailed
 from cortex.projects.environments import Environments
 
+# A build ends when all that anybody has written on the machine is on the disk.
+PATIENCE_S = 300
+
 
 def in_loop(test: Callable[..., Coroutine[object, object, None]]) -> Callable[..., None]:
     """Run an async test; its fixtures are those of its signature."""
@@ -99,7 +102,7 @@ class Slow:
         return [int(pid) for pid in self.log.read_text().split()] if self.log.exists() else []
 
     async def started(self, builds: int = 1) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             while len(self.pids()) < builds:  # noqa: ASYNC110  # another process writes it
                 await asyncio.sleep(0.01)
 
@@ -118,7 +121,7 @@ def environ(pid: int) -> bytes:
 
 
 def gone(pid: int) -> bool:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         try:
             os.kill(pid, 0)
@@ -280,7 +283,7 @@ async def test_at_most_two_build_at_once(root: Path, tmp_path: Path) -> None:
     slow = [Slow(tmp_path, number=n) for n in range(3)]
     callers = [asyncio.create_task(environments.build(one.project)) for one in slow]
     waits = [asyncio.create_task(one.started()) for one in slow]
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         while sum(wait.done() for wait in waits) < 2:
             await asyncio.wait([w for w in waits if not w.done()], return_when="FIRST_COMPLETED")
     (third,) = [one for one in slow if not one.pids()]
@@ -319,7 +322,7 @@ async def test_a_build_that_is_given_up_at_its_very_end_does_not_undo_the_next_o
     def sync() -> None:
         if not syncing.is_set():
             syncing.set()
-            assert go_on.wait(60)
+            assert go_on.wait(PATIENCE_S)
 
     def marks(folder: Path, attempt: Path) -> None:
         try:
@@ -331,14 +334,14 @@ async def test_a_build_that_is_given_up_at_its_very_end_does_not_undo_the_next_o
     monkeypatch.setattr(building, "_mark", marks)
     mine, environments = with_wheel(tmp_path / "p"), Environments(root)
     first = asyncio.create_task(environments.build(mine))
-    assert await asyncio.to_thread(syncing.wait, 60)
+    assert await asyncio.to_thread(syncing.wait, PATIENCE_S)
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first
     python = await environments.build(mine)
     marked.clear()
     go_on.set()
-    assert await asyncio.to_thread(marked.wait, 60)
+    assert await asyncio.to_thread(marked.wait, PATIENCE_S)
     assert environments.ready(mine) == python
 
 
