@@ -85,6 +85,7 @@ def test_a_reader_sees_one_content_or_the_other(files: Files, tmp_path: Path) ->
     seen = []
 
     def read() -> None:
+        seen.append(files.read("name"))  # once at least, however soon all is put
         while not done.is_set():
             seen.append(files.read("name"))
 
