@@ -12,7 +12,7 @@ from hypothesis import seed as seeded
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
-from fuzz.wire import Answer
+from fuzz.wire import PATIENCE_S, Answer
 
 Judge = Callable[[Answer, str, bytes], None]
 
@@ -26,6 +26,8 @@ def fuzz_schema(url: str, headers: dict[str, str], cases: int, seed: int, judge:
     with requests.Session() as session:
         session.trust_env = False
         session.headers.update(headers)
+        # The operator ends one that is idle, which may be right when a case comes that took long to make.
+        session.headers["Connection"] = "close"
         for operation in found:
             for mode in GenerationMode:
                 _send_all(operation, mode, each, seed, session, url, judge)
@@ -55,7 +57,7 @@ def _send_all(
             case.path_parameters["name"] = "nothing"
         arguments = case.as_transport_kwargs(base_url=url)
         arguments["headers"] = {**arguments.get("headers", {}), **session.headers}
-        sent = session.request(**arguments, timeout=30, allow_redirects=False)
+        sent = session.request(**arguments, timeout=PATIENCE_S, allow_redirects=False)
         lowered = {name.lower(): value for name, value in sent.headers.items()}
         judge(
             Answer(sent.status_code, lowered, sent.content),
