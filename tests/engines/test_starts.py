@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 import time
+from dataclasses import replace
 
 import pytest
 
 from cortex.engines.base import Attempt, Ending, NeverStarted
 from cortex.engines.local import LocalEngine, starts
 from cortex.spec.job import Json
-from engines.bench import SLEEP, Bench
+from cortex.worker.processes import children
+from engines.bench import SLEEP, Bench, until
+from engines.test_recovery import pid_of
 
 SILENT = """
     import os, signal, time
@@ -26,13 +32,25 @@ def bench(local_bench: Bench) -> Bench:
     return local_bench
 
 
-def silent(bench: Bench) -> Attempt:
-    """Of a job that stops its supervising process before that has said that it started."""
+def mute(bench: Bench) -> Attempt:
+    """Of a job that stops its supervising process, before that has said that it started if it is quick."""
     return bench.attempt(SILENT, config={"silent": True}, api_id="one")
 
 
 def plain(bench: Bench) -> Attempt:
     return bench.attempt(SILENT, api_id="one")
+
+
+async def silent(bench: Bench, engine: LocalEngine) -> Attempt:
+    """One that is given to a supervising process which is stopped, and so says nothing of its start."""
+    before = plain(bench)
+    await bench.outcome(engine, before)
+    supervisor = pid_of(bench, before)
+    await until(lambda: children(supervisor))  # that of the next job: it is done with this one
+    os.kill(supervisor, signal.SIGSTOP)
+    attempt = replace(plain(bench), version=before.version)
+    await bench.start(engine, attempt)
+    return attempt
 
 
 @pytest.fixture
@@ -44,10 +62,11 @@ def one_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("one_at_once")
 def test_an_order_waits_until_there_is_room_for_its_start(bench: Bench) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        first, *others = silent(bench), plain(bench), plain(bench)
-        for attempt in (first, *others):
+        first = await silent(bench, engine)
+        others = [replace(plain(bench), version=first.version) for _ in range(2)]
+        for attempt in others:
             await bench.start(engine, attempt)
-        await bench.printed(first, "silent")
+        await asyncio.sleep(0.1)
         silent_until_ns = time.time_ns()
         engine.stop(first.spec.job_id)
         ended = [await bench.ended(attempt) for attempt in (first, *others)]
@@ -60,10 +79,10 @@ def test_an_order_waits_until_there_is_room_for_its_start(bench: Bench) -> None:
 @pytest.mark.usefixtures("one_at_once")
 def test_an_order_that_waits_for_its_turn_is_taken_back(bench: Bench) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        first, second = silent(bench), plain(bench)
-        for attempt in (first, second):
-            await bench.start(engine, attempt)
-        await bench.printed(first, "silent")
+        first = await silent(bench, engine)
+        second = replace(plain(bench), version=first.version)
+        await bench.start(engine, second)
+        await asyncio.sleep(0.1)
         engine.stop(second.spec.job_id)
         assert isinstance(await bench.last(second), NeverStarted)
         engine.stop(first.spec.job_id)
@@ -75,10 +94,9 @@ def test_an_order_that_waits_for_its_turn_is_taken_back(bench: Bench) -> None:
 @pytest.mark.usefixtures("one_at_once")
 def test_a_version_that_is_replaced_hands_out_what_waits(bench: Bench) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        first, second = silent(bench), plain(bench)
-        for attempt in (first, second):
-            await bench.start(engine, attempt)
-        await bench.printed(first, "silent")
+        first = await silent(bench, engine)
+        second = replace(plain(bench), version=first.version)
+        await bench.start(engine, second)
         engine.forget("one")
         engine.stop(first.spec.job_id)
         assert (await bench.ended(second)).exit_code == 0
@@ -92,11 +110,11 @@ def test_those_that_never_say_that_they_began_hold_up_nobody_for_long(
     monkeypatch.setattr(starts, "MOST", 3)  # also where there are very many cores
 
     async def scenario(engine: LocalEngine) -> None:
-        mute = [silent(bench) for _ in range(2 * starts.MOST)]
-        for attempt in mute:
+        first = [mute(bench) for _ in range(2 * starts.MOST)]
+        for attempt in first:
             await bench.start(engine, attempt)
         assert (await bench.outcome(engine, plain(bench))).exit_code == 0
-        for attempt in mute:
+        for attempt in first:
             engine.stop(attempt.spec.job_id)
             await bench.ended(attempt)
 
