@@ -225,7 +225,7 @@ class Bench:
             [sys.executable, str(Path(__file__).parent / "operator_process.py")],
             input=pickle.dumps((*self.maker(), moment, attempt)),
             capture_output=True,
-            timeout=60,
+            timeout=LIMIT_S,
             check=False,
         )
         assert told.returncode == -signal.SIGKILL, told.stderr.decode()
@@ -298,6 +298,8 @@ def processes(folder: str, jobs: list[str]) -> list[tuple[int, str]]:
             continue
         try:
             about = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+            if not about:  # it ends: it has its folder for a moment more, and no memory
+                continue
             about += os.fsencode((entry / "cwd").readlink())
         except OSError:
             continue

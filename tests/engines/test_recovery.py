@@ -204,8 +204,7 @@ def test_a_fork_server_that_is_killed_before_it_is_ready_fails_no_job(bench: Ben
         await bench.start(engine, attempt)
 
         def importing() -> list[int]:
-            mine = (p for p in map(int, filter(str.isdigit, os.listdir("/proc"))) if exists(p))
-            return [p for p in mine if parent(p) == os.getpid() and _is_fork_server(p, bench)]
+            return [pid for pid in children(os.getpid()) if is_fork_server(pid, bench)]
 
         await until(importing)
         os.kill(importing()[0], signal.SIGKILL)
@@ -214,7 +213,7 @@ def test_a_fork_server_that_is_killed_before_it_is_ready_fails_no_job(bench: Ben
     bench.run(scenario)
 
 
-def _is_fork_server(pid: int, bench: Bench) -> bool:
+def is_fork_server(pid: int, bench: Bench) -> bool:
     # The folder tells it from one of another test in the same process.
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -415,6 +414,8 @@ def test_an_operator_that_hung_leaves_alone_what_a_later_attempt_runs(tmp_path: 
     (folder / "start.2").touch()
     environment = {**os.environ, "CORTEX_JOB_ID": folder.name}
     with subprocess.Popen(["sleep", "300"], env=environment) as running:
+        # Right after it was executed it has no environment yet.
+        asyncio.run(until(lambda: processes.with_variable("CORTEX_JOB_ID", folder.name)))
         remains.clean(folder, 1, [])
         assert running.poll() is None
         remains.clean(folder, 2, [])
