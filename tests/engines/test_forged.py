@@ -21,8 +21,8 @@ from cortex.account import Account
 from cortex.engines.base import Attempt, Lost, NeverStarted
 from cortex.engines.local import LocalEngine, limits, records
 from cortex.worker.processes import stat
-from engines.bench import Bench
-from engines.test_recovery import DAEMON, pid_of
+from engines.bench import Bench, parent, until
+from engines.test_recovery import DAEMON, is_fork_server, pid_of
 from support import by_its_owner
 
 NOBODY = Account("nobody", 65534, 65534, (65534,), "/")
@@ -118,7 +118,10 @@ def test_without_its_supervising_process_it_is_ended_and_lost(bench: Bench, spoi
 
     async def scenario(engine: LocalEngine) -> None:
         await bench.printed(attempt, "daemon")
+        await bench.printed(attempt, "ready")
         supervisor = pid_of(bench, attempt)
+        # That of the killed operator would end what is left, too.
+        await until(lambda: not is_fork_server(parent(supervisor), bench))
         SPOILS[spoil](bench.start_record(attempt))
         os.kill(supervisor, signal.SIGKILL)
         await engine.recover(attempt)
@@ -137,6 +140,7 @@ def test_nothing_of_it_is_left_where_its_operator_sees_its_supervising_process_e
         attempt = bench.attempt(DAEMON, mem=512 << 20)
         await bench.start(engine, attempt)
         await bench.printed(attempt, "daemon")
+        await bench.printed(attempt, "ready")
         supervisor = pid_of(bench, attempt)
         SPOILS[spoil](bench.start_record(attempt))
         os.kill(supervisor, signal.SIGKILL)
