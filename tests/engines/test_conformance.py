@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -166,7 +167,12 @@ def test_a_worker_that_is_killed_from_outside_has_exited_by_that_signal(bench: B
     bench.run(scenario)
 
 
-EAT = "b = []\nfor _ in range(400): b.append(bytearray(1 << 20)); time.sleep(0.002)\n"
+# And stays as large, until whoever watches it has seen that.
+EAT = """
+b = []
+for _ in range(400): b.append(bytearray(1 << 20)); time.sleep(0.002)
+time.sleep(60)
+"""
 
 
 def test_a_task_over_its_memory_is_out_of_memory(bench: Bench) -> None:
@@ -203,8 +209,11 @@ def test_a_task_within_its_memory_succeeds(bench: Bench) -> None:
 
 def test_the_timeout_ends_a_job(bench: Bench) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = bench.attempt(command=["sleep", "60"], timeout=1)
-        ended = await bench.outcome(engine, attempt)
+        code = "import time\ndef task(config): time.sleep(config['s'])"
+        first = bench.attempt(code, config={"s": 0})
+        await bench.outcome(engine, first)  # else its time may be over before it has an interpreter
+        attempt = bench.attempt(code, config={"s": 60}, timeout=1)
+        ended = await bench.outcome(engine, replace(attempt, version=first.version))
         assert ended.ending is Ending.TIMED_OUT
         assert ended.message == "timeout of 1 s passed"
         deadline_ns = attempt.spec.deadline_ns
@@ -234,6 +243,7 @@ def test_a_stopped_task_may_save_its_work(bench: Bench) -> None:
         assert bench.log(attempt) == "ready\nsaved\n"
         engine.stop(attempt.spec.job_id)  # harmless now
 
+    bench.grace_s = 60
     bench.run(scenario)
 
 
@@ -273,14 +283,17 @@ def test_a_stop_right_after_the_start_is_not_lost(bench: Bench) -> None:
 DAEMON = """
     import os, signal, time
     def task(config):
+        read, write = os.pipe()
         if os.fork() == 0:
             os.setsid()
             if os.fork() == 0:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 print("daemon", os.getpid(), flush=True)
+                os.write(write, b"1")
                 time.sleep(60)
             os._exit(0)
         os.wait()
+        os.read(read, 1)
         time.sleep(config["sleep"])
 """
 
@@ -333,7 +346,9 @@ def test_the_log_is_complete_and_in_order(bench: Bench) -> None:
     async def scenario(engine: Engine) -> None:
         attempt = bench.attempt("""
             import subprocess, sys, threading, time
+            written = threading.Event()
             def late():
+                written.wait()
                 time.sleep(0.1)
                 print("from a thread")
             def task(config):
@@ -344,6 +359,7 @@ def test_the_log_is_complete_and_in_order(bench: Bench) -> None:
                 import atexit
                 atexit.register(print, "at exit")
                 sys.stdout.write("no newline")
+                written.set()
         """)
         await bench.outcome(engine, attempt)
         assert bench.log(attempt) == (
