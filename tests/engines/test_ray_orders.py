@@ -20,7 +20,7 @@ from cortex.engines.ray.messages import NodeOrder, Seat
 from cortex.engines.ray.mirror import Mirror
 from cortex.node import guard, logs, seats
 from cortex.worker import processes
-from engines.bench import until
+from engines.bench import LIMIT_S, until
 from engines.near import NAMESPACE, NearBench, near_bench, ready
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -204,7 +204,7 @@ def test_an_operator_that_was_superseded_takes_no_news_from_the_one_that_drives(
         await until(lambda: seen)
         bench.go()
         await bench.ended(attempt)
-        await until(lambda: any(isinstance(each, Ended) for each in seen), 20)
+        await until(lambda: any(isinstance(each, Ended) for each in seen))
         await other.close()
 
     for _ in range(5):
@@ -297,7 +297,8 @@ def test_an_order_that_was_given_up_while_it_was_built_is_in_no_later_ones_way(
         bench.go()
         seen, seq = [], hello.seq
         while not any(isinstance(each, Ended) and each.attempt == 3 for each in seen):
-            poll = await asyncio.wait_for(agent.poll(hello.incarnation, seq, {}, 5), 20)
+            polled = agent.poll(hello.incarnation, seq, {}, LIMIT_S)
+            poll = await asyncio.wait_for(polled, 2 * LIMIT_S)
             assert poll.seq > seq, seen
             seen, seq = [*seen, *poll.seen], poll.seq
         engine.release(job_id)
