@@ -128,22 +128,34 @@ def test_nothing_is_lost_with_the_operators_machine_where_all_else_is_elsewhere(
         assert running.run(endpoint)["status"] == "status_succeeded"
 
 
+WAITS = """
+import os, time
+
+def task(config):
+    print("line 0", flush=True)
+    while not os.path.exists(config["go"]):
+        time.sleep(0.01)
+    print("line 1", flush=True)
+"""
+
+
 def test_operators_with_folders_of_their_own_take_over_from_each_other(
     tmp_path: Path, s3: S3, bucket: str, all_elsewhere: list[str]
 ) -> None:
-    config = {"do": "say", "lines": 2, "pause": 2}
+    go = tmp_path / "go"
     said = "line 0\nline 1\n"
     with (
         operator(tmp_path / "a", *all_elsewhere) as a,
         operator(tmp_path / "b", *all_elsewhere) as b,
     ):
         assert len({(each.data_dir / "folder.id").read_text() for each in (a, b)}) == 1
-        endpoint = b.deployed(probe_yaml(), {"probe.py": PROBE})  # and a, which drives, fetches it
-        job = b.submit(endpoint, config=config)
+        endpoint = b.deployed(probe_yaml(), {"probe.py": WAITS})  # and a, which drives, fetches it
+        job = b.submit(endpoint, config={"go": str(go)})
         a.await_log(f"{a.url}/probe", job, "line 0")
         copy = a.data_dir / "jobs" / job["job_id"] / "log"
         until(lambda: copy.read_text() == "line 0\n", "a has the beginning")
         a.kill()
+        go.touch()
         assert b.finished(endpoint, job)["status"] == "status_succeeded"
         until(lambda: s3.keys(bucket, f"logs/{job['job_id']}/"), "the log is archived")
         a.start()
@@ -229,6 +241,7 @@ def test_the_command_shows_the_nodes(serving: Operator, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    until(lambda: len(ready_nodes(serving)) > 1, "both nodes are ready")
     cortex("env", "configure", "ray", "--operator-endpoint", serving.url)
     told = json.loads(cortex("cluster", "info", "-o", "json"))
     assert told["engine"] == "ray"
