@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -77,7 +78,9 @@ class Cluster:
         self.kill("head")
 
     def raylets_left(self) -> list[int]:
-        return [pid for pid, command in self._processes() if "raylet/raylet" in command]
+        found = [pid for pid, command in self._processes() if "raylet/raylet" in command]
+        # What one has forked looks like it until it executes its program.
+        return [pid for pid in found if _parent(pid) not in (None, *found)]
 
     @contextlib.contextmanager
     def head_stopped(self) -> Iterator[None]:
@@ -102,7 +105,7 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, name: str, *arguments: str) -> None:
-        before = {pid for pid, command in self._processes() if "raylet/raylet" in command}
+        before = self.raylets_left()
         done = subprocess.run(
             [
                 RAY, "start", "--node-ip-address=127.0.0.1", "--disable-usage-stats",
@@ -112,8 +115,7 @@ class Cluster:
             env=self.env, capture_output=True, text=True, check=False, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
-        raylets = {pid for pid, command in self._processes() if "raylet/raylet" in command}
-        (self.raylets[name],) = raylets - before
+        (self.raylets[name],) = set(self.raylets_left()).difference(before)
 
     def _processes(self) -> list[tuple[int, str]]:
         found = []
@@ -148,11 +150,16 @@ def _is_zombie(entry: Path) -> bool:
     return (entry / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+def _parent(pid: int) -> int | None:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return None
+
+
 def _port() -> int:
-    """A free one that no worker of Ray's is given."""
+    """A free one that no worker of Ray's is given, nor the kernel gives to anybody meanwhile."""
     while True:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port = int(sock.getsockname()[1])
-        if not 10002 <= port <= 19999:
+        port = random.randrange(20000, 32768)
+        with contextlib.suppress(OSError), socket.socket() as sock:
+            sock.bind(("127.0.0.1", port))
             return port
