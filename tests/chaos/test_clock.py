@@ -58,22 +58,24 @@ def test_no_jump_of_the_clock_makes_a_status_or_a_timeout_wrong(
     endpoint = jumpy.deployed(probe_yaml(), {"probe.py": PROBE})
     before = jumpy.run(endpoint)
     # One that runs and two that wait behind it: the only core is taken.
-    runs = jumpy.submit(endpoint, config=SLEEP, timeout=8)
+    runs = jumpy.submit(endpoint, config=SLEEP, timeout=12)
     jumpy.await_log(endpoint, runs, "asleep")
-    overdue = jumpy.submit(endpoint, timeout=5)
-    patient = jumpy.submit(endpoint, config={"do": "say"}, timeout=600)
     start = time.monotonic()
+    overdue = jumpy.submit(endpoint, timeout=3)
+    patient = jumpy.submit(endpoint, config={"do": "say"}, timeout=600)
     clock.set(jump)
     after = jumpy.submit(endpoint, timeout=600)
     assert (after["created_time"] < patient["created_time"]) == (jump < 0), "the clock did jump"
     time.sleep(max(0.0, start + 1 - time.monotonic()))
-    for job in (runs, overdue, patient, after):
+    is_running = jumpy.status(endpoint, overdue)["status"] == "status_running"
+    assert is_running or time.monotonic() - start >= 3
+    for job in (runs, patient, after):
         assert jumpy.status(endpoint, job)["status"] == "status_running"
     ends = [jumpy.finished(endpoint, job) for job in (overdue, runs, patient, after)]
     assert [end["status"] for end in ends] == [
         "status_timed_out", "status_timed_out", "status_succeeded", "status_succeeded",
     ]  # fmt: skip
-    assert time.monotonic() - start < 60, "no timeout was an hour longer"
+    assert time.monotonic() - start < HOUR, "no timeout was an hour longer"
     for end in (before, *ends):
         assert end["created_time"] <= end["start_time"] <= end["end_time"]
     # Newest first is by submission, whatever the clock said.
