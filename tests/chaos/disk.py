@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _BLOCK = 1 << 20
+_PATIENCE_S = 60
 
 
 class Disk:
@@ -34,7 +35,7 @@ class Disk:
         self._filler.unlink()
 
     def remount(self, options: str) -> None:
-        _as_root("mount", "-o", f"remount,{options}", str(self.folder))
+        _once_unused("mount", "-o", f"remount,{options}", str(self.folder))
 
 
 @contextmanager
@@ -45,15 +46,15 @@ def mounted(folder: Path, options: str = "size=48m") -> Iterator[Disk]:
     try:
         yield Disk(folder)
     finally:
-        _unmount(folder)
+        _once_unused("umount", str(folder))
 
 
-def _unmount(folder: Path) -> None:
-    for _ in range(100):
-        if subprocess.run([*_root(), "umount", str(folder)], check=False).returncode == 0:
-            return
-        time.sleep(0.1)  # a process of the last job may be about to end
-    raise AssertionError(f"{folder} is still in use")
+def _once_unused(*command: str) -> None:
+    """A process of the last job may be about to end, or to close its files."""
+    until = time.monotonic() + _PATIENCE_S
+    while subprocess.run([*_root(), *command], check=False).returncode != 0:
+        assert time.monotonic() < until, f"still in use: {command}"
+        time.sleep(0.1)
 
 
 def _as_root(*command: str) -> None:

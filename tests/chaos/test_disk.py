@@ -18,6 +18,13 @@ from chaos.disk import Disk, mounted
 from support import PROBE, Operator, operator, probe_yaml, until
 
 SLEEP = {"do": "sleep", "s": 300}
+WAITS = """
+    def wait(self, config):
+        print("asleep", flush=True)
+        while not os.path.exists(config["go"]):
+            time.sleep(0.01)
+        return "rested"
+"""
 
 
 @contextmanager
@@ -38,9 +45,10 @@ def code(running: Operator, path: str) -> int:
 
 def test_a_full_disk_loses_nothing_and_all_goes_on_when_it_has_room(tmp_path: Path) -> None:
     with on_disk(tmp_path) as (running, disk):
-        endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
+        endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE + WAITS})
         done = running.run(endpoint, config={"do": "say"})
-        short = running.submit(endpoint, config={"do": "sleep", "s": 1})
+        go = tmp_path / "go"
+        short = running.submit(endpoint, config={"do": "wait", "go": str(go)})
         long = running.submit(endpoint, config=SLEEP)
         for job in (short, long):
             running.await_log(endpoint, job, "asleep")
@@ -62,6 +70,7 @@ def test_a_full_disk_loses_nothing_and_all_goes_on_when_it_has_room(tmp_path: Pa
         assert len(running.http.get(f"{running.url}/-/apis").json()) == 1
         assert len(os.listdir(running.data_dir / "projects")) == 1
         assert (code(running, "/healthz"), code(running, "/readyz")) == (200, 503)
+        go.touch()
         time.sleep(2)  # the short one ends meanwhile, and cannot say so
         assert running.status(endpoint, short)["status"] == "status_running"
         disk.empty()
