@@ -40,6 +40,8 @@ LEASE_S = 2
 LONGEST_S = 20  # the longest timeout of a job that has one
 COMES_BACK = 0.2  # how likely whoever was killed is started again before the next step
 PATIENCE_S = 6  # for an answer, where another operator can be asked
+ANSWERED_S = 120  # within which somebody answers
+FROZEN_S = 10  # the longest that a process is stopped, so that `SLACK_S` has room for it
 SLACK_S = (
     30  # beyond a timeout, grace included: a stopped supervisor is late, and so is a loaded machine
 )
@@ -192,6 +194,7 @@ class Storm:
         running = all_of_them[0]
         self.marks = running.data_dir.parent / "marks"
         self.frozen: list[int] = []
+        self.frozen_since = 0.0
         task = TASK.format(marks=str(self.marks), lines=LINES)
         response = running.deploy(YAML, {"task.py": task, "hungry.py": HUNGRY.replace("\\n", "\n")})
         assert response.status_code == 200, response.text
@@ -211,6 +214,8 @@ class Storm:
         for act in plan:
             if self.are_several and self.whom.random() < COMES_BACK:
                 self.revive()
+            if time.monotonic() - self.frozen_since > FROZEN_S:
+                self.thaw()
             act()
         self.thaw()
         self.make_room()
@@ -226,7 +231,8 @@ class Storm:
 
     def request(self, method: str, path: str, **more: Any) -> httpx.Response:
         """Send until it is answered, by any; an operator that was killed is started again."""
-        for _ in range(50):
+        until_s = time.monotonic() + ANSWERED_S
+        while time.monotonic() < until_s:
             was_away = self.database is not None and self.database.is_away
             asked = self.whom.choice(self.operators)
             try:
@@ -335,8 +341,7 @@ class Storm:
             return
         pid = self.victim(kind)
         if pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            _signal(pid, signal.SIGKILL)
             self.kills[kind] += 1
 
     def revive(self) -> None:
@@ -381,17 +386,17 @@ class Storm:
             pid = self.victim(kind)
         if pid is not None:
             self.freezes[kind] += 1
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGSTOP)
-                self.frozen.append(pid)
+            self.frozen_since = time.monotonic()
+            _signal(pid, signal.SIGSTOP)
+            self.frozen.append(pid)
 
     def thaw(self) -> None:
         while self.frozen:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.frozen.pop(), signal.SIGCONT)
+            _signal(self.frozen.pop(), signal.SIGCONT)
 
     def victim(self, kind: str) -> int | None:
-        """A process of that kind that is there now; the job it belongs to is remembered."""
+        """A process of that kind that is there now; the job it belongs to is remembered. A supervisor
+        is stopped, or it might have another job by the time that it is killed."""
         children = [pid for each in self.operators for pid in _children(each.process.pid)]
         servers = [pid for pid in children if b"forkserver" in _command(pid)]
         if kind == "fork server":
@@ -399,11 +404,15 @@ class Storm:
         supervisors = [child for server in servers for child in _children(server)]
         self.random.shuffle(supervisors)
         for supervisor in supervisors:
+            if kind == "supervisor":
+                _signal(supervisor, signal.SIGSTOP)
             for worker in _children(supervisor):
                 job = self.job_of(worker)
                 if job is not None:
                     job.killed[kind] += 1
                     return supervisor if kind == "supervisor" else worker
+            if kind == "supervisor":
+                _signal(supervisor, signal.SIGCONT)
         return None
 
     def job_of(self, worker: int) -> Job | None:
@@ -422,6 +431,11 @@ def _check_times(job: Job, seen: dict[str, Any]) -> None:
         lasted = parse_rfc3339(seen["end_time"]) - parse_rfc3339(seen["created_time"])
         if lasted.total_seconds() > seen["timeout"] + SLACK_S:
             raise Violation(f"{job}: outlived its timeout: {seen}")
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def _children(pid: int) -> list[int]:
