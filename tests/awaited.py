@@ -8,7 +8,8 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from threading import Thread
 from typing import Any, Self
 
-from cortex.client import AsyncClient, Client
+from cortex.client import Client
+from cortex.client.asynchronous import AsyncClient
 
 Connect = Callable[..., Client]
 

@@ -11,11 +11,12 @@ import importlib
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cortex import errors as errors
-    from cortex.client import AsyncClient, Client, client, env_delete, env_list, new_client
+    from cortex.client import Client, client, env_delete, env_list, new_client
+    from cortex.client.asynchronous import AsyncClient
     from cortex.errors import CortexError
 
 _HOME = {
-    "AsyncClient": "cortex.client",
+    "AsyncClient": "cortex.client.asynchronous",
     "Client": "cortex.client",
     "CortexError": "cortex.errors",
     "client": "cortex.client",

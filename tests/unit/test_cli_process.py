@@ -56,6 +56,20 @@ def test_help_loads_neither_operator_nor_client(env: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr.decode()
 
 
+def test_a_command_loads_what_it_needs_and_no_more(env: dict[str, str]) -> None:
+    code = (
+        "import sys; from cortex.cli.main import run; run(['get', '-o', 'json']);"
+        "heavy = {'cortex.operator', 'asyncio', 'rich', 'click', 'pygments'};"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
+    )
+    with Stub({"GET /-/apis": answer([VIEW])}) as stub:
+        configure(stub.url, env)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, check=False
+        )
+    assert done.returncode == 0, done.stderr.decode()
+
+
 def test_a_reader_that_goes_away_is_no_error(env: dict[str, str]) -> None:
     with Stub({"GET /-/apis": answer([VIEW] * 500)}) as stub:
         configure(stub.url, env)

@@ -73,7 +73,7 @@ def on_pause(monkeypatch: pytest.MonkeyPatch, act: Callable[[float], object]) ->
         act(seconds)
 
     monkeypatch.setattr("cortex.client.transport.sleep", act)
-    monkeypatch.setattr("cortex.client.transport.asyncio.sleep", pause)
+    monkeypatch.setattr("cortex.client.transport_async.asyncio.sleep", pause)
 
 
 @contextmanager

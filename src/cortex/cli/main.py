@@ -23,6 +23,10 @@ from cortex.cli.output import print_error, print_line
 from cortex.cli.serve import serve
 from cortex.errors import CortexError
 
+# httpx loads its own command, and with that what draws on terminals: an eighth of the time of ours. None is what the
+# import system takes for "not there".
+sys.modules["httpx._main"] = None  # type: ignore[assignment]
+
 app = typer.Typer(
     name="cortex",
     help="Your Python function, command or script behind a URL.",

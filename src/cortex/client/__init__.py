@@ -10,7 +10,6 @@ import sys
 from types import ModuleType
 
 from cortex.client import environments
-from cortex.client.asynchronous import AsyncClient
 from cortex.client.sync import Client
 from cortex.client.types import (
     ApiVersion,
@@ -28,7 +27,6 @@ from cortex.client.types import (
 __all__ = [
     "ApiVersion",
     "ApiView",
-    "AsyncClient",
     "Client",
     "DeployResult",
     "EnvironmentEntry",

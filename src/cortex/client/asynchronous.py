@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 from cortex.client import calls, deploys, environments, logs
 from cortex.client.base import OfOperator
-from cortex.client.transport import AsyncTransport
+from cortex.client.transport_async import AsyncTransport
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -151,4 +151,4 @@ class AsyncClient(OfOperator):
             async with self._operator.stream(request, calls.EVENTS) as answer:
                 yield answer.aiter_bytes()
 
-        return logs.follow_async(connect)
+        return logs.follow_async(connect, pause=asyncio.sleep)

@@ -3,12 +3,14 @@ not wait, for the transport of either client."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ssl
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from threading import Event
 from typing import TYPE_CHECKING, TypedDict
+from urllib.request import getproxies
 
 import httpx
 
@@ -29,6 +31,7 @@ class Settings(TypedDict):
     base_url: str
     headers: dict[str, str]
     trust_env: bool
+    verify: ssl.SSLContext | bool
     limits: httpx.Limits
 
 
@@ -53,11 +56,13 @@ class Endpoint:
     def settings(self) -> Settings:
         """How connections to it are made."""
         authorization = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        # A proxy of the environment's is never meant for this machine.
+        is_proxied = not _is_this_machine(httpx.URL(self.url).host)
         return {
             "base_url": self.url,
             "headers": {"Accept": "application/json", **authorization},
-            # A proxy of the environment's is never meant for this machine.
-            "trust_env": not _is_this_machine(httpx.URL(self.url).host),
+            "trust_env": is_proxied,
+            "verify": _verifier([self.url, *(getproxies().values() if is_proxied else ())]),
             # Kept shorter than a server's own (uvicorn: 5 s), else a request can meet a closing connection.
             # As many as are asked for: who waits for one here may wait behind those that wait for jobs.
             "limits": httpx.Limits(
@@ -162,6 +167,14 @@ def _unanswered(message: str) -> OperatorUnreachable:
     error = OperatorUnreachable(message)
     error.is_unanswered = True
     return error
+
+
+def _verifier(urls: Iterable[str]) -> ssl.SSLContext | bool:
+    """Who tells whether certificates are to be trusted. Where nothing is encrypted that is nobody: to load all
+    authorities takes longer than many a request."""
+    if any(url.startswith("https:") for url in urls):
+        return True
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 def _is_this_machine(host: str) -> bool:

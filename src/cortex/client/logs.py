@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import (
@@ -56,9 +55,9 @@ def follow(connect: Connect, *, pause: Callable[[float], None] = time.sleep) -> 
 
 
 async def follow_async(
-    connect: AsyncConnect, *, pause: Callable[[float], Awaitable[None]] = asyncio.sleep
+    connect: AsyncConnect, *, pause: Callable[[float], Awaitable[None]]
 ) -> AsyncGenerator[str, None]:
-    """As `follow`."""
+    """As `follow`, with asyncio's way to pause, which nobody else is to load."""
     log = _Followed()
     while True:
         try:
