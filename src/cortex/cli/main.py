@@ -23,8 +23,8 @@ from cortex.cli.output import print_error, print_line
 from cortex.cli.serve import serve
 from cortex.errors import CortexError
 
-# httpx loads its own command, and with that what draws on terminals: an eighth of the time of ours. None is what the
-# import system takes for "not there".
+# httpx loads a command of its own, and with it what draws on terminals, which takes as long as all else of httpx. What
+# is None here the import system takes not to be there.
 sys.modules["httpx._main"] = None  # type: ignore[assignment]
 
 app = typer.Typer(
