@@ -420,3 +420,26 @@ def test_an_operator_that_hung_leaves_alone_what_a_later_attempt_runs(tmp_path: 
         assert running.poll() is None
         remains.clean(folder, 2, [])
         assert running.wait() == -signal.SIGKILL
+
+
+def test_a_process_that_shows_no_environment_at_one_look_is_found_at_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does in the midst of an exec, for some microseconds."""
+    with_variable, looks = processes.with_variable, [0]
+
+    def blind_at_first(name: str, value: str) -> dict[int, int]:
+        looks[0] += 1
+        return {} if looks[0] == 1 else with_variable(name, value)
+
+    monkeypatch.setattr(remains.processes, "with_variable", blind_at_first)
+    folder = tmp_path / "job-that-executes"
+    folder.mkdir()
+    environment = {**os.environ, "CORTEX_JOB_ID": folder.name}
+    with subprocess.Popen(["sleep", "300"], env=environment) as running:
+        asyncio.run(until(lambda: with_variable("CORTEX_JOB_ID", folder.name)))
+        try:
+            remains.clean(folder, 1, [])
+            assert running.wait(60) == -signal.SIGKILL
+        finally:
+            running.kill()
