@@ -95,6 +95,24 @@ def name(trio: Trio) -> Iterator[str]:
 
 
 @TRIO
+def test_the_driver_alone_tells_of_the_jobs(trio: Trio, name: str) -> None:
+    other = trio.others[0]
+    other.deployed(probe_yaml(name), {"probe.py": PROBE})
+    ended = other.finished(at(other, name), other.submit(at(other, name), config={"do": "say"}))
+    count = f'cortex_jobs_ended_total{{api="{name}",status="{ended["status"]}"}} 1.0'
+
+    def told(by: Operator) -> list[str]:
+        return by.http.get(f"{by.url}/metrics").text.splitlines()
+
+    until(lambda: count in told(trio.drives), "the driver has counted it")
+    assert "cortex_operator_drives 1.0" in told(trio.drives)
+    for each in trio.others:
+        assert "cortex_operator_drives 0.0" in told(each)
+        of_jobs = ("cortex_job", "cortex_nodes{")
+        assert not [line for line in told(each) if line.startswith(of_jobs)]
+
+
+@TRIO
 def test_what_one_is_told_all_know(trio: Trio, name: str) -> None:
     a, b, c = all_of_them = trio.running
     a.deployed(probe_yaml(name), {"probe.py": PROBE})

@@ -117,6 +117,7 @@ def test_a_body_without_a_token_is_not_read(safe: tuple[Operator, dict[str, str]
         ("GET", "/-/apis", "read"),
         ("GET", "/-/info", "read"),
         ("GET", "/-/cluster", "read"),
+        ("GET", "/metrics", "read"),
         ("POST", "/probe", "submit"),
         ("POST", "/-/apis/probe/jobs", "submit"),
         ("DELETE", "/probe/JOB", "submit"),

@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 
 from cortex import errors
-from cortex.spec.lifecycle import Status
+from cortex.operator.live import Live
+from cortex.operator.metrics import Metrics
+from cortex.spec.job import JobRecord, JobSpec
+from cortex.spec.lifecycle import State, Status, Wanted
 
 ROOT = Path(__file__).parents[2]
+SPEC = JobSpec(job_id="1", api_name="a", api_id="1", config={}, created_ns=1)
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
@@ -34,6 +38,15 @@ def test_every_status_and_error_is_documented() -> None:
     ]
     for word in [*Status, *served]:
         assert f"`{word}`" in text, word
+
+
+def test_every_metric_is_documented_and_no_other() -> None:
+    live = [Live(JobRecord(1, SPEC, State.WAITING, Wanted.RUN, attempt=0, handle=None))]
+    text = Metrics().text("local", live, []).decode()
+    told = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE cortex")}
+    page = (ROOT / "docs" / "monitoring.md").read_text()
+    table = page[page.index("| metric |") : page.index("Scrape each")]
+    assert set(re.findall(r"`(cortex_\w+)`", table)) == told
 
 
 def test_every_promise_names_a_test_that_exists() -> None:

@@ -1,11 +1,12 @@
-"""The operator's own routes, all under `/-/`, which no API's endpoint can take; and its health."""
+"""The operator's own routes, all under `/-/`, which no API's endpoint can take; its health and its metrics."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Request, UploadFile
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 import cortex
 from cortex.engines.base import Capacity
@@ -13,6 +14,7 @@ from cortex.errors import InvalidSpec, NotFound
 from cortex.operator.context import context
 from cortex.operator.deploys import Deployer, safe_name
 from cortex.operator.http import UPLOAD_PATH, Answer
+from cortex.operator.metrics import MEDIA_TYPE
 from cortex.spec.api import MILLI
 
 router = APIRouter(default_response_class=Answer, tags=["operator"])
@@ -33,6 +35,15 @@ async def readyz(request: Request) -> Answer:
     """Whether jobs can be stored: 503 when the store takes no writes."""
     await context(request).store.ping()
     return Answer({"status": "ready"})
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(request: Request) -> Response:
+    """This operator's jobs, engine and process, as Prometheus reads them."""
+    ctx = context(request)
+    engine, live, nodes = ctx.engine.capabilities.name, ctx.jobs.live(), ctx.engine.nodes()
+    text = await asyncio.to_thread(ctx.metrics.text, engine, live, nodes)
+    return Response(text, media_type=MEDIA_TYPE)
 
 
 @router.get("/-/info")

@@ -32,6 +32,7 @@ from cortex.operator.dispatcher import Dispatcher
 from cortex.operator.folder import held, held_with_others, make_folders, namespace
 from cortex.operator.http import Answer, App, Error, Gate, install_error_handlers
 from cortex.operator.logs import LogWatcher
+from cortex.operator.metrics import Metrics
 from cortex.operator.place import settle
 from cortex.operator.protocol import Protocol
 from cortex.operator.render import Renderer
@@ -112,6 +113,7 @@ async def opened(settings: Settings, failed: Callable[[Exception], None]) -> Asy
         watcher = LogWatcher()
         watcher.open()
         stack.push_async_callback(watcher.close)
+        metrics = Metrics()
         if is_shared:
             from cortex.operator.others import Others  # an HTTP client: long to load
 
@@ -120,11 +122,11 @@ async def opened(settings: Settings, failed: Callable[[Exception], None]) -> Asy
             jobs: Jobs = others.jobs
         else:
             finished = None if archive is None else archive.finished
-            dispatcher = Dispatcher(store, engine, versions, finished)
+            dispatcher = Dispatcher(store, engine, versions, finished, metrics.changed)
             jobs = dispatcher
         ctx = Context(
             settings, store, engine, versions, jobs, Renderer(store, jobs), watcher, projects,
-            store.in_turn(), others.relay if is_shared else None, archive,
+            store.in_turn(), others.relay if is_shared else None, archive, metrics=metrics,
         )  # fmt: skip
         deployer = Deployer(ctx)
         await ctx.read_endpoints()

@@ -24,14 +24,24 @@ STORAGE_RETRY_S = 1.0
 class Board:
     """All methods are called on the event loop."""
 
-    def __init__(self, store: Store, finished: Callable[[str], None] | None = None) -> None:
-        """`finished` is told of each job whose log grows no more."""
+    def __init__(
+        self,
+        store: Store,
+        finished: Callable[[str], None] | None = None,
+        changed: Callable[[JobRecord, JobRecord], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            finished: told of each job whose log grows no more.
+            changed: told of each job that was stored anew, as it was before and as it is now.
+        """
         self.live: dict[str, Live] = {}
         self.tasks = Background("dispatcher failed")
         self.over: Callable[[Live], None] = lambda _: None
         """Called for each job that has reached a final state."""
         self._store = store
         self._finished = finished
+        self._changed = changed
 
     @property
     def is_closed(self) -> bool:
@@ -72,6 +82,8 @@ class Board:
 
     def see(self, live: Live, record: JobRecord) -> None:
         """This is the job now."""
+        if self._changed is not None:
+            self._changed(live.record, record)
         live.record = record
         if record.state in FINAL:
             self.live.pop(record.spec.job_id, None)

@@ -11,7 +11,9 @@ from starlette.responses import Response
 from cortex.engines.base import Engine
 from cortex.errors import NotFound
 from cortex.operator.archive import Archive
+from cortex.operator.live import Live
 from cortex.operator.logs import Followed, LogWatcher
+from cortex.operator.metrics import Metrics
 from cortex.operator.render import Known, Renderer
 from cortex.operator.settings import Settings
 from cortex.operator.versions import Versions
@@ -31,6 +33,8 @@ class Jobs(Known, Followed, Protocol):
     async def submit(self, draft: JobSpec, replay: Replay | None) -> JobRecord: ...
 
     async def stop(self, job_id: str) -> Outcome: ...
+
+    def live(self) -> list[Live] | None: ...
 
     def stopped(self, record: JobRecord) -> None: ...
 
@@ -63,6 +67,7 @@ class Context:
     """Where logs outlive this machine, if anywhere."""
     endpoints: dict[str, str] = field(default_factory=dict)
     """The name of the API at each endpoint that is deployed now."""
+    metrics: Metrics = field(default_factory=Metrics)
 
     async def api_at(self, endpoint: str) -> str:
         """The name of the API at an endpoint.

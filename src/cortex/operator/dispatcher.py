@@ -52,12 +52,13 @@ class Dispatcher:
         engine: Engine,
         versions: Versions,
         finished: Callable[[str], None] | None = None,
+        changed: Callable[[JobRecord, JobRecord], None] | None = None,
     ) -> None:
-        """`finished` is told of each job whose log grows no more."""
+        """For `finished` and `changed` see `Board`."""
         self._store = store
         self._engine = engine
         self._versions = versions
-        self._board = Board(store, finished)
+        self._board = Board(store, finished, changed)
         self._queue = Queue(self._board, engine, versions)
         self._news = News(store, self.heard)
         self._being_stored: set[str] = set()
@@ -182,6 +183,10 @@ class Dispatcher:
                 self._engine.stop(job_id)
 
     # What clients ask
+
+    def live(self) -> list[Live]:
+        """All jobs in progress."""
+        return list(self._board.live.values())
 
     def in_progress(self, job_id: str) -> bool:
         """Whether the end of a job's processes has not been seen yet."""

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 
 from cortex.errors import Superseded
 from cortex.operator.dispatcher import Dispatcher
+from cortex.operator.live import Live
 from cortex.spec.api import ApiSpec
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import IN_PROGRESS, Event, Wanted
@@ -100,6 +101,10 @@ class SharedJobs:
         """A job as it was read a moment ago: whoever drives may not have been told of it yet."""
         if self._dispatcher is not None:
             self._dispatcher.heard(record)
+
+    def live(self) -> list[Live] | None:
+        """All jobs in progress; None where this operator does not drive."""
+        return None if self._dispatcher is None else self._dispatcher.live()
 
     def in_progress(self, job_id: str) -> bool:
         """Whether this operator drives the job, and has not seen the end of its processes."""

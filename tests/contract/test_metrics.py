@@ -1,0 +1,84 @@
+"""`/metrics`: what Prometheus reads of an operator."""
+
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from support import PROBE, Operator, probe_yaml, until
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def told(operator: Operator) -> Samples:
+    """All samples, by name and labels."""
+    answer = operator.http.get(f"{operator.url}/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+def value(samples: Samples, name: str, **labels: str) -> float | None:
+    return samples.get((name, frozenset(labels.items())))
+
+
+def test_ends_are_counted_by_status_with_how_long_jobs_waited_and_ran(shared: Operator) -> None:
+    endpoint = shared.deployed(probe_yaml("counted"), {"probe.py": PROBE})
+    for _ in range(2):
+        shared.run(endpoint, config={"do": "say"})
+    shared.run(endpoint, config={"do": "fail", "message": "as asked"})
+    seen = told(shared)
+    ended = "cortex_jobs_ended_total"
+    assert value(seen, ended, api="counted", status="status_succeeded") == 2
+    assert value(seen, ended, api="counted", status="status_worker_error") == 1
+    for name in ("cortex_job_wait_seconds", "cortex_job_run_seconds"):
+        assert value(seen, f"{name}_count", api="counted") == 3
+        assert (value(seen, f"{name}_sum", api="counted") or 0) > 0
+    assert value(seen, "cortex_jobs", api="counted", phase="running") is None
+
+
+def test_jobs_in_progress_are_told_also_after_a_restart(own: Operator) -> None:
+    endpoint = own.deployed(probe_yaml("kept", "  limits: {max_running: 1}\n"), {"probe.py": PROBE})
+    asleep, waits = (own.submit(endpoint, config={"do": "sleep", "s": 300}) for _ in range(2))
+    own.await_log(endpoint, asleep, "asleep")
+
+    def is_so() -> bool:
+        seen = told(own)
+        phases = [value(seen, "cortex_jobs", api="kept", phase=p) for p in ("running", "pending")]
+        return phases == [1, 1]
+
+    until(is_so, "one runs and one waits")
+    own.kill()
+    own.start()
+    until(is_so, "one runs and one waits")
+    assert value(told(own), "cortex_jobs_ended_total", api="kept", status="status_stopped") is None
+    for job in (waits, asleep):
+        assert own.delete(f"{own.url}/kept", job).status_code == 200
+    until(
+        lambda: (
+            value(told(own), "cortex_jobs_ended_total", api="kept", status="status_stopped") == 2
+        ),
+        "both have ended",
+    )
+
+
+def test_the_operator_tells_of_itself_and_of_what_jobs_run_on(own: Operator) -> None:
+    endpoint = own.deployed(probe_yaml(), {"probe.py": PROBE})
+    before = told(own)
+    info = own.http.get(f"{own.url}/-/info").json()
+    labels = {"version": info["version"], "engine": "local"}
+    assert value(before, "cortex_operator_info", **labels) == 1
+    assert value(before, "cortex_operator_drives") == 1
+    assert value(before, "cortex_nodes", state="ready") == 1
+    assert value(before, "cortex_cpu_cores", of="total") == info["capacity"]["cpu"]
+    assert value(before, "cortex_memory_bytes", of="total") == info["capacity"]["mem"]
+    assert value(before, "cortex_gpus", of="total") == info["capacity"]["gpu"]
+    assert (value(before, "process_resident_memory_bytes") or 0) > 0
+    job = own.submit(endpoint, config={"do": "sleep", "s": 300})
+    own.await_log(endpoint, job, "asleep")
+    free = value(told(own), "cortex_cpu_cores", of="free")
+    assert free is not None
+    assert free < info["capacity"]["cpu"]
