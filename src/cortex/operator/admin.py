@@ -6,7 +6,7 @@ import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Request, UploadFile
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 
 import cortex
 from cortex.engines.base import Capacity
@@ -37,7 +37,7 @@ async def readyz(request: Request) -> Answer:
     return Answer({"status": "ready"})
 
 
-@router.get("/metrics", response_class=PlainTextResponse)
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """This operator's jobs, engine and process, as Prometheus reads them."""
     ctx = context(request)
