@@ -30,7 +30,8 @@ def test_where_nothing_is_encrypted_nobody_is_trusted(url: str) -> None:
 def test_certificates_are_checked_by_the_authorities_that_httpx_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert Endpoint.checked("https://jobs.lan", "", None).settings()["verify"] is True
+    for url in ("https://jobs.lan", "HTTPS://jobs.lan"):
+        assert Endpoint.checked(url, "", None).settings()["verify"] is True
     monkeypatch.setenv("http_proxy", "https://proxy.lan:3128")
     assert Endpoint.checked("http://jobs.lan", "", None).settings()["verify"] is True
 

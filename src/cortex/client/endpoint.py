@@ -172,7 +172,7 @@ def _unanswered(message: str) -> OperatorUnreachable:
 def _verifier(urls: Iterable[str]) -> ssl.SSLContext | bool:
     """Who tells whether certificates are to be trusted. Where nothing is encrypted that is nobody: to load all
     authorities takes longer than many a request."""
-    if any(url.startswith("https:") for url in urls):
+    if any(url.lower().startswith("https:") for url in urls):
         return True
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
