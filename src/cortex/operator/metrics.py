@@ -16,7 +16,7 @@ from prometheus_client.core import GaugeMetricFamily as Gauges
 from prometheus_client.registry import Collector
 
 import cortex
-from cortex.engines.base import Capacity, NodeInfo
+from cortex.engines.base import NOTHING, NodeInfo
 from cortex.operator.live import Live
 from cortex.operator.render import shown
 from cortex.spec.api import MILLI
@@ -86,10 +86,9 @@ class Metrics:
             live: the jobs in progress; None where this operator does not drive.
             nodes: what they run on.
         """
+        what = [([cortex.__version__, engine], 1)]
         now = [
-            _gauge(
-                "cortex_operator_info", "What it is.", version=cortex.__version__, engine=engine
-            ),
+            _gauges("cortex_operator_info", "What it is.", ("version", "engine"), what),
             Gauges("cortex_operator_drives", "Whether it drives the jobs.", int(live is not None)),
         ]
         if live is not None:
@@ -110,12 +109,8 @@ class _Now(Collector):
 
 
 def _in_progress(live: Iterable[Live]) -> Gauges:
-    family = Gauges("cortex_jobs", "Jobs in progress.", labels=("api", "phase"))
-    for (api, phase), number in sorted(
-        Counter((each.record.spec.api_name, _phase(each)) for each in live).items()
-    ):
-        family.add_metric((api, phase), number)
-    return family
+    jobs = Counter((each.record.spec.api_name, _phase(each)) for each in live)
+    return _gauges("cortex_jobs", "Jobs in progress.", ("api", "phase"), sorted(jobs.items()))
 
 
 def _phase(live: Live) -> str:
@@ -129,28 +124,24 @@ def _phase(live: Live) -> str:
 
 def _capacity(nodes: Sequence[NodeInfo]) -> Iterator[Gauges]:
     ready = [node for node in nodes if node.is_ready]
-    machines = Gauges("cortex_nodes", "Machines that jobs run on.", labels=("state",))
-    machines.add_metric(("ready",), len(ready))
-    machines.add_metric(("not_ready",), len(nodes) - len(ready))
-    yield machines
-    nothing = Capacity(0, 0, 0)
-    total = sum((node.total for node in ready), nothing)
-    free = sum((node.free for node in ready), nothing)
+    by_state = [(["ready"], len(ready)), (["not_ready"], len(nodes) - len(ready))]
+    yield _gauges("cortex_nodes", "Machines that jobs run on.", ("state",), by_state)
+    total = sum((node.total for node in ready), NOTHING)
+    free = sum((node.free for node in ready), NOTHING)
     for name, words, has, left in (
         ("cortex_cpu_cores", "CPU for jobs.", total.cpu_m / MILLI, free.cpu_m / MILLI),
         ("cortex_memory_bytes", "Memory for jobs.", total.mem, free.mem),
         ("cortex_gpus", "GPUs for jobs.", total.gpu, free.gpu),
     ):
-        family = Gauges(name, words, labels=("of",))
-        family.add_metric(("total",), has)
-        family.add_metric(("free",), left)
-        yield family
+        yield _gauges(name, words, ("of",), [(["total"], has), (["free"], left)])
 
 
-def _gauge(name: str, words: str, **labels: str) -> Gauges:
-    """One that is there, and says all with its labels."""
-    family = Gauges(name, words, labels=tuple(labels))
-    family.add_metric(tuple(labels.values()), 1)
+def _gauges(
+    name: str, words: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]
+) -> Gauges:
+    family = Gauges(name, words, labels=labels)
+    for of, value in values:
+        family.add_metric(of, value)
     return family
 
 
