@@ -22,6 +22,13 @@ def ask_to_end(pidfd: int) -> None:
         signal.pidfd_send_signal(pidfd, signal.SIGCONT)
 
 
+def collect(pidfd: int) -> None:
+    """Reap a supervising process that has ended: an operator that is PID 1 of a container inherits it from a
+    fork server that has."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+
+
 class Owner(Protocol):
     """Who is told what becomes of it."""
 
@@ -135,8 +142,6 @@ class Supervisor:
         # What it said last is there before its end is.
         while self._read():
             pass
-        # An operator that is PID 1 of a container inherits it from a fork server that has ended.
-        with contextlib.suppress(ChildProcessError):
-            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+        collect(self._pidfd)
         self.close()
         self._owner.gone(self)

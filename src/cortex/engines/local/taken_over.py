@@ -7,7 +7,6 @@ is there.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import structlog
 
 from cortex.engines.local.ends import Ends
-from cortex.engines.local.supervisors import ask_to_end
+from cortex.engines.local.supervisors import ask_to_end, collect
 
 log = structlog.get_logger()
 
@@ -59,7 +58,5 @@ class TakenOver:
             self._ends.remove(self._record)
 
     def _on_gone(self) -> None:
-        # An operator that is PID 1 of a container inherits supervisors from fork servers.
-        with contextlib.suppress(ChildProcessError):
-            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+        collect(self._pidfd)
         self.end()
