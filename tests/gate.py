@@ -50,7 +50,8 @@ class Gate:
 
     def sent(self, data: bytes, server: socket.socket) -> bool:
         """Pass on what a client has sent; whether its connection goes on."""
-        if self.shuts_at and self.shuts_at in data:
+        shuts_at = self.shuts_at  # another connection's thread may be about to empty it
+        if shuts_at and shuts_at in data:
             self.shuts_at = b""
             self.shut()
             return False
