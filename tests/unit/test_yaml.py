@@ -23,6 +23,7 @@ FULL = """\
     python_path: src
     env: {MODE: fast, EMPTY: ""}
     log_level: debug
+    preload: [numpy, sklearn.svm]
   networking:
     endpoint: /flowers
   compute:
@@ -68,6 +69,7 @@ def test_everything_that_may_be_said() -> None:
             python_path="src",
             env={"MODE": "fast", "EMPTY": ""},
             log_level="debug",
+            preload=("numpy", "sklearn.svm"),
         ),
         networking=Networking(endpoint="flowers"),
         compute=Compute(cpu_m=1500, mem=512 << 20, gpu=1),
@@ -346,6 +348,11 @@ def test_endpoints_that_are_not_one_path_segment(endpoint: object) -> None:
         ('path: a.py\n    env: {A: "\\0"}', "5: definition.env.A: found"),
         ("path: a.py\n    env: {A: 2020-01-01}", "5: definition.env.A: found a date (2020-01-01)"),
         ("path: a.py\n    config: 5", "5: definition.config: found 5; allowed: an object"),
+        ("path: a.py\n    preload: numpy", '5: definition.preload: found "numpy"; allowed: a list'),
+        (
+            "path: a.py\n    preload: [a-b]",
+            '5: definition.preload[0]: found "a-b"; allowed: the name',
+        ),
         ("path: a.py\n    log_level: 10", "5: definition.log_level: found 10; allowed: debug"),
     ],
 )

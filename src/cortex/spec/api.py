@@ -24,6 +24,9 @@ class Definition(_Strict):
     python_path: str | None = Field(None, description="Folder put on sys.path.")
     env: dict[str, str] = Field(default_factory=dict)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    preload: tuple[str, ...] = Field(
+        (), description="Modules that the fork server imports once, ahead of all jobs."
+    )
 
 
 class Networking(_Strict):

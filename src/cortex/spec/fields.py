@@ -102,6 +102,18 @@ def command(value: Value, where: str, report: Report) -> object:
     ]
 
 
+def modules(value: Value, where: str, report: Report) -> object:
+    """Names of modules."""
+    if not isinstance(value.data, list):
+        report.wrong(value, where, "a list of modules, such as [numpy, sklearn.svm]")
+        return None
+    for index, part in enumerate(value.data):
+        words = part.data.split(".") if isinstance(part.data, str) else [""]
+        if not all(word.isidentifier() for word in words):
+            report.wrong(part, f"{where}[{index}]", "the name of a module, such as sklearn.svm")
+    return [part.data for part in value.data]
+
+
 def env(value: Value, where: str, report: Report) -> object:
     """Environment variables."""
     if not isinstance(value.data, dict):

@@ -157,6 +157,7 @@ _SECTIONS: dict[str, dict[str, _Field]] = {
         "python_path": _Field(fields.project_path("a folder")),
         "env": _Field(fields.env),
         "log_level": _Field(fields.one_word(_LEVELS)),
+        "preload": _Field(fields.modules),
     },
     "networking": {"endpoint": _Field(fields.endpoint)},
     "compute": {
