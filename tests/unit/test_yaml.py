@@ -438,7 +438,7 @@ def test_what_is_shown_is_one_short_line() -> None:
 def test_field_lines_name_every_field() -> None:
     lines = field_lines(FULL)
     assert lines[0, "definition", "path"] == 4
-    assert lines[1, "definition", "command"] == 20
+    assert lines[1, "definition", "command"] == 21
     assert lines[1,] == 17
     assert field_lines("") == {}
 
