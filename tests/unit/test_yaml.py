@@ -439,7 +439,7 @@ def test_field_lines_name_every_field() -> None:
     lines = field_lines(FULL)
     assert lines[0, "definition", "path"] == 4
     assert lines[1, "definition", "command"] == 21
-    assert lines[1,] == 17
+    assert lines[1,] == 18
     assert field_lines("") == {}
 
 
