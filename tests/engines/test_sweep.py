@@ -14,7 +14,7 @@ from cortex.worker.messages import Order, Setup
 folder = sys.argv[1]
 processes.prctl(processes.PR_SET_CHILD_SUBREAPER, 1)
 setup = Setup(package="", import_dir="", open_files=64, project=folder, python_path=None, path=None,
-              command=["true"], env={}, preload=False)
+              command=["true"], env={}, preload=[])
 order = Order(job_id="job", attempt=1, folder=folder, grace_s=1, timeout=None, deadline=None,
               log_limit=1 << 20, mem=None, memory_kind=None, memory_dir=None, kill_dir=None, gpus=[], job={},
               visible_gpus=None)

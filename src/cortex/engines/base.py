@@ -69,6 +69,15 @@ class Started:
 
 
 @dataclass(frozen=True)
+class Waits:
+    """The attempt's worker has not started yet, and this is why."""
+
+    job_id: str
+    attempt: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Ended:
     """The attempt's worker has ended, and no process of it is left."""
 
@@ -82,6 +91,8 @@ class Ended:
     message: str | None
     result: JsonValue
     has_result: bool
+    hints: tuple[str, ...] = ()
+    """What the users of its version should know: what each job spends on imports, say."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,9 @@ class CapacityFreed:
     """A job that did not fit before may fit now."""
 
 
-Observation = Started | Ended | Lost | NeverStarted | Unreachable | Reachable | CapacityFreed
+Observation = (
+    Started | Waits | Ended | Lost | NeverStarted | Unreachable | Reachable | CapacityFreed
+)
 Report = Callable[[Observation], None]
 
 

@@ -24,6 +24,7 @@ from cortex.engines.base import (
     Reachable,
     Started,
     Unreachable,
+    Waits,
 )
 from cortex.errors import Conflict, NotFound, OverLimit, StorageUnavailable, Superseded
 from cortex.operator.board import Board
@@ -63,6 +64,7 @@ class Dispatcher:
         self._news = News(store, self.heard)
         self._being_stored: set[str] = set()
         self._told_early: set[str] = set()  # of those: something was told of them
+        self._hints: dict[str, tuple[str, ...]] = {}  # by version
 
     async def open(self) -> None:
         """Take up every job that an earlier operator left unfinished."""
@@ -202,6 +204,10 @@ class Dispatcher:
         live = self._board.live.get(job_id)
         return None if live is None else self._queue.why_waiting(live)
 
+    def hints(self, api_id: str) -> list[str]:
+        """What the users of a version should know, as its latest job has shown it."""
+        return list(self._hints.get(api_id, ()))
+
     def record(self, job_id: str) -> JobRecord | None:
         """A job in progress, as it was stored last; None for any other."""
         live = self._board.live.get(job_id)
@@ -243,6 +249,10 @@ class Dispatcher:
             live.changed()
             return
         live.unreachable = None
+        if isinstance(observation, Waits):
+            live.waits_for = observation.reason
+            live.changed()
+            return
         match observation:
             case Started():
                 self._board.tasks.run(self._started(live, observation))
@@ -260,6 +270,7 @@ class Dispatcher:
 
     async def _ended(self, live: Live, seen: Ended) -> None:
         event, message = meaning(seen)
+        message = self._advise(live, seen.hints, message)
         if event is Event.LOSE and await self._tried_again(live, message or ""):
             return
         result = json.dumps(seen.result) if seen.has_result and event is Event.SUCCEED else None
@@ -274,6 +285,15 @@ class Dispatcher:
                 "result": result,
             },
         )
+
+    def _advise(self, live: Live, hints: tuple[str, ...], message: str | None) -> str | None:
+        """Keep what the users of its version should know; the first job that shows it and has nothing else to
+        say tells them."""
+        api_id = live.record.spec.api_id
+        is_first = bool(hints) and api_id not in self._hints
+        if hints or api_id in self._hints:
+            self._hints[api_id] = hints
+        return "; ".join(hints) if is_first and message is None else message
 
     async def _lost(self, live: Live, seen: Lost) -> None:
         if seen.is_final or not await self._tried_again(live, seen.reason):

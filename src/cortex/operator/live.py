@@ -22,6 +22,7 @@ class Live:
     stop_wanted: bool = False
     unreachable: str | None = None
     held_up_by: str | None = None  # what the machine lacks right now
+    waits_for: str | None = None  # of one that was ordered from the engine, and has not started
     deadline: float | None = None  # by the monotonic clock, also of the engine's processes
     timer: asyncio.TimerHandle | None = None  # of the deadline, while it waits
     awaited: asyncio.Event | None = None  # made when somebody waits for a change: few do

@@ -105,6 +105,8 @@ class Queue:
 
     def why_waiting(self, live: Live) -> str | None:
         """What a waiting job waits for, in words."""
+        if live.record.state is State.STARTING:
+            return live.waits_for
         if live.record.state is not State.WAITING:
             return None
         if live.held_up_by is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
+from pydantic import JsonValue
 from starlette.requests import Request
 
 from cortex.spec.job import JobRecord, JobSpec, Json
@@ -44,6 +45,8 @@ class Known(Protocol):
     def unreachable(self, job_id: str) -> str | None: ...
 
     def why_waiting(self, job_id: str) -> str | None: ...
+
+    def hints(self, api_id: str) -> list[str]: ...
 
 
 class Renderer:
@@ -103,6 +106,7 @@ class Renderer:
                 {"api_id": version.api_id, "last_updated": version.last_updated}
                 for version in versions
             ],
+            "hints": list[JsonValue](self._known.hints(deployment.spec.api_id)),
         }
 
 

@@ -123,6 +123,10 @@ class SharedJobs:
         """What a waiting job waits for, in words, if it is driven here."""
         return None if self._dispatcher is None else self._dispatcher.why_waiting(job_id)
 
+    def hints(self, api_id: str) -> list[str]:
+        """What the users of a version should know; nothing where this operator does not drive."""
+        return [] if self._dispatcher is None else self._dispatcher.hints(api_id)
+
     # What is told
 
     def job_changed(self, job_id: str, *, own: bool) -> None:

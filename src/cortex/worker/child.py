@@ -149,7 +149,7 @@ def _run(
         # Last: a stop that came meanwhile ends the process now, by the default action.
         _sigmask(_SETMASK, ())
         if path is not None:
-            code = task.run(setup, path, found, order.job["config"], _teller(outcome, identity))
+            task.run(setup, path, found, order.job, _teller(outcome, identity))
         elif setup.command is not None:
             code = _execute(setup.command)
     except BaseException as error:  # noqa: BLE001, RUF100  # the platform's own: it fails the job

@@ -17,6 +17,9 @@ from cortex.worker import bare, messages, orphans, preload, serving, task
 from cortex.worker.bare import signal, socket
 
 NOT_FORKABLE = 3
+# Those of faults may be faulthandler's, which the user's environment has asked for.
+_FAULTS = {signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL}
+_UNTOUCHED = {signal.SIGKILL, signal.SIGSTOP, *_FAULTS}
 
 
 def serve(data: bytes, fd: int, startup: frozenset[str]) -> None:
@@ -34,17 +37,15 @@ def serve(data: bytes, fd: int, startup: frozenset[str]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), 0)
     sock = socket.socket(fileno=fd)
     os.set_inheritable(fd, False)
+    _reset_signals()
     found = None
     if setup.path is not None:
-        roots = [*task.user_roots(setup), os.path.dirname(setup.path)]
-        if setup.preload:
-            before = _open_files()
-            preload.preload(setup.path, roots)
-            _refuse_if_not_forkable(before)
-        preload.forget_shadowed(roots, startup)
-        task.prepare(setup, setup.path)
+        # Python did not see it: what lies there could shadow what this process needs itself.
+        if "PYTHONPATH" in setup.env:
+            os.environ["PYTHONPATH"] = setup.env["PYTHONPATH"]
+        words = _import_ahead(setup, setup.path, sock, startup)
+        task.prepare(setup, setup.path, words)
         found = task.find(setup, setup.path, None)
-    _undo_what_modules_did(setup.env)
     sys.stdout.flush()
     sys.stderr.flush()
     gc.collect()
@@ -104,25 +105,36 @@ def _job_id_slot() -> int:
     return slot or 0
 
 
-def _open_files() -> set[str]:
-    return set(os.listdir("/proc/self/fd"))
-
-
-def _refuse_if_not_forkable(before: set[str]) -> None:
-    """Threads do not survive a fork, and open files would be shared by all jobs: then the engine
-    starts this again without preloading."""
-    threading = sys.modules.get("threading")
-    threads = 1 if threading is None else threading.active_count()
-    if threads > 1 or _open_files() != before:
-        sys.stderr.write("an imported module started threads or opened files\n")
+def _import_ahead(
+    setup: messages.Setup, path: str, sock: socket.socket, startup: frozenset[str]
+) -> bytes:
+    """Import what the version asks for; what that has printed. Where it must not be, say so and end: the engine
+    starts this again without it."""
+    roots = task.user_roots(setup)
+    watch = preload.Watch() if setup.preload else None
+    preload.forget_shadowed([*roots, os.path.dirname(path)], startup)
+    if watch is None:
+        return b""
+    sys.path[0:0] = roots
+    try:
+        words = preload.preload(setup.preload, watch, lambda name: _say(sock, importing=name))
+    except preload.Refused as refused:
+        _say(sock, refused=messages.shorten(str(refused)))
         sys.stderr.flush()
         os._exit(NOT_FORKABLE)
+    watch.close()
+    for root in roots:
+        sys.path.remove(root)  # a job puts them there itself
+    return words
 
 
-def _undo_what_modules_did(env: dict[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(env)
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+def _say(sock: socket.socket, *, importing: str | None = None, refused: str | None = None) -> None:
+    sock.send(messages.Reply(importing=importing, refused=refused).dumps())
+
+
+def _reset_signals() -> None:
+    """As a shell starts an interpreter with them, whatever the operator was started with."""
+    for number in signal.valid_signals() - _UNTOUCHED:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 

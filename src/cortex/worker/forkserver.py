@@ -1,4 +1,4 @@
-"""The fork server of one deployed version, as the local engine starts it: `python -I forkserver.py
+"""The fork server of one deployed version, as the local engine starts it: `python -s forkserver.py
 <socket fd>`, in the version's own environment, with the version (`messages.Setup`) on its standard
 input. What it does then is in `forking`.
 """
@@ -6,6 +6,9 @@ input. What it does then is in `forking`.
 from __future__ import annotations
 
 import sys
+
+if not getattr(sys.flags, "safe_path", False):
+    del sys.path[0]  # this file's folder, whose modules have the names of nobody's packages
 
 STARTUP = frozenset(sys.modules)  # what a plain interpreter has loaded
 

@@ -59,6 +59,7 @@ class Setup(_Message):
         "preload",
         "project",
         "python_path",
+        "refused",
     )
 
     def __init__(
@@ -72,7 +73,8 @@ class Setup(_Message):
         path: str | None,
         command: list[str] | None,
         env: dict[str, str],
-        preload: bool,
+        preload: list[str],
+        refused: dict[str, str] | None = None,
     ) -> None:
         self.package = package
         self.import_dir = import_dir  # a folder with nothing but a link to the package
@@ -82,7 +84,8 @@ class Setup(_Message):
         self.path = path
         self.command = command
         self.env = env
-        self.preload = preload
+        self.preload = preload  # modules to import ahead, in this order
+        self.refused = refused or {}  # of those that were wished for: why they are not
 
 
 class Order(_Message):
@@ -149,19 +152,22 @@ class Order(_Message):
 
 
 class Reply(_Message):
-    """What is said to the engine: by a fork server that it is ready (no pid), or that it has forked a
-    supervising process, with its pidfd and socket, or why it could not; by a supervising process
-    (job id) that a start or exit record is made, or why it could not begin."""
+    """What is said to the engine: by a fork server which module it imports ahead now, or why one must not
+    be, that it is ready (no pid), or that it has forked a supervising process, with its pidfd and
+    socket, or why it could not; by a supervising process (job id) that a start or exit record is made,
+    or why it could not begin."""
 
     __slots__ = (
         "attempt",
         "ended",
         "errno",
         "error",
+        "importing",
         "job_id",
         "pid",
         "record",
         "recorded",
+        "refused",
         "start_ns",
     )
 
@@ -177,7 +183,11 @@ class Reply(_Message):
         error: str | None = None,
         errno: int = 0,
         record: dict[str, object] | None = None,
+        importing: str | None = None,
+        refused: str | None = None,
     ) -> None:
+        self.importing = importing
+        self.refused = refused  # why what it imports must not be imported ahead
         self.errno = errno
         self.record = record  # the exit record that was made, unless it is large
         self.ended = ended
@@ -225,6 +235,7 @@ class ExitRecord(_Message):
         "ending",
         "exit_code",
         "has_result",
+        "hints",
         "message",
         "result",
         "start_ns",
@@ -242,8 +253,10 @@ class ExitRecord(_Message):
         message: str | None,
         result: object = None,
         has_result: bool = False,
+        hints: list[str] | None = None,
     ) -> None:
         self.v = v
+        self.hints = hints or []  # what the users of its version should know
         self.ending = ending
         self.exit_code = exit_code
         self.start_ns = start_ns
@@ -267,7 +280,7 @@ class LogCut(_Message):
 class Outcome(_Message):
     """What a job's process says of itself in its outcome file, once."""
 
-    __slots__ = ("has_result", "lost", "message", "result")
+    __slots__ = ("has_result", "loading", "lost", "message", "result")
 
     def __init__(
         self,
@@ -276,7 +289,9 @@ class Outcome(_Message):
         result: object = None,
         has_result: bool = False,
         lost: bool = False,
+        loading: list[object] | None = None,
     ) -> None:
+        self.loading = loading  # seconds, and the modules that took them
         self.message = message
         self.result = result
         self.has_result = has_result

@@ -1,19 +1,180 @@
-"""What a fork server imports ahead for its jobs: the third-party and standard modules that the
-user's own ones import at their top. The user's own modules are imported by each job anew, so that
-nothing of one job is seen by the next.
+"""What a fork server imports ahead for its jobs, where `definition.preload` asks for that, and the check that it
+is harmless: a job that is forked afterwards has to find what it would have found had it imported the same.
+
+Whatever lives outside the memory of one process is not copied by a fork, or is shared by all jobs: threads,
+open files, child processes, temporary folders, shared memory and its locks. What was drawn at random once would be
+the same in all jobs. AWS Lambda SnapStart and Android's zygote list the same kinds.
 """
 
 from __future__ import annotations
 
-import json
+import atexit
+import gc
+import importlib
 import os
 import sys
 
+from cortex.worker import processes
+from cortex.worker.bare import signal, signal_name
 
-def preload(path: str, roots: list[str]) -> None:
-    """Import what the task file and the user's modules that it reaches import."""
-    for name, names in _wanted(path, roots):
-        _import(name, names)
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+MAX_WORDS = 1 << 16
+"""Bytes that are kept of what modules print while they are imported."""
+_HARMLESS = frozenset({"joblib", "matplotlib"})
+"""Libraries beside Python's own whose exit handlers act on nothing but the memory of their process."""
+
+
+class Refused(Exception):
+    """A module must not be imported ahead; the text says why."""
+
+
+class Watch:
+    """Finds what an import has left behind that a fork does not copy. Made before any module is imported ahead,
+    and before what the project has of the same name takes the place of the modules that it needs itself."""
+
+    def __init__(self) -> None:
+        import random
+        import tempfile
+
+        self._random = random
+        self._tempfile = tempfile
+        self._names = _Names()
+        tempfile._name_sequence = self._names  # type: ignore[attr-defined]  # all that it makes asks this for a name
+        self._handlers: list[str] = []
+        self._real_register = atexit.register
+        self._threading_register: Callable[..., object] | None = None
+        self._before = self._state()
+        atexit.register = self._register  # type: ignore[assignment]  # it takes and gives the same
+
+    def look(self) -> str | None:
+        """Why what was imported last must not be, or None."""
+        # Libraries that know of forks, such as OpenBLAS, end their threads before one and start them again
+        # in who needs them.
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+        threads = len(os.listdir("/proc/self/task")) - 1
+        if threads:
+            return f"it starts threads, {threads} here, which a fork does not copy"
+        if processes.children(os.getpid()):
+            return "it starts processes, which would be shared by all jobs"
+        after = self._state()
+        for words, change in (
+            ("it leaves files or sockets open, which would be shared by all jobs", "files"),
+            (
+                "it maps memory that would be shared by all jobs (a lock of multiprocessing does)",
+                "maps",
+            ),
+            ("it makes a temporary file or folder, which would be shared by all jobs", "names"),
+            ("it changes the current folder", "folder"),
+            (
+                "it draws from or seeds the random numbers of Python: all jobs would have the same",
+                "random",
+            ),
+        ):
+            if after[change] != self._before[change]:
+                return words
+        return (
+            self._why_not_signals(after) or self._why_not_handlers() or self._why_not_generators()
+        )
+
+    def close(self) -> None:
+        """Undo what it needed."""
+        atexit.register = self._real_register
+        self._tempfile._name_sequence = None  # type: ignore[attr-defined]
+
+    def _state(self) -> dict[str, object]:
+        return {
+            "files": set(os.listdir("/proc/self/fd")),
+            "maps": set(_shared_maps()),
+            "names": self._names.count,
+            "folder": os.getcwd(),
+            "random": self._random.getstate(),
+            "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
+        }
+
+    def _register(self, function: Callable[..., object], *args: object, **named: object) -> object:
+        self._handlers.append(_full_name(function))
+        return self._real_register(function, *args, **named)
+
+    def _why_not_signals(self, after: dict[str, object]) -> str | None:
+        old, new = self._before["signals"], after["signals"]
+        assert isinstance(old, dict) and isinstance(new, dict)
+        changed = [signal_name(number) for number in old if old[number] is not new[number]]
+        return f"it sets a handler for {', '.join(changed)}" if changed else None
+
+    def _why_not_handlers(self) -> str | None:
+        for name in self._handlers:
+            top = name.partition(".")[0]
+            if top not in sys.stdlib_module_names and top not in _HARMLESS:
+                return (
+                    f"it registers the exit handler {name}, which would run at the end of every job"
+                )
+        return None
+
+    def _why_not_generators(self) -> str | None:
+        module = sys.modules.get("numpy.random")
+        shared = getattr(sys.modules.get("numpy.random.mtrand"), "_rand", None)
+        if shared is not None and _was_used(shared):
+            return (
+                "it draws from or seeds the random numbers of numpy: all jobs would have the same"
+            )
+        kinds: list[type] = [self._random.Random]
+        kinds += [
+            getattr(module, name) for name in ("Generator", "RandomState") if module is not None
+        ]
+        known = {id(self._random._inst), id(shared)}
+        for each in gc.get_objects():
+            if isinstance(each, tuple(kinds)) and id(each) not in known:
+                if isinstance(each, self._random.SystemRandom):
+                    continue
+                return (
+                    f"it keeps a generator of random numbers ({_full_name(type(each))}): all jobs would draw "
+                    "the same"
+                )
+        return None
+
+
+class _Names:
+    """In the place of what `tempfile` takes names from: counts them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        self.count += 1
+        return os.urandom(6).hex()
+
+
+def preload(names: list[str], watch: Watch, say: Callable[[str], None]) -> bytes:
+    """Import modules in this order, and check each; what they have printed.
+
+    Args:
+        say: is told of each before it is imported.
+
+    Raises:
+        Refused: one must not be imported ahead, and neither can be undone: this process is of no more use.
+    """
+    begun = _size()
+    for name in names:
+        say(name)
+        try:
+            importlib.import_module(name)
+        except BaseException as error:  # noqa: BLE001, RUF100  # whatever it is, each job will show it
+            raise Refused(f"it cannot be imported: {type(error).__name__}: {error}") from None
+        why = watch.look()
+        if why is not None:
+            raise Refused(why)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return os.pread(2, min(_size() - begun, MAX_WORDS), begun) if _size() > begun else b""
 
 
 def forget_shadowed(roots: list[str], startup: frozenset[str]) -> None:
@@ -34,32 +195,25 @@ def forget_shadowed(roots: list[str], startup: frozenset[str]) -> None:
                     del sys.modules[loaded]
 
 
-def _wanted(path: str, roots: list[str]) -> list[tuple[str, list[str]]]:
-    """As `imports.found` tells, asked in a process of its own: what that loads is not copied by each job."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            from cortex.worker import imports
-
-            with open(write, "wb") as pipe:
-                pipe.write(json.dumps(imports.found(path, roots)).encode())
-        finally:
-            os._exit(0)
-    os.close(write)
-    with open(read, "rb") as pipe:
-        told = pipe.read()
-    os.waitpid(pid, 0)
-    try:
-        return [(name, names) for name, names in json.loads(told)]
-    except ValueError:
-        return []  # it was killed: nothing is imported ahead
+def _size() -> int:
+    """Of the file that standard output and error are: the engine's, opened to be read as well."""
+    return os.fstat(2).st_size
 
 
-def _import(name: str, names: list[str]) -> None:
-    if name == "__future__":
-        return
-    try:
-        __import__(name, fromlist=[each for each in names if each != "*"])
-    except BaseException:  # noqa: BLE001, RUF100  # whatever it is, the job will show it
-        return
+def _shared_maps() -> Iterator[str]:
+    with open("/proc/self/maps") as file:
+        for line in file:
+            fields = line.split(maxsplit=5)
+            if fields[1].endswith("s") and "w" in fields[1]:
+                yield line
+
+
+def _was_used(generator: object) -> bool:
+    """Whether a RandomState of numpy is no more as the system's own randomness has made it: then the first word
+    of its MT19937 is 0x80000000 (`init_by_array`), and all of its words are left."""
+    state = generator.get_state(legacy=False)["state"]  # type: ignore[attr-defined]
+    return int(state["pos"]) != len(state["key"]) or int(state["key"][0]) != 0x80000000
+
+
+def _full_name(thing: object) -> str:
+    return f"{getattr(thing, '__module__', '?')}.{getattr(thing, '__qualname__', '?')}"

@@ -142,6 +142,20 @@ def descendants(root: int) -> dict[int, int]:
     return dict(walk(root))
 
 
+def trackers(root: int) -> dict[int, int]:
+    """The resource trackers of multiprocessing and of joblib's loky below a process: pid: start ticks."""
+    found = {}
+    for pid, ticks in walk(root):
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                is_one = b"resource_tracker import main" in file.read()
+        except OSError:
+            continue  # gone meanwhile
+        if is_one:
+            found[pid] = ticks
+    return found
+
+
 def with_variable(name: str, value: str) -> dict[int, int]:
     """All processes whose environment block holds this variable: pid: start ticks.
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 WATCH_S = 0.05
 KILL_S = 5.0
+TRACKER_S = 3.0
+"""For a resource tracker to remove what its job has left."""
 LONGEST_ROUND_S = 0.1
 LONGEST_PAUSE_S = 5.0
 TELL_START_S = 0.01
@@ -195,22 +197,41 @@ class Supervisor:
 
     def _kill(self) -> None:
         """End all that is left of the tree, however it was daemonised: a subreaper's descendants
-        stay below it. Stopping before killing is what a fork bomb cannot outrun."""
+        stay below it. Python's resource trackers come last: each ends by itself when its job is gone,
+        and removes the shared memory that the job has left."""
         if self._reap():
             return
+        trackers = processes.trackers(os.getpid())
+        if trackers:
+            self._sweep(trackers)
+            until = time.monotonic() + TRACKER_S
+            while not self._reap() and time.monotonic() < until:
+                self._sleep(None, until)
+            if self.alone:
+                return
         if self.groups.kill():
             soon = time.monotonic() + 0.2
             while not self._reap() and time.monotonic() < soon:
                 self._sleep(None, soon)
+        self._sweep({})
+
+    def _sweep(self, spared: dict[int, int]) -> None:
+        """Kill what lives below, but for these. Stopping before killing is what a fork bomb cannot outrun."""
         stopped: dict[int, int] = {}
         spent_s = 0.0
         while not self._reap() and spent_s < KILL_S:
             begun = time.monotonic()
             known = len(stopped)
+            left = False
             for pid, ticks in processes.walk(os.getpid()):
+                if spared.get(pid) == ticks:
+                    continue
+                left = True
                 if stopped.get(pid) != ticks:
                     processes.send({pid: ticks}, signal.SIGSTOP)
                     stopped[pid] = ticks
+            if not left and spared:
+                return
             if len(stopped) == known:
                 processes.send(stopped, signal.SIGKILL)
                 self._sleep(0.02, None)

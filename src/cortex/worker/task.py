@@ -6,22 +6,23 @@ imports would find the user's modules first.
 
 from __future__ import annotations
 
-import atexit
+import builtins
 import contextlib
 import importlib.machinery
 import importlib.util
 import json
 import os
 import sys
+import time
 import types
 
-from cortex.worker import plain
-from cortex.worker.messages import Outcome, shorten
+from cortex.worker import ending, loading, plain
+from cortex.worker.messages import Outcome, encode, shorten
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import TextIO
+    from typing import NoReturn, TextIO
 
     from cortex.worker.messages import Setup
 
@@ -32,6 +33,9 @@ MOST_RESULT = 1 << 20
 MOST_LEVELS = 250
 """As many as a config may have: whoever reads a result comes to the end of its stack at some more."""
 _encode = plain.encoder(for_one=True, allow_nan=False)
+_traceback = BaseException.__dict__["__traceback__"]
+_PACKAGE = "cortex"
+STAND_IN = "cortex_task"
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
@@ -42,12 +46,21 @@ class _Unusable(Exception):
 class Found:
     """The user's module, compiled, and no line of it run yet."""
 
-    __slots__ = ("code", "made_of", "module")
+    __slots__ = ("code", "made_of", "name")
 
-    def __init__(self, module: types.ModuleType, code: types.CodeType, made_of: object) -> None:
-        self.module = module
+    def __init__(self, name: str, code: types.CodeType, made_of: object) -> None:
+        self.name = name
         self.code = code
         self.made_of = made_of
+
+
+class _Warm:
+    """What the fork server has that all jobs share."""
+
+    modules: frozenset[str] = frozenset()
+    """The names of the modules that it had loaded."""
+    words: bytes = b""
+    """What the modules that it imported ahead have printed."""
 
 
 def find(setup: Setup, path: str, before: Found | None) -> Found | None:
@@ -69,76 +82,149 @@ def still(found: Found | None, path: str | None) -> Found | None:
     return found if is_same else None
 
 
-def run(setup: Setup, path: str, found: Found | None, config: object, tell: Tell) -> int:
-    """Run the task and everything that Python does before it exits; the exit code."""
+def run(
+    setup: Setup, path: str, found: Found | None, job: dict[str, object], tell: Tell
+) -> NoReturn:
+    """Run the task and everything that Python does before it exits, and exit.
+
+    Args:
+        job: the content of job.json; its config is taken out, so that nothing here keeps it.
+    """
+    if _Warm.words:
+        _write(_Warm.words)
     # The standard library reseeds `random` after a fork; numpy does not, and every job would draw
     # the same numbers.
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
         numpy_random.seed()
+        numpy_random = None
     # Not before: a module that this package's own processes came to need would be the user's, of that name.
     sys.path[0:0] = user_roots(setup)
-    code = _call(setup, path, found, config, tell)
-    _finish()
-    return code
+    try:
+        code = _call(setup, path, found, job, tell)
+    except BaseException as error:  # noqa: BLE001, RUF100  # of the user's making, whatever it is
+        code = 1
+        _show(error)
+    found = None
+    try:
+        ending.end(code, _Warm.modules)
+    finally:
+        os._exit(code)
 
 
 def user_roots(setup: Setup) -> list[str]:
     """Where the user's own modules lie, as `sys.path` names them first."""
-    return [setup.project] + ([setup.python_path] if setup.python_path else [])
+    there = [setup.project] + ([setup.python_path] if setup.python_path else [])
+    listed = setup.env.get("PYTHONPATH", "")
+    return there + [os.path.join(setup.project, each) for each in listed.split(os.pathsep) if each]
 
 
-def prepare(setup: Setup, path: str) -> None:
+def prepare(setup: Setup, path: str, words: bytes) -> None:
     """Make the interpreter what a task expects, once for all that are forked from this process, but for where
-    it looks first for modules."""
+    it looks first for modules.
+
+    Args:
+        words: what was printed by the modules that were imported ahead.
+    """
     # Last, so that they shadow nothing. A process that multiprocessing spawns gets this path, and
     # must find the task's module to unpickle its functions, and cortex.logger.
     there = [*user_roots(setup), *sys.path]
-    sys.path += [p for p in (os.path.dirname(path), setup.import_dir) if p not in there]
+    for folder in (_root(path), os.path.dirname(path), setup.import_dir):
+        if folder not in there:
+            there.append(folder)
+            sys.path.append(folder)
     sys.argv = [path]
     # multiprocessing would run the file of __main__ again in each spawned process: not ours.
-    sys.modules["__main__"] = types.ModuleType("__main__")
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    main.__dict__["__builtins__"] = builtins
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(  # type: ignore[union-attr]  # nobody has replaced them yet
-            encoding="utf-8", errors="backslashreplace", line_buffering=True
-        )
+        # Where the user has chosen no other: a log is UTF-8, whatever the locale.
+        if "PYTHONIOENCODING" not in setup.env:
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]  # nobody has replaced them yet
+    if any(_is_own(root, _PACKAGE) for root in user_roots(setup)):
+        for name in [name for name in sys.modules if name.partition(".")[0] == _PACKAGE]:
+            del sys.modules[name]
+    _Warm.words = words
+    _Warm.modules = frozenset(sys.modules)
 
 
-def _call(setup: Setup, path: str, found: Found | None, config: object, tell: Tell) -> int:
+def _is_own(root: str, name: str) -> bool:
+    """Whether the project has a module or package of this name there."""
+    stem = os.path.join(root, name)
+    return os.path.isfile(f"{stem}.py") or os.path.isfile(os.path.join(stem, "__init__.py"))
+
+
+def _call(setup: Setup, path: str, found: Found | None, job: dict[str, object], tell: Tell) -> int:
+    said = Outcome()
     try:
-        task = _load(setup, path, found)
-        value = task(config)
-        if hasattr(value, "__await__"):
+        task = _load(setup, path, found, said)
+        value = task(job.pop("config"))
+        unusable = _why_unusable(value)
+        if unusable is not None:
             getattr(value, "close", bool)()  # or Python warns that nobody awaited it
-            raise _Unusable("the task is async; call asyncio.run in it")
+            raise _Unusable(unusable)
     except SystemExit as error:
-        return _exit_code(error.code, tell)
+        code = _exit_code(error, said)
     except _Unusable as error:
+        code = 1
+        said.message = str(error)
         _print(f"cortex: {error}", sys.stderr)
-        _tell_why(str(error), tell)
-        return 1
     except BaseException as error:  # noqa: BLE001, RUF100  # KeyboardInterrupt fails a task too
+        code = 1
+        said.message = _last_line(error)
         _show(error)
-        _tell_why(_last_line(error), tell)
-        return 1
-    _keep(value, tell)
-    return 0
+    else:
+        _keep(value, said, tell)
+        return 0
+    _tell(said, tell)
+    return code
+
+
+def _why_unusable(value: object) -> str | None:
+    """Why nothing of the task has run, where calling it has only made an object that would run it."""
+    kind = type(value)  # an instance may have every attribute that one asks it for
+    if kind is types.AsyncGeneratorType or hasattr(kind, "__await__"):
+        return "the task is async: nothing of it has run. Define def task(config), and call asyncio.run in it"
+    if kind is types.GeneratorType:
+        is_over = value.gi_frame is None  # type: ignore[attr-defined]  # the kind has it
+        has_run = getattr(value, "gi_suspended", False)  # before 3.11 there is no such attribute
+        is_expression = value.gi_code.co_name == "<genexpr>"  # type: ignore[attr-defined]
+        if not (is_over or has_run or is_expression):
+            return "the task is a generator: nothing of it has run. Take yield out of it, and return a value"
+    return None
 
 
 def _find(setup: Setup, path: str) -> Found:
-    name = os.path.splitext(os.path.basename(path))[0]
-    if name in sys.modules:
-        name = f"cortex_task_{name}"
     if not os.path.isfile(path):
         shown = os.path.relpath(path, setup.project)
         raise _Unusable(f"{shown} is not in the project (definition.path names it)")
     made_of = _made_of(path)
-    loader = importlib.machinery.SourceFileLoader(name, path)
-    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-    assert spec is not None  # there is one for every loader
-    code = loader.get_code(name)
-    assert code is not None  # nor without a source
-    return Found(importlib.util.module_from_spec(spec), code, made_of)
+    name = _module_name(path)
+    code = importlib.machinery.SourceFileLoader(name, path).get_code(name)
+    assert code is not None  # there is one for every source
+    return Found(name, code, made_of)
+
+
+def _module_name(path: str) -> str:
+    """What the task's file is called where it is imported: within its package, if it lies in one.
+
+    The name says to a process that multiprocessing spawns where the task's functions are. A name that
+    `import` cannot find there is one that `cortex_task` stands for.
+    """
+    name = os.path.splitext(os.path.relpath(path, _root(path)))[0].replace(os.sep, ".")
+    own = os.path.splitext(os.path.basename(path))[0]
+    if "." in own or name in sys.modules or name.partition(".")[0] in sys.stdlib_module_names:
+        os.environ["CORTEX_TASK_FILE"] = path
+        return STAND_IN
+    return name
+
+
+def _root(path: str) -> str:
+    """The folder from which the file is imported: the one above its packages."""
+    folder = os.path.dirname(path)
+    while os.path.isfile(os.path.join(folder, "__init__.py")) and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+    return folder
 
 
 def _made_of(path: str) -> object:
@@ -149,13 +235,25 @@ def _made_of(path: str) -> object:
     return about.st_ino, about.st_size, about.st_mtime_ns
 
 
-def _load(setup: Setup, path: str, found: Found | None) -> Task:
+def _load(setup: Setup, path: str, found: Found | None, said: Outcome) -> Task:
     found = found or _find(setup, path)
-    module = found.module
-    sys.modules[module.__name__] = module
+    begun = time.perf_counter()
+    package = found.name.rpartition(".")[0]
+    if package:
+        importlib.import_module(package)
+    loader = importlib.machinery.SourceFileLoader(found.name, path)
+    spec = importlib.util.spec_from_file_location(found.name, path, loader=loader)
+    assert spec is not None  # there is one for every loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[found.name] = module
     # Asked for below by name: an attribute that is missing makes an exception and its message.
     names = module.__dict__
     exec(found.code, names)
+    if package:
+        setattr(sys.modules[package], found.name.rpartition(".")[2], module)
+    took_s = time.perf_counter() - begun
+    if took_s > loading.LEAST_S:
+        said.loading = loading.measured(took_s, _Warm.modules, user_roots(setup))
     if "Task" in names:
         task: object = names["Task"]()
         if not callable(task):
@@ -169,22 +267,29 @@ def _load(setup: Setup, path: str, found: Found | None) -> Task:
     raise _Unusable(f"{shown} defines neither a class Task nor a function task(config)")
 
 
-def _exit_code(code: object, tell: Tell) -> int:
+def _exit_code(error: SystemExit, said: Outcome) -> int:
+    """As `handle_system_exit` of CPython has it."""
+    try:
+        code = error.code
+    except BaseException:  # noqa: BLE001, RUF100  # a property of the user's
+        return 0
     if code is None:
         return 0
     if isinstance(code, int):
-        return code & 0xFF
+        return int(code) & 0xFF if -(1 << 63) <= code < 1 << 63 else 0xFF
     text = _text(code)
     _print(text, sys.stderr)
-    _tell_why(text, tell)
+    said.message = text
     return 1
 
 
 def _show(error: BaseException) -> None:
-    trace = error.__traceback__
+    """Print the traceback as Python does, without the frames of this package."""
+    # By the slots of the base class: the error's own class may forbid to set attributes, or do anything else.
+    trace = _traceback.__get__(error)
     while trace is not None and _is_platform(trace.tb_frame.f_code.co_filename):
         trace = trace.tb_next
-    error.__traceback__ = trace
+    _traceback.__set__(error, trace)
     try:
         sys.excepthook(type(error), error, trace)
     except BaseException:  # noqa: BLE001, RUF100  # a hook of the user's
@@ -211,13 +316,17 @@ def _text(value: object) -> str:
         return "<its message cannot be shown>"
 
 
-def _tell_why(message: str, tell: Tell) -> None:
+def _tell(said: Outcome, tell: Tell) -> None:
+    if said.message is not None:
+        said.message = shorten(said.message)
     with contextlib.suppress(OSError):  # a task may have closed all files: the log has it still
-        tell(Outcome(message=shorten(message)).dumps())
+        tell(said.dumps())
 
 
-def _keep(value: object, tell: Tell) -> None:
+def _keep(value: object, said: Outcome, tell: Tell) -> None:
     if value is None:
+        if said.loading is not None:
+            _tell(said, tell)
         return
     try:
         data = _encode(value).encode()
@@ -225,12 +334,16 @@ def _keep(value: object, tell: Tell) -> None:
     except BaseException as error:  # noqa: BLE001, RUF100  # code of the user's runs in there
         why = f"it is not JSON: {shorten(_text(error))}"
     if why is None:
+        more = b"" if said.loading is None else b', "loading": ' + encode(said.loading).encode()
         try:
-            tell(b'{"has_result": true, "result": ' + data + b"}")  # an Outcome, not made twice
+            tell(
+                b'{"has_result": true, "result": ' + data + more + b"}"
+            )  # an Outcome, not made twice
         except OSError:
             why = "the task has closed the file that it would be kept in"
     if why is not None:
-        _print(f"cortex: the task's return value was not kept: {why}", sys.stdout)
+        said.message = f"the task's return value was not kept: {why}"
+        _tell(said, tell)
 
 
 def _why_not(data: bytes) -> str | None:
@@ -253,25 +366,12 @@ def _is_deep(value: object) -> bool:
     return any(isinstance(each, (dict, list)) for each in held)
 
 
+def _write(data: bytes) -> None:
+    with contextlib.suppress(OSError):  # a full disk is no reason not to run
+        os.write(1, data)
+
+
 def _print(text: str, stream: TextIO) -> None:
     # What the task has done to its streams, or a full disk, is no failure of its.
     with contextlib.suppress(BaseException):
         print(text, file=stream)
-
-
-def _finish() -> None:
-    """What Python does at exit; the process was forked from within the fork server's own frames and
-    must not unwind through them."""
-    # Nobody has threads who has not loaded it; the user's own module of that name waits for none.
-    shutdown = getattr(sys.modules.get("threading"), "_shutdown", None)
-    for step in (shutdown, atexit._run_exitfuncs):
-        try:
-            if step is not None:
-                step()
-        except BaseException as error:  # noqa: BLE001, RUF100
-            sys.__excepthook__(type(error), error, error.__traceback__)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BaseException:  # noqa: BLE001, RUF100
-            pass

@@ -37,10 +37,10 @@ def judge(seen: Supervisor, ending: str) -> ExitRecord:
     if ending != EXITED:
         return _record(seen, ending, _why(seen, ending), code)
     if code == 0:
-        return _record(seen, EXITED, None, code, said)
+        return _record(seen, EXITED, said.message, code, said)
     words = f"killed by {bare.signal_name(-code)}" if code < 0 else f"exit code {code}"
     if code > 0 and said.message:
-        return _record(seen, EXITED, said.message, code)
+        return _record(seen, EXITED, said.message, code, said)
     last = _last_line(seen)
     return _record(seen, EXITED, f"{words}: {last}" if last else words, code)
 
@@ -71,7 +71,24 @@ def _record(
         message=None if message is None else shorten(message),
         result=said.result if said else None,
         has_result=said.has_result if said else False,
+        hints=_hints(seen, said),
     )
+
+
+def _hints(seen: Supervisor, said: Outcome | None) -> list[str]:
+    """What the users of the version should know, in words."""
+    refused = seen.bench.setup.refused.items()
+    hints = [f"{name} is not imported ahead: {why}" for name, why in refused]
+    loading = said.loading if said else None
+    if isinstance(loading, list) and len(loading) == 2:
+        took_s, names = loading
+        if isinstance(took_s, float) and isinstance(names, list):
+            listed = ", ".join(map(str, names))
+            hints.append(
+                f"each job spends {took_s:.1f} s importing {listed}: `preload: [{listed}]` in the definition "
+                "of cortex.yaml would spare it that; what it changes is in the guide"
+            )
+    return hints
 
 
 def _outcome(seen: Supervisor) -> Outcome:

@@ -29,6 +29,7 @@ from cortex.engines.base import (
     Report,
     Started,
     Unreachable,
+    Waits,
 )
 from cortex.engines.local import limits, records, remains
 from cortex.engines.local.ends import Ends
@@ -121,6 +122,12 @@ class Attempts:
                 self._settle(live, self._never(live))
             else:
                 self._signal(live)
+
+    def waits(self, order: Order, reason: str) -> None:
+        """From a fork server: an order cannot be carried out yet."""
+        live = self._ordered(order.job_id, order.attempt)
+        if live is not None and not live.stop:
+            self.report(Waits(order.job_id, order.attempt, reason))
 
     def given(self, supervisor: Supervisor, order: Order) -> None:
         """From a fork server: an order has got its supervising process."""
@@ -281,6 +288,7 @@ class Attempts:
             message=record.message,
             result=record.result,  # type: ignore[arg-type]  # it was read from JSON
             has_result=record.has_result,
+            hints=tuple(map(str, record.hints)),
         )
         self._settle(live, last)
 

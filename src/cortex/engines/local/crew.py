@@ -21,6 +21,9 @@ MOST_READY = 4  # of those that are idle have the process of their next job fork
 class Listener(Protocol):
     """Who gives the orders."""
 
+    def waits(self, order: Order, reason: str) -> None:
+        """An order cannot be carried out yet."""
+
     def given(self, supervisor: Supervisor, order: Order) -> None:
         """A supervising process has got its order."""
 

@@ -19,19 +19,23 @@ def lay_out(root: Path, import_dir: Path, account: Account | None) -> None:
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        link = import_dir / "cortex"
         import_dir.mkdir(exist_ok=True)
         package = Path(cortex.__file__).parent
-        # Jobs of an operator that has just handed over may be importing from there.
-        if not (link.is_symlink() and link.readlink() == package):
-            link.unlink(missing_ok=True)
-            link.symlink_to(package)
+        _link(import_dir / "cortex", package)
+        _link(import_dir / "cortex_task.py", package / "worker" / "stand_in.py")
     except OSError as error:
         raise StartupError(
             f"the data folder {root} cannot be written: {error}; choose another one"
         ) from error
     if account is not None:
         _check_reach(account, import_dir)
+
+
+def _link(link: Path, to: Path) -> None:
+    # Jobs of an operator that has just handed over may be importing from there.
+    if not (link.is_symlink() and link.readlink() == to):
+        link.unlink(missing_ok=True)
+        link.symlink_to(to)
 
 
 def _check_reach(account: Account, import_dir: Path) -> None:

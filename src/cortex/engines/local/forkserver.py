@@ -47,6 +47,10 @@ class ForkServer:
         self.version = version
         self.setup = setup
         self.ready = False
+        self.importing: str | None = None
+        """The module that it imports ahead now, or was about to when it ended."""
+        self.refused: str | None = None
+        """Why that must not be imported ahead, once it has said so."""
         self.crew = Crew(listener, ask=self._ask, drained=lambda: drained(self))
         self._account = account
         self._listener = listener
@@ -75,15 +79,32 @@ class ForkServer:
         code = None if self._process is None else self._process.returncode
         return code == -signal.SIGKILL and not self._hurried
 
+    @property
+    def why_not_ready(self) -> str | None:
+        """What an order waits for here, in words; None where it is ready."""
+        if self.ready:
+            return None
+        if self.importing is not None:
+            return f"waits for {self.importing} to be imported ahead (definition.preload)"
+        return "waits for the interpreter of its environment to start"
+
     def last_words(self) -> str:
         return shorten(self._words) or "it said nothing"
+
+    def why_not_imported(self) -> str:
+        """Why the module that it imported last must not be imported ahead. Known once it has died."""
+        if self.refused is not None:
+            return self.refused
+        if self._hurried:
+            return f"its import takes longer than {READY_S:g} s"
+        return f"the interpreter ended in its import: {self.last_words()}"
 
     async def spawn(self) -> None:
         try:
             self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed in close()
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as error:
-            self._words, self.setup.preload = str(error), False
+            self._words, self.setup.preload = str(error), []
             self._spawned.set()
             self._died(self)
             return
@@ -93,14 +114,15 @@ class ForkServer:
             self._process = await in_thread(self._popen, theirs)
         except OSError as error:
             self._words = str(error)
-            self.setup.preload = False  # it would fail again
+            self.setup.preload = []  # it would fail again
         finally:
             theirs.close()
             self._spawned.set()
         if self._closed:
             return
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(READY_S, self._hurry) if self.setup.preload else None
+        if self.setup.preload:
+            self._timer = loop.call_later(READY_S, self._hurry)
         loop.add_reader(ours, self._read)
 
     async def close(self) -> None:
@@ -124,16 +146,23 @@ class ForkServer:
         if self._errors is not None:
             self._errors.close()
 
+    def tell_waiting(self) -> None:
+        """Say to the jobs that have orders here what they wait for."""
+        why = self.why_not_ready
+        if why is not None:
+            for order in self.crew.waiting.values():
+                self._listener.waits(order, why)
+
     def _popen(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
         with tempfile.TemporaryFile() as stdin:
             stdin.write(self.setup.dumps())
             stdin.seek(0)
             return subprocess.Popen(
-                [str(self.version.python), "-I", _SCRIPT, str(theirs.fileno())],
+                [str(self.version.python), "-s", _SCRIPT, str(theirs.fileno())],
                 stdin=stdin,
                 stdout=self._errors,
                 stderr=self._errors,
-                env={**self.setup.env, "CORTEX_JOB_ID": "-" * JOB_ID_ROOM},
+                env={**_for_interpreter(self.setup.env), "CORTEX_JOB_ID": "-" * JOB_ID_ROOM},
                 cwd=self.setup.project,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
@@ -155,6 +184,11 @@ class ForkServer:
             reply = Reply.loads(data)
             if reply.pid or reply.error:
                 self._forked(reply, fds)
+            elif reply.importing is not None:
+                self.importing = reply.importing
+                self.tell_waiting()
+            elif reply.refused is not None:
+                self.refused = reply.refused
             else:
                 self.ready = True
                 if self._timer is not None:
@@ -228,6 +262,12 @@ class ForkServer:
         if self._process is not None and not self.ready:
             self._hurried = True
             self._process.send_signal(signal.SIGKILL)
+
+
+def _for_interpreter(env: dict[str, str]) -> dict[str, str]:
+    """Without the user's own folders: what lies there could shadow what the fork server is made of. It
+    puts them on the path of jobs itself."""
+    return {name: value for name, value in env.items() if name != "PYTHONPATH"}
 
 
 def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:

@@ -9,6 +9,8 @@ import resource
 from collections import OrderedDict
 from pathlib import Path
 
+import structlog
+
 import cortex
 from cortex.account import Account
 from cortex.background import Background
@@ -17,6 +19,8 @@ from cortex.engines.local.crew import Listener
 from cortex.engines.local.forkserver import ForkServer
 from cortex.engines.local.supervisors import Supervisor
 from cortex.worker.messages import Order, Setup
+
+log = structlog.get_logger()
 
 MOST_IDLE = 8
 # A job has what the operator began with, also where that has raised its own.
@@ -31,12 +35,16 @@ class ForkServers:
         self._account = account
         self._import_dir = import_dir
         self._servers: OrderedDict[str, ForkServer] = OrderedDict()
-        self._plain: set[str] = set()  # versions that cannot be preloaded
+        self._refused: dict[
+            str, dict[str, str]
+        ] = {}  # by version: why a module is not imported ahead
         self._all: set[ForkServer] = set()
         self._background = Background("a fork server failed")
 
     def order(self, version: Version, order: Order) -> None:
-        self._of(version).crew.order(order)
+        server = self._of(version)
+        server.crew.order(order)
+        server.tell_waiting()
         self._trim()
 
     def prepare(self, version: Version, order: Order) -> Supervisor | None:
@@ -55,6 +63,7 @@ class ForkServers:
         return server is not None and server.crew.withdraw(job_id)
 
     def forget(self, api_id: str) -> None:
+        self._refused.pop(api_id, None)
         server = self._servers.get(api_id)
         if server is not None:
             self._retire(server)
@@ -73,12 +82,13 @@ class ForkServers:
             self._retire(server)
             server = None
         if server is None:
-            server = self._spawn(version, preload=api_id not in self._plain)
+            server = self._spawn(version)
         self._servers.move_to_end(api_id)
         return server
 
-    def _spawn(self, version: Version, *, preload: bool) -> ForkServer:
-        setup = _setup(version, self._import_dir, self._account, preload=preload)
+    def _spawn(self, version: Version) -> ForkServer:
+        refused = self._refused.get(version.api.api_id, {})
+        setup = _setup(version, self._import_dir, self._account, refused)
         server = ForkServer(
             version,
             setup,
@@ -101,8 +111,10 @@ class ForkServers:
         if server.ready or server.was_killed:
             for order in orders:
                 self._listener.unanswered(order.job_id)
-        elif server.setup.preload:
-            self._plain.add(api_id)
+        elif server.importing is not None and server.setup.preload:
+            name, why = server.importing, server.why_not_imported()
+            log.warning("not imported ahead", api_id=api_id, module=name, reason=why)
+            self._refused.setdefault(api_id, {})[name] = why
             for order in orders:
                 self.order(server.version, order)
         else:
@@ -130,7 +142,9 @@ class ForkServers:
         self._background.run(server.close())
 
 
-def _setup(version: Version, import_dir: Path, account: Account | None, *, preload: bool) -> Setup:
+def _setup(
+    version: Version, import_dir: Path, account: Account | None, refused: dict[str, str]
+) -> Setup:
     definition, project = version.api.definition, version.project.absolute()
     return Setup(
         package=str(Path(cortex.__file__).parent),
@@ -141,7 +155,8 @@ def _setup(version: Version, import_dir: Path, account: Account | None, *, prelo
         path=str(project / definition.path) if definition.path else None,
         command=definition.command,
         env=environment(version, account),
-        preload=preload,
+        preload=[name for name in definition.preload if name not in refused],
+        refused=refused,
     )
 
 

@@ -23,6 +23,7 @@ from cortex.engines.base import (
     Report,
     Started,
     Unreachable,
+    Waits,
 )
 from cortex.engines.ray.cluster import RETRY_S, Cluster
 from cortex.engines.ray.link import LinkError, Refused
@@ -173,6 +174,8 @@ class Attempts:
             self._started(live, seen)
         elif isinstance(seen, Unreachable):
             self._unreachable(live, seen.reason)
+        elif isinstance(seen, Waits):
+            self._report(seen)
         elif isinstance(seen, Ended | Lost | NeverStarted) and not live.ending:
             live.ending = True
             self._background.run(self._finish(live, seen))

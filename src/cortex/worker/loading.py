@@ -1,0 +1,60 @@
+"""How long a job spent on imports, and of what: so that its API's users learn what `preload` would spare
+them. Called by `task` once the task's file has run.
+"""
+
+from __future__ import annotations
+
+import sys
+
+LEAST_S = 0.2
+"""A shorter time is not worth telling."""
+MAX_NAMES = 8
+
+
+def measured(took_s: float, known: frozenset[str], roots: list[str]) -> list[object] | None:
+    """The seconds and the modules that `definition.preload` would name; None where the time was the user's own
+    code's.
+
+    Args:
+        took_s: what it took to run the task's file.
+        known: the modules that were loaded before.
+        roots: the folders of the user's own modules.
+    """
+    own = tuple(root.rstrip("/") + "/" for root in roots)
+    foreign: dict[str, None] = {}  # in the order of the imports
+    for name in [name for name in sys.modules if name not in known]:
+        if _is_within(name, own):
+            for value in list(vars(sys.modules[name]).values()):
+                found = _origin(value)
+                if found is not None and found not in known and not _is_within(found, own):
+                    foreign[found] = None
+    names = [name for name in foreign if not _has_parent(name, foreign)]
+    return [round(took_s, 3), names[:MAX_NAMES]] if names else None
+
+
+def _is_within(name: str, folders: tuple[str, ...]) -> bool:
+    file = getattr(sys.modules.get(name), "__file__", None)
+    is_own = isinstance(file, str) and file.startswith(folders)
+    return is_own and "/site-packages/" not in str(file)
+
+
+def _origin(value: object) -> str | None:
+    """The module that an import statement names to get this, if it is not one of the standard library's."""
+    name = getattr(value, "__name__" if isinstance(value, type(sys)) else "__module__", None)
+    if not isinstance(name, str) or name.partition(".")[0] in sys.stdlib_module_names:
+        return None
+    if name not in sys.modules:
+        return None
+    if isinstance(value, type(sys)):
+        return name
+    # A class is imported from the package that offers it, not from the file that it is written in.
+    parts, called = name.split("."), getattr(value, "__name__", None)
+    for end in range(1, len(parts)):
+        package = ".".join(parts[:end])
+        if isinstance(called, str) and getattr(sys.modules.get(package), called, None) is value:
+            return package
+    return name
+
+
+def _has_parent(name: str, others: dict[str, None]) -> bool:
+    return any(name.startswith(f"{other}.") for other in others)
