@@ -74,7 +74,7 @@ def test_succeeded_without_a_result_that_is_json(shared: Operator, probe: str) -
     done = shared.finished(probe, job)
     assert done["status"] == "status_succeeded"
     assert "result" not in done
-    assert "not kept" in shared.log_of(probe, job)
+    assert "not kept" in done["message"]
 
 
 def test_worker_error_about_a_file_whose_name_is_not_utf_8(shared: Operator) -> None:

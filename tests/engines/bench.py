@@ -28,6 +28,7 @@ from cortex.engines.base import (
     Started,
     Unreachable,
     Version,
+    Waits,
 )
 from cortex.engines.local import LocalEngine, limits
 from cortex.projects.unpack import project_id
@@ -67,6 +68,7 @@ class Bench:
         self.python = Path(sys.executable)
         self.env: Mapping[str, str] = {}
         self.seen: list[Observation] = []
+        self.waits: list[str] = []
         self.changed = asyncio.Event()
         self.jobs: list[str] = []
 
@@ -134,6 +136,7 @@ class Bench:
         path: str = "task.py",
         api_id: str | None = None,
         python_path: str | None = None,
+        preload: tuple[str, ...] = (),
         handle: str = "",
         cpu_m: int = 100,
         gpu: int = 0,
@@ -148,6 +151,7 @@ class Bench:
                 command=command,
                 config={"deployed": True},
                 python_path=python_path,
+                preload=preload,
             ),
             networking=Networking(endpoint="/probe"),
             compute=Compute(cpu_m=cpu_m, mem=mem, gpu=gpu),
@@ -270,7 +274,10 @@ class Bench:
                 await asyncio.wait_for(self.changed.wait(), 1)
 
     def _saw(self, observation: Observation) -> None:
-        self.seen.append(observation)
+        if isinstance(observation, Waits):  # how often depends on how fast an interpreter starts
+            self.waits.append(observation.reason)
+        else:
+            self.seen.append(observation)
         self.changed.set()
 
 

@@ -91,7 +91,8 @@ def test_a_deadline_ends_the_wait_for_an_interpreter_that_is_being_warmed(
     bench.bare_environment({"third": "import time\ntime.sleep(300)\n"})
 
     async def scenario(engine: LocalEngine) -> None:
-        attempt = bench.attempt("import third\ndef task(config): ...", timeout=1)
+        code = "import third\ndef task(config): ..."
+        attempt = bench.attempt(code, timeout=1, preload=("third",))
         await bench.start(engine, attempt)
         assert isinstance(await bench.last(attempt), NeverStarted)
 

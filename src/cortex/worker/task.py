@@ -341,6 +341,9 @@ def _keep(value: object, said: Outcome, tell: Tell) -> None:
             )  # an Outcome, not made twice
         except OSError:
             why = "the task has closed the file that it would be kept in"
+            _print(
+                f"cortex: the task's return value was not kept: {why}", sys.stdout
+            )  # nowhere else
     if why is not None:
         said.message = f"the task's return value was not kept: {why}"
         _tell(said, tell)
