@@ -1,0 +1,269 @@
+"""`definition.preload`: what is imported ahead, what is refused for being harmful, and who is told why."""
+
+from __future__ import annotations
+
+import pytest
+
+from cortex.engines.base import Ended, Engine
+from cortex.engines.local import LocalEngine, forkserver
+from engines.bench import Bench
+
+IMPORTED_HERE = """
+    import os, lib
+    def task(config): return lib.pid == os.getpid()
+"""
+PID = "import os\npid = os.getpid()\n"
+
+
+pytestmark = pytest.mark.parametrize("local_bench", ["local"], indirect=True)
+
+
+@pytest.fixture
+def bench(local_bench: Bench) -> Bench:
+    return local_bench
+
+
+HARMFUL = {
+    "a thread of Python": (
+        "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\n",
+        "it starts threads",
+    ),
+    "a thread that Python does not know": (
+        "import _thread, time\n_thread.start_new_thread(time.sleep, (60,))\n",
+        "it starts threads",
+    ),
+    "an open file": ("kept = open('/dev/null')\n", "it leaves files or sockets open"),
+    "a socket": ("import socket\nkept = socket.socketpair()\n", "it leaves files or sockets open"),
+    "a process": (
+        "import subprocess\nkept = subprocess.Popen(['sleep', '60'])\n",
+        "it starts processes",
+    ),
+    "a lock of multiprocessing": (
+        "import multiprocessing\nkept = multiprocessing.Lock()\n",
+        "it maps memory that would be shared",
+    ),
+    "anonymous shared memory": (
+        "import mmap\nkept = mmap.mmap(-1, 4096)\n",
+        "it maps memory that would be shared",
+    ),
+    "a temporary folder": (
+        "import atexit, shutil, tempfile\nkept = tempfile.mkdtemp()\nos.rmdir(kept)\n",
+        "it makes a temporary file or folder",
+    ),
+    "an exit handler": (
+        "import atexit\ndef bye(): pass\natexit.register(bye)\n",
+        "it registers the exit handler lib.bye",
+    ),
+    "a generator of random numbers": (
+        "import random\nkept = random.Random()\n",
+        "it keeps a generator of random numbers (random.Random)",
+    ),
+    "a seed": ("import random\nrandom.seed(7)\n", "it draws from or seeds the random numbers"),
+    "a number drawn once": (
+        "import random\nsession = random.random()\n",
+        "it draws from or seeds the random numbers",
+    ),
+    "a signal handler": (
+        "import signal\nsignal.signal(signal.SIGUSR1, lambda *_: None)\n",
+        "it sets a handler for SIGUSR1",
+    ),
+    "another current folder": ("os.chdir('/')\n", "it changes the current folder"),
+    "an error": ("raise ValueError('no such device')\n", "ValueError: no such device"),
+    "an exit": ("raise SystemExit(3)\n", "it cannot be imported: SystemExit: 3"),
+    "a crash": ("os.abort()\n", "the interpreter ended in its import"),
+}
+
+
+@pytest.mark.parametrize("kind", HARMFUL)
+def test_what_a_fork_does_not_copy_is_not_imported_ahead(bench: Bench, kind: str) -> None:
+    code, why = HARMFUL[kind]
+    # Only while it is imported ahead: a job imports it as if nothing had been.
+    bench.bare_environment(
+        {"lib": f"{PID}if 'CORTEX_JOB_ID' not in os.environ:\n" + indented(code)}
+    )
+
+    async def scenario(engine: Engine) -> None:
+        ended = await bench.outcome(engine, bench.attempt(IMPORTED_HERE, preload=("lib",)))
+        assert ended.result is True
+        [hint] = ended.hints
+        assert hint.startswith("lib is not imported ahead: ")
+        assert why in hint
+
+    bench.run(scenario)
+
+
+def indented(code: str) -> str:
+    return "".join(f"    {line}\n" for line in code.splitlines())
+
+
+def test_only_what_is_harmful_is_left_out(bench: Bench) -> None:
+    bench.bare_environment(
+        {"first": PID, "harmful": f"{PID}kept = open('/dev/null')\n", "last": PID}
+    )
+
+    async def scenario(engine: Engine) -> None:
+        attempt = bench.attempt(
+            """
+            import os, first, harmful, last
+            def task(config): return [each.pid == os.getpid() for each in (first, harmful, last)]
+            """,
+            preload=("first", "harmful", "last"),
+        )
+        ended = await bench.outcome(engine, attempt)
+        assert ended.result == [False, True, False]
+        assert [hint.partition(" is not")[0] for hint in ended.hints] == ["harmful"]
+
+    bench.run(scenario)
+
+
+def test_an_import_that_takes_too_long_is_left_to_the_jobs(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forkserver, "READY_S", 0.5)
+    slow = f"{PID}import time\nif 'CORTEX_JOB_ID' not in os.environ: time.sleep(600)\n"
+    bench.bare_environment({"lib": slow})
+
+    async def scenario(engine: LocalEngine) -> None:
+        ended = await bench.outcome(engine, bench.attempt(IMPORTED_HERE, preload=("lib",)))
+        assert ended.result is True
+        assert "takes longer than 0.5 s" in ended.hints[0]
+
+    bench.run(scenario)
+
+
+def test_a_job_that_waits_for_an_import_says_so(bench: Bench) -> None:
+    bench.bare_environment({"lib": f"{PID}import time\ntime.sleep(1)\n"})
+
+    async def scenario(engine: Engine) -> None:
+        ended = await bench.outcome(engine, bench.attempt(IMPORTED_HERE, preload=("lib",)))
+        assert ended.result is False
+        assert "waits for lib to be imported ahead (definition.preload)" in bench.waits
+
+    bench.run(scenario)
+
+
+def test_modules_are_imported_in_the_order_that_was_asked_for(bench: Bench) -> None:
+    bench.bare_environment(
+        {
+            "order": "seen = []\n",
+            "a": "import order\norder.seen.append('a')\n",
+            "b": "import order\norder.seen.append('b')\n",
+        }
+    )
+
+    async def scenario(engine: Engine) -> None:
+        attempt = bench.attempt(
+            "import a, b, order\ndef task(config): return order.seen", preload=("b", "a")
+        )
+        assert (await bench.outcome(engine, attempt)).result == ["b", "a"]
+
+    bench.run(scenario)
+
+
+def test_an_import_finds_the_environment_and_the_project_and_keeps_what_it_changes(
+    bench: Bench,
+) -> None:
+    bench.env = {"MODE": "fast"}
+    bench.write("WORD = 'own'\n", "settings_of_lib.py")
+    bench.bare_environment(
+        {
+            "lib": "import os, settings_of_lib\nmode = os.environ['MODE']\n"
+            "os.environ['SET_BY_LIB'] = settings_of_lib.WORD\n"
+        }
+    )
+
+    async def scenario(engine: Engine) -> None:
+        attempt = bench.attempt(
+            "import lib, os\ndef task(config): return [lib.mode, os.environ['SET_BY_LIB']]",
+            preload=("lib",),
+        )
+        ended = await bench.outcome(engine, attempt)
+        assert (ended.result, ended.hints) == (["fast", "own"], ())
+
+    bench.run(scenario)
+
+
+def test_what_an_import_prints_is_in_the_log_of_each_job(bench: Bench) -> None:
+    words = "import sys, warnings\nprint('no GPU')\nprint('really', file=sys.stderr)\n"
+    bench.bare_environment({"lib": f"{words}warnings.warn('old', UserWarning)\n"})
+
+    async def scenario(engine: Engine) -> None:
+        attempts = [
+            bench.attempt("import lib\ndef task(config): print('here')", preload=("lib",))
+            for _ in range(2)
+        ]
+        for attempt in attempts:
+            await bench.outcome(engine, attempt)
+            log = bench.log(attempt)
+            assert log.startswith("no GPU\nreally\n")
+            assert "UserWarning: old" in log
+            assert log.endswith("here\n")
+
+    bench.run(scenario)
+
+
+def test_random_numbers_of_python_differ_from_job_to_job(bench: Bench) -> None:
+    bench.bare_environment({"lib": "import random\nrandom_number = random.random\n"})
+
+    async def scenario(engine: Engine) -> None:
+        attempt = bench.attempt("import lib\ndef task(config): ...", preload=("lib",))
+        assert (await bench.outcome(engine, attempt)).hints == ()
+        code = "import lib, uuid\ndef task(config): return [lib.random_number(), uuid.uuid4().hex]"
+        seen = set()
+        for _ in range(3):
+            ended = await bench.outcome(engine, bench.attempt(code, preload=("lib",)))
+            assert isinstance(ended.result, list)
+            seen.update(ended.result)
+        assert len(seen) == 6
+
+    bench.run(scenario)
+
+
+def test_threads_that_end_before_a_fork_are_no_threads(bench: Bench) -> None:
+    """As those of OpenBLAS: they end when a process is forked, and start again in whoever needs them."""
+    bench.bare_environment(
+        {
+            "lib": f"""{PID}
+import threading
+stop = threading.Event()
+thread = threading.Thread(target=stop.wait, daemon=True)
+thread.start()
+def before():
+    stop.set()
+    thread.join()
+os.register_at_fork(before=before)
+"""
+        }
+    )
+
+    async def scenario(engine: Engine) -> None:
+        ended = await bench.outcome(engine, bench.attempt(IMPORTED_HERE, preload=("lib",)))
+        assert (ended.result, ended.hints) == (False, ())
+
+    bench.run(scenario)
+
+
+def test_a_job_that_spends_long_on_imports_says_what_would_spare_it_that(bench: Bench) -> None:
+    bench.bare_environment({"lib": "import time\ntime.sleep(0.4)\nclass Model: ...\n"})
+    bench.write("from lib import Model\n", "own.py")
+
+    async def scenario(engine: Engine) -> None:
+        ended: Ended = await bench.outcome(
+            engine, bench.attempt("import own\ndef task(config): return 1")
+        )
+        [hint] = ended.hints
+        assert " s importing lib: `preload: [lib]`" in hint
+        ended = await bench.outcome(
+            engine, bench.attempt("import own\ndef task(config): return 1", preload=("lib",))
+        )
+        assert ended.hints == ()
+
+    bench.run(scenario)
+
+
+def test_time_of_the_users_own_is_not_told_as_an_imports(bench: Bench) -> None:
+    async def scenario(engine: Engine) -> None:
+        code = "import json, time\ntime.sleep(0.4)\ndef task(config): return 1"
+        assert (await bench.outcome(engine, bench.attempt(code))).hints == ()
+
+    bench.run(scenario)
