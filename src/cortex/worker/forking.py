@@ -43,8 +43,7 @@ def serve(data: bytes, fd: int, startup: frozenset[str]) -> None:
         # Python did not see it: what lies there could shadow what this process needs itself.
         if "PYTHONPATH" in setup.env:
             os.environ["PYTHONPATH"] = setup.env["PYTHONPATH"]
-        words = _import_ahead(setup, setup.path, sock, startup)
-        task.prepare(setup, setup.path, words)
+        task.prepare(setup, setup.path, *_import_ahead(setup, setup.path, sock, startup))
         found = task.find(setup, setup.path, None)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -107,14 +106,14 @@ def _job_id_slot() -> int:
 
 def _import_ahead(
     setup: messages.Setup, path: str, sock: socket.socket, startup: frozenset[str]
-) -> bytes:
-    """Import what the version asks for; what that has printed. Where it must not be, say so and end: the engine
+) -> tuple[bytes, list[object]]:
+    """Import what the version asks for; what that has printed, and what each job has to seed. Where it must not be, say so and end: the engine
     starts this again without it."""
     roots = task.user_roots(setup)
     watch = preload.Watch() if setup.preload else None
     preload.forget_shadowed([*roots, os.path.dirname(path)], startup)
     if watch is None:
-        return b""
+        return b"", []
     sys.path[0:0] = roots
     try:
         words = preload.preload(setup.preload, watch, lambda name: _say(sock, importing=name))
@@ -125,7 +124,7 @@ def _import_ahead(
     watch.close()
     for root in roots:
         sys.path.remove(root)  # a job puts them there itself
-    return words
+    return words, watch.generators
 
 
 def _say(sock: socket.socket, *, importing: str | None = None, refused: str | None = None) -> None:

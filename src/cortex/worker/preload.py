@@ -19,12 +19,24 @@ from cortex.worker.bare import signal, signal_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 MAX_WORDS = 1 << 16
 """Bytes that are kept of what modules print while they are imported."""
-_HARMLESS = frozenset({"joblib", "matplotlib"})
-"""Libraries beside Python's own whose exit handlers act on nothing but the memory of their process."""
+_HARMLESS = frozenset(
+    {
+        "PIL._imaging.clear_cache",
+        "certifi.core.exit_cacert_ctx",
+        "matplotlib._pylab_helpers.Gcf.destroy_all",
+        "pyarrow._s3fs.ensure_s3_finalized",
+    }
+)
+"""Exit handlers of libraries, which have been read: they act on nothing but the memory of their process. Those of
+Python itself do the same in every process that imports them."""
+
+
+_FORK_AWARE = frozenset({"jemalloc_bg_thd"})
+"""Threads whose library makes up for them in a forked process (jemalloc: `background_thread_postfork_child`)."""
 
 
 class Refused(Exception):
@@ -44,6 +56,8 @@ class Watch:
         self._names = _Names()
         tempfile._name_sequence = self._names  # type: ignore[attr-defined]  # all that it makes asks this for a name
         self._handlers: list[str] = []
+        self.generators: list[object] = []
+        """Those of numpy that have been seeded by the system, as `reseed` does again."""
         self._real_register = atexit.register
         self._threading_register: Callable[..., object] | None = None
         self._before = self._state()
@@ -57,9 +71,9 @@ class Watch:
         if pid == 0:
             os._exit(0)
         os.waitpid(pid, 0)
-        threads = len(os.listdir("/proc/self/task")) - 1
+        threads = [name for name in map(_thread_name, _threads()) if name not in _FORK_AWARE]
         if threads:
-            return f"it starts threads, {threads} here, which a fork does not copy"
+            return f"it starts threads, {len(threads)} here, which a fork does not copy"
         if processes.children(os.getpid()):
             return "it starts processes, which would be shared by all jobs"
         after = self._state()
@@ -109,33 +123,35 @@ class Watch:
 
     def _why_not_handlers(self) -> str | None:
         for name in self._handlers:
-            top = name.partition(".")[0]
-            if top not in sys.stdlib_module_names and top not in _HARMLESS:
+            if name.partition(".")[0] not in sys.stdlib_module_names and name not in _HARMLESS:
                 return (
                     f"it registers the exit handler {name}, which would run at the end of every job"
                 )
         return None
 
     def _why_not_generators(self) -> str | None:
-        module = sys.modules.get("numpy.random")
         shared = getattr(sys.modules.get("numpy.random.mtrand"), "_rand", None)
         if shared is not None and _was_used(shared):
             return (
                 "it draws from or seeds the random numbers of numpy: all jobs would have the same"
             )
-        kinds: list[type] = [self._random.Random]
-        kinds += [
-            getattr(module, name) for name in ("Generator", "RandomState") if module is not None
-        ]
-        known = {id(self._random._inst), id(shared)}
+        self.generators = [] if shared is None else [shared]
+        # It makes another one when it finds itself in another process.
+        pid_aware = self._tempfile._RandomNameSequence  # type: ignore[attr-defined]
+        known = {id(vars(e).get("_rng")) for e in gc.get_objects() if isinstance(e, pid_aware)}
+        known |= {id(self._random._inst), id(shared)}
         for each in gc.get_objects():
-            if isinstance(each, tuple(kinds)) and id(each) not in known:
-                if isinstance(each, self._random.SystemRandom):
-                    continue
+            if id(each) in known or isinstance(each, self._random.SystemRandom):
+                continue
+            if isinstance(each, self._random.Random):
+                kind = _full_name(type(each))
                 return (
-                    f"it keeps a generator of random numbers ({_full_name(type(each))}): all jobs would draw "
-                    "the same"
+                    f"it keeps a generator of random numbers ({kind}): all jobs would draw the same"
                 )
+            module = type(each).__module__
+            is_of_numpy = isinstance(module, str) and module.startswith("numpy.random")
+            if is_of_numpy and _is_unseeded(each):
+                self.generators.append(each)
         return None
 
 
@@ -209,10 +225,45 @@ def _shared_maps() -> Iterator[str]:
 
 
 def _was_used(generator: object) -> bool:
-    """Whether a RandomState of numpy is no more as the system's own randomness has made it: then the first word
-    of its MT19937 is 0x80000000 (`init_by_array`), and all of its words are left."""
-    state = generator.get_state(legacy=False)["state"]  # type: ignore[attr-defined]
-    return int(state["pos"]) != len(state["key"]) or int(state["key"][0]) != 0x80000000
+    """Whether a RandomState of numpy is no more as the system's own randomness makes one: by its position, and
+    the first word of its MT19937, which that sets to 0x80000000 (`init_by_array`)."""
+    now, new = (each.get_state(legacy=False)["state"] for each in (generator, type(generator)()))  # type: ignore[attr-defined]
+    return bool(now["pos"] != new["pos"] or now["key"][0] != new["key"][0])
+
+
+def reseed(generators: Sequence[object]) -> None:
+    """Let each draw other numbers in this process than in all that were forked beside it."""
+    for each in generators:
+        if hasattr(each, "seed"):
+            each.seed()
+        else:
+            source = each.bit_generator  # type: ignore[attr-defined]  # a Generator of numpy
+            source.state = type(source)().state
+
+
+def _is_unseeded(thing: object) -> bool:
+    """Whether it is a generator of numpy that the system's randomness has seeded. One that was made with a
+    number is the same in every process that makes it."""
+    source = getattr(thing, "bit_generator", None)
+    if source is not None:
+        entropy = getattr(getattr(source, "seed_seq", None), "entropy", None)
+        return isinstance(entropy, int) and entropy >= 1 << 64  # it gives 128 bits
+    state: object = getattr(thing, "get_state", dict)()
+    return isinstance(state, tuple) and int(state[1][0]) == 0x80000000
+
+
+def _threads() -> list[str]:
+    """All but the first."""
+    own = str(os.getpid())
+    return [thread for thread in os.listdir("/proc/self/task") if thread != own]
+
+
+def _thread_name(thread: str) -> str:
+    try:
+        with open(f"/proc/self/task/{thread}/comm") as file:
+            return file.read().strip()
+    except OSError:
+        return ""  # it ends at this moment
 
 
 def _full_name(thing: object) -> str:

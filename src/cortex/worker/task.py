@@ -16,12 +16,12 @@ import sys
 import time
 import types
 
-from cortex.worker import ending, loading, plain
+from cortex.worker import ending, loading, plain, preload
 from cortex.worker.messages import Outcome, encode, shorten
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import NoReturn, TextIO
 
     from cortex.worker.messages import Setup
@@ -61,6 +61,8 @@ class _Warm:
     """The names of the modules that it had loaded."""
     words: bytes = b""
     """What the modules that it imported ahead have printed."""
+    generators: Sequence[object] = ()
+    """Generators of random numbers that each job has to seed."""
 
 
 def find(setup: Setup, path: str, before: Found | None) -> Found | None:
@@ -92,12 +94,8 @@ def run(
     """
     if _Warm.words:
         _write(_Warm.words)
-    # The standard library reseeds `random` after a fork; numpy does not, and every job would draw
-    # the same numbers.
-    numpy_random = sys.modules.get("numpy.random")
-    if numpy_random is not None:
-        numpy_random.seed()
-        numpy_random = None
+    # The standard library reseeds `random` after a fork; numpy does not.
+    preload.reseed(_Warm.generators)
     # Not before: a module that this package's own processes came to need would be the user's, of that name.
     sys.path[0:0] = user_roots(setup)
     try:
@@ -119,12 +117,13 @@ def user_roots(setup: Setup) -> list[str]:
     return there + [os.path.join(setup.project, each) for each in listed.split(os.pathsep) if each]
 
 
-def prepare(setup: Setup, path: str, words: bytes) -> None:
+def prepare(setup: Setup, path: str, words: bytes = b"", generators: Sequence[object] = ()) -> None:
     """Make the interpreter what a task expects, once for all that are forked from this process, but for where
     it looks first for modules.
 
     Args:
         words: what was printed by the modules that were imported ahead.
+        generators: what these modules have that each job has to seed.
     """
     # Last, so that they shadow nothing. A process that multiprocessing spawns gets this path, and
     # must find the task's module to unpickle its functions, and cortex.logger.
@@ -145,6 +144,7 @@ def prepare(setup: Setup, path: str, words: bytes) -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] == _PACKAGE]:
             del sys.modules[name]
     _Warm.words = words
+    _Warm.generators = generators
     _Warm.modules = frozenset(sys.modules)
 
 
