@@ -40,6 +40,31 @@ def test_ends_are_counted_by_status_with_how_long_jobs_waited_and_ran(shared: Op
     assert value(seen, "cortex_jobs", api="counted", phase="running") is None
 
 
+MEASURING = """
+class Task:
+    def __init__(self, metrics_client):
+        self.metrics = metrics_client
+
+    def __call__(self, config):
+        self.metrics.increment("rows", config["rows"], tags={"split": "train"})
+        self.metrics.gauge("loss", 0.5)
+        self.metrics.histogram("batch_s", 2)
+        if config.get("fail"):
+            raise ValueError("as asked")
+"""
+
+
+def test_what_tasks_count_and_measure_is_told_also_by_those_that_fail(shared: Operator) -> None:
+    endpoint = shared.deployed(probe_yaml("measured"), {"probe.py": MEASURING})
+    shared.run(endpoint, config={"rows": 3})
+    shared.run(endpoint, config={"rows": 4, "fail": True})
+    seen = told(shared)
+    assert value(seen, "cortex_task_rows_total", api="measured", split="train") == 7
+    assert value(seen, "cortex_task_loss", api="measured") == 0.5
+    assert value(seen, "cortex_task_batch_s_count", api="measured") == 2
+    assert value(seen, "cortex_task_batch_s_sum", api="measured") == 4
+
+
 def test_jobs_in_progress_are_told_also_after_a_restart(own: Operator) -> None:
     endpoint = own.deployed(probe_yaml("kept", "  limits: {max_running: 1}\n"), {"probe.py": PROBE})
     asleep, waits = (own.submit(endpoint, config={"do": "sleep", "s": 300}) for _ in range(2))

@@ -91,6 +91,8 @@ class Ended:
     message: str | None
     result: JsonValue
     has_result: bool
+    measures: tuple[object, ...] = ()
+    """What its task counted and measured, as `worker.measures` tells it."""
     hints: tuple[str, ...] = ()
     """What the users of its version should know: what each job spends on imports, say."""
 

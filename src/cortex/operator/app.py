@@ -122,7 +122,9 @@ async def opened(settings: Settings, failed: Callable[[Exception], None]) -> Asy
             jobs: Jobs = others.jobs
         else:
             finished = None if archive is None else archive.finished
-            dispatcher = Dispatcher(store, engine, versions, finished, metrics.changed)
+            dispatcher = Dispatcher(
+                store, engine, versions, finished, metrics.changed, metrics.measured
+            )
             jobs = dispatcher
         ctx = Context(
             settings, store, engine, versions, jobs, Renderer(store, jobs), watcher, projects,

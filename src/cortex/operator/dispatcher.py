@@ -54,8 +54,14 @@ class Dispatcher:
         versions: Versions,
         finished: Callable[[str], None] | None = None,
         changed: Callable[[JobRecord, JobRecord], None] | None = None,
+        measured: Callable[[str, tuple[object, ...]], None] | None = None,
     ) -> None:
-        """For `finished` and `changed` see `Board`."""
+        """For `finished` and `changed` see `Board`.
+
+        Args:
+            measured: told of what the task of a job that has ended counted and measured, and of which API it is.
+        """
+        self._measured = measured
         self._store = store
         self._engine = engine
         self._versions = versions
@@ -274,7 +280,7 @@ class Dispatcher:
         if event is Event.LOSE and await self._tried_again(live, message or ""):
             return
         result = json.dumps(seen.result) if seen.has_result and event is Event.SUCCEED else None
-        await self._board.apply(
+        record = await self._board.apply(
             live,
             event,
             {
@@ -285,6 +291,8 @@ class Dispatcher:
                 "result": result,
             },
         )
+        if record is not None and seen.measures and self._measured is not None:
+            self._measured(record.spec.api_name, seen.measures)
 
     def _advise(self, live: Live, hints: tuple[str, ...], message: str | None) -> str | None:
         """Keep what the users of its version should know; the first job that shows it and has nothing else to

@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 import cortex
 from cortex.engines.base import NOTHING, NodeInfo
 from cortex.operator.live import Live
+from cortex.operator.measures import TaskMeasures
 from cortex.operator.render import shown
 from cortex.spec.api import MILLI
 from cortex.spec.job import JobRecord
@@ -38,6 +39,8 @@ class Metrics:
 
     def __init__(self) -> None:
         counted = self._counted = CollectorRegistry()
+        self._measures = TaskMeasures()
+        counted.register(self._measures)
         prometheus.ProcessCollector(registry=counted)
         self._ended = prometheus.Counter(
             "cortex_jobs_ended",
@@ -77,6 +80,10 @@ class Metrics:
             self._ended.labels(api, shown(after).value).inc()
             if after.start_ns is not None and after.end_ns is not None:
                 self._runs.labels(api).observe(_seconds(after.start_ns, after.end_ns))
+
+    def measured(self, api: str, told: Iterable[object]) -> None:
+        """A job that has ended told what its task counted and measured."""
+        self._measures.add(api, told)
 
     def text(self, engine: str, live: Iterable[Live] | None, nodes: Sequence[NodeInfo]) -> bytes:
         """All of it, to be sent as `MEDIA_TYPE`. It may take long: run it in a thread.

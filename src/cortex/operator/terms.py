@@ -70,7 +70,9 @@ class Terms:
         ctx = self._ctx
         ctx.versions.start_over()
         finished = None if ctx.archive is None else ctx.archive.finished
-        dispatcher = Dispatcher(ctx.store, ctx.engine, ctx.versions, finished, ctx.metrics.changed)
+        dispatcher = Dispatcher(
+            ctx.store, ctx.engine, ctx.versions, finished, ctx.metrics.changed, ctx.metrics.measured
+        )
         self._jobs.driven_by(dispatcher, is_open=False)
         work = driven(ctx, dispatcher, self._deployer, self._environments)
         await self._open.enter_async_context(work)

@@ -17,19 +17,25 @@ import os
 import sys
 import weakref
 
+from cortex.worker.bare import signal
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import ModuleType
     from typing import NoReturn
 
-    Dying = list[tuple[str, weakref.ref[ModuleType]]]
-
+INTERRUPTED = -2
+"""Of `end`: a KeyboardInterrupt that nothing has caught, after which Python ends itself by SIGINT."""
 FLUSH_FAILED = 120
 """The exit code of a Python that could not flush its standard streams (`Py_RunMain`)."""
 # With the interpreter's lock, as Python itself calls them: a daemon thread runs no more.
 _libc = ctypes.PyDLL(None)
 _fflush, _libc_exit = _libc.fflush, _libc.exit
 _finalize_and_exit = ctypes.pythonapi.Py_Exit
+# What runs now has no line of the user's program: a warning names this one, as in a finalization.
+_NOWHERE: dict[str, object] = {"__name__": "sys", "collect": gc.collect, "update": dict.update}
+_collect = compile("collect()", "sys", "eval")
+_update = compile("update(names, nothing)", "sys", "eval")
 _SPECIAL = (
     "path",
     "argv",
@@ -50,17 +56,21 @@ def end(code: int, known: frozenset[str]) -> NoReturn:
     """End this process as Python ends.
 
     Args:
-        code: its exit code, unless the standard streams cannot be flushed.
+        code: its exit code, unless the standard streams cannot be flushed; or `INTERRUPTED`.
         known: the modules that the fork server had loaded.
     """
     _run(getattr(sys.modules.get("threading"), "_shutdown", None))
     new = [name for name in sys.modules if name not in known]
-    if len(os.listdir("/proc/self/task")) > 1 or any(map(_is_foreign_extension, new)):
+    if code != INTERRUPTED and (
+        len(os.listdir("/proc/self/task")) > 1 or any(map(_is_foreign_extension, new))
+    ):
         _finalize_and_exit(code)
     _run(atexit._run_exitfuncs)
     is_flushed = _flush_streams()
     _take_apart(new)
-    is_flushed = _flush_streams() and is_flushed
+    if code == INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     _fflush(None)
     # The destructors of C++ objects and the exit handlers of C libraries run in here.
     _libc_exit(code if is_flushed else FLUSH_FAILED)
@@ -73,7 +83,7 @@ def _run(step: object) -> None:
         if callable(step):
             step()
     except BaseException as error:  # noqa: BLE001, RUF100
-        sys.__excepthook__(type(error), error, error.__traceback__)
+        _ignored(error, step)
 
 
 def _is_foreign_extension(name: str) -> bool:
@@ -85,72 +95,109 @@ def _is_foreign_extension(name: str) -> bool:
 
 
 def _flush_streams() -> bool:
+    """As `flush_std_files` of CPython does: whether it could."""
     is_flushed = True
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name, None)
+        if stream is None or _is_closed(stream):
+            continue
         try:
-            if stream is None or stream.closed:
-                continue
             stream.flush()
         except BaseException as error:  # noqa: BLE001, RUF100
-            # Where standard error itself fails there is nowhere to say so.
-            if name == "stdout":
-                is_flushed = False
-                _run(lambda error=error: sys.__excepthook__(type(error), error, None))
+            is_flushed = False
+            if name == "stdout":  # of the other there is nowhere to say so
+                _ignored(error, stream)
     return is_flushed
+
+
+def _is_closed(stream: object) -> bool:
+    try:
+        return bool(stream.closed)  # type: ignore[attr-defined]  # the error is handled
+    except BaseException:  # noqa: BLE001, RUF100  # a stream of the user's that cannot tell
+        return False
+
+
+def _ignored(error: BaseException, where: object) -> None:
+    """Tell of an error that nothing can catch, as Python does."""
+    trace = error.__traceback__
+    told = _hook_arguments()((type(error), error, trace and trace.tb_next, None, where))
+    try:
+        sys.unraisablehook(told)
+    except BaseException:  # noqa: BLE001, RUF100  # a hook of the user's
+        sys.__unraisablehook__(told)
+
+
+def _hook_arguments() -> type:
+    """The class of what `sys.unraisablehook` takes, which has no name: from an error in the end of an object."""
+    seen: list[type] = []
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda told: seen.append(type(told))
+    try:
+        thing = _Thing()
+        reference = weakref.ref(thing, lambda _: 1 // 0)
+        del thing  # it is called with this, while the reference is there
+        del reference
+    finally:
+        sys.unraisablehook = hook
+    return seen[0]
+
+
+class _Thing:
+    """Something that a weak reference can be made to."""
 
 
 def _take_apart(new: list[str]) -> None:
     """As `finalize_modules` of CPython does, for the modules that the job has loaded."""
-    gc.collect()
+    eval(_collect, _NOWHERE)
     modules = sys.modules
     for name in _SPECIAL:
         if hasattr(sys, name):
             setattr(sys, name, None)
     for name, original in _STREAMS:
         setattr(sys, name, getattr(sys, original, None))
-    dying: Dying = []
+    dying: list[weakref.ref[ModuleType]] = []
     for name in new:
         module = modules.pop(name, None)
         try:
-            dying.append((name, weakref.ref(module)))  # type: ignore[arg-type]  # the error is handled
+            dying.append(weakref.ref(module))  # type: ignore[arg-type]  # the error is handled
         except TypeError:
             pass  # an object of the user's in a module's place, or nothing
     module = None
     # Most modules end with this, with their globals whole for the code that runs at their end.
-    gc.collect()
-    for _, found in reversed(dying):
+    eval(_collect, _NOWHERE)
+    for found in reversed(dying):
         left = found()
         if left is not None:
             _clear(vars(left))
     left = None
-    gc.collect()
-    _close_files()
+    eval(_collect, _NOWHERE)
+    _end_what_is_left()
 
 
 def _clear(names: dict[str, object]) -> None:
     """As `_PyModule_ClearDict` does: those with one underscore first."""
-    for name in list(names):
-        if name[:1] == "_" and name[1:2] != "_":
-            names[name] = None
-    for name in list(names):
-        if name != "__builtins__":
-            names[name] = None
+    first = [name for name in names if name[:1] == "_" and name[1:2] != "_"]
+    eval(_update, _NOWHERE, {"names": names, "nothing": dict.fromkeys(first)})
+    others = [name for name in names if name != "__builtins__"]
+    eval(_update, _NOWHERE, {"names": names, "nothing": dict.fromkeys(others)})
 
 
-def _close_files() -> None:
-    """Files that something else than a module of the job's keeps, an attribute of a module that all share:
+def _end_what_is_left() -> None:
+    """What something else than a module of the job's keeps: an attribute of a module that all share. Of files the
     outer layers first, which write into the inner ones."""
     # Of the job's own: those of the fork server are frozen.
-    files = [each for each in gc.get_objects() if isinstance(each, io.IOBase)]
-    for each in sorted(files, key=_layer):
+    left = [each for each in gc.get_objects() if hasattr(type(each), "__del__")]
+    for each in sorted(left, key=_layer):
         try:
-            each.close()
-        except BaseException:  # noqa: BLE001, RUF100  # of the user's, or a full disk
-            pass
+            if isinstance(each, io.IOBase):
+                each.close()
+            else:
+                type(each).__del__(each)
+        except BaseException as error:  # noqa: BLE001, RUF100  # of the user's, or a full disk
+            _ignored(error, type(each).__del__)
 
 
-def _layer(file: io.IOBase) -> int:
-    if type(file).__module__ != "_io":
+def _layer(thing: object) -> int:
+    if type(thing).__module__ != "_io":
         return 0  # written in Python: GzipFile and its like
-    return 1 if isinstance(file, io.TextIOBase) else 2
+    return 1 if isinstance(thing, io.TextIOBase) else 2

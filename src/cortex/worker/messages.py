@@ -236,6 +236,7 @@ class ExitRecord(_Message):
         "exit_code",
         "has_result",
         "hints",
+        "measures",
         "message",
         "result",
         "start_ns",
@@ -254,8 +255,10 @@ class ExitRecord(_Message):
         result: object = None,
         has_result: bool = False,
         hints: list[str] | None = None,
+        measures: list[object] | None = None,
     ) -> None:
         self.v = v
+        self.measures = measures or []  # what its task counted and measured
         self.hints = hints or []  # what the users of its version should know
         self.ending = ending
         self.exit_code = exit_code
@@ -280,7 +283,7 @@ class LogCut(_Message):
 class Outcome(_Message):
     """What a job's process says of itself in its outcome file, once."""
 
-    __slots__ = ("has_result", "loading", "lost", "message", "result")
+    __slots__ = ("has_result", "loading", "lost", "measures", "message", "result")
 
     def __init__(
         self,
@@ -290,7 +293,9 @@ class Outcome(_Message):
         has_result: bool = False,
         lost: bool = False,
         loading: list[object] | None = None,
+        measures: object = None,
     ) -> None:
+        self.measures = measures  # what the task counted and measured
         self.loading = loading  # seconds, and the modules that took them
         self.message = message
         self.result = result

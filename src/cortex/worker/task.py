@@ -16,7 +16,7 @@ import sys
 import time
 import types
 
-from cortex.worker import ending, loading, plain, preload
+from cortex.worker import ending, loading, measures, plain, preload
 from cortex.worker.messages import Outcome, encode, shorten
 
 TYPE_CHECKING = False
@@ -101,13 +101,12 @@ def run(
     try:
         code = _call(setup, path, found, job, tell)
     except BaseException as error:  # noqa: BLE001, RUF100  # of the user's making, whatever it is
-        code = 1
-        _show(error)
+        code = _show(error)
     found = None
     try:
         ending.end(code, _Warm.modules)
     finally:
-        os._exit(code)
+        os._exit(1)  # not reached, unless the user's program has broken the interpreter
 
 
 def user_roots(setup: Setup) -> list[str]:
@@ -156,6 +155,7 @@ def _is_own(root: str, name: str) -> bool:
 
 def _call(setup: Setup, path: str, found: Found | None, job: dict[str, object], tell: Tell) -> int:
     said = Outcome()
+    raised: BaseException | None = None
     try:
         task = _load(setup, path, found, said)
         value = task(job.pop("config"))
@@ -163,19 +163,20 @@ def _call(setup: Setup, path: str, found: Found | None, job: dict[str, object], 
         if unusable is not None:
             getattr(value, "close", bool)()  # or Python warns that nobody awaited it
             raise _Unusable(unusable)
-    except SystemExit as error:
-        code = _exit_code(error, said)
-    except _Unusable as error:
-        code = 1
-        said.message = str(error)
-        _print(f"cortex: {error}", sys.stderr)
     except BaseException as error:  # noqa: BLE001, RUF100  # KeyboardInterrupt fails a task too
-        code = 1
-        said.message = _last_line(error)
-        _show(error)
-    else:
+        raised = error  # told of below: what is raised there has not come of it
+    if raised is None:
         _keep(value, said, tell)
         return 0
+    if isinstance(raised, SystemExit):
+        code = _exit_code(raised, said)
+    elif isinstance(raised, _Unusable):
+        code = 1
+        said.message = str(raised)
+        _print(f"cortex: {raised}", sys.stderr)
+    else:
+        code = _show(raised)
+        said.message = _last_line(raised)
     _tell(said, tell)
     return code
 
@@ -255,7 +256,7 @@ def _load(setup: Setup, path: str, found: Found | None, said: Outcome) -> Task:
     if took_s > loading.LEAST_S:
         said.loading = loading.measured(took_s, _Warm.modules, user_roots(setup))
     if "Task" in names:
-        task: object = names["Task"]()
+        task: object = _made(names["Task"], said)
         if not callable(task):
             shown = os.path.relpath(path, setup.project)
             raise _Unusable(f"the class Task of {shown} has no method __call__(self, config)")
@@ -267,12 +268,25 @@ def _load(setup: Setup, path: str, found: Found | None, said: Outcome) -> Task:
     raise _Unusable(f"{shown} defines neither a class Task nor a function task(config)")
 
 
+def _made(kind: Callable[..., object], said: Outcome) -> object:
+    """The Task; one that asks for it gets an object that counts and measures, as in Cortex."""
+    code = getattr(getattr(kind, "__init__", None), "__code__", None)
+    arguments = (
+        () if code is None else code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    )
+    if "metrics_client" not in arguments:
+        return kind()
+    client = measures.MetricsClient()
+    said.measures = client  # told at the job's end
+    return kind(metrics_client=client)
+
+
 def _exit_code(error: SystemExit, said: Outcome) -> int:
     """As `handle_system_exit` of CPython has it."""
     try:
         code = error.code
     except BaseException:  # noqa: BLE001, RUF100  # a property of the user's
-        return 0
+        code = error  # type: ignore[assignment]  # which is then shown itself
     if code is None:
         return 0
     if isinstance(code, int):
@@ -283,17 +297,42 @@ def _exit_code(error: SystemExit, said: Outcome) -> int:
     return 1
 
 
-def _show(error: BaseException) -> None:
-    """Print the traceback as Python does, without the frames of this package."""
+def _show(error: BaseException) -> int:
+    """Print the traceback as `PyErr_PrintEx` does, without the frames of this package; the exit code."""
     # By the slots of the base class: the error's own class may forbid to set attributes, or do anything else.
-    trace = _traceback.__get__(error)
-    while trace is not None and _is_platform(trace.tb_frame.f_code.co_filename):
-        trace = trace.tb_next
+    trace = _without_ours(_traceback.__get__(error))
     _traceback.__set__(error, trace)
+    sys.last_type, sys.last_value, sys.last_traceback = type(error), error, trace
+    sys.last_exc = error  # type: ignore[attr-defined]  # of 3.12
+    if not hasattr(sys, "excepthook"):
+        _print("sys.excepthook is missing", sys.stderr)
+        sys.__excepthook__(type(error), error, trace)
+        return _code_of(error)
+    failed: BaseException | None = None
     try:
         sys.excepthook(type(error), error, trace)
-    except BaseException:  # noqa: BLE001, RUF100  # a hook of the user's
+    except BaseException as other:  # noqa: BLE001, RUF100  # a hook of the user's
+        failed = other
+    if isinstance(failed, SystemExit):
+        return _exit_code(failed, Outcome())
+    if failed is not None:
+        _print("Error in sys.excepthook:", sys.stderr)
+        inner = _without_ours(_traceback.__get__(failed))
+        _traceback.__set__(failed, inner)
+        sys.__excepthook__(type(failed), failed, inner)
+        _print("\nOriginal exception was:", sys.stderr)
         sys.__excepthook__(type(error), error, trace)
+    return _code_of(error)
+
+
+def _code_of(error: BaseException) -> int:
+    return ending.INTERRUPTED if type(error) is KeyboardInterrupt else 1
+
+
+def _without_ours(trace: types.TracebackType | None) -> types.TracebackType | None:
+    while trace is not None and _is_platform(trace.tb_frame.f_code.co_filename):
+        trace = trace.tb_next
+    return trace
 
 
 def _is_platform(filename: str) -> bool:
@@ -316,37 +355,47 @@ def _text(value: object) -> str:
         return "<its message cannot be shown>"
 
 
-def _tell(said: Outcome, tell: Tell) -> None:
+def _tell(said: Outcome, tell: Tell, result: bytes | None = None) -> None:
+    """
+    Args:
+        result: the JSON of the task's return value, which is not made twice.
+    """
     if said.message is not None:
         said.message = shorten(said.message)
-    with contextlib.suppress(OSError):  # a task may have closed all files: the log has it still
-        tell(said.dumps())
+    if isinstance(said.measures, measures.MetricsClient):
+        said.measures = said.measures.told()
+    if result is None:
+        data = said.dumps()
+    else:
+        data = b'{"has_result": true, "result": ' + result
+        if said.loading is not None or said.measures is not None:
+            others = encode({"loading": said.loading, "measures": said.measures})
+            data += b", " + others[1:].encode()
+        else:
+            data += b"}"
+    try:
+        tell(data)
+    except OSError:  # a task may have closed all files: the log alone can tell then
+        if result is not None:
+            why = "the task has closed the file that it would be kept in"
+            _print(f"cortex: the task's return value was not kept: {why}", sys.stdout)
 
 
 def _keep(value: object, said: Outcome, tell: Tell) -> None:
     if value is None:
-        if said.loading is not None:
+        if said.loading is not None or said.measures is not None:
             _tell(said, tell)
         return
+    data = None
     try:
         data = _encode(value).encode()
         why = _why_not(data)
     except BaseException as error:  # noqa: BLE001, RUF100  # code of the user's runs in there
         why = f"it is not JSON: {shorten(_text(error))}"
-    if why is None:
-        more = b"" if said.loading is None else b', "loading": ' + encode(said.loading).encode()
-        try:
-            tell(
-                b'{"has_result": true, "result": ' + data + more + b"}"
-            )  # an Outcome, not made twice
-        except OSError:
-            why = "the task has closed the file that it would be kept in"
-            _print(
-                f"cortex: the task's return value was not kept: {why}", sys.stdout
-            )  # nowhere else
     if why is not None:
+        data = None
         said.message = f"the task's return value was not kept: {why}"
-        _tell(said, tell)
+    _tell(said, tell, data)
 
 
 def _why_not(data: bytes) -> str | None:

@@ -39,8 +39,9 @@ def judge(seen: Supervisor, ending: str) -> ExitRecord:
     if code == 0:
         return _record(seen, EXITED, said.message, code, said)
     words = f"killed by {bare.signal_name(-code)}" if code < 0 else f"exit code {code}"
-    if code > 0 and said.message:
-        return _record(seen, EXITED, said.message, code, said)
+    if said.message:
+        message = said.message if code > 0 else f"{words}: {said.message}"
+        return _record(seen, EXITED, message, code, said)
     last = _last_line(seen)
     return _record(seen, EXITED, f"{words}: {last}" if last else words, code)
 
@@ -72,6 +73,7 @@ def _record(
         result=said.result if said else None,
         has_result=said.has_result if said else False,
         hints=_hints(seen, said),
+        measures=said.measures if said and isinstance(said.measures, list) else None,
     )
 
 

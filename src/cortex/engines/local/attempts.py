@@ -288,6 +288,7 @@ class Attempts:
             message=record.message,
             result=record.result,  # type: ignore[arg-type]  # it was read from JSON
             has_result=record.has_result,
+            measures=tuple(record.measures),
             hints=tuple(map(str, record.hints)),
         )
         self._settle(live, last)
