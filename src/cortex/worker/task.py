@@ -303,7 +303,8 @@ def _show(error: BaseException) -> int:
     trace = _without_ours(_traceback.__get__(error))
     _traceback.__set__(error, trace)
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, trace
-    sys.last_exc = error  # type: ignore[attr-defined]  # of 3.12
+    if sys.version_info >= (3, 12):
+        sys.last_exc = error
     if not hasattr(sys, "excepthook"):
         _print("sys.excepthook is missing", sys.stderr)
         sys.__excepthook__(type(error), error, trace)
