@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fidelity.harness import Runner
+
+
+@pytest.fixture(scope="session")
+def runner() -> Iterator[Runner]:
+    """One engine for all programs of a test process. Its folder has a short name: that of a socket below it, as
+    multiprocessing makes them, has at most 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="fidelity") as name:
+        made = Runner(Path(name))
+        try:
+            yield made
+        finally:
+            made.close()
