@@ -292,8 +292,6 @@ EXITS = [
     left("'żółw \\udcff'", ""),
     left("[]", ""),
     left("{}", ""),
-    left("()", ""),
-    left("(3,)", ""),
     left("(1, 2)", ""),
     left("True", ""),
     left("False", ""),

@@ -1,0 +1,614 @@
+"""What happens when a program's modules are imported: order, conditions, environment, path, names, words, and all that
+a library may make then. Each library is a few lines in the environment's site-packages."""
+
+from __future__ import annotations
+
+import pytest
+
+from fidelity.harness import Program, Runner
+from fidelity.programs import program
+
+RETURN = "def task(config):\n    return 1\n"
+
+ORDER = [
+    program(
+        "environment-before-an-import",
+        """
+        import os
+        os.environ['HUB_HOME'] = '/data/hub'
+        import hublib
+        def task(config):
+            return hublib.HOME
+        """,
+        libraries={"hublib.py": "import os\nHOME = os.environ.get('HUB_HOME', '/home/default')\n"},
+    ),
+    program(
+        "environment-by-setdefault-in-another-module",
+        """
+        import settings
+        import hublib
+        def task(config):
+            return hublib.HOME
+        """,
+        files={"settings.py": "import os\nos.environ.setdefault('HUB_HOME', '/data/hub')\n"},
+        libraries={"hublib.py": "import os\nHOME = os.environ.get('HUB_HOME', '/home/default')\n"},
+    ),
+    program(
+        "environment-by-putenv",
+        """
+        import ctypes, os
+        os.putenv('ODD', 'yes')
+        import lib
+        def task(config):
+            return [lib.ODD, os.environ.get('ODD')]
+        """,
+        libraries={
+            "lib.py": "import ctypes\ng = ctypes.CDLL(None).getenv\ng.restype = ctypes.c_char_p\nODD = (g(b'ODD') or b'').decode()\n"
+        },
+    ),
+    program(
+        "environment-that-an-import-changes",
+        "import os\nimport lib\ndef task(config):\n    return [os.environ.get('LIB'), 'PATH' in os.environ]\n",
+        libraries={"lib.py": "import os\nos.environ['LIB'] = 'set'\ndel os.environ['PATH']\n"},
+        jobs=2,
+    ),
+    program(
+        "environment-that-an-import-adds-to",
+        "import os\nimport lib\ndef task(config):\n    return os.environ['LIB_FLAGS']\n",
+        libraries={"lib.py": "import os\nos.environ['LIB_FLAGS'] = os.environ.get('LIB_FLAGS', '') + ' -x'\n"},
+        jobs=3,
+    ),
+    program(
+        "vendored-before-installed",
+        """
+        import os, sys
+        sys.path.insert(0, os.path.join(os.path.dirname(__file__), 'vendor'))
+        import tablelib
+        def task(config):
+            return tablelib.WHO
+        """,
+        files={"vendor/tablelib.py": "WHO = 'vendored'\n"},
+        libraries={"tablelib.py": "WHO = 'installed'\n"},
+    ),
+    program(
+        "path-appended",
+        "import sys\nsys.path.append('vendor')\nimport tablelib\ndef task(config):\n    return tablelib.WHO\n",
+        files={"vendor/tablelib.py": "WHO = 'vendored'\n"},
+        libraries={"tablelib.py": "WHO = 'installed'\n"},
+    ),
+    program(
+        "path-replaced",
+        "import sys\nsys.path[:] = [p for p in sys.path if 'site-packages' not in p]\ntry:\n    import tablelib\nexcept ImportError as error:\n    WHO = str(error)\ndef task(config):\n    return WHO\n",
+        libraries={"tablelib.py": "WHO = 'installed'\n"},
+    ),
+    program(
+        "module-put-in-place",
+        """
+        import sys, types
+        fake = types.ModuleType('tablelib')
+        fake.WHO = 'fake'
+        sys.modules['tablelib'] = fake
+        import tablelib
+        def task(config):
+            return tablelib.WHO
+        """,
+        libraries={"tablelib.py": "WHO = 'installed'\n"},
+    ),
+    program(
+        "module-forbidden",
+        """
+        import sys
+        sys.modules['fastlib'] = None
+        import tablelib
+        def task(config):
+            return tablelib.FAST
+        """,
+        libraries={
+            "tablelib.py": "try:\n    import fastlib\n    FAST = True\nexcept ImportError:\n    FAST = False\n",
+            "fastlib.py": "",
+        },
+    ),
+    program(
+        "standard-module-patched-before",
+        """
+        import time
+        time.sleep = lambda seconds: print('slept', seconds)
+        import lib
+        def task(config):
+            lib.wait()
+        """,
+        libraries={"lib.py": "from time import sleep\ndef wait():\n    sleep(3600)\n"},
+    ),
+    program(
+        "builtin-patched-before",
+        """
+        import builtins
+        builtins.print = lambda *words, print=print: print('patched', *words)
+        import lib
+        def task(config):
+            lib.say()
+        """,
+        libraries={"lib.py": "def say():\n    print('words')\n"},
+        jobs=2,
+    ),
+    program(
+        "class-of-a-library-patched",
+        "import lib\nlib.T.name = lib.T.name + '!'\ndef task(config):\n    return lib.T.name\n",
+        libraries={"lib.py": "class T:\n    name = 'T'\n"},
+        jobs=3,
+    ),
+    program(
+        "state-of-a-library",
+        "import lib\ndef task(config):\n    lib.COUNT.append(1)\n    return len(lib.COUNT)\n",
+        libraries={"lib.py": "COUNT = []\n"},
+        jobs=3,
+    ),
+    program(
+        "conditional",
+        """
+        import builtins, os
+        if os.environ.get('DEBUG'):
+            import prettylib
+        def task(config):
+            return hasattr(builtins, 'PRETTY')
+        """,
+        libraries={"prettylib.py": "import builtins\nbuiltins.PRETTY = True\n"},
+    ),
+    program(
+        "for-type-checkers",
+        """
+        import sys
+        from typing import TYPE_CHECKING
+        if TYPE_CHECKING:
+            import heavylib
+        def task(config):
+            return 'heavylib' in sys.modules
+        """,
+        libraries={"heavylib.py": ""},
+    ),
+    program(
+        "in-a-try",
+        """
+        import sys
+        try:
+            import missing_lib
+        except ImportError:
+            import otherlib as missing_lib
+        def task(config):
+            return [missing_lib.WHO, 'otherlib' in sys.modules]
+        """,
+        libraries={"otherlib.py": "WHO = 'other'\n"},
+    ),
+    program(
+        "the-better-of-two",
+        """
+        import sys
+        try:
+            import goodlib as lib
+        except ImportError:
+            import badlib as lib
+        def task(config):
+            return [lib.__name__, 'badlib' in sys.modules]
+        """,
+        libraries={"goodlib.py": "", "badlib.py": "raise SystemExit('never imported')\n"},
+    ),
+    program(
+        "in-the-task",
+        "import sys\ndef task(config):\n    before = 'latelib' in sys.modules\n    import latelib\n    return [before, latelib.X]\n",
+        libraries={"latelib.py": "X = 1\n"},
+    ),
+    program(
+        "by-importlib",
+        "import importlib\ndef task(config):\n    return importlib.import_module(config['name']).X\n",
+        libraries={"latelib.py": "X = 1\n"},
+        config={"name": "latelib"},
+    ),
+    program(
+        "reloaded",
+        "import importlib\nimport lib\ndef task(config):\n    importlib.reload(lib)\n    return lib.N\n",
+        libraries={"lib.py": "N = globals().get('N', 0) + 1\n"},
+        jobs=2,
+    ),
+    program(
+        "own-modules-in-a-circle",
+        "import a\ndef task(config):\n    return a.get()\n",
+        files={
+            "a.py": "import b\nX = 1\ndef get():\n    return b.get()\n",
+            "b.py": "import a\ndef get():\n    return a.X\n",
+        },
+    ),
+    program(
+        "a-circle-that-fails",
+        "import a\n" + RETURN,
+        files={"a.py": "from b import Y\nX = 1\n", "b.py": "from a import X\nY = 2\n"},
+    ),
+    program(
+        "a-circle-with-the-task",
+        "import helper\nX = 5\ndef task(config):\n    return helper.get()\n",
+        files={"helper.py": "import task\ndef get():\n    return task.X\n"},
+    ),
+    program(
+        "the-task-is-imported-once",
+        "import sys\nprint('imported')\ndef task(config):\n    import task\n    return task is sys.modules[__name__]\n",
+    ),
+    program(
+        "error-behind-another",
+        "import weblib\n" + RETURN,
+        libraries={
+            "metricslib.py": "NAMES = set()\ndef counter(name):\n    if name in NAMES:\n        raise ValueError(f'metric {name} is there already')\n    NAMES.add(name)\n",
+            "weblib.py": "import metricslib\nmetricslib.counter('requests_total')\nimport libgl_binding\n",
+        },
+        says="ModuleNotFoundError: No module named 'libgl_binding'",
+    ),
+    program(
+        "settings-that-an-import-needs",
+        """
+        import os
+        os.environ['APP_SETTINGS'] = 'prod'
+        import applib
+        def task(config):
+            return applib.SETTINGS
+        """,
+        libraries={
+            "metricslib.py": "NAMES = set()\ndef counter(name):\n    if name in NAMES:\n        raise ValueError(f'metric {name} is there already')\n    NAMES.add(name)\n",
+            "applib.py": "import os\nimport metricslib\nmetricslib.counter('app_info')\nSETTINGS = os.environ['APP_SETTINGS']\n",
+        },
+    ),
+    program("missing", "import missing_lib\n" + RETURN, says="No module named 'missing_lib'"),
+    program("missing-name", "from os import no_such_name\n" + RETURN, says="cannot import name"),
+    program(
+        "library-that-fails-at-times",
+        """
+        try:
+            import lib
+        except ValueError:
+            import lib
+        def task(config):
+            return lib.X
+        """,
+        libraries={"lib.py": "import builtins\nif not hasattr(builtins, 'seen'):\n    builtins.seen = 1\n    raise ValueError\nX = 1\n"},
+        jobs=2,
+    ),
+    program(
+        "library-that-exits",
+        "import lib\n" + RETURN,
+        libraries={"lib.py": "import sys\nsys.exit('this machine has no licence')\n"},
+        says="no licence",
+    ),
+    program(
+        "library-that-kills",
+        "import lib\n" + RETURN,
+        libraries={"lib.py": "import os\nprint('before')\nos.abort()\n"},
+    ),
+    program(
+        "star",
+        "from lib import *\ndef task(config):\n    return [a, sorted(n for n in globals() if n in 'abc')]\n",
+        libraries={"lib.py": "__all__ = ['a', 'b']\na, b, c = 1, 2, 3\n"},
+    ),
+    program(
+        "sub-modules",
+        "import pack.sub\nimport pack\ndef task(config):\n    return [pack.sub.X, hasattr(pack, 'other')]\n",
+        libraries={"pack/__init__.py": "", "pack/sub.py": "X = 1\n", "pack/other.py": ""},
+    ),
+    program(
+        "lazy-package",
+        "import sys\nimport pack\ndef task(config):\n    before = 'pack.heavy' in sys.modules\n    return [before, pack.heavy.X]\n",
+        libraries={
+            "pack/__init__.py": "def __getattr__(name):\n    import importlib\n    return importlib.import_module('.' + name, __name__)\n",
+            "pack/heavy.py": "X = 1\n",
+        },
+    ),
+    program(
+        "lazy-loader",
+        """
+        import importlib.util, sys
+        spec = importlib.util.find_spec('lib')
+        spec.loader = importlib.util.LazyLoader(spec.loader)
+        lib = sys.modules['lib'] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(lib)
+        def task(config):
+            print('task')
+            return lib.X
+        """,
+        libraries={"lib.py": "print('imported')\nX = 1\n"},
+    ),
+    program(
+        "namespace-package",
+        "import space.one, space.two\ndef task(config):\n    return [space.one.X, space.two.X]\n",
+        files={"space/one.py": "X = 1\n"},
+        libraries={"space/two.py": "X = 2\n"},
+    ),
+    program(
+        "own-package-installed-for-development",
+        "import pipeline\ndef task(config):\n    return pipeline.RUN_ID\n",
+        libraries={
+            "pipeline/__init__.py": "import uuid\nRUN_ID = uuid.uuid4().hex\n",
+        },
+        fresh=True,
+        jobs=3,
+    ),
+    program(
+        "modules-that-are-there-before",
+        """
+        import sys
+        names = set(sys.modules)
+        def task(config):
+            return sorted(names & {'hublib', 'numpy', 'threading', 'logging', 'asyncio', 'socket', 'subprocess',
+                                   'random', 'multiprocessing', 'queue', 'pathlib', 'typing', 'ast'})
+        """,
+    ),
+    program(
+        "warnings-at-import",
+        "import lib\n" + RETURN,
+        libraries={"lib.py": "import warnings\nwarnings.warn('careful')\nwarnings.warn('old', FutureWarning, stacklevel=2)\n"},
+        jobs=2,
+    ),
+    program(
+        "warnings-once",
+        "import warnings\ndef task(config):\n    for _ in range(3):\n        warnings.warn('careful')\n    warnings.warn('old', DeprecationWarning)\n",
+        jobs=2,
+    ),
+    program(
+        "filters-of-warnings",
+        "import warnings\ndef task(config):\n    return [[f[0], f[2].__name__] for f in warnings.filters]\n",
+    ),
+    program(
+        "words-at-import",
+        "import lib\n" + RETURN,
+        libraries={"lib.py": "import sys\nprint('lib: no GPU, using the CPU')\nprint('to stderr', file=sys.stderr)\n"},
+        jobs=2,
+    ),
+    program(
+        "half-a-line-at-import",
+        "import lib\ndef task(config):\n    print('task')\n",
+        libraries={"lib.py": "import os\nprint('loading ...', end='')\nos.write(1, b'from below\\n')\n"},
+    ),
+    program(
+        "words-of-own-modules",
+        "print('task file')\nimport helper\ndef task(config):\n    print('task')\n",
+        files={"helper.py": "print('helper')\n"},
+        jobs=2,
+    ),
+    program(
+        "logging-set-up-at-import",
+        "import lib\nimport logging\ndef task(config):\n    logging.getLogger('x').info('words')\n",
+        libraries={"lib.py": "import logging, sys\nlogging.basicConfig(level='INFO', stream=sys.stdout, format='%(name)s %(message)s')\n"},
+        jobs=2,
+    ),
+]
+
+MADE_AT_IMPORT = [
+    program(
+        "random-state",
+        "import fakelib\ndef task(config):\n    return fakelib.name()\n",
+        libraries={"fakelib.py": "import random\n_random = random.Random()\ndef name():\n    return _random.randrange(10**12)\n"},
+        fresh=True,
+        jobs=3,
+    ),
+    program(
+        "random-of-the-module",
+        "import lib\nimport random\ndef task(config):\n    return [random.random(), lib.X]\n",
+        libraries={"lib.py": "import random\nX = random.random()\n"},
+        fresh=True,
+        jobs=3,
+    ),
+    program(
+        "random-seeded",
+        "import random\nrandom.seed(1)\ndef task(config):\n    return random.random()\n",
+        jobs=2,
+    ),
+    program(
+        "random-seeded-by-a-library",
+        "import lib\nimport random\ndef task(config):\n    return random.random()\n",
+        libraries={"lib.py": "import random\nrandom.seed(1)\n"},
+        jobs=2,
+    ),
+    program("uuid", "import uuid\ndef task(config):\n    return [str(uuid.uuid4()), str(uuid.uuid1())]\n", fresh=True, jobs=3),
+    program("secrets", "import secrets\nX = secrets.token_hex(8)\ndef task(config):\n    return X\n", fresh=True, jobs=3),
+    program("c-random", "import ctypes\ndef task(config):\n    return ctypes.CDLL(None).rand()\n", jobs=2),
+    program(
+        "hash-seed-given",
+        "def task(config):\n    return hash('words')\n",
+        env={"PYTHONHASHSEED": "7"},
+        jobs=2,
+    ),
+    program(
+        "names-of-temporary-files",
+        "import tempfile\nname = tempfile.mktemp()\ndef task(config):\n    return [name, tempfile.mktemp()]\n",
+        fresh=True,
+        jobs=3,
+    ),
+    program(
+        "temporary-folder",
+        "import tmplib\ndef task(config):\n    return tmplib.save('a')\n",
+        libraries={"tmplib.py": "import os, tempfile\nHERE = tempfile.TemporaryDirectory()\ndef save(name):\n    open(os.path.join(HERE.name, name), 'w').close()\n    return os.listdir(HERE.name)\n"},
+        jobs=3,
+    ),
+    program(
+        "temporary-folder-that-an-exit-handler-removes",
+        "import tmplib\ndef task(config):\n    open(tmplib.HERE + '/a', 'w').close()\n    return 1\n",
+        libraries={"tmplib.py": "import atexit, shutil, tempfile\nHERE = tempfile.mkdtemp()\natexit.register(shutil.rmtree, HERE)\n"},
+        jobs=3,
+    ),
+    program(
+        "lock-of-processes",
+        "import os\nimport locklib\ndef task(config):\n    print('got the lock:', locklib.LOCK.acquire(timeout=4))\n    os._exit(1)\n",
+        libraries={"locklib.py": "import multiprocessing\nLOCK = multiprocessing.Lock()\n"},
+        jobs=2,
+    ),
+    program(
+        "lock-of-threads",
+        "import locklib\ndef task(config):\n    return locklib.LOCK.acquire(timeout=4)\n",
+        libraries={"locklib.py": "import threading\nLOCK = threading.Lock()\n"},
+        jobs=2,
+    ),
+    program(
+        "anonymous-shared-memory",
+        "import memlib\ndef task(config):\n    memlib.M[0] += 1\n    return memlib.M[0]\n",
+        libraries={"memlib.py": "import mmap\nM = mmap.mmap(-1, 4096)\n"},
+        jobs=3,
+    ),
+    program(
+        "shared-value",
+        "import vallib\ndef task(config):\n    vallib.V.value += 1\n    return vallib.V.value\n",
+        libraries={"vallib.py": "import multiprocessing\nV = multiprocessing.Value('i', 0)\n"},
+        jobs=3,
+    ),
+    program(
+        "pipe",
+        "import os\nimport pipelib\ndef task(config):\n    os.write(pipelib.W, b'x')\n    return len(os.read(pipelib.R, 100))\n",
+        libraries={"pipelib.py": "import os\nR, W = os.pipe()\n"},
+        jobs=3,
+    ),
+    program(
+        "file-that-is-read",
+        "import datalib\ndef task(config):\n    return [datalib.F.read(4), datalib.F.tell()]\n",
+        libraries={"datalib.py": "F = open(__file__)\n"},
+        jobs=3,
+    ),
+    program(
+        "file-that-is-appended-to",
+        "import lib\ndef task(config):\n    lib.F.write('row\\n')\n",
+        libraries={"lib.py": "F = open('rows', 'a')\n"},
+    ),
+    program(
+        "connection",
+        "import socklib\ndef task(config):\n    socklib.A.send(b'x')\n    return len(socklib.B.recv(10))\n",
+        libraries={"socklib.py": "import socket\nA, B = socket.socketpair()\n"},
+        jobs=3,
+    ),
+    program(
+        "thread",
+        "import threadlib\ndef task(config):\n    return threadlib.call(1)\n",
+        libraries={"threadlib.py": "import queue, threading\nI, O = queue.Queue(), queue.Queue()\ndef work():\n    while True:\n        O.put(I.get() + 1)\nthreading.Thread(target=work, daemon=True).start()\ndef call(n):\n    I.put(n)\n    return O.get()\n"},
+        jobs=2,
+    ),
+    program(
+        "raw-thread",
+        "import pumplib\ndef task(config):\n    return pumplib.call(1)\n",
+        libraries={"pumplib.py": "import _thread, queue\nI, O = queue.SimpleQueue(), queue.SimpleQueue()\ndef work():\n    while True:\n        O.put(I.get() + 1)\n_thread.start_new_thread(work, ())\ndef call(n):\n    I.put(n)\n    return O.get()\n"},
+        jobs=2,
+    ),
+    program(
+        "thread-that-is-over",
+        "import lib\nimport threading\ndef task(config):\n    return [lib.X, threading.active_count()]\n",
+        libraries={"lib.py": "import threading\nX = []\nt = threading.Thread(target=X.append, args=(1,))\nt.start()\nt.join()\n"},
+        jobs=2,
+    ),
+    program(
+        "executor",
+        "import lib\ndef task(config):\n    return lib.P.submit(abs, -1).result()\n",
+        libraries={"lib.py": "from concurrent.futures import ThreadPoolExecutor\nP = ThreadPoolExecutor(2)\nP.submit(abs, 1).result()\n"},
+        jobs=2,
+    ),
+    program(
+        "process",
+        "import lib\ndef task(config):\n    return lib.ask('a')\n",
+        libraries={"lib.py": "import subprocess\nP = subprocess.Popen(['cat'], stdin=-1, stdout=-1, text=True, bufsize=1)\ndef ask(words):\n    P.stdin.write(words + '\\n')\n    P.stdin.flush()\n    return P.stdout.readline()\n"},
+        jobs=2,
+    ),
+    program(
+        "fork",
+        "import lib\ndef task(config):\n    return lib.CODE\n",
+        libraries={"lib.py": "import os\npid = os.fork()\nif pid == 0:\n    os._exit(3)\nCODE = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])\n"},
+        jobs=2,
+    ),
+    program(
+        "fork-of-the-task",
+        "import os\npid = os.fork()\nif pid == 0:\n    print('child')\n    os._exit(0)\nos.waitpid(pid, 0)\ndef task(config):\n    print('parent')\n",
+    ),
+    program(
+        "fork-hooks",
+        "import os\nimport lib\ndef task(config):\n    pid = os.fork()\n    if pid == 0:\n        os._exit(len(lib.SEEN))\n    return [len(lib.SEEN), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]\n",
+        libraries={"lib.py": "import os\nSEEN = []\nos.register_at_fork(before=lambda: SEEN.append(1), after_in_child=lambda: SEEN.append(2))\n"},
+        jobs=2,
+    ),
+    program("process-id", "import os\nPID = os.getpid()\ndef task(config):\n    return PID == os.getpid()\n", jobs=2),
+    program(
+        "process-id-of-a-library",
+        "import os\nimport lib\ndef task(config):\n    return lib.PID == os.getpid()\n",
+        libraries={"lib.py": "import os\nPID = os.getpid()\n"},
+        jobs=2,
+    ),
+    program(
+        "time-of-start",
+        "import time\nimport lib\ndef task(config):\n    return [0 <= time.time() - lib.T < 60, time.process_time() < 5]\n",
+        libraries={"lib.py": "import time\nT = time.time()\n"},
+        jobs=2,
+    ),
+    program(
+        "signal-handler",
+        "import signal\nimport lib\ndef task(config):\n    signal.raise_signal(signal.SIGUSR1)\n",
+        libraries={"lib.py": "import signal\nsignal.signal(signal.SIGUSR1, lambda *_: print('signal'))\n"},
+    ),
+    program(
+        "exit-handler",
+        "import lib\n" + RETURN,
+        libraries={"lib.py": "import atexit, os\natexit.register(print, 'at exit', os.getcwd() != '/')\n"},
+        jobs=2,
+    ),
+    program(
+        "event-loop",
+        "import asyncio\nimport lib\nasync def main():\n    await asyncio.sleep(0)\n    return 1\ndef task(config):\n    return lib.LOOP.run_until_complete(main())\n",
+        libraries={"lib.py": "import asyncio\nLOOP = asyncio.new_event_loop()\nasyncio.set_event_loop(LOOP)\n"},
+        jobs=2,
+    ),
+    program(
+        "working-folder",
+        "import os\nimport lib\ndef task(config):\n    return sorted(os.listdir())\n",
+        files={"data/rows": "1\n"},
+        libraries={"lib.py": "import os\nos.chdir('data')\n"},
+        jobs=2,
+    ),
+    program(
+        "umask",
+        "import os\nimport lib\ndef task(config):\n    open('f', 'w').close()\n    return os.stat('f').st_mode\n",
+        libraries={"lib.py": "import os\nos.umask(0o077)\n"},
+    ),
+    program(
+        "locale",
+        "import locale\nimport lib\ndef task(config):\n    return locale.setlocale(locale.LC_ALL)\n",
+        libraries={"lib.py": "import locale\nlocale.setlocale(locale.LC_ALL, 'C')\n"},
+        jobs=2,
+    ),
+    program(
+        "recursion-limit",
+        "import sys\nimport lib\ndef task(config):\n    return sys.getrecursionlimit()\n",
+        libraries={"lib.py": "import sys\nsys.setrecursionlimit(5000)\n"},
+        jobs=2,
+    ),
+    program(
+        "default-start-method",
+        "import multiprocessing\nimport lib\ndef task(config):\n    return multiprocessing.get_start_method()\n",
+        libraries={"lib.py": "import multiprocessing\nmultiprocessing.set_start_method('spawn')\n"},
+        jobs=2,
+    ),
+    program(
+        "tracing",
+        "import sys\nimport lib\ndef task(config):\n    sys.setprofile(None)\n    return lib.CALLS > 0\n",
+        libraries={"lib.py": "import sys\nCALLS = 0\ndef profile(*_):\n    global CALLS\n    CALLS += 1\nsys.setprofile(profile)\n"},
+        jobs=2,
+    ),
+    program(
+        "decimal-context",
+        "import decimal\nimport lib\ndef task(config):\n    return str(decimal.Decimal(1) / 3)\n",
+        libraries={"lib.py": "import decimal\ndecimal.getcontext().prec = 5\n"},
+        jobs=2,
+    ),
+    program(
+        "socket-timeout",
+        "import socket\nimport lib\ndef task(config):\n    return socket.getdefaulttimeout()\n",
+        libraries={"lib.py": "import socket\nsocket.setdefaulttimeout(3)\n"},
+        jobs=2,
+    ),
+]
+
+
+@pytest.mark.parametrize("program", ORDER)
+def test_an_import(program: Program, runner: Runner) -> None:
+    runner.check(program)
+
+
+@pytest.mark.parametrize("program", MADE_AT_IMPORT)
+def test_something_made_at_import(program: Program, runner: Runner) -> None:
+    runner.check(program)
