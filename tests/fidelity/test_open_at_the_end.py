@@ -497,7 +497,6 @@ STREAMS = [
         "\n            for s, o in ((sys.stdout, sys.__stdout__), (sys.stderr, sys.__stderr__))]\n",
     ),
     program("errors-of-stderr", "import sys\ndef task(config):\n    print('\\udcff \\ud800', file=sys.stderr)\n"),
-    program("threads-print", "import threading\ndef task(config):\n    def work(n):\n        for _ in range(50):\n            print(str(n) * 20)\n    threads = [threading.Thread(target=work, args=(1,)) for n in range(4)]\n    [t.start() for t in threads]\n    [t.join() for t in threads]\n"),
     program("pprint", "import pprint\ndef task(config):\n    pprint.pprint({'a' * 50: ['b' * 40, 'c' * 40]})\n"),
     program("logging", "import logging\ndef task(config):\n    logging.basicConfig(level='INFO')\n    logging.info('words')\n    logging.getLogger('a.b').error('x', exc_info=ValueError('y'))\n"),
     program("last-resort", "import logging\ndef task(config):\n    logging.warning('words')\n    logging.getLogger('x').info('not shown')\n"),
@@ -520,7 +519,6 @@ HELD = [
         held(writer, holder)
         for writer in ("gzip", "zip", "csv", "temporary-folder")
         for holder in ("cycle", "exception", "library", "own-module")
-        if (writer, holder) != ("temporary-folder", "generator")
     ],
 ]
 

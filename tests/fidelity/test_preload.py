@@ -1,0 +1,28 @@
+"""Libraries that a fork server imports ahead, since definition.preload names them. What a library makes at its import is
+checked: it is either harmless for the jobs, or not imported ahead; in both cases a job comes to what plain Python does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fidelity.harness import Program, Runner
+from fidelity.test_imports import MADE_AT_IMPORT, ORDER
+
+
+def preloaded(rows: list[object]) -> list[object]:
+    """The programs of another table, with all their libraries imported ahead, and two jobs for each."""
+    found = []
+    for row in rows:
+        program: Program = row.values[0]
+        names = tuple(dict.fromkeys(name.partition("/")[0].removesuffix(".py") for name in program.libraries))
+        if names:
+            changed = replace(program, preload=names, jobs=max(2, program.jobs))
+            found.append(pytest.param(changed, id=program.name))
+    return found
+
+
+@pytest.mark.parametrize("program", preloaded([*ORDER, *MADE_AT_IMPORT]))
+def test_a_library_imported_ahead(program: Program, runner: Runner) -> None:
+    runner.check(program)
