@@ -158,10 +158,8 @@ def _take_apart(new: list[str]) -> None:
     dying: list[weakref.ref[ModuleType]] = []
     for name in new:
         module = modules.pop(name, None)
-        try:
-            dying.append(weakref.ref(module))  # type: ignore[arg-type]  # the error is handled
-        except TypeError:
-            pass  # an object of the user's in a module's place, or nothing
+        if isinstance(module, type(sys)):  # in its place may be any object of the user's
+            dying.append(weakref.ref(module))
     module = None
     # Most modules end with this, with their globals whole for the code that runs at their end.
     eval(_collect, _NOWHERE)

@@ -105,8 +105,10 @@ def run(
     found = None
     try:
         ending.end(code, _Warm.modules)
+    except BaseException as error:  # noqa: BLE001, RUF100  # the user's program has broken the interpreter
+        os.write(2, f"cortex: the interpreter cannot end as Python does: {error!r}\n".encode())
     finally:
-        os._exit(1)  # not reached, unless the user's program has broken the interpreter
+        os._exit(1)
 
 
 def user_roots(setup: Setup) -> list[str]:
