@@ -10,6 +10,7 @@ threads or extension modules of its own is finalized in full.
 from __future__ import annotations
 
 import atexit
+import builtins
 import ctypes
 import gc
 import io
@@ -23,6 +24,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import ModuleType
     from typing import NoReturn
+
+# A task may have changed the builtins of all others. Functions have those of their module at its making.
+globals()["__builtins__"] = dict(vars(builtins))
 
 INTERRUPTED = -2
 """Of `end`: a KeyboardInterrupt that nothing has caught, after which Python ends itself by SIGINT."""

@@ -6,6 +6,7 @@ It ends when the socket does; what it forked goes on.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import os
@@ -119,6 +120,7 @@ def _import_ahead(
         words = preload.preload(setup.preload, watch, lambda name: _say(sock, importing=name))
     except preload.Refused as refused:
         _say(sock, refused=messages.shorten(str(refused)))
+        atexit._run_exitfuncs()  # what the modules have made outside this process goes with it
         sys.stderr.flush()
         os._exit(NOT_FORKABLE)
     watch.close()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 WATCH_S = 0.05
 KILL_S = 5.0
-TRACKER_S = 3.0
+TRACKER_S = 10.0
 """For a resource tracker to remove what its job has left."""
 LONGEST_ROUND_S = 0.1
 LONGEST_PAUSE_S = 5.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import importlib
 import importlib.machinery
 import importlib.util
 import json
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     Task = Callable[[object], object]
     Tell = Callable[[bytes], None]
 
+# A task may have changed the builtins of all others. Functions have those of their module at its making.
+globals()["__builtins__"] = dict(vars(builtins))
+
 MOST_RESULT = 1 << 20
 MOST_LEVELS = 250
 """As many as a config may have: whoever reads a result comes to the end of its stack at some more."""
@@ -36,6 +40,7 @@ _encode = plain.encoder(for_one=True, allow_nan=False)
 _traceback = BaseException.__dict__["__traceback__"]
 _PACKAGE = "cortex"
 STAND_IN = "cortex_task"
+_IMPORTLIB = os.path.dirname(os.path.abspath(importlib.__file__)) + os.sep
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
@@ -170,9 +175,10 @@ def _call(setup: Setup, path: str, found: Found | None, job: dict[str, object], 
     if raised is None:
         _keep(value, said, tell)
         return 0
-    if isinstance(raised, SystemExit):
-        code = _exit_code(raised, said)
-    elif isinstance(raised, _Unusable):
+    # By the type: the error's own class may forbid to read its attributes, __class__ included.
+    if issubclass(type(raised), SystemExit):
+        code = _exit_code(raised, said)  # type: ignore[arg-type]  # it is one
+    elif type(raised) is _Unusable:
         code = 1
         said.message = str(raised)
         _print(f"cortex: {raised}", sys.stderr)
@@ -251,6 +257,7 @@ def _load(setup: Setup, path: str, found: Found | None, said: Outcome) -> Task:
     sys.modules[found.name] = module
     # Asked for below by name: an attribute that is missing makes an exception and its message.
     names = module.__dict__
+    names["__builtins__"] = vars(builtins)
     exec(found.code, names)
     if package:
         setattr(sys.modules[package], found.name.rpartition(".")[2], module)
@@ -316,8 +323,8 @@ def _show(error: BaseException) -> int:
         sys.excepthook(type(error), error, trace)
     except BaseException as other:  # noqa: BLE001, RUF100  # a hook of the user's
         failed = other
-    if isinstance(failed, SystemExit):
-        return _exit_code(failed, Outcome())
+    if issubclass(type(failed), SystemExit):
+        return _exit_code(failed, Outcome())  # type: ignore[arg-type]  # it is one
     if failed is not None:
         _print("Error in sys.excepthook:", sys.stderr)
         inner = _without_ours(_traceback.__get__(failed))
@@ -339,7 +346,7 @@ def _without_ours(trace: types.TracebackType | None) -> types.TracebackType | No
 
 
 def _is_platform(filename: str) -> bool:
-    return filename.startswith((_OURS, "<frozen importlib."))
+    return filename.startswith((_OURS, _IMPORTLIB, "<frozen importlib."))
 
 
 def _last_line(error: BaseException) -> str:

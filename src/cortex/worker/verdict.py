@@ -106,4 +106,5 @@ def _outcome(seen: Supervisor) -> Outcome:
 def _last_line(seen: Supervisor) -> str:
     text = files.tail(seen.folder, logfile.NAME, seen.log_start).decode("utf-8", "replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    fatal = [line for line in lines if line.startswith("Fatal Python error: ")]  # faulthandler's
+    return (fatal or lines)[-1] if lines else ""
