@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cortex.errors import InvalidSpec
-from cortex.spec.api import Api, Compute, Definition, Limits, Networking
+from cortex.spec.api import Api, Compute, Definition, Dependencies, Limits, Networking
+from cortex.spec.python_variables import refusal
 from cortex.spec.yaml import field_lines, read_apis
 
 MINIMAL = "- name: iris\n  kind: TaskAPI\n  definition: {path: iris.py}\n"
@@ -24,6 +27,7 @@ FULL = """\
     env: {MODE: fast, EMPTY: ""}
     log_level: debug
     preload: [numpy, sklearn.svm]
+    dependencies: {pip: gpu/requirements.txt, conda: gpu/conda.txt, shell: gpu/install.sh}
   networking:
     endpoint: /flowers
   compute:
@@ -70,6 +74,9 @@ def test_everything_that_may_be_said() -> None:
             env={"MODE": "fast", "EMPTY": ""},
             log_level="debug",
             preload=("numpy", "sklearn.svm"),
+            dependencies=Dependencies(
+                pip="gpu/requirements.txt", conda="gpu/conda.txt", shell="gpu/install.sh"
+            ),
         ),
         networking=Networking(endpoint="flowers"),
         compute=Compute(cpu_m=1500, mem=512 << 20, gpu=1),
@@ -354,6 +361,20 @@ def test_endpoints_that_are_not_one_path_segment(endpoint: object) -> None:
             '5: definition.preload[0]: found "a-b"; allowed: the name',
         ),
         ("path: a.py\n    log_level: 10", "5: definition.log_level: found 10; allowed: debug"),
+        ("command: [a]\n    preload: [numpy]", "5: definition.preload: goes with path alone: a"),
+        ("command: [a]\n    preload: []", "5: definition.preload: goes with path alone: a command"),
+        (
+            "path: a.py\n    dependencies: requirements.txt",
+            '5: definition.dependencies: found "requirements.txt"; allowed: an object with the fields pip',
+        ),
+        (
+            "path: a.py\n    dependencies:\n      pip: ../r.txt",
+            '6: definition.dependencies.pip: found "../r.txt"; allowed: a file as requirements.txt',
+        ),
+        (
+            "path: a.py\n    dependencies: {poetry: pyproject.toml}",
+            "5: definition.dependencies.poetry: unknown field; allowed: pip, conda, shell",
+        ),
     ],
 )
 def test_definitions_that_are_wrong(definition: str, told: str) -> None:
@@ -438,9 +459,104 @@ def test_what_is_shown_is_one_short_line() -> None:
 def test_field_lines_name_every_field() -> None:
     lines = field_lines(FULL)
     assert lines[0, "definition", "path"] == 4
-    assert lines[1, "definition", "command"] == 21
-    assert lines[1,] == 18
+    assert lines[1, "definition", "command"] == 22
+    assert lines[1,] == 19
     assert field_lines("") == {}
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "instead"),
+    [
+        ("pod: {containers: [{image: x}]}", "pod", "definition.command"),
+        ("image: x", "image", "requirements.txt"),
+        ("node_groups: [a]", "node_groups", "compute.node_labels"),
+        ("shm_size: 1Gi", "shm_size", "remove it"),
+        ("predictor: {path: a.py}", "predictor", "definition: {path: FILE.py}"),
+        ("autoscaling: {max_replicas: 2}", "autoscaling", "limits.max_running"),
+        ("networking: {local_port: 8000}", "networking.local_port", "cortex serve --port"),
+        ("compute: {inf: 1}", "compute.inf", "compute.gpu"),
+        ("compute: {node_groups: [a]}", "compute.node_groups", "compute.node_labels"),
+        ("compute: {shm: 1Gi}", "compute.shm", "remove it"),
+    ],
+)
+def test_a_field_of_cortex_alone_is_refused_with_what_to_write_instead(
+    field: str, name: str, instead: str
+) -> None:
+    told = only(MINIMAL + f"  {field}\n")
+    assert told.startswith(f"4: {name}: a field of Cortex that this operator does not have; ")
+    assert instead in told
+
+
+@pytest.mark.parametrize(
+    ("field", "instead"),
+    [
+        ("image: quay.io/x", "list the packages in requirements.txt"),
+        ("shm_size: 1Gi", "/dev/shm"),
+    ],
+)
+def test_a_field_of_a_definition_of_cortex_alone_is_refused(field: str, instead: str) -> None:
+    line = only(one(f"path: a.py\n    {field}"))
+    assert line.startswith(f"5: definition.{field.partition(':')[0]}: a field of Cortex")
+    assert instead in line
+
+
+def test_an_old_spec_without_the_newer_fields_is_read() -> None:
+    old = {"path": "a.py", "command": None, "config": {}, "env": {"PYTHONHOME": "/x"}}
+    entry = {"name": "a", "definition": old, "networking": {"endpoint": "a"}}
+    assert Api.model_validate(entry).definition.dependencies == Dependencies()
+
+
+@pytest.mark.parametrize(
+    "name", ["PYTHONEXECUTABLE", "PYTHONHOME", "PYTHONINSPECT", "PYTHONPLATLIBDIR"]
+)
+def test_a_variable_of_python_that_no_job_of_a_path_can_have_is_refused(name: str) -> None:
+    told = only(one(f"path: a.py\n    env:\n      A: b\n      {name}: x"))
+    assert told.startswith(f"7: definition.env.{name}: no job of a path can have it: it ")
+    (api,) = read_apis(one(f"command: [a]\n    env: {{{name}: x}}"), "cortex.yaml")
+    assert api.definition.env == {name: "x"}
+
+
+@pytest.mark.parametrize(
+    ("name", "refused", "allowed"),
+    [
+        ("PYTHONHASHSEED", ["x", "-1", "4294967296"], ["random", "0", "007", "4294967295", ""]),
+        ("PYTHONINTMAXSTRDIGITS", ["x", "5", "2147483648"], ["0", "640", "2147483647", ""]),
+        ("PYTHONIOENCODING", ["x", "rot13"], ["utf-16", "latin-1:replace", ":strict", "utf8:", ""]),
+        ("PYTHONMALLOC", ["x", "debug_malloc"], ["debug", "malloc_debug", "pymalloc", ""]),
+        ("PYTHONTRACEMALLOC", ["x", "-1", "65536"], ["0", "25", "65535", ""]),
+        ("PYTHONUTF8", ["x", "2"], ["0", "1", ""]),
+    ],
+)
+def test_what_python_would_not_start_with_is_refused_and_nothing_else(
+    name: str, refused: list[str], allowed: list[str]
+) -> None:
+    def starts(value: str) -> bool:
+        command = [sys.executable, "-c", ""]
+        done = subprocess.run(command, check=False, env={name: value}, capture_output=True)
+        return done.returncode == 0
+
+    assert [starts(value) for value in refused] == [False] * len(refused)
+    assert [starts(value) for value in allowed] == [True] * len(allowed)
+    for value in refused:
+        assert (refusal(name, value) or "").startswith(f'found "{value}"; allowed: ')
+    assert [refusal(name, value) for value in allowed] == [None] * len(allowed)
+
+
+@pytest.mark.parametrize(
+    ("name", "refused", "allowed"),
+    [
+        ("PYTHON_CPU_COUNT", ["0", "x"], ["default", "1", ""]),
+        ("PYTHON_FROZEN_MODULES", ["x"], ["on", "off"]),
+        ("PYTHON_GIL", ["0", "2"], ["1", ""]),
+        ("PYTHONPATH", [], ["libs", "/no/such"]),
+        ("PYTHON_VERSION", [], ["3.11"]),
+    ],
+)
+def test_variables_of_later_pythons_and_of_none(
+    name: str, refused: list[str], allowed: list[str]
+) -> None:
+    assert None not in [refusal(name, value) for value in refused]
+    assert [refusal(name, value) for value in allowed] == [None] * len(allowed)
 
 
 _JSON = st.recursive(

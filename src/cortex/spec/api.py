@@ -15,6 +15,14 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Dependencies(_Strict):
+    """The project's files that say what is installed; None is the default name, of a file that may be missing."""
+
+    pip: str | None = Field(None, description="Instead of requirements.txt.")
+    conda: str | None = Field(None, description="Instead of conda-packages.txt.")
+    shell: str | None = Field(None, description="Instead of dependencies.sh; no job runs it.")
+
+
 class Definition(_Strict):
     """What runs: a Python file with a Task, or a command."""
 
@@ -27,6 +35,7 @@ class Definition(_Strict):
     preload: tuple[str, ...] = Field(
         (), description="Modules that the fork server imports once, ahead of all jobs."
     )
+    dependencies: Dependencies = Dependencies()
 
 
 class Networking(_Strict):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from cortex.errors import InvalidSpec
-from cortex.spec import fields
+from cortex.spec import fields, python_variables
 from cortex.spec.api import Api
 from cortex.spec.fields import Check, Report
 from cortex.spec.yaml_nodes import Mistake, Value, did_you_mean, join, quoted, read_nodes, shortened
@@ -86,10 +86,27 @@ def _entry(value: Value, seen: dict[tuple[str, str], int], report: Report) -> di
     compute = dict(entry.get("compute") or {})
     if "cpu" in compute:
         compute["cpu_m"] = compute.pop("cpu")
+    _check_runner(value, entry.get("definition") or {}, report)
     is_new = _is_unique(value, "name", name, seen, report)
     if is_new or networking["endpoint"] != name:
         _is_unique(value, "networking.endpoint", networking["endpoint"], seen, report)
     return {**entry, "networking": networking, "compute": compute}
+
+
+def _check_runner(value: Value, definition: Mapping[str, object], report: Report) -> None:
+    """What only a Python file can have, and what no job that runs one can have."""
+    if definition.get("command") is not None:
+        where = "definition.preload"
+        if "preload" in definition:
+            words = "goes with path alone: a command starts a program of its own, which imports by itself"
+            report.add(_line_of(value, where), where, f"{words}; remove it")
+        return
+    variables = definition.get("env")
+    for name, content in variables.items() if isinstance(variables, dict) else ():
+        where = f"definition.env.{name}"
+        refusal = python_variables.refusal(name, content) if isinstance(content, str) else None
+        if refusal is not None:
+            report.add(_line_of(value, where), where, refusal)
 
 
 def _is_unique(
@@ -123,9 +140,7 @@ def _object(known: Mapping[str, _Field], *, one_of: tuple[str, ...] = ()) -> Che
         for key, below in value.data.items():
             name = join(where, shortened(key))
             if key not in known:
-                hint = _elsewhere(key, where) or did_you_mean(key, known)
-                allowed = f"unknown field; allowed: {', '.join(known)}"
-                report.add(below.line, name, allowed + hint)
+                report.add(below.line, name, _unknown(key, where, known))
             elif below.data is not None or known[key].is_required:
                 parsed[key] = known[key].check(below, name, report)
         for key, field in known.items():
@@ -143,12 +158,25 @@ def _object(known: Mapping[str, _Field], *, one_of: tuple[str, ...] = ()) -> Che
     return check
 
 
+def _unknown(key: str, where: str, known: Mapping[str, _Field]) -> str:
+    instead = _CORTEX.get(join(where, key))
+    if instead is not None:
+        return f"a field of Cortex that this operator does not have; {instead}"
+    hint = _elsewhere(key, where) or did_you_mean(key, known)
+    return f"unknown field; allowed: {', '.join(known)}{hint}"
+
+
 def _elsewhere(key: str, where: str) -> str:
     places = [f"{section}.{key}" for section, known in _SECTIONS.items() if key in known]
     return f'; did you mean "{places[0]}"?' if places and places[0] != join(where, key) else ""
 
 
 _LEVELS = ("debug", "info", "warning", "error")
+_DEPENDENCIES = {
+    "pip": _Field(fields.project_path("a file as requirements.txt")),
+    "conda": _Field(fields.project_path("a file as conda-packages.txt")),
+    "shell": _Field(fields.project_path("a shell script")),
+}
 _SECTIONS: dict[str, dict[str, _Field]] = {
     "definition": {
         "path": _Field(fields.project_path("a Python file")),
@@ -158,6 +186,7 @@ _SECTIONS: dict[str, dict[str, _Field]] = {
         "env": _Field(fields.env),
         "log_level": _Field(fields.one_word(_LEVELS)),
         "preload": _Field(fields.modules),
+        "dependencies": _Field(_object(_DEPENDENCIES)),
     },
     "networking": {"endpoint": _Field(fields.endpoint)},
     "compute": {
@@ -187,3 +216,38 @@ _API = _object(
         "retries": _Field(fields.count(0, _MOST_JOBS)),
     }
 )
+
+_NO_IMAGE = (
+    "jobs run on the machine itself, in no container: list the packages in requirements.txt, or start "
+    "the image with definition.command, such as [podman, run, --rm, IMAGE]"
+)
+_NO_SHM = "all jobs share the machine's /dev/shm, whose size is not limited here: remove it"
+_NO_INF = "there are no Inferentia chips here: use compute.gpu, or remove it"
+_NO_NODE_GROUPS = "choose nodes by their labels: compute.node_labels, such as {group: [a, b]}"
+_NO_SERVING = "it is for APIs that serve requests, and a TaskAPI runs jobs: remove it"
+# What a TaskAPI could have from v0.27 to v0.42, and what people copy from other kinds.
+_CORTEX = {
+    "pod": (
+        "write the container's command and args as definition.command, its env as definition.env, its "
+        "compute as compute; its image is not run"
+    ),
+    "image": _NO_IMAGE,
+    "node_groups": _NO_NODE_GROUPS,
+    "shm_size": _NO_SHM,
+    "predictor": "a TaskAPI has a definition: {path: FILE.py}",
+    "handler": "a TaskAPI has a definition: {path: FILE.py}",
+    "apis": _NO_SERVING,
+    "autoscaling": "limits.max_running says how many jobs run at once; remove it",
+    "update_strategy": _NO_SERVING,
+    "monitoring": "GET /metrics has the figures of all APIs; remove it",
+    "definition.image": _NO_IMAGE,
+    "definition.shm_size": _NO_SHM,
+    "definition.processes_per_replica": _NO_SERVING,
+    "definition.threads_per_process": _NO_SERVING,
+    "compute.inf": _NO_INF,
+    "compute.node_groups": _NO_NODE_GROUPS,
+    "compute.shm": _NO_SHM,
+    "compute.shm_size": _NO_SHM,
+    "networking.api_gateway": "the operator itself answers at the endpoint; remove it",
+    "networking.local_port": "`cortex serve --port` chooses the port for all APIs; remove it",
+}
