@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from cortex.projects import building
+from cortex.projects import building, locks
 from cortex.projects.building import EnvironmentFailed
 from cortex.projects.environments import Environments
+from cortex.projects.requirements import read_requirements
+from cortex.spec.api import DEFAULT_DEPENDENCIES, Dependencies
 
 # A build ends when all that anybody has written on the machine is on the disk.
 PATIENCE_S = 300
@@ -181,11 +183,11 @@ def test_what_a_job_runs_in_stays_though_an_operator_of_another_python_wants_it_
         monkeypatch.setattr(sys, "version", "another")
         upgraded = Environments(root)
         for _ in range(2):
-            upgraded.remove_all_but([mine])
+            upgraded.remove_all_but([(mine, DEFAULT_DEPENDENCIES)])
             assert run(python, "import tinyprobe; print(tinyprobe.VALUE)") == "1"
     finally:
         job.communicate()
-    upgraded.remove_all_but([mine])
+    upgraded.remove_all_but([(mine, DEFAULT_DEPENDENCIES)])
     assert not python.exists()
 
 
@@ -197,7 +199,7 @@ async def test_what_jobs_write_into_the_project_leaves_its_environment(
     python = await environments.build(mine)
     project(mine / "__pycache__", task__pyc="")
     for _ in range(2):
-        environments.remove_all_but([mine])
+        environments.remove_all_but([(mine, DEFAULT_DEPENDENCIES)])
     assert environments.ready(mine) == python
     assert python.exists()
 
@@ -248,8 +250,8 @@ async def test_what_cannot_be_resolved_fails_with_the_resolver_s_words(
 async def test_a_python_that_does_not_exist_fails_in_words(root: Path, tmp_path: Path) -> None:
     for number, files in enumerate(
         (
-            {"conda_packages__txt": "python=3.2\n"},
-            {"pyproject__toml": '[project]\nname="x"\nversion="1"\nrequires-python="<3.3"\n'},
+            {"conda_packages__txt": "python=3.98\n"},
+            {"pyproject__toml": '[project]\nname="x"\nversion="1"\nrequires-python=">=3.98"\n'},
         )
     ):
         with pytest.raises(EnvironmentFailed, match="uv venv failed") as raised:
@@ -440,6 +442,24 @@ def test_the_identity_is_of_what_decides_and_of_nothing_else(root: Path, tmp_pat
         identity(pyproject__toml='[project]\nname = "x"\ndynamic = ["dependencies"]\n'),
     ]
     assert len(set(different)) == len(different)
+
+
+@in_loop
+async def test_two_apis_of_a_project_have_the_environments_that_their_files_ask_for(
+    root: Path, tmp_path: Path
+) -> None:
+    mine = project(with_wheel(tmp_path / "p"), gpu__txt=f"./{wheel(tmp_path / 'p', 'other')}\n")
+    gpu = Dependencies(pip="gpu.txt")
+    assert locks.name(read_requirements(mine, gpu)) != locks.name(read_requirements(mine))
+    assert Environments(root).identify(mine, gpu) != Environments(root).identify(mine)
+    python = await Environments(root).build(mine, gpu)
+    assert run(python, "import other; print(other.VALUE)") == "1"
+    for _ in range(2):
+        environments = Environments(root)
+        environments.remove_all_but([(mine, DEFAULT_DEPENDENCIES), (mine, gpu)])
+        assert environments.ready(mine, gpu) == python
+    environments.remove_all_but([(mine, DEFAULT_DEPENDENCIES)])
+    assert not python.exists()
 
 
 @in_loop

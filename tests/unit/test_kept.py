@@ -18,6 +18,7 @@ from cortex.projects.environments import Environments
 from cortex.projects.files import Files
 from cortex.projects.kept import Projects
 from cortex.projects.unpack import project_id
+from cortex.spec.api import DEFAULT_DEPENDENCIES
 from unit.test_environments import wheel
 
 
@@ -266,7 +267,7 @@ def test_an_environment_built_again_elsewhere_holds_the_same(tmp_path: Path, fil
     environments = Environments(tmp_path / "b" / "envs", projects=there)
     locked = built(environments, there.folder(identity))
     assert version_in(locked) == "1.0"
-    environments.remove_all_but([there.folder(identity)])
+    environments.remove_all_but([(there.folder(identity), DEFAULT_DEPENDENCIES)])
     assert environments.ready(there.folder(identity)) == locked
     # Another project that wants the same has what there is when it is built.
     free = built(Environments(tmp_path / "c" / "envs"), there.folder(identity))

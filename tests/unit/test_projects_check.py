@@ -8,8 +8,9 @@ import pytest
 
 from cortex.errors import InvalidProject, InvalidSpec
 from cortex.projects.check import check_files
-from cortex.projects.requirements import check_requirements, is_local, read_requirements, satisfies
+from cortex.projects.requirements import MIN_PYTHON, is_local, read_requirements, satisfies
 from cortex.projects.variables import check_variables, variables
+from cortex.spec.api import Dependencies
 from cortex.spec.yaml import read_apis
 
 YAML = "- name: a\n  kind: TaskAPI\n  definition:\n    path: {path}\n"
@@ -116,7 +117,7 @@ def test_every_mistake_of_a_project_at_once(tmp_path: Path) -> None:
         'cortex.yaml:14: definition.path: found "notes.txt"; allowed: a file whose name ends in .py (or use command)',
         'cortex.yaml:19: definition.path: "folder.py" is a folder; allowed: a Python file',
         'cortex.yaml:24: definition.path: "link.py" is not in the project; allowed: a Python file; did you mean "link.py"?',
-        "conda-packages.txt:1: numpy: only python=… and pip=… are supported here; put it in requirements.txt",
+        "conda-packages.txt:1: numpy: conda packages are not installed; if PyPI has numpy, put it into requirements.txt",
         "requirements.txt:1: -r ../other.txt: leaves the project; allowed: a file inside it",
         check(tmp_path / "p", text)[9],
         '.env:2: found the name "2B"; allowed: letters, digits and _, the first not a digit',
@@ -135,6 +136,10 @@ def test_a_version_of_endless_digits_is_none(tmp_path: Path) -> None:
 
 def pyproject(requires: str) -> str:
     return f'[project]\nname = "x"\nversion = "1"\nrequires-python = "{requires}"\n'
+
+
+def requirement_mistakes(project: Path) -> list[str]:
+    return read_requirements(project).mistakes
 
 
 def test_a_command_needs_no_file(tmp_path: Path) -> None:
@@ -172,6 +177,17 @@ def test_mistakes_in_variables_have_lines_and_show_no_values(tmp_path: Path) -> 
         ("# c\n\npython==3.11.*  # c\npip=24\n", "3.11", "24"),
         ("python=3.11.7\r\npip=23.2.*\r\n", "3.11.7", "23.2"),
         ("pip\nPython = 3.12", "3.12", ""),
+        ("conda-forge::python=3.11\n", "3.11", None),
+        ("conda-forge/linux-64::python==3.11.4=h7579374_1\npip=24=x", "3.11.4", "24"),
+        ("python 3.11\npip 24.* pyhd8ed1ab_0\n", "3.11", "24"),
+        ("python=3.11.*\npython=3.11", "3.11", None),
+        ("python=3.11.* *_cpython", "3.11", None),
+        ("python>=3.10\npip>=23,<25", ">=3.10", ">=23,<25"),
+        ("python >=3.10, <3.12", ">=3.10,<3.12", None),
+        ("python>=3.10,!=3.12.*,=3", ">=3.10,!=3.12.*,==3.*", None),
+        ("python~=3.10", "~=3.10", None),
+        ("python[version='>=3.10,<4']", ">=3.10,<4", None),
+        ("python=*\n", "", None),
         ("", None, None),
     ],
 )
@@ -183,12 +199,132 @@ def test_conda_packages_as_far_as_uv_goes(
 
 
 @pytest.mark.parametrize(
-    "line", ["numpy", "python>=3.11", "conda-forge::rdkit", "python=three", "pip=24=x"]
+    ("line", "told"),
+    [
+        (
+            "numpy",
+            "conda packages are not installed; if PyPI has numpy, put it into requirements.txt",
+        ),
+        (
+            "conda-forge::rdkit=2024",
+            "conda packages are not installed; if PyPI has rdkit, put it into",
+        ),
+        (
+            "pytorch::pytorch=2.1",
+            "conda packages are not installed; put torch into requirements.txt",
+        ),
+        (
+            "pytorch-cuda=12.1",
+            "conda packages are not installed, and PyPI has none of this name; wh",
+        ),
+        (
+            "cudatoolkit=11.8",
+            "conda packages are not installed, and PyPI has none of this name; wheel",
+        ),
+        (
+            "_libgcc_mutex=0.1=main",
+            "conda packages are not installed, and PyPI has none of this name",
+        ),
+        (
+            "libgdal",
+            "conda packages are not installed, and PyPI has none of this name; remove the li",
+        ),
+        ("python=three", "no version of python that can be read; allowed: python=3.11, or a range"),
+        (
+            "python=3.10|3.11",
+            "no version of python that can be read; allowed: python=3.11, or a ra",
+        ),
+        (
+            "python=>3.11",
+            "no version of python that can be read; allowed: python=3.11, or a range s",
+        ),
+        (
+            "pip>=x",
+            "no version of pip that can be read; allowed: pip=24, or a range such as pip>=24",
+        ),
+        ("- numpy", "cannot be read; allowed: a line such as python=3.11"),
+        ("@EXPLICIT", "cannot be read; allowed: a line such as python=3.11"),
+    ],
 )
-def test_any_other_line_is_a_mistake(line: str, tmp_path: Path) -> None:
+def test_any_other_line_is_a_mistake(line: str, told: str, tmp_path: Path) -> None:
     write(tmp_path, {"conda-packages.txt": f"python=3.11\n\n{line}\n"})
-    (told,) = check_requirements(tmp_path)
-    assert told.startswith(f"conda-packages.txt:3: {line}: only python=… and pip=… are supported")
+    (found,) = requirement_mistakes(tmp_path)
+    assert found.startswith(f"conda-packages.txt:3: {line}: {told}")
+    assert "none of this name" not in found or "requirements.txt" not in found
+
+
+def test_of_a_whole_export_the_first_lines_are_told(tmp_path: Path) -> None:
+    exported = "".join(f"package-{number}=1.0=0\n" for number in range(200))
+    found = requirement_mistakes(write(tmp_path, {"conda-packages.txt": exported}))
+    assert len(found) == 11
+    assert found[-1] == "conda-packages.txt: 190 more lines are no requirements of python or pip"
+
+
+@pytest.mark.parametrize(
+    ("files", "file", "found"),
+    [
+        ({"conda-packages.txt": "python=3.8\n"}, "conda-packages.txt", "3.8"),
+        ({"conda-packages.txt": "conda-forge::python=3.6.9\n"}, "conda-packages.txt", "3.6.9"),
+        ({"conda-packages.txt": "python=2\n"}, "conda-packages.txt", "2"),
+        ({"conda-packages.txt": "python>=3.6,<3.9\n"}, "conda-packages.txt", ">=3.6,<3.9"),
+        ({"pyproject.toml": "[project]\nrequires-python = '~=3.8.0'"}, "pyproject.toml", "~=3.8.0"),
+        ({"pyproject.toml": "[project]\nrequires-python = '<3.9'"}, "pyproject.toml", "<3.9"),
+    ],
+)
+def test_a_python_that_the_worker_does_not_run_on_is_refused(
+    files: dict[str, str | bytes], file: str, found: str, tmp_path: Path
+) -> None:
+    (told,) = requirement_mistakes(write(tmp_path, files))
+    assert told.startswith(
+        f"{file}: found Python {found}; allowed: {MIN_PYTHON} or later, such as "
+    )
+
+
+@pytest.mark.parametrize("asked", ["python=3", "python=3.9", "python<3.11", "python=4", "python"])
+def test_other_pythons_are_left_to_uv_which_takes_none_that_is_too_old(
+    asked: str, tmp_path: Path
+) -> None:
+    wanted = read_requirements(write(tmp_path, {"conda-packages.txt": asked}))
+    assert wanted.mistakes == []
+    expected = {"python=3.9": "3.9", "python<3.11": f"<3.11,>={MIN_PYTHON}", "python=4": "4"}
+    assert wanted.python_for_uv == expected.get(asked)
+
+
+def test_the_files_that_an_api_names_are_read_instead(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "requirements.txt": "six\n",
+            "conda-packages.txt": "numpy\n",
+            "gpu/reqs.txt": "-r base.txt\n",
+            "gpu/base.txt": "idna\n",
+            "gpu/conda.txt": "python=3.12\n",
+        },
+    )
+    named = Dependencies(pip="./gpu/reqs.txt", conda="gpu/conda.txt")
+    wanted = read_requirements(tmp_path, named)
+    assert (wanted.arguments, wanted.python, wanted.mistakes) == (
+        ["-r", "gpu/reqs.txt"],
+        "3.12",
+        [],
+    )
+    assert wanted.lines == [("gpu/reqs.txt", "-r base.txt"), ("gpu/base.txt", "idna")]
+    assert read_requirements(tmp_path).arguments == ["-r", "requirements.txt"]
+
+
+def test_files_that_an_api_names_have_to_be_there(tmp_path: Path) -> None:
+    write(tmp_path, {"a.py": TASK, "gpu/requirements.txt": "six\n", "r.txt": "-r no.txt\n"})
+    text = (
+        "- name: a\n  kind: TaskAPI\n  definition:\n    path: a.py\n    dependencies:\n"
+        "      pip: requirements.txt\n      conda: gpu\n      shell: install.sh\n"
+        "- {name: b, kind: TaskAPI, definition: {path: a.py, dependencies: {pip: r.txt}}}\n"
+    )
+    assert check(tmp_path, text) == [
+        'cortex.yaml:6: definition.dependencies.pip: "requirements.txt" is not in the project; allowed: a file; did you mean "gpu/requirements.txt"?',
+        'cortex.yaml:7: definition.dependencies.conda: "gpu" is a folder; allowed: a file',
+        'cortex.yaml:8: definition.dependencies.shell: "install.sh" is not in the project; allowed: a file',
+        "r.txt:1: -r no.txt: there is no file no.txt",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -230,14 +366,14 @@ def test_any_other_line_is_a_mistake(line: str, tmp_path: Path) -> None:
     ids=range(14),
 )
 def test_mistakes_in_requirements(files: dict[str, str | bytes], told: str, tmp_path: Path) -> None:
-    (found,) = check_requirements(write(tmp_path, files))
+    (found,) = requirement_mistakes(write(tmp_path, files))
     assert found.startswith(told)
 
 
 def test_an_include_that_is_a_link_out_of_the_project_is_a_mistake(tmp_path: Path) -> None:
     write(tmp_path, {"p/requirements.txt": "-r x.txt", "x.txt": "six"})
     (tmp_path / "p/x.txt").symlink_to("../x.txt")
-    assert "leaves the project" in check_requirements(tmp_path / "p")[0]
+    assert "leaves the project" in requirement_mistakes(tmp_path / "p")[0]
 
 
 @pytest.mark.parametrize(

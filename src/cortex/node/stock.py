@@ -57,8 +57,9 @@ class Stock:
             if self._projects.lock_here(identity, name) != text:
                 await asyncio.to_thread(self._projects.keep_lock, identity, name, text)
         project = self.folder(identity)
-        python = await self._environments.build(project)
-        await asyncio.to_thread(self._environments.keep_lock, project)
+        files = order.api.definition.dependencies
+        python = await self._environments.build(project, files)
+        await asyncio.to_thread(self._environments.keep_lock, project, files)
         for name, text in self._projects.locks(identity).items():
             if name not in order.locks:
                 self._tell(Lock(identity, name, text))

@@ -17,6 +17,7 @@ from cortex.errors import StorageUnavailable
 from cortex.operator.context import Context
 from cortex.projects.environments import Environments
 from cortex.removal import remove
+from cortex.spec.api import DEFAULT_DEPENDENCIES, ApiSpec
 from cortex.spec.times import now_ns
 
 log = structlog.get_logger()
@@ -73,8 +74,10 @@ class Retention:
                 await self._remove_jobs(ids)
         if keep.jobs_s is not None:
             async with self._ctx.deploying:
-                await self._put_versions_away(_ago(keep.jobs_s))
-            await in_thread(self._remove_unused)  # which takes long, and is nobody else's any more
+                used = await self._put_versions_away(_ago(keep.jobs_s))
+            await in_thread(
+                self._remove_unused, used
+            )  # which takes long, and is nobody else's any more
 
     async def _remove_jobs(self, ids: list[str]) -> None:
         await self._remove_folders(ids)
@@ -88,13 +91,15 @@ class Retention:
         self._ctx.engine.discard(ids)
         await in_thread(_remove_all, folders)
 
-    async def _put_versions_away(self, before_ns: int) -> None:
+    async def _put_versions_away(self, before_ns: int) -> list[ApiSpec]:
+        """Remove what is unused of versions and projects; the versions that are left."""
         here = await in_thread(self._ctx.projects.here)  # first: what comes in again is another
         for api_id in await self._ctx.store.remove_versions(before_ns):
             self._ctx.versions.forget(api_id)
             log.info("removed version", api_id=api_id)
-        used = {spec.project_id for spec in await self._ctx.store.all_versions()}
-        await in_thread(self._put_projects_away, here, used)
+        left = await self._ctx.store.all_versions()
+        await in_thread(self._put_projects_away, here, {spec.project_id for spec in left})
+        return left
 
     # In threads, which go on when nobody waits for them any more
 
@@ -105,13 +110,17 @@ class Retention:
             self._ctx.projects.put_away(identity, here[identity])
         self._ctx.projects.forget_all_but(used)
 
-    def _remove_unused(self) -> None:
+    def _remove_unused(self, used: list[ApiSpec]) -> None:
         for folder in self._ctx.projects.to_remove():
             if self._is_over.is_set():
                 return
             remove(folder)
-        folders = self._ctx.projects.folders()
-        self._environments.remove_all_but(folders, self._is_over.is_set)
+        projects = self._ctx.projects
+        wanted = {(folder, DEFAULT_DEPENDENCIES) for folder in projects.folders()}
+        wanted |= {
+            (projects.folder(spec.project_id), spec.definition.dependencies) for spec in used
+        }
+        self._environments.remove_all_but(wanted, self._is_over.is_set)
 
 
 def _ago(seconds: float) -> int:

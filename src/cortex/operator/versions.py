@@ -18,7 +18,7 @@ from cortex.projects.building import NOT_BUILT, EnvironmentFailed
 from cortex.projects.environments import Environments
 from cortex.projects.kept import Projects
 from cortex.projects.variables import check_variables, variables
-from cortex.spec.api import ApiSpec
+from cortex.spec.api import ApiSpec, Dependencies
 from cortex.spec.job import Json
 from cortex.store import Store
 
@@ -148,7 +148,7 @@ class Versions:
 
     async def _prepare(self, api_id: str) -> Version:
         spec = await self.spec(api_id)
-        project = self.project(spec)
+        project, files = self.project(spec), spec.definition.dependencies
         try:
             if not await in_thread(self._projects.fetch, spec.project_id):
                 raise Unusable(
@@ -159,7 +159,7 @@ class Versions:
             if mistakes := await in_thread(check_variables, project):
                 raise Unusable(mistakes[0], "".join(f"{mistake}\n" for mistake in mistakes))
             built = self._environments
-            python = Path() if built is None else await built.build(project)
+            python = Path() if built is None else await built.build(project, files)
             env = {**variables(project), **spec.definition.env}
         except EnvironmentFailed as error:
             if error.is_for_now:
@@ -176,15 +176,17 @@ class Versions:
             raise HeldUp(error.message) from error
         self._ready[api_id] = Version(spec, project, python, env)
         if built is not None:
-            task = asyncio.create_task(self._keep_lock(built, project), name=f"lock {api_id}")
+            task = asyncio.create_task(
+                self._keep_lock(built, project, files), name=f"lock {api_id}"
+            )
             self._locking.add(task)
             task.add_done_callback(self._locking.discard)
         return self._ready[api_id]
 
-    async def _keep_lock(self, built: Environments, project: Path) -> None:
+    async def _keep_lock(self, built: Environments, project: Path, files: Dependencies) -> None:
         while True:
             try:
-                await in_thread(built.keep_lock, project)
+                await in_thread(built.keep_lock, project, files)
             except (StorageUnavailable, OSError) as error:
                 log.warning(
                     "a lock file is still to be kept", project=project.name, error=str(error)

@@ -28,7 +28,7 @@ import uv
 from cortex.account import Account, identity
 from cortex.background import in_thread
 from cortex.projects import locks
-from cortex.projects.requirements import Requirements, read_requirements
+from cortex.projects.requirements import Requirements
 from cortex.removal import remove
 from cortex.spec.times import new_id
 
@@ -81,7 +81,9 @@ def ready(folder: Path) -> Path | None:
     return python if attempt and python.exists() else None
 
 
-async def build(project: Path, folder: Path, account: Account | None, lock: str | None) -> Path:
+async def build(
+    wanted: Requirements, project: Path, folder: Path, account: Account | None, lock: str | None
+) -> Path:
     """Build what a project asks for, in a folder where nothing else builds; its interpreter.
 
     Args:
@@ -90,7 +92,6 @@ async def build(project: Path, folder: Path, account: Account | None, lock: str 
     Raises:
         EnvironmentFailed: it cannot be built.
     """
-    wanted = await in_thread(read_requirements, project)
     if wanted.mistakes:
         told = "\n".join(wanted.mistakes)
         raise EnvironmentFailed(wanted.mistakes[0], f"{told}\n")
@@ -168,7 +169,7 @@ async def _install(
         # A build writes into its source, and an editable install needs it for good.
         source = attempt / "source"
         await in_thread(_copy, project, source, account)
-    python = wanted.python_to_find or own_python()
+    python = wanted.python_for_uv or own_python()
     venv = attempt / "venv"
     uv_here = partial(_uv, attempt, source, account)
     await uv_here("venv", "--no-project", "--python", python, str(venv))

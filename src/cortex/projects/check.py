@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from cortex.projects.requirements import check_requirements, read_requirements
+from cortex.projects.requirements import read_requirements
 from cortex.projects.variables import check_variables
-from cortex.spec.api import Api
+from cortex.spec.api import Api, Definition
 from cortex.spec.yaml import FieldLines, field_lines, invalid_spec
 from cortex.spec.yaml_nodes import Mistake, did_you_mean, quoted
 
@@ -42,18 +42,24 @@ def check_files(apis: list[Api], project: Path, file: str, text: str) -> None:
             line = _line(lines, index, "path")
             for told in _path_mistakes(project, definition.path):
                 mistakes.append(Mistake(line, f"definition.path: {told}"))
-            others += _syntax_mistakes(project, definition.path)
+            others += _syntax_mistakes(project, definition)
         if definition.python_path is not None:
             line = _line(lines, index, "python_path")
             for told in _folder_mistakes(project, definition.python_path):
                 mistakes.append(Mistake(line, f"definition.python_path: {told}"))
-    others += [*check_requirements(project), *check_variables(project)]
+        for kind, path in definition.dependencies:
+            if path is not None:
+                line = _line(lines, index, "dependencies", kind)
+                for told in _dependency_mistakes(project, path):
+                    mistakes.append(Mistake(line, f"definition.dependencies.{kind}: {told}"))
+        others += read_requirements(project, definition.dependencies).mistakes
+    others += check_variables(project)
     if mistakes or others:
         raise invalid_spec(file, mistakes, others)
 
 
-def _line(lines: FieldLines, index: int, name: str) -> int:
-    return lines.get((index, "definition", name), lines.get((index,), 1))
+def _line(lines: FieldLines, index: int, *name: str) -> int:
+    return lines.get((index, "definition", *name), lines.get((index,), 1))
 
 
 def _path_mistakes(project: Path, path: str) -> Iterator[str]:
@@ -85,13 +91,15 @@ def _task_mistakes(file: Path, path: str) -> Iterator[str]:
     )
 
 
-def _syntax_mistakes(project: Path, path: str) -> Iterator[str]:
+def _syntax_mistakes(project: Path, definition: Definition) -> Iterator[str]:
+    path = definition.path or ""
     file = _inside(project, path)
     if file is None or file.suffix != ".py" or not file.is_file():
         return
     error = _parse(file)
+    wanted = read_requirements(project, definition.dependencies)
     # Another version of Python has another syntax.
-    if isinstance(error, SyntaxError) and read_requirements(project).python_to_find is None:
+    if isinstance(error, SyntaxError) and wanted.python_to_find is None:
         shown = f": {quoted(error.text.strip())}" if error.text else ""
         yield f"{posixpath.normpath(path)}:{error.lineno or 1}: {error.msg}{shown}"
 
@@ -137,6 +145,13 @@ def _folder_mistakes(project: Path, path: str) -> Iterator[str]:
         hint = _near(path, {posixpath.dirname(name) for name in _files(project)} - {""})
         found = "is a file" if folder is not None and folder.exists() else "is not in the project"
         yield f"{quoted(path)} {found}; allowed: a folder{hint}"
+
+
+def _dependency_mistakes(project: Path, path: str) -> Iterator[str]:
+    file = _inside(project, path)
+    if file is None or not file.is_file():
+        found = "is a folder" if file is not None and file.is_dir() else "is not in the project"
+        yield f"{quoted(path)} {found}; allowed: a file{_near(path, _files(project))}"
 
 
 def _inside(project: Path, path: str) -> Path | None:

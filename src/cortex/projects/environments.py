@@ -28,6 +28,7 @@ from cortex.projects import building, locks
 from cortex.projects.kept import Projects
 from cortex.projects.requirements import read_requirements
 from cortex.removal import remove
+from cortex.spec.api import DEFAULT_DEPENDENCIES, Dependencies
 from cortex.spec.times import new_id
 
 _MOST_BUILDS = 2
@@ -55,10 +56,14 @@ class Environments:
         self._lock = threading.Lock()
         self._slots = asyncio.Semaphore(_MOST_BUILDS)
 
-    def identify(self, project: Path) -> str:
+    def identify(self, project: Path, dependencies: Dependencies = DEFAULT_DEPENDENCIES) -> str:
         """SHA-256 over all that decides what the environment of a project holds, which is in a folder
-        under its id."""
-        wanted = read_requirements(project)
+        under its id.
+
+        Args:
+            dependencies: which of the project's files say what is installed.
+        """
+        wanted = read_requirements(project, dependencies)
         content = {
             "python": wanted.python_to_find or [sys.version, building.own_python()],
             "platform": [sysconfig.get_platform(), *platform.libc_ver()],
@@ -68,11 +73,13 @@ class Environments:
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def ready(self, project: Path) -> Path | None:
+    def ready(
+        self, project: Path, dependencies: Dependencies = DEFAULT_DEPENDENCIES
+    ) -> Path | None:
         """The interpreter of the project's environment, if it has been built."""
-        return self._ready(self._choose(project)[0])
+        return self._ready(self._choose(project, dependencies)[0])
 
-    async def build(self, project: Path) -> Path:
+    async def build(self, project: Path, dependencies: Dependencies = DEFAULT_DEPENDENCIES) -> Path:
         """The interpreter of the project's environment, built if it has not been.
 
         Callers that want the same one share one build; it goes on as long as one of them waits.
@@ -81,7 +88,7 @@ class Environments:
             EnvironmentFailed: it cannot be built; the next call tries again.
             StorageUnavailable: what it has to hold cannot be told now.
         """
-        identity, lock = await in_thread(self._choose, project)
+        identity, lock = await in_thread(self._choose, project, dependencies)
         with self._lock:
             self._asked_for.add(identity)
             found = self._ready(identity)
@@ -89,7 +96,7 @@ class Environments:
             return found
         build = self._builds.get(identity)
         if build is None:
-            work = self._build(identity, project, lock)
+            work = self._build(identity, project, dependencies, lock)
             task = asyncio.create_task(work, name=f"build {identity}")
             build = self._builds[identity] = _Build(task)
             task.add_done_callback(lambda done: self._forget(identity, done))
@@ -104,21 +111,22 @@ class Environments:
                 build.task.cancel()
                 await asyncio.gather(build.task, return_exceptions=True)
 
-    def keep_lock(self, project: Path) -> None:
+    def keep_lock(self, project: Path, dependencies: Dependencies = DEFAULT_DEPENDENCIES) -> None:
         """Keep with the project what its environment holds, once it is built. Blocking.
 
         Raises:
             StorageUnavailable: it is not kept yet.
         """
-        wanted = read_requirements(project)
-        python = self.ready(project)
+        wanted = read_requirements(project, dependencies)
+        python = self.ready(project, dependencies)
         if self._projects is None or python is None or not locks.apply_to(wanted):
             return
-        name = locks.name(wanted.python_to_find)
-        self._projects.keep_first_lock(project.name, name, locks.held(python))
+        self._projects.keep_first_lock(project.name, locks.name(wanted), locks.held(python))
 
     def remove_all_but(
-        self, projects: Iterable[Path], is_over: Callable[[], bool] = lambda: False
+        self,
+        wanted: Iterable[tuple[Path, Dependencies]],
+        is_over: Callable[[], bool] = lambda: False,
     ) -> None:
         """Remove the environments that none of these projects wants, in which no process runs, and that
         are neither being built nor were asked for since this was called last: their projects may have
@@ -131,7 +139,7 @@ class Environments:
             remove(leftover)
         with self._lock:
             before, self._asked_for = self._asked_for, set()
-        used = {each for project in projects for each in self._identities(project)} | before
+        used = {each for version in wanted for each in self._identities(*version)} | before
         # An operator that came with another Python wants others for the jobs that it has found running.
         kept = {self._folder(identity) for identity in used} | _in_use(self._root)
         for folder in self._root.iterdir():
@@ -146,24 +154,24 @@ class Environments:
                 folder.rename(gone)
             remove(gone)
 
-    def _choose(self, project: Path) -> tuple[str, str | None]:
+    def _choose(self, project: Path, dependencies: Dependencies) -> tuple[str, str | None]:
         """The environment that a project gets, and the lock that it is built by, if any: one that was
         built without and holds the same is as good."""
-        plain = self.identify(project)
-        wanted = read_requirements(project)
+        plain = self.identify(project, dependencies)
+        wanted = read_requirements(project, dependencies)
         if self._projects is None or not locks.apply_to(wanted):
             return plain, None
-        lock = self._projects.lock(project.name, locks.name(wanted.python_to_find))
+        lock = self._projects.lock(project.name, locks.name(wanted))
         built = self._ready(plain)
         if lock is None or (built is not None and locks.held(built) == lock):
             return plain, None
         return locks.locked(plain, lock), lock
 
-    def _identities(self, project: Path) -> set[str]:
-        plain = self.identify(project)
+    def _identities(self, project: Path, dependencies: Dependencies) -> set[str]:
+        plain = self.identify(project, dependencies)
         lock = None
         if self._projects is not None:
-            name = locks.name(read_requirements(project).python_to_find)
+            name = locks.name(read_requirements(project, dependencies))
             lock = self._projects.lock_here(project.name, name)
         return {plain} if lock is None else {plain, locks.locked(plain, lock)}
 
@@ -181,9 +189,13 @@ class Environments:
     def _ready(self, identity: str) -> Path | None:
         return building.ready(self._folder(identity))
 
-    async def _build(self, identity: str, project: Path, lock: str | None) -> Path:
+    async def _build(
+        self, identity: str, project: Path, dependencies: Dependencies, lock: str | None
+    ) -> Path:
         async with self._slots:
-            return await building.build(project, self._folder(identity), self._account, lock)
+            wanted = await in_thread(read_requirements, project, dependencies)
+            folder = self._folder(identity)
+            return await building.build(wanted, project, folder, self._account, lock)
 
 
 def _in_use(root: Path) -> set[Path]:

@@ -10,7 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from cortex.projects.requirements import Requirements
+from cortex.projects.requirements import REQUIREMENTS, Requirements
 
 SUFFIX = ".lock"
 
@@ -22,11 +22,14 @@ def apply_to(wanted: Requirements) -> bool:
     return bool(wanted.arguments) and not any("--hash" in line for _, line in wanted.lines)
 
 
-def name(python: str | None) -> str:
-    """A lock is for one platform and Python (None: the operator's own): others may not have the same
-    packages."""
-    version = python or f"{sys.version_info.major}.{sys.version_info.minor}"
-    return re.sub(r"[^\w.-]+", "_", f"{sysconfig.get_platform()}-{version}{SUFFIX}", flags=re.ASCII)
+def name(wanted: Requirements) -> str:
+    """A lock is for one platform, Python (the operator's own, where no other is asked for) and file of
+    requirements: others may not have the same packages."""
+    python = wanted.python_to_find or f"{sys.version_info.major}.{sys.version_info.minor}"
+    name = f"{sysconfig.get_platform()}-{python}"
+    if wanted.pip_file != REQUIREMENTS:
+        name += f"-{hashlib.sha256(wanted.pip_file.encode()).hexdigest()[:12]}"
+    return re.sub(r"[^\w.-]+", "_", f"{name}{SUFFIX}", flags=re.ASCII)
 
 
 def locked(identity: str, lock: str) -> str:

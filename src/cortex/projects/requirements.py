@@ -14,23 +14,32 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from packaging.specifiers import SpecifierSet
+
+from cortex.projects import conda
+from cortex.spec.api import DEFAULT_DEPENDENCIES, Dependencies
+
 REQUIREMENTS = "requirements.txt"
 PYPROJECT = "pyproject.toml"
 CONDA = "conda-packages.txt"
 UV_TOML = "uv.toml"
 
-_CONDA_LINE = re.compile(
-    r"(python|pip)(?:\s*==?\s*(\d{1,9}(?:\.\d{1,9}){0,2})(?:\.\*)?)?", re.IGNORECASE
-)
 _INCLUDE = re.compile(r"(?:-[rc]\s*=?|--(?:requirement|constraint)[\s=])\s*(\S.*)")
 _LOCAL_OPTION = re.compile(r"(?:-[ef]\s*=?|--(?:editable|find-links)[\s=])\s*(\S.*)")
 _ARCHIVES = (".whl", ".tar.gz", ".zip")
+# What the worker's code runs on.
+_MIN_MINOR = 9
+MIN_PYTHON = f"3.{_MIN_MINOR}"
+_TOO_OLD = [(2, 7, 18), *((3, minor, patch) for minor in range(_MIN_MINOR) for patch in range(25))]
+_RECENT = [(3, minor, patch) for minor in range(_MIN_MINOR, 20) for patch in range(30)]
 
 
 @dataclass
 class Requirements:
     """What the project's files say, and the mistakes in them; filled while they are read."""
 
+    pip_file: str = REQUIREMENTS
+    conda_file: str = CONDA
     python: str | None = None
     requires_python: str | None = None
     pip: str | None = None
@@ -43,22 +52,37 @@ class Requirements:
     def python_to_find(self) -> str | None:
         """The Python that uv has to find, None where the operator's own will do."""
         own = sys.version_info[:3]
-        if self.python:
+        if self.python and self.python[0].isdigit():
             asked = tuple(int(part) for part in self.python.split("."))
             return None if own[: len(asked)] == asked else self.python
-        requires = self.requires_python
+        requires = self.python or self.requires_python
         return None if not requires or satisfies(own, requires) else requires
 
+    @property
+    def python_for_uv(self) -> str | None:
+        """The same as uv is asked for it, which takes no older one than jobs can run on."""
+        asked = self.python_to_find
+        return asked if asked is None or asked[0].isdigit() else f"{asked},>={MIN_PYTHON}"
 
-def read_requirements(project: Path) -> Requirements:
+
+def read_requirements(
+    project: Path, dependencies: Dependencies = DEFAULT_DEPENDENCIES
+) -> Requirements:
     """Everything that decides what is installed: `arguments` of `uv pip install`, the `lines` that
     they stand for, and whether some of it lies in the project itself (`is_local`)."""
-    wanted = Requirements()
-    _conda(project, wanted)
+    wanted = Requirements(
+        pip_file=posixpath.normpath(dependencies.pip or REQUIREMENTS),
+        conda_file=posixpath.normpath(dependencies.conda or CONDA),
+    )
+    found = conda.read(_text(project, wanted.conda_file, wanted), wanted.conda_file)
+    wanted.python, wanted.pip = found.python, found.pip
+    wanted.mistakes += found.mistakes
     _requirements(project, wanted)
     _pyproject(project, wanted)
+    _check_python(wanted)
     if wanted.pip is not None:
-        wanted.arguments.append(f"pip=={wanted.pip}.*" if wanted.pip else "pip")
+        is_prefix = wanted.pip[:1].isdigit()
+        wanted.arguments.append(f"pip=={wanted.pip}.*" if is_prefix else f"pip{wanted.pip}")
         wanted.lines.append(("pip", wanted.pip))
     text = _text(project, UV_TOML, wanted)
     if text and wanted.arguments:
@@ -66,44 +90,19 @@ def read_requirements(project: Path) -> Requirements:
     return wanted
 
 
-def check_requirements(project: Path) -> list[str]:
-    """The mistakes in the files that say what is installed, each with its file and line."""
-    return read_requirements(project).mistakes
-
-
 def _text(project: Path, name: str, wanted: Requirements) -> str:
-    path = project / name
-    if not path.is_file():
+    inside = _inside(project, name)
+    if inside is None or not _is_file(project / inside):
         return ""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return (project / inside).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         wanted.mistakes.append(f"{name}: not UTF-8 text; save it as UTF-8")
         return ""
 
 
-def _conda(project: Path, wanted: Requirements) -> None:
-    for number, raw in enumerate(_text(project, CONDA, wanted).splitlines(), start=1):
-        line = raw.partition("#")[0].strip()
-        matched = _CONDA_LINE.fullmatch(line)
-        if not line:
-            continue
-        if matched is None:
-            only = "only python=… and pip=… are supported here; put it in requirements.txt"
-            wanted.mistakes.append(f"{CONDA}:{number}: {line[:60]}: {only}")
-            continue
-        name, version = matched[1].lower(), matched[2] or ""
-        before = wanted.python if name == "python" else wanted.pip
-        if before not in {None, version}:
-            wanted.mistakes.append(f"{CONDA}:{number}: {line[:60]}: {name} is given twice")
-        elif name == "python":
-            wanted.python = version
-        else:
-            wanted.pip = version
-
-
 def _requirements(project: Path, wanted: Requirements) -> None:
-    waiting, seen = [REQUIREMENTS], {REQUIREMENTS}
+    waiting, seen = [wanted.pip_file], {wanted.pip_file}
     found: list[tuple[str, str]] = []
     while waiting:
         name = waiting.pop(0)
@@ -126,7 +125,7 @@ def _requirements(project: Path, wanted: Requirements) -> None:
                 seen.add(inside)
                 waiting.append(inside)
     if found:
-        wanted.arguments += ["-r", REQUIREMENTS]
+        wanted.arguments += ["-r", wanted.pip_file]
         wanted.lines += found
 
 
@@ -213,25 +212,23 @@ def _pyproject(project: Path, wanted: Requirements) -> None:
 
 def satisfies(version: tuple[int, ...], specifier: str) -> bool:
     """Whether a version of Python is one that `requires-python` allows; False where it is unclear."""
-    return all(_satisfies(version, clause.strip()) for clause in specifier.split(","))
+    try:
+        allowed = SpecifierSet(specifier)
+        return allowed.contains(".".join(map(str, version)), prereleases=True)
+    except ValueError:  # uv says what is wrong with it
+        return False
 
 
-def _satisfies(version: tuple[int, ...], clause: str) -> bool:
-    matched = re.fullmatch(r"(~=|===?|!=|<=|>=|<|>)\s*(\d{1,9}(?:\.\d{1,9})*)(\.\*)?", clause)
-    if matched is None:
-        return not clause
-    operator, given = matched[1], tuple(int(part) for part in matched[2].split("."))
-    padded = given + (0,) * (3 - len(given))
-    is_prefix = version[: len(given)] == given
-    is_equal = is_prefix if matched[3] else version == padded
-    answers = {
-        "~=": version >= padded and version[: len(given) - 1] == given[:-1],
-        "==": is_equal,
-        "===": is_equal,
-        "!=": not is_equal,
-        "<=": version <= padded,
-        ">=": version >= padded,
-        "<": version < padded,
-        ">": version > padded,
-    }
-    return answers[operator]
+def _check_python(wanted: Requirements) -> None:
+    asked = wanted.python_to_find
+    if asked is None:
+        return
+    specifier = f"=={asked}.*" if asked[0].isdigit() else asked
+    if not any(satisfies(each, specifier) for each in _TOO_OLD):
+        return
+    if not any(satisfies(each, specifier) for each in _RECENT):
+        file = wanted.conda_file if wanted.python else PYPROJECT
+        wanted.mistakes.append(
+            f"{file}: found Python {asked}; allowed: {MIN_PYTHON} or later, "
+            f"such as python={sys.version_info[0]}.{sys.version_info[1]}, which the operator has"
+        )

@@ -23,6 +23,9 @@ class Dependencies(_Strict):
     shell: str | None = Field(None, description="Instead of dependencies.sh; no job runs it.")
 
 
+DEFAULT_DEPENDENCIES = Dependencies()
+
+
 class Definition(_Strict):
     """What runs: a Python file with a Task, or a command."""
 
@@ -35,7 +38,7 @@ class Definition(_Strict):
     preload: tuple[str, ...] = Field(
         (), description="Modules that the fork server imports once, ahead of all jobs."
     )
-    dependencies: Dependencies = Dependencies()
+    dependencies: Dependencies = DEFAULT_DEPENDENCIES
 
 
 class Networking(_Strict):
