@@ -15,7 +15,7 @@ import os
 import sys
 from os import _exit, chdir, close, dup2, environb, fork, getpid, getppid, setsid
 
-from cortex.worker import bare, cgroups, task, wire
+from cortex.worker import bare, cgroups, programs, task, wire
 from cortex.worker.bare import signal
 from cortex.worker.messages import JOB_ID_ROOM, Order, Outcome
 from cortex.worker.processes import PR_SET_PDEATHSIG, libc
@@ -245,10 +245,11 @@ def _tell(outcome: int, data: bytes) -> None:
 def _execute(command: list[str]) -> int:
     program = command[0]
     try:
+        if "/" in program and programs.has_windows_lines(program):
+            raise FileNotFoundError(errno.ENOENT, "no such interpreter", program)
         os.execvp(program, command)
     except OSError as error:
-        is_sought = "/" not in program and error.errno == errno.ENOENT
-        why = "it is not on PATH" if is_sought else error.strerror or str(error)
+        why = programs.why_not(command, error)
         sys.stderr.write(f"cortex: cannot run {program!r}: {why}\n")
         sys.stderr.flush()
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
