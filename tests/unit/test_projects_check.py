@@ -26,11 +26,18 @@ def write(folder: Path, files: dict[str, str | bytes]) -> Path:
 
 
 def check(project: Path, text: str) -> list[str]:
+    """The mistakes of a project."""
     try:
         check_files(read_apis(text, "cortex.yaml"), project, "cortex.yaml", text)
     except InvalidSpec as error:
         return error.message.split("\n")
     return []
+
+
+def warnings(project: Path, definition: str = "path: a.py") -> list[str]:
+    text = f"- {{name: a, kind: TaskAPI, definition: {{{definition}}}}}\n"
+    (found,) = check_files(read_apis(text, "cortex.yaml"), project, "cortex.yaml", text)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -49,6 +56,24 @@ def check(project: Path, text: str) -> list[str]:
         "match 1:\n    case _:\n        task = 1\n",
         "# -*- coding: latin-1 -*-\n# \xe9\n" + TASK,
         "'\\d'\n" + TASK,
+        "def task(c):\n    def rows():\n        yield 1\n    return list(rows())\n",
+        "def task(c):\n    async def run(): ...\n    return asyncio.run(run())\n",
+        "def task(c):\n    return sum((lambda: (yield))() for _ in c)\n",
+        "@asyncio_main\nasync def task(c): ...\n",
+        "@contextmanager\ndef task(c):\n    yield\n",
+        "def task(c):\n    yield 1\n\ntask = listed(task)\n",
+        "def task(c):\n    yield 1\n\nfor name in ['task']:\n    globals()[name] = list\n",
+        "def task(c):\n    yield 1\n\ndef use():\n    global task\n    task = list\n\nuse()\n",
+        "if x:\n    async def task(c): ...\nelse:\n    def task(c): ...\n",
+        "from other import *\nasync def task(c): ...\n",
+        "def task(c):\n    yield 1\n\nclass Task:\n    def __call__(self, c): ...\n",
+        "class Task(Base):\n    async def __call__(self, c): ...\n",
+        "class Task(metaclass=Meta):\n    async def __call__(self, c): ...\n",
+        "@wrapped\nclass Task:\n    async def __call__(self, c): ...\n",
+        "class Task:\n    @wrapped\n    async def __call__(self, c): ...\n",
+        "class Task:\n    async def run(self, c): ...\n    __call__ = synced(run)\n",
+        "class Task:\n    async def __call__(self, c): ...\nTask.__call__ = synced(Task)\n",
+        "async def task(c): ...\nclass Task(Base): ...\n",
         "\ufeff" + TASK,
     ],
 )
@@ -65,6 +90,25 @@ def test_files_that_define_a_task(source: str, tmp_path: Path) -> None:
         ("def f():\n    task = 1\n", "defines neither"),
         ("class Tasks: ...\n", 'did you mean "Tasks"?'),
         ("async def task(c): ...\n", 'the task in "a.py" is async; define def task(config)'),
+        (
+            "def task(c):\n    print(1)\n    for i in c:\n        yield i\n",
+            'the task in "a.py" is a generator (line 4 has yield), of which a call runs nothing',
+        ),
+        ("def task(c):\n    x = yield from c\n", "is a generator (line 2 has yield)"),
+        ("async def task(c):\n    yield 1\n", "is a generator (line 2 has yield)"),
+        ("def task(c):\n    with a: b = [(yield)]\n", "is a generator (line 2 has yield)"),
+        (
+            "class Task:\n    x = 1\n    def __call__(self, c):\n        yield 1\n",
+            'the __call__ of the class Task in "a.py" is a generator (line 4 has yield)',
+        ),
+        (
+            "class Task:\n    async def __call__(self, c): ...\n",
+            'the __call__ of the class Task in "a.py" is async; define def __call__(self, config)',
+        ),
+        (
+            "task = 1\nclass Task:\n    async def __call__(self, c): ...\n",
+            "__call__ of the class T",
+        ),
         ("x = 1\ndef task(:\n", 'a.py:2: invalid syntax: "def task(:"'),
         ("x = '\0'\n", "a.py:1: source code string cannot contain null bytes"),
     ],
@@ -143,6 +187,169 @@ def requirement_mistakes(project: Path) -> list[str]:
 
 
 def test_a_command_needs_no_file(tmp_path: Path) -> None:
+    assert check(tmp_path, "- {name: a, kind: TaskAPI, definition: {command: [ls]}}") == []
+
+
+@pytest.mark.parametrize("name", ["my.task.py", "train-v1.2.py", "pkg/1.py", "json.py"])
+def test_a_file_of_any_name_that_ends_in_py_is_taken(name: str, tmp_path: Path) -> None:
+    write(tmp_path, {name: TASK})
+    assert check(tmp_path, YAML.format(path=name)) == []
+
+
+POETRY = "[tool.poetry.dependencies]\npython = '^3.10'\nrequests = '^2.31'\n"
+PROJECT = "[project]\nname = 'x'\nversion = '1'\ndependencies = ['six']\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (
+            {"pyproject.toml": POETRY},
+            "[tool.poetry.dependencies] of pyproject.toml is not read; put what jobs need into requirements.txt or the dependencies of [project], for example by `poetry export -o requirements.txt`",
+        ),
+        ({"pyproject.toml": "[tool.pixi.dependencies]\nx = '*'\n"}, "[tool.pixi.dependencies] of"),
+        (
+            {"pyproject.toml": "[tool.flit.metadata]\nrequires = ['x']\n"},
+            "[tool.flit.metadata.requires] of pyproject.toml is not read; put what jobs need into",
+        ),
+        (
+            {"Pipfile": "[packages]\n"},
+            "Pipfile is not read; put what jobs need into requirements.t",
+        ),
+        (
+            {"environment.yml": "dependencies: [numpy]\n"},
+            "environment.yml is not read; put what jo",
+        ),
+        ({"requirements.in": "six\n"}, "requirements.in is not read; put what jobs need into requ"),
+        (
+            {"setup.py": "setup(install_requires=['x'])\n"},
+            "install_requires of setup.py is not read",
+        ),
+        ({"setup.cfg": "[options]\ninstall_requires =\n  x\n"}, "install_requires of setup.cfg is"),
+        (
+            {"requirements/prod.txt": "six\n"},
+            "requirements/prod.txt is not read; name it: definition.dependencies: {pip: requirements/prod.txt}",
+        ),
+        (
+            {"app/requirements.txt": "six\n"},
+            "app/requirements.txt is not read; name it: definition",
+        ),
+        (
+            {"requirements-gpu.txt": "six\n"},
+            "requirements-gpu.txt is not read; name it: definition",
+        ),
+        (
+            {"dependencies.sh": "apt-get install -y tree\n", "requirements.txt": "six\n"},
+            "dependencies.sh is not run: environments are of Python's packages alone; install on the",
+        ),
+        (
+            {"uv.lock": "version = 1\n", "pyproject.toml": PROJECT},
+            "uv.lock is not read, and the first build of the environment chooses versions anew; for its versions: `uv export -o requirements.txt`",
+        ),
+        (
+            {"a.py": '# /// script\n# dependencies = [\n#   "six",\n# ]\n# ///\n' + TASK},
+            "the dependencies in the comment `# /// script` of a.py are not read; put what jobs need",
+        ),
+    ],
+)
+def test_a_file_of_dependencies_that_is_not_read_is_named(
+    files: dict[str, str | bytes], told: str, tmp_path: Path
+) -> None:
+    (found,) = warnings(write(tmp_path, {"a.py": TASK, **files}))
+    assert found.startswith(told)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"requirements.txt": "six\n", "pyproject.toml": POETRY, "poetry.lock": "", "Pipfile": ""},
+        {
+            "pyproject.toml": PROJECT + POETRY,
+            "setup.py": "setup()\n",
+            "requirements-dev.txt": "x\n",
+        },
+        {"pyproject.toml": "[tool.poetry.dependencies]\npython = '^3.10'\n"},
+        {"setup.cfg": "[metadata]\nname = x\n", "setup.py": "setup()\n", "dependencies.sh": "\n"},
+        {"setup.cfg": "nonsense", "docs/requirements.txt": "sphinx\n", "notes.txt": "x"},
+        {"a.py": "# /// script\n# dependencies = []\n# ///\n" + TASK},
+    ],
+)
+def test_what_is_read_or_says_nothing_is_not_named(
+    files: dict[str, str | bytes], tmp_path: Path
+) -> None:
+    assert warnings(write(tmp_path, {"a.py": TASK, **files})) == []
+
+
+def test_a_script_that_an_api_names_for_its_packages_is_named(tmp_path: Path) -> None:
+    write(tmp_path, {"a.py": TASK, "gpu.sh": "apt-get\n", "dependencies.sh": "apt-get\n"})
+    (found,) = warnings(tmp_path, "path: a.py, dependencies: {shell: gpu.sh}")
+    assert found.startswith("gpu.sh is not run: ")
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (
+            "[./windows.sh]",
+            '"./windows.sh" would not run: its lines end as on Windows, and the first',
+        ),
+        (
+            "[run.sh]",
+            '"run.sh" would not run: it is not on PATH, but in the project: write ./run.sh',
+        ),
+        (
+            "[./data.txt]",
+            '"./data.txt" would not run: it is not executable; chmod +x it before the',
+        ),
+        ("[./no.sh]", '"./no.sh" would not run: there is no such file'),
+        ("[python a.py]", '"python a.py" would not run: no program has that name; write each word'),
+        (
+            "[sh, windows.sh]",
+            '"windows.sh" has the line ends of Windows, which a shell takes for a p',
+        ),
+        ("[/bin/bash, -eu, ./windows.sh]", '"./windows.sh" has the line ends of Windows, which a'),
+    ],
+)
+def test_a_program_of_the_project_that_would_not_run_is_a_warning(
+    command: str, told: str, tmp_path: Path
+) -> None:
+    write(tmp_path, {"run.sh": "#!/bin/sh\n", "windows.sh": "#!/bin/bash\r\n", "data.txt": "x"})
+    for script in ("run.sh", "windows.sh"):
+        (tmp_path / script).chmod(0o755)
+    (found,) = warnings(tmp_path, f"command: {command}")
+    assert found.startswith(f"definition.command: {told}")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "[./run.sh]",
+        "[sh, run.sh]",
+        "[sh, -c, windows.sh]",
+        "[sh]",
+        "[bash, ../windows.sh]",
+        "[../no-such]",
+        "[/no/such]",
+        "[no-such-program]",
+        f"[./{'x' * 300}]",
+    ],
+)
+def test_a_program_of_which_nothing_can_be_seen_is_left_to_the_job(
+    command: str, tmp_path: Path
+) -> None:
+    write(tmp_path, {"windows.sh": "x\r\n", "p/run.sh": "#!/bin/sh\n"})
+    (tmp_path / "p/run.sh").chmod(0o755)
+    assert warnings(tmp_path / "p", f"command: {command}") == []
+
+
+def test_a_variable_of_python_in_env_is_refused_where_a_file_is_run(tmp_path: Path) -> None:
+    write(tmp_path, {"a.py": TASK, ".env": "A=1\nPYTHONHOME=/x\nPYTHONUTF8=2\nPYTHONPATH=libs\n"})
+    first, second = check(tmp_path, YAML.format(path="a.py"))
+    assert first.startswith(
+        ".env:2: PYTHONHOME: no job of a path can have it: it takes the standar"
+    )
+    assert second == '.env:3: PYTHONUTF8: found "2"; allowed: 0 or 1'
     assert check(tmp_path, "- {name: a, kind: TaskAPI, definition: {command: [ls]}}") == []
 
 

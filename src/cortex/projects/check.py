@@ -8,27 +8,29 @@ from __future__ import annotations
 import ast
 import os
 import posixpath
-import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from cortex.projects import programs, tasks
 from cortex.projects.requirements import read_requirements
+from cortex.projects.unread import unread
 from cortex.projects.variables import check_variables
 from cortex.spec.api import Api, Definition
-from cortex.spec.yaml import FieldLines, field_lines, invalid_spec
+from cortex.spec.yaml import field_lines, invalid_spec
 from cortex.spec.yaml_nodes import Mistake, did_you_mean, quoted
 
 _MOST_FILES = 20_000
-_LARGEST_PARSED = 4 << 20
-_EVERYTHING = "*"
 
 
-def check_files(apis: list[Api], project: Path, file: str, text: str) -> None:
+def check_files(apis: list[Api], project: Path, file: str, text: str) -> list[list[str]]:
     """Check that the project holds what its APIs name, and that its own files can be read.
 
     Args:
         file, text: the `cortex.yaml` that the APIs were read from, for the lines in messages.
+
+    Returns:
+        For each API what is no mistake, and may not be what its author thinks it is.
 
     Raises:
         InvalidSpec: with every mistake, each with its file and line.
@@ -37,29 +39,38 @@ def check_files(apis: list[Api], project: Path, file: str, text: str) -> None:
     mistakes: list[Mistake] = []
     others: list[str] = []
     for index, api in enumerate(apis):
-        definition = api.definition
-        if definition.path is not None:
-            line = _line(lines, index, "path")
-            for told in _path_mistakes(project, definition.path):
-                mistakes.append(Mistake(line, f"definition.path: {told}"))
-            others += _syntax_mistakes(project, definition)
-        if definition.python_path is not None:
-            line = _line(lines, index, "python_path")
-            for told in _folder_mistakes(project, definition.python_path):
-                mistakes.append(Mistake(line, f"definition.python_path: {told}"))
-        for kind, path in definition.dependencies:
-            if path is not None:
-                line = _line(lines, index, "dependencies", kind)
-                for told in _dependency_mistakes(project, path):
-                    mistakes.append(Mistake(line, f"definition.dependencies.{kind}: {told}"))
-        others += read_requirements(project, definition.dependencies).mistakes
-    others += check_variables(project)
+        for field, told in _field_mistakes(project, api.definition):
+            line = lines.get((index, "definition", *field), lines.get((index,), 1))
+            mistakes.append(Mistake(line, f"definition.{'.'.join(field)}: {told}"))
+        others += _syntax_mistakes(project, api.definition)
+        others += read_requirements(project, api.definition.dependencies).mistakes
+    has_path = any(api.definition.path is not None for api in apis)
+    others += check_variables(project, has_path=has_path)
     if mistakes or others:
         raise invalid_spec(file, mistakes, others)
+    return [_warnings(project, api.definition) for api in apis]
 
 
-def _line(lines: FieldLines, index: int, *name: str) -> int:
-    return lines.get((index, "definition", *name), lines.get((index,), 1))
+def _field_mistakes(project: Path, definition: Definition) -> Iterator[tuple[tuple[str, ...], str]]:
+    if definition.path is not None:
+        for told in _path_mistakes(project, definition.path):
+            yield ("path",), told
+    if definition.python_path is not None:
+        for told in _folder_mistakes(project, definition.python_path):
+            yield ("python_path",), told
+    for kind, path in definition.dependencies:
+        if path is not None:
+            for told in _dependency_mistakes(project, path):
+                yield ("dependencies", kind), told
+
+
+def _warnings(project: Path, definition: Definition) -> list[str]:
+    wanted = read_requirements(project, definition.dependencies)
+    command = definition.command
+    return [
+        *unread(project, definition, wanted),
+        *(() if command is None else programs.doubts(project, command)),
+    ]
 
 
 def _path_mistakes(project: Path, path: str) -> Iterator[str]:
@@ -71,24 +82,9 @@ def _path_mistakes(project: Path, path: str) -> Iterator[str]:
     elif file.suffix != ".py":
         yield f"found {quoted(path)}; allowed: a file whose name ends in .py (or use command)"
     else:
-        yield from _task_mistakes(file, path)
-
-
-def _task_mistakes(file: Path, path: str) -> Iterator[str]:
-    tree = _parse(file)
-    if not isinstance(tree, ast.Module):
-        return
-    names = set(_names(tree.body))
-    if names & {"Task", "task", _EVERYTHING}:
-        return
-    if any(isinstance(node, ast.AsyncFunctionDef) and node.name == "task" for node in tree.body):
-        yield f"the task in {quoted(path)} is async; define def task(config) and call asyncio.run"
-        return
-    hint = did_you_mean("Task", names)
-    yield (
-        f"{quoted(path)} defines neither a class Task nor a function task(config) "
-        f"at its top level{hint}"
-    )
+        module = tasks.parse(file)
+        if isinstance(module, ast.Module):
+            yield from tasks.mistakes(module, path)
 
 
 def _syntax_mistakes(project: Path, definition: Definition) -> Iterator[str]:
@@ -96,47 +92,12 @@ def _syntax_mistakes(project: Path, definition: Definition) -> Iterator[str]:
     file = _inside(project, path)
     if file is None or file.suffix != ".py" or not file.is_file():
         return
-    error = _parse(file)
+    error = tasks.parse(file)
     wanted = read_requirements(project, definition.dependencies)
     # Another version of Python has another syntax.
     if isinstance(error, SyntaxError) and wanted.python_to_find is None:
         shown = f": {quoted(error.text.strip())}" if error.text else ""
         yield f"{posixpath.normpath(path)}:{error.lineno or 1}: {error.msg}{shown}"
-
-
-def _parse(file: Path) -> ast.Module | SyntaxError | None:
-    if file.stat().st_size > _LARGEST_PARSED:
-        return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return ast.parse(file.read_bytes())
-    except SyntaxError as error:
-        return error
-    except ValueError as error:
-        return SyntaxError(str(error))
-    except (RecursionError, MemoryError):
-        return None  # nested deeper than this check goes
-
-
-def _names(body: list[ast.stmt]) -> Iterator[str]:
-    """The names that a module's statements define, those in its ifs, tries and withs included."""
-    waiting = list(body)  # of a thousand elifs each lies within the one before
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
-            yield node.name
-            continue
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            yield from (alias.asname or alias.name for alias in node.names)
-        elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            yield from (n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name))
-        if not isinstance(node, ast.AsyncFunctionDef):
-            for field in ("body", "orelse", "finalbody"):
-                waiting += getattr(node, field, [])
-        for inner in (*getattr(node, "handlers", []), *getattr(node, "cases", [])):
-            waiting += inner.body
 
 
 def _folder_mistakes(project: Path, path: str) -> Iterator[str]:

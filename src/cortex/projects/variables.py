@@ -9,6 +9,7 @@ from pathlib import Path
 from dotenv.parser import Binding, parse_stream
 
 from cortex.errors import InvalidProject
+from cortex.spec import python_variables
 from cortex.spec.fields import ENV_NAME, RESERVED_ENV
 
 FILE = ".env"
@@ -24,10 +25,15 @@ def variables(project: Path) -> dict[str, str]:
     return {b.key: b.value for b in found if b.key is not None and b.value is not None}
 
 
-def check_variables(project: Path) -> list[str]:
-    """The mistakes in `.env`, each with its line."""
+def check_variables(project: Path, *, has_path: bool = False) -> list[str]:
+    """The mistakes in `.env`, each with its line.
+
+    Args:
+        has_path: whether jobs run a Python file, which cannot have every variable of Python's own.
+    """
     try:
-        return [mistake for binding in _bindings(project) for mistake in _mistakes(binding)]
+        bindings = _bindings(project)
+        return [told for binding in bindings for told in _mistakes(binding, has_path=has_path)]
     except InvalidProject as error:
         return [error.message]
 
@@ -42,7 +48,7 @@ def _bindings(project: Path) -> list[Binding]:
         raise InvalidProject(f"{FILE}: not UTF-8 text; save it as UTF-8") from error
 
 
-def _mistakes(binding: Binding) -> Iterator[str]:
+def _mistakes(binding: Binding, *, has_path: bool) -> Iterator[str]:
     # A binding begins with the blank lines before it.
     text = binding.original.string
     blank = text[: len(text) - len(text.lstrip())].count("\n")
@@ -61,3 +67,5 @@ def _mistakes(binding: Binding) -> Iterator[str]:
         yield f"{place}: {binding.key}: has no value; allowed: NAME=value"
     elif "\0" in binding.value:
         yield f"{place}: {binding.key}: holds a NUL character"
+    elif has_path and (refusal := python_variables.refusal(binding.key, binding.value)):
+        yield f"{place}: {binding.key}: {refusal}"

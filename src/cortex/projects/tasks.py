@@ -1,0 +1,122 @@
+"""The file of a task, parsed and not run: whether it defines one, and one that a job can call. Called by `check`."""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from cortex.spec.yaml_nodes import did_you_mean, quoted
+
+_LARGEST_PARSED = 4 << 20
+_EVERYTHING = "*"
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+# With these a module may define again whatever it has defined.
+_REBIND = {"exec", "globals", "setattr", "vars"}
+
+
+def parse(file: Path) -> ast.Module | SyntaxError | None:
+    """A Python file, or what is wrong with it; None where it is too large or too deep to be parsed here."""
+    if file.stat().st_size > _LARGEST_PARSED:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(file.read_bytes())
+    except SyntaxError as error:
+        return error
+    except ValueError as error:
+        return SyntaxError(str(error))
+    except (RecursionError, MemoryError):
+        return None
+
+
+def mistakes(module: ast.Module, path: str) -> Iterator[str]:
+    """What keeps a job from calling the task of a file, as far as it can be seen without running it."""
+    names = list(_names(module.body))
+    if not {"Task", "task", _EVERYTHING} & set(names):
+        hint = did_you_mean("Task", names)
+        yield (
+            f"{quoted(path)} defines neither a class Task nor a function task(config) "
+            f"at its top level{hint}"
+        )
+        return
+    called = _called(module, names)
+    if called is None:
+        return
+    what = "task" if called.name == "task" else "__call__ of the class Task"
+    found = next(
+        (node for node in _own(called) if isinstance(node, ast.Yield | ast.YieldFrom)), None
+    )
+    if found is not None:
+        yield (
+            f"the {what} in {quoted(path)} is a generator (line {found.lineno} has yield), of which a call "
+            "runs nothing; return the result, and print what shows the progress"
+        )
+    elif isinstance(called, ast.AsyncFunctionDef):
+        instead = "task(config)" if called.name == "task" else "__call__(self, config)"
+        yield f"the {what} in {quoted(path)} is async; define def {instead} and call asyncio.run"
+
+
+def _called(module: ast.Module, names: list[str]) -> _Function | None:
+    """The function that a job calls, where the file leaves no doubt: it is defined once, and by nothing but its
+    def. What is decorated, inherited or assigned shows at run time."""
+    name = "Task" if "Task" in names else "task"
+    if _EVERYTHING in names or names.count(name) != 1 or _may_rebind(module, name):
+        return None
+    kind = ast.ClassDef if name == "Task" else _Function
+    node = _defined(module.body, name, kind)
+    if not isinstance(node, ast.ClassDef):
+        return node if isinstance(node, _Function) else None
+    if node.bases or node.keywords or list(_names(node.body)).count("__call__") != 1:
+        return None
+    method = _defined(node.body, "__call__", _Function)
+    return method if isinstance(method, _Function) else None
+
+
+def _defined(body: list[ast.stmt], name: str, kind: object) -> ast.stmt | None:
+    for node in body:
+        if isinstance(node, kind) and node.name == name:  # type: ignore[arg-type,attr-defined]  # kinds of nodes
+            return None if node.decorator_list else node  # type: ignore[attr-defined]
+    return None
+
+
+def _may_rebind(module: ast.Module, name: str) -> bool:
+    for node in ast.walk(module):
+        if isinstance(node, ast.Global) and name in node.names:
+            return True
+        if isinstance(node, ast.Name) and node.id in _REBIND:
+            return True
+        if isinstance(node, ast.Attribute) and node.attr in {"__call__", "modules"}:
+            return True
+    return False
+
+
+def _own(function: _Function) -> Iterator[ast.AST]:
+    """What runs when a function runs, without the functions and classes that it defines."""
+    waiting: list[ast.AST] = list(function.body)
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            yield node
+            waiting += ast.iter_child_nodes(node)
+
+
+def _names(body: list[ast.stmt]) -> Iterator[str]:
+    """The names that statements define, those in its ifs, tries and withs included."""
+    waiting = list(body)  # of a thousand elifs each lies within the one before
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from (alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name))
+        for field in ("body", "orelse", "finalbody"):
+            waiting += getattr(node, field, [])
+        for inner in (*getattr(node, "handlers", []), *getattr(node, "cases", [])):
+            waiting += inner.body
