@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from cortex.projects.pack import pack
 from support import PROBE, Operator, probe_yaml
 
 
@@ -70,6 +71,60 @@ def test_every_mistake_is_told_at_once_and_nothing_is_deployed(shared: Operator)
     for expected in ("Bad_Name", "RealtimeAPI", "definiton", "definition", "cortex.yaml:7"):
         assert expected in message
     assert shared.http.get(f"{shared.url}/-/apis/good").status_code == 404
+
+
+def test_what_is_no_mistake_is_a_warning_of_the_first_api_that_it_is_about(
+    shared: Operator,
+) -> None:
+    command = "- {name: %s, kind: TaskAPI, definition: {command: [%s]}}\n"
+    yaml = probe_yaml("warned") + command % ("crlf", "./run.sh") + command % ("fine", "sh, -c, ls")
+    files = {"probe.py": PROBE, "Pipfile": "", "run.sh": "#!/bin/bash\r\necho hi\r\n"}
+    for done in ("created", "warned is unchanged"):
+        first, second, third = shared.deploy(yaml, files).json()
+        (about_pipfile,) = first["warnings"]
+        assert about_pipfile.startswith("Pipfile is not read; put what jobs need into requirements")
+        lines = first["message"].split("\n")
+        assert lines[0].startswith(done)
+        assert lines[1:] == [f"warning: {about_pipfile}"]
+        (about_script,) = second["warnings"]
+        assert '"./run.sh" would not run: it is not executable' in about_script
+        assert third["warnings"] == []
+        assert "warning" not in third["message"]
+
+
+def test_a_script_with_the_lines_of_windows_fails_in_words(shared: Operator) -> None:
+    yaml = (
+        "- {name: windows, kind: TaskAPI, definition: {command: [./run.sh]}, compute: {cpu: 1m}}\n"
+    )
+    folder = shared.folder / "windows"
+    folder.mkdir()
+    (folder / "cortex.yaml").write_text(yaml)
+    (folder / "run.sh").write_bytes(b"#!/bin/bash\r\necho hello\r\n")
+    (folder / "run.sh").chmod(0o755)
+    archive = io.BytesIO()
+    pack(folder, archive)
+    (done,) = shared.upload(yaml, archive.getvalue()).json()
+    assert "its lines end as on Windows" in done["message"]
+    job = shared.run(done["api"]["endpoint"])
+    assert (job["status"], job["exit_code"]) == ("status_worker_error", 127)
+    assert (
+        r"names the interpreter '/bin/bash\r'; save it with the line ends of Unix" in job["message"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [("yield 1", "is a generator (line 2 has yield)"), ("await x()", "is async; define def task")],
+)
+def test_a_task_that_no_job_can_call_is_refused(shared: Operator, source: str, told: str) -> None:
+    kind = "async def" if "await" in source else "def"
+    code = f"{kind} task(config):\n    {source}\n"
+    response = shared.deploy(probe_yaml("uncalled"), {"probe.py": code})
+    assert response.status_code == 400
+    assert (
+        f'cortex.yaml:4: definition.path: the task in "probe.py" {told}'
+        in response.json()["message"]
+    )
 
 
 def test_a_missing_file_is_told_with_its_line(shared: Operator) -> None:

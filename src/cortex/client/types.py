@@ -67,10 +67,12 @@ class ApiView(TypedDict):
 
 
 class DeployResult(TypedDict):
-    """What a deploy did with one API of its file; `error` is empty when it worked."""
+    """What a deploy did with one API of its file; `error` is empty when it worked. `message` holds the
+    warnings, each in a line of its own."""
 
     api: ApiView | None
     message: str
+    warnings: NotRequired[list[str]]
     error: str
 
 

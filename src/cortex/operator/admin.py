@@ -111,11 +111,12 @@ async def deploy(
     return Answer(
         [
             {
-                "api": await ctx.renderer.api(deployment, request),
-                "message": message,
+                "api": await ctx.renderer.api(each.deployment, request),
+                "message": each.message,
+                "warnings": each.warnings,
                 "error": "",
             }
-            for deployment, message in done
+            for each in done
         ]
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
@@ -25,6 +26,21 @@ log = structlog.get_logger()
 _RETRY_S = 10.0
 _FAILED = "what follows a deploy failed"
 _LONGEST_NAME = 255
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """One API of a deploy: as it is deployed now, what was done ("created x", "updated x", "x is unchanged"), and
+    what its author should know of the project."""
+
+    deployment: Deployment
+    done: str
+    warnings: list[str]
+
+    @property
+    def message(self) -> str:
+        """All of it in words, for clients that show nothing else."""
+        return "\n".join([self.done, *(f"warning: {each}" for each in self.warnings)])
 
 
 class Deployer:
@@ -65,7 +81,7 @@ class Deployer:
 
     async def deploy(
         self, *, file: str, text: str, archive: BinaryIO, replace: bool
-    ) -> list[tuple[Deployment, str]]:
+    ) -> list[Deployed]:
         """Deploy every API of a `cortex.yaml`, all or none.
 
         Args:
@@ -74,8 +90,7 @@ class Deployer:
             replace: whether an API that is deployed may get a new version.
 
         Returns:
-            Each API as it is deployed now, and what was done: "created x", "updated x", "x is
-            unchanged".
+            Each API, in the order of the file. A warning stands with the first API that it is about.
 
         Raises:
             InvalidSpec, InvalidProject: with every mistake; nothing was deployed.
@@ -83,7 +98,7 @@ class Deployer:
         """
         apis = await asyncio.to_thread(read_apis, text, file)
         async with self._ctx.deploying:
-            project = await asyncio.to_thread(self._take_in, apis, file, text, archive)
+            project, warnings = await asyncio.to_thread(self._take_in, apis, file, text, archive)
             current = {d.name: d for d in await self._ctx.store.deployments()}
             done: list[tuple[Deployment, str]] = []
             for api in apis:
@@ -108,7 +123,7 @@ class Deployer:
         for spec in changed:
             log.info("deployed", api=spec.name, api_id=spec.api_id)
             self._took_effect(spec)
-        return done
+        return [Deployed(*each, told) for each, told in zip(done, warnings, strict=True)]
 
     async def undeploy(self, name: str) -> int:
         """Delete an API and stop its jobs; how many there were.
@@ -128,15 +143,17 @@ class Deployer:
         log.info("deleted", api=name, stopped_jobs=len(stopped))
         return len(stopped)
 
-    def _take_in(self, apis: list[Api], file: str, text: str, archive: BinaryIO) -> str:
-        """Unpack and check a project, and keep it under its id."""
+    def _take_in(
+        self, apis: list[Api], file: str, text: str, archive: BinaryIO
+    ) -> tuple[str, list[list[str]]]:
+        """Unpack and check a project, and keep it under its id; that, and the warnings of each API."""
         with self._ctx.projects.incoming() as incoming:
             unpack(archive, incoming)
             # A comment there, or another API's entry, is no change of this API.
             with suppress(IsADirectoryError):
                 (incoming / file).unlink(missing_ok=True)
-            check_files(apis, incoming, file, text)
-            return self._ctx.projects.take_in(incoming)
+            warnings = _each_once(check_files(apis, incoming, file, text))
+            return self._ctx.projects.take_in(incoming), warnings
 
     async def _send_missing(self, used: set[str]) -> None:
         while True:
@@ -169,6 +186,15 @@ class Deployer:
             log.warning("not ready for jobs", api_id=api_id, reason=error.reason)
         except (HeldUp, StorageUnavailable) as error:  # the first job asks again
             log.warning("not ready for jobs yet", api_id=api_id, reason=str(error))
+
+
+def _each_once(warnings: list[list[str]]) -> list[list[str]]:
+    seen: set[str] = set()
+    left = []
+    for told in warnings:
+        left.append([each for each in told if each not in seen])
+        seen.update(told)
+    return left
 
 
 def _same(spec: ApiSpec, api: Api, project: str) -> bool:
