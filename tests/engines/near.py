@@ -24,7 +24,7 @@ from cortex.engines.ray.messages import NodeState, Seat
 from cortex.node import seats
 from cortex.node.agent import Agent
 from cortex.node.driver import Driver, answer
-from cortex.projects.pack import pack
+from cortex.projects.pack import pack_kept
 from engines.bench import LIMIT_S, Bench, processes
 
 NAMESPACE = "near"
@@ -58,7 +58,7 @@ class Near(Driver):
 
     async def send_project(self, node_id: str, project_id: str, folder: str) -> None:
         packed = io.BytesIO()
-        pack(Path(folder), packed)
+        pack_kept(Path(folder), packed)
         await self.ask(node_id, "unpack", (project_id, packed.getvalue()), 60)
 
     async def ask(

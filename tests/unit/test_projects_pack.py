@@ -6,13 +6,15 @@ import io
 import os
 import socket
 import tarfile
+import venv
 from pathlib import Path
 
 import pytest
 
 from cortex.errors import InvalidProject
 from cortex.projects import pack as packing
-from cortex.projects.pack import PackSummary, pack
+from cortex.projects.ignored import Chosen
+from cortex.projects.pack import PackSummary, pack, pack_kept
 from cortex.projects.unpack import project_id, unpack
 
 
@@ -79,6 +81,102 @@ def test_a_file_that_excludes_env_is_obeyed(tmp_path: Path) -> None:
     ]
 
 
+def left_out(folder: Path) -> str | None:
+    return pack(folder, io.BytesIO()).left_out
+
+
+ENVIRONMENTS = {
+    "my env/pyvenv.cfg": "home = /usr/bin\n",
+    "my env/lib/python3.11/site-packages/x.py": "",
+    ".env/pyvenv.cfg": "",
+    "conda/conda-meta/history": "",
+    "web/node_modules/x/index.js": "",
+    ".tox/py311/x": "",
+}
+
+
+def test_environments_and_caches_of_tools_are_left_out_and_named(tmp_path: Path) -> None:
+    venv.create(tmp_path / "p/made", with_pip=False)  # whose links leave the project
+    project = write(tmp_path / "p", {**ENVIRONMENTS, "a.py": "", "lib/b.py": "", ".git/config": ""})
+    (project / "linked").symlink_to(tmp_path / "elsewhere")
+    write(tmp_path / "elsewhere", {"pyvenv.cfg": ""})
+    assert names(project) == ["a.py", "lib/b.py"]
+    told = left_out(project) or ""
+    assert told.startswith(
+        "left out of the upload: .env/ (a virtual environment), .tox/ (the cache of a tool), "
+        "conda/ (a conda environment), linked (a virtual environment), made/ (a virtual environment) "
+        "and 2 more; where jobs need it, a line such as !.env/ in .cortexignore brings it back"
+    )
+    assert (
+        left_out(write(tmp_path / "q", {"a.py": "", ".git/x": "", "__pycache__/a.pyc": ""})) is None
+    )
+
+
+def test_a_line_that_names_what_is_left_out_brings_it_back(tmp_path: Path) -> None:
+    ignore = "!/my env/\n!node_modules\n!.streamlit/\n"
+    more = {"web/node_modules/.bin/y": "", ".streamlit/config.toml": "", ".git/config": ""}
+    project = write(tmp_path, {**ENVIRONMENTS, **more, "a.py": "", ".cortexignore": ignore})
+    assert sorted(names(project)) == [
+        ".streamlit/config.toml",
+        "a.py",
+        "my env/lib/python3.11/site-packages/x.py",
+        "my env/pyvenv.cfg",
+        "web/node_modules/.bin/y",
+        "web/node_modules/x/index.js",
+    ]
+    told = left_out(project) or ""
+    assert "my env" not in told
+    assert "conda/ (a conda environment)" in told
+
+
+def test_a_pattern_brings_nothing_back_that_it_does_not_name(tmp_path: Path) -> None:
+    ignore = "*\n!*/\n!*.py\n"
+    more = {"a.py": "", "src/b.py": "", "src/data.bin": "", ".git/hooks/c.py": "", "src/.d.py": ""}
+    project = write(tmp_path, {**ENVIRONMENTS, **more, ".cortexignore": ignore})
+    assert names(project) == ["a.py", "src/b.py"]
+
+
+@pytest.mark.parametrize(
+    ("rules", "kept"),
+    [
+        ("*\n!src/\n!src/**", ["src/a.py", "src/b.bin", "src/deep/c.py"]),
+        ("/*\n!/src/", ["src/a.py", "src/b.bin", "src/deep/c.py"]),
+        ("src/*\n!src/deep/", ["a.py", "src/deep/c.py"]),
+        ("src/\n!src/a.py", ["a.py"]),
+        ("*.py\n!src/deep/", ["src/b.bin"]),
+        ("!src/deep/\nsrc/deep/", ["a.py", "src/a.py", "src/b.bin"]),
+    ],
+)
+def test_the_last_line_that_names_a_path_decides_as_for_git(
+    rules: str, kept: list[str], tmp_path: Path
+) -> None:
+    files = dict.fromkeys(["a.py", "src/a.py", "src/b.bin", "src/deep/c.py"], "")
+    assert sorted(names(write(tmp_path, {**files, ".cortexignore": rules}))) == kept
+
+
+def test_of_a_folder_that_is_an_environment_itself_the_rest_is_packed(tmp_path: Path) -> None:
+    venv.create(tmp_path / "p", with_pip=False)
+    project = write(tmp_path / "p", {"a.py": "", "src/b.py": "", "src/bin/c": ""})
+    assert names(project) == ["a.py", "pyvenv.cfg", "src/b.py", "src/bin/c"]
+    told = left_out(project) or ""
+    assert "bin/ (a virtual environment, which the project's own folder is)" in told
+
+
+def test_what_was_brought_back_once_is_packed_again_without_choosing(tmp_path: Path) -> None:
+    project = write(
+        tmp_path / "p", {**ENVIRONMENTS, "a.py": "", ".cortexignore": "!.tox/\n!conda/"}
+    )
+    unpack(io.BytesIO(packed(project)), tmp_path / "t")
+    identity = project_id(tmp_path / "t")
+    write(tmp_path / "t", {"__pycache__/a.pyc": ""})
+    os.mkfifo(tmp_path / "t/pipe")
+    out = io.BytesIO()
+    pack_kept(tmp_path / "t", out)
+    out.seek(0)
+    unpack(out, tmp_path / "again")
+    assert project_id(tmp_path / "again") == identity
+
+
 def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
     files = {"b": "1", "a/c": "2", "a.py": "3"}
     one = write(tmp_path / "one", files)
@@ -143,12 +241,58 @@ def test_too_large_names_the_largest_and_reads_nothing(tmp_path: Path) -> None:
     assert out.getvalue() == b""
 
 
-def test_too_many_files_stop_the_walk_early(
+def sized(path: Path, mebibytes: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as sparse:
+        sparse.truncate(mebibytes << 20)
+
+
+def test_too_large_names_folders_and_what_would_exclude_them(tmp_path: Path) -> None:
+    for number in range(30):
+        sized(tmp_path / f"app/data/images/{number:02}.png", 2)
+    for number in range(10):
+        sized(tmp_path / f"app/out/run{number}/model.bin", 5)
+    sized(tmp_path / "app/weights.bin", 40)
+    sized(tmp_path / "small.bin", 1)
+    message = refused(tmp_path)
+    assert (
+        "the largest in it:\n"
+        "  app/data/ (60.0 MiB, 30 files)\n"
+        "  app/out/ (50.0 MiB, 10 files)\n"
+        "  app/weights.bin (40.0 MiB)\n"
+        "  small.bin (1.0 MiB)\n"
+    ) in message
+    assert "for example:\n  /app/data/\n  /app/out/\n  /app/weights.bin\n" in message
+    write(tmp_path, {".cortexignore": "/app/data/\n/app/out/\n"})
+    assert names(tmp_path) == ["small.bin", "app/weights.bin"]
+
+
+def test_too_many_files_name_the_folder_that_holds_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "MAX_PROJECT_FILES", 5)
-    write(tmp_path, {f"f{n}": "" for n in range(9)})
-    assert "over 100 MiB or 5 files" in refused(tmp_path)
+    monkeypatch.setattr(packing, "_MAX_WEIGHED", 7)
+    sized(tmp_path / "z.bin", 1)
+    write(tmp_path, {f"data/f{n}": "" for n in range(9)})
+    message = refused(tmp_path)
+    assert "over 100 MiB or 5 files" in message
+    assert "  data/ (0.0 MiB, 9 files)\n  z.bin (1.0 MiB)\n" in message
+
+
+def test_what_cannot_be_weighed_is_no_mistake_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "MAX_PROJECT_FILES", 2)
+    write(tmp_path, {**{f"f{n}": "" for n in range(3)}, "z/x": ""})
+    scandir = os.scandir
+
+    def failing(path: Path) -> object:
+        if path.name == "z":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    assert "over 100 MiB or 2 files" in refused(tmp_path)
 
 
 def test_the_root_of_the_machine_is_refused_at_once() -> None:
@@ -168,8 +312,8 @@ def test_a_file_that_vanishes_or_changes_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = write(tmp_path, {"a": "12"})
-    seen = packing._entries(project)
-    monkeypatch.setattr(packing, "_entries", lambda _: seen)
+    seen = packing._entries(project, Chosen(project))
+    monkeypatch.setattr(packing, "_entries", lambda *_: seen)
     (project / "a").write_text("123")
     assert "a changed while it was packed" in refused(project)
     (project / "a").unlink()

@@ -31,7 +31,7 @@ from cortex.engines.ray.messages import NodeState, Refusal, Seat
 from cortex.errors import InvalidProject
 from cortex.node import seats
 from cortex.node.agent import Agent
-from cortex.projects.pack import pack
+from cortex.projects.pack import pack_kept
 from cortex.worker.messages import shorten
 
 T = TypeVar("T")
@@ -68,7 +68,7 @@ class Driver:
 
     async def send_project(self, node_id: str, project_id: str, folder: str) -> None:
         packed = io.BytesIO()
-        await self._blocking(pack, Path(folder), packed)
+        await self._blocking(pack_kept, Path(folder), packed)
         agent = await self._agent(node_id)
         # Through the object store: it may be too large for an argument.
         reference = await self._blocking(ray.put, packed.getvalue())

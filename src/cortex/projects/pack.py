@@ -1,39 +1,42 @@
 """A project's folder as a gzip tar stream: what the client uploads.
 
-All files but dot-files, byte code and what `.cortexignore` excludes; `.env` at the top is included.
-The same files give the same bytes. Sizes are summed before anything is read, so that a
-`cortex.yaml` that lies in a home folder by accident is refused at once.
+All files but those that `ignored` leaves out. The same files give the same bytes. Sizes are summed before
+anything is read, so that a `cortex.yaml` that lies in a home folder by accident is refused soon.
 """
 
 from __future__ import annotations
 
 import gzip
-import heapq
 import os
 import stat
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
-from pathspec import GitIgnoreSpec
-
 from cortex.errors import InvalidProject
+from cortex.projects.ignored import IGNORE_FILE, Chosen, Everything
 
 MAX_PROJECT_BYTES = 100 << 20
 MAX_PROJECT_FILES = 20_000
-IGNORE_FILE = ".cortexignore"
 _MOST_SHOWN = 20
-_BYTE_CODE = (".pyc", ".pyo")
+# Of a project over the limits, as many more are weighed to name what is large in it.
+_MAX_WEIGHED = 20_000
+_MAX_NAMED = 5
+_IS_MOST, _IS_MUCH = 0.5, 0.2
 
 
 @dataclass(frozen=True)
 class PackSummary:
-    """What was packed: how many files and links, and the sum of their sizes."""
+    """What was packed: how many files and links, and the sum of their sizes; and what was left out that its author
+    may miss, in words."""
 
     files: int
     bytes: int
+    left_out: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,23 @@ def pack(folder: Path, out: IO[bytes]) -> PackSummary:
     Raises:
         InvalidProject: it is too large, a link leaves it, or something in it cannot be packed.
     """
+    chosen = Chosen(folder)
+    files, size = _pack(folder, chosen, out)
+    return PackSummary(files, size, chosen.left_out())
+
+
+def pack_kept(folder: Path, out: IO[bytes]) -> None:
+    """Write a project to `out` that was packed and unpacked before: nothing is chosen again.
+
+    Raises:
+        InvalidProject: as `pack` does.
+    """
+    _pack(folder, Everything(), out)
+
+
+def _pack(folder: Path, rules: Chosen | Everything, out: IO[bytes]) -> tuple[int, int]:
     try:
-        entries = _entries(folder)
+        entries = _entries(folder, rules)
         with (
             gzip.GzipFile(filename="", mode="wb", fileobj=out, mtime=0) as zipped,
             tarfile.open(fileobj=zipped, mode="w|", format=tarfile.PAX_FORMAT) as tar,
@@ -67,7 +85,7 @@ def pack(folder: Path, out: IO[bytes]) -> PackSummary:
             raise
         raise InvalidProject(f"{os.fsdecode(error.filename)}: {error.strerror}") from error
     files = [entry for entry in entries if not stat.S_ISDIR(entry.info.st_mode)]
-    return PackSummary(len(files), sum(entry.size for entry in files))
+    return len(files), sum(entry.size for entry in files)
 
 
 def _write(entry: _Entry, tar: tarfile.TarFile) -> None:
@@ -87,14 +105,13 @@ def _write(entry: _Entry, tar: tarfile.TarFile) -> None:
             tar.addfile(member, file)
 
 
-def _entries(folder: Path) -> list[_Entry]:
-    if not folder.is_dir():
-        raise InvalidProject(f"{folder} is not a folder")
+def _entries(folder: Path, rules: Chosen | Everything) -> list[_Entry]:
     root = Path(os.path.realpath(folder))
     entries: list[_Entry] = []
     mistakes: list[str] = []
     total = 0
-    for path, name, info in _walk(root, _ignored(root)):
+    found = _walk(root, rules)
+    for path, name, info in found:
         target = None
         if stat.S_ISLNK(info.st_mode):
             target = _target(root, path)
@@ -105,7 +122,10 @@ def _entries(folder: Path) -> list[_Entry]:
         entries.append(_Entry(path, name, info, target))
         total += entries[-1].size
         if total > MAX_PROJECT_BYTES or len(entries) > MAX_PROJECT_FILES:
-            raise InvalidProject(_too_large(folder, entries))
+            rest: list[_Entry] = []
+            with suppress(OSError):  # the project is refused in any case
+                rest += (_Entry(*each) for each in islice(found, _MAX_WEIGHED))
+            raise InvalidProject(_too_large(folder, [*entries, *rest], total))
         if len(mistakes) == _MOST_SHOWN:
             break
     if mistakes:
@@ -114,7 +134,7 @@ def _entries(folder: Path) -> list[_Entry]:
     return entries
 
 
-def _walk(root: Path, ignored: GitIgnoreSpec) -> Iterator[tuple[Path, str, os.stat_result]]:
+def _walk(root: Path, rules: Chosen | Everything) -> Iterator[tuple[Path, str, os.stat_result]]:
     """Everything that belongs to the project, sorted, a folder before what is in it."""
     waiting = [("", root)]
     while waiting:
@@ -126,38 +146,13 @@ def _walk(root: Path, ignored: GitIgnoreSpec) -> Iterator[tuple[Path, str, os.st
             found = sorted(scanned, key=lambda entry: os.fsencode(entry.name))
         for entry in found:
             name = prefix + entry.name
-            is_folder = entry.is_dir(follow_symlinks=False)
-            if _is_left_out(name, entry.name) or ignored.match_file(
-                f"{name}/" if is_folder else name
-            ):
+            if not rules.take(name, entry):
                 continue
-            if is_folder:
+            if entry.is_dir(follow_symlinks=False):
                 below.append((f"{name}/", folder / entry.name))
             else:
                 yield folder / entry.name, name, entry.stat(follow_symlinks=False)
         waiting += reversed(below)
-
-
-def _is_left_out(path: str, name: str) -> bool:
-    is_hidden = name.startswith(".") and path != ".env"
-    return is_hidden or name == "__pycache__" or name.endswith(_BYTE_CODE)
-
-
-def _ignored(root: Path) -> GitIgnoreSpec:
-    file = root / IGNORE_FILE
-    if not file.is_file():
-        return GitIgnoreSpec.from_lines([])
-    try:
-        lines = file.read_text("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InvalidProject(f"{IGNORE_FILE} is not UTF-8 text; save it as UTF-8") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            GitIgnoreSpec.from_lines([line])
-        except ValueError as error:
-            found = f"found {line!r}; allowed: a pattern as in .gitignore"
-            raise InvalidProject(f"{IGNORE_FILE}:{number}: {found}") from error
-    return GitIgnoreSpec.from_lines(lines)
 
 
 def _target(root: Path, link: Path) -> str | None:
@@ -177,12 +172,52 @@ def _kind(mode: int) -> str:
     return next((word for is_kind, word in kinds if is_kind(mode)), "a device")
 
 
-def _too_large(folder: Path, entries: list[_Entry]) -> str:
-    largest = heapq.nlargest(5, entries, key=lambda entry: entry.size)
-    listed = "".join(f"\n  {e.name} ({e.size / (1 << 20):.1f} MiB)" for e in largest)
+def _too_large(folder: Path, entries: list[_Entry], total: int) -> str:
+    named = _largest(entries, by_size=total > MAX_PROJECT_BYTES)
+    listed = "".join(f"\n  {name} ({_amount(size, files)})" for name, size, files in named)
     limits = f"{MAX_PROJECT_BYTES >> 20} MiB or {MAX_PROJECT_FILES:,} files"
+    example = "".join(f"\n  /{name}" for name, _, _ in named)
     return (
-        f"the project in {folder.absolute()} has over {limits}; its largest files so far:{listed}\n"
-        f"list what jobs do not need in {IGNORE_FILE} (the syntax of .gitignore), "
-        "or move cortex.yaml into a folder of its own"
+        f"the project in {folder.absolute()} has over {limits}; the largest in it:{listed}\n"
+        f"list what jobs do not need in {IGNORE_FILE} beside cortex.yaml (the syntax of .gitignore), for "
+        f"example:{example}\n"
+        "or move cortex.yaml into a folder of its own; large data belongs to where jobs read it from"
     )
+
+
+def _largest(entries: list[_Entry], *, by_size: bool) -> list[tuple[str, int, int]]:
+    """The names of what takes most, with its bytes and its number of files. A folder stands for what is in it, but
+    where it is most of the project and something in it is much of the folder."""
+    weights: dict[str, tuple[int, int]] = {}
+    folders = {f"{entry.name}/" for entry in entries if stat.S_ISDIR(entry.info.st_mode)}
+    below: dict[str, set[str]] = {}
+    for entry in entries:
+        child = entry.name
+        if f"{child}/" in folders:
+            continue
+        weights[child] = (entry.size, 1)
+        while child:
+            head = child.removesuffix("/").rpartition("/")[0]
+            parent = f"{head}/" if head else ""
+            below.setdefault(parent, set()).add(child)
+            size, files = weights.get(parent, (0, 0))
+            weights[parent] = (size + entry.size, files + 1)
+            child = parent
+
+    def weight(name: str) -> int:
+        return weights[name][0 if by_size else 1]
+
+    def is_opened(name: str) -> bool:
+        is_most = name in below and weight(name) >= _IS_MOST * weight("")
+        return is_most and max(map(weight, below[name])) >= _IS_MUCH * weight(name)
+
+    names = below.get("", set())
+    while opened := {name for name in names if is_opened(name)}:
+        names = (names - opened).union(*(below[name] for name in opened))
+    largest = sorted(names, key=lambda name: (-weight(name), name))[:_MAX_NAMED]
+    return [(name, *weights[name]) for name in largest]
+
+
+def _amount(size: int, files: int) -> str:
+    many = f", {files:,} files" if files > 1 else ""
+    return f"{size / (1 << 20):.1f} MiB{many}"
