@@ -436,6 +436,20 @@ def test_a_deploy_sends_the_file_and_the_folder_around_it(connect: Connect, tmp_
     assert (unpacked(stub.requests[0], tmp_path / "out") / "iris.py").exists()
 
 
+def test_what_was_left_out_of_an_upload_is_a_warning(connect: Connect, tmp_path: Path) -> None:
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv/pyvenv.cfg").touch()
+    (tmp_path / "cortex.yaml").write_text(YAML)
+    warned = [{**DEPLOYED[0], "message": "created iris\nwarning: old", "warnings": ["old"]}]
+    for sent in (DEPLOYED, warned):
+        with Stub({"POST /-/apis": answer(sent)}) as stub, connect(stub.url) as client:
+            (done,) = client.deploy(tmp_path / "cortex.yaml")
+        *before, told = done["warnings"]
+        assert told.startswith("left out of the upload: venv/ (a virtual environment); where jobs")
+        assert before == sent[0].get("warnings", [])
+        assert done["message"] == f"{sent[0]['message']}\nwarning: {told}"
+
+
 def test_a_file_with_mistakes_or_without_existence_is_not_sent(
     connect: Connect, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from cortex.errors import CortexError
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
+    from cortex.client.deploys import Upload
     from cortex.client.types import (
         ApiView,
         DeployResult,
@@ -36,12 +37,17 @@ def told(path: str) -> Exchange[dict[str, JsonValue]]:
     return cast("dict[str, JsonValue]", (yield Request("GET", path)))
 
 
-def deploy(upload: Request) -> Exchange[list[DeployResult]]:
-    """What became of each API of an upload."""
-    return cast("list[DeployResult]", (yield upload))
+def deploy(upload: Upload) -> Exchange[list[DeployResult]]:
+    """What became of each API of an upload. The first one has the warning of what was left out of it."""
+    results = cast("list[DeployResult]", (yield upload.request))
+    if upload.left_out is not None and results:
+        first = results[0]
+        first["message"] += f"\nwarning: {upload.left_out}"
+        first["warnings"] = [*first.get("warnings", ()), upload.left_out]
+    return results
 
 
-def create_api(upload: Request) -> Exchange[list[DeployResult]]:
+def create_api(upload: Upload) -> Exchange[list[DeployResult]]:
     """The same.
 
     Raises:

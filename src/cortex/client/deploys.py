@@ -1,7 +1,7 @@
 """What a deploy sends: the file that describes the APIs, and the project, packed. For either client; the one of
 asyncio has it done in a thread.
 
-The functions pack into a file that is theirs to write, and return the request that sends it.
+The functions pack into a file that is theirs to write, and return what sends it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
@@ -24,6 +25,14 @@ _UPLOAD_ANSWER_S = 300.0
 _SPEC_FILE = "api_spec.yaml"
 
 
+@dataclass(frozen=True)
+class Upload:
+    """The request of a deploy, and in words what of the project was left out of it."""
+
+    request: Request
+    left_out: str | None
+
+
 def room() -> IO[bytes]:
     """A temporary file to pack into, which is gone once it is closed."""
     return tempfile.TemporaryFile(prefix="cortex-project-")
@@ -37,7 +46,7 @@ def of_api_spec(
     project_dir: str | Path | None,
     *,
     force: bool,
-) -> Request:
+) -> Upload:
     """What `create_api` sends.
 
     Raises:
@@ -64,7 +73,7 @@ def of_api_spec(
     return _upload(packed, text.encode(), _SPEC_FILE, folder, force=force)
 
 
-def of_file(packed: IO[bytes], file: str | Path, *, force: bool) -> Request:
+def of_file(packed: IO[bytes], file: str | Path, *, force: bool) -> Upload:
     """What `deploy` sends.
 
     Raises:
@@ -87,12 +96,12 @@ def of_file(packed: IO[bytes], file: str | Path, *, force: bool) -> Request:
 
 def _upload(
     packed: IO[bytes], config: bytes, filename: str, project: Path, *, force: bool
-) -> Request:
+) -> Upload:
     from cortex.projects.pack import pack
 
-    pack(project, packed)
+    summary = pack(project, packed)
     packed.seek(0)
-    return Request(
+    request = Request(
         "POST",
         "/-/apis",
         data={"force": "true" if force else "false"},
@@ -102,6 +111,7 @@ def _upload(
         },
         answer_s=_UPLOAD_ANSWER_S,
     )
+    return Upload(request, summary.left_out)
 
 
 def _check_spec(text: str, filename: str) -> None:
