@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,11 @@ import pytest
 from cortex import errors
 from cortex.operator.live import Live
 from cortex.operator.metrics import Metrics
+from cortex.projects.requirements import MIN_PYTHON
+from cortex.spec import python_variables
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import State, Status, Wanted
+from cortex.spec.python_variables import refusal
 
 ROOT = Path(__file__).parents[2]
 SPEC = JobSpec(job_id="1", api_name="a", api_id="1", config={}, created_ns=1)
@@ -54,3 +59,30 @@ def test_every_promise_names_a_test_that_exists() -> None:
     assert len(named) > 10
     for file, test in named:
         assert f"def {test}(" in (ROOT / file).read_text(), test
+
+
+def test_every_variable_that_a_deploy_refuses_is_documented() -> None:
+    text = (ROOT / "docs" / "guide.md").read_text()
+    table = text[text.index("### Variables of Python's own") : text.index("### What a deploy sees")]
+    by_treatment: dict[str, set[str]] = {}
+    for names, treatment in re.findall(r"^\| (`PYTHON[^|]*) \| ([^|]*) \|", table, re.MULTILINE):
+        by_treatment.setdefault(treatment, set()).update(re.findall(r"`(\w+)`", names))
+    refused = {name for name in by_treatment["refused"] if refusal(name, "1") is not None}
+    assert refused == by_treatment["refused"] == set(python_variables._REFUSED)
+    checked = {*python_variables._VALUES, "PYTHONIOENCODING"}
+    assert checked <= by_treatment["honoured"]
+    others = (by_treatment["honoured"] | by_treatment["no effect"]) - checked
+    assert {name for name in others if refusal(name, "odd") is not None} == set()
+
+
+def test_every_variable_of_python_s_own_help_is_documented() -> None:
+    text = (ROOT / "docs" / "guide.md").read_text()
+    command = [sys.executable, "--help-env"]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    names = re.findall(r"^(PYTHON\w+)", told, re.MULTILINE)
+    assert len(names) > 20
+    assert [name for name in names if f"`{name}`" not in text] == []
+
+
+def test_the_least_python_is_documented() -> None:
+    assert f"Jobs run on Python {MIN_PYTHON} or later" in (ROOT / "docs" / "guide.md").read_text()
