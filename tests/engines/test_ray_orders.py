@@ -71,7 +71,7 @@ def test_a_log_is_its_own_attempts_while_another_one_is_about_to_begin(bench: Ne
 def test_an_attempt_that_never_starts_adds_nothing_to_the_log(
     bench: NearBench, monkeypatch: pytest.MonkeyPatch, lacks: int
 ) -> None:
-    async def build(_: Path) -> Path:
+    async def build(*_: object) -> Path:
         raise OSError(lacks, os.strerror(lacks))
 
     async def scenario(engine: Engine) -> None:
