@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,13 @@ def test_a_program_that_is_not_there(program: str, code: int, told: str, tmp_pat
     (tmp_path / "folder").mkdir()
     assert executed(tmp_path, program) == (code, f"cortex: cannot run '{program}': {told}\n")
     assert program == "./run.sh/x" or by_a_shell(tmp_path, program) == code
+
+
+def test_a_pipe_is_no_program_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "pipe").chmod(0o755)
+    told = "cortex: cannot run './pipe': Permission denied\n"
+    assert executed(tmp_path, "./pipe") == (by_a_shell(tmp_path, "./pipe"), told)
 
 
 @pytest.mark.parametrize(

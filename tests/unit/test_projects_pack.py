@@ -13,9 +13,10 @@ import pytest
 
 from cortex.errors import InvalidProject
 from cortex.projects import pack as packing
-from cortex.projects.ignored import Chosen
+from cortex.projects.ignored import IGNORE_FILE, Chosen
 from cortex.projects.pack import PackSummary, pack, pack_kept
 from cortex.projects.unpack import project_id, unpack
+from support import by_its_owner
 
 
 def write(folder: Path, files: dict[str, str | bytes]) -> Path:
@@ -91,6 +92,7 @@ ENVIRONMENTS = {
     ".env/pyvenv.cfg": "",
     "conda/conda-meta/history": "",
     "web/node_modules/x/index.js": "",
+    "old/bin/activate": "",
     ".tox/py311/x": "",
 }
 
@@ -103,9 +105,9 @@ def test_environments_and_caches_of_tools_are_left_out_and_named(tmp_path: Path)
     assert names(project) == ["a.py", "lib/b.py"]
     told = left_out(project) or ""
     assert told.startswith(
-        "left out of the upload: .env/ (a virtual environment), .tox/ (the cache of a tool), "
-        "conda/ (a conda environment), linked (a virtual environment), made/ (a virtual environment) "
-        "and 2 more; where jobs need it, a line such as !.env/ in .cortexignore brings it back"
+        "left out of the upload: .env/ (a virtual environment), conda/ (a conda environment), "
+        "linked (a virtual environment), made/ (a virtual environment), my env/ (a virtual environment) "
+        "and 3 more; where jobs need it, a line such as !.env/ in .cortexignore brings it back"
     )
     assert (
         left_out(write(tmp_path / "q", {"a.py": "", ".git/x": "", "__pycache__/a.pyc": ""})) is None
@@ -303,6 +305,10 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert "is not a folder" in refused(tmp_path / "nowhere")
     assert ".cortexignore is not UTF-8" in refused(
         write(tmp_path / "b", {".cortexignore": b"\xff"})
+    )
+    assert by_its_owner(
+        lambda own: (own / IGNORE_FILE).write_text("x") and (own / IGNORE_FILE).chmod(0),
+        lambda own: refused(own) == f"{own / IGNORE_FILE}: Permission denied",
     )
     message = refused(write(tmp_path / "c", {".cortexignore": "ok\n!\n"}))
     assert message.startswith(".cortexignore:2: found '!'")

@@ -92,9 +92,6 @@ async def build(
     Raises:
         EnvironmentFailed: it cannot be built.
     """
-    if wanted.mistakes:
-        told = "\n".join(wanted.mistakes)
-        raise EnvironmentFailed(wanted.mistakes[0], f"{told}\n")
     attempt = folder / new_id()
     await in_thread(_start_attempt, folder, attempt, account)
     try:

@@ -25,8 +25,9 @@ from pathlib import Path
 from cortex.account import Account
 from cortex.background import in_thread
 from cortex.projects import building, locks
+from cortex.projects.building import EnvironmentFailed
 from cortex.projects.kept import Projects
-from cortex.projects.requirements import read_requirements
+from cortex.projects.requirements import Requirements, read_requirements
 from cortex.removal import remove
 from cortex.spec.api import DEFAULT_DEPENDENCIES, Dependencies
 from cortex.spec.times import new_id
@@ -88,6 +89,10 @@ class Environments:
             EnvironmentFailed: it cannot be built; the next call tries again.
             StorageUnavailable: what it has to hold cannot be told now.
         """
+        wanted = await in_thread(read_requirements, project, dependencies)
+        if wanted.mistakes:  # also where it was built: a Python that is too old for jobs could be
+            told = "\n".join(wanted.mistakes)
+            raise EnvironmentFailed(wanted.mistakes[0], f"{told}\n")
         identity, lock = await in_thread(self._choose, project, dependencies)
         with self._lock:
             self._asked_for.add(identity)
@@ -96,7 +101,7 @@ class Environments:
             return found
         build = self._builds.get(identity)
         if build is None:
-            work = self._build(identity, project, dependencies, lock)
+            work = self._build(identity, project, wanted, lock)
             task = asyncio.create_task(work, name=f"build {identity}")
             build = self._builds[identity] = _Build(task)
             task.add_done_callback(lambda done: self._forget(identity, done))
@@ -190,10 +195,9 @@ class Environments:
         return building.ready(self._folder(identity))
 
     async def _build(
-        self, identity: str, project: Path, dependencies: Dependencies, lock: str | None
+        self, identity: str, project: Path, wanted: Requirements, lock: str | None
     ) -> Path:
         async with self._slots:
-            wanted = await in_thread(read_requirements, project, dependencies)
             folder = self._folder(identity)
             return await building.build(wanted, project, folder, self._account, lock)
 

@@ -20,13 +20,10 @@ IGNORE_FILE = ".cortexignore"
 _BYTE_CODE = (".pyc", ".pyo")
 _PYCACHE = "__pycache__"
 _VENV = "a virtual environment"
-_NAMED = {
-    "node_modules": "packages of Node",
-    **dict.fromkeys(
-        (".tox", ".nox", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis"),
-        "the cache of a tool",
-    ),
-}
+_VENV_MARKS = ("pyvenv.cfg", "bin/activate")  # the second of those that old tools made
+_CACHE = "the cache of a tool"
+_CACHES = (".tox", ".nox", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis")
+_NAMED = {"node_modules": "packages of Node", **dict.fromkeys(_CACHES, _CACHE)}
 # Where the project's folder itself was made a virtual environment.
 _OF_ROOT_VENV = {"bin", "include", "lib", "lib64"}
 _BACK = re.compile(r"!(?P<pattern>(?:.*/)?[^/*?\[\\]+/?)\s*")
@@ -76,10 +73,11 @@ class Chosen:
         """What was left out of itself and may be missed, in words."""
         if not self._left_out:
             return None
-        shown = [f"{path} ({why})" for path, why in self._left_out[:_MAX_NAMED]]
-        more = len(self._left_out) - len(shown)
+        found = sorted(self._left_out, key=lambda each: each[1] == _CACHE)
+        shown = [f"{path} ({why})" for path, why in found[:_MAX_NAMED]]
+        more = len(found) - len(shown)
         rest = f" and {more} more" if more > 0 else ""
-        first = self._left_out[0][0]
+        first = found[0][0]
         return (
             f"left out of the upload: {', '.join(shown)}{rest}; where jobs need it, a line such as !{first} "
             f"in {IGNORE_FILE} brings it back"
@@ -100,7 +98,7 @@ class Chosen:
         if entry.is_dir():
             if entry.name in _NAMED:
                 return _NAMED[entry.name]
-            if Path(entry.path, "pyvenv.cfg").is_file():
+            if any(Path(entry.path, mark).is_file() for mark in _VENV_MARKS):
                 return _VENV
             if Path(entry.path, "conda-meta").is_dir():
                 return "a conda environment"

@@ -11,7 +11,7 @@ import os
 import stat
 import tarfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -57,8 +57,9 @@ def pack(folder: Path, out: IO[bytes]) -> PackSummary:
     Raises:
         InvalidProject: it is too large, a link leaves it, or something in it cannot be packed.
     """
-    chosen = Chosen(folder)
-    files, size = _pack(folder, chosen, out)
+    with _refusals():
+        chosen = Chosen(folder)
+        files, size = _pack(folder, chosen, out)
     return PackSummary(files, size, chosen.left_out())
 
 
@@ -68,22 +69,29 @@ def pack_kept(folder: Path, out: IO[bytes]) -> None:
     Raises:
         InvalidProject: as `pack` does.
     """
-    _pack(folder, Everything(), out)
+    with _refusals():
+        _pack(folder, Everything(), out)
 
 
-def _pack(folder: Path, rules: Chosen | Everything, out: IO[bytes]) -> tuple[int, int]:
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What the project's own files cause, as errors of ours."""
     try:
-        entries = _entries(folder, rules)
-        with (
-            gzip.GzipFile(filename="", mode="wb", fileobj=out, mtime=0) as zipped,
-            tarfile.open(fileobj=zipped, mode="w|", format=tarfile.PAX_FORMAT) as tar,
-        ):
-            for entry in entries:
-                _write(entry, tar)
+        yield
     except OSError as error:
         if error.filename is None:
             raise
         raise InvalidProject(f"{os.fsdecode(error.filename)}: {error.strerror}") from error
+
+
+def _pack(folder: Path, rules: Chosen | Everything, out: IO[bytes]) -> tuple[int, int]:
+    entries = _entries(folder, rules)
+    with (
+        gzip.GzipFile(filename="", mode="wb", fileobj=out, mtime=0) as zipped,
+        tarfile.open(fileobj=zipped, mode="w|", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for entry in entries:
+            _write(entry, tar)
     files = [entry for entry in entries if not stat.S_ISDIR(entry.info.st_mode)]
     return len(files), sum(entry.size for entry in files)
 

@@ -68,6 +68,8 @@ def has_windows_lines(path: str) -> bool:
 
 
 def _head(path: str) -> bytes | None:
+    if not os.path.isfile(path):  # to open a pipe would wait for its other end
+        return None
     try:
         with open(path, "rb") as file:
             return file.read(_HEAD)
