@@ -519,6 +519,15 @@ def test_the_files_that_an_api_names_are_read_instead(tmp_path: Path) -> None:
     assert read_requirements(tmp_path).arguments == ["-r", "requirements.txt"]
 
 
+def test_an_environment_yml_cannot_be_named(tmp_path: Path) -> None:
+    write(tmp_path, {"environment.yml": "name: x\ndependencies: [python=3.11]\n"})
+    wanted = read_requirements(tmp_path, Dependencies(conda="environment.yml"))
+    (told,) = wanted.mistakes
+    assert told.startswith(
+        "environment.yml: a YAML file of conda is not read; write its python and"
+    )
+
+
 def test_files_that_an_api_names_have_to_be_there(tmp_path: Path) -> None:
     write(tmp_path, {"a.py": TASK, "gpu/requirements.txt": "six\n", "r.txt": "-r no.txt\n"})
     text = (

@@ -51,7 +51,10 @@ class Found:
 
 
 def read(text: str, file: str) -> Found:
-    """What a conda-packages.txt asks for, and its mistakes, each with its line."""
+    """What a conda-packages.txt asks for, and its mistakes, each with its line. Its name may be another one."""
+    if file.endswith((".yml", ".yaml")):
+        instead = "write its python and pip as lines of a conda-packages.txt, the rest into requirements.txt"
+        return Found(None, None, [f"{file}: a YAML file of conda is not read; {instead}"])
     found: dict[str, str] = {}
     mistakes: list[str] = []
     for number, raw in enumerate(text.splitlines(), start=1):
