@@ -332,3 +332,9 @@ def test_a_full_disk_is_not_the_project_s_fault(tmp_path: Path) -> None:
         pytest.raises(OSError, match="No space"),
     ):
         pack(write(tmp_path, {"a": os.urandom(1 << 20)}), full)
+
+
+def test_a_link_to_itself_is_a_link_like_others(tmp_path: Path) -> None:
+    project = write(tmp_path / "p", {"a": ""})
+    (project / "loop").symlink_to("loop")
+    assert names(project) == ["a", "loop"]

@@ -42,8 +42,8 @@ _NOT_ON_PYPI = re.compile(
 
 @dataclass(frozen=True)
 class Found:
-    """What the lines ask for: None where no line names it, "" for any version, 3.11 for all of that, else a
-    specifier as `requires-python` has it."""
+    """The versions that the lines ask for: None without a line, "" for any version, 3.11 for every 3.11, else a
+    specifier of PEP 440."""
 
     python: str | None
     pip: str | None
@@ -105,7 +105,7 @@ def _version(rest: str) -> str | None:
 
 
 def _clause(operator: str, number: str, any_below: str) -> str:
-    """A clause as Python's specifiers have it. Of the operators of order, conda takes 3.9.* for 3.9."""
+    """A clause of conda as a clause of PEP 440: `=3.11` and `==3.11` mean all of 3.11, and `>=3.9.*` means `>=3.9`."""
     if operator in {"=", "=="}:
         return f"=={number}.*"
     return f"{operator}{number}{any_below if operator == '!=' else ''}"

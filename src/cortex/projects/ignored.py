@@ -1,7 +1,8 @@
-"""What of a folder is no part of its project, and is not uploaded: what `.cortexignore` excludes, dot-files, byte
-code, environments and caches of tools. Called by `pack`.
+"""The files of a folder that an upload leaves out: those that `.cortexignore` excludes, dot-files, byte code,
+environments and caches of tools. Called by `pack`.
 
-A line such as `!node_modules/`, whose last part is a name and no pattern, brings back what is left out of itself.
+`.cortexignore` brings an environment, a cache or a dot-file back with a line such as `!node_modules/`. The last part
+of the line has to be a name: `!*/` stands in many files, and does not mean the environments.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ _MAX_NAMED = 5
 
 
 class Everything:
-    """Chooses all of a project that was unpacked, without what has come there since and cannot be in one."""
+    """Chooses all files of a project that was unpacked, but byte code, sockets and pipes that its jobs left there."""
 
     def take(self, name: str, entry: os.DirEntry[str]) -> bool:
-        """Whether it is a part of the project."""
+        """Whether a file or folder belongs to the project."""
         mode = entry.stat(follow_symlinks=False).st_mode
         is_usual = stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)
         return is_usual and entry.name != _PYCACHE
 
 
 class Chosen:
-    """Chooses what of a folder is uploaded."""
+    """Chooses the files of a folder that are uploaded."""
 
     def __init__(self, root: Path) -> None:
         """
@@ -58,7 +59,7 @@ class Chosen:
         self._left_out: list[tuple[str, str]] = []
 
     def take(self, name: str, entry: os.DirEntry[str]) -> bool:
-        """Whether a file or folder is a part of the project; what is in a folder that is none is not asked for."""
+        """Whether a file or folder belongs to the project. The caller asks for nothing inside a folder that does not."""
         path = f"{name}/" if entry.is_dir(follow_symlinks=False) else name
         if self._verdict(path) is True:
             return False
@@ -70,7 +71,7 @@ class Chosen:
         return False
 
     def left_out(self) -> str | None:
-        """What was left out of itself and may be missed, in words."""
+        """The environments and caches that were left out, in words; None where there are none."""
         if not self._left_out:
             return None
         found = sorted(self._left_out, key=lambda each: each[1] == _CACHE)
@@ -84,9 +85,9 @@ class Chosen:
         )
 
     def _verdict(self, path: str) -> bool | None:
-        """What `.cortexignore` says of a path, as git does: True leaves it out, False brings it back, None is nothing.
-        What is in a folder that is left out is not asked for, and of one that is taken only the path itself counts;
-        `GitIgnoreSpec.match_file` takes single paths, for which a folder above them decides, too."""
+        """The verdict of `.cortexignore` on a path, as git has it: True excludes the path, False brings it back, None
+        is no verdict. Only patterns of the path itself count, since the caller enters no excluded folder.
+        `GitIgnoreSpec.match_file` is for single paths: patterns of the folders above count there."""
         for pattern in reversed(self._ignored.patterns):
             found = None if pattern.include is None else pattern.match_file(path)
             if found is not None and _is_of(path, found.match):
@@ -94,13 +95,13 @@ class Chosen:
         return None
 
     def _why_left_out(self, name: str, entry: os.DirEntry[str]) -> str | None:
-        """The words for what is left out, none where it goes without saying; None for what is taken."""
-        if entry.is_dir():
+        """What a file or folder is that no project needs, "" for dot-files and byte code; None for the others."""
+        if os.path.isdir(entry.path):  # noqa: PTH112  # also for a link that cannot be followed
             if entry.name in _NAMED:
                 return _NAMED[entry.name]
-            if any(Path(entry.path, mark).is_file() for mark in _VENV_MARKS):
+            if any(os.path.isfile(f"{entry.path}/{mark}") for mark in _VENV_MARKS):  # noqa: PTH113
                 return _VENV
-            if Path(entry.path, "conda-meta").is_dir():
+            if os.path.isdir(f"{entry.path}/conda-meta"):  # noqa: PTH112
                 return "a conda environment"
             if self._is_venv and name in _OF_ROOT_VENV:
                 return f"{_VENV}, which the project's own folder is"
@@ -110,7 +111,8 @@ class Chosen:
 
 
 def _is_of(path: str, match: re.Match[str]) -> bool:
-    """Whether a pattern is of a path, not of a folder above it: its group, if it has any, ends with the folder."""
+    """Whether a pattern names a path itself, not a folder above it: a group of the pattern ends where its folder
+    does."""
     group = match.lastindex
     return group is None or any(
         each.lastindex is None or each.end(group) == len(path) for each in match.re.finditer(path)

@@ -1,5 +1,6 @@
-"""The program of a command, as far as it lies in the project: what keeps it from running. A deploy warns of it, since
-only the machine that the job runs on can tell for sure. Called by `check`.
+"""The checks of a command whose program or script lies in the project. Called by `check`.
+
+Their results are warnings: only the machine of the job decides whether a program runs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _LONGEST = 255
 
 
 def doubts(project: Path, command: list[str]) -> Iterator[str]:
-    """What is likely to keep a command from running."""
+    """The reasons why a command would probably not run."""
     program = command[0]
     file = _inside(project, program)
     if "/" not in program:
@@ -36,7 +37,7 @@ def doubts(project: Path, command: list[str]) -> Iterator[str]:
 
 
 def _script(project: Path, arguments: list[str]) -> Iterator[str]:
-    """The script that a shell is given, unless the command stands in its arguments."""
+    """The check of the script that a shell gets as its first argument."""
     name = next((each for each in arguments if not each.startswith(("-", "+"))), None)
     file = None if name is None or "-c" in arguments else _inside(project, name)
     if name is None or file is None or not file.is_file() or file.stat().st_size > _LARGEST:
@@ -49,7 +50,7 @@ def _script(project: Path, arguments: list[str]) -> Iterator[str]:
 
 
 def _inside(project: Path, name: str) -> Path | None:
-    """A file of the project; None for what lies on the machine, or can be no file's name."""
+    """A path in the project; None for a path outside, and for a name that no file can have."""
     normal = posixpath.normpath(name)
     is_long = len(os.fsencode(name)) > _LONGEST
     return None if is_long or normal.startswith(("/", "..")) else project / normal

@@ -1,4 +1,6 @@
-"""The file of a task, parsed and not run: whether it defines one, and one that a job can call. Called by `check`."""
+"""The checks of a task's file: it defines a task, and a job can call that. The file is parsed and never run. Called
+by `check`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ _REBIND = {"exec", "globals", "setattr", "vars"}
 
 
 def parse(file: Path) -> ast.Module | SyntaxError | None:
-    """A Python file, or what is wrong with it; None where it is too large or too deep to be parsed here."""
+    """The tree of a Python file, or its error; None for a file that is too large or too deep to be parsed here."""
     if file.stat().st_size > _LARGEST_PARSED:
         return None
     try:
@@ -33,7 +35,7 @@ def parse(file: Path) -> ast.Module | SyntaxError | None:
 
 
 def mistakes(module: ast.Module, path: str) -> Iterator[str]:
-    """What keeps a job from calling the task of a file, as far as it can be seen without running it."""
+    """The reasons why no job could call the task of a file, as far as the source shows them."""
     names = list(_names(module.body))
     if not {"Task", "task", _EVERYTHING} & set(names):
         hint = did_you_mean("Task", names)
@@ -60,8 +62,8 @@ def mistakes(module: ast.Module, path: str) -> Iterator[str]:
 
 
 def _called(module: ast.Module, names: list[str]) -> _Function | None:
-    """The function that a job calls, where the file leaves no doubt: it is defined once, and by nothing but its
-    def. What is decorated, inherited or assigned shows at run time."""
+    """The function that a job calls, if the file leaves no doubt: one def, without decorators, and no other binding
+    of its name. Decorated, inherited and assigned functions show their kind at run time."""
     name = "Task" if "Task" in names else "task"
     if _EVERYTHING in names or names.count(name) != 1 or _may_rebind(module, name):
         return None
@@ -94,7 +96,7 @@ def _may_rebind(module: ast.Module, name: str) -> bool:
 
 
 def _own(function: _Function) -> Iterator[ast.AST]:
-    """What runs when a function runs, without the functions and classes that it defines."""
+    """The nodes of a function, without those of the functions and classes inside it."""
     waiting: list[ast.AST] = list(function.body)
     while waiting:
         node = waiting.pop()

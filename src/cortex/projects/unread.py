@@ -1,6 +1,4 @@
-"""Files that say in another way what a project depends on, and that are not read: a deploy names them. Called by
-`check`.
-"""
+"""The files of dependencies that no environment is made of. A deploy names them. Called by `check`."""
 
 from __future__ import annotations
 
@@ -53,10 +51,10 @@ _INLINE = re.compile(r"^# /// script\s*$.*?^# dependencies\s*=\s*\[\s*(#\s*)?[^\
 
 
 def unread(project: Path, definition: Definition, wanted: Requirements) -> Iterator[str]:
-    """What a project says of its dependencies that no environment is made of, each with what to do.
+    """The files of a project that name dependencies and are not read, each with what to do.
 
     Args:
-        wanted: what is read.
+        wanted: the requirements that are read.
     """
     yield from _shell(project, definition)
     has_pip_file = (project / wanted.pip_file).is_file()
@@ -86,7 +84,7 @@ def _shell(project: Path, definition: Definition) -> Iterator[str]:
 
 
 def _elsewhere(project: Path) -> Iterator[str]:
-    """Files of requirements that have another name or place."""
+    """Files like requirements.txt that have another name or place."""
     folders = (Path(folder) for folder, _, _ in islice(os.walk(project), _MAX_FOLDERS))
     names = [
         path.relative_to(project).as_posix()
@@ -142,7 +140,7 @@ def _export(command: str, words: str = ", for example by ") -> str:
 
 
 def _text(path: Path) -> str:
-    """A file's beginning, or nothing where there is none that can be read."""
+    """The beginning of a file, "" for a file that cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(_LARGEST).decode("utf-8-sig", "replace")

@@ -24,7 +24,7 @@ _REFUSED = {
         "definition.python_path"
     ),
 }
-# A Python that finds another value does not start. An empty value counts as none.
+# Python does not start with any other value. An empty value counts as unset.
 _VALUES = {
     "PYTHONHASHSEED": ("random", range(1 << 32), "random, or a whole number from 0 to 4294967295"),
     "PYTHONINTMAXSTRDIGITS": (

@@ -1,5 +1,5 @@
-"""Why the kernel does not run a program, in words. Called by `child` when it cannot, and at deploy by
-`projects.programs` for what can be seen of it before.
+"""The reasons why the kernel does not run a program, in words. Called by `child` after the kernel has refused one,
+and by `projects.programs` at deploy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _EXAMPLE = "put its interpreter first, as in [sh, {}]"
 
 
 def why_not(command: list[str], error: OSError) -> str:
-    """What is wrong with a command that failed to start, and what to do."""
+    """Why a command failed to start, and what to do."""
     program = command[0]
     if "/" in program and os.path.exists(program):
         return seen(program) or _unseen(error)
@@ -29,7 +29,7 @@ def why_not(command: list[str], error: OSError) -> str:
 
 
 def not_found(program: str, is_in_project: bool) -> str:
-    """What is wrong with the name of a program that is not there, and what to do."""
+    """Why there is no program of a name, and what to do."""
     if len(program.split()) > 1:
         return "no program has that name; write each word as an element of the list, as in [sh, run.sh]"
     if program.startswith("~") or "$" in program:
@@ -44,7 +44,7 @@ def not_found(program: str, is_in_project: bool) -> str:
 
 
 def seen(path: str) -> str | None:
-    """What the file of a program shows to be wrong with it, and what to do; None where it shows nothing."""
+    """Why a file would not run as a program, and what to do; None if the file shows no reason."""
     if os.path.isdir(path):
         return "it is a folder"
     example = _EXAMPLE.format(os.path.basename(path))
@@ -61,8 +61,8 @@ def seen(path: str) -> str | None:
 
 
 def has_windows_lines(path: str) -> bool:
-    """Whether its first line names an interpreter with a carriage return behind it, which is part of its name.
-    `env` starts, and finds none of that name."""
+    """Whether the first line of a script ends with a carriage return. To the kernel and to `env` it is a part of the
+    interpreter's name. The kernel starts `env`, which finds no such interpreter."""
     line = (_head(path) or b"").split(b"\n", 1)[0]
     return line.startswith(b"#!") and line.endswith(b"\r") and not _splits(line)
 
@@ -87,7 +87,7 @@ def _no_program(head: bytes) -> str | None:
 
 
 def _splits(line: bytes) -> bool:
-    """Whether `env` splits what follows at white space, and takes a carriage return for some."""
+    """Whether `env` splits the line at white space. A carriage return counts as white space there."""
     return b"env -S" in line or b"env --split-string" in line
 
 
