@@ -231,6 +231,14 @@ PROJECT = "[project]\nname = 'x'\nversion = '1'\ndependencies = ['six']\n"
             "requirements/prod.txt is not read; name it: definition.dependencies: {pip: requirements/prod.txt}",
         ),
         (
+            {"requirements.in": "six\n", "conda-packages.txt": "pip=24\n"},
+            "requirements.in is not read; put what jobs need into requirements.txt, for example by",
+        ),
+        (
+            {"latest.requirements.txt": "six\n"},
+            "latest.requirements.txt is not read; name it: definition.dependencies: {pip: latest.r",
+        ),
+        (
             {"app/requirements.txt": "six\n"},
             "app/requirements.txt is not read; name it: definition",
         ),
@@ -272,6 +280,9 @@ def test_a_file_of_dependencies_that_is_not_read_is_named(
         {"pyproject.toml": "[tool.poetry.dependencies]\npython = '^3.10'\n"},
         {"setup.cfg": "[metadata]\nname = x\n", "setup.py": "setup()\n", "dependencies.sh": "\n"},
         {"setup.cfg": "nonsense", "docs/requirements.txt": "sphinx\n", "notes.txt": "x"},
+        {"requirements-dev.txt": "x\n", "tests/requirements.txt": "x\n"},
+        {"pyproject.toml": "[tool]\npoetry = 1\n[tool.flit]\nmetadata = [[1]]\n"},
+        {"pyproject.toml": "[tool.poetry]\ndependencies = []\n"},
         {"a.py": "# /// script\n# dependencies = []\n# ///\n" + TASK},
     ],
 )
@@ -279,6 +290,16 @@ def test_what_is_read_or_says_nothing_is_not_named(
     files: dict[str, str | bytes], tmp_path: Path
 ) -> None:
     assert warnings(write(tmp_path, {"a.py": TASK, **files})) == []
+
+
+def test_odd_files_are_read_in_no_time(tmp_path: Path) -> None:
+    script = "# /// script\n" * 70_000
+    odd = "requirements" + "_" * 200 + "x.text"
+    write(tmp_path, {"a.py": script + TASK, odd: "", "pyproject.toml": pyproject(">=3.99," * 9999)})
+    assert warnings(tmp_path) == []
+    write(tmp_path, {"pyproject.toml": "[tool.pixi]\ndependencies = [[1], {}]\n"})
+    (told,) = warnings(tmp_path)
+    assert told.startswith("[tool.pixi.dependencies] of pyproject.toml is not read")
 
 
 def test_a_script_that_an_api_names_for_its_packages_is_named(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ _ARCHIVES = (".whl", ".tar.gz", ".zip")
 _MIN_MINOR = 9
 MIN_PYTHON = f"3.{_MIN_MINOR}"
 _TOO_OLD = [(2, 7, 18), *((3, minor, patch) for minor in range(_MIN_MINOR) for patch in range(25))]
+_LONGEST_SPECIFIER = 200
 _RECENT = [(3, minor, patch) for minor in range(_MIN_MINOR, 20) for patch in range(30)]
 
 
@@ -221,7 +222,7 @@ def satisfies(version: tuple[int, ...], specifier: str) -> bool:
 
 def _check_python(wanted: Requirements) -> None:
     asked = wanted.python_to_find
-    if asked is None:
+    if asked is None or len(asked) > _LONGEST_SPECIFIER:
         return
     specifier = f"=={asked}.*" if asked[0].isdigit() else asked
     if not any(satisfies(each, specifier) for each in _TOO_OLD):

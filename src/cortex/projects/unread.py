@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cortex.projects.requirements import PYPROJECT, REQUIREMENTS, Requirements
 from cortex.spec.api import Definition
+from cortex.spec.yaml_nodes import shortened
 
 SHELL = "dependencies.sh"
 
@@ -45,9 +46,9 @@ _LOCKS = {
     "Pipfile.lock": "pipenv requirements > requirements.txt",
     "pylock.toml": "",
 }
-_REQUIREMENTS = re.compile(r"requirements([-_.]\w+)*\.txt|\w+[-_.]requirements\.txt")
-_FOR_OTHERS = re.compile(r"dev|doc|example|lint|test", re.IGNORECASE)
-_INLINE = re.compile(r"^# /// script\s*$.*?^# dependencies\s*=\s*\[\s*(#\s*)?[^\]\s#]", re.M | re.S)
+_REQUIREMENTS = re.compile(r"requirements[-\w.]*\.txt|\w[-\w.]*[-_.]requirements\.txt")
+_FOR_OTHERS = re.compile(r"(?:^|[-_./])(?:dev|docs?|examples?|lint|tests?)(?:[-_./]|$)")
+_INLINE = re.compile(r"^# dependencies\s*=\s*\[\s*(?:#\s*)?[^\]\s#]", re.MULTILINE)
 
 
 def unread(project: Path, definition: Definition, wanted: Requirements) -> Iterator[str]:
@@ -58,7 +59,7 @@ def unread(project: Path, definition: Definition, wanted: Requirements) -> Itera
     """
     yield from _shell(project, definition)
     has_pip_file = (project / wanted.pip_file).is_file()
-    if wanted.arguments:
+    if "-r" in wanted.arguments:
         for name in () if has_pip_file else _there(project, _LOCKS):
             words = (
                 f"{name} is not read, and the first build of the environment chooses versions anew"
@@ -93,7 +94,8 @@ def _elsewhere(project: Path) -> Iterator[str]:
         if _REQUIREMENTS.fullmatch(path.name) or folder.name == "requirements"
     ]
     for name in sorted(name for name in names if not _FOR_OTHERS.search(name))[:_MAX_NAMED]:
-        yield f"{name} is not read; name it: definition.dependencies: {{pip: {name}}}"
+        shown = shortened(name)
+        yield f"{shown} is not read; name it: definition.dependencies: {{pip: {shown}}}"
 
 
 def _tables(project: Path) -> Iterator[str]:
@@ -105,7 +107,9 @@ def _tables(project: Path) -> Iterator[str]:
         table = data
         for key in keys:
             table = table.get(key) if isinstance(table, dict) else None
-        if isinstance(table, list | dict) and set(table) - {"python"}:
+        if isinstance(table, dict):
+            table = table.keys() - {"python"}
+        if isinstance(table, list | set) and table:
             shown = f"[{'.'.join(keys)}] of {PYPROJECT}"
             project_table = (
                 f"put what jobs need into {REQUIREMENTS} or the dependencies of [project]"
@@ -127,7 +131,9 @@ def _setup(project: Path) -> Iterator[str]:
 
 
 def _inline(project: Path, path: str | None) -> Iterator[str]:
-    if path is not None and _INLINE.search(_text(project / path)):
+    text = _text(project / path) if path is not None else ""
+    block = text.partition("\n# /// script")[2] if not text.startswith("# /// script") else text
+    if _INLINE.search(block.partition("\n# ///\n")[0]):
         yield f"the dependencies in the comment `# /// script` of {path} are not read; {_INSTEAD}"
 
 
