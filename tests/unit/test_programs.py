@@ -107,6 +107,31 @@ def test_a_program_that_is_not_there(program: str, code: int, told: str, tmp_pat
     assert program == "./run.sh/x" or by_a_shell(tmp_path, program) == code
 
 
+@pytest.mark.parametrize(
+    ("content", "mode", "code", "told"),
+    [
+        (b"#!/no/such/python\n", 0o755, 127, "its first line names the interpreter '/no/such/pyth"),
+        (
+            b"#!/bin/sh\r\n",
+            0o755,
+            127,
+            WINDOWS + r"'/bin/sh\r'; save it with the line ends of Unix",
+        ),
+        (b"#!/bin/sh\n", 0o644, 126, "it is not executable; chmod +x it before the deploy, or put"),
+    ],
+)
+def test_a_script_on_path_that_no_interpreter_runs(
+    content: bytes, mode: int, code: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "tool", content, mode)
+    monkeypatch.setenv("PATH", f"/no/such:{tmp_path}:/bin:/usr/bin")
+    # dash says 127 of a file without an execute bit on PATH, bash 126.
+    assert by_a_shell(tmp_path, "tool") in {code, 127}
+    found, words = executed(tmp_path, "tool")
+    assert found == code
+    assert words.startswith(f"cortex: cannot run 'tool': {tmp_path}/tool: {told}")
+
+
 def test_a_pipe_is_no_program_and_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "pipe").chmod(0o755)

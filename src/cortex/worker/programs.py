@@ -21,8 +21,10 @@ _EXAMPLE = "put its interpreter first, as in [sh, {}]"
 def why_not(command: list[str], error: OSError) -> str:
     """Why a command failed to start, and what to do."""
     program = command[0]
-    if "/" in program and os.path.exists(program):
-        return seen(program) or _unseen(error)
+    found = program if "/" in program else _on_path(program)
+    if found is not None and os.path.exists(found):
+        words = seen(found) or _unseen(error)
+        return words if found == program else f"{found}: {words}"
     if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
         return _unseen(error)
     return not_found(program, os.path.isfile(program))
@@ -65,6 +67,12 @@ def has_windows_lines(path: str) -> bool:
     interpreter's name. The kernel starts `env`, which finds no such interpreter."""
     line = (_head(path) or b"").split(b"\n", 1)[0]
     return line.startswith(b"#!") and line.endswith(b"\r") and not _splits(line)
+
+
+def _on_path(program: str) -> str | None:
+    """The first file of a name on PATH, which may be no program."""
+    files = (os.path.join(folder, program) for folder in os.get_exec_path())
+    return next((file for file in files if os.path.isfile(file)), None)
 
 
 def _head(path: str) -> bytes | None:
