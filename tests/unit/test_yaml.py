@@ -511,7 +511,9 @@ def test_an_old_spec_without_the_newer_fields_is_read() -> None:
 )
 def test_a_variable_of_python_that_no_job_of_a_path_can_have_is_refused(name: str) -> None:
     told = only(one(f"path: a.py\n    env:\n      A: b\n      {name}: x"))
-    assert told.startswith(f"7: definition.env.{name}: no job of a path can have it: it ")
+    assert told.startswith(
+        f"7: definition.env.{name}: possible with a command alone, not with a path: it "
+    )
     (api,) = read_apis(one(f"command: [a]\n    env: {{{name}: x}}"), "cortex.yaml")
     assert api.definition.env == {name: "x"}
 

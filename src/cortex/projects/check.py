@@ -1,4 +1,4 @@
-"""An unpacked project checked against its APIs: what can be told before a job runs, all at once.
+"""The check of an unpacked project against its APIs: all mistakes at once, and the warnings, before a job runs.
 
 The operator calls it at deploy. Nothing of the project is run: Python files are only parsed.
 """
@@ -30,7 +30,7 @@ def check_files(apis: list[Api], project: Path, file: str, text: str) -> list[li
         file, text: the `cortex.yaml` that the APIs were read from, for the lines in messages.
 
     Returns:
-        For each API what is no mistake, and may not be what its author thinks it is.
+        The warnings of each API: the project can be deployed, but may not do what its author expects.
 
     Raises:
         InvalidSpec: with every mistake, each with its file and line.

@@ -20,7 +20,7 @@ _REFUSED = {
     ),
     "PYTHONINSPECT": ("it waits at a prompt after the end, and a job has no terminal; remove it"),
     "PYTHONPLATLIBDIR": (
-        "it takes the packages from elsewhere than where the environment has them; use PYTHONPATH or "
+        "it takes packages from another folder than the environment's; use PYTHONPATH or "
         "definition.python_path"
     ),
 }
@@ -48,7 +48,7 @@ _VALUES = {
 def refusal(name: str, value: str) -> str | None:
     """Why a job that runs a Python file cannot have this variable with this value, or None."""
     if name in _REFUSED:
-        return f"no job of a path can have it: {_REFUSED[name]}"
+        return f"possible with a command alone, not with a path: {_REFUSED[name]}"
     if name == "PYTHONIOENCODING":
         allowed = "ENCODING, ENCODING:ERRORS or :ERRORS, such as utf-8:replace"
         is_allowed = _is_encoding(value.partition(":")[0])
