@@ -114,7 +114,7 @@ def test_a_timeout_of_any_size_is_taken(shared: Operator, probe: str, timeout: i
     assert shared.finished(probe, job)["status"] == "status_succeeded"
 
 
-@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "xml"])
+@pytest.mark.parametrize("content_type", ["text/plain", "multipart/form-data", "xml"])
 def test_a_content_type_that_is_no_json_is_refused_with_the_header_to_send(
     shared: Operator, probe: str, content_type: str
 ) -> None:

@@ -15,9 +15,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Match, Route
 
 from cortex.errors import (
@@ -33,7 +34,9 @@ from cortex.errors import (
     UnsupportedMediaType,
     is_storage,
 )
+from cortex.operator.coding import CODINGS, Unpacked, coding_of
 from cortex.projects.pack import MAX_PROJECT_BYTES
+from cortex.spec.api import RESERVED_ENDPOINTS
 from cortex.spec.job import Submission
 
 log = structlog.get_logger()
@@ -42,6 +45,7 @@ MAX_BODY_BYTES = 10 * 1024 * 1024
 # The archive is smaller than the project but for tar's padding of many small files.
 MAX_UPLOAD_BYTES = MAX_PROJECT_BYTES + 32 * 1024 * 1024
 UPLOAD_PATH = "/-/apis"
+_FORM_TYPE = "application/x-www-form-urlencoded"
 _PARTS = ("query", "path", "header", "body")  # of a request, as the framework names them
 _TOO_DEEP = {"recursion_loop", "recursion_depth_exceeded"}
 
@@ -81,8 +85,26 @@ class Error(BaseModel):
     message: str = Field(description="What is wrong and what to do.")
 
 
+class _Endpoint(StringConvertor):
+    """A path segment that an API's endpoint can be: none of the operator's own routes begins with it."""
+
+    regex = rf"(?!(?:-|{'|'.join(sorted(RESERVED_ENDPOINTS))})(?:/|$))[^/]+"
+
+
+class _ApiName(StringConvertor):
+    """A path segment that is the name of an API, and no job: their ids begin with a digit."""
+
+    regex = "[a-z][a-z0-9-]*"
+
+
+register_url_convertor("endpoint", _Endpoint())
+register_url_convertor("api_name", _ApiName())
+
+
 class Gate:
-    """ASGI middleware: refuses foreign origins, and bodies over the limit as they stream in."""
+    """ASGI middleware: refuses foreign origins, and bodies over the limit as they stream in; unpacks
+    bodies. It answers HEAD as GET without its body, and takes a path with a slash at its end as the path
+    without."""
 
     def __init__(self, app: App, allowed_origins: frozenset[str]) -> None:
         self._app = app
@@ -102,22 +124,62 @@ class Gate:
                 )
             )(scope, receive, send)
             return
-        limit = MAX_UPLOAD_BYTES if scope["path"] == UPLOAD_PATH else MAX_BODY_BYTES
-        declared = headers.get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > limit:
-            await refuse(_too_large(limit))(scope, receive, send)
-            return
-        if b"content-length" not in headers:  # else the server lets no more through than it says
-            receive = _counted(receive, limit)
+        path = scope["path"]
+        if len(path) > 1 and path.endswith("/"):
+            scope["path"] = path[:-1]
+        method = scope["method"]
+        if method == "HEAD":
+            scope, send = {**scope, "method": "GET"}, _without_body(send)
+        elif method != "GET":
+            limit = MAX_UPLOAD_BYTES if scope["path"] == UPLOAD_PATH else MAX_BODY_BYTES
+            try:
+                receive = _body_of(headers, receive, limit)
+            except CortexError as error:
+                # RFC 9110, 15.5.16: names what would have been taken.
+                is_coding = isinstance(error, UnsupportedMediaType)
+                answer = refuse(error, {"Accept-Encoding": CODINGS} if is_coding else None)
+                await answer(scope, receive, send)
+                return
         try:
             await self._app(scope, receive, send)
         except asyncio.CancelledError:  # by the server, which ends and has waited long enough
             with suppress(RuntimeError):  # an answer that has begun breaks off
-                await refuse(_given_up(scope["method"]))(scope, receive, send)
+                await refuse(_given_up(method))(scope, receive, send)
 
     def _foreign(self, origin: str, host: bytes | None) -> bool:
         own = origin.partition("://")[2].encode("latin-1")
         return origin not in self._allowed and own != host
+
+
+def _body_of(headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> Receive:
+    """A `receive` that unpacks the body and lets no more than `limit` bytes through.
+
+    Raises:
+        TooLarge: the Content-Length says so.
+        UnsupportedMediaType: the Content-Encoding is not read here.
+    """
+    declared = headers.get(b"content-length", b"0")
+    if declared.isdigit() and int(declared) > limit:
+        raise _too_large(limit)
+    # The server lets no more through than a Content-Length says.
+    packed = receive if b"content-length" in headers else _counted(receive, limit)
+    coding = coding_of(headers.get(b"content-encoding", b""))
+    return _counted(Unpacked(packed, coding), limit) if coding else packed
+
+
+def _without_body(send: Send) -> Send:
+    is_over = False
+
+    async def sending(message: Message) -> None:
+        nonlocal is_over
+        if is_over:
+            return
+        await send(message)
+        if message["type"] == "http.response.start":
+            is_over = True  # the server now says that the client has gone, which ends what streams
+            await send({"type": "http.response.body", "body": b""})
+
+    return sending
 
 
 def _counted(receive: Receive, limit: int) -> Receive:
@@ -164,8 +226,13 @@ def answered(error: Exception) -> Answer:
         if error.http_status >= 500:
             log.error("request failed", kind=error.kind, error=error.message)
         return refuse(error)
-    if isinstance(error, HTTPException) and error.status_code == 413:
-        return refuse(TooLarge(str(error.detail)))
+    if isinstance(error, HTTPException):
+        words = str(error.detail)
+        if error.status_code == 413:
+            return refuse(TooLarge(words))
+        failed = InvalidRequest(words)
+        failed.http_status = error.status_code
+        return refuse(failed, dict(error.headers or {}))
     if isinstance(error, RequestValidationError):
         return refuse(InvalidRequest("; ".join(_wrong(e) for e in error.errors())))
     if isinstance(error, ClientDisconnect):
@@ -175,26 +242,31 @@ def answered(error: Exception) -> Answer:
 
 
 def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
-    """Let the framework answer exceptions so, and its own as the contract has them."""
+    """Let the framework answer exceptions so, and its own as the contract has them.
+
+    Args:
+        routes: of the app's routers; the app itself has only those that the framework makes.
+    """
 
     async def known(_: Request, error: Exception) -> Answer:
         return answered(error)
 
-    async def framework(request: Request, error: HTTPException) -> Answer:
-        headers = dict(error.headers or {})
+    async def framework(request: Request, error: HTTPException) -> Response:
         path = request.url.path
-        if error.status_code == 413:
-            return answered(error)
-        if error.status_code == 404:
+        # Of the server as a whole (RFC 9110, 9.3.7).
+        is_of_all = request.method == "OPTIONS" and request.scope["path"] == "*"
+        if error.status_code == 404 and not is_of_all:
             return refuse(NotFound(f"there is nothing at {path}; `cortex get` lists endpoints"))
-        if error.status_code == 405:
-            allowed = headers["Allow"] = ", ".join(_methods_at(routes, request))
+        if error.status_code in (404, 405):
+            methods = _methods_at([*app.routes, *routes], request)
+            allow = {"Allow": ", ".join(methods)}
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=allow)
+            usable = " or ".join(name for name in methods if name not in {"HEAD", "OPTIONS"})
             return refuse(
-                MethodNotAllowed(f"{request.method} is not for {path}; {allowed} is"), headers
+                MethodNotAllowed(f"{request.method} is not allowed on {path}; use {usable}"), allow
             )
-        failed = InvalidRequest(str(error.detail))
-        failed.http_status = error.status_code
-        return refuse(failed, headers)
+        return answered(error)
 
     app.add_exception_handler(HTTPException, framework)  # type: ignore[arg-type]  # it takes its own class
     for kind in (CortexError, RequestValidationError, OSError, ClientDisconnect, Exception):
@@ -206,9 +278,11 @@ def _methods_at(routes: Sequence[BaseRoute], request: Request) -> list[str]:
     like = (
         route
         for route in routes
-        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
+        if isinstance(route, Route)
+        and (request.scope["path"] == "*" or route.matches(request.scope)[0] is not Match.NONE)
     )
-    return sorted({method for route in like for method in route.methods or ()})
+    methods = {method for route in like for method in route.methods or ()}
+    return sorted(methods | ({"HEAD", "OPTIONS"} if "GET" in methods else {"OPTIONS"}))
 
 
 def _wrong(error: ErrorDetails) -> str:
@@ -234,10 +308,9 @@ async def read_submission(request: Request) -> tuple[Submission, bytes]:
     """
     given = request.headers.get("content-type")
     media_type = (given or "application/json").partition(";")[0].strip().lower()
-    if media_type != "application/json" and not media_type.endswith("+json"):
-        raise UnsupportedMediaType(
-            f"the Content-Type {given!r} is not JSON; send the header 'Content-Type: application/json'"
-        )
+    is_json = media_type == "application/json" or media_type.endswith("+json")
+    if not is_json and (media_type != _FORM_TYPE or _may_be_of_a_page(request)):
+        raise _not_json(given)
     body = await _body(request)
     if not body.strip():
         raise InvalidRequest("the body is empty; send {} to submit a job with the API's defaults")
@@ -247,6 +320,8 @@ async def read_submission(request: Request) -> tuple[Submission, bytes]:
     except RecursionError as error:
         raise InvalidRequest("the body is not JSON that can be read: nested too deeply") from error
     except ValueError as error:
+        if not is_json and body.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b"["):
+            raise _not_json(given) from error  # it is a form
         raise InvalidRequest(f"the body is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise InvalidRequest(
@@ -261,6 +336,17 @@ async def read_submission(request: Request) -> tuple[Submission, bytes]:
             raise InvalidRequest("config: nested over 250 levels deep") from error
         mistakes = "; ".join(_wrong(e) for e in found)
         raise InvalidRequest(f"{mistakes} (fields: {allowed})") from error
+
+
+def _not_json(content_type: str | None) -> UnsupportedMediaType:
+    return UnsupportedMediaType(
+        f"the Content-Type {content_type!r} is not JSON; send the header 'Content-Type: application/json'"
+    )
+
+
+def _may_be_of_a_page(request: Request) -> bool:
+    """Whether a browser sent it: its pages can post forms to any site (Fetch, CORS-safelisted)."""
+    return any(name == "origin" or name.startswith("sec-fetch-") for name in request.headers)
 
 
 async def _body(request: Request) -> bytes:

@@ -1,0 +1,342 @@
+"""The bodies of requests on the wire: compressed, over the limit while the client still sends, and JSON
+under the type of a form."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import http.client
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from cortex.operator.protocol import MAX_DISCARDED_BYTES
+from cortex.projects.pack import pack
+from support import PROBE, Operator, probe_yaml, until
+
+CONFIG = {"config": {"kept": "ä" * 5000}}
+BODY = json.dumps(CONFIG, ensure_ascii=False).encode()
+MIB = 1024**2
+JSON = {"Content-Type": "application/json"}
+
+
+def bare(data: bytes) -> bytes:
+    """The stream of deflate without zlib's frame."""
+    packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return packer.compress(data) + packer.flush()
+
+
+def sent(endpoint: str, body: bytes | Iterator[bytes], coding: str, **more: str) -> httpx.Response:
+    headers = {**JSON, "Content-Encoding": coding, **more}
+    return httpx.post(endpoint, content=body, headers=headers, timeout=60)
+
+
+def in_pieces(data: bytes, size: int) -> Iterator[bytes]:
+    for start in range(0, len(data), size):
+        yield data[start : start + size]
+
+
+@pytest.mark.parametrize(
+    ("coding", "body"),
+    [
+        ("gzip", gzip.compress(BODY)),
+        ("GZIP", gzip.compress(BODY)),
+        ("x-gzip", gzip.compress(BODY)),
+        ("identity, gzip", gzip.compress(BODY)),
+        ("gzip", gzip.compress(BODY[:70]) + gzip.compress(b"") + gzip.compress(BODY[70:])),
+        ("gzip", gzip.compress(BODY) + b"\0" * 512),
+        ("deflate", zlib.compress(BODY)),
+        ("deflate", bare(BODY)),
+        ("identity", BODY),
+        ("", BODY),
+    ],
+    ids=range(10),
+)
+def test_a_compressed_body_is_unpacked(probe: str, coding: str, body: bytes) -> None:
+    for content in (body, in_pieces(body, 7), in_pieces(body, 1)):
+        answer = sent(probe, content, coding)
+        assert (answer.status_code, answer.json().get("config")) == (200, CONFIG["config"]), coding
+
+
+def test_a_compressed_body_may_be_as_long_as_another(probe: str) -> None:
+    text = os.urandom(5 * MIB - 50).hex()
+    body = json.dumps({"config": {"x": text}}).encode()
+    assert sent(probe, gzip.compress(body, 1), "gzip").json()["config"] == {"x": text}
+
+
+def test_the_same_key_with_the_same_body_in_another_coding_is_the_same_job(probe: str) -> None:
+    packed, plain = gzip.compress(BODY), BODY
+    key = {"Idempotency-Key": "packed once"}
+    first = sent(probe, packed, "gzip", **key).json()
+    assert sent(probe, plain, "identity", **key).json() == first
+
+
+@pytest.mark.parametrize(
+    "coding", ["br", "zstd", "compress", "gzip, gzip", "deflate, gzip", "gzip;q=1", "\xe4"]
+)
+def test_another_coding_is_refused_by_name(probe: str, coding: str) -> None:
+    headers = [(b"Content-Type", b"application/json"), (b"Content-Encoding", coding.encode())]
+    answer = httpx.post(probe, content=BODY, headers=headers, timeout=60)
+    assert (answer.status_code, answer.json()["kind"]) == (415, "request.unsupported_media_type")
+    assert repr(coding.encode().decode("latin-1")) in answer.json()["message"]
+    assert "gzip, deflate" in answer.json()["message"]
+    assert answer.headers["accept-encoding"] == "gzip, deflate"
+
+
+@pytest.mark.parametrize(
+    ("coding", "body", "named"),
+    [
+        ("gzip", BODY, "gzip"),
+        ("gzip", gzip.compress(BODY)[:-9], "in the middle"),
+        ("gzip", gzip.compress(BODY)[:5], "in the middle"),
+        ("gzip", gzip.compress(BODY) + b"more", "gzip"),
+        ("gzip", gzip.compress(BODY)[:-8] + bytes(8), "gzip"),
+        ("deflate", zlib.compress(BODY) + b"more", "follows"),
+        ("deflate", b"\xff" + BODY, "deflate"),
+        ("gzip", gzip.compress(b"{"), "JSON"),
+        ("gzip", b"", "empty"),
+        ("gzip", gzip.compress(b""), "empty"),
+    ],
+    ids=range(10),
+)
+def test_a_body_that_is_not_what_its_coding_says_is_refused(
+    shared: Operator, probe: str, coding: str, body: bytes, named: str
+) -> None:
+    by_key = {"Idempotency-Key": "broken"}  # takes the framework's way to the route
+    for headers in ({}, by_key):
+        answer = sent(probe, body, coding, **headers)
+        assert (answer.status_code, answer.json()["kind"]) == (400, "request.invalid")
+        assert named in answer.json()["message"]
+    assert "crashed" not in shared.log.read_text()
+
+
+def test_a_bomb_is_refused_in_bounded_memory(own: Operator) -> None:
+    endpoint = own.deployed(probe_yaml(), {"probe.py": PROBE})
+    bomb = gzip.compress(bytes(256 * MIB), 1)
+    assert len(bomb) < 2 * MIB
+    before = peak_kib(own.process.pid)
+    for coding, body in (("gzip", bomb), ("gzip", in_pieces(bomb, 65536))):
+        answer = sent(endpoint, body, coding)
+        assert (answer.status_code, answer.json()["kind"]) == (413, "request.too_large")
+        assert "10 MiB" in answer.json()["message"]
+    empty = gzip.compress(b"")
+    answer = sent(endpoint, empty * (10 * MIB // len(empty) + 2), "gzip")
+    assert answer.status_code == 413
+    assert peak_kib(own.process.pid) - before < 64 * 1024
+
+
+def peak_kib(pid: int) -> int:
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1])
+
+
+def test_a_compressed_upload_is_unpacked_and_bounded(shared: Operator, tmp_path: Path) -> None:
+    yaml = probe_yaml("packed")
+    (tmp_path / "probe.py").write_text(PROBE)
+    archive = io.BytesIO()
+    pack(tmp_path, archive)
+    form = httpx.Request(
+        "POST",
+        f"{shared.url}/-/apis",
+        files={"config": ("cortex.yaml", yaml.encode()), "project": ("p", archive.getvalue())},
+    )
+    of_form = {"Content-Type": form.headers["content-type"]}
+    answer = sent(str(form.url), gzip.compress(form.read()), "gzip", **of_form)
+    assert answer.json()[0]["message"] == "created packed"
+    broken = gzip.compress(form.read())[:-20]
+    answer = sent(str(form.url), broken, "gzip", **of_form)
+    assert (answer.status_code, answer.json()["kind"]) == (400, "request.invalid")
+    assert "in the middle" in answer.json()["message"]
+    head = b'--b\r\nContent-Disposition: form-data; name="project"; filename="p"\r\n\r\n'
+    bomb = gzip.compress(head + bytes(140 * MIB), 1)
+    of_form = {"Content-Type": "multipart/form-data; boundary=b"}
+    assert sent(str(form.url), bomb, "gzip", **of_form).status_code == 413
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Path]]:
+    folder = tmp_path_factory.mktemp("large")
+
+    def made(mib: int) -> Path:
+        file = folder / str(mib)
+        with file.open("wb") as sparse:
+            sparse.truncate(mib * MIB)
+        return file
+
+    yield made
+
+
+CURL = ["curl", "-sS", "-w", "\n%{http_code}", "-H", "Content-Type: application/json"]
+
+
+@pytest.mark.parametrize("mib", [11, 200])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["-H", "Expect:"],
+        ["-H", "Expect:", "-H", "Connection: close"],
+        ["-H", "Expect:", "-H", "Transfer-Encoding: chunked"],
+        ["-H", "Expect:", "-H", "Transfer-Encoding: chunked", "-H", "Connection: close"],
+        ["-H", "Transfer-Encoding: chunked"],
+        ["--http1.0"],
+    ],
+    ids=["plain", "at-once", "close", "chunked", "chunked-close", "chunked-expect", "1.0"],
+)
+def test_curl_reads_the_413(
+    probe: str, large: Callable[[int], Path], mib: int, options: list[str]
+) -> None:
+    command = [*CURL, *options, "--data-binary", f"@{large(mib)}", probe]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    body, _, status = done.stdout.rpartition("\n")
+    assert (done.returncode, done.stderr, status) == (0, "", "413")
+    assert json.loads(body)["kind"] == "request.too_large"
+
+
+@pytest.mark.parametrize("mib", [11, 200])
+def test_clients_that_send_all_before_they_read_get_the_413(
+    probe: str, large: Callable[[int], Path], mib: int
+) -> None:
+    data = large(mib).read_bytes()
+    with pytest.raises(
+        urllib.error.HTTPError
+    ) as refused:  # it asks for the connection to be closed
+        urllib.request.urlopen(urllib.request.Request(probe, data, JSON), timeout=60)
+    with refused.value as answer:
+        assert (answer.code, json.load(answer)["kind"]) == (413, "request.too_large")
+    pieces = in_pieces(data, MIB)
+    assert httpx.post(probe, content=pieces, headers=JSON, timeout=60).status_code == 413
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_connection_goes_on_after_a_413(probe: str, is_chunked: bool) -> None:
+    at = urlsplit(probe)
+    with contextlib.closing(http.client.HTTPConnection(at.netloc, timeout=60)) as connection:
+        for _ in range(3):
+            body = in_pieces(bytes(11 * MIB), 65536) if is_chunked else bytes(11 * MIB)
+            connection.request("POST", at.path, body, JSON, encode_chunked=is_chunked)
+            with connection.getresponse() as answer:
+                assert (answer.status, json.load(answer)["kind"]) == (413, "request.too_large")
+            its_socket = connection.sock
+            connection.request("POST", at.path, b"{}", JSON)
+            with connection.getresponse() as answer:
+                assert answer.status == 200
+                answer.read()
+            assert connection.sock is its_socket
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/nothing", {}, 404),
+        ("/probe", {"Content-Type": "text/plain"}, 415),
+        ("/probe", {"Content-Encoding": "br"}, 415),
+        ("/probe", {"Origin": "http://evil.example"}, 403),
+        ("/healthz", {}, 405),
+    ],
+)
+def test_every_early_answer_reaches_a_client_that_still_sends(
+    shared: Operator, probe: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    request = urllib.request.Request(shared.url + path, bytes(9 * MIB), {**JSON, **headers})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=60)
+    with refused.value as answer:
+        assert answer.code == status
+
+
+@pytest.mark.parametrize("form", [b"Content-Length: 536870912", b"Transfer-Encoding: chunked"])
+@pytest.mark.parametrize("keeps", [b"keep-alive", b"close"])
+def test_what_is_read_and_thrown_away_is_bounded(
+    shared: Operator, probe: str, form: bytes, keeps: bytes
+) -> None:
+    parts = urlsplit(shared.url)
+    length = 2 * MAX_DISCARDED_BYTES
+    piece = bytes(MIB)
+    if b"chunked" in form:
+        piece = b"%x\r\n%s\r\n" % (MIB, piece)
+    with socket.create_connection((parts.hostname, parts.port), 60) as connection:
+        head = b"POST /probe HTTP/1.1\r\nHost: a\r\nConnection: %s\r\n%s\r\n\r\n"
+        connection.sendall(head % (keeps, form))
+        sent_bytes = 0
+        with contextlib.suppress(ConnectionError):
+            while sent_bytes < length:
+                connection.sendall(piece)
+                sent_bytes += MIB
+    assert MAX_DISCARDED_BYTES < sent_bytes < length
+    until(lambda: shared.http.get(f"{shared.url}/healthz").status_code == 200, "it goes on")
+
+
+def test_what_follows_an_answer_that_closes_is_no_request(shared: Operator, probe: str) -> None:
+    """Nothing that a client smuggles behind a refused body is acted upon."""
+    parts = urlsplit(shared.url)
+    before = shared.http.get(probe).json()["job_statuses"]
+    behind = b"POST /probe HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}"
+    with socket.create_connection((parts.hostname, parts.port), 60) as connection:
+        head = b"POST /probe HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+        connection.sendall(head % (11 * MIB))
+        received = connection.recv(65536)
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(bytes(11 * MIB) + behind)
+            while piece := connection.recv(65536):
+                received += piece
+    assert received.startswith(b"HTTP/1.1 413 ")
+    assert received.count(b"HTTP/1.1") == 1
+    assert shared.http.get(probe).json()["job_statuses"] == before
+
+
+FORM = "application/x-www-form-urlencoded"
+
+
+def test_json_under_the_type_of_a_form_is_taken_as_plain_curl_sends_it(probe: str) -> None:
+    for data in ('{"config": {"a": 1}}', ' {"config": {"a": 1}}', '\ufeff{"config": {"a": 1}}'):
+        command = ["curl", "-sS", "-d", data, probe]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        assert json.loads(done.stdout).get("config") == {"a": 1}, done.stdout
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Origin", "Sec-Fetch-Site", "Sec-Fetch-Mode", "Sec-Fetch-Dest", "sec-fetch-user"],
+)
+def test_json_under_the_type_of_a_form_is_refused_from_a_page(
+    shared: Operator, probe: str, name: str
+) -> None:
+    value = shared.url if name == "Origin" else "same-origin"
+    for path in (probe, f"{shared.url}/-/apis/probe/jobs"):
+        answer = httpx.post(path, content=b"{}", headers={"Content-Type": FORM, name: value})
+        assert (answer.status_code, answer.json()["kind"]) == (
+            415,
+            "request.unsupported_media_type",
+        )
+
+
+@pytest.mark.parametrize("body", [b"config=1", b"a=1&b=2", b"%7B%7D", b"timeout"])
+def test_a_form_is_told_to_be_json(probe: str, body: bytes) -> None:
+    answer = httpx.post(probe, content=body, headers={"Content-Type": f"{FORM}; charset=utf-8"})
+    assert (answer.status_code, answer.json()["kind"]) == (415, "request.unsupported_media_type")
+    assert "Content-Type: application/json" in answer.json()["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "named"), [(b"{config: 1}", "JSON"), (b"[]", "object"), (b"5", "object"), (b"", "{}")]
+)
+def test_mistakes_in_json_under_the_type_of_a_form_are_told(
+    probe: str, body: bytes, named: str
+) -> None:
+    answer = httpx.post(probe, content=body, headers={"Content-Type": FORM})
+    assert (answer.status_code, answer.json()["kind"]) == (400, "request.invalid")
+    assert named in answer.json()["message"]
