@@ -22,14 +22,12 @@ router = APIRouter(default_response_class=Answer, tags=["operator"])
 _MAX_CONFIG_BYTES = 1024 * 1024
 
 
-@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz")
 async def healthz() -> Answer:
     """Whether the process answers."""
     return Answer({"status": "ok"})
 
 
-@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz")
 async def readyz(request: Request) -> Answer:
     """Whether jobs can be stored: 503 when the store takes no writes."""

@@ -62,7 +62,7 @@ class Authentication:
 
 def wanted(method: str, path: str) -> TokenScope:
     """The scope that a request needs."""
-    if method in ("GET", "HEAD"):
+    if method in ("GET", "HEAD", "OPTIONS"):
         return TokenScope.READ
     is_of_jobs = not path.startswith("/-/") or _JOBS.fullmatch(path)
     return TokenScope.SUBMIT if is_of_jobs else TokenScope.DEPLOY

@@ -37,18 +37,19 @@ class Direct:
         await response(scope, receive, send)
 
     def _handled(self, scope: Scope, receive: Receive) -> Awaitable[Response] | None:
-        parts = scope["path"].split("/") if scope["type"] == "http" else []
-        if "" in parts[1:] or parts[1:2] == ["-"]:
+        parts = scope["path"].removeprefix("/").split("/") if scope["type"] == "http" else [""]
+        # `/tasks/<name>` can be an API, and other paths begin with what is no endpoint.
+        if "" in parts or parts[0] == "tasks" or parts[0] not in self._ctx.endpoints:
             return None
-        if len(parts) == 2 and scope["method"] == "POST":
+        if len(parts) == 1 and scope["method"] == "POST":
             for name, _ in scope["headers"]:
                 if name == b"idempotency-key":
                     return None
-            return submit_to(self._ctx, Request(scope, receive), parts[1])
-        if len(parts) == 3 and scope["method"] == "GET":
+            return submit_to(self._ctx, Request(scope, receive), parts[0])
+        if len(parts) == 2 and scope["method"] == "GET":
             query = scope["query_string"]
             asked = _WAIT.fullmatch(query)
             if asked or not query:
                 wait_s = float(asked[1]) if asked else 0.0
-                return status_at(self._ctx, Request(scope, receive), parts[1], parts[2], wait_s)
+                return status_at(self._ctx, Request(scope, receive), parts[0], parts[1], wait_s)
         return None

@@ -1,5 +1,9 @@
-"""The job routes: submit, status, stop, list. The same handlers answer at an API's endpoint
-and at the operator's own `/-/apis/{name}/jobs`."""
+"""The job routes: submit, status, stop, list. The same handlers answer at an API's endpoint, at the
+operator's own `/-/apis/{name}/jobs`, and at `/tasks/{name}`, where Cortex had them inside its cluster.
+
+A path `/tasks/…` can be a job of the API whose endpoint is `tasks`, too: an id begins with a digit, a name
+with a letter.
+"""
 
 from __future__ import annotations
 
@@ -50,13 +54,14 @@ Limit = Annotated[int, Query(ge=1, le=_MAX_LISTED, description="Jobs on a page."
 Cursor = Annotated[int | None, Query(ge=1, lt=2**63, description="The page's `next_cursor`.")]
 
 
-@router.post("/{endpoint}", openapi_extra=_SUBMIT_DOC, tags=["jobs"])
+@router.post("/{endpoint:endpoint}", openapi_extra=_SUBMIT_DOC, tags=["jobs"])
 async def submit(request: Request, endpoint: str, idempotency_key: IdempotencyKey = None) -> Answer:
     """Submit a job."""
     return await submit_to(context(request), request, endpoint, idempotency_key)
 
 
 @router.post("/-/apis/{name}/jobs", openapi_extra=_SUBMIT_DOC, tags=["operator"])
+@router.post("/tasks/{name:api_name}", openapi_extra=_SUBMIT_DOC, tags=["cortex"])
 async def submit_by_name(
     request: Request, name: str, idempotency_key: IdempotencyKey = None
 ) -> Answer:
@@ -64,7 +69,7 @@ async def submit_by_name(
     return await _submit(context(request), request, name, idempotency_key)
 
 
-@router.get("/{endpoint}", tags=["jobs"])
+@router.get("/{endpoint:endpoint}", tags=["jobs"])
 async def get(
     request: Request,
     endpoint: str,
@@ -84,21 +89,34 @@ async def get(
 
 
 @router.get("/-/apis/{name}/jobs", tags=["operator"])
-async def list_by_name(
+@router.get("/tasks/{name:api_name}", tags=["cortex"])
+async def get_by_name(
     request: Request,
     name: str,
     *,
+    job_id: JobId = None,
+    wait: Wait = 0,
     status: Status | None = None,
     limit: Limit = _LISTED,
     cursor: Cursor = None,
 ) -> Response:
-    """The API's jobs, newest first."""
+    """The status of one job (`jobID`), or the API's jobs, newest first."""
     ctx = context(request)
+    if job_id is not None:
+        return await _status(ctx, request, await ctx.job_of(name, job_id), wait)
     await ctx.check_api(name)
     return await _list(ctx, request, name, limit=limit, status=status, cursor=cursor)
 
 
-@router.get("/{endpoint}/{job_id}", tags=["jobs"])
+@router.get("/-/apis/{name}/jobs/{job_id}", tags=["operator"])
+@router.get("/tasks/{name:api_name}/{job_id}", tags=["cortex"])
+async def status_by_name(request: Request, name: str, job_id: str, wait: Wait = 0) -> Response:
+    """The status of one job."""
+    ctx = context(request)
+    return await _status(ctx, request, await ctx.job_of(name, job_id), wait)
+
+
+@router.get("/{endpoint:endpoint}/{job_id}", tags=["jobs"])
 async def status_at_endpoint(
     request: Request, endpoint: str, job_id: str, wait: Wait = 0
 ) -> Response:
@@ -106,37 +124,39 @@ async def status_at_endpoint(
     return await status_at(context(request), request, endpoint, job_id, wait)
 
 
-@router.get("/-/apis/{name}/jobs/{job_id}", tags=["operator"])
-async def status_by_name(request: Request, name: str, job_id: str, wait: Wait = 0) -> Response:
-    """The status of one job."""
-    ctx = context(request)
-    return await _status(ctx, request, await ctx.job_of(name, job_id), wait)
-
-
-@router.delete("/{endpoint}", tags=["jobs"])
+@router.delete("/{endpoint:endpoint}", tags=["jobs"])
 async def stop_by_query(request: Request, endpoint: str, job_id: JobId = None) -> Answer:
     """Stop one job (`jobID`)."""
     ctx = context(request)
     if job_id is None:
-        raise InvalidRequest(
-            f"say which job to stop: DELETE /{endpoint}/<job_id>; "
-            f"`cortex delete {await ctx.api_at(endpoint)}` deletes the API"
-        )
+        raise _no_job_to_stop(f"/{endpoint}", await ctx.api_at(endpoint))
     return await _stop(ctx, await ctx.job_at(endpoint, job_id))
 
 
-@router.delete("/{endpoint}/{job_id}", tags=["jobs"])
-async def stop_at_endpoint(request: Request, endpoint: str, job_id: str) -> Answer:
-    """Stop one job."""
+@router.delete("/-/apis/{name}/jobs", tags=["operator"])
+@router.delete("/tasks/{name:api_name}", tags=["cortex"])
+async def stop_by_name_and_query(request: Request, name: str, job_id: JobId = None) -> Answer:
+    """Stop one job (`jobID`)."""
     ctx = context(request)
-    return await _stop(ctx, await ctx.job_at(endpoint, job_id))
+    if job_id is None:
+        await ctx.check_api(name)
+        raise _no_job_to_stop(request.url.path, name)
+    return await _stop(ctx, await ctx.job_of(name, job_id))
 
 
 @router.delete("/-/apis/{name}/jobs/{job_id}", tags=["operator"])
+@router.delete("/tasks/{name:api_name}/{job_id}", tags=["cortex"])
 async def stop_by_name(request: Request, name: str, job_id: str) -> Answer:
     """Stop one job."""
     ctx = context(request)
     return await _stop(ctx, await ctx.job_of(name, job_id))
+
+
+@router.delete("/{endpoint:endpoint}/{job_id}", tags=["jobs"])
+async def stop_at_endpoint(request: Request, endpoint: str, job_id: str) -> Answer:
+    """Stop one job."""
+    ctx = context(request)
+    return await _stop(ctx, await ctx.job_at(endpoint, job_id))
 
 
 async def submit_to(
@@ -227,6 +247,12 @@ async def _stop(ctx: Context, record: JobRecord) -> Answer:
     if not outcome.taken and outcome.job.wanted is not Wanted.STOP:
         raise Conflict(f"the job {job_id} has already completed ({shown(outcome.job)})")
     return Answer({"message": f"stopped job {job_id}"})
+
+
+def _no_job_to_stop(path: str, name: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"say which job to stop: DELETE {path}/<job_id>; `cortex delete {name}` deletes the API"
+    )
 
 
 def _removed(record: JobRecord) -> NotFound:

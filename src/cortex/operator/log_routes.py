@@ -28,7 +28,7 @@ _TEXT = "text/plain; charset=utf-8"
 Offset = Annotated[int, Query(ge=0, lt=2**63, description="First byte.")]
 
 
-@router.get("/{endpoint}/{job_id}/logs", tags=["jobs"])
+@router.get("/{endpoint:endpoint}/{job_id}/logs", tags=["jobs"])
 async def logs_at_endpoint(
     request: Request, endpoint: str, job_id: str, offset: Offset = 0
 ) -> Response:
@@ -39,6 +39,7 @@ async def logs_at_endpoint(
 
 
 @router.get("/-/apis/{name}/jobs/{job_id}/logs", tags=["operator"])
+@router.get("/tasks/{name:api_name}/{job_id}/logs", tags=["cortex"])
 async def logs_by_name(request: Request, name: str, job_id: str, offset: Offset = 0) -> Response:
     """The job's log, as at the API's endpoint."""
     ctx = context(request)
