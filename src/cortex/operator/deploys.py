@@ -16,9 +16,11 @@ from cortex.operator.context import Context
 from cortex.operator.versions import HeldUp, Unusable
 from cortex.projects.check import check_files
 from cortex.projects.unpack import unpack
-from cortex.spec.api import Api, ApiSpec
+from cortex.spec.api import MASK, Api, ApiSpec
+from cortex.spec.job import Json
 from cortex.spec.times import new_id, now_ns, rfc3339
-from cortex.spec.yaml import read_apis
+from cortex.spec.yaml import field_lines, invalid_spec, read_apis, submitted_entries
+from cortex.spec.yaml_nodes import Mistake
 from cortex.store import Deployment
 
 log = structlog.get_logger()
@@ -97,11 +99,13 @@ class Deployer:
             Conflict: an endpoint is taken, or an API would be replaced against `replace`.
         """
         apis = await asyncio.to_thread(read_apis, text, file)
+        _check_masks(apis, file, text)
+        submitted = await asyncio.to_thread(submitted_entries, text)
         async with self._ctx.deploying:
             project, warnings = await asyncio.to_thread(self._take_in, apis, file, text, archive)
             current = {d.name: d for d in await self._ctx.store.deployments()}
             done: list[tuple[Deployment, str]] = []
-            for api in apis:
+            for api, entry in zip(apis, submitted, strict=True):
                 before = current.get(api.name)
                 if before is not None and _same(before.spec, api, project):
                     done.append((before, f"{api.name} is unchanged"))
@@ -111,7 +115,7 @@ class Deployer:
                         f"the API {api.name!r} is deployed as another version; force the deploy "
                         "to replace it"
                     )
-                spec = _new_version(api, project)
+                spec = _new_version(api, project, entry)
                 verb = "created" if before is None else "updated"
                 deployment = Deployment(api.name, api.networking.endpoint, spec)
                 done.append((deployment, f"{verb} {api.name}"))
@@ -203,10 +207,37 @@ def _same(spec: ApiSpec, api: Api, project: str) -> bool:
     )
 
 
-def _new_version(api: Api, project: str) -> ApiSpec:
+def _new_version(api: Api, project: str, submitted: Json) -> ApiSpec:
     return ApiSpec(
-        **api.model_dump(), api_id=new_id(), project_id=project, last_updated=rfc3339(now_ns())
+        **api.model_dump(),
+        api_id=new_id(),
+        project_id=project,
+        last_updated=rfc3339(now_ns()),
+        submitted_api_spec=submitted,
     )
+
+
+def _check_masks(apis: list[Api], file: str, text: str) -> None:
+    """Refuse the masks of an answer as values: a spec that was read back has lost its secrets."""
+    masked = [
+        (index, name)
+        for index, api in enumerate(apis)
+        for name, value in api.definition.env.items()
+        if value == MASK
+    ]
+    if masked:
+        lines = field_lines(text)
+        raise invalid_spec(
+            file,
+            [
+                Mistake(
+                    lines[index, "definition", "env", name],
+                    f'definition.env.{name}: found "{MASK}", which answers show instead of the value; '
+                    "write the value itself",
+                )
+                for index, name in masked
+            ],
+        )
 
 
 def safe_name(filename: str | None) -> str:

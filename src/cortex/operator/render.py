@@ -8,6 +8,7 @@ from typing import Protocol
 from pydantic import JsonValue
 from starlette.requests import Request
 
+from cortex.spec.api import MASK, Api, ApiSpec
 from cortex.spec.job import JobRecord, JobSpec, Json
 from cortex.spec.lifecycle import IN_PROGRESS, SHOWN, State, Status
 from cortex.spec.times import rfc3339
@@ -37,6 +38,34 @@ def shown(record: JobRecord, unreachable: str | None = None) -> Status:
     if status is Status.RUNNING and unreachable is not None:
         return Status.UNKNOWN
     return status
+
+
+def shown_spec(spec: ApiSpec) -> Json:
+    """The spec of a version, with the keys that Cortex had beside ours, and without secrets: every token
+    may read it, and answers end in logs."""
+    answer = spec.model_dump(mode="json")
+    submitted = answer["submitted_api_spec"] or _submitted_entry(spec)
+    compute = submitted.get("compute")
+    written = compute.get("cpu") if isinstance(compute, dict) else None
+    answer["definition"]["env"] = dict.fromkeys(spec.definition.env, MASK)
+    answer["compute"]["cpu"] = f"{spec.compute.cpu_m}m" if written is None else str(written)
+    return {
+        **answer,
+        "id": spec.api_id,
+        # A deploy that changes nothing makes no version, so that this, too, tells one API spec.
+        "spec_id": spec.api_id,
+        "submitted_api_spec": submitted,
+    }
+
+
+def _submitted_entry(spec: ApiSpec) -> Json:
+    """The entry of a version whose own was not kept."""
+    entry = spec.model_dump(mode="json", include=set(Api.model_fields), exclude_defaults=True)
+    if spec.definition.env:
+        entry["definition"]["env"] = dict.fromkeys(spec.definition.env, MASK)
+    if "cpu_m" in entry.get("compute", {}):
+        entry["compute"]["cpu"] = f"{entry['compute'].pop('cpu_m')}m"
+    return {**entry, "kind": spec.kind}
 
 
 class Known(Protocol):
@@ -97,7 +126,7 @@ class Renderer:
         )
         versions = await self._store.versions(deployment.name)
         return {
-            "spec": deployment.spec.model_dump(mode="json"),
+            "spec": shown_spec(deployment.spec),
             "endpoint": f"{base(request)}/{deployment.endpoint}",
             "task_job_statuses": [
                 self.status(job) for job in _in_progress_first(running.jobs, recent.jobs)

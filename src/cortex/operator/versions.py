@@ -14,6 +14,7 @@ import structlog
 from cortex.background import in_thread
 from cortex.engines.base import Version
 from cortex.errors import NotFound, StorageUnavailable, is_shortage, is_storage
+from cortex.operator.render import shown_spec
 from cortex.projects.building import NOT_BUILT, EnvironmentFailed
 from cortex.projects.environments import Environments
 from cortex.projects.kept import Projects
@@ -84,8 +85,7 @@ class Versions:
         """
         found = self._shown.get(api_id)
         if found is None:
-            spec = await self.spec(api_id)
-            found = self._shown[api_id] = spec.model_dump(mode="json")
+            found = self._shown[api_id] = shown_spec(await self.spec(api_id))
         return found
 
     def ready(self, api_id: str) -> Version | None:

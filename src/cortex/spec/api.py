@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 RESERVED_ENDPOINTS = frozenset({"healthz", "readyz", "metrics"})
 MILLI = 1000
+MASK = "********"
+"""Stands for the value of an environment variable, wherever one would be shown."""
 
 
 class _Strict(BaseModel):
@@ -84,3 +86,8 @@ class ApiSpec(Api):
     api_id: str
     project_id: str = Field(description="SHA-256 over the project's files.")
     last_updated: str = Field(description="When this version was deployed, RFC 3339.")
+    submitted_api_spec: dict[str, JsonValue] | None = Field(
+        None,
+        description="The entry as its `cortex.yaml` has it, the values of `env` masked; None for versions "
+        "of before it was kept.",
+    )

@@ -9,11 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from pydantic import JsonValue
+
 from cortex.errors import InvalidSpec
 from cortex.spec import fields, python_variables
-from cortex.spec.api import Api
+from cortex.spec.api import MASK, Api
 from cortex.spec.fields import Check, Report
-from cortex.spec.yaml_nodes import Mistake, Value, did_you_mean, join, quoted, read_nodes, shortened
+from cortex.spec.yaml_nodes import (
+    Mistake,
+    Odd,
+    Value,
+    did_you_mean,
+    join,
+    quoted,
+    read_nodes,
+    shortened,
+)
 
 FieldLines = dict[tuple[int | str, ...], int]
 
@@ -35,6 +46,19 @@ def read_apis(text: str, file: str) -> list[Api]:
     if report.mistakes:
         raise invalid_spec(file, report.mistakes)
     return [Api.model_validate(entry) for entry in entries]
+
+
+def submitted_entries(text: str) -> list[dict[str, JsonValue]]:
+    """The entries of a `cortex.yaml` without mistakes as they are written, the values of `env` masked."""
+    root, _ = read_nodes(text)
+    found = _as_written(root) if root is not None else []
+    assert isinstance(found, list), "the text has mistakes"
+    entries = [entry for entry in found if isinstance(entry, dict)]
+    for entry in entries:
+        definition = entry.get("definition")
+        if isinstance(definition, dict) and isinstance(env := definition.get("env"), dict):
+            definition["env"] = dict.fromkeys(env, MASK)
+    return entries
 
 
 def field_lines(text: str) -> FieldLines:
@@ -129,6 +153,15 @@ def _line_of(value: Value, where: str) -> int:
             break
         value = value.data[key]
     return value.line
+
+
+def _as_written(value: Value) -> JsonValue:
+    if isinstance(value.data, dict):
+        return {key: _as_written(below) for key, below in value.data.items()}
+    if isinstance(value.data, list):
+        return [_as_written(each) for each in value.data]
+    assert not isinstance(value.data, Odd), "the text has mistakes"
+    return value.data
 
 
 def _object(known: Mapping[str, _Field], *, one_of: tuple[str, ...] = ()) -> Check:
