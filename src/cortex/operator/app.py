@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 
 import structlog
@@ -159,6 +159,7 @@ async def run(settings: Settings, ready: Callable[[str], None]) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if settings.account is not None:
         os.umask(0o022)  # jobs of another user read what is unpacked here
+    settings = replace(settings, host=_known(settings.host))
     listener = _listen(settings)
     port = listener.getsockname()[1]
     settings = replace(
@@ -178,7 +179,7 @@ async def run(settings: Settings, ready: Callable[[str], None]) -> None:
             server_header=False,
             timeout_graceful_shutdown=_SHUTDOWN_S,
         )
-        server = _Server(config, lambda: ready(f"http://{settings.host}:{port}"))
+        server = _Server(config, lambda: ready(_url(settings.host, port)))
         # What was loaded so far stays: a collection while it serves need not look through it.
         gc.freeze()
         gc.enable()
@@ -236,6 +237,20 @@ async def _check_tokens(store: Store) -> None:
         )
 
 
+def _known(host: str) -> str:
+    """The host; for `localhost` an address of this machine, where the resolver does not know that name."""
+    if host != "localhost":
+        return host
+    try:
+        socket.getaddrinfo(host, None)
+    except socket.gaierror:  # as in an image without /etc/hosts
+        with suppress(OSError):
+            socket.create_server(("127.0.0.1", 0)).close()
+            return "127.0.0.1"
+        return "::1"
+    return host
+
+
 def _listen(settings: Settings) -> socket.socket:
     host, port = settings.host, settings.port
     try:
@@ -255,6 +270,10 @@ def _address(host: str, port: int) -> str:
     """Where other operators reach this one, as far as can be told from where it listens."""
     if host in ("", "0.0.0.0", "::"):
         host = socket.getfqdn()
+    return _url(host, port)
+
+
+def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

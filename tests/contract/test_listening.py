@@ -1,0 +1,53 @@
+"""Where an operator listens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from support import PROBE, operator, probe_yaml
+
+# In mounts of its own, with a resolver that knows no name at all.
+NAMELESS = (
+    "mount --bind /dev/null /etc/hosts && mount --bind /dev/null /etc/resolv.conf "
+    '&& mount --bind "$1" /etc/nsswitch.conf && shift && exec "$@"'
+)
+
+
+@pytest.fixture
+def nameless(tmp_path: Path) -> list[str]:
+    """A command that runs another where the resolver knows no names."""
+    (tmp_path / "nsswitch.conf").write_text("hosts: files\npasswd: files\ngroup: files\n")
+    return ["unshare", "-rm", "sh", "-c", NAMELESS, "sh", str(tmp_path / "nsswitch.conf")]
+
+
+def test_an_operator_serves_where_the_resolver_does_not_know_localhost(
+    tmp_path: Path, nameless: list[str]
+) -> None:
+    with operator(tmp_path / "own", within=nameless) as running:
+        assert urlsplit(running.url).hostname == "127.0.0.1"
+        endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
+        assert endpoint.startswith(running.url)
+        assert running.run(endpoint)["status"] == "status_succeeded"
+        lookup = "import socket; socket.getaddrinfo('localhost', None)"
+        yaml = (
+            f'- name: look\n  kind: TaskAPI\n  definition: {{command: [python, -c, "{lookup}"]}}\n'
+        )
+        found = running.run(running.deployed(yaml, {}))
+        assert "gaierror" in found["message"]  # else it was no such machine
+
+
+def loopbacks() -> list[str]:
+    """What this machine has of them."""
+    of_ipv6 = Path("/proc/net/if_inet6")
+    has_ipv6 = of_ipv6.exists() and " lo\n" in of_ipv6.read_text()
+    return ["localhost", "127.0.0.1", *(["::1"] if has_ipv6 else [])]
+
+
+@pytest.mark.parametrize("host", loopbacks())
+def test_the_url_that_is_printed_can_be_asked(tmp_path: Path, host: str) -> None:
+    with operator(tmp_path, "--host", host) as running:
+        assert urlsplit(running.url).hostname == host
+        assert running.http.get(f"{running.url}/healthz").status_code == 200
