@@ -5,8 +5,13 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
+import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -205,3 +210,54 @@ def test_the_log_of_the_operator_shows_no_secret(kept: Kept) -> None:
     files = [p for p in kept.running.data_dir.rglob("*.log") if "jobs" not in p.parts]
     for file in files:
         kept.check(file.read_text(), str(file))
+
+
+def test_a_crash_shows_no_secret(tmp_path: Path) -> None:
+    """As where an error of the database repeats the values that it was given."""
+    with operator(tmp_path) as running:
+        with closing(sqlite3.connect(running.data_dir / "operator.db")) as database:
+            database.execute(
+                "CREATE TRIGGER refuse BEFORE INSERT ON versions "
+                "BEGIN SELECT RAISE(ABORT, 'refused by the test'); END"
+            )
+        short = (
+            f"- {{name: a, kind: TaskAPI, definition: {{path: probe.py, env: {{S: {OF_ENV}}}}}}}"
+        )
+        answer = running.deploy(short, FILES)  # of a longer one the error has the ends alone
+        assert (answer.status_code, answer.json()["kind"]) == (500, "internal")
+        running.stop()
+        told = running.log.read_text()
+        assert "refused by the test" in told
+        for secret in (OF_ENV, OF_FILE):
+            assert secret not in told + answer.text
+        running.log.write_text("")  # where a traceback would be a mistake of the test
+
+
+CRASHING = """
+import structlog
+from cortex.operator.app import configure_logging
+from cortex.spec.api import ApiSpec
+
+def crash(secret):
+    ApiSpec.model_validate({"definition": {"env": {"SECRET": secret}}})
+
+configure_logging()
+try:
+    crash("marked-" + "of-locals")
+except ValueError as error:
+    structlog.get_logger().error("crashed", exc_info=error)
+"""
+
+
+def test_a_crash_on_a_terminal_shows_no_secret() -> None:
+    main, terminal = pty.openpty()
+    with os.fdopen(main, "rb") as shown:
+        subprocess.run([sys.executable, "-c", CRASHING], stderr=terminal, check=True)
+        os.close(terminal)
+        told = b""
+        with suppress(OSError):  # a terminal that nobody holds any more
+            while piece := os.read(shown.fileno(), 65536):
+                told += piece
+    assert b"crashed" in told
+    assert b"Traceback" in told
+    assert b"marked-of-locals" not in told

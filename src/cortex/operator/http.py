@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -133,7 +133,7 @@ class Gate:
         elif method != "GET":
             limit = MAX_UPLOAD_BYTES if scope["path"] == UPLOAD_PATH else MAX_BODY_BYTES
             try:
-                receive = _body_of(headers, receive, limit)
+                receive = _body_of(scope["headers"], receive, limit)
             except CortexError as error:
                 # RFC 9110, 15.5.16: names what would have been taken.
                 is_coding = isinstance(error, UnsupportedMediaType)
@@ -151,19 +151,20 @@ class Gate:
         return origin not in self._allowed and own != host
 
 
-def _body_of(headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> Receive:
+def _body_of(given: Iterable[tuple[bytes, bytes]], receive: Receive, limit: int) -> Receive:
     """A `receive` that unpacks the body and lets no more than `limit` bytes through.
 
     Raises:
         TooLarge: the Content-Length says so.
         UnsupportedMediaType: the Content-Encoding is not read here.
     """
+    headers = dict(given)
     declared = headers.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)
     # The server lets no more through than a Content-Length says.
     packed = receive if b"content-length" in headers else _counted(receive, limit)
-    coding = coding_of(headers.get(b"content-encoding", b""))
+    coding = coding_of(b",".join(v for n, v in given if n == b"content-encoding"))
     return _counted(Unpacked(packed, coding), limit) if coding else packed
 
 
@@ -238,7 +239,9 @@ def answered(error: Exception) -> Answer:
     if isinstance(error, ClientDisconnect):
         return refuse(InvalidRequest("the body ended before it was complete"))  # nobody reads it
     log.error("request crashed", exc_info=error)
-    return refuse(CortexError("an error of the operator; its log has the details"))
+    # The framework raises it once more, upon which the server closes the connection.
+    crashed = CortexError("an error of the operator; its log has the details")
+    return refuse(crashed, {"Connection": "close"})
 
 
 def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:

@@ -14,7 +14,8 @@ MASK = "********"
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Secrets are in it, and an error ends in a log.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 class Dependencies(_Strict):

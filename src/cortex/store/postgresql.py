@@ -48,7 +48,13 @@ _SERVER = text("SELECT current_setting('fsync'), pg_is_in_recovery()")
 def connect(url: URL, name: str) -> Engine:
     """An engine on the database at a URL, whose sessions have a name. Nothing is connected yet."""
     kept, more = _CONNECTIONS
-    engine = create_engine(url, connect_args=_options(url, name), pool_size=kept, max_overflow=more)
+    engine = create_engine(
+        url,
+        connect_args=_options(url, name),
+        pool_size=kept,
+        max_overflow=more,
+        hide_parameters=True,  # an error ends in a log
+    )
     event.listen(engine, "connect", _set_up, insert=True)  # before SQLAlchemy asks for anything
     return engine
 

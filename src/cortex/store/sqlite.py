@@ -26,7 +26,7 @@ _BUSY_TIMEOUT_S = 30
 
 def connect(url: str) -> Engine:
     """An engine on the file at a URL, which is made where it is missing."""
-    engine = create_engine(url)
+    engine = create_engine(url, hide_parameters=True)  # an error ends in a log
     _make_private(Path(str(engine.url.database)))
     event.listen(engine, "connect", _set_up)
     event.listen(engine, "begin", _begin)
