@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,6 +110,17 @@ def test_a_body_without_a_token_is_not_read(safe: tuple[Operator, dict[str, str]
     except httpx.ReadError:  # closed under a client that was still writing
         return
     assert answer.status_code == 401
+
+
+def test_a_client_that_sends_all_before_it_reads_gets_the_401(
+    safe: tuple[Operator, dict[str, str]],
+) -> None:
+    running, _ = safe
+    request = urllib.request.Request(f"{running.url}/-/apis", bytes(20 << 20))
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=60)
+    with refused.value as answer:
+        assert (answer.code, json.load(answer)["kind"]) == (401, "auth.unauthorized")
 
 
 @pytest.mark.parametrize(
