@@ -1,5 +1,6 @@
-"""Structured logs for tasks: `from cortex.logger import logger`. JSON lines on standard output, which
-in a job is its log; works outside a job too. Standard library alone: it runs in the user's environment.
+"""Structured logs for tasks: `from cortex.logger import logger`. One line of strict JSON for each record,
+on standard output, which in a job is its log; works outside a job too. No value in a record can make the
+logger fail. Standard library alone: it runs in the user's environment.
 """
 
 from __future__ import annotations
@@ -10,7 +11,16 @@ import os
 import sys
 import time
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+MAX_LEVELS = 100
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_OURS = frozenset({
+    "timestamp", "level", "message", "api_name", "job_id", "exc_info", "stack_info", "logging_error"
+})  # fmt: skip
 
 
 class _JsonLines(logging.Formatter):
@@ -18,28 +28,141 @@ class _JsonLines(logging.Formatter):
         line: dict[str, object] = {
             "timestamp": _rfc3339(record.created),
             "level": record.levelname.lower(),
-            "message": record.getMessage(),
+            **_message(record),
             # Read for each record: a fork server imports this once for many jobs.
             "api_name": os.environ.get("CORTEX_API_NAME"),
             "job_id": os.environ.get("CORTEX_JOB_ID"),
         }
-        line.update((k, v) for k, v in vars(record).items() if k not in _STANDARD)
+        for key, value in vars(record).items():
+            if key not in _STANDARD:
+                line[f"extra_{key}" if key in _OURS else key] = value
         if record.exc_info:
             line["exc_info"] = self.formatException(record.exc_info)
         if record.stack_info:
             line["stack_info"] = record.stack_info
-        return json.dumps(line, default=str)
+        plain = {_key(key): _plain(value) for key, value in line.items()}
+        return json.dumps(plain, allow_nan=False)
 
 
 class _Stdout(logging.Handler):
-    """Whatever standard output is when a line is written, not when this was imported."""
+    """Standard output as it is when a line is written, not when this was imported."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            sys.stdout.write(self.format(record) + "\n")
-            sys.stdout.flush()
-        except Exception:  # noqa: BLE001, RUF100  # logging must not fail a task
-            self.handleError(record)
+            line = self.format(record)
+        except Exception as error:  # noqa: BLE001, RUF100  # logging must not fail a task
+            line = _least(record, error)
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.write(f"{line}\n")
+                stream.flush()
+            except Exception:  # noqa: BLE001, RUF100  # the task has closed it: stderr is the same log
+                continue
+            return
+
+
+def _message(record: logging.LogRecord) -> dict[str, object]:
+    try:
+        return {"message": record.getMessage()}
+    except Exception as error:  # noqa: BLE001, RUF100  # arguments that do not fit, a __str__ that raises
+        return {
+            "message": _shown(record.msg),
+            "args": record.args,
+            "logging_error": f"{type(error).__name__}: {_shown(error)}",
+        }
+
+
+def _least(record: logging.LogRecord, error: Exception) -> str:
+    return json.dumps(
+        {
+            "timestamp": _rfc3339(record.created),
+            "level": record.levelname.lower(),
+            "message": _text(_shown(record.msg)),
+            "logging_error": _text(f"{type(error).__name__}: {_shown(error)}"),
+        }
+    )
+
+
+def _plain(value: object, above: tuple[int, ...] = ()) -> object:
+    """A value as strict JSON has it; what JSON has no word for becomes a string.
+
+    Args:
+        above: the ids of the values that this one is in.
+    """
+    try:
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, (dict, list, tuple, set, frozenset)):
+            return _container(value, above)
+        for kind, convert in _CONVERSIONS:
+            if isinstance(value, kind):
+                return convert(value)
+        # A scalar of numpy, or of a library that makes them alike.
+        if getattr(value, "ndim", None) == 0:
+            return _plain(value.item(), above)  # type: ignore[attr-defined]  # without one it is shown
+    except Exception:  # noqa: BLE001, RUF100  # code of the user's runs in there
+        pass
+    return _text(_shown(value))
+
+
+def _container(
+    value: dict[object, object]
+    | list[object]
+    | tuple[object, ...]
+    | set[object]
+    | frozenset[object],
+    above: tuple[int, ...],
+) -> object:
+    if id(value) in above or len(above) == MAX_LEVELS:
+        return "..."
+    inside = (*above, id(value))
+    if isinstance(value, dict):
+        return {_key(key): _plain(below, inside) for key, below in list(value.items())}
+    return [_plain(below, inside) for below in list(value)]
+
+
+def _key(key: object) -> str:
+    if key is None or isinstance(key, (str, bool, int, float)):
+        plain = _plain(key)
+        return plain if isinstance(plain, str) else json.dumps(plain)
+    return _text(_shown(key))
+
+
+def _text(text: str) -> str:
+    """Without lone surrogates, which are no text in UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _integer(value: int) -> object:
+    try:
+        int.__repr__(value)
+    except ValueError:  # Python writes no more than some thousand digits
+        return hex(value)
+    return int(value)
+
+
+def _float(value: float) -> object:
+    return _NO_NUMBERS.get(float.__repr__(value), float(value))
+
+
+def _bytes(value: bytes | bytearray) -> str:
+    return value.decode("utf-8", "backslashreplace")
+
+
+_NO_NUMBERS: dict[str, object] = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+_CONVERSIONS: tuple[tuple[Any, Callable[[Any], object]], ...] = (
+    (str, _text),
+    (int, _integer),
+    (float, _float),
+    ((bytes, bytearray), _bytes),
+)
+
+
+def _shown(value: object) -> str:
+    try:
+        return str(value)
+    except Exception:  # noqa: BLE001, RUF100  # a __str__ of the user's
+        return f"<{type(value).__name__}, which cannot be shown>"
 
 
 def _rfc3339(seconds: float) -> str:
@@ -57,7 +180,27 @@ def _configured() -> logging.Logger:
         handler = _Stdout()
         handler.setFormatter(_JsonLines())
         found.addHandler(handler)
+        _take_any_extra(found)
     return found
+
+
+def _take_any_extra(found: logging.Logger) -> None:
+    """Python's own loggers raise a KeyError for an `extra` with a name of the record's, as `name` or `args`."""
+    made = found.makeRecord
+
+    def make_record(*arguments: Any, extra: object = None, **named: Any) -> logging.LogRecord:
+        # As `Logger._log` calls it: extra is the ninth.
+        given = list(arguments)
+        if len(given) > 8:
+            extra = given[8]
+            given[8] = None
+        record = made(*given, **named)
+        fields = extra if isinstance(extra, dict) else {} if extra is None else {"extra": extra}
+        for key, value in fields.items():
+            vars(record)[f"extra_{key}" if key in _STANDARD else key] = value
+        return record
+
+    found.makeRecord = make_record  # type: ignore[method-assign]  # of this one logger
 
 
 logger = _configured()

@@ -12,7 +12,8 @@ from cortex.errors import StartupError
 
 
 def lay_out(root: Path, import_dir: Path, account: Account | None) -> None:
-    """Make the folder of all jobs, and one in which workers find nothing but this package.
+    """Make the folder of all jobs, and one in which workers find this package, and the one with the names
+    that Cortex gave it, and nothing else.
 
     Raises:
         StartupError: the folder cannot be written, or jobs could not start there as `account`.
@@ -21,7 +22,8 @@ def lay_out(root: Path, import_dir: Path, account: Account | None) -> None:
         root.mkdir(parents=True, exist_ok=True)
         import_dir.mkdir(exist_ok=True)
         package = Path(cortex.__file__).parent
-        _link(import_dir / "cortex", package)
+        for each in (package, package.with_name("cortex_internal")):
+            _link(import_dir / each.name, each)
         _link(import_dir / "cortex_task.py", package / "worker" / "stand_in.py")
     except OSError as error:
         raise StartupError(

@@ -1,0 +1,1 @@
+"""See `cortex_internal`."""
