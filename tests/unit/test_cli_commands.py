@@ -20,6 +20,7 @@ from client_stub import (
     job_view,
 )
 
+from cortex.cli import serve
 from cortex.cli.main import run
 from cortex.client import environments
 from support import FINAL
@@ -248,6 +249,67 @@ def test_submit_takes_its_config_inline_or_from_a_file(stub: Stub, folder: Path)
     ]
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_config_may_begin_with_a_byte_order_mark(mark: bytes, stub: Stub, folder: Path) -> None:
+    text = mark + '{"name": "größer"}\r\n'.encode()
+    (folder / "config.json").write_bytes(text)
+    assert run(["submit", "iris", "--config", f"@{folder}/config.json"]) == 0
+    assert run(["submit", "iris", "--config", text.decode()]) == 0
+    sent = [json.loads(r.body) for r in stub.requests]
+    assert sent == [{"config": {"name": "größer"}}] * 2
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}", "nested too deeply"),
+        ('{"a": 1}'.encode("utf-16"), "UTF-16 or UTF-32; save it as UTF-8"),
+        ('{"a": 1}'.encode("utf-16-be"), "UTF-16 or UTF-32; save it as UTF-8"),
+        ('{"a": 1}'.encode("utf-16-le"), "UTF-16 or UTF-32; save it as UTF-8"),
+        ('{"a": 1}'.encode("utf-32"), "UTF-16 or UTF-32; save it as UTF-8"),
+        ('{"a": "ü"}'.encode("latin-1"), "not text in UTF-8 (byte 7 is 0xfc)"),
+        (b"", "is empty"),
+        (b"\xef\xbb\xbf \n", "is empty"),
+        (b"[1]", "must be a JSON object"),
+        (b"{'a': 1}", "it is no JSON"),
+        (b'{"a": 1} {"b": 2}', "Extra data"),
+        (b'{"a": -Infinity}', "-Infinity is no number"),
+        (b'{"a": 1e999}', "1e999 is too large"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "5000 digits"),
+        (b'{"a": "' + b"x" * (10 << 20) + b'"}', "over 10 MiB"),
+        (b"\x80\x04\x95\x01", "not text in UTF-8"),
+    ],
+)
+def test_a_file_that_is_no_config_is_told_in_one_line(
+    content: bytes, words: str, stub: Stub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "c.json").write_bytes(content)
+    assert run(["submit", "iris", "--config", f"@{folder}/c.json"]) == 2
+    printed = capsys.readouterr()
+    (told,) = [line for line in printed.err.splitlines() if line.startswith("Error: ")]
+    assert words in told
+    assert (printed.out, stub.requests) == ("", [])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("", "the name of a file is missing after @"),
+        ("{folder}", "Is a directory"),
+        ("{folder}/none", "No such file"),
+        ("~nobody-of-this-name/c.json", "cannot be read"),
+        ("/dev/zero", "over 10 MiB"),
+        ("/dev/null", "is empty"),
+    ],
+)
+def test_a_config_file_that_cannot_be_read_is_told(
+    name: str, words: str, stub: Stub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["submit", "iris", "--config", f"@{name.format(folder=folder)}"]) == 2
+    assert words in capsys.readouterr().err
+    assert stub.requests == []
+
+
 def test_submit_sends_its_key(stub: Stub) -> None:
     assert run(["submit", "iris", "--idempotency-key", "order-17"]) == 0
     assert [r.headers["idempotency-key"] for r in stub.requests] == ["order-17"]
@@ -385,3 +447,11 @@ def test_environments_are_configured_without_a_question(
         "environments": [{"name": "b", "operator_endpoint": "http://b:1"}],
     }
     assert run(["env", "delete", "zzz"]) == 1
+
+
+def test_an_operator_goes_on_where_its_output_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        serve._announce("http://localhost:8888")
+        full.write("more")
+        full.flush()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client_stub import SUBMITTED, VIEW, Answer, Stub, answer, events
+from client_stub import SUBMITTED, SUCCEEDED, VIEW, Answer, Stub, answer, events, job_view
 
+import loaded
 from cortex import __version__
 from support import PATIENCE_S
 
@@ -78,6 +81,126 @@ def test_a_reader_that_goes_away_is_no_error(env: dict[str, str]) -> None:
             process.stdout.readline()
             process.stdout.close()
             assert process.stderr.read() == b""
+
+
+JOB = str(SUBMITTED["job_id"])
+COMMANDS = [
+    "--help",
+    "version",
+    "env list",
+    "env list -o json",
+    "get",
+    "get iris",
+    f"get iris {JOB} -o json",
+    "submit iris -o json",
+    "submit iris --wait --config {}",
+    "logs iris j1",
+    "delete iris --force",
+    f"delete iris {JOB} -o json",
+    "serve --show-config",
+]
+
+
+@pytest.fixture
+def operator(env: dict[str, str]) -> Iterator[Stub]:
+    path = f"/-/apis/iris/jobs/{JOB}"
+    with Stub(
+        {
+            "GET /-/apis": answer([VIEW]),
+            "GET /-/apis/iris": answer([VIEW]),
+            "DELETE /-/apis/iris": answer({"message": "deleted iris"}),
+            "POST /-/apis/iris/jobs": answer(SUBMITTED),
+            f"GET {path}": answer(job_view(SUCCEEDED)),
+            f"GET {path}?wait=20.0": answer(job_view(SUCCEEDED)),
+            f"DELETE {path}": answer({"message": f"stopped job {JOB}"}),
+            "GET /-/apis/iris/jobs/j1/logs": events(
+                b'event: log\nid: 2\ndata: "x\\n"\n\nevent: end\ndata: {}\n\n'
+            ),
+        }
+    ) as stub:
+        configure(stub.url, env)
+        yield stub
+
+
+def redirected(command: str, to: str, env: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
+    """The command with the shell's redirections."""
+    shell = ["sh", "-c", f'exec "$@" {to}', "sh", *CORTEX, *shlex.split(command)]
+    return subprocess.run(shell, env=env, capture_output=True, check=False, timeout=PATIENCE_S)
+
+
+@pytest.mark.usefixtures("operator")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_a_full_disk_does_not_take_is_an_error_in_one_line(
+    command: str, env: dict[str, str], tmp_path: Path
+) -> None:
+    with Path("/dev/full").open("w") as full, (tmp_path / "told").open("w+") as told:
+        program = loaded.start(
+            *shlex.split(command), stdin=0, stdout=full.fileno(), stderr=told.fileno(), env=env
+        )
+        assert program.wait(PATIENCE_S) == 1
+        told.seek(0)
+        assert told.read() == "error: standard output cannot be written: No space left on device\n"
+
+
+@pytest.mark.usefixtures("operator")
+@pytest.mark.parametrize("command", ["--help", "get", "submit iris -o json"])
+def test_a_closed_stdout_is_an_error_in_one_line(command: str, env: dict[str, str]) -> None:
+    done = redirected(command, ">&-", env)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr == b"error: standard output cannot be written: Bad file descriptor\n"
+
+
+@pytest.mark.usefixtures("operator")
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("get -o json", 0), ("get nope", 1), ("gte", 2), ("delete iris", 2), ("env configure x", 2)],
+)
+def test_where_stderr_is_full_a_command_does_the_same(
+    command: str, code: int, env: dict[str, str], tmp_path: Path
+) -> None:
+    whole = loaded.run(*shlex.split(command), env=env)
+    with Path("/dev/full").open("w") as full, (tmp_path / "out").open("w+") as out:
+        program = loaded.start(
+            *shlex.split(command), stdin=0, stdout=out.fileno(), stderr=full.fileno(), env=env
+        )
+        assert program.wait(PATIENCE_S) == whole.returncode == code
+        out.seek(0)
+        assert out.read() == whole.stdout
+
+
+@pytest.mark.usefixtures("operator")
+@pytest.mark.parametrize(("command", "code"), [("get nope", 1), ("gte", 2)])
+def test_where_stderr_is_closed_a_command_does_the_same(
+    command: str, code: int, env: dict[str, str]
+) -> None:
+    done = redirected(command, "2>&-", env)
+    assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
+
+
+def test_without_any_stream_a_command_does_its_work(operator: Stub, env: dict[str, str]) -> None:
+    for command in ("get", f"delete iris {JOB}", "env configure y --operator-endpoint http://y:1"):
+        assert redirected(command, "<&- >&- 2>&-", env).returncode == 1
+    assert [r.method for r in operator.requests] == ["GET", "DELETE"]
+    listed = redirected("env list -o json", "<&-", env)
+    names = [each["name"] for each in json.loads(listed.stdout)["environments"]]
+    assert (listed.returncode, names) == (0, ["here", "y"])
+
+
+def test_a_token_is_not_read_from_a_stdin_that_is_closed(env: dict[str, str]) -> None:
+    done = redirected("env configure z --operator-endpoint http://z:1 --token -", "<&-", env)
+    assert done.returncode == 2
+    assert b"that is no token" in done.stderr
+
+
+def test_a_pipe_that_does_not_block_gets_everything(operator: Stub, env: dict[str, str]) -> None:
+    operator.answers["GET /-/apis"] = answer([VIEW] * 500)
+    end, begin = os.pipe()
+    os.set_blocking(begin, False)
+    with subprocess.Popen([*CORTEX, "get", "-o", "json"], env=env, stdout=begin) as process:
+        os.close(begin)
+        with open(end) as out:  # noqa: PTH123  # a descriptor
+            assert json.load(out) == [VIEW] * 500
+    assert process.returncode == 0
 
 
 def test_control_c_ends_a_command_quietly(env: dict[str, str]) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cortex.cli import job_config
 from cortex.cli.away import until_back
 from cortex.cli.get import one_job
 from cortex.cli.options import ApiName, Env, Force, Format, JobId, OptionalJobId, Output, Yes
@@ -17,7 +16,6 @@ from cortex.errors import CortexError
 
 if TYPE_CHECKING:
     from cortex.client import Client, JobView, SubmittedJob
-    from cortex.spec.job import Json
 
 NO_SUCCESS = 3
 """The exit code for a job that was waited for and did not succeed."""
@@ -53,7 +51,7 @@ def submit(
     """Submit a job to API."""
     from cortex.client import client
 
-    parsed = None if config is None else _config(config)
+    parsed = None if config is None else job_config.read(config)
     with client(env) as operator:
         job = operator.submit_job(api, parsed, timeout, idempotency_key=idempotency_key)
         if output is Format.PRETTY:
@@ -152,24 +150,3 @@ def _confirm(operator: Client, api: str) -> None:
     sys.stderr.flush()
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise typer.Exit(1)
-
-
-def _config(given: str) -> Json:
-    try:
-        text = Path(given[1:]).expanduser().read_text("utf-8") if given[:1] == "@" else given
-        config: Json = json.loads(text, parse_constant=_reject)
-    except OSError as error:
-        raise typer.BadParameter(
-            f"{given[1:]} cannot be read: {error.strerror}", param_hint="--config"
-        ) from error
-    except ValueError as error:
-        raise typer.BadParameter(f"it is no JSON: {error}", param_hint="--config") from error
-    if not isinstance(config, dict):
-        raise typer.BadParameter(
-            "it must be a JSON object, as in '{\"C\": 0.5}'", param_hint="--config"
-        )
-    return config
-
-
-def _reject(constant: str) -> None:
-    raise ValueError(f"{constant} is not in the language")

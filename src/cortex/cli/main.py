@@ -8,14 +8,13 @@ Modules that take long to load are imported by the commands that need them.
 from __future__ import annotations
 
 import io
-import os
 import sys
 from typing import Annotated
 
 import typer
 
 from cortex import __version__
-from cortex.cli import cluster, env, token
+from cortex.cli import cluster, env, streams, token
 from cortex.cli.deploy import deploy
 from cortex.cli.get import get
 from cortex.cli.jobs import delete, logs, submit
@@ -75,6 +74,7 @@ app.command("version")(version)
 
 def main() -> None:
     """Run the command that the process was started with, and end the process."""
+    streams.settle()
     sys.exit(run(sys.argv[1:]))
 
 
@@ -87,9 +87,12 @@ def run(arguments: list[str]) -> int:
     try:
         code = _run(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has gone, as `head` does. Python flushes once more at exit: to nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has gone, as `head` does
+        streams.discard_output()
+        return 1
+    except streams.OutputError as error:
+        print_error(f"standard output cannot be written: {error.strerror}")
+        streams.discard_output()
         return 1
     return code
 
@@ -104,7 +107,7 @@ def _run(arguments: list[str]) -> int:
     except CortexError as error:
         print_error(error.message)
         return 1
-    except BrokenPipeError:
+    except (BrokenPipeError, streams.OutputError):
         raise
     except OSError as error:
         print_error(str(error))

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from cortex.cli import streams
 from cortex.cli.options import ConfigFile, DataDir, StoreUrl
 
 
@@ -171,5 +172,8 @@ def serve(
 
 
 def _announce(url: str) -> None:
-    sys.stdout.write(f"Cortex operator listening on {url}\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(f"Cortex operator listening on {url}\n")
+        sys.stdout.flush()
+    except OSError:  # a service's output may be closed: its jobs matter more
+        streams.discard_output()
