@@ -1,4 +1,4 @@
-"""`AsyncClient` behind the methods of `Client`, so that both take the same tests."""
+"""Every client behind the methods of `Client`, so that all take the same tests."""
 
 from __future__ import annotations
 
@@ -8,10 +8,19 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from threading import Thread
 from typing import Any, Self
 
+import pytest
+
 from cortex.client import Client
 from cortex.client.asynchronous import AsyncClient
 
 Connect = Callable[..., Client]
+
+
+def in_a_task(*arguments: Any, **named: Any) -> Client:
+    """A client as a task makes it, with the standard library alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CORTEX_JOB_ID", "01jobjobjobjobjob1")
+        return Client(*arguments, **named)
 
 
 class Awaited:

@@ -11,7 +11,7 @@ import pytest
 from _pytest.nodeid import coerce_node_id
 
 import s3 as s3_server
-from awaited import Awaited, Connect
+from awaited import Awaited, Connect, in_a_task
 from cortex.client import Client
 from cortex.store import Store
 from postgresql import Server, server
@@ -50,9 +50,9 @@ def patient(tmp_path: Path) -> Iterator[Operator]:
         yield running
 
 
-@pytest.fixture(params=[Client, Awaited], ids=["sync", "async"])
+@pytest.fixture(params=[Client, Awaited, in_a_task], ids=["sync", "async", "task"])
 def connect(request: pytest.FixtureRequest) -> Connect:
-    """Makes a client; each test that uses it is run with both."""
+    """Makes a client; each test that uses it is run with all."""
     made: Connect = request.param
     return made
 

@@ -1,43 +1,324 @@
-"""What connections to an operator trust."""
+"""How connections to an operator are made: by which proxy, if any, and what they trust."""
 
 from __future__ import annotations
 
+import gc
+import socket
 import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+from client_stub import VIEW, Answer, Stub, answer
+from socksio.exceptions import ProtocolError
 
+from awaited import Connect
+from cortex.cli.main import run
+from cortex.client import Client, environments, pool
 from cortex.client.endpoint import Endpoint
+from cortex.client.proxies import Proxy, proxy_of
+from cortex.errors import CortexError, OperatorUnreachable
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+PROXY = Proxy("http", "proxy.lan", 3128)
 
 
 @pytest.fixture(autouse=True)
-def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    monkeypatch.delenv("SSL_CERT_DIR", raising=False)
+
+
+def verifier(url: str) -> ssl.SSLContext:
+    return pool.settings(Endpoint.checked(url, "", None))["verify"]
 
 
 @pytest.mark.parametrize("url", ["http://localhost:8888", "http://127.0.0.1", "http://jobs.lan"])
 def test_where_nothing_is_encrypted_nobody_is_trusted(url: str) -> None:
-    verify = Endpoint.checked(url, "", None).settings()["verify"]
-    assert isinstance(verify, ssl.SSLContext)
+    verify = verifier(url)
     assert verify.verify_mode == ssl.CERT_REQUIRED
     assert verify.check_hostname
     assert verify.get_ca_certs() == []
 
 
-def test_certificates_are_checked_by_the_authorities_that_httpx_takes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_certificates_are_checked_by_known_authorities(monkeypatch: pytest.MonkeyPatch) -> None:
     for url in ("https://jobs.lan", "HTTPS://jobs.lan"):
-        assert Endpoint.checked(url, "", None).settings()["verify"] is True
+        verify = verifier(url)
+        assert verify.verify_mode == ssl.CERT_REQUIRED
+        assert len(verify.get_ca_certs()) > 50
     monkeypatch.setenv("http_proxy", "https://proxy.lan:3128")
-    assert Endpoint.checked("http://jobs.lan", "", None).settings()["verify"] is True
+    assert len(verifier("http://jobs.lan").get_ca_certs()) > 50
 
 
-def test_a_proxy_is_not_asked_after_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("http_proxy", "https://proxy.lan:3128")
-    settings = Endpoint.checked("http://localhost:8888", "", None).settings()
-    assert settings["trust_env"] is False
-    assert isinstance(settings["verify"], ssl.SSLContext)
+@pytest.mark.parametrize(
+    ("variables", "url", "proxy"),
+    [
+        ({"HTTP_PROXY": "http://proxy.lan:3128"}, "http://jobs.lan:8888", PROXY),
+        ({"http_proxy": "http://proxy.lan:3128"}, "http://jobs.lan:8888", PROXY),
+        ({"http_proxy": "proxy.lan:3128"}, "http://jobs.lan:8888", PROXY),
+        ({"http_proxy": " http://proxy.lan:3128/ "}, "http://jobs.lan", PROXY),
+        ({"http_proxy": "http://proxy.lan:3128", "HTTP_PROXY": "http://no"}, "http://jobs", PROXY),
+        ({"http_proxy": "", "HTTP_PROXY": "http://proxy.lan:3128"}, "http://jobs.lan", None),
+        ({"http_proxy": " "}, "http://jobs.lan", None),
+        ({"HTTPS_PROXY": "http://proxy.lan:3128"}, "http://jobs.lan", None),
+        ({"HTTPS_PROXY": "http://proxy.lan:3128"}, "https://jobs.lan", PROXY),
+        ({"ALL_PROXY": "http://proxy.lan:3128"}, "http://jobs.lan", PROXY),
+        ({"all_proxy": "http://no", "https_proxy": "proxy.lan:3128"}, "https://jobs.lan", PROXY),
+        (
+            {"all_proxy": "socks5://proxy.lan"},
+            "http://jobs.lan",
+            Proxy("socks5", "proxy.lan", 1080),
+        ),
+        ({"all_proxy": "socks5h://[::1]:9"}, "http://jobs.lan", Proxy("socks5h", "::1", 9)),
+        (
+            {"http_proxy": "http://me%40lan:p%3Ass@proxy.lan"},
+            "http://jobs.lan",
+            Proxy("http", "proxy.lan", 80, "me@lan", "p:ss"),
+        ),
+        ({"http_proxy": "http://proxy.lan:3128"}, "http://localhost:8888", None),
+        ({"http_proxy": "http://proxy.lan:3128"}, "http://a.localhost:8888", None),
+        ({"http_proxy": "http://proxy.lan:3128"}, "http://127.0.0.9:8888", None),
+        ({"http_proxy": "http://proxy.lan:3128"}, "http://[::1]:8888", None),
+        ({"http_proxy": "http://proxy.lan:3128"}, "http://0.0.0.0:8888", None),
+        ({"HTTP_PROXY": "http://proxy.lan", "REQUEST_METHOD": "GET"}, "http://jobs.lan", None),
+    ],
+)
+def test_the_proxy_is_the_one_that_other_programs_would_take(
+    variables: dict[str, str], url: str, proxy: Proxy | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert proxy_of(url) == proxy
+
+
+@pytest.mark.parametrize(
+    ("no_proxy", "url", "is_exempt"),
+    [
+        ("localhost,127.0.0.1,fd00::/8", "http://jobs.lan:8888", False),
+        ("localhost,127.0.0.1,fd00::/8", "http://[fd12::7]:8888", True),
+        ("[fd00::]/8", "http://[fd12::7]:8888", True),
+        ("fd12::7", "http://[fd12:0::7]:8888", True),
+        ("[fd12::7]:8888", "http://[fd12::7]:8888", True),
+        ("[fd12::7]:1", "http://[fd12::7]:8888", False),
+        ("10.0.0.0/8", "http://10.1.2.3:8888", True),
+        ("10.0.0.1/8", "http://10.1.2.3:8888", True),
+        ("10.0.0.0/8", "http://11.1.2.3:8888", False),
+        ("10.0.0.0/8", "http://10.example.org", False),
+        ("10.0.0.0/99,fd00::/999,/,::/x", "http://10.1.2.3", False),
+        ("*", "http://jobs.lan", True),
+        ("a, *", "http://jobs.lan", True),
+        ("lan", "http://jobs.lan", True),
+        (".lan", "http://jobs.lan", True),
+        ("*.lan", "http://jobs.lan", True),
+        ("JOBS.lan", "http://jobs.LAN", True),
+        ("jobs.lan", "http://jobs.lan.", True),
+        ("obs.lan", "http://jobs.lan", False),
+        ("jobs.lan.example.org", "http://jobs.lan", False),
+        ("jobs.lan:8888", "http://jobs.lan:8888", True),
+        ("jobs.lan:80", "http://jobs.lan", True),
+        ("jobs.lan:8888", "http://jobs.lan:9", False),
+        ("a b\tjobs.lan\n", "http://jobs.lan", True),
+        (",, ,", "http://jobs.lan", False),
+        ("[", "http://jobs.lan", False),
+        ("]:,:,:80,a:b:c,%,\u00e9", "http://jobs.lan", False),
+        ("10.1.2", "http://10.1.2.3", False),
+        ("1.2.3", "http://10.1.2.3", False),
+    ],
+)
+@pytest.mark.parametrize("variable", ["NO_PROXY", "no_proxy"])
+def test_no_proxy_names_hosts_domains_and_networks(
+    variable: str, no_proxy: str, url: str, is_exempt: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://proxy.lan:3128")
+    monkeypatch.setenv(variable, no_proxy)
+    assert proxy_of(url) == (None if is_exempt else PROXY)
+    monkeypatch.delenv("http_proxy")
+    assert proxy_of(url) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("http://proxy.lan:port", "port"),
+        ("http://proxy.lan:99999", "ort out of range"),
+        ("socks4://proxy.lan", "socks4:// is not known; http, https, socks5, socks5h are"),
+        ("ftp://proxy.lan", "ftp:// is not known"),
+        ("http://", "it names no host"),
+        ("http://[::1", "IPv6"),
+        ("http://a proxy", "it names no host"),
+        (":3128", "it names no host"),
+        ("http://me:geheim@proxy.lan:port", "'proxy.lan:port'"),
+    ],
+)
+def test_a_proxy_that_is_none_is_told_with_its_variable(
+    value: str,
+    words: str,
+    connect: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", value)
+    with pytest.raises(CortexError) as caught:
+        connect("http://jobs.lan:8888")
+    for each in (words, "$HTTP_PROXY", "NO_PROXY"):
+        assert each in caught.value.message
+    assert "geheim" not in caught.value.message
+    monkeypatch.setenv("CORTEX_CLI_CONFIG_DIR", str(tmp_path))
+    environments.configure("x", "http://jobs.lan:8888")
+    assert run(["get"]) == 1
+    assert capsys.readouterr() == ("", f"error: {caught.value.message}\n")
+
+
+def test_an_operator_is_reached_through_a_proxy(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Stub({"GET http://jobs.lan:8888/-/apis": answer([VIEW])}) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url.replace("http://", "http://me:p%3Ass@"))
+        with connect("http://jobs.lan:8888") as client:
+            assert client.list_apis() == [VIEW]
+            proxy.answers["GET http://jobs.lan:8888/-/apis/iris/jobs/j1"] = Answer(
+                407, (b"<html>",), "text/html"
+            )
+            with pytest.raises(CortexError, match=f"through the proxy {proxy.url}"):
+                client.get_job("iris", "j1", wait=0)
+    assert proxy.requests[0].headers["proxy-authorization"] == "Basic bWU6cDpzcw=="
+    assert proxy.requests[0].headers["host"] == "jobs.lan:8888"
+
+
+def test_a_proxy_that_is_not_there_is_named(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("HTTP_PROXY", f"127.0.0.1:{port}")
+        with (
+            connect("http://jobs.lan:8888") as client,
+            pytest.raises(
+                OperatorUnreachable, match=f"the proxy http://127.0.0.1:{port}.*NO_PROXY"
+            ),
+        ):
+            client.list_apis()
+
+
+@contextmanager
+def refusing_proxy(refusal: bytes) -> Iterator[tuple[int, list[bytes]]]:
+    """A server that refuses one request."""
+    asked: list[bytes] = []
+
+    def serve() -> None:
+        with listener.accept()[0] as connection:
+            asked.append(connection.recv(4096))
+            connection.sendall(refusal)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield listener.getsockname()[1], asked
+        thread.join()
+
+
+def test_an_encrypted_operator_is_reached_through_a_tunnel(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusal = b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n"
+    with refusing_proxy(refusal) as (port, asked):
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
+        with (
+            connect("https://jobs.lan:8888") as client,
+            pytest.raises(OperatorUnreachable, match="407"),
+        ):
+            client.list_apis()
+    assert asked[0].startswith(b"CONNECT jobs.lan:8888 HTTP/1.")
+
+
+# httpcore leaves a connection open that a SOCKS proxy refused.
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_a_socks_proxy_is_spoken_to_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with refusing_proxy(b"\x05\xff") as (port, asked):
+        monkeypatch.setenv("ALL_PROXY", f"socks5h://127.0.0.1:{port}")
+        with Client("http://jobs.lan:8888") as client, pytest.raises(OperatorUnreachable):
+            client.list_apis()
+    gc.collect()
+    assert asked[0][0] == 5
+
+
+def test_a_proxy_that_speaks_no_socks_is_told() -> None:
+    endpoint = Endpoint("http://jobs.lan:8888", proxy=Proxy("socks5", "proxy.lan", 1080))
+    with (
+        pytest.raises(OperatorUnreachable, match=r"socks5://proxy.lan:1080.*speaks no SOCKS"),
+        pool.reporting(endpoint, 1.0),
+    ):
+        raise ProtocolError("Malformed reply")
+
+
+def test_a_task_tells_which_proxies_it_can_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:9")
+    monkeypatch.setenv("CORTEX_JOB_ID", "j1")
+    with pytest.raises(CortexError, match="cannot be used in a task: http:// proxies can"):
+        Client("http://jobs.lan:8888")
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate of this machine's name and its key, in one file."""
+    file = tmp_path_factory.mktemp("tls") / "own.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
+         "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", f"{file}.key",
+         "-out", str(file)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return file
+
+
+@contextmanager
+def encrypted(certificate: Path) -> Iterator[str]:
+    stub = Stub({"GET /-/apis": answer([VIEW])})
+    with stub:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, f"{certificate}.key")
+        stub._server.socket = context.wrap_socket(stub._server.socket, server_side=True)
+        yield f"https://localhost:{stub._server.server_port}"
+
+
+def test_an_operator_is_trusted_by_the_certificates_of_the_environment(
+    certificate: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with encrypted(certificate) as url:
+        with connect(url) as client, pytest.raises(OperatorUnreachable, match="CERTIFICATE"):
+            client.list_apis()
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "none"))
+        with connect(url) as client:
+            assert client.list_apis() == [VIEW]
+        hashed = subprocess.run(
+            ["openssl", "x509", "-hash", "-noout", "-in", str(certificate)],
+            check=True, capture_output=True, text=True,
+        ).stdout.strip()  # fmt: skip
+        (tmp_path / f"{hashed}.0").write_bytes(certificate.read_bytes())
+        monkeypatch.delenv("SSL_CERT_FILE")
+        monkeypatch.setenv("SSL_CERT_DIR", f"{tmp_path}/none:{tmp_path}")
+        with connect(url) as client:
+            assert client.list_apis() == [VIEW]
+
+
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
+def test_certificates_that_are_not_there_are_told(
+    variable: str, connect: Connect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(variable, str(tmp_path / "none"))
+    with pytest.raises(CortexError, match=f"{variable} is .*none', which holds no certificates"):
+        connect("https://jobs.lan")
+    with connect("http://jobs.lan"):
+        pass
+    (tmp_path / "none").write_text("no certificate")
+    with pytest.raises(CortexError, match=f"{variable} is .*none', which holds no certificates"):
+        connect("https://jobs.lan")

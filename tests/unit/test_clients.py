@@ -72,7 +72,8 @@ def on_pause(monkeypatch: pytest.MonkeyPatch, act: Callable[[float], object]) ->
     async def pause(seconds: float) -> None:
         act(seconds)
 
-    monkeypatch.setattr("cortex.client.transport.sleep", act)
+    for module in ("transport", "transport_plain"):
+        monkeypatch.setattr(f"cortex.client.{module}.sleep", act)
     monkeypatch.setattr("cortex.client.transport_async.asyncio.sleep", pause)
 
 

@@ -7,11 +7,13 @@ from http import HTTPStatus
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from cortex.client.exchange import Exchange, Pause, Request
+from cortex.client.exchange import Pause, Request
 from cortex.errors import CortexError, OperatorUnreachable
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
+
+    from cortex.client.exchange import Exchange
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 2.0

@@ -7,13 +7,23 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Mappin
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from cortex.client import calls, deploys, environments, logs
 from cortex.client.base import OfOperator
-from cortex.client.transport_async import AsyncTransport
+
+try:
+    from cortex.client.transport_async import AsyncTransport
+except ModuleNotFoundError as error:  # in a task
+    raise ModuleNotFoundError(
+        f"cortex.AsyncClient needs the package {error.name}, and this environment does not have it: add "
+        f"{error.name} to requirements.txt, or use cortex.client()",
+        name=error.name,
+    ) from error
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from pydantic import JsonValue
 
     from cortex.client.task_project import Task

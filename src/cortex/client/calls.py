@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, cast
 
 from cortex.client import submission
 from cortex.client.again import until_answered
-from cortex.client.exchange import ANSWER_S, Exchange, Request, segment
+from cortex.client.exchange import ANSWER_S, Request, segment
 from cortex.errors import CortexError
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
     from cortex.client.deploys import Upload
+    from cortex.client.exchange import Exchange
     from cortex.client.types import (
         ApiView,
         DeployResult,

@@ -6,20 +6,22 @@ The functions pack into a file that is theirs to write, and return what sends it
 
 from __future__ import annotations
 
-import io
+import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
+from cortex.client.environments import in_task
 from cortex.client.exchange import Request
-from cortex.errors import InvalidProject, InvalidRequest, InvalidSpec
+from cortex.errors import CortexError, InvalidProject, InvalidRequest, InvalidSpec
 
 if TYPE_CHECKING:
     from cortex.client.task_project import Task
 
-ApiSpecs = Mapping[str, object] | Sequence[Mapping[str, object]]
+    ApiSpecs = Mapping[str, object] | Sequence[Mapping[str, object]]
 
 _UPLOAD_ANSWER_S = 300.0
 _SPEC_FILE = "api_spec.yaml"
@@ -55,7 +57,8 @@ def of_api_spec(
     if (task is None) == (project_dir is None):
         raise InvalidRequest("create_api needs exactly one of task= and project_dir=")
     if task is not None:
-        from cortex.client.task_project import MODULE, project_of
+        with _packages("to deploy a function from a task"):
+            from cortex.client.task_project import MODULE, project_of
 
         text = _as_yaml([_with_path(api_spec, MODULE)])
         _check_spec(text, _SPEC_FILE)
@@ -97,7 +100,8 @@ def of_file(packed: IO[bytes], file: str | Path, *, force: bool) -> Upload:
 def _upload(
     packed: IO[bytes], config: bytes, filename: str, project: Path, *, force: bool
 ) -> Upload:
-    from cortex.projects.pack import pack
+    with _packages("to deploy from a task"):
+        from cortex.projects.pack import pack
 
     summary = pack(project, packed)
     packed.seek(0)
@@ -115,6 +119,8 @@ def _upload(
 
 
 def _check_spec(text: str, filename: str) -> None:
+    if in_task():
+        return  # what reads YAML need not be there, and the operator checks it all the same
     from cortex.spec.yaml import read_apis
 
     read_apis(text, filename)
@@ -134,24 +140,33 @@ def _with_path(api_spec: ApiSpecs, path: str) -> Mapping[str, object]:
 
 
 def _as_yaml(entries: Sequence[Mapping[str, object]]) -> str:
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # wrongly inferred
-    out = io.StringIO()
+    """The entries as JSON, which is YAML."""
     try:
-        yaml.dump(_plain(entries), out)
-    except YAMLError as error:
+        return json.dumps(_plain(entries, ()), indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidSpec(f"api_spec holds something that is no JSON: {error}") from error
-    return out.getvalue()
 
 
-def _plain(value: object) -> object:
-    """Only lists and dicts, which are what a YAML file holds; each on its own, as it has no anchors."""
+def _plain(value: object, path: tuple[object, ...]) -> object:
     if isinstance(value, Mapping):
-        return {key: _plain(below) for key, below in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(below) for below in value]
+        odd = [key for key in value if not isinstance(key, str)]
+        if odd:
+            place = ".".join(map(str, path))
+            raise TypeError(f"the key {odd[0]!r} in {place or 'an entry'}, which is no string")
+        return {key: _plain(below, (*path, key)) for key, below in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(below, path) for below in value]
     return value
+
+
+@contextmanager
+def _packages(purpose: str) -> Iterator[None]:
+    """An import of packages that this one depends on, and which the environment of a task need not have."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise CortexError(
+            f"{purpose}, the package {error.name} is needed, and this environment does not have it: add "
+            f"{error.name} to requirements.txt",
+            kind="client.package_missing",
+        ) from error

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
-import platformdirs
-
 from cortex.errors import CortexError, InvalidRequest, UnknownEnvironment
 
 if TYPE_CHECKING:
@@ -66,8 +64,14 @@ LOCAL = Environment("local", "http://localhost:8888")
 
 def path() -> Path:
     """Where the file lies, whether or not it exists."""
-    folder = os.environ.get("CORTEX_CLI_CONFIG_DIR") or platformdirs.user_config_dir("cortex")
+    folder = os.environ.get("CORTEX_CLI_CONFIG_DIR") or _user_folder()
     return Path(folder).expanduser() / "environments.json"
+
+
+def in_task() -> bool:
+    """Whether this is a process of a job: it runs in the user's environment, which need not have what this
+    package depends on."""
+    return "CORTEX_JOB_ID" in os.environ
 
 
 def load() -> Environments:
@@ -86,8 +90,14 @@ def load() -> Environments:
 
 
 def resolve(name: str | None) -> Environment:
-    """The environment that a command means: the named one, else the default one."""
+    """The environment that a command means: the named one, else the operator of
+    $CORTEX_OPERATOR_ENDPOINT, else the default one."""
     environments = load()
+    endpoint = os.environ.get("CORTEX_OPERATOR_ENDPOINT")
+    if name is None and endpoint:
+        endpoint = checked_endpoint(endpoint)
+        same = (e for e in environments.all if e.operator_endpoint == endpoint)
+        return next(same, Environment("", endpoint))
     if not environments.all and name in (None, LOCAL.name):
         return LOCAL
     if name is not None:
@@ -161,6 +171,14 @@ def checked_token(token: str) -> str:
     return token
 
 
+def _user_folder() -> str:
+    try:
+        from platformdirs import user_config_dir
+    except ModuleNotFoundError:  # in a task, which runs where platformdirs would say this
+        return f"{os.environ.get('XDG_CONFIG_HOME') or '~/.config'}/cortex"
+    return user_config_dir("cortex")
+
+
 def _endpoint_problem(url: str) -> str | None:
     try:
         parts = urlsplit(url)
@@ -202,7 +220,7 @@ def _save(environments: Environments) -> None:
     content = environments.as_json()
     entries = [
         {**entry, **({"token": e.token} if e.token else {})}
-        for e, entry in zip(environments.all, content["environments"], strict=True)
+        for e, entry in zip(environments.all, content["environments"])  # noqa: B905  # made of them
     ]
     # The file is made anew for its owner alone, as it may hold tokens. A link, as keepers of dot-files
     # make it, stays one: what it points to is replaced.

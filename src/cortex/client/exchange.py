@@ -6,19 +6,21 @@ goes wrong is raised in it, where it was asked. So it is decided once when to as
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 from urllib.parse import quote
 
 from cortex.errors import CortexError, NotFound
 
 if TYPE_CHECKING:
+    from collections.abc import Generator, Mapping
+    from typing import IO
+
     from pydantic import JsonValue
 
-ANSWER_S = 30.0
+    Files = Mapping[str, tuple[str, IO[bytes] | bytes, str]]
 
-Files = Mapping[str, tuple[str, IO[bytes] | bytes, str]]
+ANSWER_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Pause:
 
 
 T = TypeVar("T")
-Exchange = Generator[Request | Pause, "JsonValue", T]
+if TYPE_CHECKING:
+    Exchange = Generator[Request | Pause, JsonValue, T]
 
 
 class Course(Generic[T]):

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterable,
-    Awaitable,
-    Callable,
-    Iterable,
-    Iterator,
-)
-from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cortex.errors import CortexError, OperatorUnreachable
 
+if TYPE_CHECKING:
+    from collections.abc import (
+        AsyncGenerator,
+        AsyncIterable,
+        Awaitable,
+        Callable,
+        Iterable,
+        Iterator,
+    )
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
+
+    Connect = Callable[[str | None], AbstractContextManager[Iterable[bytes]]]
+    AsyncConnect = Callable[[str | None], AbstractAsyncContextManager[AsyncIterable[bytes]]]
+
 # An operator that restarts is back within these; their sum is how long one may be away.
 PAUSES_S = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0)
-
-Connect = Callable[[str | None], AbstractContextManager[Iterable[bytes]]]
-AsyncConnect = Callable[[str | None], AbstractAsyncContextManager[AsyncIterable[bytes]]]
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,13 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from cortex.client.again import is_passing, until_answered
-from cortex.client.exchange import Exchange, Request
+from cortex.client.exchange import Request
 from cortex.errors import CortexError, InvalidRequest, OperatorUnreachable
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
+
+    from cortex.client.exchange import Exchange
 
 _AGAIN_S = 60.0
 

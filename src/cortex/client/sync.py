@@ -11,16 +11,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from cortex.client import calls, deploys, logs
 from cortex.client.base import OfOperator
-from cortex.client.transport import Transport
+from cortex.client.environments import in_task
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from pydantic import JsonValue
 
+    from cortex.client.endpoint import Endpoint
     from cortex.client.task_project import Task
+    from cortex.client.transport import Transport
+    from cortex.client.transport_plain import PlainTransport
     from cortex.client.types import (
         ApiView,
         DeployResult,
@@ -39,7 +44,7 @@ class Client(OfOperator):
 
     def __init__(self, operator_endpoint: str, *, name: str = "", token: str | None = None) -> None:
         super().__init__(operator_endpoint, name=name, token=token)
-        self._operator = Transport(self._endpoint)
+        self._operator = _transport(self._endpoint)
         # A program that forgets to close it leaves no open sockets behind.
         self._finalizer = weakref.finalize(self, self._operator.close)
 
@@ -165,3 +170,13 @@ class Client(OfOperator):
                 yield answer.iter_bytes()
 
         return logs.follow(connect)
+
+
+def _transport(endpoint: Endpoint) -> Transport | PlainTransport:
+    if in_task():
+        from cortex.client.transport_plain import PlainTransport
+
+        return PlainTransport(endpoint)
+    from cortex.client.transport import Transport
+
+    return Transport(endpoint)

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from cortex.client.endpoint import Endpoint, built
-from cortex.client.exchange import Course, Exchange, Pause, Request, T
+from cortex.client import pool
+from cortex.client.endpoint import Endpoint
+from cortex.client.exchange import Course, Pause, Request, T
 from cortex.errors import CortexError
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
+
+    from cortex.client.exchange import Exchange
 
 
 class Transport:
@@ -25,7 +28,7 @@ class Transport:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._pool = httpx.Client(**endpoint.settings())
+        self._pool = httpx.Client(**pool.settings(endpoint))
         self.close = self._pool.close
 
     def run(self, exchange: Exchange[T]) -> T:
@@ -39,13 +42,13 @@ class Transport:
     def stream(self, request: Request, media_type: str) -> Iterator[httpx.Response]:
         """An answer of this type whose body is still to be read."""
         with (
-            self._endpoint.reporting(request.answer_s),
-            closing(self._pool.send(built(request, self._pool), stream=True)) as response,
+            pool.reporting(self._endpoint, request.answer_s),
+            closing(self._pool.send(pool.built(request, self._pool), stream=True)) as response,
         ):
             if not response.is_success:
                 response.read()
-                raise self._endpoint.error(response)
-            self._endpoint.check_type(response, media_type)
+                raise self._endpoint.error(pool.answer(response), response.content)
+            self._endpoint.check_type(pool.answer(response), media_type)
             yield response
 
     def _done(self, asked: Request | Pause) -> JsonValue | CortexError:
@@ -53,8 +56,8 @@ class Transport:
             sleep(asked.seconds)
             return None
         try:
-            with self._endpoint.reporting(asked.answer_s):
-                response = self._pool.send(built(asked, self._pool))
-            return self._endpoint.json(response)
+            with pool.reporting(self._endpoint, asked.answer_s):
+                response = self._pool.send(pool.built(asked, self._pool))
+            return self._endpoint.json(pool.answer(response), response.content)
         except CortexError as error:
             return error

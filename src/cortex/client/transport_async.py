@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from cortex.client.endpoint import Endpoint, built
-from cortex.client.exchange import ANSWER_S, Course, Exchange, Pause, Request, T
+from cortex.client import pool
+from cortex.client.endpoint import Endpoint
+from cortex.client.exchange import ANSWER_S, Course, Pause, Request, T
 from cortex.errors import CortexError
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
+
+    from cortex.client.exchange import Exchange
 
 # httpx's pool looks at every request for each that begins or ends: 2,000 at once took it a minute. Those that
 # wait for jobs do not hold up the others, and leave a process some of its descriptors.
@@ -30,7 +33,7 @@ class AsyncTransport:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._pool = httpx.AsyncClient(**endpoint.settings())
+        self._pool = httpx.AsyncClient(**pool.settings(endpoint))
         self._turns = asyncio.Semaphore(_MOST_AT_ONCE)
         self._turns_to_wait = asyncio.Semaphore(_MOST_THAT_WAIT)
         self.aclose = self._pool.aclose
@@ -45,14 +48,14 @@ class AsyncTransport:
     @asynccontextmanager
     async def stream(self, request: Request, media_type: str) -> AsyncIterator[httpx.Response]:
         """An answer of this type whose body is still to be read."""
-        with self._endpoint.reporting(request.answer_s):
+        with pool.reporting(self._endpoint, request.answer_s):
             async with aclosing(
-                await self._pool.send(built(request, self._pool), stream=True)
+                await self._pool.send(pool.built(request, self._pool), stream=True)
             ) as response:
                 if not response.is_success:
                     await response.aread()
-                    raise self._endpoint.error(response)
-                self._endpoint.check_type(response, media_type)
+                    raise self._endpoint.error(pool.answer(response), response.content)
+                self._endpoint.check_type(pool.answer(response), media_type)
                 yield response
 
     async def _done(self, asked: Request | Pause) -> JsonValue | CortexError:
@@ -62,8 +65,8 @@ class AsyncTransport:
         turns = self._turns_to_wait if asked.answer_s > ANSWER_S else self._turns
         try:
             async with turns:
-                with self._endpoint.reporting(asked.answer_s):
-                    response = await self._pool.send(built(asked, self._pool))
-            return self._endpoint.json(response)
+                with pool.reporting(self._endpoint, asked.answer_s):
+                    response = await self._pool.send(pool.built(asked, self._pool))
+            return self._endpoint.json(pool.answer(response), response.content)
         except CortexError as error:
             return error
