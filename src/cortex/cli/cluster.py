@@ -28,8 +28,8 @@ def info(env: Env = None, output: Output = Format.PRETTY) -> None:
 
     with client(env) as operator:
         told = operator.cluster_info()
-    if output is Format.JSON:
-        print_json(told)
+    if output.is_json:
+        print_json(told, output)
         return
     nodes = cast("list[dict[str, Any]]", told["nodes"])
     if not nodes:

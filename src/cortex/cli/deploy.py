@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cortex.cli.options import Env, Format, Output, Yes
-from cortex.cli.output import print_error, print_json, print_line
+from cortex.cli.output import hints, print_error, print_json, print_line
+
+if TYPE_CHECKING:
+    from cortex.client import DeployResult
 
 
 def deploy(
@@ -27,9 +30,17 @@ def deploy(
     from cortex.client import client
 
     with client(env) as operator:
-        results = operator.deploy(file, force=True)
-    if output is Format.JSON:
-        print_json(results)
+        show_results(operator.deploy(file, force=True), output)
+
+
+def show_results(results: list[DeployResult], output: Format) -> None:
+    """Print what a deploy did with each API.
+
+    Raises:
+        typer.Exit: one was not deployed.
+    """
+    if output.is_json:
+        print_json(results, output)
     for result in results:
         if result["error"]:
             print_error(result["error"])
@@ -37,5 +48,7 @@ def deploy(
             print_line(result["message"])
             if result["api"]:
                 print_line(f"  {result['api']['endpoint']}")
+                for hint in hints(result["api"]):
+                    print_line(f"  {hint}")
     if any(result["error"] for result in results):
         raise typer.Exit(1)

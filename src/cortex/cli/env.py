@@ -24,7 +24,10 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the environme
 def configure(
     name: Name,
     operator_endpoint: Annotated[
-        str | None, typer.Option(metavar="URL", help="Where the operator answers.")
+        str | None,
+        typer.Option(
+            "--operator-endpoint", "-o", metavar="URL", help="Where the operator answers."
+        ),
     ] = None,
     token: Annotated[
         str | None,
@@ -56,8 +59,8 @@ def list_(output: Output = Format.PRETTY) -> None:
     from cortex.client import environments
 
     known = environments.load()
-    if output is Format.JSON:
-        print_json(known.as_json())
+    if output.is_json:
+        print_json(known.as_json(), output)
     elif not known.all:
         local = environments.LOCAL
         print_line(f"no environment is configured: commands use {local.operator_endpoint}")
@@ -76,6 +79,20 @@ def default(name: Name) -> None:
 
     environments.set_default(name)
     print_line(f"{name} is the default environment")
+
+
+@app.command("rename")
+def rename(
+    name: Name, new_name: Annotated[str, typer.Argument(metavar="NEW_NAME", help="Its new name.")]
+) -> None:
+    """Give the environment NAME another name."""
+    from cortex.client import environments
+
+    try:
+        environments.rename(name, new_name)
+    except InvalidRequest as error:
+        raise typer.BadParameter(error.message) from error
+    print_line(f"renamed {name} to {new_name}")
 
 
 @app.command("delete")

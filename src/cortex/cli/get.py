@@ -18,6 +18,7 @@ from cortex.cli.output import (
     console,
     duration,
     fields,
+    hints,
     local_time,
     print_json,
     print_line,
@@ -51,6 +52,7 @@ def get(
     *,
     env: Env = None,
     output: Output = Format.PRETTY,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", hidden=True)] = False,
     watch: Annotated[
         bool,
         typer.Option(
@@ -61,12 +63,12 @@ def get(
     """Show all APIs, one API with its jobs, or one job."""
     from cortex.client import client
 
-    if watch and output is Format.JSON:
+    if watch and output.is_json:
         raise typer.BadParameter("it goes with -o pretty only", param_hint="--watch")
     with client(env) as operator:
         page = _page(operator, api, job)
-        if output is Format.JSON:
-            print_json(page.answer)
+        if output.is_json:
+            print_json(page.answer, output)
         elif watch:
             _watch(page, lambda: _page(operator, api, job))
         else:
@@ -170,7 +172,9 @@ def _one_api(api: ApiView) -> RenderableType:
         ("version", "last updated"),
         [(v["api_id"], ago(v["last_updated"])) for v in api["api_versions"]],
     )
-    return Group(head, "", _jobs(api["task_job_statuses"]), "", versions)
+    advice = hints(api)
+    told: list[RenderableType] = ["", *advice] if advice else []
+    return Group(head, *told, "", _jobs(api["task_job_statuses"]), "", versions)
 
 
 def _jobs(jobs: list[JobStatus]) -> RenderableType:

@@ -10,7 +10,7 @@ import typer
 from cortex.cli import job_config
 from cortex.cli.away import until_back
 from cortex.cli.get import one_job
-from cortex.cli.options import ApiName, Env, Force, Format, JobId, OptionalJobId, Output, Yes
+from cortex.cli.options import ApiName, Env, Force, Format, OptionalJobId, Output, Yes
 from cortex.cli.output import print_json, print_line, print_note, show
 from cortex.errors import CortexError
 
@@ -59,7 +59,7 @@ def submit(
             print_line(f"  cortex get {api} {job['job_id']}")
             print_line(f"  cortex logs {api} {job['job_id']}")
         elif not wait:
-            print_json(job)
+            print_json(job, output)
         if wait:
             sys.stdout.flush()
             _show_ended(_ended(operator, job), output)
@@ -78,8 +78,8 @@ def _ended(operator: Client, job: SubmittedJob) -> JobView:
 
 
 def _show_ended(view: JobView, output: Format) -> None:
-    if output is Format.JSON:
-        print_json(view)
+    if output.is_json:
+        print_json(view, output)
     else:
         print_line("")
         show(one_job(view))
@@ -89,7 +89,7 @@ def _show_ended(view: JobView, output: Format) -> None:
 
 def logs(
     api: ApiName,
-    job: JobId,
+    job: OptionalJobId = None,
     *,
     follow: Annotated[
         bool,
@@ -100,11 +100,16 @@ def logs(
         ),
     ] = True,
     env: Env = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", hidden=True)] = False,
+    random_pod: Annotated[bool, typer.Option("--random-pod", hidden=True)] = False,
 ) -> None:
-    """Print the log of JOB, as it is written until the job ends."""
+    """Print the log of JOB, or of the newest job of API, as it is written until the job ends."""
     from cortex.client import client
 
     with client(env) as operator:
+        if job is None:
+            job = operator.newest_job(api)["job_id"]
+            print_note(f"the log of job {job}")
         read = operator.stream_job_logs if follow else operator.read_job_logs
         for text in read(api, job):
             sys.stdout.write(text)
@@ -117,6 +122,7 @@ def delete(
     *,
     force: Force = False,
     yes: Yes = False,
+    keep_cache: Annotated[bool, typer.Option("--keep-cache", "-c", hidden=True)] = False,
     env: Env = None,
     output: Output = Format.PRETTY,
 ) -> None:
@@ -130,8 +136,8 @@ def delete(
             if not (force or yes):
                 _confirm(operator, api)
             answer = operator.delete_api(api)
-    if output is Format.JSON:
-        print_json(answer)
+    if output.is_json:
+        print_json(answer, output)
     else:
         print_line(answer["message"])
 

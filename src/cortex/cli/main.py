@@ -14,10 +14,11 @@ from typing import Annotated
 import typer
 
 from cortex import __version__
-from cortex.cli import cluster, env, streams, token
+from cortex.cli import cluster, env, former, streams, token
 from cortex.cli.deploy import deploy
 from cortex.cli.get import get
 from cortex.cli.jobs import delete, logs, submit
+from cortex.cli.options import Env
 from cortex.cli.output import print_error, print_line
 from cortex.cli.serve import serve
 from cortex.errors import CortexError
@@ -37,14 +38,21 @@ app = typer.Typer(
 )
 
 
-def version() -> None:
-    """Print the version of this command."""
-    print_line(__version__)
+def version(env: Env = None) -> None:
+    """Print the version of this command; with --env, the operator's as well."""
+    if env is None:
+        print_line(__version__)
+        return
+    from cortex.client import client
+
+    with client(env) as operator:
+        operators = operator.info()["version"]
+    print_line(f"cli version: {__version__}\noperator version: {operators}")
 
 
 def _print_version(asked: bool) -> None:
     if asked:
-        version()
+        print_line(__version__)
         raise typer.Exit
 
 
@@ -63,6 +71,7 @@ def _root(
 app.command("serve")(serve)
 app.command("deploy")(deploy)
 app.command("get")(get)
+app.command("describe", hidden=True)(get)
 app.command("submit")(submit)
 app.command("logs")(logs)
 app.command("delete")(delete)
@@ -70,6 +79,7 @@ app.add_typer(cluster.app, name="cluster")
 app.add_typer(env.app, name="env")
 app.add_typer(token.app, name="token")
 app.command("version")(version)
+former.add_to(app, cluster.app)
 
 
 def main() -> None:

@@ -14,6 +14,13 @@ class Format(StrEnum):
 
     PRETTY = "pretty"
     JSON = "json"
+    MIXED = "mixed"
+    """JSON in base64 between marks, as Cortex's Python clients before v0.31 find it among other output."""
+
+    @property
+    def is_json(self) -> bool:
+        """Whether programs read the answer."""
+        return self is not Format.PRETTY
 
 
 Env = Annotated[
@@ -21,7 +28,12 @@ Env = Annotated[
     typer.Option("--env", "-e", metavar="NAME", help="Environment to use, else the default one."),
 ]
 Output = Annotated[
-    Format, typer.Option("--output", "-o", help="For people, or the operator's answer as JSON.")
+    Format,
+    typer.Option(
+        "--output",
+        "-o",
+        help="For people, or the operator's answer as JSON; mixed is for Python clients of Cortex before v0.31.",
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Do it without asking.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Answer every question with yes.")]

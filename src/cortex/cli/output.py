@@ -5,6 +5,7 @@ Where stdout is no terminal, there are no colours, and nothing is cut or folded 
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import sys
@@ -12,14 +13,16 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from cortex.cli.options import Format
 from cortex.spec.times import parse_rfc3339
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-    from cortex.client import JobStatus
+    from cortex.client import ApiView, JobStatus
 
+_MARK = "~~cortex~~"
 _UNLIMITED = 1_000_000
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _COPIED = frozenset({"job", "version", "endpoint", "operator endpoint"})
@@ -33,9 +36,13 @@ _STYLES = {
 }
 
 
-def print_json(answer: object) -> None:
+def print_json(answer: object, output: Format) -> None:
     """The operator's answer, and nothing else, on stdout."""
-    print_line(json.dumps(answer, indent=2, ensure_ascii=False))
+    if output is Format.MIXED:
+        encoded = base64.b64encode(json.dumps(answer).encode()).decode()
+        print_line(f"{_MARK}{encoded}{_MARK}")
+    else:
+        print_line(json.dumps(answer, indent=2, ensure_ascii=False))
 
 
 def print_line(text: str) -> None:
@@ -114,6 +121,11 @@ def fields(pairs: Iterable[tuple[str, RenderableType]]) -> Table:
 def visible(text: str) -> str:
     """Text from a job with its control characters shown: they must not reach the terminal."""
     return _CONTROL.sub(lambda found: repr(found.group())[1:-1], text)
+
+
+def hints(api: ApiView) -> list[str]:
+    """What the operator advises about an API, each in one line."""
+    return [visible(" ".join(hint.split())) for hint in api.get("hints", [])]
 
 
 def status_words(job: JobStatus) -> RenderableType:

@@ -52,8 +52,8 @@ def create(
     configuration = _configuration(data_dir, store, config)
     _make_folder(configuration)
     _with_store(configuration, lambda opened: opened.create_token(name, scope, digest(secret)))
-    if output is Format.JSON:
-        print_json({"name": name, "scope": scope.value, "token": secret})
+    if output.is_json:
+        print_json({"name": name, "scope": scope.value, "token": secret}, output)
     else:
         print_line(secret)
 
@@ -67,12 +67,13 @@ def list_(
 ) -> None:
     """List the tokens, without their secrets."""
     found = _with_store(_configuration(data_dir, store, config), lambda opened: opened.tokens())
-    if output is Format.JSON:
+    if output.is_json:
         print_json(
             [
                 {"name": t.name, "scope": t.scope.value, "created_time": rfc3339(t.created_ns)}
                 for t in found
-            ]
+            ],
+            output,
         )
     elif not found:
         print_line("there are no tokens; make one with `cortex token create NAME --scope SCOPE`")

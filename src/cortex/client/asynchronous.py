@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         ApiView,
         DeployResult,
         JobPage,
+        JobStatus,
         JobView,
         Message,
         SubmittedJob,
@@ -85,18 +86,32 @@ class AsyncClient(OfOperator):
         requirements: Sequence[str] = (),
         project_dir: str | Path | None = None,
         force: bool = True,
+        *,
+        conda_packages: Sequence[str] = (),
+        wait: bool = False,
     ) -> list[DeployResult]:
         """Deploy what `api_spec` describes with a task or a folder; see `Client.create_api`. It is packed
         in a thread."""
+        packages = deploys.Packages(requirements, conda_packages)
         with deploys.room() as packed:
             upload = await asyncio.to_thread(
-                deploys.of_api_spec, packed, api_spec, task, requirements, project_dir, force=force
+                deploys.of_api_spec, packed, api_spec, task, packages, project_dir, force=force
             )
             return await self._operator.run(calls.create_api(upload))
 
-    async def deploy(self, file: str | Path, force: bool = True) -> list[DeployResult]:
-        """Deploy every API of a cortex.yaml with the project in its folder, one result for each. It is
-        packed in a thread."""
+    async def deploy(
+        self,
+        file: str | Path | Mapping[str, object],
+        force: bool = True,
+        *,
+        project_dir: str | Path | None = None,
+        wait: bool = False,
+    ) -> list[DeployResult]:
+        """Deploy every API of a cortex.yaml with the project in its folder, or an entry of one; see
+        `Client.deploy`. It is packed in a thread."""
+        if isinstance(file, Mapping):
+            return await self.create_api(file, project_dir=project_dir, force=force)
+        deploys.check_alone(project_dir)
         with deploys.room() as packed:
             upload = await asyncio.to_thread(deploys.of_file, packed, file, force=force)
             return await self._operator.run(calls.deploy(upload))
@@ -109,8 +124,8 @@ class AsyncClient(OfOperator):
         """One deployed API: its spec, endpoint, jobs and versions."""
         return await self._operator.run(calls.get_api(api_name))
 
-    async def delete_api(self, api_name: str) -> Message:
-        """Delete an API; its running jobs end as stopped."""
+    async def delete_api(self, api_name: str, keep_cache: bool = False) -> Message:
+        """Delete an API; its running jobs end as stopped. See `Client.delete_api`."""
         return await self._operator.run(calls.delete_api(api_name))
 
     async def submit_job(
@@ -141,8 +156,12 @@ class AsyncClient(OfOperator):
         """A page of the API's jobs, newest first; see `Client.list_jobs`."""
         return await self._operator.run(calls.list_jobs(api_name, status, limit, cursor))
 
-    async def stop_job(self, api_name: str, job_id: str) -> Message:
-        """Stop a job. From then on its status is `status_stopped`."""
+    async def newest_job(self, api_name: str) -> JobStatus:
+        """The newest job of an API."""
+        return await self._operator.run(calls.newest_job(api_name))
+
+    async def stop_job(self, api_name: str, job_id: str, keep_cache: bool = False) -> Message:
+        """Stop a job. From then on its status is `status_stopped`. See `Client.stop_job`."""
         return await self._operator.run(calls.stop_job(api_name, job_id))
 
     async def read_job_logs(self, api_name: str, job_id: str) -> AsyncGenerator[str, None]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from cortex.client import submission
 from cortex.client.again import until_answered
 from cortex.client.exchange import ANSWER_S, Request, segment
-from cortex.errors import CortexError
+from cortex.errors import CortexError, NotFound
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ApiView,
         DeployResult,
         JobPage,
+        JobStatus,
         JobView,
         Message,
         SubmittedJob,
@@ -111,6 +112,18 @@ def list_jobs(
     asked = {"status": status, "limit": limit, "cursor": cursor}
     params = {name: value for name, value in asked.items() if value is not None}
     return cast("JobPage", (yield Request("GET", _jobs_path(api_name), params=params)))
+
+
+def newest_job(api_name: str) -> Exchange[JobStatus]:
+    """The newest job of an API.
+
+    Raises:
+        NotFound: it has none.
+    """
+    page = yield from list_jobs(api_name, None, 1, None)
+    if not page["job_statuses"]:
+        raise NotFound(f"{api_name} has no jobs yet; `cortex submit {api_name}` submits one")
+    return page["job_statuses"][0]
 
 
 def stop_job(api_name: str, job_id: str) -> Exchange[Message]:

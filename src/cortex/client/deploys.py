@@ -20,6 +20,7 @@ from cortex.errors import CortexError, InvalidProject, InvalidRequest, InvalidSp
 
 if TYPE_CHECKING:
     from cortex.client.task_project import Task
+    from cortex.spec.api import Api
 
     ApiSpecs = Mapping[str, object] | Sequence[Mapping[str, object]]
 
@@ -35,6 +36,27 @@ class Upload:
     left_out: str | None
 
 
+@dataclass(frozen=True)
+class Packages:
+    """What a task that is sent by value wants installed: lines of a requirements.txt and of a
+    conda-packages.txt."""
+
+    pip: Sequence[str] = ()
+    conda: Sequence[str] = ()
+
+
+def check_alone(project_dir: str | Path | None) -> None:
+    """Refuse a project's folder beside a file, which lies in its own.
+
+    Raises:
+        InvalidRequest: one was given.
+    """
+    if project_dir is not None:
+        raise InvalidRequest(
+            "project_dir= goes with a dict; a file is deployed with the folder that it lies in"
+        )
+
+
 def room() -> IO[bytes]:
     """A temporary file to pack into, which is gone once it is closed."""
     return tempfile.TemporaryFile(prefix="cortex-project-")
@@ -44,7 +66,7 @@ def of_api_spec(
     packed: IO[bytes],
     api_spec: ApiSpecs,
     task: Task | None,
-    requirements: Sequence[str],
+    packages: Packages,
     project_dir: str | Path | None,
     *,
     force: bool,
@@ -62,18 +84,31 @@ def of_api_spec(
 
         text = _as_yaml([_with_path(api_spec, MODULE)])
         _check_spec(text, _SPEC_FILE)
-        with project_of(task, requirements) as project:
+        with project_of(task, packages.pip, packages.conda) as project:
             return _upload(packed, text.encode(), _SPEC_FILE, project, force=force)
-    if requirements:
-        raise InvalidRequest(
-            "requirements= goes with task=; for project_dir=, write requirements.txt in the folder"
-        )
+    for given, file in ((packages.pip, "requirements"), (packages.conda, "conda_packages")):
+        if given:
+            raise InvalidRequest(
+                f"{file}= goes with task=; for project_dir=, write {file.replace('_', '-')}.txt in the "
+                "folder"
+            )
     folder = Path(cast("str | Path", project_dir)).expanduser()
     if not folder.is_dir():
         raise InvalidProject(f"project_dir {str(folder)!r} is not a folder")
     text = _as_yaml([api_spec] if isinstance(api_spec, Mapping) else list(api_spec))
     _check_spec(text, _SPEC_FILE)
     return _upload(packed, text.encode(), _SPEC_FILE, folder, force=force)
+
+
+def apis_of_file(file: Path) -> list[Api]:
+    """The APIs that a file describes.
+
+    Raises:
+        InvalidSpec: it cannot be read, or has mistakes.
+    """
+    from cortex.spec.yaml import read_apis
+
+    return read_apis(_read(file)[1], str(file))
 
 
 def of_file(packed: IO[bytes], file: str | Path, *, force: bool) -> Upload:
@@ -83,9 +118,15 @@ def of_file(packed: IO[bytes], file: str | Path, *, force: bool) -> Upload:
         CortexError: the file or the project have mistakes.
     """
     file = Path(file).expanduser()
+    config, text = _read(file)
+    _check_spec(text, str(file))
+    return _upload(packed, config, file.name, file.resolve().parent, force=force)
+
+
+def _read(file: Path) -> tuple[bytes, str]:
     try:
         config = file.read_bytes()
-        text = config.decode("utf-8-sig")
+        return config, config.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidSpec(f"{file}: it is not text in UTF-8 ({error})") from error
     except OSError as error:
@@ -93,8 +134,6 @@ def of_file(packed: IO[bytes], file: str | Path, *, force: bool) -> Upload:
             f"{file} cannot be read ({error.strerror}); name the file that describes "
             "the APIs: `cortex deploy FILE`"
         ) from error
-    _check_spec(text, str(file))
-    return _upload(packed, config, file.name, file.resolve().parent, force=force)
 
 
 def _upload(

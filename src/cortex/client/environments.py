@@ -119,11 +119,7 @@ def token_of(environment: Environment) -> str | None:
 def configure(name: str, operator_endpoint: str, token: str | None = None) -> Environment:
     """Add an environment, or point it elsewhere. The first one becomes the default. A token that was
     stored is kept only for the endpoint that it was given for."""
-    if not _NAME.fullmatch(name):
-        raise InvalidRequest(
-            f"{name!r} is no name for an environment: "
-            "letters, digits, '.', '_' and '-' are allowed, starting with a letter or digit"
-        )
+    _check_name(name)
     endpoint = checked_endpoint(operator_endpoint)
     before = load()
     if token is None:
@@ -142,6 +138,22 @@ def set_default(name: str) -> Environment:
     environment = environments.named(name)
     _save(replace(environments, default=name))
     return environment
+
+
+def rename(name: str, new_name: str) -> None:
+    """Give an environment another name.
+
+    Raises:
+        InvalidRequest: the new name is none, or another environment's.
+    """
+    environments = load()
+    environments.named(name)
+    _check_name(new_name)
+    if new_name != name and any(e.name == new_name for e in environments.all):
+        raise InvalidRequest(f"there is an environment {new_name!r} already; delete it first")
+    default = new_name if environments.default == name else environments.default
+    renamed = (replace(e, name=new_name) if e.name == name else e for e in environments.all)
+    _save(Environments(default, tuple(renamed)))
 
 
 def delete(name: str) -> None:
@@ -177,6 +189,14 @@ def _user_folder() -> str:
     except ModuleNotFoundError:  # in a task, which runs where platformdirs would say this
         return f"{os.environ.get('XDG_CONFIG_HOME') or '~/.config'}/cortex"
     return user_config_dir("cortex")
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"{name!r} is no name for an environment: "
+            "letters, digits, '.', '_' and '-' are allowed, starting with a letter or digit"
+        )
 
 
 def _endpoint_problem(url: str) -> str | None:

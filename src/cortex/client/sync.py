@@ -6,6 +6,7 @@ The command uses it, and so do programs. What it returns is the operator's JSON 
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 from cortex.client import calls, deploys, logs
 from cortex.client.base import OfOperator
 from cortex.client.environments import in_task
+from cortex.client.statements import is_statement
 
 if TYPE_CHECKING:
     from typing import Self
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
         ApiView,
         DeployResult,
         JobPage,
+        JobStatus,
         JobView,
         Message,
         SubmittedJob,
@@ -78,6 +81,9 @@ class Client(OfOperator):
         requirements: Sequence[str] = (),
         project_dir: str | Path | None = None,
         force: bool = True,
+        *,
+        conda_packages: Sequence[str] = (),
+        wait: bool = False,
     ) -> list[DeployResult]:
         """Deploy what `api_spec` describes (an entry of a cortex.yaml as a dict, or a list of them).
 
@@ -85,21 +91,35 @@ class Client(OfOperator):
 
         - `task`: a function `task(config)`, or a class with `__call__(self, config)`. It is sent by
           value together with what it uses of your own modules; what it uses of installed packages
-          belongs into `requirements`, lines as in a requirements.txt. It runs on this version of
-          Python.
+          belongs into `requirements`, lines as in a requirements.txt, and `conda_packages`, lines
+          as in a conda-packages.txt. It runs on this version of Python.
         - `project_dir`: a folder, to which `definition.path` is relative. Nothing is written to it;
           a cortex.yaml in it is not read.
 
         With `force=False`, an API that is deployed already is not replaced by a different version.
+        `wait` is there for programs written for Cortex: an API takes jobs as soon as it is deployed.
         """
+        packages = deploys.Packages(requirements, conda_packages)
         with deploys.room() as packed:
-            upload = deploys.of_api_spec(
-                packed, api_spec, task, requirements, project_dir, force=force
-            )
+            upload = deploys.of_api_spec(packed, api_spec, task, packages, project_dir, force=force)
             return self._operator.run(calls.create_api(upload))
 
-    def deploy(self, file: str | Path, force: bool = True) -> list[DeployResult]:
-        """Deploy every API of a cortex.yaml with the project in its folder, one result for each."""
+    def deploy(
+        self,
+        file: str | Path | Mapping[str, object],
+        force: bool = True,
+        *,
+        project_dir: str | Path | None = None,
+        wait: bool = False,
+    ) -> list[DeployResult]:
+        """Deploy every API of a cortex.yaml with the project in its folder, one result for each.
+
+        In place of the file, an entry of it as a dict with its `project_dir`, as Cortex's client takes it.
+        `wait` is there for programs written for Cortex: an API takes jobs as soon as it is deployed.
+        """
+        if isinstance(file, Mapping):
+            return self.create_api(file, project_dir=project_dir, force=force)
+        deploys.check_alone(project_dir)
         with deploys.room() as packed:
             upload = deploys.of_file(packed, file, force=force)
             return self._operator.run(calls.deploy(upload))
@@ -112,8 +132,9 @@ class Client(OfOperator):
         """One deployed API: its spec, endpoint, jobs and versions."""
         return self._operator.run(calls.get_api(api_name))
 
-    def delete_api(self, api_name: str) -> Message:
-        """Delete an API; its running jobs end as stopped."""
+    def delete_api(self, api_name: str, keep_cache: bool = False) -> Message:
+        """Delete an API; its running jobs end as stopped. `keep_cache` is there for programs written for
+        Cortex: nothing is cached."""
         return self._operator.run(calls.delete_api(api_name))
 
     def submit_job(
@@ -148,8 +169,13 @@ class Client(OfOperator):
         page after the one whose `next_cursor` is given as `cursor`."""
         return self._operator.run(calls.list_jobs(api_name, status, limit, cursor))
 
-    def stop_job(self, api_name: str, job_id: str) -> Message:
-        """Stop a job. From then on its status is `status_stopped`."""
+    def newest_job(self, api_name: str) -> JobStatus:
+        """The newest job of an API."""
+        return self._operator.run(calls.newest_job(api_name))
+
+    def stop_job(self, api_name: str, job_id: str, keep_cache: bool = False) -> Message:
+        """Stop a job. From then on its status is `status_stopped`. `keep_cache` is there for programs written
+        for Cortex: nothing is cached."""
         return self._operator.run(calls.stop_job(api_name, job_id))
 
     def read_job_logs(self, api_name: str, job_id: str) -> Iterator[str]:
@@ -161,7 +187,23 @@ class Client(OfOperator):
         """The job's log as text, from its beginning and as it is written, until the job has ended.
 
         A connection that breaks is made again, and the log goes on where it had stopped.
+
+        A call whose result is dropped, as a statement of its own, prints the text as it is written, as
+        Cortex's client does. (Iterate over the result for anything else; to pass it on prints nothing.)
         """
+        text = self._followed(api_name, job_id)
+        if not is_statement(sys._getframe(1)):
+            return text
+        return _printed(text)
+
+    def stream_api_logs(self, api_name: str) -> Iterator[str]:
+        """The log of the newest job of an API, as `stream_job_logs` has it."""
+        text = self._followed(api_name, self.newest_job(api_name)["job_id"])
+        if not is_statement(sys._getframe(1)):
+            return text
+        return _printed(text)
+
+    def _followed(self, api_name: str, job_id: str) -> Iterator[str]:
 
         @contextmanager
         def connect(last_event_id: str | None) -> Iterator[Iterable[bytes]]:
@@ -170,6 +212,13 @@ class Client(OfOperator):
                 yield answer.iter_bytes()
 
         return logs.follow(connect)
+
+
+def _printed(text: Iterator[str]) -> Iterator[str]:
+    for piece in text:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    return iter(())
 
 
 def _transport(endpoint: Endpoint) -> Transport | PlainTransport:

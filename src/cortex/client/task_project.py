@@ -25,6 +25,7 @@ from cortex.errors import InvalidProject
 Task = Callable[..., object]
 
 MODULE = "task.py"
+_PYTHON = re.compile(r"(?:\S+::)?python\s*={1,2}\s*(\d+\.\d+)\S*")
 
 # What is pickled by value is one list for the whole process.
 _REGISTRY = Lock()
@@ -38,20 +39,21 @@ from pathlib import Path
 
 
 @contextmanager
-def project_of(task: Task, requirements: Sequence[str]) -> Iterator[Path]:
+def project_of(
+    task: Task, requirements: Sequence[str], conda_packages: Sequence[str] = ()
+) -> Iterator[Path]:
     """A temporary folder that holds the task as a project, its Python file named `MODULE`."""
     _check(task)
     wanted = _requirements(requirements)
+    conda = _conda(conda_packages)
     pickled = _pickle(task)
     name = "Task" if inspect.isclass(task) else "task"
-    python = f"python={sys.version_info.major}.{sys.version_info.minor}\n"
     with tempfile.TemporaryDirectory(prefix="cortex-task-") as folder:
         project = Path(folder)
         (project / "task.pkl").write_bytes(pickled)
         (project / MODULE).write_text(_LOADER.format(name=name), "utf-8")
         (project / "requirements.txt").write_text("".join(f"{r}\n" for r in wanted), "utf-8")
-        # A pickle holds byte code, which only the same version of Python runs.
-        (project / "conda-packages.txt").write_text(python, "utf-8")
+        (project / "conda-packages.txt").write_text("".join(f"{c}\n" for c in conda), "utf-8")
         yield project
 
 
@@ -86,14 +88,30 @@ def _accepts(function: Task, *arguments: object) -> bool:
 
 
 def _requirements(requirements: Sequence[str]) -> list[str]:
-    if isinstance(requirements, str) or not all(isinstance(r, str) for r in requirements):
-        raise InvalidProject(
-            f"requirements is {requirements!r}; it must be a list of strings, "
-            'as in ["scikit-learn==1.8.0"]'
-        )
+    _check_lines("requirements", requirements, '["scikit-learn==1.8.0"]')
     if any(re.match(r"cloudpickle\b", r.strip(), re.IGNORECASE) for r in requirements):
         return list(requirements)
     return [*requirements, f"cloudpickle=={cloudpickle.__version__}"]
+
+
+def _conda(packages: Sequence[str]) -> list[str]:
+    """The lines of conda-packages.txt. A pickle holds byte code, which only the same version of Python
+    runs."""
+    _check_lines("conda_packages", packages, '["python=3.11"]')
+    own = f"{sys.version_info.major}.{sys.version_info.minor}"
+    asked = [found for line in packages if (found := _PYTHON.fullmatch(line.strip()))]
+    other = next((found[0] for found in asked if found[1] != own), None)
+    if other is not None:
+        raise InvalidProject(
+            f"conda_packages asks for {other!r}, and the task is sent from Python {own}, whose byte code no "
+            "other version runs. Call create_api with that Python, or deploy a folder with project_dir="
+        )
+    return [*packages] if asked else [f"python={own}", *packages]
+
+
+def _check_lines(name: str, lines: Sequence[str], example: str) -> None:
+    if isinstance(lines, str) or not all(isinstance(line, str) for line in lines):
+        raise InvalidProject(f"{name} is {lines!r}; it must be a list of strings, as in {example}")
 
 
 def _pickle(task: Task) -> bytes:

@@ -66,6 +66,7 @@ class ApiView(TypedDict):
     endpoint: str
     task_job_statuses: list[JobStatus]
     api_versions: list[ApiVersion]
+    hints: NotRequired[list[str]]
 
 
 class DeployResult(TypedDict):

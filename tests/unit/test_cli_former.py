@@ -1,0 +1,219 @@
+"""Scripts and Python clients of Cortex drive the command: each call that they make is taken and answered."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from client_stub import RUNNING, SUBMITTED, SUCCEEDED, VIEW, Stub, answer, events, job_view
+
+from cortex import __version__
+from cortex.cli.main import run
+from cortex.client import environments
+
+JOB = str(SUBMITTED["job_id"])
+LOG = b'event: log\nid: 2\ndata: "x\\n"\n\nevent: end\ndata: {}\n\n'
+YAML = "- {name: iris, kind: TaskAPI, definition: {path: task.py}}\n"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CORTEX_CLI_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setenv("CORTEX_CLI_INVOKER", "python")
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "task.py").write_text("def task(config): ...\n")
+    (tmp_path / "p" / ".cortex-0a1b.yaml").write_text(YAML)
+    return tmp_path
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    with Stub(
+        {
+            "GET /-/apis": answer([VIEW]),
+            "POST /-/apis": answer([{"api": VIEW, "message": "created iris", "error": ""}]),
+            "GET /-/apis/iris": answer([VIEW]),
+            "DELETE /-/apis/iris": answer({"message": "deleted iris"}),
+            "GET /-/apis/iris/jobs?limit=1": answer(
+                {"job_statuses": [RUNNING], "next_cursor": None}
+            ),
+            f"GET /-/apis/iris/jobs/{JOB}": answer(job_view(SUCCEEDED)),
+            f"GET /-/apis/iris/jobs/{JOB}/logs": events(LOG),
+            f"DELETE /-/apis/iris/jobs/{JOB}": answer({"message": f"stopped job {JOB}"}),
+            "GET /-/info": answer({"version": "9.9"}),
+        }
+    ) as started:
+        environments.configure("prod", started.url)
+        yield started
+
+
+def called(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    """What a Python client of Cortex makes of a call: it reads all of the standard output as JSON."""
+    assert run([*words]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return json.loads(printed.out.strip()) if printed.out else None
+
+
+def test_the_calls_of_the_python_clients_are_answered(
+    stub: Stub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    env = ["--env", "prod", "-o", "json"]
+    file = str(folder / "p" / ".cortex-0a1b.yaml")
+    (result,) = called(capsys, "deploy", file, *env, "-y", "--force")
+    assert (result["api"]["spec"]["name"], result["api"]["spec"]["kind"]) == ("iris", "TaskAPI")
+    assert called(capsys, "get", "iris", *env)[0] == VIEW
+    assert called(capsys, "get", "-o", "json", "--env", "prod") == [VIEW]
+    assert called(capsys, "get", "iris", JOB, *env) == job_view(SUCCEEDED)
+    assert "nothing to restart" in called(capsys, "refresh", "iris", *env, "--force")["message"]
+    assert called(capsys, "patch", file, *env, "--force")[0]["message"] == "created iris"
+    assert called(capsys, "delete", "iris", JOB, *env) == {"message": f"stopped job {JOB}"}
+    assert called(capsys, "delete", "iris", *env[:2], "--force", *env[2:], "--keep-cache") == {
+        "message": "deleted iris"
+    }
+    assert called(capsys, "delete", "-c", "iris", "-f", "-o", "json") == {"message": "deleted iris"}
+    listed = called(capsys, "env", "list", "--output", "json")
+    assert listed["default_environment"] == "prod"
+    assert [each["name"] for each in listed["environments"]] == ["prod"]
+
+
+@pytest.mark.parametrize("flags", [["-y"], ["--yes"], ["--random-pod"], ["-y", "--random-pod"]])
+def test_logs_are_streamed_without_a_question(
+    flags: list[str], stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["logs", "iris", JOB, "--env", "prod", *flags]) == 0
+    assert capsys.readouterr() == ("x\n", "")
+    assert run(["logs", "iris", "--env", "prod", *flags]) == 0
+    assert capsys.readouterr() == ("x\n", f"the log of job {JOB}\n")
+    stub.answers["GET /-/apis/iris/jobs?limit=1"] = answer(
+        {"job_statuses": [], "next_cursor": None}
+    )
+    assert run(["logs", "iris", *flags]) == 1
+    assert "iris has no jobs yet; `cortex submit iris`" in capsys.readouterr().err
+
+
+def test_mixed_output_is_found_as_the_old_clients_look_for_it(
+    stub: Stub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(folder / "p" / ".cortex-0a1b.yaml")
+    assert run(["deploy", file, "--env", "prod", "-o", "mixed", "-y"]) == 0
+    before, encoded, after = capsys.readouterr().out.split("~~cortex~~")
+    (result,) = json.loads(base64.b64decode(encoded))
+    assert (before, result["message"], after) == ("", "created iris", "\n")
+
+
+@pytest.mark.parametrize("command", ["get -v", "get iris --verbose", "describe iris"])
+def test_what_people_see_is_asked_for_as_before(
+    command: str, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command.split()) == 0
+    assert "http://127.0.0.1:8888/iris" in capsys.readouterr().out
+
+
+def test_an_environment_is_configured_and_renamed(
+    stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["env", "configure", "-o", "http://a:1", "a"]) == 0
+    assert capsys.readouterr().out == "configured a: http://a:1\n"
+    assert run(["env", "rename", "prod", "live"]) == 0
+    assert run(["get"]) == 0
+    capsys.readouterr()
+    listed = called(capsys, "env", "list", "-o", "json")
+    assert listed["default_environment"] == "live"
+    assert [each["name"] for each in listed["environments"]] == ["live", "a"]
+    assert run(["env", "rename", "live", "a"]) == 2
+    assert "there is an environment 'a' already" in capsys.readouterr().err
+    assert run(["env", "rename", "live", "a b"]) == 2
+    assert run(["env", "rename", "nope", "b"]) == 1
+    assert "no environment 'nope'" in capsys.readouterr().err
+
+
+def test_the_version_of_the_operator_is_told_beside_the_commands(
+    stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["version", "-e", "prod"]) == 0
+    assert capsys.readouterr().out == f"cli version: {__version__}\noperator version: 9.9\n"
+
+
+def test_a_patch_needs_an_api_that_is_deployed_and_its_project(
+    stub: Stub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = folder / "cortex-1.yaml"
+    alone.write_text(YAML)
+    assert run(["patch", str(alone)]) == 1
+    assert "task.py, which iris runs, is not in the folder of cortex-1.yaml" in (
+        capsys.readouterr().err
+    )
+    other = folder / "p" / "cortex.yaml"
+    other.write_text(YAML.replace("iris", "other"))
+    assert run(["patch", str(other)]) == 1
+    assert run(["patch", str(folder / "none.yaml")]) == 1
+    assert "cannot be read" in capsys.readouterr().err
+    assert [r.method for r in stub.requests] == ["GET", "GET"]
+
+
+def test_refreshing_what_is_not_there_is_an_error(
+    stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["refresh", "nope"]) == 1
+    assert run(["refresh", "iris"]) == 0
+    assert "iris has nothing to restart" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("cluster up cluster.yaml -y --configure-env x", "`cortex serve`"),
+        ("cluster down -n name -r us-east-1 --keep-aws-resources", "Stop the operator"),
+        ("cluster configure cluster.yaml", "docs/configuration.md"),
+        ("cluster scale --node-group a --min-instances 1", "docs/ray.md"),
+        ("cluster export -n x", "keep cortex.yaml"),
+        ("cluster health -o json", "/readyz"),
+        ("cluster-gcp up -c cluster.yaml", "`cortex serve`"),
+        ("prepare-debug cortex.yaml iris", "A task is plain Python"),
+    ],
+)
+def test_what_has_no_meaning_here_says_what_to_do_instead(
+    command: str, words: str, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command.split()) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: cortex ")
+    assert words in printed.err
+    assert stub.requests == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_a_script_of_the_shell(
+    shell: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "cortex" in script
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert run(["completion", "csh"]) == 2
+
+
+def test_what_the_operator_advises_is_shown_to_people(
+    stub: Stub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    view = {
+        **VIEW,
+        "hints": ["each job spends 1.4 s importing sklearn:\n`preload: [sklearn]`", "b"],
+    }
+    stub.answers["GET /-/apis/iris"] = answer([view])
+    stub.answers["POST /-/apis"] = answer([{"api": view, "message": "created iris", "error": ""}])
+    hint = "each job spends 1.4 s importing sklearn: `preload: [sklearn]`"
+    assert run(["get", "iris"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[lines.index(hint) + 1] == "b"
+    assert run(["deploy", str(folder / "p" / ".cortex-0a1b.yaml")]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [f"  {hint}", "  b"]
+    assert called(capsys, "get", "iris", "-o", "json") == [view]
