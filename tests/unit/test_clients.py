@@ -597,6 +597,75 @@ def test_create_api_takes_exactly_one_source(connect: Connect, tmp_path: Path) -
             client.create_api({**SPEC, "definition": {"config": {"x": object()}}}, task=Tripler)
 
 
+def test_create_api_takes_the_arguments_that_cortexs_does(connect: Connect, tmp_path: Path) -> None:
+    own = f"{sys.version_info.major}.{sys.version_info.minor}"
+    asked = [f"conda-forge::python={own}.7", "pip=19.*"]
+    with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, connect(stub.url) as client:
+        client.create_api(
+            api_spec=SPEC,
+            task=Tripler,
+            requirements=None,
+            conda_packages=asked,
+            force=True,
+            wait=True,
+        )
+        client.create_api(SPEC, task=Tripler, conda_packages=["pip=24"])
+        with pytest.raises(InvalidProject, match=r"asks for 'python=2\.7'.*no other version runs"):
+            client.create_api(SPEC, task=Tripler, conda_packages=["python=2.7"])
+        with pytest.raises(InvalidProject, match="conda_packages is 'pip=24'"):
+            client.create_api(SPEC, task=Tripler, conda_packages="pip=24")
+        with pytest.raises(InvalidRequest, match=r"conda_packages= goes .* conda-packages\.txt"):
+            client.create_api(SPEC, project_dir=tmp_path, conda_packages=["pip=24"])
+    lines = [
+        (unpacked(request, tmp_path / str(number)) / "conda-packages.txt").read_text().split("\n")
+        for number, request in enumerate(stub.requests)
+    ]
+    assert lines == [[*asked, ""], [f"python={own}", "pip=24", ""]]
+
+
+def test_deploy_and_delete_take_the_arguments_that_cortexs_do(
+    connect: Connect, tmp_path: Path
+) -> None:
+    (tmp_path / "iris.py").write_text("def task(config): ...\n")
+    spec = {"name": "iris", "kind": "TaskAPI", "definition": {"path": "iris.py"}}
+    (tmp_path / "cortex.yaml").write_text(json.dumps([spec]))
+    gone, stopped = {"message": "deleted iris"}, {"message": "stopped job j1"}
+    answers = {
+        "POST /-/apis": answer(DEPLOYED),
+        "DELETE /-/apis/iris": answer(gone),
+        "DELETE /-/apis/iris/jobs/j1": answer(stopped),
+    }
+    with Stub(answers) as stub, connect(stub.url) as client:
+        assert client.deploy(spec, project_dir=tmp_path, wait=True) == DEPLOYED
+        assert client.deploy(tmp_path / "cortex.yaml", wait=True) == DEPLOYED
+        assert client.stop_job("iris", "j1", keep_cache=True) == stopped
+        assert client.delete_api("iris", keep_cache=True) == gone
+        with pytest.raises(InvalidRequest, match="project_dir= goes with a dict"):
+            client.deploy(tmp_path / "cortex.yaml", project_dir=tmp_path)
+        with pytest.raises(InvalidRequest, match="exactly one of"):
+            client.deploy(spec)
+    assert len(stub.requests) == 4
+
+
+@pytest.mark.parametrize(
+    "config", [{1: "x"}, {"x": {None: 1}}, {"x": float("nan")}, {"x": [{2: 3}]}, {"x": {1, 2}}]
+)
+def test_a_spec_that_is_no_json_is_not_sent(connect: Connect, config, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    spec = {**SPEC, "definition": {"path": "iris.py", "config": config}}
+    with (
+        Stub({}) as stub,
+        connect(stub.url) as client,
+        pytest.raises(InvalidSpec, match="api_spec holds something that is no JSON"),
+    ):
+        client.create_api(spec, project_dir=tmp_path)
+    assert stub.requests == []
+
+
+def test_the_newest_job_is_the_first_of_the_list(connect: Connect) -> None:
+    with Stub({"GET /-/apis/iris/jobs?limit=1": answer(PAGE)}) as stub, connect(stub.url) as client:
+        assert client.newest_job("iris") == PAGE["job_statuses"][0]
+
+
 def test_a_result_with_an_error_raises_it(connect: Connect) -> None:
     failed = [{"api": None, "message": "", "error": "iris: the endpoint is taken"}]
     with (

@@ -83,16 +83,16 @@ class AsyncClient(OfOperator):
         self,
         api_spec: deploys.ApiSpecs,
         task: Task | None = None,
-        requirements: Sequence[str] = (),
+        requirements: Sequence[str] | None = None,
         project_dir: str | Path | None = None,
         force: bool = True,
         *,
-        conda_packages: Sequence[str] = (),
+        conda_packages: Sequence[str] | None = None,
         wait: bool = False,
     ) -> list[DeployResult]:
         """Deploy what `api_spec` describes with a task or a folder; see `Client.create_api`. It is packed
         in a thread."""
-        packages = deploys.Packages(requirements, conda_packages)
+        packages = deploys.Packages(requirements or (), conda_packages or ())
         with deploys.room() as packed:
             upload = await asyncio.to_thread(
                 deploys.of_api_spec, packed, api_spec, task, packages, project_dir, force=force

@@ -78,11 +78,11 @@ class Client(OfOperator):
         self,
         api_spec: deploys.ApiSpecs,
         task: Task | None = None,
-        requirements: Sequence[str] = (),
+        requirements: Sequence[str] | None = None,
         project_dir: str | Path | None = None,
         force: bool = True,
         *,
-        conda_packages: Sequence[str] = (),
+        conda_packages: Sequence[str] | None = None,
         wait: bool = False,
     ) -> list[DeployResult]:
         """Deploy what `api_spec` describes (an entry of a cortex.yaml as a dict, or a list of them).
@@ -99,7 +99,7 @@ class Client(OfOperator):
         With `force=False`, an API that is deployed already is not replaced by a different version.
         `wait` is there for programs written for Cortex: an API takes jobs as soon as it is deployed.
         """
-        packages = deploys.Packages(requirements, conda_packages)
+        packages = deploys.Packages(requirements or (), conda_packages or ())
         with deploys.room() as packed:
             upload = deploys.of_api_spec(packed, api_spec, task, packages, project_dir, force=force)
             return self._operator.run(calls.create_api(upload))
