@@ -286,7 +286,8 @@ def test_a_file_that_is_no_config_is_told_in_one_line(
     (folder / "c.json").write_bytes(content)
     assert run(["submit", "iris", "--config", f"@{folder}/c.json"]) == 2
     printed = capsys.readouterr()
-    (told,) = [line for line in printed.err.splitlines() if line.startswith("Error: ")]
+    (told,) = printed.err.splitlines()
+    assert told.startswith("error: --config: ")
     assert words in told
     assert (printed.out, stub.requests) == ("", [])
 

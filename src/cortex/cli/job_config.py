@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import typer
+from cortex.cli.options import BadValue
 
 if TYPE_CHECKING:
     from cortex.spec.job import Json
@@ -23,7 +23,7 @@ def read(given: str) -> Json:
         given: JSON, or @ and the name of a file that holds it.
 
     Raises:
-        typer.BadParameter: it is no JSON object, or the file cannot be read.
+        BadValue: it is no JSON object, or the file cannot be read.
     """
     try:
         text = _text(given[1:]) if given.startswith("@") else given
@@ -92,5 +92,5 @@ def _float(digits: str) -> float:
     return number
 
 
-def _mistake(message: str) -> typer.BadParameter:
-    return typer.BadParameter(message, param_hint="--config")
+def _mistake(message: str) -> BadValue:
+    return BadValue(f"--config: {message}")

@@ -18,7 +18,7 @@ from cortex.cli import cluster, env, former, streams, token
 from cortex.cli.deploy import deploy
 from cortex.cli.get import get
 from cortex.cli.jobs import delete, logs, submit
-from cortex.cli.options import Env
+from cortex.cli.options import BadValue, Env
 from cortex.cli.output import print_error, print_line
 from cortex.cli.serve import serve
 from cortex.errors import CortexError
@@ -116,7 +116,7 @@ def _run(arguments: list[str]) -> int:
         return 130
     except CortexError as error:
         print_error(error.message)
-        return 1
+        return 2 if isinstance(error, BadValue) else 1
     except (BrokenPipeError, streams.OutputError):
         raise
     except OSError as error:

@@ -8,6 +8,15 @@ from typing import Annotated
 
 import typer
 
+from cortex.errors import CortexError
+
+
+class BadValue(CortexError):
+    """The value of an option cannot be used: one line about it, without the command's usage, and exit code 2."""
+
+    kind = "client.bad_value"
+    http_status = 400
+
 
 class Format(StrEnum):
     """How a command prints its answer."""
