@@ -337,7 +337,7 @@ class Runner:
         end = time.monotonic() + LIMIT_S
         while True:
             for one in self._seen.get(job_id, ()):
-                if isinstance(one, kind) or isinstance(one, Ended):
+                if isinstance(one, (kind, Ended)):
                     return one
                 if isinstance(one, Lost | NeverStarted | Unreachable):
                     pytest.fail(repr(one), pytrace=False)

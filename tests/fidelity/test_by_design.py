@@ -47,8 +47,16 @@ PROGRAMS = [
         why=NOTHING_RAN,
         says="asyncio.run",
     ),
-    program("generator-that-was-emptied", "def task(config):\n    g = (print(n) for n in range(2))\n    list(g)\n    return g\n", says="not kept"),
-    program("generator-expression", "def task(config):\n    return (n for n in range(2))\n", says="not kept"),
+    program(
+        "generator-that-was-emptied",
+        "def task(config):\n    g = (print(n) for n in range(2))\n    list(g)\n    return g\n",
+        says="not kept",
+    ),
+    program(
+        "generator-expression",
+        "def task(config):\n    return (n for n in range(2))\n",
+        says="not kept",
+    ),
     program(
         "no-task",
         "def run(config):\n    return 1\n",

@@ -7,7 +7,9 @@ import pytest
 from fidelity.harness import NO_RESULT, Program, Runner
 from fidelity.programs import program
 
-NOT_JSON = "JSON has no such value: the job's message says so, plain Python has nothing to say it of"
+NOT_JSON = (
+    "JSON has no such value: the job's message says so, plain Python has nothing to say it of"
+)
 
 
 def returned(name: str, value: str, before: str = "") -> object:
@@ -34,7 +36,9 @@ RESULTS = [
     returned("large-numbers", "[2**200, 1e308, -0.0]"),
     returned("bool-of-a-subclass", "E.A", "import enum\nclass E(enum.IntEnum):\n    A = 3"),
     returned("the-config", "config"),
-    returned("named-tuple", "P(1, 2)", "import collections\nP = collections.namedtuple('P', 'x y')"),
+    returned(
+        "named-tuple", "P(1, 2)", "import collections\nP = collections.namedtuple('P', 'x y')"
+    ),
     returned(
         "dict-whose-attributes-are-its-keys",
         "DotDict(accuracy=0.9)",
@@ -100,7 +104,9 @@ ERRORS = [
         "class E(Exception):\n    def __str__(self):\n        raise ValueError('no words')",
         "E",
     ),
-    raised("str-exits", "class E(Exception):\n    def __str__(self):\n        raise SystemExit(5)", "E"),
+    raised(
+        "str-exits", "class E(Exception):\n    def __str__(self):\n        raise SystemExit(5)", "E"
+    ),
     raised("str-is-none", "class E(Exception):\n    def __str__(self):\n        return None", "E"),
     raised(
         "repr-raises",
@@ -129,17 +135,27 @@ ERRORS = [
     raised("memory-error", "", "MemoryError"),
     raised("os-error", "", "OSError(2, 'No such file', '/etc/x', None, '/etc/y')"),
     raised("unicode-error", "", "UnicodeDecodeError('utf-8', b'\\xff', 0, 1, 'why')"),
-    raised("group", "", "ExceptionGroup('two', [ValueError('a'), ExceptionGroup('b', [TypeError(1)])])"),
+    raised(
+        "group", "", "ExceptionGroup('two', [ValueError('a'), ExceptionGroup('b', [TypeError(1)])])"
+    ),
     raised("base-group", "", "BaseExceptionGroup('one', [KeyboardInterrupt()])"),
     raised("group-of-exits", "", "BaseExceptionGroup('one', [SystemExit(3)])"),
     raised(
-        "local-class", "def make():\n    class E(Exception):\n        pass\n    return E", "make()('words')"
+        "local-class",
+        "def make():\n    class E(Exception):\n        pass\n    return E",
+        "make()('words')",
     ),
     raised("odd-module", "class E(Exception):\n    __module__ = None", "E('words')"),
-    raised("module-is-main", "class E(Exception):\n    pass\nE.__module__ = '__main__'", "E('words')"),
+    raised(
+        "module-is-main", "class E(Exception):\n    pass\nE.__module__ = '__main__'", "E('words')"
+    ),
     raised("not-an-exception", "", "3"),
     raised("words-instead", "", "'words'"),
-    raised("class-that-cannot-be-made", "class E(Exception):\n    def __init__(self, a, b):\n        pass", "E"),
+    raised(
+        "class-that-cannot-be-made",
+        "class E(Exception):\n    def __init__(self, a, b):\n        pass",
+        "E",
+    ),
     raised("assertion", "def check():\n    assert 1 == 2, 'not the same'\n", "check()"),
     program(
         "notes",
@@ -207,15 +223,25 @@ ERRORS = [
         """,
     ),
     program("recursion", "def task(config):\n    return task(config)\n"),
-    program("no-memory", "def task(config):\n    return len(bytearray(1 << 62))\n", says="MemoryError"),
-    program("division", "def task(config):\n    x = [1, 2]\n    return x[0] / (x[1] -\n        2)\n"),
+    program(
+        "no-memory", "def task(config):\n    return len(bytearray(1 << 62))\n", says="MemoryError"
+    ),
+    program(
+        "division", "def task(config):\n    x = [1, 2]\n    return x[0] / (x[1] -\n        2)\n"
+    ),
     program("syntax-error", "def task(config):\n    return 1 +\n", says="SyntaxError"),
     program("indentation-error", "def task(config):\nreturn 1\n", says="IndentationError"),
     program("tabs", "def task(config):\n        x = 1\n\treturn x\n", says="TabError"),
     program("null-byte", "def task(config):\n    return 'a\0b'\n", says="null bytes"),
-    program("not-utf-8-in-words", "# coding: nonsense\ndef task(config):\n    return 1\n", says="nonsense"),
+    program(
+        "not-utf-8-in-words",
+        "# coding: nonsense\ndef task(config):\n    return 1\n",
+        says="nonsense",
+    ),
     program("other-coding", "# coding: latin-1\ndef task(config):\n    return 'ü'\n"),
-    program("error-at-import", "x = {}['a']\ndef task(config):\n    return 1\n", says="KeyError: 'a'"),
+    program(
+        "error-at-import", "x = {}['a']\ndef task(config):\n    return 1\n", says="KeyError: 'a'"
+    ),
     program("exit-at-import", "import sys\nsys.exit(3)\n"),
     program("exit-with-words-at-import", "import sys\nsys.exit('no licence')\n", says="no licence"),
     program(
@@ -238,7 +264,9 @@ ERRORS = [
         "def task(config):\n    exec(compile('x = 1\\ny = x / 0', 'generated.py', 'exec'))\n",
     ),
     program(
-        "traceback-with-eval", "def task(config):\n    return eval('1 / 0', {}, {})\n", says="division"
+        "traceback-with-eval",
+        "def task(config):\n    return eval('1 / 0', {}, {})\n",
+        says="division",
     ),
     program(
         "error-in-a-child-class",
@@ -300,7 +328,10 @@ EXITS = [
     left("b'bytes'", ""),
     left("ValueError('x')", ""),
     left("Code.BAD", "import enum\nclass Code(enum.IntEnum):\n    BAD = 4"),
-    left("Index()", "class Index:\n    def __index__(self):\n        return 9\n    def __repr__(self):\n        return 'Index()'"),
+    left(
+        "Index()",
+        "class Index:\n    def __index__(self):\n        return 9\n    def __repr__(self):\n        return 'Index()'",
+    ),
     left("Int(300)", "class Int(int):\n    pass"),
     left("Shy()", "class Shy:\n    def __str__(self):\n        raise ValueError('no words')"),
     left("None_()", "class None_:\n    def __str__(self):\n        return None"),
@@ -318,8 +349,11 @@ OTHER_EXITS = [
     ),
     program("quit", "def task(config):\n    quit(4)\n"),
     program("exit", "def task(config):\n    exit('words')\n"),
-    program("exit-in-a-thread", "import sys, threading\ndef task(config):\n"
-            "    t = threading.Thread(target=sys.exit, args=(5,))\n    t.start()\n    t.join()\n    return 'on'\n"),
+    program(
+        "exit-in-a-thread",
+        "import sys, threading\ndef task(config):\n"
+        "    t = threading.Thread(target=sys.exit, args=(5,))\n    t.start()\n    t.join()\n    return 'on'\n",
+    ),
     *[
         program(
             f"os-exit-{code}",
@@ -333,7 +367,16 @@ OTHER_EXITS = [
             f"import os, signal, time\ndef task(config):\n    print('half a line', end='')\n"
             f"    os.kill(os.getpid(), signal.{name})\n    time.sleep(60)\n",
         )
-        for name in ("SIGKILL", "SIGTERM", "SIGSEGV", "SIGINT", "SIGHUP", "SIGUSR1", "SIGALRM", "SIGQUIT")
+        for name in (
+            "SIGKILL",
+            "SIGTERM",
+            "SIGSEGV",
+            "SIGINT",
+            "SIGHUP",
+            "SIGUSR1",
+            "SIGALRM",
+            "SIGQUIT",
+        )
     ],
     *[
         program(
@@ -344,7 +387,10 @@ OTHER_EXITS = [
     ],
     program("abort", "import os\ndef task(config):\n    print('before')\n    os.abort()\n"),
     program("null-pointer", "import ctypes\ndef task(config):\n    ctypes.string_at(0)\n"),
-    program("raise-signal", "import signal\ndef task(config):\n    signal.raise_signal(signal.SIGTERM)\n"),
+    program(
+        "raise-signal",
+        "import signal\ndef task(config):\n    signal.raise_signal(signal.SIGTERM)\n",
+    ),
     program(
         "alarm",
         "import signal, time\ndef task(config):\n    signal.setitimer(signal.ITIMER_REAL, 0.05)\n    time.sleep(60)\n",
@@ -365,9 +411,15 @@ OTHER_EXITS = [
             return 1
         """,
     ),
-    program("exec", "import os, sys\ndef task(config):\n    os.execv('/bin/sh', ['sh', '-c', 'echo another program; exit 7'])\n"),
+    program(
+        "exec",
+        "import os, sys\ndef task(config):\n    os.execv('/bin/sh', ['sh', '-c', 'echo another program; exit 7'])\n",
+    ),
     program("pthread-exit", "import _thread\ndef task(config):\n    _thread.exit()\n"),
-    program("interrupt-main", "import _thread, time\ndef task(config):\n    _thread.interrupt_main()\n    time.sleep(60)\n"),
+    program(
+        "interrupt-main",
+        "import _thread, time\ndef task(config):\n    _thread.interrupt_main()\n    time.sleep(60)\n",
+    ),
     program(
         "sigpipe-by-default",
         """
@@ -387,12 +439,12 @@ def test_a_result(program: Program, runner: Runner) -> None:
     runner.check(program)
 
 
-@pytest.mark.parametrize(("name", "value", "before"), NO_RESULTS, ids=[row[0] for row in NO_RESULTS])
+@pytest.mark.parametrize(
+    ("name", "value", "before"), NO_RESULTS, ids=[row[0] for row in NO_RESULTS]
+)
 def test_a_result_that_is_not_kept(name: str, value: str, before: str, runner: Runner) -> None:
     code = f"{before}\ndef task(config):\n    return {value}\n"
-    runner.check(
-        Program(name, code, says="not kept", but={"result": NO_RESULT}, why=NOT_JSON)
-    )
+    runner.check(Program(name, code, says="not kept", but={"result": NO_RESULT}, why=NOT_JSON))
 
 
 @pytest.mark.parametrize("program", ERRORS)

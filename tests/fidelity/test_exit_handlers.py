@@ -626,12 +626,16 @@ DESTRUCTORS = [
     program(
         "of-a-library",
         "import lib\ndef task(config):\n    return 1\n",
-        libraries={"lib.py": "class T:\n    def __del__(self):\n        print('library deleted')\nt = T()\n"},
+        libraries={
+            "lib.py": "class T:\n    def __del__(self):\n        print('library deleted')\nt = T()\n"
+        },
     ),
     program(
         "of-an-own-module",
         "import helper\ndef task(config):\n    return 1\n",
-        files={"helper.py": "class T:\n    def __del__(self):\n        print('helper deleted')\nt = T()\n"},
+        files={
+            "helper.py": "class T:\n    def __del__(self):\n        print('helper deleted')\nt = T()\n"
+        },
     ),
     program(
         "kept-by-an-exception",

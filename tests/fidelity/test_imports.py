@@ -55,7 +55,9 @@ ORDER = [
     program(
         "environment-that-an-import-adds-to",
         "import os\nimport lib\ndef task(config):\n    return os.environ['LIB_FLAGS']\n",
-        libraries={"lib.py": "import os\nos.environ['LIB_FLAGS'] = os.environ.get('LIB_FLAGS', '') + ' -x'\n"},
+        libraries={
+            "lib.py": "import os\nos.environ['LIB_FLAGS'] = os.environ.get('LIB_FLAGS', '') + ' -x'\n"
+        },
         jobs=3,
     ),
     program(
@@ -266,7 +268,9 @@ ORDER = [
         def task(config):
             return lib.X
         """,
-        libraries={"lib.py": "import builtins\nif not hasattr(builtins, 'seen'):\n    builtins.seen = 1\n    raise ValueError\nX = 1\n"},
+        libraries={
+            "lib.py": "import builtins\nif not hasattr(builtins, 'seen'):\n    builtins.seen = 1\n    raise ValueError\nX = 1\n"
+        },
         jobs=2,
     ),
     program(
@@ -340,7 +344,9 @@ ORDER = [
     program(
         "warnings-at-import",
         "import lib\n" + RETURN,
-        libraries={"lib.py": "import warnings\nwarnings.warn('careful')\nwarnings.warn('old', FutureWarning, stacklevel=2)\n"},
+        libraries={
+            "lib.py": "import warnings\nwarnings.warn('careful')\nwarnings.warn('old', FutureWarning, stacklevel=2)\n"
+        },
         jobs=2,
     ),
     program(
@@ -355,13 +361,17 @@ ORDER = [
     program(
         "words-at-import",
         "import lib\n" + RETURN,
-        libraries={"lib.py": "import sys\nprint('lib: no GPU, using the CPU')\nprint('to stderr', file=sys.stderr)\n"},
+        libraries={
+            "lib.py": "import sys\nprint('lib: no GPU, using the CPU')\nprint('to stderr', file=sys.stderr)\n"
+        },
         jobs=2,
     ),
     program(
         "half-a-line-at-import",
         "import lib\ndef task(config):\n    print('task')\n",
-        libraries={"lib.py": "import os\nprint('loading ...', end='')\nos.write(1, b'from below\\n')\n"},
+        libraries={
+            "lib.py": "import os\nprint('loading ...', end='')\nos.write(1, b'from below\\n')\n"
+        },
     ),
     program(
         "words-of-own-modules",
@@ -372,7 +382,9 @@ ORDER = [
     program(
         "logging-set-up-at-import",
         "import lib\nimport logging\ndef task(config):\n    logging.getLogger('x').info('words')\n",
-        libraries={"lib.py": "import logging, sys\nlogging.basicConfig(level='INFO', stream=sys.stdout, format='%(name)s %(message)s')\n"},
+        libraries={
+            "lib.py": "import logging, sys\nlogging.basicConfig(level='INFO', stream=sys.stdout, format='%(name)s %(message)s')\n"
+        },
         jobs=2,
     ),
 ]
@@ -381,7 +393,9 @@ MADE_AT_IMPORT = [
     program(
         "random-state",
         "import fakelib\ndef task(config):\n    return fakelib.name()\n",
-        libraries={"fakelib.py": "import random\n_random = random.Random()\ndef name():\n    return _random.randrange(10**12)\n"},
+        libraries={
+            "fakelib.py": "import random\n_random = random.Random()\ndef name():\n    return _random.randrange(10**12)\n"
+        },
         fresh=True,
         jobs=3,
     ),
@@ -403,9 +417,23 @@ MADE_AT_IMPORT = [
         libraries={"lib.py": "import random\nrandom.seed(1)\n"},
         jobs=2,
     ),
-    program("uuid", "import uuid\ndef task(config):\n    return [str(uuid.uuid4()), str(uuid.uuid1())]\n", fresh=True, jobs=3),
-    program("secrets", "import secrets\nX = secrets.token_hex(8)\ndef task(config):\n    return X\n", fresh=True, jobs=3),
-    program("c-random", "import ctypes\ndef task(config):\n    return ctypes.CDLL(None).rand()\n", jobs=2),
+    program(
+        "uuid",
+        "import uuid\ndef task(config):\n    return [str(uuid.uuid4()), str(uuid.uuid1())]\n",
+        fresh=True,
+        jobs=3,
+    ),
+    program(
+        "secrets",
+        "import secrets\nX = secrets.token_hex(8)\ndef task(config):\n    return X\n",
+        fresh=True,
+        jobs=3,
+    ),
+    program(
+        "c-random",
+        "import ctypes\ndef task(config):\n    return ctypes.CDLL(None).rand()\n",
+        jobs=2,
+    ),
     program(
         "hash-seed-given",
         "def task(config):\n    return hash('words')\n",
@@ -421,13 +449,17 @@ MADE_AT_IMPORT = [
     program(
         "temporary-folder",
         "import tmplib\ndef task(config):\n    return tmplib.save('a')\n",
-        libraries={"tmplib.py": "import os, tempfile\nHERE = tempfile.TemporaryDirectory()\ndef save(name):\n    open(os.path.join(HERE.name, name), 'w').close()\n    return os.listdir(HERE.name)\n"},
+        libraries={
+            "tmplib.py": "import os, tempfile\nHERE = tempfile.TemporaryDirectory()\ndef save(name):\n    open(os.path.join(HERE.name, name), 'w').close()\n    return os.listdir(HERE.name)\n"
+        },
         jobs=3,
     ),
     program(
         "temporary-folder-that-an-exit-handler-removes",
         "import tmplib\ndef task(config):\n    open(tmplib.HERE + '/a', 'w').close()\n    return 1\n",
-        libraries={"tmplib.py": "import atexit, shutil, tempfile\nHERE = tempfile.mkdtemp()\natexit.register(shutil.rmtree, HERE)\n"},
+        libraries={
+            "tmplib.py": "import atexit, shutil, tempfile\nHERE = tempfile.mkdtemp()\natexit.register(shutil.rmtree, HERE)\n"
+        },
         jobs=3,
     ),
     program(
@@ -480,37 +512,49 @@ MADE_AT_IMPORT = [
     program(
         "thread",
         "import threadlib\ndef task(config):\n    return threadlib.call(1)\n",
-        libraries={"threadlib.py": "import queue, threading\nI, O = queue.Queue(), queue.Queue()\ndef work():\n    while True:\n        O.put(I.get() + 1)\nthreading.Thread(target=work, daemon=True).start()\ndef call(n):\n    I.put(n)\n    return O.get()\n"},
+        libraries={
+            "threadlib.py": "import queue, threading\nI, O = queue.Queue(), queue.Queue()\ndef work():\n    while True:\n        O.put(I.get() + 1)\nthreading.Thread(target=work, daemon=True).start()\ndef call(n):\n    I.put(n)\n    return O.get()\n"
+        },
         jobs=2,
     ),
     program(
         "raw-thread",
         "import pumplib\ndef task(config):\n    return pumplib.call(1)\n",
-        libraries={"pumplib.py": "import _thread, queue\nI, O = queue.SimpleQueue(), queue.SimpleQueue()\ndef work():\n    while True:\n        O.put(I.get() + 1)\n_thread.start_new_thread(work, ())\ndef call(n):\n    I.put(n)\n    return O.get()\n"},
+        libraries={
+            "pumplib.py": "import _thread, queue\nI, O = queue.SimpleQueue(), queue.SimpleQueue()\ndef work():\n    while True:\n        O.put(I.get() + 1)\n_thread.start_new_thread(work, ())\ndef call(n):\n    I.put(n)\n    return O.get()\n"
+        },
         jobs=2,
     ),
     program(
         "thread-that-is-over",
         "import lib\nimport threading\ndef task(config):\n    return [lib.X, threading.active_count()]\n",
-        libraries={"lib.py": "import threading\nX = []\nt = threading.Thread(target=X.append, args=(1,))\nt.start()\nt.join()\n"},
+        libraries={
+            "lib.py": "import threading\nX = []\nt = threading.Thread(target=X.append, args=(1,))\nt.start()\nt.join()\n"
+        },
         jobs=2,
     ),
     program(
         "executor",
         "import lib\ndef task(config):\n    return lib.P.submit(abs, -1).result()\n",
-        libraries={"lib.py": "from concurrent.futures import ThreadPoolExecutor\nP = ThreadPoolExecutor(2)\nP.submit(abs, 1).result()\n"},
+        libraries={
+            "lib.py": "from concurrent.futures import ThreadPoolExecutor\nP = ThreadPoolExecutor(2)\nP.submit(abs, 1).result()\n"
+        },
         jobs=2,
     ),
     program(
         "process",
         "import lib\ndef task(config):\n    return lib.ask('a')\n",
-        libraries={"lib.py": "import subprocess\nP = subprocess.Popen(['cat'], stdin=-1, stdout=-1, text=True, bufsize=1)\ndef ask(words):\n    P.stdin.write(words + '\\n')\n    P.stdin.flush()\n    return P.stdout.readline()\n"},
+        libraries={
+            "lib.py": "import subprocess\nP = subprocess.Popen(['cat'], stdin=-1, stdout=-1, text=True, bufsize=1)\ndef ask(words):\n    P.stdin.write(words + '\\n')\n    P.stdin.flush()\n    return P.stdout.readline()\n"
+        },
         jobs=2,
     ),
     program(
         "fork",
         "import lib\ndef task(config):\n    return lib.CODE\n",
-        libraries={"lib.py": "import os\npid = os.fork()\nif pid == 0:\n    os._exit(3)\nCODE = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])\n"},
+        libraries={
+            "lib.py": "import os\npid = os.fork()\nif pid == 0:\n    os._exit(3)\nCODE = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])\n"
+        },
         jobs=2,
     ),
     program(
@@ -520,10 +564,16 @@ MADE_AT_IMPORT = [
     program(
         "fork-hooks",
         "import os\nimport lib\ndef task(config):\n    pid = os.fork()\n    if pid == 0:\n        os._exit(len(lib.SEEN))\n    return [len(lib.SEEN), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]\n",
-        libraries={"lib.py": "import os\nSEEN = []\nos.register_at_fork(before=lambda: SEEN.append(1), after_in_child=lambda: SEEN.append(2))\n"},
+        libraries={
+            "lib.py": "import os\nSEEN = []\nos.register_at_fork(before=lambda: SEEN.append(1), after_in_child=lambda: SEEN.append(2))\n"
+        },
         jobs=2,
     ),
-    program("process-id", "import os\nPID = os.getpid()\ndef task(config):\n    return PID == os.getpid()\n", jobs=2),
+    program(
+        "process-id",
+        "import os\nPID = os.getpid()\ndef task(config):\n    return PID == os.getpid()\n",
+        jobs=2,
+    ),
     program(
         "process-id-of-a-library",
         "import os\nimport lib\ndef task(config):\n    return lib.PID == os.getpid()\n",
@@ -539,18 +589,24 @@ MADE_AT_IMPORT = [
     program(
         "signal-handler",
         "import signal\nimport lib\ndef task(config):\n    signal.raise_signal(signal.SIGUSR1)\n",
-        libraries={"lib.py": "import signal\nsignal.signal(signal.SIGUSR1, lambda *_: print('signal'))\n"},
+        libraries={
+            "lib.py": "import signal\nsignal.signal(signal.SIGUSR1, lambda *_: print('signal'))\n"
+        },
     ),
     program(
         "exit-handler",
         "import lib\n" + RETURN,
-        libraries={"lib.py": "import atexit, os\natexit.register(print, 'at exit', os.getcwd() != '/')\n"},
+        libraries={
+            "lib.py": "import atexit, os\natexit.register(print, 'at exit', os.getcwd() != '/')\n"
+        },
         jobs=2,
     ),
     program(
         "event-loop",
         "import asyncio\nimport lib\nasync def main():\n    await asyncio.sleep(0)\n    return 1\ndef task(config):\n    return lib.LOOP.run_until_complete(main())\n",
-        libraries={"lib.py": "import asyncio\nLOOP = asyncio.new_event_loop()\nasyncio.set_event_loop(LOOP)\n"},
+        libraries={
+            "lib.py": "import asyncio\nLOOP = asyncio.new_event_loop()\nasyncio.set_event_loop(LOOP)\n"
+        },
         jobs=2,
     ),
     program(
@@ -586,7 +642,9 @@ MADE_AT_IMPORT = [
     program(
         "tracing",
         "import sys\nimport lib\ndef task(config):\n    sys.setprofile(None)\n    return lib.CALLS > 0\n",
-        libraries={"lib.py": "import sys\nCALLS = 0\ndef profile(*_):\n    global CALLS\n    CALLS += 1\nsys.setprofile(profile)\n"},
+        libraries={
+            "lib.py": "import sys\nCALLS = 0\ndef profile(*_):\n    global CALLS\n    CALLS += 1\nsys.setprofile(profile)\n"
+        },
         jobs=2,
     ),
     program(

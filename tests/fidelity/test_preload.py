@@ -16,7 +16,9 @@ def preloaded(rows: list[object]) -> list[object]:
     found = []
     for row in rows:
         program: Program = row.values[0]
-        names = tuple(dict.fromkeys(name.partition("/")[0].removesuffix(".py") for name in program.libraries))
+        names = tuple(
+            dict.fromkeys(name.partition("/")[0].removesuffix(".py") for name in program.libraries)
+        )
         if names:
             changed = replace(program, preload=names, jobs=max(2, program.jobs))
             found.append(pytest.param(changed, id=program.name))

@@ -572,7 +572,10 @@ SUBPROCESSES = [
         "check",
         "import subprocess\ndef task(config):\n    subprocess.run(['sh', '-c', 'exit 4'], check=True)\n",
     ),
-    program("not-there", "import subprocess\ndef task(config):\n    subprocess.run(['no-such-program'])\n"),
+    program(
+        "not-there",
+        "import subprocess\ndef task(config):\n    subprocess.run(['no-such-program'])\n",
+    ),
     program(
         "sigpipe-of-children",
         "import subprocess\ndef task(config):\n    return subprocess.run('yes | head -1', shell=True, capture_output=True, text=True).stdout\n",
