@@ -201,14 +201,28 @@ class Reply(_Message):
 
 class StartRecord(_Message):
     """`start.<attempt>`: the fence. Whoever creates it decides: a supervisor that the attempt runs,
-    an engine (`fenced`) that it never will."""
+    an engine (`fenced`) that it never will. The records of one supervising process share a file, which
+    holds that of its latest job: `job_id` and `attempt` say which, and are empty in records of old."""
 
-    __slots__ = ("boot", "cgroups", "fenced", "gpus", "pid", "start_ns", "ticks", "v")
+    __slots__ = (
+        "attempt",
+        "boot",
+        "cgroups",
+        "fenced",
+        "gpus",
+        "job_id",
+        "pid",
+        "start_ns",
+        "ticks",
+        "v",
+    )
 
     def __init__(
         self,
         *,
         v: int = 1,
+        job_id: str = "",
+        attempt: int = 0,
         fenced: bool = False,
         pid: int = 0,
         ticks: int = 0,
@@ -218,6 +232,8 @@ class StartRecord(_Message):
         gpus: list[int] | None = None,
     ) -> None:
         self.v = v
+        self.job_id = job_id
+        self.attempt = attempt
         self.fenced = fenced
         self.pid = pid
         self.ticks = ticks
@@ -228,15 +244,19 @@ class StartRecord(_Message):
 
 
 class ExitRecord(_Message):
-    """`exit.<attempt>`: how it ended; `ending` is one of engines.base.Ending, or "lost"."""
+    """In `exit.<attempt>`: how it ended; `ending` is one of engines.base.Ending, or "lost". The file holds
+    this record alone, or is a journal with a line for each of several jobs: `job_id` and `attempt` say
+    which, and are empty in records of old."""
 
     __slots__ = (
+        "attempt",
         "end_ns",
         "ending",
         "exit_code",
         "has_result",
         "hints",
         "measures",
+        "job_id",
         "message",
         "result",
         "start_ns",
@@ -247,6 +267,8 @@ class ExitRecord(_Message):
         self,
         *,
         v: int = 1,
+        job_id: str = "",
+        attempt: int = 0,
         ending: str,
         exit_code: int,
         start_ns: int,
@@ -260,6 +282,8 @@ class ExitRecord(_Message):
         self.v = v
         self.measures = measures or []  # what its task counted and measured
         self.hints = hints or []  # what the users of its version should know
+        self.job_id = job_id
+        self.attempt = attempt
         self.ending = ending
         self.exit_code = exit_code
         self.start_ns = start_ns

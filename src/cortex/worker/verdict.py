@@ -65,6 +65,8 @@ def _record(
     seen: Supervisor, ending: str, message: str | None, code: int, said: Outcome | None = None
 ) -> ExitRecord:
     return ExitRecord(
+        job_id=seen.order.job_id,
+        attempt=seen.order.attempt,
         ending=ending,
         exit_code=code,
         start_ns=seen.start_ns,

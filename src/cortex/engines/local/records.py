@@ -1,5 +1,5 @@
-"""A job's folder as the local engine sees it: `<root>/<job_id>/` with job.json, log, files/, start.N
-and exit.N. The job can write there: what its records say is looked at before it is believed, and where
+"""A job's folder as the local engine sees it: `<root>/<job_id>/` with log, start.N and exit.N, and while the job
+runs job.json and files/ (`worker.reuse`). The job can write there: what its records say is looked at before it is believed, and where
 that cannot be, processes are asked for what runs (`remains`).
 Blocking and short; called by the engine, in threads where a disk is waited for.
 """
@@ -69,7 +69,7 @@ def started_gpus(folder: Path, attempt: int) -> list[int]:
     try:
         with _opened(folder, must_exist=True) as fd:
             assert fd is not None
-            start = _start(fd, attempt)
+            start = _start(fd, folder.name, attempt)
     except OSError:
         return []
     return [] if start is None else start.gpus
@@ -89,13 +89,17 @@ def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Foun
     with _opened(folder, must_exist=not rebooted) as fd:
         if fd is None:
             return Gone(None, None, rebooted=True)
-        start, over = _start(fd, attempt.number), _exit(fd, attempt.number)
+        start, over = (
+            _start(fd, folder.name, attempt.number),
+            _exit(fd, folder.name, attempt.number),
+        )
         # The end is asked for first: its supervisor may be there still, with another job.
         if rebooted or over is not None:
             return Gone(over, start, rebooted=rebooted)
         if start is None:
-            files.create(fd, f"start.{attempt.number}", StartRecord(fenced=True).dumps())
-            start = _start(fd, attempt.number)
+            fence = StartRecord(job_id=folder.name, attempt=attempt.number, fenced=True)
+            files.create(fd, f"start.{attempt.number}", fence.dumps())
+            start = _start(fd, folder.name, attempt.number)
         if start is None or start.fenced:
             if not (_is_laid_out(fd) and remains.has_begun(folder, attempt.number)):
                 return Fenced()
@@ -104,7 +108,7 @@ def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Foun
         if alive is not None:
             return alive
         start.cgroups += remains.control_groups(folder, attempt.number)
-        return Gone(_exit(fd, attempt.number), start, rebooted=False)
+        return Gone(_exit(fd, folder.name, attempt.number), start, rebooted=False)
 
 
 def ended(folder: Path, attempt: int) -> Gone:
@@ -116,8 +120,10 @@ def ended(folder: Path, attempt: int) -> Gone:
     # Both are read through one open folder: it may be moved away, or back, in between.
     with _opened(folder, must_exist=True) as fd:
         assert fd is not None
-        over = _exit(fd, attempt)
-        return Gone(over, None if over is None else _start(fd, attempt), rebooted=False)
+        over = _exit(fd, folder.name, attempt)
+        return Gone(
+            over, None if over is None else _start(fd, folder.name, attempt), rebooted=False
+        )
 
 
 def supervised(folder: Path, attempt: int) -> bool:
@@ -125,8 +131,8 @@ def supervised(folder: Path, attempt: int) -> bool:
     try:
         with _opened(folder, must_exist=True) as fd:
             assert fd is not None
-            start = _start(fd, attempt)
-            over = _exit(fd, attempt) is not None
+            start = _start(fd, folder.name, attempt)
+            over = _exit(fd, folder.name, attempt) is not None
     except OSError:
         return False
     if start is None or over:
@@ -192,10 +198,12 @@ def _is_laid_out(folder: int) -> bool:
     return any(not name.startswith("start.") for name in os.listdir(folder))
 
 
-def _start(folder: int, attempt: int) -> StartRecord | None:
-    """Who began an attempt; nobody where there is no record, and nobody known where it is spoilt. It got its
-    name with all of its content: what is not so was spoilt by the job, or a loss of power."""
-    data = _read(folder, f"start.{attempt}")
+def _start(folder: int, job_id: str, attempt: int) -> StartRecord | None:
+    """Who began an attempt: None where there is no record, an empty one where that cannot be told. A record got
+    its name with all of its content. What is not whole was spoilt by the job or a loss of power; what names
+    another job is the record of a later one, and then this one has an exit record."""
+    name = f"start.{attempt}"
+    data = _read(folder, name)
     if data is None:
         return None
     try:
@@ -208,12 +216,25 @@ def _start(folder: int, attempt: int) -> StartRecord | None:
         and _are_within(1 << 31, record.pid, *record.gpus)
         and _are_within(1 << 63, record.ticks, record.start_ns)
         and all(isinstance(group, str) for group in record.cgroups)
+        and _is_of(record, job_id, attempt, folder, name)
     )
     return record if is_sound else StartRecord()
 
 
-def _exit(folder: int, attempt: int) -> ExitRecord | None:
-    data = _read(folder, f"exit.{attempt}")
+def _exit(folder: int, job_id: str, attempt: int) -> ExitRecord | None:
+    """How an attempt ended. Each record of a journal is a line; a record with a file of its own has no newline.
+    The first record of the attempt counts: what follows is of a later job, and may be spoilt by it."""
+    name = f"exit.{attempt}"
+    *lines, last = (_read(folder, name) or b"").split(b"\n")
+    own = job_id.encode()
+    for data in (*(line for line in lines if own in line), last):
+        record = _exit_of(data)
+        if record is not None and _is_of(record, job_id, attempt, folder, name):
+            return record
+    return None
+
+
+def _exit_of(data: bytes) -> ExitRecord | None:
     try:
         record = ExitRecord.loads(data) if data else None
     except (ValueError, TypeError, RecursionError):
@@ -227,6 +248,19 @@ def _exit(folder: int, attempt: int) -> ExitRecord | None:
         and isinstance(record.message, str | None)
     )
     return record if is_sound else None
+
+
+def _is_of(
+    record: StartRecord | ExitRecord, job_id: str, attempt: int, folder: int, name: str
+) -> bool:
+    """Whether a record is that of an attempt, in whose folder it has this name. A record of old names no job and
+    has a file of its own; in a file of several jobs each of these may have written it."""
+    if record.job_id != "":
+        return (record.job_id, record.attempt) == (job_id, attempt)
+    try:
+        return os.stat(name, dir_fd=folder, follow_symlinks=False).st_nlink == 1
+    except FileNotFoundError:
+        return False
 
 
 def _read(folder: int, name: str) -> bytes | None:
