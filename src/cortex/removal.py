@@ -18,6 +18,10 @@ log = structlog.get_logger()
 def remove(folder: Path) -> None:
     """Remove a folder and all that is in it, if it is there; what withstands is logged and left. Nothing
     above it is touched."""
+    with suppress(OSError):
+        # A supervising process may move a job's `files` on to its next job at any moment. Under another
+        # name it cannot: what is found in there to be removed is none of that job's.
+        (folder / "files").rename(folder / ".files")
     shutil.rmtree(folder, ignore_errors=True)
     if folder.is_dir():
         _open_up(folder)

@@ -8,7 +8,7 @@ import contextlib
 import os
 import select
 
-from cortex.worker import child, files, processes, task, wire
+from cortex.worker import child, files, processes, reuse, task, wire
 from cortex.worker.messages import Order
 
 TYPE_CHECKING = False
@@ -28,6 +28,7 @@ class Bench:
         "_said",
         "boot",
         "found",
+        "reuse",
         "setup",
         "signals",
         "slot",
@@ -51,6 +52,7 @@ class Bench:
         self.slot = slot
         self.found = found
         self.worker: child.Worker | None = None  # of the next job
+        self.reuse = reuse.Reuse()
         self._last: tuple[int, str] | None = None
         self.woken = _poller(signals.wake, select.POLLIN)  # a supervisor waits by it
         self._said = _poller(sock.fileno(), select.POLLIN)
@@ -64,7 +66,13 @@ class Bench:
     def files(self) -> tuple[int, ...]:
         """File descriptors that are this process's alone."""
         last = () if self._last is None else self._last[:1]
-        return self.signals.wake, self.signals.wake_write, self.sock.fileno(), *last
+        own = self.signals.wake, self.signals.wake_write, self.sock.fileno()
+        return *own, *last, *self.reuse.open_files
+
+    @property
+    def last_folder(self) -> int | None:
+        """The folder of the last job, which has no process left."""
+        return None if self._last is None else self._last[0]
 
     def is_heard(self) -> bool:
         """Whether there is an engine at the other end."""

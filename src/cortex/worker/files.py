@@ -24,7 +24,7 @@ def open_folder(path: str) -> int:
 def create(folder: int, name: str, data: bytes) -> bool:
     """Create a file with this content; False if there is one already. O_EXCL alone would let a
     reader see half of it."""
-    temporary = _write(folder, name, data)
+    temporary = write(folder, name, data)
     try:
         os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
     except FileExistsError:
@@ -36,8 +36,7 @@ def create(folder: int, name: str, data: bytes) -> bool:
 
 def replace(folder: int, name: str, data: bytes) -> None:
     """Write a file anew, so that it is whole even after a loss of power."""
-    temporary = _write(folder, name, data, sync=True)
-    os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    rename(folder, write(folder, name, data, sync=True), name)
 
 
 def sync(folder: int, name: str) -> None:
@@ -49,24 +48,40 @@ def sync(folder: int, name: str) -> None:
         os.close(fd)
 
 
-def make(folder: int, name: str, data: bytes) -> None:
-    """Write a file that nobody reads yet; a loss of power may take it. What somebody has put in its
-    place is not followed, but replaced."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    try:
-        fd = os.open(name, flags, 0o644, dir_fd=folder)
-    except FileExistsError:
-        put(folder, name, data)
-        return
-    try:
-        _fill(fd, data)
-    finally:
-        os.close(fd)
-
-
 def put(folder: int, name: str, data: bytes) -> None:
     """Write a file anew, whole for every reader; a loss of power may take it."""
-    os.replace(_write(folder, name, data), name, src_dir_fd=folder, dst_dir_fd=folder)
+    rename(folder, write(folder, name, data), name)
+
+
+def write(folder: int, name: str, data: bytes, *, sync: bool = False) -> str:
+    """Write a new file that is about to get this name; its temporary name."""
+    made = temporary(name)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    fd = os.open(made, flags, 0o644, dir_fd=folder)
+    try:
+        fill(fd, data)
+        if sync:
+            os.fsync(fd)
+    except BaseException:
+        os.unlink(made, dir_fd=folder)
+        raise
+    finally:
+        os.close(fd)
+    return made
+
+
+def temporary(name: str) -> str:
+    """A name for a file that is about to get this one."""
+    return f".{name}.{os.getpid()}.{time.monotonic_ns()}"
+
+
+def rename(folder: int, temporary: str, name: str) -> None:
+    """Give a file its name, in place of what has it. A file that cannot get it is removed."""
+    try:
+        os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except OSError:
+        os.unlink(temporary, dir_fd=folder)
+        raise
 
 
 def read(folder: int, name: str) -> bytes | None:
@@ -108,22 +123,7 @@ def is_regular(fd: int) -> bool:
     return stat.S_ISREG(os.fstat(fd).st_mode)
 
 
-def _write(folder: int, name: str, data: bytes, *, sync: bool = False) -> str:
-    temporary = f".{name}.{os.getpid()}.{time.monotonic_ns()}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    fd = os.open(temporary, flags, 0o644, dir_fd=folder)
-    try:
-        _fill(fd, data)
-        if sync:
-            os.fsync(fd)
-    except BaseException:
-        os.unlink(temporary, dir_fd=folder)
-        raise
-    finally:
-        os.close(fd)
-    return temporary
-
-
-def _fill(fd: int, data: bytes) -> None:
+def fill(fd: int, data: bytes) -> None:
+    """Write all of it."""
     while data:
         data = data[os.write(fd, data) :]

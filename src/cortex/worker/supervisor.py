@@ -65,7 +65,8 @@ class Supervisor:
         try:
             if failed is not None:
                 raise failed
-            if not files.create(self.folder, f"start.{self.order.attempt}", self._start_record()):
+            name = f"start.{self.order.attempt}"
+            if not self.bench.reuse.create_start(self.folder, name, self._start_record()):
                 return False
         except OSError as error:
             # No code has run, and none is going to: nobody else has this order.
@@ -83,7 +84,8 @@ class Supervisor:
         self.groups.remove()
         self.log.look()
         data = record.dumps()
-        is_written = self._write(data)
+        is_last = self.alone and record.ending != LOST
+        is_written = self._write(data, is_last=is_last)
         if not is_written and len(data) > MOST_RECORD:
             record.result, record.has_result = None, False
             record.message = "the return value was lost with the folder of the job"
@@ -104,11 +106,8 @@ class Supervisor:
     def _laid_out(self) -> OSError | None:
         """Make all that a job finds and writes; what went wrong with that."""
         try:
-            try:
-                os.mkdir("files", dir_fd=self.folder)
-            except FileExistsError:
-                pass
-            files.make(self.folder, "job.json", encode(self.order.job).encode())
+            job = encode(self.order.job).encode()
+            self.bench.reuse.lay_out(self.folder, self.bench.last_folder, job)
             log = logfile.open_to_write(self.folder)
             self.job = child.Job(self.order, log, child.outcome_file())
         except OSError as error:
@@ -242,13 +241,21 @@ class Supervisor:
     def _exit_name(self) -> str:
         return f"exit.{self.order.attempt}"
 
-    def _write(self, data: bytes) -> bool:
+    def _write(self, data: bytes, *, is_last: bool) -> bool:
+        """
+        Args:
+            is_last: whether no code of the job is going to run in its folder any more.
+        """
         pause_s = 0.1
         while True:
             try:
                 # What an engine has read is as safe as its store; without one there is but this.
-                write = files.put if self.bench.is_heard() else files.replace
-                write(self.folder, self._exit_name, data)
+                if not self.bench.is_heard():
+                    files.replace(self.folder, self._exit_name, data)
+                elif is_last:
+                    self.bench.reuse.put_exit(self.folder, self._exit_name, data)
+                else:
+                    files.put(self.folder, self._exit_name, data)
             except (FileNotFoundError, IsADirectoryError, PermissionError):
                 return False  # the job spoilt its folder, or that was deleted: time heals neither
             except OSError:  # a full disk, most likely; the record is worth waiting for
@@ -322,6 +329,8 @@ class Supervisor:
 
     def _start_record(self) -> bytes:
         return StartRecord(
+            job_id=self.order.job_id,
+            attempt=self.order.attempt,
             pid=os.getpid(),
             ticks=self.bench.ticks,
             boot=self.bench.boot,
