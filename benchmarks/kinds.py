@@ -50,13 +50,17 @@ KINDS = {
     "stored-status": Kind("Statuses of stored jobs at 16 connections", "/s", more_is_better=True),
     "stored-status-p99": Kind("Status of a stored job at 16 connections, p99", "ms"),
     "stored-start-up": Kind("Start of an operator with stored jobs", "s"),
+    "aged-end-to-end": Kind("No-op jobs where files were just removed", "/s", more_is_better=True),
+    "aged-first-line": Kind("Submit to first line where files were just removed, p50", "ms"),
     "forks": Kind("Fork and exit", "/s", more_is_better=True),
 }
 IDLE = [name for name in KINDS if name.startswith("idle-")]
+AGED = [name for name in KINDS if name.startswith("aged-")]
 STORED = [name for name in KINDS if name.startswith("stored-")]
 
 PICTURES: dict[str, tuple[str, list[str]]] = {
     "end-to-end": ("Throughput", ["end-to-end"]),
+    "aged": ("On an aged folder", AGED),
     "submit": ("Submits", ["submit"]),
     "first-line": ("First line", ["first-line-p50", "first-line-p99"]),
     "stop": ("Stop", ["stop"]),

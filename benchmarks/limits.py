@@ -1,11 +1,13 @@
 """What the machine gives at most: the bare work that no job, request or commit can do without.
 
 What is written stays until all has been measured: a file system that has just removed files may be slow to
-make new ones (ext4 without a journal: ten times, for up to six minutes), which would be others' time.
+make new ones (ext4 without a journal: ten times, for up to six minutes), which would be others' time. What is
+measured on an aged folder is measured last.
 """
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -71,6 +73,17 @@ def supervised_fork(folder: Path, number: int, processes: int = 1) -> float:
         own.mkdir()
         commands.append([*_command(_SUPERVISED, number, processes), str(own)])
     return _together(commands, number)
+
+
+def age(folder: Path, number: int) -> None:
+    """Make as many files as this, a folder for every six of them, and remove them all, as retention does."""
+    removed = folder / "removed"
+    for n in range(number // 6):
+        below = removed / str(n)
+        below.mkdir(parents=True)
+        for name in "abcdef":
+            (below / name).touch()
+    shutil.rmtree(removed)
 
 
 def interpreter(number: int = 20) -> float:

@@ -73,9 +73,9 @@ class Bench:
         folder.mkdir()
         return folder
 
-    def ours(self, *names: str) -> Cortex:
-        """An operator with these APIs."""
-        return self._stack.enter_context(operator(self.folder("ours"), names))
+    def ours(self, *names: str, folder: Path | None = None) -> Cortex:
+        """An operator with these APIs, in this folder or a new one."""
+        return self._stack.enter_context(operator(folder or self.folder("ours"), names))
 
     def echo(self) -> limits.Echo:
         return self._stack.enter_context(limits.echo(self.folder("echo")))
@@ -246,6 +246,36 @@ def bare(bench: Bench) -> None:
     )
 
 
+def aged(bench: Bench) -> None:
+    """How many jobs a second are done, and how soon they begin, where files were removed up to the moment
+    before: by ours, and by a supervised fork that writes its record there."""
+    folder, jobs = bench.folder("aged"), bench.options.jobs
+    limits.age(folder, 6 * jobs)
+    ours = bench.ours("noop", folder=folder / "ours")
+
+    def of_ours() -> dict[str, float]:
+        limits.age(folder, 6 * jobs)
+        rate = measures.end_to_end(ours, jobs)
+        limits.age(folder, 6 * jobs)
+        lines = measures.first_lines(ours, max(10, jobs // 10))
+        return {"end-to-end": rate, "first-line": statistics.median(lines)}
+
+    def of_forks(name: str, processes: int) -> dict[str, float]:
+        limits.age(folder, 6 * jobs)
+        records = folder / f"{name}-{len(list(folder.iterdir()))}"
+        records.mkdir()
+        return {"end-to-end": limits.supervised_fork(records, jobs, processes)}
+
+    bench.measure(
+        "aged",
+        {
+            OURS: of_ours,
+            ALL_CORES: lambda: of_forks("all", CORES),
+            ONE_CORE: lambda: of_forks("one", 1),
+        },
+    )
+
+
 MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "submit": submit,
     "end-to-end": end_to_end,
@@ -256,6 +286,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "stored-jobs": stored_jobs,
     "stored-status": stored_status,
     "limits": bare,
+    "aged": aged,
 }
 
 

@@ -21,7 +21,7 @@ RUN = ROOT / "benchmarks" / "run.py"
 def test_it_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
     out, mark = tmp_path / "results.json", tmp_path / "tmp"
     mark.mkdir()
-    names = "submit,end-to-end,crowd,stored-status"
+    names = "submit,end-to-end,crowd,stored-status,aged"
     done = subprocess.run(
         [sys.executable, RUN, "--quick", "--only", names, "--out", out],
         env={"PATH": "/usr/bin:/bin", "TMPDIR": str(mark)},
@@ -34,6 +34,8 @@ def test_it_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
     figures = json.loads(out.read_text())["figures"]
     for name in ("submit", "end-to-end", "crowd-starts", "crowd-stops", "crowd-memory"):
         assert all(value > 0 for value in figures[name]["subjects"]["ours"]), figures[name]
+    assert all(value > 0 for value in figures["aged-first-line"]["subjects"]["ours"])
+    assert len(figures["aged-end-to-end"]["subjects"]) == 3
     assert len(figures["stored-status"]["subjects"]) == 2
     assert "submits/s, of the echo endpoint's" in done.stdout
     until(lambda: not processes_with(str(mark)), "all processes gone")
