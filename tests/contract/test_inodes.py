@@ -1,0 +1,28 @@
+"""What a job costs the disk of its operator: each new inode costs a millisecond where files were removed lately."""
+
+from __future__ import annotations
+
+import os
+
+from support import Operator, probe_yaml
+
+
+def test_a_job_makes_two_inodes_in_the_data_folder_all_in_all(shared: Operator) -> None:
+    endpoint = shared.deployed(
+        probe_yaml("frugal"), {"probe.py": "def task(config):\n    print('a line')\n    return 1\n"}
+    )
+    ended = [shared.run(endpoint)]
+    before = inodes(shared)
+    for _ in range(10):
+        ended.append(shared.run(endpoint))
+    assert {job["status"] for job in ended} == {"status_succeeded"}
+    # The first job of a supervising process makes some more, and a later job may be that.
+    assert len(inodes(shared) - before) < 3 * 10
+
+
+def inodes(operator: Operator) -> set[int]:
+    return {
+        os.lstat(os.path.join(folder, name)).st_ino
+        for folder, folders, files in os.walk(operator.data_dir)
+        for name in (*folders, *files)
+    }
