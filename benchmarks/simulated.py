@@ -64,7 +64,9 @@ class SimulatedEngine:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities("simulated", self._nodes.total, "none", builds_environments=True)
+        return Capabilities(
+            "simulated", self._nodes.total, "none", "none", builds_environments=True
+        )
 
     async def open(self, report: Report) -> None:
         self._report = report

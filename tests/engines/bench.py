@@ -15,7 +15,7 @@ import venv
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cortex.engines.base import (
     Attempt,
@@ -57,11 +57,14 @@ class Bench:
     """A project folder, a data root, and what an engine on them has reported: the local engine, and
     what the other engines' benches are made from."""
 
-    def __init__(self, folder: Path, memory_limit: str | None) -> None:
+    def __init__(
+        self, folder: Path, memory_limit: str | None = None, own_folder: str | None = None
+    ) -> None:
         self.root = folder / "jobs"
         self.project = folder / "project"
         self.project.mkdir()
         self.memory_limit = memory_limit
+        self.own_folder = own_folder
         self.grace_s = 5.0
         self.moments = [0, 0.01, 0.03, 0.05, 0.08]
         """Seconds from "not even an interpreter" to "long running"."""
@@ -88,11 +91,13 @@ class Bench:
 
     def made(self) -> Engine:
         """An engine, not open yet, as an operator on this bench's data root has it."""
-        return LocalEngine(self.root, None, self.grace_s, self.memory_limit)
+        _, arguments = self.maker()
+        return LocalEngine(*arguments)
 
-    def maker(self) -> tuple[str, tuple[object, ...]]:
+    def maker(self) -> tuple[str, tuple[Any, ...]]:
         """The class of `made` and its arguments, for another process."""
-        return "local", (self.root, None, self.grace_s, self.memory_limit)
+        ways = self.memory_limit, None, self.own_folder
+        return "local", (self.root, None, self.grace_s, *ways)
 
     @contextlib.asynccontextmanager
     async def engine(self) -> AsyncIterator[Engine]:
@@ -106,7 +111,11 @@ class Bench:
     def write(self, code: str, name: str = "task.py") -> None:
         path = self.project / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(textwrap.dedent(code))
+        text = textwrap.dedent(code)
+        if path.exists() and path.read_text() == text:
+            return
+        path.write_text(text)
+        os.utime(self.project)  # as a deploy does
 
     def bare_environment(self, modules: Mapping[str, str]) -> None:
         """An environment that holds these modules and nothing else."""
@@ -222,6 +231,10 @@ class Bench:
     def files(self, attempt: Attempt) -> Path:
         """The project's folder, where the worker runs."""
         return self.project
+
+    def kept(self, attempt: Attempt) -> Path:
+        """What the job has made or changed in its current folder, once it has ended."""
+        return self.folder(attempt) / "own"
 
     def killed_operator(self, attempt: Attempt, moment: str) -> Attempt:
         """An operator starts the attempt and is killed; the attempt as the store holds it then."""

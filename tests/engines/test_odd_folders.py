@@ -65,18 +65,20 @@ PLANT = """
             print("again")
             return
         os.unlink(log)
+        theirs = config["folder"]
         {plant}
-        open("planted", "w").close()
+        open(theirs + "/planted", "w").close()
         time.sleep(300)
 """
-PLANTS = ["os.symlink(os.getcwd() + '/elsewhere', log)", "os.mkfifo(log)"]
+PLANTS = ["os.symlink(theirs + '/elsewhere', log)", "os.mkfifo(log)"]
 
 
 @pytest.mark.parametrize("plant", PLANTS)
 def test_what_was_put_in_a_logs_place_is_not_written_to(bench: Bench, plant: str) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        attempt = bench.attempt(PLANT.format(plant=plant))
-        elsewhere, planted = bench.project / "elsewhere", bench.project / "planted"
+        theirs = bench.root.parent
+        attempt = bench.attempt(PLANT.format(plant=plant), config={"folder": str(theirs)})
+        elsewhere, planted = theirs / "elsewhere", theirs / "planted"
         elsewhere.write_text("theirs")
         attempt = await bench.begin(engine, attempt)
         await until(planted.exists)
@@ -94,21 +96,24 @@ def test_what_was_put_in_a_logs_place_is_not_written_to(bench: Bench, plant: str
 
 def test_a_file_that_a_log_links_to_is_not_cut(bench: Bench) -> None:
     async def scenario(engine: LocalEngine) -> None:
+        large = bench.root.parent / "large"
         attempt = bench.attempt(
             """
             import os
             def task(config):
+                large = config["file"]
                 log = os.path.dirname(os.environ["CORTEX_JOB_DIR"]) + "/log"
-                with open("large", "w") as file:
+                with open(large, "w") as file:
                     for _ in range(100000):
                         print("line", file=file)
                 os.unlink(log)
-                os.symlink(os.getcwd() + "/large", log)
+                os.symlink(large, log)
             """,
+            config={"file": str(large)},
             log_limit=65536,
         )
         await bench.outcome(engine, attempt)
-        assert (bench.project / "large").read_text() == "line\n" * 100000
+        assert large.read_text() == "line\n" * 100000
 
     bench.run(scenario)
 

@@ -43,7 +43,7 @@ def test_a_task_that_closes_all_its_files_ends_as_it_ends(
         """)
         assert await told(bench, engine, attempt) == (Ending.EXITED, exit_code, message)
         assert ("has closed the file" in bench.log(attempt)) == (exit_code == 0)
-        assert (bench.files(attempt) / "at-exit").exists()
+        assert (bench.kept(attempt) / "at-exit").exists()
 
     bench.run(scenario)
 
@@ -59,7 +59,7 @@ def test_nothing_is_written_into_a_file_that_has_the_number_of_one_of_ours(bench
         """)
         ended = await bench.outcome(engine, attempt)
         assert (ended.ending, ended.exit_code) == (Ending.EXITED, 0)
-        files = [bench.files(attempt) / f"file{number}" for number in range(8)]
+        files = [bench.kept(attempt) / f"file{number}" for number in range(8)]
         assert [file.read_text() for file in files] == [""] * 8
 
     bench.run(scenario)

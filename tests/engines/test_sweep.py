@@ -12,9 +12,11 @@ from cortex.worker import bench, processes, serving, supervisor
 from cortex.worker.messages import Order, Setup
 
 folder = sys.argv[1]
+project = folder + "/project"
+os.mkdir(project)
 processes.prctl(processes.PR_SET_CHILD_SUBREAPER, 1)
-setup = Setup(package="", import_dir="", open_files=64, project=folder, python_path=None, path=None,
-              command=["true"], env={}, preload=[])
+setup = Setup(package="", import_dir="", open_files=64, own_folder="copy", own_root=folder, project=project, python_path=None,
+              path=None, command=["true"], env={}, preload=[])
 order = Order(job_id="job", attempt=1, folder=folder, grace_s=1, timeout=None, deadline=None,
               log_limit=1 << 20, mem=None, memory_kind=None, memory_dir=None, kill_dir=None, gpus=[], job={},
               visible_gpus=None)

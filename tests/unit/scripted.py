@@ -60,7 +60,7 @@ class ScriptedEngine:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities("scripted", Capacity(self.room, 0, 0), "none")
+        return Capabilities("scripted", Capacity(self.room, 0, 0), "none", "none")
 
     async def open(self, report: Report) -> None:
         self._report = report

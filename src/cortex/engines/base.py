@@ -184,6 +184,8 @@ class Capabilities:
     total: Capacity
     memory_limit: str
     """How `compute.mem` is enforced: "cgroup v2", "cgroup v1" or "watchdog"."""
+    own_folder: str
+    """How each job has the project to itself: "overlay" or "copy"."""
     builds_environments: bool = False
     """Whether it builds the environments of versions, on the machines where workers run."""
 

@@ -80,6 +80,7 @@ class Agent:
             root=self._slot.identity,
             local_handle=records.handle(),
             memory_limit=self._engine.capabilities.memory_limit,
+            own_folder=self._engine.capabilities.own_folder,
             seq=self._seen.end,
         )
 

@@ -57,6 +57,7 @@ async def info(request: Request) -> Response:
             "engine": can.name,
             "capacity": _amounts(can.total),
             "memory_limit": can.memory_limit,
+            "own_folder": can.own_folder,
         }
     )
 

@@ -91,6 +91,7 @@ class Projects:
                     "a project was changed after its deploy", project=identity, mended=mended
                 )
                 os.sync()
+                away.touch(self.folder(identity))  # jobs that begin from now on see what was mended
         else:
             # Of thousands of small files that is cheaper at one stroke than one by one.
             os.sync()

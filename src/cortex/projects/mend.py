@@ -1,5 +1,5 @@
-"""A project that is deployed again, and is there: jobs may have spoilt it, which share it and run in it. Called
-by `kept`.
+"""A project that is deployed again, and is there: a job that went to it by its path may have spoilt it, or an earlier
+version of Cortex have let jobs run in it. Called by `kept`.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import select
 
 from cortex.worker import child, files, processes, reuse, task, wire
 from cortex.worker.messages import Order
+from cortex.worker.workspace import Workspace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Bench:
         "ticks",
         "woken",
         "worker",
+        "workspace",
     )
 
     def __init__(
@@ -47,6 +49,7 @@ class Bench:
         found: task.Found | None = None,
     ) -> None:
         self.setup = setup
+        self.workspace = Workspace(setup)
         self.signals = signals
         self.sock = sock
         self.slot = slot
@@ -67,7 +70,7 @@ class Bench:
         """File descriptors that are this process's alone."""
         last = () if self._last is None else self._last[:1]
         own = self.signals.wake, self.signals.wake_write, self.sock.fileno()
-        return *own, *last, *self.reuse.open_files
+        return *own, *self.workspace.files, *last, *self.reuse.open_files
 
     @property
     def last_folder(self) -> int | None:
@@ -91,9 +94,33 @@ class Bench:
 
     def get_ready(self) -> None:
         """Fork the next job's process ahead, unless it is there."""
-        if self.worker is None:
+        if self.prepare_early() and self.worker is None:
             self.look()
             self.worker = child.Worker(self)
+
+    def prepare(self) -> None:
+        """Let the next job find its folder.
+
+        Raises:
+            OSError: it cannot be made now.
+        """
+        try:
+            is_another = self.workspace.prepare()
+        except OSError as error:
+            where = "" if error.filename is None else f" ({error.filename})"
+            words = f"the job's own copy of its project cannot be made: {error.strerror}{where}"
+            raise OSError(error.errno, words) from error
+        if is_another:
+            self.dismiss()  # it has gone into the one before
+            self.setup = self.workspace.setup
+
+    def prepare_early(self) -> bool:
+        """The same where no job waits for it: what fails is told to the one that comes."""
+        try:
+            self.prepare()
+        except OSError:
+            return False
+        return True
 
     def dismiss(self) -> None:
         """The process that waits is not needed."""
@@ -128,6 +155,7 @@ class Bench:
     def close(self) -> None:
         """There are no more jobs."""
         self.dismiss()
+        self.workspace.close()
         if self._last is not None:
             with contextlib.suppress(OSError):
                 files.sync(*self._last)

@@ -14,7 +14,7 @@ import resource
 import select
 import sys
 
-from cortex.worker import bare, messages, orphans, preload, serving, task
+from cortex.worker import bare, messages, orphans, preload, serving, task, workspace
 from cortex.worker.bare import signal, socket
 
 NOT_FORKABLE = 3
@@ -51,6 +51,7 @@ def serve(data: bytes, fd: int, startup: frozenset[str]) -> None:
     gc.collect()
     gc.freeze()  # a collection in a job would copy the pages of all that is shared
     wake = _wake_on_children()
+    workspace.compile_ahead(setup.project)
     children = orphans.Children()
     sock.send(messages.Reply().dumps())
     poller = select.poll()

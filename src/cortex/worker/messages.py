@@ -54,6 +54,8 @@ class Setup(_Message):
         "env",
         "import_dir",
         "open_files",
+        "own_folder",
+        "own_root",
         "package",
         "path",
         "preload",
@@ -68,6 +70,8 @@ class Setup(_Message):
         package: str,
         import_dir: str,
         open_files: int,
+        own_folder: str,
+        own_root: str,
         project: str,
         python_path: str | None,
         path: str | None,
@@ -79,6 +83,8 @@ class Setup(_Message):
         self.package = package
         self.import_dir = import_dir  # a folder with nothing but a link to the package
         self.open_files = open_files  # how many a job may have at once
+        self.own_folder = own_folder  # "overlay" or "copy": how a job's own folder is made
+        self.own_root = own_root  # where these folders lie
         self.project = project
         self.python_path = python_path
         self.path = path

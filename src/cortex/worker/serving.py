@@ -45,6 +45,7 @@ def serve(setup: Setup, sock: socket.socket, slot: int, found: task.Found | None
         signals = Signals(for_python=setup.command is None)
         processes.close_all_but({0, 1, 2, signals.wake, signals.wake_write, sock.fileno()})
         bench = Bench(setup, signals, sock, slot, found)
+        bench.prepare_early()
         while (order := _next(bench)) is not None:
             watch = supervisor.Supervisor(bench, order)
             if not watch.run():

@@ -7,6 +7,7 @@ job", leaves no process behind, writes the exit record, and tells the engine of 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 
@@ -82,6 +83,7 @@ class Supervisor:
         else:
             record = verdict.judge(self, ending)
         self.groups.remove()
+        self._keep_changes()
         self.log.look()
         data = record.dumps()
         is_last = self.alone and record.ending != LOST
@@ -101,11 +103,16 @@ class Supervisor:
             os.close(fd)
         self.bench.dismiss()  # it would be there still if the job never began
         is_alone = self._reap()
-        return is_alone and not self.bench.signals.stop and record.ending != LOST
+        is_fit = is_alone and not self.bench.signals.stop and record.ending != LOST
+        if not is_fit or not self.bench.workspace.is_sound():
+            return False
+        self.bench.prepare_early()
+        return True
 
     def _laid_out(self) -> OSError | None:
         """Make all that a job finds and writes; what went wrong with that."""
         try:
+            self.bench.prepare()
             job = encode(self.order.job).encode()
             self.bench.reuse.lay_out(self.folder, self.bench.last_folder, job)
             log = logfile.open_to_write(self.folder)
@@ -113,6 +120,16 @@ class Supervisor:
         except OSError as error:
             return error
         return None
+
+    def _keep_changes(self) -> None:
+        """What the job has changed in its current folder goes into its own."""
+        try:
+            self.bench.workspace.keep(self.folder)
+        except OSError as error:
+            words = f"cortex: not all that the job wrote in its current folder was kept: {error}\n"
+            if self.job is not None:
+                with contextlib.suppress(OSError):
+                    os.write(self.job.log, words.encode("utf-8", "backslashreplace"))
 
     def _files(self) -> list[int]:
         """The open files that are this job's alone, but for its folder."""

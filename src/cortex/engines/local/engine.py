@@ -23,7 +23,7 @@ from cortex.engines.base import (
     Report,
     Version,
 )
-from cortex.engines.local import folders, limits, records
+from cortex.engines.local import folders, limits, records, workspaces
 from cortex.engines.local.attempts import Attempts
 from cortex.engines.local.capacity import Ledger, detect
 from cortex.engines.local.forkservers import ForkServers
@@ -44,7 +44,13 @@ class LocalEngine:
         grace_s: float = 10.0,
         memory_limit: str | None = None,
         account: Account | None = None,
+        own_folder: str | None = None,
     ) -> None:
+        """
+        Args:
+            memory_limit: "watchdog" for no control groups, whatever there is.
+            own_folder: "copy" for no overlay, whatever this machine allows.
+        """
         self._root = root.absolute()
         self._total = total
         self._grace_s = grace_s
@@ -55,12 +61,16 @@ class LocalEngine:
         self._prepared: dict[str, Supervisor] = {}
         self._import_dir = self._root / ".import"
         self._account = account
-        self._servers = ForkServers(self._attempts, self._import_dir, account)
+        self._workspaces = workspaces.root_of(self._root)
+        self._own_folder = own_folder
+        self._servers = ForkServers(self._attempts, self._import_dir, self._workspaces, account)
+        self._sweep: asyncio.Future[None] | None = None
         self._handle = records.handle()
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities("local", self._ledger.total, self._limits.method)
+        own_folder = self._servers.own_folder
+        return Capabilities("local", self._ledger.total, self._limits.method, own_folder)
 
     async def open(self, report: Report) -> None:
         self._attempts.report = report
@@ -73,10 +83,14 @@ class LocalEngine:
                 f"the local engine needs pidfd_open, Linux 5.3 or later: {error}"
             ) from error
         await asyncio.to_thread(self._prepare)
+        # No job waits for it: there may be very many files.
+        self._sweep = asyncio.ensure_future(asyncio.to_thread(workspaces.sweep, self._workspaces))
 
     async def close(self) -> None:
         await self._attempts.close()
         await self._servers.close()
+        if self._sweep is not None:
+            await self._sweep
         await asyncio.to_thread(self._limits.close)
 
     def refusal(self, compute: Compute) -> str | None:
@@ -153,6 +167,10 @@ class LocalEngine:
             self._limits = limits.watchdog(self._root)
         else:
             self._limits = limits.probe(self._root, self._account)
+        workspaces.lay_out(self._workspaces, self._account)
+        self._servers.own_folder = self._own_folder or workspaces.probe(
+            self._workspaces, self._account
+        )
         for group in self._limits.stale():
             job_id, _, number = group.name.removeprefix(self._limits.prefix).rpartition("-")
             alive = number.isdigit() and records.supervised(self._folder(job_id), int(number))

@@ -19,6 +19,7 @@ from cortex.engines.local.crew import Listener
 from cortex.engines.local.forkserver import ForkServer
 from cortex.engines.local.supervisors import Supervisor
 from cortex.worker.messages import Order, Setup
+from cortex.worker.workspace import COPY
 
 log = structlog.get_logger()
 
@@ -30,14 +31,18 @@ OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 class ForkServers:
     """All fork servers of an engine, the most recently used ones last."""
 
-    def __init__(self, listener: Listener, import_dir: Path, account: Account | None) -> None:
+    def __init__(
+        self, listener: Listener, import_dir: Path, workspaces: Path, account: Account | None
+    ) -> None:
+        self.own_folder = COPY
+        """How jobs have their projects to themselves; the engine finds out when it opens."""
         self._listener = listener
         self._account = account
         self._import_dir = import_dir
+        self._workspaces = workspaces
         self._servers: OrderedDict[str, ForkServer] = OrderedDict()
-        self._refused: dict[
-            str, dict[str, str]
-        ] = {}  # by version: why a module is not imported ahead
+        # By version: why a module is not imported ahead.
+        self._refused: dict[str, dict[str, str]] = {}
         self._all: set[ForkServer] = set()
         self._background = Background("a fork server failed")
 
@@ -87,8 +92,7 @@ class ForkServers:
         return server
 
     def _spawn(self, version: Version) -> ForkServer:
-        refused = self._refused.get(version.api.api_id, {})
-        setup = _setup(version, self._import_dir, self._account, refused)
+        setup = self._setup(version, self._refused.get(version.api.api_id, {}))
         server = ForkServer(
             version,
             setup,
@@ -141,23 +145,22 @@ class ForkServers:
         self._all = {each for each in self._all if not each.is_over}
         self._background.run(server.close())
 
-
-def _setup(
-    version: Version, import_dir: Path, account: Account | None, refused: dict[str, str]
-) -> Setup:
-    definition, project = version.api.definition, version.project.absolute()
-    return Setup(
-        package=str(Path(cortex.__file__).parent),
-        import_dir=str(import_dir),
-        open_files=OPEN_FILES,
-        project=str(project),
-        python_path=str(project / definition.python_path) if definition.python_path else None,
-        path=str(project / definition.path) if definition.path else None,
-        command=definition.command,
-        env=environment(version, account),
-        preload=[name for name in definition.preload if name not in refused],
-        refused=refused,
-    )
+    def _setup(self, version: Version, refused: dict[str, str]) -> Setup:
+        definition, project = version.api.definition, version.project.absolute()
+        return Setup(
+            package=str(Path(cortex.__file__).parent),
+            import_dir=str(self._import_dir),
+            open_files=OPEN_FILES,
+            own_folder=self.own_folder,
+            own_root=str(self._workspaces),
+            project=str(project),
+            python_path=str(project / definition.python_path) if definition.python_path else None,
+            path=str(project / definition.path) if definition.path else None,
+            command=definition.command,
+            env=environment(version, self._account),
+            preload=[name for name in definition.preload if name not in refused],
+            refused=refused,
+        )
 
 
 _PASSED_ON = [

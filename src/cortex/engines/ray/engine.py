@@ -9,6 +9,7 @@ each attempt (`attempts`).
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 
 from cortex.engines.base import Attempt, Capabilities, NodeInfo, Report, Version
@@ -44,8 +45,10 @@ class RayEngine:
 
     @property
     def capabilities(self) -> Capabilities:
-        methods = sorted({hello.memory_limit for hello in self._cluster.hellos.values()})
-        return Capabilities("ray", self._nodes.total, ", ".join(methods) or "each node's own", True)
+        hellos = self._cluster.hellos.values()
+        limits = _of_all(hello.memory_limit for hello in hellos)
+        folders = _of_all(hello.own_folder for hello in hellos)
+        return Capabilities("ray", self._nodes.total, limits, folders, builds_environments=True)
 
     async def open(self, report: Report) -> None:
         if importlib.util.find_spec("ray") is None:
@@ -124,3 +127,8 @@ class RayEngine:
             )
             for node in self._nodes.alive.values()
         ]
+
+
+def _of_all(methods: Iterable[str]) -> str:
+    """What the nodes that have said hello do, each way once."""
+    return ", ".join(sorted(set(methods))) or "each node's own"

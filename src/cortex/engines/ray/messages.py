@@ -49,6 +49,7 @@ class Hello:
     """Another when the node's folder, and the records in it, are not those that were there before."""
     local_handle: str
     memory_limit: str
+    own_folder: str
     seq: int
 
 
