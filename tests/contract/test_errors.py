@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from urllib.parse import urlsplit
 
@@ -83,6 +84,7 @@ def test_health_without_a_body(shared: Operator, path: str) -> None:
 def test_info(shared: Operator) -> None:
     info = shared.http.get(f"{shared.url}/-/info").json()
     assert info["engine"] == "local"
+    assert info["own_folder"] == ("overlay" if os.geteuid() == 0 else "copy")
     assert info["capacity"]["cpu"] > 0
 
 

@@ -36,7 +36,8 @@ def task(config):
         "capabilities": [l.split()[1] for l in open("/proc/self/status") if l[:6] == "CapEff"][0],
         "home": os.environ["HOME"],
         "read": attempt(open, data + "/operator.db"),
-        "write": attempt(open, os.path.join(os.getcwd(), "task.py"), "a"),
+        "write": attempt(open, config["deployed"], "a"),
+        "replaced": attempt(lambda: open("probe.py", "a").write("# of this job")),
         "environ": attempt(open, f"/proc/{operator}/environ"),
         "kill": attempt(os.kill, operator, signal.SIGKILL),
         "own": attempt(lambda: open(here + "/mine", "w").write("x")),
@@ -76,7 +77,12 @@ def other() -> Iterator[Operator]:
 
 def snooped(other: Operator) -> Any:
     endpoint = other.deployed(probe_yaml("snoop"), {"probe.py": SNOOP})
-    told = {"data": str(other.data_dir), "operator": other.process.pid}
+    [deployed] = other.data_dir.glob("projects/*/probe.py")
+    told = {
+        "data": str(other.data_dir),
+        "operator": other.process.pid,
+        "deployed": str(deployed),
+    }
     return other.run(endpoint, config=told)["result"]
 
 
@@ -88,6 +94,9 @@ def test_a_job_has_no_rights_and_reaches_nothing_of_the_operators(other: Operato
     for what in ("read", "write", "environ", "kill"):
         assert found[what] == "PermissionError", what
     assert found["own"] == "1"
+    assert found["replaced"] == "13"  # in a copy of the project that is the job's own
+    assert next(other.data_dir.glob("projects/*/probe.py")).read_text() == SNOOP
+    assert other.http.get(f"{other.url}/-/info").json()["own_folder"] == "copy"
     assert found["tmp"] == "0"
     assert len(found["descriptors"]) == 5  # the standard three, its pipe, and that of the listing
 

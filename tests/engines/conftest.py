@@ -27,7 +27,7 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
     else:
         made = _local(request.param, tmp_path)
     yield made
-    _nothing_is_left(made)
+    nothing_is_left(made)
 
 
 @pytest.fixture(params=["local", "local-watchdog"])
@@ -35,7 +35,7 @@ def local_bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Benc
     """For tests of what the local engine alone has."""
     made = _local(request.param, tmp_path)
     yield made
-    _nothing_is_left(made)
+    nothing_is_left(made)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def ray_bench(ray_session: Session, tmp_path: Path) -> Iterator[RayBench]:
     """For tests of what the Ray engine alone has."""
     made = RayBench(tmp_path, ray_session)
     yield made
-    _nothing_is_left(made)
+    nothing_is_left(made)
 
 
 def _local(name: str, folder: Path) -> Bench:
@@ -51,7 +51,7 @@ def _local(name: str, folder: Path) -> Bench:
     return Bench(folder, "watchdog", "copy") if name == "local-watchdog" else Bench(folder)
 
 
-def _nothing_is_left(bench: Bench) -> None:
+def nothing_is_left(bench: Bench) -> None:
     bench.close()
     end = time.monotonic() + LIMIT_S
     while bench.left() and time.monotonic() < end:

@@ -124,21 +124,19 @@ class Copy:
         folders = [""]
         for folder in folders:  # which grows meanwhile
             folders += self._restored(folder)
-        for folder in reversed(
-            folders
-        ):  # one that is closed to its owner is closed when it is full
-            mode = stat.S_IMODE(os.stat(self._source + folder).st_mode)
+        # Last, and what is below first: a folder may be closed to its own owner.
+        for folder in reversed(folders):
+            mode = _mode_of(self._source + folder)
             if mode != stat.S_IMODE(os.stat(self.project + folder).st_mode):
                 os.chmod(self.project + folder, mode)
 
     def _restored(self, folder: str) -> list[str]:
         """Let the files of a folder be what they are in the project; the folders in it."""
         source, target = self._source + folder, self.project + folder
-        try:
+        wanted = {}
+        if _mode_of(source):
             with os.scandir(source) as entries:
                 wanted = {entry.name: entry for entry in entries}
-        except PermissionError:
-            wanted = {}  # a job may not look into it either
         _make_folder(target)
         for name in os.listdir(target):
             if name not in wanted:
@@ -161,6 +159,12 @@ class Copy:
             return False
         wanted = entry.stat(follow_symlinks=False)
         return self._marks.get(path) == _mark(about) and _shown(wanted) == _shown(about)
+
+
+def _mode_of(folder: str) -> int:
+    """The mode of a folder's copy: one that this user may not look into, a job may not look into either."""
+    mode = stat.S_IMODE(os.stat(folder).st_mode)
+    return mode if os.access(folder, os.R_OK | os.X_OK) else 0
 
 
 def _make_folder(path: str) -> None:

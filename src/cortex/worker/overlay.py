@@ -29,10 +29,10 @@ class Overlay:
 
     __slots__ = (
         "_folder",
+        "_is_first",
         "_lower",
         "_made",
         "_mounts",
-        "_number",
         "_options",
         "_poller",
         "_upper",
@@ -46,7 +46,7 @@ class Overlay:
         """
         self.project = project
         self._folder = folder
-        self._number = 0
+        self._is_first = True
         self._upper = -1
         self._made: tuple[int, ...] = ()
         self._options = _OPTIONS
@@ -84,20 +84,23 @@ class Overlay:
     def make(self) -> None:
         """Mount it anew, with nothing changed."""
         self._unmount()
-        self._number += 1
-        place = self._place
-        for path in (place, f"{place}/upper", f"{place}/work"):
-            os.mkdir(path, 0o700)
+        upper, work = self._changes, self._work
+        os.mkdir(upper, 0o700)
+        if (
+            self._is_first
+        ):  # else it is as the last mount left it: each new folder may cost a millisecond
+            os.mkdir(work, 0o700)
+            self._is_first = False
         # Its owner and mode are those that the project's folder is seen with.
         about = os.fstat(self._lower)
-        os.chown(f"{place}/upper", about.st_uid, about.st_gid)
-        os.chmod(f"{place}/upper", stat.S_IMODE(about.st_mode))
-        self._upper = files.open_folder(f"{place}/upper")
-        work = files.open_folder(f"{place}/work")
+        os.chown(upper, about.st_uid, about.st_gid)
+        os.chmod(upper, stat.S_IMODE(about.st_mode))
+        self._upper = files.open_folder(upper)
+        fd = files.open_folder(work)
         try:
-            self._mount(work)
+            self._mount(fd)
         finally:
-            os.close(work)
+            os.close(fd)
         self._poller.poll(0)
         self._made = self._state()
 
@@ -115,9 +118,9 @@ class Overlay:
         Raises:
             OSError: it could not be moved.
         """
-        upper = f"{self._place}/upper"
+        upper = self._changes
         if _drop_marks(upper):
-            trees.clear_kept(folder, f"{self._place}/before")
+            trees.clear_kept(folder, f"{self._folder}/before")
             os.rename(upper, trees.KEPT, dst_dir_fd=folder)
 
     def close(self) -> None:
@@ -126,8 +129,12 @@ class Overlay:
             os.close(fd)
 
     @property
-    def _place(self) -> str:
-        return f"{self._folder}/{self._number}"
+    def _changes(self) -> str:
+        return f"{self._folder}/upper"
+
+    @property
+    def _work(self) -> str:
+        return f"{self._folder}/work"
 
     def _state(self) -> tuple[int, ...]:
         about = os.fstat(self._upper)
@@ -157,7 +164,9 @@ class Overlay:
             _check(libc.umount2(os.fsencode(self.project), _MNT_DETACH), "umount2")
         os.close(self._upper)
         self._upper, self._made = -1, ()
-        trees.remove(self._place)
+        trees.remove(self._changes)
+        # The kernel's mark of `volatile`, which forbids another mount with this folder.
+        trees.remove(f"{self._work}/work/incompat")
 
 
 def _drop_marks(upper: str) -> bool:

@@ -1,0 +1,586 @@
+"""A job has its project to itself: whatever it does in its current folder, no other job sees it, and the project is
+as it was deployed. Both ways of a workspace promise the same."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cortex.account import find
+from cortex.engines.base import Attempt, Lost, NeverStarted
+from cortex.engines.local import LocalEngine, workspaces
+from cortex.errors import StartupError
+from engines.bench import Bench, exists, until
+from engines.conftest import nothing_is_left
+
+IS_ROOT = os.geteuid() == 0
+DEPLOYED = {
+    "task.py": "",
+    "data.csv": "deployed",
+    "model.pkl": "deployed",
+    "sub/deep/file.txt": "deployed",
+    "sub/other.txt": "deployed",
+    "helper.py": "import os\nHERE = os.path.dirname(os.path.abspath(__file__))\n",
+}
+# What a job finds of its project: names, contents, modes and targets of links.
+SEEN = """
+import os, stat
+
+def seen(top="."):
+    found = {}
+    for parent, folders, names in os.walk(top):
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        for name in folders + names:
+            path = os.path.join(parent, name)
+            about = os.lstat(path)
+            if stat.S_ISREG(about.st_mode):
+                with open(path) as file:
+                    content = file.read()
+            else:
+                content = os.readlink(path) if stat.S_ISLNK(about.st_mode) else None
+            found[os.path.relpath(path, top)] = [oct(about.st_mode), content, about.st_mtime_ns]
+            if stat.S_ISDIR(about.st_mode):
+                found[os.path.relpath(path, top)].pop()
+    return found
+"""
+# Each is done by one job. Beside it, what of it is in `own/` afterwards.
+CHANGES = {
+    "a new file": ("open('new.txt', 'w').write('x')", {"new.txt"}),
+    "a file that replaces one": ("open('model.pkl', 'w').write('x')", {"model.pkl"}),
+    "a rename over one": (
+        "open('part', 'w').write('x'); os.replace('part', 'model.pkl')",
+        {"model.pkl"},
+    ),
+    "an append": ("open('data.csv', 'a').write('x')", {"data.csv"}),
+    "a file of the same size and time": (
+        "about = os.stat('data.csv'); open('data.csv', 'w').write('DEPLOYED'); "
+        "os.utime('data.csv', ns=(about.st_atime_ns, about.st_mtime_ns))",
+        {"data.csv"},
+    ),
+    "a file in a sub-folder": (
+        "open('sub/deep/new.txt', 'w').write('x')",
+        {"sub/deep/new.txt"},
+    ),
+    "a file of a sub-folder": (
+        "open('sub/deep/file.txt', 'w').write('x')",
+        {"sub/deep/file.txt"},
+    ),
+    "a file by __file__": (
+        "import helper; open(helper.HERE + '/sub/by.txt', 'w').write('x')",
+        {"sub/by.txt"},
+    ),
+    "a new folder": (
+        "os.makedirs('out/of/it'); open('out/of/it/f', 'w').write('x')",
+        {"out/of/it/f"},
+    ),
+    "a deleted file": ("os.unlink('data.csv')", set()),
+    "a deleted folder": ("shutil.rmtree('sub')", set()),
+    "everything deleted": (
+        "[shutil.rmtree(n) if os.path.isdir(n) else os.unlink(n) for n in os.listdir('.')]",
+        set(),
+    ),
+    "a renamed file": ("os.rename('data.csv', 'sub/data.csv')", {"sub/data.csv"}),
+    "a file that comes and goes": ("open('x', 'w').close(); os.unlink('x')", set()),
+    "two files that change places": (
+        "os.rename('data.csv', 'x'); os.rename('model.pkl', 'data.csv'); os.rename('x', 'model.pkl')",
+        {"data.csv", "model.pkl"},
+    ),
+    "a file in a folder's place": (
+        "shutil.rmtree('sub'); open('sub', 'w').write('x')",
+        {"sub"},
+    ),
+    "a folder in a file's place": (
+        "os.unlink('data.csv'); os.mkdir('data.csv'); open('data.csv/f', 'w').write('x')",
+        {"data.csv/f"},
+    ),
+    "a link in a file's place": (
+        "os.unlink('data.csv'); os.symlink('model.pkl', 'data.csv')",
+        {"data.csv"},
+    ),
+    "a write through a link": ("open('link.txt', 'w').write('x')", {"data.csv"}),
+    "a hard link that is written to": (
+        "os.link('data.csv', os.environ['CORTEX_JOB_DIR'] + '/hard') if config else "
+        "os.link('data.csv', 'hard'); open('hard' if not config else "
+        "os.environ['CORTEX_JOB_DIR'] + '/hard', 'w').write('x')",
+        {"data.csv", "hard"},
+    ),
+    "a mapped file": (
+        "import mmap; f = open('data.csv', 'r+b'); m = mmap.mmap(f.fileno(), 0); m[:4] = b'xxxx'; m.flush()",
+        {"data.csv"},
+    ),
+    "a database": (
+        "import sqlite3; c = sqlite3.connect('jobs.db'); c.execute('create table t (x)'); c.commit(); c.close()",
+        {"jobs.db"},
+    ),
+    "a mode": ("os.chmod('data.csv', 0o777)", {"data.csv"}),
+    "a closed folder": (
+        "open('sub/other.txt', 'w').write('x'); os.chmod('sub', 0)",
+        {"sub/other.txt"},
+    ),
+    "the mode of the folder itself": ("os.chmod('.', 0o500)", set()),
+    "by a command": (
+        "subprocess.run('echo x > sub/s.txt; rm data.csv', shell=True)",
+        {"sub/s.txt"},
+    ),
+    "many files": (
+        "[open(f'f{i}', 'w').close() for i in range(500)]",
+        {f"f{i}" for i in range(500)},
+    ),
+    "a large file": ("open('large', 'wb').truncate(1 << 30)", {"large"}),
+    "odd names": (
+        "open(b'\\xff\\n,:', 'w').close(); os.mkdir('-rf'); open('-rf/x', 'w').close()",
+        {"\udcff\n,:", "-rf/x"},
+    ),
+    "a deep tree": (
+        "here = os.getcwd()\n    for i in range(3000): os.mkdir('d'); os.chdir('d')\n    os.chdir(here)",
+        None,
+    ),
+    "a pipe": ("os.mkfifo('pipe')", {"pipe"}),
+}
+TASK = """
+import os, shutil, subprocess, sys, time
+from seen import seen
+
+def task(config):
+    what = config["what"]
+    before = seen()
+    if what:
+        exec("def change():\\n    config = {}\\n    " + what, globals())
+        change()
+    while "wait" in config and not os.path.exists(config["wait"]):
+        time.sleep(0.01)
+    return [before, os.getcwd(), os.path.dirname(os.path.abspath(__file__))]
+"""
+
+
+def made(folder: Path, own_folder: str | None) -> Bench:
+    bench = Bench(folder, None, own_folder)
+    for name, text in DEPLOYED.items():
+        path = bench.project / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (bench.project / "seen.py").write_text(SEEN)
+    (bench.project / "link.txt").symlink_to("data.csv")
+    (bench.project / "broken").symlink_to("nowhere")
+    (bench.project / "folder").symlink_to("sub")
+    (bench.project / "run.sh").write_text("#!/bin/sh\necho ran\n")
+    (bench.project / "run.sh").chmod(0o755)
+    return bench
+
+
+@pytest.fixture(params=["overlay", "copy"] if IS_ROOT else ["copy"])
+def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
+    bench = made(tmp_path, None if request.param == "overlay" else "copy")
+    yield bench
+    nothing_is_left(bench)
+    assert list(workspaces.root_of(bench.root).glob("*")) == []
+
+
+def job(
+    bench: Bench, what: str = "", like: Attempt | None = None, wait: str | None = None
+) -> Attempt:
+    config = {"what": what} | ({} if wait is None else {"wait": wait})
+    attempt = bench.attempt(TASK, config=config)
+    return attempt if like is None else replace(attempt, version=like.version)
+
+
+def own(bench: Bench, attempt: Attempt) -> set[str]:
+    """The files in a job's `own/`."""
+    top = bench.kept(attempt)
+    return {
+        str(Path(parent, name).relative_to(top))
+        for parent, _, names in os.walk(top)
+        for name in names
+    }
+
+
+def workspaces_of(bench: Bench) -> set[tuple[str, int]]:
+    """All that is below the folder of the workspaces, with inodes."""
+    top = workspaces.root_of(bench.root)
+    return {
+        (name, os.lstat(Path(parent, name)).st_ino)
+        for parent, folders, names in os.walk(top)
+        for name in folders + names
+    }
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_a_job_changes_the_next_one_does_not_see(bench: Bench, what: str) -> None:
+    change, kept = CHANGES[what]
+
+    async def scenario(engine: LocalEngine) -> None:
+        first = job(bench, change)
+        outcome = await bench.outcome(engine, first)
+        assert outcome.exit_code == 0, bench.log(first)
+        before, where, file = outcome.result  # type: ignore[misc]  # it is this module's task
+        assert where == file
+        following = job(bench, like=first)
+        after, again, _ = (await bench.outcome(engine, following)).result  # type: ignore[misc]
+        assert again == where  # in the same supervising process
+        assert after == before
+        # And so does the project itself, for jobs of other supervising processes.
+        assert (bench.project / "data.csv").read_text() == "deployed"
+        assert not (bench.project / "new.txt").exists()
+        if kept is not None:
+            assert own(bench, first) == kept
+        assert not bench.kept(following).exists()
+        assert "cortex:" not in bench.log(first)
+
+    bench.run(scenario)
+
+
+def test_jobs_at_the_same_time_do_not_see_one_another(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        go = bench.root.parent / "go"
+        change = (
+            "open('model.pkl', 'w').write(os.environ['CORTEX_JOB_ID']); os.unlink('sub/other.txt')"
+        )
+        first = job(bench, change, wait=str(go))
+        jobs = [first, *(job(bench, change, like=first, wait=str(go)) for _ in range(3))]
+        for each in jobs:
+            await bench.start(engine, each)
+        for each in jobs:
+            await bench.started(each)
+        go.touch()
+        seen = [(await bench.ended(each)).result for each in jobs]
+        assert all(each[0] == seen[0][0] for each in seen)  # type: ignore[index]
+        assert [(bench.kept(each) / "model.pkl").read_text() for each in jobs] == [
+            each.spec.job_id for each in jobs
+        ]
+
+    bench.run(scenario)
+
+
+def test_a_folder_of_the_project_can_be_renamed_and_is_whole(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        change = (
+            "os.rename('sub', 'moved'); assert open('moved/deep/file.txt').read() == 'deployed'; "
+            "assert not os.path.exists('sub'); open('moved/new.txt', 'w').write('x')"
+        )
+        first = job(bench, change)
+        assert (await bench.outcome(engine, first)).exit_code == 0, bench.log(first)
+        assert "moved/new.txt" in own(bench, first)
+        following = job(bench, "assert os.path.exists('sub/deep/file.txt')", like=first)
+        assert (await bench.outcome(engine, following)).exit_code == 0, bench.log(following)
+        assert (bench.project / "sub/deep/file.txt").exists()
+
+    bench.run(scenario)
+
+
+def test_a_command_has_the_project_to_itself_as_well(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        script = "./run.sh; cat model.pkl; echo mine > model.pkl; cat model.pkl"
+        first = bench.attempt(command=["sh", "-c", script])
+        for attempt in (first, replace(bench.attempt(command=["sh"]), version=first.version)):
+            assert (await bench.outcome(engine, attempt)).exit_code == 0
+            assert bench.log(attempt) == "ran\ndeployedmine\n"
+            assert (bench.kept(attempt) / "model.pkl").read_text() == "mine\n"
+
+    bench.run(scenario)
+
+
+def test_modules_below_python_path_are_the_jobs_own(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        bench.write("import os\nHERE = os.path.dirname(__file__)\n", "src/placed.py")
+        code = """
+            import os, placed, sys
+            def task(config):
+                open(os.path.join(placed.HERE, "state"), "x").write("x")
+                return [os.path.dirname(placed.HERE) == os.getcwd(), sys.path[:2]]
+        """
+        first = bench.attempt(code, python_path="src")
+        for attempt in (first, replace(bench.attempt(code), version=first.version)):
+            is_here, path = (await bench.outcome(engine, attempt)).result  # type: ignore[misc]
+            assert is_here
+            assert path[1] == path[0] + "/src"  # type: ignore[index, operator]
+            assert own(bench, attempt) == {"src/state"}
+
+    bench.run(scenario)
+
+
+def test_a_job_that_changes_nothing_costs_no_file(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        first = bench.attempt("import helper\ndef task(config): return open('data.csv').read()")
+        assert (await bench.outcome(engine, first)).result == "deployed"
+        # Byte code is compiled ahead for all jobs; a job before that compiles for itself.
+        await until(lambda: list(bench.project.glob("__pycache__/helper.*")))
+        code = (bench.project / "task.py").read_text()
+        for _ in range(2):  # the first may find a workspace without the byte code
+            following = replace(bench.attempt(code), version=first.version)
+            await bench.outcome(engine, following)
+        before = workspaces_of(bench)
+        for _ in range(3):
+            following = replace(bench.attempt(code), version=first.version)
+            assert (await bench.outcome(engine, following)).result == "deployed"
+            assert not bench.kept(following).exists()
+            assert workspaces_of(bench) == before
+
+    bench.run(scenario)
+
+
+def test_a_project_that_is_mended_is_seen_by_the_next_job(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        first = job(bench)
+        await bench.outcome(engine, first)
+        bench.write("mended", "sub/other.txt")
+        following = job(bench, "assert open('sub/other.txt').read() == 'mended'", like=first)
+        assert (await bench.outcome(engine, following)).exit_code == 0, bench.log(following)
+
+    bench.run(scenario)
+
+
+def test_an_attempt_begins_with_the_project_as_it_was_deployed(bench: Bench) -> None:
+    """What an earlier attempt has left is of that attempt."""
+
+    async def scenario(engine: LocalEngine) -> None:
+        first = await bench.begin(engine, job(bench, "open('first', 'x').close()"))
+        await bench.ended(first)
+        second = await bench.begin(engine, first, 2)
+        assert (await bench.ended(second)).exit_code == 0
+        assert own(bench, second) == {"first"}
+
+    bench.run(scenario)
+
+
+@pytest.mark.parametrize(
+    "spoil", ["open(own, 'w').close()", "os.symlink('/', own)", "os.mkdir(own)"]
+)
+def test_what_a_job_puts_in_the_place_of_its_own_folder_is_not_followed(
+    bench: Bench, spoil: str
+) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        place = "own = os.path.dirname(os.environ['CORTEX_JOB_DIR']) + '/own'; "
+        attempt = job(bench, f"{place}{spoil}; open('new', 'w').close()")
+        assert (await bench.outcome(engine, attempt)).exit_code == 0
+        assert own(bench, attempt) == {"new"}
+
+    bench.run(scenario)
+
+
+def test_what_cannot_be_kept_is_said_in_the_log(bench: Bench) -> None:
+    assert IS_ROOT, "this test mounts, which takes root"
+    # What is mounted at a place cannot be moved away from there.
+    change = """own = os.path.dirname(os.environ["CORTEX_JOB_DIR"]) + "/own"; os.mkdir(own)
+    subprocess.run(["mount", "-t", "tmpfs", "none", own], check=True); open("new", "w").close()"""
+
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = await bench.begin(engine, job(bench, change))
+        ended = await bench.ended(attempt)
+        if bench.kept(attempt).is_mount():
+            unmount(bench.kept(attempt))
+        else:  # it was mounted for jobs of this supervising process alone, which may therefore have no more
+            await until(lambda: not exists(pid_of(bench, attempt)))
+        assert ended.exit_code == 0, bench.log(attempt)
+        words = "cortex: not all that the job wrote in its current folder was kept"
+        assert words in bench.log(attempt)
+        following = job(bench, "assert not os.path.exists('new')", like=attempt)
+        assert (await bench.outcome(engine, following)).exit_code == 0, bench.log(following)
+
+    bench.run(scenario)
+
+
+def pid_of(bench: Bench, attempt: Attempt) -> int:
+    return int(json.loads(bench.start_record(attempt).read_text())["pid"])
+
+
+def test_a_killed_supervising_process_leaves_nothing_mounted_and_is_swept(bench: Bench) -> None:
+    mounts = Path("/proc/self/mountinfo").read_text()
+
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = await bench.begin(engine, job(bench, "open('new', 'w').close()", wait="/no/such"))
+        await bench.started(attempt)
+        os.kill(pid_of(bench, attempt), signal.SIGKILL)
+        assert isinstance(await bench.last(attempt), Lost)
+        assert workspaces_of(bench)
+
+    bench.run(scenario)
+    assert Path("/proc/self/mountinfo").read_text() == mounts
+    assert workspaces_of(bench)
+
+    async def nothing(_: LocalEngine) -> None: ...
+
+    bench.run(nothing)  # type: ignore[arg-type]  # it is the local engine
+
+
+def test_a_workspace_in_use_is_not_swept(bench: Bench) -> None:
+    """An operator was killed, and the next one opens while the jobs go on."""
+    go = bench.root.parent / "go"
+    attempt = job(bench, "open('new', 'w').write('kept')", wait=str(go))
+    attempt = bench.killed_operator(attempt, "started")
+
+    async def scenario(engine: LocalEngine) -> None:
+        await engine.recover(attempt)
+        await bench.started(attempt)
+        await asyncio.sleep(0)
+        go.touch()
+        ended = await bench.ended(attempt)
+        assert ended.exit_code == 0
+        assert (bench.kept(attempt) / "new").read_text() == "kept"
+
+    bench.run(scenario)
+
+
+def test_a_full_disk_holds_a_job_up_that_would_have_to_share(tmp_path: Path) -> None:
+    assert IS_ROOT, "this test mounts, which takes root"
+    bench = made(tmp_path, "copy")
+    (bench.project / "large").write_text("x" * (1 << 20))
+
+    async def scenario(engine: LocalEngine) -> None:
+        small = str(workspaces.root_of(bench.root))
+        mount("-t", "tmpfs", "-o", "size=256k", "none", small)
+        try:
+            first = await bench.begin(engine, job(bench))
+            never = await bench.last(first)
+            await until(lambda: not workspaces_of(bench))
+        finally:
+            unmount(Path(small))
+        assert isinstance(never, NeverStarted)
+        assert never.held_up_by is not None
+        assert "the job's own copy of its project cannot be made: No space left" in never.held_up_by
+        second = await bench.begin(engine, first, 2)
+        assert (await bench.ended(second)).exit_code == 0
+
+    bench.run(scenario)
+    nothing_is_left(bench)
+
+
+def test_a_job_that_would_have_to_share_is_lost_in_words(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        root = workspaces.root_of(bench.root)
+        root.rmdir()
+        root.write_text("in the way")
+        attempt = job(bench)
+        await bench.start(engine, attempt)
+        lost = await bench.last(attempt)
+        assert isinstance(lost, Lost)
+        assert "the job's own copy of its project cannot be made: Not a directory" in lost.reason
+        assert str(root) in lost.reason
+
+    bench.run(scenario)
+
+
+AS_NOBODY = """
+import os, sys
+from cortex.worker.messages import Setup
+from cortex.worker.workspace import Workspace
+
+project, own_root = sys.argv[1:]
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+setup = Setup(package="", import_dir="", open_files=64, own_folder="overlay", own_root=own_root, project=project,
+              python_path=project + "/src", path=project + "/task.py", command=None, env={}, preload=False)
+place = Workspace(setup)
+assert place.prepare()
+here = place.setup.project
+assert here.startswith(own_root), here
+assert place.setup.path == here + "/task.py"
+assert place.setup.python_path == here + "/src"
+assert not place.prepare()
+for name in ("secret", "closed/file"):
+    try:
+        open(here + "/" + name)
+    except PermissionError:
+        continue
+    raise AssertionError(name)
+assert open(here + "/sub/other.txt").read() == "deployed"
+assert not os.path.lexists(here + "/pipe")
+try:
+    open(here + "/../escaped", "w")
+except PermissionError:
+    pass
+else:
+    raise AssertionError("escaped")
+place.close()
+assert os.listdir(own_root) == []
+"""
+
+
+@pytest.fixture
+def open_to_all() -> Iterator[Path]:
+    """A folder that any user can reach, which is not so of pytest's."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_who_may_not_mount_has_a_copy_in_which_the_same_can_be_read(open_to_all: Path) -> None:
+    assert IS_ROOT, "this test becomes another user, which takes root"
+    bench = made(open_to_all, None)
+    (bench.project / "secret").write_text("not theirs")
+    (bench.project / "secret").chmod(0o600)
+    (bench.project / "closed").mkdir()
+    (bench.project / "closed" / "file").touch()
+    (bench.project / "closed").chmod(0o700)
+    os.mkfifo(bench.project / "pipe")
+    root = open_to_all / "own"
+    root.mkdir()
+    find("nobody").own(root)
+    command = [sys.executable, "-c", AS_NOBODY, str(bench.project), str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_this_machine_allows_is_found_by_trying_it(tmp_path: Path) -> None:
+    assert workspaces.probe(tmp_path, None) == ("overlay" if IS_ROOT else "copy")
+    assert workspaces.probe(tmp_path, find("nobody")) == "copy"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_overlay_on_what_can_bear_none_is_not_allowed(tmp_path: Path) -> None:
+    """As in a container whose root is an overlay itself: the kernel takes no layer of that kind for the changes."""
+    assert IS_ROOT, "this test mounts, which takes root"
+    for name in ("lower", "upper", "work", "merged"):
+        (tmp_path / name).mkdir()
+    layers = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    mount("-t", "overlay", "overlay", "-o", layers, str(tmp_path / "merged"))
+    try:
+        assert workspaces.probe(tmp_path / "merged", None) == "copy"
+        assert list((tmp_path / "merged").iterdir()) == []
+    finally:
+        unmount(tmp_path / "merged")
+
+
+def test_a_folder_is_swept_when_its_process_is_gone_and_not_before(tmp_path: Path) -> None:
+    code = """
+import sys
+from cortex.worker.workspace import _claim
+print(_claim(sys.argv[1])[0], flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        folder = Path(holder.stdout.readline().strip())
+        (folder / "file").touch()
+        workspaces.sweep(tmp_path)
+        assert (folder / "file").exists()
+        holder.kill()
+    workspaces.sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_data_folder_that_takes_no_workspaces_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / ".own").touch()
+    with pytest.raises(StartupError, match="cannot be written"):
+        workspaces.lay_out(workspaces.root_of(tmp_path), None)
+
+
+def mount(*arguments: str) -> None:
+    subprocess.run(["mount", *arguments], check=True)
+
+
+def unmount(path: Path) -> None:
+    subprocess.run(["umount", path], check=True)
