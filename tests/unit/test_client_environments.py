@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,40 @@ def test_what_cannot_be_sent_is_no_token(folder: Path, token: str) -> None:
     with pytest.raises(InvalidRequest, match="no token") as raised:
         environments.configure("far", "https://one.example", token)
     assert not token or token not in raised.value.message
+
+
+def test_the_variables_operator_is_the_one_that_no_name_asks_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CORTEX_CLI_CONFIG_DIR", str(tmp_path))
+    monkeypatch.delenv("CORTEX_TOKEN", raising=False)
+    environments.configure("prod", "http://prod:1", "secret")
+    environments.configure("test", "http://test:1")
+    monkeypatch.setenv("CORTEX_OPERATOR_ENDPOINT", "http://jobs:8888/")
+    found = environments.resolve(None)
+    assert (found.operator_endpoint, environments.token_of(found)) == ("http://jobs:8888", None)
+    assert environments.resolve("test").operator_endpoint == "http://test:1"
+    # One that is configured is it with its token.
+    monkeypatch.setenv("CORTEX_OPERATOR_ENDPOINT", "http://prod:1")
+    assert environments.token_of(environments.resolve(None)) == "secret"
+    monkeypatch.setenv("CORTEX_OPERATOR_ENDPOINT", "jobs:8888")
+    with pytest.raises(InvalidRequest, match=r"\$CORTEX_OPERATOR_ENDPOINT: 'jobs:8888' is no"):
+        environments.resolve(None)
+    monkeypatch.setenv("CORTEX_OPERATOR_ENDPOINT", "")
+    assert environments.resolve(None).name == "prod"
+
+
+def test_where_platformdirs_is_missing_the_file_lies_in_the_same_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CORTEX_CLI_CONFIG_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in (None, str(tmp_path / "x")):
+        if folder is not None:
+            monkeypatch.setenv("XDG_CONFIG_HOME", folder)
+        else:
+            monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, "platformdirs", None)
+            missing = environments.path()
+        assert missing == environments.path()

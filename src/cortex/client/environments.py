@@ -95,7 +95,10 @@ def resolve(name: str | None) -> Environment:
     environments = load()
     endpoint = os.environ.get("CORTEX_OPERATOR_ENDPOINT")
     if name is None and endpoint:
-        endpoint = checked_endpoint(endpoint)
+        try:
+            endpoint = checked_endpoint(endpoint)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"$CORTEX_OPERATOR_ENDPOINT: {error.message}") from error
         same = (e for e in environments.all if e.operator_endpoint == endpoint)
         return next(same, Environment("", endpoint))
     if not environments.all and name in (None, LOCAL.name):
