@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -184,3 +185,32 @@ def test_jobs_are_listed_page_by_page(connect: Connect, way: Way) -> None:
             client.list_jobs("probe", "odd")
         with pytest.raises(NotFound):
             client.list_jobs("nothing")
+
+
+CHAIN = """
+import cortex
+from cortex_internal.lib.log import logger
+
+
+class Task:
+    def __call__(self, config):
+        client = cortex.Client(config["url"])
+        if "next" not in config:
+            return "the last"
+        job = client.submit_job(config["next"], {"url": config["url"]})
+        logger.info("submitted", extra={"next": job["job_id"], "loss": float("nan")})
+        client.stream_job_logs(config["next"], job["job_id"])
+        return client.get_job(config["next"], job["job_id"], wait=60)["job_status"]["result"]
+"""
+
+
+def test_a_task_submits_to_another_api_and_waits_for_it(shared: Operator) -> None:
+    yaml = "- {{name: {}, kind: TaskAPI, definition: {{path: chain.py}}, compute: {{cpu: 1m}}}}\n"
+    shared.deployed(yaml.format("chain-last"), {"chain.py": CHAIN})
+    first = shared.deployed(yaml.format("chain-first"), {"chain.py": CHAIN})
+    job = shared.submit(first, config={"url": shared.url, "next": "chain-last"})
+    ended = shared.finished(first, job)
+    log = shared.log_of(first, job)
+    assert (ended["status"], ended.get("result")) == ("status_succeeded", "the last"), log
+    record = json.loads(log.splitlines()[0])
+    assert (record["job_id"], record["loss"]) == (job["job_id"], "NaN")
