@@ -12,6 +12,8 @@ from pathlib import Path
 
 import structlog
 
+from cortex.worker import trees
+
 log = structlog.get_logger()
 
 
@@ -22,7 +24,12 @@ def remove(folder: Path) -> None:
         # A supervising process may move a job's `files` on to its next job at any moment. Under another
         # name it cannot: what is found in there to be removed is none of that job's.
         (folder / "files").rename(folder / ".files")
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except (
+        RecursionError
+    ):  # shutil goes down by calling itself, and a task may have made a thousand levels
+        trees.remove(str(folder))
     if folder.is_dir():
         _open_up(folder)
     if folder.exists():

@@ -10,6 +10,7 @@ import stat
 BYTE_CODE = "__pycache__"
 KEPT = "own"
 """In a job's folder: what the job made or changed of its project."""
+_MAX_PATH = 2000
 
 
 def remove(path: str) -> None:
@@ -23,7 +24,10 @@ def remove(path: str) -> None:
         return
     folders = [path]
     for folder in folders:  # which grows meanwhile
-        folders += _emptied(folder)
+        below = _emptied(folder)
+        if len(folder) > _MAX_PATH:  # no system call takes a path of twice that length
+            below = [_moved_up(each, f"{path}/{len(folders)}.{n}") for n, each in enumerate(below)]
+        folders += below
     for folder in reversed(folders):
         try:
             os.rmdir(folder)
@@ -43,6 +47,14 @@ def clear_kept(folder: int, aside: str) -> None:
     except FileNotFoundError:
         return
     remove(aside)
+
+
+def _moved_up(folder: str, place: str) -> str:
+    try:
+        os.rename(folder, place)
+    except OSError:
+        return folder
+    return place
 
 
 def _emptied(folder: str) -> list[str]:
