@@ -162,6 +162,9 @@ async def run(settings: Settings, ready: Callable[[str], None]) -> None:
     settings = replace(settings, host=_known(settings.host))
     listener = _listen(settings)
     port = listener.getsockname()[1]
+    os.environ["CORTEX_OPERATOR_ENDPOINT"] = _url(
+        settings.host, port
+    )  # jobs on this machine find it
     settings = replace(
         settings,
         require_token=_asks_for_tokens(settings, listener),

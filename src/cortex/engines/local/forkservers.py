@@ -173,11 +173,14 @@ _PASSED_ON = [
     "TMPDIR",
     "SSL_CERT_FILE",
     "SSL_CERT_DIR",
+    "CORTEX_OPERATOR_ENDPOINT",
     "HTTP_PROXY",
     "HTTPS_PROXY",
+    "ALL_PROXY",
     "NO_PROXY",
     "http_proxy",
     "https_proxy",
+    "all_proxy",
     "no_proxy",
 ]
 
