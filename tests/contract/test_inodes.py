@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from support import Operator, probe_yaml
 
 
@@ -22,8 +19,4 @@ def test_a_job_makes_two_inodes_in_the_data_folder_all_in_all(shared: Operator) 
 
 
 def inodes(operator: Operator) -> set[int]:
-    return {
-        Path(folder, name).lstat().st_ino
-        for folder, folders, files in os.walk(operator.data_dir)
-        for name in (*folders, *files)
-    }
+    return {path.lstat().st_ino for path in operator.data_dir.rglob("*")}
