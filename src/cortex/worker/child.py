@@ -13,6 +13,7 @@ import ctypes
 import errno
 import os
 import sys
+from gc import freeze
 from os import _exit, chdir, close, dup2, environb, fork, getpid, getppid, setsid
 
 from cortex.worker import bare, cgroups, programs, task, wire
@@ -108,6 +109,7 @@ def _fork(bench: Bench, others: tuple[int, ...], work: Work | None, orders: Orde
     project, path = setup.project, setup.path
     supervisor, foreign = getpid(), (*bench.files, *others)
     bench.signals.lend()
+    freeze()  # what the job's end collects is its own, and copies no page of what was here before
     try:
         pid = fork()
         if pid == 0:

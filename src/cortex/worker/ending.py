@@ -9,6 +9,7 @@ threads or extension modules of its own is finalized in full.
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import builtins
 import ctypes
@@ -35,50 +36,62 @@ FLUSH_FAILED = 120
 # With the interpreter's lock, as Python itself calls them: a daemon thread runs no more.
 _libc = ctypes.PyDLL(None)
 _fflush, _libc_exit = _libc.fflush, _libc.exit
+_count_threads = _thread._count
 _finalize_and_exit = ctypes.pythonapi.Py_Exit
 # What runs now has no line of the user's program: a warning names this one, as in a finalization.
 _NOWHERE: dict[str, object] = {"__name__": "sys", "collect": gc.collect, "update": dict.update}
 _collect = compile("collect()", "sys", "eval")
 _update = compile("update(names, nothing)", "sys", "eval")
-_SPECIAL = (
-    "path",
-    "argv",
-    "ps1",
-    "ps2",
-    "last_type",
-    "last_value",
-    "last_traceback",
-    "last_exc",
-    "path_hooks",
-    "path_importer_cache",
-    "meta_path",
-)
 _STREAMS = (("stdin", "__stdin__"), ("stdout", "__stdout__"), ("stderr", "__stderr__"))
 
 
-def end(code: int, known: frozenset[str]) -> NoReturn:
+class _Shared:
+    """Where in `sys.modules` the job's own begin: after this one."""
+
+    last = ""
+
+
+def mark() -> None:
+    """What is loaded now is shared by all jobs."""
+    _Shared.last = next(reversed(sys.modules))
+
+
+def end(code: int, *, has_imported: bool) -> NoReturn:
     """End this process as Python ends.
 
     Args:
         code: its exit code, unless the standard streams cannot be flushed; or `INTERRUPTED`.
-        known: the modules that the fork server had loaded.
+        has_imported: whether the fork server has loaded more than what is Python's own.
     """
     _run(getattr(sys.modules.get("threading"), "_shutdown", None))
-    new = [name for name in sys.modules if name not in known]
-    if code != INTERRUPTED and (
-        len(os.listdir("/proc/self/task")) > 1 or any(map(_is_foreign_extension, new))
-    ):
+    new = _own_modules()
+    has_threads = _count_threads() > 0 or (has_imported and len(os.listdir("/proc/self/task")) > 1)
+    if code != INTERRUPTED and (has_threads or any(map(_is_foreign_extension, new))):
         _finalize_and_exit(code)
+    uses_c = has_imported or "ctypes" in new or any(map(_is_extension, new))
     _run(atexit._run_exitfuncs)
     is_flushed = _flush_streams()
     _take_apart(new)
     if code == INTERRUPTED:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
-    _fflush(None)
-    # The destructors of C++ objects and the exit handlers of C libraries run in here.
-    _libc_exit(code if is_flushed else FLUSH_FAILED)
-    os._exit(code)  # not reached
+    code = code if is_flushed else FLUSH_FAILED
+    if uses_c:
+        _fflush(None)
+        _libc_exit(code)  # destructors of C++ objects and exit handlers of C libraries run in here
+    os._exit(code)
+
+
+def _own_modules() -> list[str]:
+    """The names of the modules that the job has loaded, in their order. From the end: to look at each name of
+    those that are shared would copy their pages."""
+    found = []
+    for name in reversed(sys.modules):
+        if name == _Shared.last:
+            break
+        found.append(name)
+    found.reverse()
+    return found
 
 
 def _run(step: object) -> None:
@@ -90,12 +103,15 @@ def _run(step: object) -> None:
         _ignored(error, step)
 
 
+def _is_extension(name: str) -> bool:
+    spec = getattr(sys.modules[name], "__spec__", None)
+    return type(getattr(spec, "loader", None)).__name__ == "ExtensionFileLoader"
+
+
 def _is_foreign_extension(name: str) -> bool:
     """Whether it is machine code that does not belong to Python: what that does at its end is known to
     nobody here."""
-    spec = getattr(sys.modules[name], "__spec__", None)
-    loader = type(getattr(spec, "loader", None)).__name__
-    return loader == "ExtensionFileLoader" and name.partition(".")[0] not in sys.stdlib_module_names
+    return _is_extension(name) and name.partition(".")[0] not in sys.stdlib_module_names
 
 
 def _flush_streams() -> bool:
@@ -154,11 +170,14 @@ def _take_apart(new: list[str]) -> None:
     """As `finalize_modules` of CPython does, for the modules that the job has loaded."""
     eval(_collect, _NOWHERE)
     modules = sys.modules
-    for name in _SPECIAL:
+    for name in ("last_type", "last_value", "last_traceback", "last_exc"):
         if hasattr(sys, name):
             setattr(sys, name, None)
     for name, original in _STREAMS:
-        setattr(sys, name, getattr(sys, original, None))
+        stream = getattr(sys, original, None)
+        if getattr(sys, name, None) is not stream:
+            setattr(sys, name, stream)
+    stream = None
     dying: list[weakref.ref[ModuleType]] = []
     for name in new:
         module = modules.pop(name, None)

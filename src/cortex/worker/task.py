@@ -51,12 +51,19 @@ class _Unusable(Exception):
 class Found:
     """The user's module, compiled, and no line of it run yet."""
 
-    __slots__ = ("code", "made_of", "name")
+    __slots__ = ("_names", "code", "made_of", "name")
 
-    def __init__(self, name: str, code: types.CodeType, made_of: object) -> None:
-        self.name = name
+    def __init__(self, module: types.ModuleType, code: types.CodeType, made_of: object) -> None:
+        self._names = module.__dict__
+        self.name = module.__name__
         self.code = code
         self.made_of = made_of
+
+    def module(self) -> types.ModuleType:
+        """A new module, as `module_from_spec` makes one: it ends with the job."""
+        module = types.ModuleType(self.name)
+        module.__dict__.update(self._names)
+        return module
 
 
 class _Warm:
@@ -64,6 +71,8 @@ class _Warm:
 
     modules: frozenset[str] = frozenset()
     """The names of the modules that it had loaded."""
+    has_imported: bool = False
+    """Whether that are any that the user asked for."""
     words: bytes = b""
     """What the modules that it imported ahead have printed."""
     generators: Sequence[object] = ()
@@ -109,7 +118,7 @@ def run(
         code = _show(error)
     found = None
     try:
-        ending.end(code, _Warm.modules)
+        ending.end(code, has_imported=_Warm.has_imported)
     except BaseException as error:  # noqa: BLE001, RUF100  # the user's program has broken the interpreter
         os.write(2, f"cortex: the interpreter cannot end as Python does: {error!r}\n".encode())
     finally:
@@ -149,9 +158,15 @@ def prepare(setup: Setup, path: str, words: bytes = b"", generators: Sequence[ob
     if any(_is_own(root, _PACKAGE) for root in user_roots(setup)):
         for name in [name for name in sys.modules if name.partition(".")[0] == _PACKAGE]:
             del sys.modules[name]
+    # Of what a library of C does at the end of a process, only those who load one have to think.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "ctypes"]:
+        if not setup.preload:
+            del sys.modules[name]
+    _Warm.has_imported = bool(setup.preload)
     _Warm.words = words
     _Warm.generators = generators
     _Warm.modules = frozenset(sys.modules)
+    ending.mark()
 
 
 def _is_own(root: str, name: str) -> bool:
@@ -209,9 +224,14 @@ def _find(setup: Setup, path: str) -> Found:
         raise _Unusable(f"{shown} is not in the project (definition.path names it)")
     made_of = _made_of(path)
     name = _module_name(path)
-    code = importlib.machinery.SourceFileLoader(name, path).get_code(name)
-    assert code is not None  # there is one for every source
-    return Found(name, code, made_of)
+    loader = importlib.machinery.SourceFileLoader(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None  # there is one for every loader
+    code = loader.get_code(name)
+    assert code is not None  # nor without a source
+    module = importlib.util.module_from_spec(spec)
+    module.__dict__["__builtins__"] = vars(builtins)
+    return Found(module, code, made_of)
 
 
 def _module_name(path: str) -> str:
@@ -250,14 +270,9 @@ def _load(setup: Setup, path: str, found: Found | None, said: Outcome) -> Task:
     package = found.name.rpartition(".")[0]
     if package:
         importlib.import_module(package)
-    loader = importlib.machinery.SourceFileLoader(found.name, path)
-    spec = importlib.util.spec_from_file_location(found.name, path, loader=loader)
-    assert spec is not None  # there is one for every loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[found.name] = module
+    module = sys.modules[found.name] = found.module()
     # Asked for below by name: an attribute that is missing makes an exception and its message.
     names = module.__dict__
-    names["__builtins__"] = vars(builtins)
     exec(found.code, names)
     if package:
         setattr(sys.modules[package], found.name.rpartition(".")[2], module)
