@@ -110,6 +110,8 @@ def _fork(bench: Bench, others: tuple[int, ...], work: Work | None, orders: Orde
     supervisor, foreign = getpid(), (*bench.files, *others)
     bench.signals.lend()
     freeze()  # what the job's end collects is its own, and copies no page of what was here before
+    if found is not None:
+        found.renew()
     try:
         pid = fork()
         if pid == 0:

@@ -17,13 +17,13 @@ import gc
 import io
 import os
 import sys
+import types
 import weakref
 
 from cortex.worker.bare import signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import ModuleType
     from typing import NoReturn
 
 # A task may have changed the builtins of all others. Functions have those of their module at its making.
@@ -43,6 +43,25 @@ _NOWHERE: dict[str, object] = {"__name__": "sys", "collect": gc.collect, "update
 _collect = compile("collect()", "sys", "eval")
 _update = compile("update(names, nothing)", "sys", "eval")
 _STREAMS = (("stdin", "__stdin__"), ("stdout", "__stdout__"), ("stderr", "__stderr__"))
+
+
+_INERT = frozenset(
+    {
+        dict,
+        list,
+        set,
+        tuple,
+        type,
+        types.BuiltinFunctionType,
+        types.CellType,
+        types.FrameType,
+        types.FunctionType,
+        types.GetSetDescriptorType,
+        types.MethodType,
+        types.ModuleType,
+        types.WrapperDescriptorType,
+    }
+)
 
 
 class _Shared:
@@ -71,7 +90,8 @@ def end(code: int, *, has_imported: bool) -> NoReturn:
     uses_c = has_imported or "ctypes" in new or any(map(_is_extension, new))
     _run(atexit._run_exitfuncs)
     is_flushed = _flush_streams()
-    _take_apart(new)
+    if len(new) > 1 or not _is_inert():
+        _take_apart(new)
     if code == INTERRUPTED:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
@@ -166,9 +186,17 @@ class _Thing:
     """Something that a weak reference can be made to."""
 
 
+def _is_inert() -> bool:
+    """Whether all that the job has left is such that nothing happens at its end: functions and plain data."""
+    for each in gc.get_objects():  # those of the fork server are frozen
+        kind = type(each)
+        if kind not in _INERT or (kind is type and "__del__" in each.__dict__):
+            return False
+    return True
+
+
 def _take_apart(new: list[str]) -> None:
     """As `finalize_modules` of CPython does, for the modules that the job has loaded."""
-    eval(_collect, _NOWHERE)
     modules = sys.modules
     for name in ("last_type", "last_value", "last_traceback", "last_exc"):
         if hasattr(sys, name):
@@ -178,20 +206,19 @@ def _take_apart(new: list[str]) -> None:
         if getattr(sys, name, None) is not stream:
             setattr(sys, name, stream)
     stream = None
-    dying: list[weakref.ref[ModuleType]] = []
+    dying: list[weakref.ref[types.ModuleType]] = []
     for name in new:
         module = modules.pop(name, None)
-        if isinstance(module, type(sys)):  # in its place may be any object of the user's
+        if isinstance(module, types.ModuleType):  # in its place may be any object of the user's
             dying.append(weakref.ref(module))
     module = None
     # Most modules end with this, with their globals whole for the code that runs at their end.
     eval(_collect, _NOWHERE)
-    for found in reversed(dying):
-        left = found()
-        if left is not None:
-            _clear(vars(left))
-    left = None
-    eval(_collect, _NOWHERE)
+    left = [module for module in (found() for found in reversed(dying)) if module is not None]
+    if left:
+        while left:
+            _clear(vars(left.pop(0)))
+        eval(_collect, _NOWHERE)
     _end_what_is_left()
 
 

@@ -40,6 +40,7 @@ _encode = plain.encoder(for_one=True, allow_nan=False)
 _traceback = BaseException.__dict__["__traceback__"]
 _PACKAGE = "cortex"
 STAND_IN = "cortex_task"
+_USUAL = frozenset({type(None), bool, int, float, str, list, dict})
 _IMPORTLIB = os.path.dirname(os.path.abspath(importlib.__file__)) + os.sep
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
@@ -51,18 +52,29 @@ class _Unusable(Exception):
 class Found:
     """The user's module, compiled, and no line of it run yet."""
 
-    __slots__ = ("_names", "code", "made_of", "name")
+    __slots__ = ("_fresh", "_names", "code", "made_of", "name", "roots")
 
-    def __init__(self, module: types.ModuleType, code: types.CodeType, made_of: object) -> None:
+    def __init__(
+        self, module: types.ModuleType, code: types.CodeType, made_of: object, roots: list[str]
+    ) -> None:
+        self.roots = roots
+        self._fresh: types.ModuleType | None = None
         self._names = module.__dict__
         self.name = module.__name__
         self.code = code
         self.made_of = made_of
 
-    def module(self) -> types.ModuleType:
-        """A new module, as `module_from_spec` makes one: it ends with the job."""
-        module = types.ModuleType(self.name)
-        module.__dict__.update(self._names)
+    def renew(self) -> None:
+        """Make a module, as `module_from_spec` makes one, for the process that is forked next."""
+        self._fresh = types.ModuleType(self.name)
+        self._fresh.__dict__.update(self._names)
+
+    def take(self) -> types.ModuleType:
+        """The module, which nothing else in this process keeps from then on: it ends with the job."""
+        if self._fresh is None:
+            self.renew()
+        module, self._fresh = self._fresh, None
+        assert module is not None
         return module
 
 
@@ -111,7 +123,7 @@ def run(
     # The standard library reseeds `random` after a fork; numpy does not.
     preload.reseed(_Warm.generators)
     # Not before: a module that this package's own processes came to need would be the user's, of that name.
-    sys.path[0:0] = user_roots(setup)
+    sys.path[0:0] = user_roots(setup) if found is None else found.roots
     try:
         code = _call(setup, path, found, job, tell)
     except BaseException as error:  # noqa: BLE001, RUF100  # of the user's making, whatever it is
@@ -207,6 +219,8 @@ def _call(setup: Setup, path: str, found: Found | None, job: dict[str, object], 
 def _why_unusable(value: object) -> str | None:
     """Why nothing of the task has run, where calling it has only made an object that would run it."""
     kind = type(value)  # an instance may have every attribute that one asks it for
+    if kind in _USUAL:
+        return None
     if kind is types.AsyncGeneratorType or hasattr(kind, "__await__"):
         return "the task is async: nothing of it has run. Define def task(config), and call asyncio.run in it"
     if kind is types.GeneratorType:
@@ -231,7 +245,7 @@ def _find(setup: Setup, path: str) -> Found:
     assert code is not None  # nor without a source
     module = importlib.util.module_from_spec(spec)
     module.__dict__["__builtins__"] = vars(builtins)
-    return Found(module, code, made_of)
+    return Found(module, code, made_of, user_roots(setup))
 
 
 def _module_name(path: str) -> str:
@@ -270,7 +284,7 @@ def _load(setup: Setup, path: str, found: Found | None, said: Outcome) -> Task:
     package = found.name.rpartition(".")[0]
     if package:
         importlib.import_module(package)
-    module = sys.modules[found.name] = found.module()
+    module = sys.modules[found.name] = found.take()
     # Asked for below by name: an attribute that is missing makes an exception and its message.
     names = module.__dict__
     exec(found.code, names)
