@@ -85,9 +85,11 @@ def end(code: int, *, has_imported: bool) -> NoReturn:
     _run(getattr(sys.modules.get("threading"), "_shutdown", None))
     new = _own_modules()
     has_threads = _count_threads() > 0 or (has_imported and len(os.listdir("/proc/self/task")) > 1)
-    if code != INTERRUPTED and (has_threads or any(map(_is_foreign_extension, new))):
-        _finalize_and_exit(code)
-    uses_c = has_imported or "ctypes" in new or any(map(_is_extension, new))
+    uses_c = has_imported
+    if has_threads or len(new) > 1:  # beside the task's own
+        if code != INTERRUPTED and (has_threads or any(map(_is_foreign_extension, new))):
+            _finalize_and_exit(code)
+        uses_c = uses_c or "ctypes" in new or any(map(_is_extension, new))
     _run(atexit._run_exitfuncs)
     is_flushed = _flush_streams()
     if len(new) > 1 or not _is_inert():
@@ -197,6 +199,8 @@ def _is_inert() -> bool:
 
 def _take_apart(new: list[str]) -> None:
     """As `finalize_modules` of CPython does, for the modules that the job has loaded."""
+    # While all names are there: what ends in one collection ends in a good order, a text file before its buffer.
+    eval(_collect, _NOWHERE)
     modules = sys.modules
     for name in ("last_type", "last_value", "last_traceback", "last_exc"):
         if hasattr(sys, name):

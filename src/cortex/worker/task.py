@@ -40,6 +40,7 @@ _encode = plain.encoder(for_one=True, allow_nan=False)
 _traceback = BaseException.__dict__["__traceback__"]
 _PACKAGE = "cortex"
 STAND_IN = "cortex_task"
+_clock = time.perf_counter
 _USUAL = frozenset({type(None), bool, int, float, str, list, dict})
 _IMPORTLIB = os.path.dirname(os.path.abspath(importlib.__file__)) + os.sep
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -121,7 +122,8 @@ def run(
     if _Warm.words:
         _write(_Warm.words)
     # The standard library reseeds `random` after a fork; numpy does not.
-    preload.reseed(_Warm.generators)
+    if _Warm.generators:
+        preload.reseed(_Warm.generators)
     # Not before: a module that this package's own processes came to need would be the user's, of that name.
     sys.path[0:0] = user_roots(setup) if found is None else found.roots
     try:
@@ -280,7 +282,7 @@ def _made_of(path: str) -> object:
 
 def _load(setup: Setup, path: str, found: Found | None, said: Outcome) -> Task:
     found = found or _find(setup, path)
-    begun = time.perf_counter()
+    begun = _clock()
     package = found.name.rpartition(".")[0]
     if package:
         importlib.import_module(package)
@@ -290,7 +292,7 @@ def _load(setup: Setup, path: str, found: Found | None, said: Outcome) -> Task:
     exec(found.code, names)
     if package:
         setattr(sys.modules[package], found.name.rpartition(".")[2], module)
-    took_s = time.perf_counter() - begun
+    took_s = _clock() - begun
     if took_s > loading.LEAST_S:
         said.loading = loading.measured(took_s, _Warm.modules, user_roots(setup))
     if "Task" in names:
