@@ -4,7 +4,7 @@ VENV := .venv
 UV := $(VENV)/bin/uv
 RUN := $(VENV)/bin
 
-.PHONY: setup demo test check format docs bench bench-peers bench-pictures bench-scale chaos fuzz clean
+.PHONY: setup demo test check format docs bench bench-peers bench-pictures bench-scale chaos fidelity fuzz clean
 
 setup: $(VENV)/.ready
 
@@ -32,7 +32,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # Ray's processes miss their own time limits beside other tests on two cores.
 test: setup $(VENV)/.packages
-	$(RUN)/pytest -n 4 -m "not ray"
+	$(RUN)/pytest -n 4 -m "not ray and not fidelity"
 	$(RUN)/pytest -n 1 -m ray
 
 check: setup
@@ -80,5 +80,15 @@ chaos: setup
 fuzz: setup
 	$(RUN)/python tests/fuzz/fuzz.py
 
+# Libraries as people use them, which take minutes to install and seconds to import: in an environment of their own.
+FIDELITY := .venv-fidelity
+
+$(FIDELITY)/.ready: pyproject.toml uv.lock | $(VENV)/.ready
+	UV_PROJECT_ENVIRONMENT=$(FIDELITY) $(UV) sync -q --frozen --compile-bytecode --only-group fidelity
+	touch $@
+
+fidelity: setup $(FIDELITY)/.ready
+	CORTEX_FIDELITY_PYTHON=$(CURDIR)/$(FIDELITY)/bin/python $(RUN)/pytest -n 2 tests/fidelity
+
 clean:
-	rm -rf $(VENV) $(PEERS)
+	rm -rf $(VENV) $(PEERS) $(FIDELITY)

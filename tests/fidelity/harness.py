@@ -11,15 +11,14 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -42,10 +41,10 @@ from cortex.engines.local.forkservers import environment
 from cortex.spec.api import ApiSpec, Compute, Definition, Networking
 from cortex.spec.job import JobSpec
 from cortex.spec.times import new_id, now_ns
+from fidelity.outcome import NO_RESULT, Outcome, agree, contents, left_of, normalised, read, running
 
-LIMIT_S = 40.0
+LIMIT_S = 90.0
 SETTLE_S = 10.0
-NO_RESULT = "<no result>"
 
 DRIVER = """
 import sys
@@ -112,18 +111,6 @@ class Program:
     """An interpreter of an environment that is there already."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """All that a run leaves."""
-
-    exit_code: int
-    result: Any
-    log: str
-    files: Mapping[str, Any]
-    left: tuple[str, ...]
-    """Segments of shared memory, and temporary files."""
-
-
 class Place:
     """The folders of one run."""
 
@@ -166,18 +153,11 @@ class Runner:
         end = time.monotonic() + SETTLE_S
         while (left := running(str(self._folder))) and time.monotonic() < end:
             time.sleep(0.01)
-        assert not left, [_read(pid, "cmdline") for pid in left]
+        assert not left, [read(pid, "cmdline") for pid in left]
 
     def check(self, program: Program) -> None:
         """The program comes to the same as a job as it does in plain Python."""
-        self._count += 1
-        folder = self._folder / str(self._count)
-        python = program.python or self._bare
-        if program.libraries:
-            python = _environment(folder / "environment", program.libraries)
-        try:
-            place = Place(folder / "job", program)
-            version = self._version(program, place, python)
+        with self._prepared(program) as (folder, version, place):
             expected = self._plain(program, Place(folder / "plain", program), version)
             _sane(program, expected)
             expected = replace(expected, **program.but)
@@ -187,12 +167,31 @@ class Runner:
                 results.append(found.result)
                 if program.fresh:
                     found = replace(found, result=expected.result)
-                _agree(found, expected, message)
+                agree(found, expected, message)
                 if program.says is not None and program.says not in (message or ""):
                     pytest.fail(f"message: {message!r}, without {program.says!r}", pytrace=False)
                 place.clear()
             if program.fresh and len({json.dumps(each) for each in results}) < program.jobs:
                 pytest.fail(f"jobs have the same result: {results}", pytrace=False)
+
+    def run(self, program: Program) -> tuple[Outcome, Outcome]:
+        """What a job and plain Python come to, for a test that compares them itself."""
+        with self._prepared(program) as (folder, version, place):
+            plain = self._plain(program, Place(folder / "plain", program), version)
+            job, _ = self._do(self._job(program, place, version))
+            return job, plain
+
+    @contextlib.contextmanager
+    def _prepared(self, program: Program) -> Iterator[tuple[Path, Version, Place]]:
+        self._count += 1
+        folder = self._folder / str(self._count)
+        python = program.python or self._bare
+        if program.libraries:
+            python = _environment(folder / "environment", program.libraries)
+        place = Place(folder / "job", program)
+        version = self._version(program, place, python)
+        try:
+            yield folder, version, place
         finally:
             self._do(self._forget(version))
             shutil.rmtree(folder, ignore_errors=True)
@@ -241,7 +240,7 @@ class Runner:
         }
         if program.python_path is not None:
             env["PYTHONPATH"] = str(place.project / program.python_path)
-        before = _contents(place.project)
+        before = contents(place.project)
         with log.open("ab") as output:
             process = subprocess.Popen(
                 [str(version.python), "-c", driver.format_map(values)],
@@ -269,14 +268,14 @@ class Runner:
             result=json.loads(result.read_text()) if result.exists() and code == 0 else NO_RESULT,
             log=normalised(text, {place.project: "project", own: "own", place.folder: "run"}),
             files=self._files(program, version, before, [place.project, own]),
-            left=_left(text, place),
+            left=left_of(text, place.temporary),
         )
 
     def _settle(self, mark: str) -> None:
         """Let the trackers of what was left clean up; then nothing of the run may stay."""
         end = time.monotonic() + SETTLE_S
         while (tracked := running(f"CORTEX_JOB_ID={mark}")) and time.monotonic() < end:
-            if not any(b"tracker" in _read(pid, "cmdline") for pid in tracked):
+            if not any(b"tracker" in read(pid, "cmdline") for pid in tracked):
                 break
             time.sleep(0.01)
         for pid in running(f"CORTEX_JOB_ID={mark}"):
@@ -296,7 +295,7 @@ class Runner:
             timeout=None,
             created_ns=now_ns(),
         )
-        before = _contents(place.project)
+        before = contents(place.project)
         job_id = spec.job_id
         assert self.engine.reserve(job_id, version.api.compute) is None
         self.engine.start(Attempt(spec, version, 1, self.engine.claim(job_id, 1), None))
@@ -326,7 +325,7 @@ class Runner:
             result=ended.result if ended.has_result else NO_RESULT,
             log=normalised(text, names),
             files=self._files(program, version, before, changed),
-            left=_left(text, place),
+            left=left_of(text, place.temporary),
         )
         return outcome, ended.message
 
@@ -364,8 +363,8 @@ class Runner:
         """The files that are new or different, or what the program's reader says of them."""
         found: dict[str, Any] = {}
         for folder in folders:
-            contents = _contents(folder)
-            found |= {name: data for name, data in contents.items() if before.get(name) != data}
+            now = contents(folder)
+            found |= {name: data for name, data in now.items() if before.get(name) != data}
         if program.reader is None:
             return found
         folder = self._folder / "read"
@@ -383,62 +382,6 @@ class Runner:
         )
         assert done.returncode == 0, done.stderr
         return {"read": done.stdout}
-
-
-def running(mark: str) -> list[int]:
-    """Processes whose environment or command line holds the mark."""
-    sought = mark.encode()
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and int(entry) != os.getpid():
-            pid = int(entry)
-            if sought in _read(pid, "environ") + _read(pid, "cmdline"):
-                found.append(pid)
-    return found
-
-
-_FRAMES = re.compile(
-    r'^[ |+]*File "(?:<string>|[^"]*/cortex/worker/\w+\.py)", line \d+(?:,? in .*)?'
-    r"\n(?:[ |+]{4,}+(?!File ).*\n(?:[ |]*[~^]+\n)?)?",
-    re.MULTILINE,
-)
-
-_NO_FRAMES = re.compile(
-    r'^Traceback \(most recent call last\):\n(?!  File ".*", line \d+, in )', re.MULTILINE
-)
-
-
-def normalised(text: str, folders: Mapping[Path, str]) -> str:
-    """The text without what may differ: the frames of the driver and of the platform, folders, addresses."""
-    text = _FRAMES.sub("", text)
-    for folder, name in folders.items():
-        text = text.replace(str(folder), f"<{name}>")
-    text = _NO_FRAMES.sub("", text)
-    text = re.sub(r"0x[0-9a-f]{4,}", "<address>", text)
-    text = re.sub(r"(object refcount : )\d+", r"\1<count>", text)
-    text = re.sub(r"line repeated \d+ more times", "line repeated many more times", text)
-    text = re.sub(r"\bpsm_[0-9a-f]{8}\b", "<segment>", text)
-    return re.sub(r"\btmp[a-z0-9_]{8}\b", "<temporary>", text)
-
-
-def _left(log: str, place: Place) -> tuple[str, ...]:
-    named = sorted(set(re.findall(r"\bpsm_[0-9a-f]{8}\b", log)))
-    left = ["segment" for name in named if (Path("/dev/shm") / name).exists()]
-    for name in named:
-        with contextlib.suppress(FileNotFoundError):
-            (Path("/dev/shm") / name).unlink()
-    for path in sorted(place.temporary.rglob("*")):
-        name = str(path.relative_to(place.temporary))
-        left.append(re.sub(r"\b(tmp|pymp-)[a-z0-9_]{8}", r"\1*", name))
-    return tuple(sorted(left))
-
-
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
 
 
 def _environment(folder: Path, libraries: Mapping[str, str]) -> Path:
@@ -459,17 +402,6 @@ def _environment(folder: Path, libraries: Mapping[str, str]) -> Path:
     return folder / "bin" / "python"
 
 
-def _agree(job: Outcome, plain: Outcome, message: str | None) -> None:
-    __tracebackhide__ = True
-    differences = [
-        f"{each.name}:\n  plain: {getattr(plain, each.name)!r}\n  job:   {getattr(job, each.name)!r}"
-        for each in fields(Outcome)
-        if getattr(job, each.name) != getattr(plain, each.name)
-    ]
-    if differences:
-        pytest.fail("\n".join([*differences, f"message: {message!r}"]), pytrace=False)
-
-
 def _sane(program: Program, outcome: Outcome) -> None:
     """A program with a typing mistake would agree with itself, too."""
     if program.why is None:
@@ -477,13 +409,6 @@ def _sane(program: Program, outcome: Outcome) -> None:
     if program.says is None:
         for mistake in ("SyntaxError", "NameError", "IndentationError"):
             assert mistake in program.code or mistake not in outcome.log, outcome.log
-
-
-def _read(pid: int, name: str) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/{name}").read_bytes()
-    except OSError:
-        return b""
 
 
 def _until(holds: Callable[[], object], what: str) -> None:

@@ -71,6 +71,19 @@ PROGRAMS = [
         why="plain Python names the object that is not callable, in words of the driver's",
         says="no method __call__",
     ),
+    *[
+        program(
+            f"exit-with-words-that-cannot-be-shown-{name}",
+            f"import sys\nclass Odd:\n    def __str__(self):\n        {body}\ndef task(config):\n    sys.exit(Odd())\n",
+            but={"log": "<its message cannot be shown>\n"},
+            why="plain Python prints an empty line there",
+        )
+        for name, body in (
+            ("raises", "raise ValueError"),
+            ("none", "return None"),
+            ("exits", "sys.exit(7)"),
+        )
+    ],
     program(
         "surrogates",
         "def task(config):\n    print('\\udcff \\ud800')\n    return 1\n",

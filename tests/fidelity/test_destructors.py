@@ -1,0 +1,342 @@
+"""What ends with the objects that a program leaves: destructors, generators, context managers."""
+
+from __future__ import annotations
+
+import pytest
+
+from fidelity.harness import Program, Runner
+from fidelity.programs import program
+
+DESTRUCTORS = [
+    program(
+        "of-a-module",
+        """
+        class Thing:
+            def __init__(self, name):
+                self.name = name
+            def __del__(self):
+                print('deleted', self.name)
+        a = Thing('a')
+        b = Thing('b')
+        _c = Thing('_c')
+        def task(config):
+            local = Thing('local')
+            print('task')
+            return 1
+        """,
+    ),
+    program(
+        "of-the-task",
+        """
+        class Task:
+            def __call__(self, config):
+                return 1
+            def __del__(self):
+                print('task deleted')
+        """,
+    ),
+    program(
+        "of-the-result",
+        """
+        class Result(dict):
+            def __del__(self):
+                print('result deleted')
+        def task(config):
+            return Result(a=1)
+        """,
+    ),
+    program(
+        "of-a-cycle",
+        """
+        class Thing:
+            def __del__(self):
+                print('deleted')
+        def task(config):
+            thing = Thing()
+            thing.me = thing
+        """,
+    ),
+    program(
+        "of-a-cycle-of-a-module",
+        """
+        class Thing:
+            def __del__(self):
+                print('deleted', self.name)
+        one, two = Thing(), Thing()
+        one.name, two.name = 'one', 'two'
+        one.other, two.other = two, one
+        def task(config):
+            return 1
+        """,
+    ),
+    program(
+        "after-exit-handlers",
+        """
+        import atexit
+        class Thing:
+            def __del__(self):
+                print('deleted')
+        thing = Thing()
+        atexit.register(print, 'at exit')
+        def task(config):
+            print('task')
+        """,
+    ),
+    program(
+        "failing",
+        """
+        class Thing:
+            def __del__(self):
+                raise ValueError('in the destructor')
+        def task(config):
+            Thing()
+            return 1
+        """,
+    ),
+    program(
+        "using-a-module",
+        """
+        import json, os
+        class Thing:
+            def __del__(self, dumps=json.dumps):
+                print(dumps({'a': 1}), os.getcwd() != '')
+        thing = Thing()
+        def task(config):
+            return 1
+        """,
+    ),
+    program(
+        "of-a-library",
+        "import lib\ndef task(config):\n    return 1\n",
+        libraries={
+            "lib.py": "class T:\n    def __del__(self):\n        print('library deleted')\nt = T()\n"
+        },
+    ),
+    program(
+        "of-an-own-module",
+        "import helper\ndef task(config):\n    return 1\n",
+        files={
+            "helper.py": "class T:\n    def __del__(self):\n        print('helper deleted')\nt = T()\n"
+        },
+    ),
+    program(
+        "kept-by-an-exception",
+        """
+        class Thing:
+            def __del__(self):
+                print('deleted')
+        def task(config):
+            thing = Thing()
+            raise ValueError('x')
+        """,
+    ),
+    program(
+        "after-sys-exit",
+        """
+        import sys
+        class Thing:
+            def __del__(self):
+                print('deleted')
+        thing = Thing()
+        def task(config):
+            local = Thing()
+            sys.exit(2)
+        """,
+    ),
+    program(
+        "kept-by-a-standard-module",
+        """
+        import os
+        class Thing:
+            def __del__(self):
+                print('deleted')
+        os.kept = Thing()
+        def task(config):
+            return 1
+        """,
+    ),
+    program(
+        "revived",
+        """
+        kept = []
+        class Thing:
+            def __del__(self):
+                kept.append(self)
+                print('revived')
+        def task(config):
+            Thing()
+            return len(kept)
+        """,
+    ),
+    program(
+        "generator",
+        """
+        def numbers():
+            try:
+                yield 1
+            finally:
+                print('generator closed')
+        kept = numbers()
+        def task(config):
+            local = numbers()
+            next(local)
+            return next(kept)
+        """,
+    ),
+    program(
+        "generator-that-refuses",
+        """
+        def numbers():
+            try:
+                yield 1
+            except GeneratorExit:
+                yield 2
+        kept = numbers()
+        def task(config):
+            return next(kept)
+        """,
+    ),
+    program(
+        "context-manager-left-open",
+        """
+        import contextlib
+        @contextlib.contextmanager
+        def resource():
+            print('acquired')
+            try:
+                yield
+            finally:
+                print('released')
+        manager = resource()
+        def task(config):
+            manager.__enter__()
+        """,
+    ),
+    program(
+        "coroutine-never-awaited",
+        "async def later():\n    pass\ndef task(config):\n    later()\n    return 1\n",
+    ),
+    program(
+        "coroutine-kept",
+        "async def later():\n    pass\nkept = later()\ndef task(config):\n    return 1\n",
+    ),
+    program(
+        "async-generator-left-open",
+        """
+        import asyncio
+        async def numbers():
+            try:
+                yield 1
+            finally:
+                print('closed')
+        async def main():
+            global kept
+            kept = numbers()
+            return await kept.__anext__()
+        def task(config):
+            return asyncio.run(main())
+        """,
+    ),
+    program(
+        "collector-callbacks",
+        """
+        import gc
+        def told(phase, about):
+            if phase == 'start' and about['generation'] == 2:
+                print('full collection')
+        gc.callbacks.append(told)
+        class Thing:
+            def __del__(self):
+                print('deleted')
+        def task(config):
+            thing = Thing()
+            thing.me = thing
+            gc.collect()
+            gc.callbacks.clear()
+        """,
+    ),
+    program(
+        "state-of-the-collector",
+        "import gc\ndef task(config):\n    return [gc.isenabled(), gc.get_threshold(), gc.get_debug(), len(gc.garbage)]\n",
+    ),
+    program(
+        "debugging-the-collector",
+        """
+        import gc
+        class Thing: pass
+        def task(config):
+            gc.collect()
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            thing = Thing()
+            thing.me = thing
+            del thing
+            gc.collect()
+            gc.set_debug(0)
+            found = [type(each).__name__ for each in gc.garbage]
+            gc.garbage.clear()
+            return found
+        """,
+    ),
+    program(
+        "objects-of-the-collector",
+        """
+        import gc
+        class Thing: pass
+        kept = [Thing() for _ in range(3)]
+        def task(config):
+            return [sum(isinstance(o, Thing) for o in gc.get_objects()), len(gc.get_referrers(kept[0]))]
+        """,
+    ),
+]
+
+WHOLE = (
+    "the modules of Python are whole when a job's own ones end; in plain Python they may be gone"
+)
+
+MORE = [
+    program(
+        "failing",
+        """
+        class Thing:
+            def __del__(self):
+                raise ValueError('in the destructor')
+        thing = Thing()
+        def task(config):
+            return 1
+        """,
+        but={
+            "log": "Exception ignored in: <function Thing.__del__ at <address>>\n"
+            "Traceback (most recent call last):\n"
+            '  File "<project>/task.py", line 3, in __del__\n'
+            "    raise ValueError('in the destructor')\n"
+            "ValueError: in the destructor\n"
+        },
+        why=f"{WHOLE}, and with them the lines of a traceback",
+    ),
+    program(
+        "writing-a-file",
+        """
+        class Writer:
+            def __init__(self):
+                self.rows = []
+            def __del__(self):  # NameError: in plain Python `open` is gone by then
+                with open('rows', 'w') as f:
+                    f.write(str(self.rows))
+        writer = Writer()
+        def task(config):
+            writer.rows.append(1)
+        """,
+        but={"log": "", "files": {"rows": b"[1]"}},
+        why=WHOLE,
+    ),
+]
+
+
+@pytest.mark.parametrize("program", MORE)
+def test_a_destructor_that_can_do_more(program: Program, runner: Runner) -> None:
+    runner.check(program)
+
+
+@pytest.mark.parametrize("program", DESTRUCTORS)
+def test_a_destructor(program: Program, runner: Runner) -> None:
+    runner.check(program)
