@@ -274,13 +274,15 @@ class Runner:
     def _settle(self, mark: str) -> None:
         """Let the trackers of what was left clean up; then nothing of the run may stay."""
         end = time.monotonic() + SETTLE_S
-        while (tracked := running(f"CORTEX_JOB_ID={mark}")) and time.monotonic() < end:
-            if not any(b"tracker" in read(pid, "cmdline") for pid in tracked):
-                break
+        while left := running(mark):
+            if time.monotonic() > end or not any(
+                b"tracker" in read(pid, "cmdline") for pid in left
+            ):
+                for pid in left:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                return
             time.sleep(0.01)
-        for pid in running(f"CORTEX_JOB_ID={mark}"):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
     # As a job
 
@@ -315,7 +317,7 @@ class Runner:
             await self._first(job_id, Ended)
             raise
         assert ended.ending is (Ending.EXITED if program.stop_at is None else Ending.STOPPED), ended
-        assert not running(f"CORTEX_JOB_ID={job_id}"), "a process of the job is left"
+        assert not running(job_id), "a process of the job is left"
         text = log.read_bytes().decode("utf-8", "backslashreplace")
         folder = log.parent
         names = {place.project: "project", folder / "files": "own", place.folder: "run"}

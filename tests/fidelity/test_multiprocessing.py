@@ -320,6 +320,20 @@ POOLS = {
 }
 
 
+ALL_METHODS = {
+    "pool",
+    "process-that-fails",
+    "queue",
+    "manager",
+    "shared-memory",
+    "executor",
+    "own-classes",
+    "method-of-the-task",
+    "names",
+    "set-start-method",
+}
+"""Of the rest a server that multiprocessing forks from makes no more than a spawned process does."""
+
 POOLED = [
     program(
         f"{name}-{method}",
@@ -328,6 +342,7 @@ POOLED = [
     )
     for name, code in POOLS.items()
     for method in METHODS
+    if method != "forkserver" or name in ALL_METHODS
 ]
 
 
