@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -132,14 +133,14 @@ class Place:
 class Runner:
     """An engine that stays open, with a loop and a thread of its own, and a folder for all runs."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, own_folder: str | None = None) -> None:
         self._folder = folder
         self._bare = _environment(folder / "bare", {})
         self._count = 0
         self._seen: dict[str, list[Observation]] = {}
         self._changed = asyncio.Event()
         self.root = folder / "jobs"
-        self.engine = LocalEngine(self.root, None, 5.0)
+        self.engine = LocalEngine(self.root, None, 5.0, own_folder=own_folder)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
@@ -319,6 +320,7 @@ class Runner:
         assert ended.ending is (Ending.EXITED if program.stop_at is None else Ending.STOPPED), ended
         assert not running(job_id), "a process of the job is left"
         text = log.read_bytes().decode("utf-8", "backslashreplace")
+        text = re.sub(rf"{self.root}/\.own/[0-9-]+/project", str(place.project), text)
         folder = log.parent
         names = {place.project: "project", folder / "files": "own", place.folder: "run"}
         changed = [place.project, folder / "own", folder / "files"]

@@ -295,9 +295,12 @@ OTHERS = [
     program(
         "all-descriptors-closed",
         "import os\nf = open('f', 'w')\ndef task(config):\n    f.write('abc')\n    os.closerange(3, 100)\n    return 1\n",
-        but={"result": "<no result>"},
-        why="the job's result travels through a descriptor that the program has closed",
-        says="not kept",
+        but={
+            "result": "<no result>",
+            "log": "cortex: the task's return value was not kept: the task has closed the file that it would be "
+            "kept in\n",
+        },
+        why="the job's result and message travel through a descriptor that the program has closed",
     ),
     program(
         "detached-buffer",

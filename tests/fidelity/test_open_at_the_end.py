@@ -61,7 +61,10 @@ WRITERS = {
         "f.setparams((1, 2, 8000, 0, 'NONE', '')); f.writeframes(b'ab' * 100)",
     ),
     "xml": ("open('f', 'wb')", "ElementTree.ElementTree(ElementTree.Element('a')).write(f)"),
-    "mailbox": ("mailbox.mbox('f')", "f.lock(); f.add('Subject: a\\n\\nb')"),
+    "mailbox": (
+        "mailbox.mbox('f')",
+        "m = mailbox.mboxMessage('Subject: a\\n\\nb'); m.set_from('a', time.gmtime(0)); f.add(m)",
+    ),
     "dbm-dumb": ("dbm.dumb.open('f', 'c')", "f['a'] = 'b'"),
     "socket-file": ("socket.socketpair()", "keep = f[0].makefile('w'); keep.write('abc')"),
     "pipe": ("os.popen('cat > f', 'w')", "f.write('abc')"),

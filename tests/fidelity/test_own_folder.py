@@ -3,6 +3,8 @@ and beside it have written."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fidelity.harness import Program, Runner
@@ -14,6 +16,10 @@ GIVEN = {
     "helper.py": "X = 1\n",
     "data/deep/a.txt": "a\n",
 }
+
+RENAMED = (
+    "of a folder of the project that a job renamed, its own folder keeps what it changed alone"
+)
 
 
 def writes(name: str, code: str, **about: object) -> object:
@@ -48,8 +54,19 @@ PROGRAMS = [
         "shutil.rmtree('data')\nos.mkdir('data')\nopen('data/new', 'w').write('x')",
     ),
     writes("rename-a-file", "os.rename('given.txt', 'renamed.txt')"),
-    writes("rename-a-folder", "os.rename('data', 'renamed')"),
-    writes("rename-a-folder-into-another", "os.mkdir('to')\nos.rename('data/deep', 'to/deep')"),
+    writes("rename-a-folder", "os.rename('data', 'renamed')", but={"files": {}}, why=RENAMED),
+    writes(
+        "rename-a-folder-into-another",
+        "os.mkdir('to')\nos.rename('data/deep', 'to/deep')",
+        but={"files": {}},
+        why=RENAMED,
+    ),
+    writes(
+        "rename-a-folder-and-write-in-it",
+        "os.rename('data', 'renamed')\nopen('renamed/new', 'w').write('x')\nprint(open('renamed/rows.csv').read())",
+        but={"files": {"renamed/new": b"x"}},
+        why=RENAMED,
+    ),
     writes(
         "by-the-path-of-the-code",
         "here = pathlib.Path(__file__).parent\n(here / 'model.pkl').write_bytes(b'x')\n(here / 'given.txt').unlink()",
@@ -110,3 +127,8 @@ PROGRAMS = [
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_relative_write(program: Program, runner: Runner) -> None:
     runner.check(program)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_relative_write_in_a_copy(program: Program, copying: Runner) -> None:
+    copying.check(replace(program, but={}, why=None))

@@ -310,6 +310,8 @@ CHANGED = [
     program(
         "builtins-changed",
         "import builtins\ndef task(config):\n    builtins.sorted = lambda x: 7\n    builtins.open = None\n    return sorted('')\n",
+        but={"result": 7},
+        why="the driver imports json with what is left of the builtins; a job has it already",
     ),
     program(
         "streams-of-children-changed",
