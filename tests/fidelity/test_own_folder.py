@@ -29,7 +29,7 @@ def writes(name: str, code: str, **about: object) -> object:
         name,
         f"{head}def task(config):\n    before = tree()\n{body}    return [before, tree()]\n",
         files=GIVEN,
-        jobs=3,
+        jobs=2,
         **about,
     )
 
