@@ -195,6 +195,12 @@ DESTRUCTORS = [
         def task(config):
             return next(kept)
         """,
+        but={
+            "log": "Exception ignored in: <generator object numbers at <address>>\n"
+            'Traceback (most recent call last):\n  File "sys", line 1, in <module>\n'
+            "RuntimeError: generator ignored GeneratorExit\n"
+        },
+        why="Python adds the frame that runs to the error, and at its own end none does",
     ),
     program(
         "context-manager-left-open",
