@@ -219,11 +219,19 @@ def _take_apart(new: list[str]) -> None:
     module = None
     # Most modules end with this, with their globals whole for the code that runs at their end.
     eval(_collect, _NOWHERE)
-    left = [module for module in (found() for found in reversed(dying)) if module is not None]
-    if left:
-        while left:
-            _clear(vars(left.pop(0)))
+    is_any_left = False
+    for found in reversed(dying):  # each in its turn: one may go with the one before
+        left = found()
+        if left is not None:
+            is_any_left = True
+            _clear(vars(left))
+            left = None
+    if is_any_left:
+        # What ends now has no streams in Python, where the module sys has ended before.
+        streams = sys.stdout, sys.stderr
+        sys.stdout = sys.stderr = None
         eval(_collect, _NOWHERE)
+        sys.stdout, sys.stderr = streams
     _end_what_is_left()
 
 
@@ -246,7 +254,7 @@ def _end_what_is_left() -> None:
                 each.close()
             else:
                 type(each).__del__(each)
-        except BaseException:  # noqa: BLE001, RUF100  # of the user's; Python has no streams any more to tell it
+        except BaseException:  # noqa: BLE001, RUF100  # of the user's, or a full disk
             pass
 
 

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import time
 
 from cortex.worker.bare import signal
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+EXEC_S = 0.5
+"""How long a process may show no command line and be taken to be in its exec."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 # Only kernels with CONFIG_PROC_CHILDREN have it.
 _HAS_CHILDREN = os.path.exists("/proc/thread-self/children")
@@ -144,16 +147,22 @@ def descendants(root: int) -> dict[int, int]:
 
 def trackers(root: int) -> dict[int, int]:
     """The resource trackers of multiprocessing and of joblib's loky below a process: pid: start ticks."""
-    found = {}
-    for pid, ticks in walk(root):
-        try:
-            with open(f"/proc/{pid}/cmdline", "rb") as file:
-                is_one = b"resource_tracker import main" in file.read()
-        except OSError:
-            continue  # gone meanwhile
-        if is_one:
-            found[pid] = ticks
-    return found
+    until = time.monotonic() + EXEC_S
+    while True:
+        found = {}
+        is_sure = True
+        for pid, ticks in walk(root):
+            try:
+                with open(f"/proc/{pid}/cmdline", "rb") as file:
+                    words = file.read()
+            except OSError:
+                continue  # gone meanwhile
+            if b"resource_tracker import main" in words:
+                found[pid] = ticks
+            is_sure = is_sure and words != b""  # in the midst of its exec a process shows none
+        if is_sure or time.monotonic() > until:
+            return found
+        time.sleep(0.002)
 
 
 def with_variable(name: str, value: str) -> dict[int, int]:
