@@ -9,10 +9,12 @@ RUN := $(VENV)/bin
 setup: $(VENV)/.ready
 
 # What the tests need and Python's packages do not have: libfaketime sets an operator's clock, PostgreSQL's
-# server is a store, systemd checks its unit.
+# server is a store, systemd checks its unit, curl is a client, openssl makes certificates.
 PACKAGES := $(if $(wildcard /usr/lib/*/faketime/libfaketimeMT.so.1),,faketime) \
 	$(if $(wildcard /usr/lib/postgresql/*/bin/initdb),,postgresql) \
-	$(if $(shell command -v systemd-analyze),,systemd)
+	$(if $(shell command -v systemd-analyze),,systemd) \
+	$(if $(shell command -v curl),,curl) \
+	$(if $(shell command -v openssl),,openssl)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
 
 $(VENV)/.packages: | $(VENV)/.ready

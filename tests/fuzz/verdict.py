@@ -29,6 +29,8 @@ def wrong(answer: Answer, method: str, private: bytes) -> str | None:
     """
     if not answer.status:
         return f"no answer ({answer.broken})"
+    if method == "OPTIONS" and answer.status == 204:
+        return "an empty answer with a body" if answer.body else None
     if answer.status not in ALLOWED:
         return f"status {answer.status}"
     if _INSIDE.search(answer.body) or private in answer.body:
