@@ -20,6 +20,7 @@ import sys
 import types
 import weakref
 
+from cortex.worker import standard
 from cortex.worker.bare import signal
 
 TYPE_CHECKING = False
@@ -84,7 +85,7 @@ def end(code: int, *, has_imported: bool) -> NoReturn:
     """
     _run(getattr(sys.modules.get("threading"), "_shutdown", None))
     new = _own_modules()
-    has_threads = _count_threads() > 0 or (has_imported and len(os.listdir("/proc/self/task")) > 1)
+    has_threads = _count_threads() > 0 or (has_imported and _has_threads_of_c())
     uses_c = has_imported
     if has_threads or len(new) > 1:  # beside the task's own
         if code != INTERRUPTED and (has_threads or any(map(_is_foreign_extension, new))):
@@ -102,6 +103,13 @@ def end(code: int, *, has_imported: bool) -> NoReturn:
         _fflush(None)
         _libc_exit(code)  # destructors of C++ objects and exit handlers of C libraries run in here
     os._exit(code)
+
+
+def _has_threads_of_c() -> bool:
+    try:
+        return len(os.listdir("/proc/self/task")) > 1
+    except OSError:  # there is no descriptor to ask with: a full finalization is right for all
+        return True
 
 
 def _own_modules() -> list[str]:
@@ -133,7 +141,7 @@ def _is_extension(name: str) -> bool:
 def _is_foreign_extension(name: str) -> bool:
     """Whether it is machine code that does not belong to Python: what that does at its end is known to
     nobody here."""
-    return _is_extension(name) and name.partition(".")[0] not in sys.stdlib_module_names
+    return _is_extension(name) and name.partition(".")[0] not in standard.NAMES
 
 
 def _flush_streams() -> bool:

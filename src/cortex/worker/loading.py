@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import sys
 
+from cortex.worker import standard
+
 LEAST_S = 0.2
 """A shorter time is not worth telling."""
 MAX_NAMES = 8
@@ -41,7 +43,7 @@ def _is_within(name: str, folders: tuple[str, ...]) -> bool:
 def _origin(value: object) -> str | None:
     """The module that an import statement names to get this, if it is not one of the standard library's."""
     name = getattr(value, "__name__" if isinstance(value, type(sys)) else "__module__", None)
-    if not isinstance(name, str) or name.partition(".")[0] in sys.stdlib_module_names:
+    if not isinstance(name, str) or name.partition(".")[0] in standard.NAMES:
         return None
     if name not in sys.modules:
         return None

@@ -14,7 +14,7 @@ import importlib
 import os
 import sys
 
-from cortex.worker import processes
+from cortex.worker import processes, standard
 from cortex.worker.bare import signal, signal_name
 
 TYPE_CHECKING = False
@@ -123,7 +123,7 @@ class Watch:
 
     def _why_not_handlers(self) -> str | None:
         for name in self._handlers:
-            if name.partition(".")[0] not in sys.stdlib_module_names and name not in _HARMLESS:
+            if name.partition(".")[0] not in standard.NAMES and name not in _HARMLESS:
                 return (
                     f"it registers the exit handler {name}, which would run at the end of every job"
                 )

@@ -17,7 +17,7 @@ import sys
 import time
 import types
 
-from cortex.worker import ending, loading, measures, plain, preload
+from cortex.worker import ending, loading, measures, plain, preload, standard
 from cortex.worker.messages import Outcome, encode, shorten
 
 TYPE_CHECKING = False
@@ -258,7 +258,7 @@ def _module_name(path: str) -> str:
     """
     name = os.path.splitext(os.path.relpath(path, _root(path)))[0].replace(os.sep, ".")
     own = os.path.splitext(os.path.basename(path))[0]
-    if "." in own or name in sys.modules or name.partition(".")[0] in sys.stdlib_module_names:
+    if "." in own or name in sys.modules or name.partition(".")[0] in standard.NAMES:
         os.environ["CORTEX_TASK_FILE"] = path
         return STAND_IN
     return name

@@ -1,0 +1,16 @@
+"""The names of Python's own modules, also where Python does not tell them (before 3.10)."""
+
+from __future__ import annotations
+
+import sys
+
+from cortex.worker import standard
+
+
+def test_the_listed_names_are_those_that_python_tells() -> None:
+    listed = standard._listed()
+    loaded = {name.partition(".")[0] for name in sys.modules} & sys.stdlib_module_names
+    assert loaded <= listed
+    assert {"json", "zlib", "sys", "queue"} <= listed
+    assert not listed & {"numpy", "pytest", "cortex"}
+    assert standard.NAMES == sys.stdlib_module_names
