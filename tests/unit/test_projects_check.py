@@ -669,3 +669,11 @@ def test_requirements_from_elsewhere(line: str) -> None:
 )
 def test_requires_python(specifier: str, expected: bool) -> None:
     assert satisfies((3, 11, 7), specifier) is expected
+
+
+def test_a_line_of_a_secret_that_goes_over_several_is_not_shown(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("KEY=-----BEGIN KEY-----\nMIIEvQ/IBADAN+Bg\n-----END KEY-----\n")
+    assert check_variables(tmp_path) == [
+        ".env:2: is no NAME=value; put a value of several lines in quotes",
+        ".env:3: cannot be read; allowed: NAME=value, one to a line",
+    ]

@@ -58,6 +58,9 @@ def _mistakes(binding: Binding, *, has_path: bool) -> Iterator[str]:
         yield f"{place}: cannot be read; allowed: NAME=value, one to a line"
     elif binding.key is None:
         return
+    elif binding.value is None and not ENV_NAME.fullmatch(binding.key):
+        # It may be a line of a secret that goes over several, such as a key in PEM, and is not shown.
+        yield f"{place}: is no NAME=value; put a value of several lines in quotes"
     elif not ENV_NAME.fullmatch(binding.key):
         allowed = "letters, digits and _, the first not a digit"
         yield f'{place}: found the name "{binding.key[:60]}"; allowed: {allowed}'
