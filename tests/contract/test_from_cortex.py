@@ -38,14 +38,14 @@ def test_a_job_by_the_name_of_its_api(shared: Operator, probe: str, form: str) -
 
 
 def test_the_name_counts_and_not_the_endpoint(shared: Operator) -> None:
-    more = "  networking: {endpoint: elsewhere}\n"
+    more = "  networking: {endpoint: moved-away}\n"
     endpoint = shared.deployed(probe_yaml("moved", more), {"probe.py": PROBE})
     job = asked(shared, "POST", "/tasks/moved/", json={}).json()
     assert shared.finished(endpoint, job)["status"] == "status_succeeded"
     assert asked(shared, "GET", f"/tasks/moved/{job['job_id']}/logs").status_code == 200
     listed = asked(shared, "GET", "/tasks/moved", params={"limit": 1}).json()["job_statuses"]
     assert [each["job_id"] for each in listed] == [job["job_id"]]
-    assert asked(shared, "POST", "/tasks/elsewhere", json={}).status_code == 404
+    assert asked(shared, "POST", "/tasks/moved-away", json={}).status_code == 404
     shared.http.delete(f"{shared.url}/-/apis/moved")
     assert asked(shared, "POST", "/tasks/moved", json={}).status_code == 404
     assert asked(shared, "GET", f"/tasks/moved/{job['job_id']}").status_code == 200

@@ -197,8 +197,8 @@ def test_a_log_is_followed_to_its_end_through_any(trio: Trio, name: str) -> None
     others[0].deployed(probe_yaml(name), {"probe.py": PROBE})
     job = others[0].submit(at(others[0], name), config={"do": "say", "lines": 20, "pause": 0.05})
     text = b"".join(_followed(at(others[1], name), job)).decode()
-    # A slow follower gets several lines at once.
-    assert text.index("line 19\\n") < text.index("event: end")
+    # A slow follower gets several lines at once, a quick one may get a line without its end.
+    assert text.index("line 19") < text.index("event: end")
     assert "status_succeeded" in text
 
 
