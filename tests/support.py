@@ -33,7 +33,7 @@ FINAL = {
 }
 TIME = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z$")
 
-# One task that does what its config says.
+# One task that does what its config says. A line is one write: standard output is not buffered.
 PROBE = """
 import ctypes, json, os, signal, subprocess, sys, time
 
@@ -47,7 +47,7 @@ class Task:
 
     def say(self, config):
         for number in range(config.get("lines", 1)):
-            print(f"line {number}", flush=True)
+            print(f"line {number}\\n", end="", flush=True)
             time.sleep(config.get("pause", 0))
             while not os.path.exists(config.get("go", "/")):
                 time.sleep(0.02)
@@ -67,7 +67,7 @@ class Task:
         time.sleep(60)
 
     def sleep(self, config):
-        print("asleep", flush=True)
+        print("asleep\\n", end="", flush=True)
         time.sleep(config["s"])
         return "rested"
 
@@ -78,7 +78,7 @@ class Task:
 
     def stubborn(self, config):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        print("asleep", flush=True)
+        print("asleep\\n", end="", flush=True)
         while True:
             time.sleep(1)
 
@@ -96,17 +96,17 @@ class Task:
                 "time.sleep(300)\\n")
         for _ in range(3):
             subprocess.Popen([sys.executable, "-c", code], env={"MARK": config["mark"]})
-        print("asleep", flush=True)
+        print("asleep\\n", end="", flush=True)
         time.sleep(config["s"])
 
     def save_on_term(self, config):
         def save(*_):
             with open(os.path.join(os.environ["CORTEX_JOB_DIR"], "saved"), "w") as file:
                 file.write("checkpoint")
-            print("saved", flush=True)
+            print("saved\\n", end="", flush=True)
             sys.exit(0)
         signal.signal(signal.SIGTERM, save)
-        print("asleep", flush=True)
+        print("asleep\\n", end="", flush=True)
         time.sleep(300)
 
     def unserialisable(self, config):
