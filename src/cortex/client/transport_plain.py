@@ -15,7 +15,7 @@ import ssl
 import uuid
 from contextlib import closing, contextmanager
 from time import sleep
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlencode, urlsplit
 
 from cortex.client.certificates import trusted
@@ -24,7 +24,7 @@ from cortex.client.exchange import Course, Pause, Request, T
 from cortex.errors import CortexError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from pydantic import JsonValue
 
@@ -64,10 +64,11 @@ class PlainTransport:
         """An answer of this type whose body is still to be read."""
         with closing(self._connection()) as connection, self._reporting(request.answer_s):
             answer, response = self._sent(connection, request)
-            if not answer.is_success:
-                raise self._endpoint.error(answer, response.read())
-            self._endpoint.check_type(answer, media_type)
-            yield PlainStream(response)
+            with closing(response):
+                if not answer.is_success:
+                    raise self._endpoint.error(answer, response.read())
+                self._endpoint.check_type(answer, media_type)
+                yield PlainStream(response)
 
     def _done(self, asked: Request | Pause) -> JsonValue | CortexError:
         if isinstance(asked, Pause):
@@ -77,7 +78,8 @@ class PlainTransport:
             with closing(self._connection()) as connection:
                 with self._reporting(asked.answer_s):
                     answer, response = self._sent(connection, asked)
-                    body = response.read()
+                    with closing(response):  # a connection that ends with its answer does not do so
+                        body = response.read()
                 return self._endpoint.json(answer, body)
         except CortexError as error:
             return error
@@ -97,10 +99,17 @@ class PlainTransport:
             connection = http.client.HTTPSConnection(*to, timeout=CONNECT_S, context=self._context)
             if proxy is not None:
                 connection.set_tunnel(host, port, headers=self._proxy_headers())
+        refusals: list[http.client.HTTPResponse] = []
+        if proxy is not None:
+            connection.response_class = _collected(refusals)  # type: ignore[assignment]  # it makes one
         try:
             connection.connect()
         except (OSError, http.client.HTTPException) as error:
             connection.close()
+            for (
+                refusal
+            ) in refusals:  # before 3.12 the answer of a proxy that refuses a tunnel stays open
+                refusal.close()
             raise self._endpoint.unreachable(str(error)) from error
         return connection
 
@@ -162,6 +171,18 @@ class PlainStream:
         for chunk in self.iter_bytes():
             yield decoder.decode(chunk)
         yield decoder.decode(b"", True)
+
+
+def _collected(
+    made: list[http.client.HTTPResponse],
+) -> Callable[..., http.client.HTTPResponse]:
+    """What makes answers, and keeps them in this list."""
+
+    def response(*arguments: Any, **named: Any) -> http.client.HTTPResponse:
+        made.append(http.client.HTTPResponse(*arguments, **named))
+        return made[-1]
+
+    return response
 
 
 def _body(request: Request) -> tuple[bytes | Iterable[bytes] | None, dict[str, str]]:
