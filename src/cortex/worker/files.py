@@ -24,7 +24,11 @@ def open_folder(path: str) -> int:
 def create(folder: int, name: str, data: bytes) -> bool:
     """Create a file with this content; False if there is one already. O_EXCL alone would let a
     reader see half of it."""
-    temporary = write(folder, name, data)
+    return name_once(folder, write(folder, name, data), name)
+
+
+def name_once(folder: int, temporary: str, name: str) -> bool:
+    """Give a file its name, unless another one has it: then False. The temporary name goes in either case."""
     try:
         os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
     except FileExistsError:

@@ -109,8 +109,8 @@ def _job_id_slot() -> int:
 def _import_ahead(
     setup: messages.Setup, path: str, sock: socket.socket, startup: frozenset[str]
 ) -> tuple[bytes, list[object]]:
-    """Import what the version asks for; what that has printed, and what each job has to seed. Where it must not be, say so and end: the engine
-    starts this again without it."""
+    """Import what the version asks for; what that has printed, and what each job has to seed. Where a module must
+    not be imported ahead, say so and end: the engine starts this process again without it."""
     roots = task.user_roots(setup)
     watch = preload.Watch() if setup.preload else None
     preload.forget_shadowed([*roots, os.path.dirname(path)], startup)

@@ -72,14 +72,7 @@ class Reuse:
                 pass  # the reason may lie in the shared file: a new one has it no more
             else:
                 return True
-        temporary = start.make(folder, name, data)
-        try:
-            os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-        except FileExistsError:
-            return False
-        finally:
-            os.unlink(temporary, dir_fd=folder)
-        return True
+        return files.name_once(folder, start.make(folder, name, data), name)
 
     def put_exit(self, folder: int, name: str, data: bytes) -> None:
         """Write an exit record, complete before it has its name; a loss of power may take it. The job must
