@@ -106,6 +106,86 @@ DESTRUCTORS = [
         """,
     ),
     program(
+        "of-an-object-that-the-collector-does-not-know",
+        """
+        class Bare:
+            __slots__ = ()
+            def __del__(self):
+                print('bare deleted')
+        class Number(int):
+            __slots__ = ()
+            def __del__(self):
+                print('number deleted')
+        kept = (Bare(), [Bare()], {'a': Number(3)}, frozenset([Number(4)]))
+        def task(config):
+            return 1
+        """,
+    ),
+    program(
+        "inherited-by-an-object-that-the-collector-does-not-know",
+        """
+        class Base:
+            __slots__ = ()
+            def __del__(self):
+                print('deleted')
+        class Below(Base):
+            __slots__ = ()
+        kept = Below()
+        del Base
+        def task(config):
+            return 1
+        """,
+    ),
+    program(
+        "added-later",
+        """
+        class Bare:
+            __slots__ = ()
+        kept = Bare()
+        def task(config):
+            Bare.__del__ = lambda self: print('deleted')
+        """,
+    ),
+    program(
+        "of-a-class",
+        """
+        class Meta(type):
+            def __del__(cls):
+                print('class deleted')
+        class Thing(metaclass=Meta):
+            pass
+        def task(config):
+            return 1
+        """,
+    ),
+    program(
+        "behind-plain-things",
+        """
+        class Thing:
+            def __del__(self):
+                print('deleted')
+        class Holder:
+            held = property(lambda self, thing=Thing(): thing)
+            also = staticmethod(lambda thing=Thing(): thing)
+            more = classmethod(lambda cls, thing=Thing(): thing)
+            __slots__ = ('x',)
+        def task(config):
+            task.held = {1: [(Thing(),)]}
+        """,
+    ),
+    program(
+        "called-back-by-a-weak-reference",
+        """
+        import _weakref
+        class Thing:
+            pass
+        thing = Thing()
+        seen = _weakref.ref(thing, lambda _: print('gone'))
+        def task(config):
+            return 1
+        """,
+    ),
+    program(
         "of-a-library",
         "import lib\ndef task(config):\n    return 1\n",
         libraries={

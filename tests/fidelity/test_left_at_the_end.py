@@ -311,6 +311,11 @@ OTHERS = [
         "import io\nclass B(io.BufferedWriter):\n    pass\nf = B(io.FileIO('f', 'w'))\nf.me = f\ndef task(config):\n    f.write(b'abc')\n",
     ),
     program(
+        "resource-warnings-of-what-the-collector-does-not-know",
+        "import os\nkept = os.scandir('.')\ndef task(config):\n    next(kept)\n",
+        env={"PYTHONWARNINGS": "default"},
+    ),
+    program(
         "resource-warnings",
         "import warnings\nwarnings.simplefilter('always')\nf = open('f', 'w')\ndef task(config):\n    f.write('abc')\n",
     ),

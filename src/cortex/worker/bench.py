@@ -45,7 +45,7 @@ class Bench:
         setup: Setup,
         signals: Signals,
         sock: socket.socket,
-        slot: int,
+        slot: memoryview | None,
         found: task.Found | None = None,
     ) -> None:
         self.setup = setup
@@ -122,6 +122,11 @@ class Bench:
             return False
         return True
 
+    def restore(self) -> None:
+        """Make anew what the last job has changed, before the next one comes."""
+        if not self.workspace.is_ready:
+            self.prepare_early()
+
     def dismiss(self) -> None:
         """The process that waits is not needed."""
         if self.worker is not None:
@@ -129,10 +134,11 @@ class Bench:
             self.worker = None
 
     def take(self, data: bytes) -> Order:
-        """An order that has come. The process that waits for one reads it while this one lays out."""
+        """An order that has come. The process that waits for one gets ready while this one lays out."""
+        order = Order.loads(data)
         if self.worker is not None:
-            self.worker.announce(data)
-        return Order.loads(data)
+            self.worker.announce(order)
+        return order
 
     def hear(self) -> bytes:
         """What the engine says next; nothing where it is gone, or a stop comes before it says anything."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import marshal
 import os
 import sys
 from gc import freeze
@@ -18,7 +19,7 @@ from os import _exit, chdir, close, dup2, environb, fork, getpid, getppid, setsi
 
 from cortex.worker import bare, cgroups, programs, task, wire
 from cortex.worker.bare import signal
-from cortex.worker.messages import JOB_ID_ROOM, Order, Outcome
+from cortex.worker.messages import JOB_ID_ROOM, Outcome
 from cortex.worker.processes import PR_SET_PDEATHSIG, libc
 
 TYPE_CHECKING = False
@@ -27,18 +28,19 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from cortex.worker.bench import Bench
-    from cortex.worker.messages import Setup
+    from cortex.worker.messages import Order, Setup
 
     Orders = socket.socket | None
     Identity = tuple[int, int]  # device and inode
     Variables = list[tuple[bytes, bytes]]
-    Marks = tuple[Variables, bytes]
-    Work = tuple[Variables, bytes, int, int, Identity, Order]
+    # Its variables, its id as `Bench.slot` shows it, its control groups' files, and the content of job.json.
+    Told = tuple[Variables, bytes, list[str], dict[str, object]]
+    Work = tuple[Told, int, int, Identity]
 
 NOT_FOUND = 127
 NOT_RUNNABLE = 126
 _SIGKILL, _SETMASK, _sigmask = signal.SIGKILL, signal.SIG_SETMASK, signal.pthread_sigmask
-_prctl, _memmove = libc.prctl, ctypes.memmove
+_prctl, _loads = libc.prctl, marshal.loads
 
 
 class Job:
@@ -62,10 +64,11 @@ class Worker:
         self.pid = _fork(bench, (self._sock.fileno(),), None, theirs)
         theirs.close()
 
-    def announce(self, order: bytes) -> None:
+    def announce(self, order: Order) -> None:
         """Tell it what its job will be. From then on it is of no use for any other."""
         with contextlib.suppress(OSError):  # it is gone, as `begin` will find
-            wire.send(self._sock, order)
+            # What it takes to read an order as the engine sends it would be pages of each job's own.
+            wire.send(self._sock, marshal.dumps(_told(order)))
 
     def begin(self, job: Job) -> None:
         """Let it run the job that was announced.
@@ -99,7 +102,7 @@ def start(bench: Bench, job: Job, others: tuple[int, ...]) -> int:
     Args:
         others: file descriptors that it must not keep, beside those of the bench.
     """
-    work = (*_marks(job.order), job.log, job.outcome, _identity(job.outcome), job.order)
+    work = (_told(job.order), job.log, job.outcome, _identity(job.outcome))
     return _fork(bench, others, work, None)
 
 
@@ -126,7 +129,7 @@ def _run(
     project: str,
     path: str | None,
     found: task.Found | None,
-    slot: int,
+    slot: memoryview | None,
     supervisor: int,
     foreign: tuple[int, ...],
     work: Work | None,
@@ -137,23 +140,24 @@ def _run(
     try:
         failed = _become(project, supervisor, foreign)
         if work is not None:
-            variables, mark, log, outcome, identity, order = work
-            _get_ready(variables, mark, slot)
+            told, log, outcome, identity = work
+            _get_ready(told, slot)
         elif orders is not None:
-            log, outcome, order = _await(orders, slot)
+            told, log, outcome = _await(orders, slot)
             identity = _identity(outcome)
             found = task.still(found, path)
         if failed is not None:
             raise failed
-        if cgroups.paths(order):
-            cgroups.Groups(order).join()
+        _, _, groups, job = told
+        for file in groups:
+            cgroups.put(file, "0")
         dup2(log, 1)  # and from 0 nothing can be read, since the fork server
         dup2(log, 2)
         close(log)
         # Last: a stop that came meanwhile ends the process now, by the default action.
         _sigmask(_SETMASK, ())
         if path is not None:
-            task.run(setup, path, found, order.job, _teller(outcome, identity))
+            task.run(setup, path, found, job, _teller(outcome, identity))
         elif setup.command is not None:
             code = _execute(setup.command)
     except BaseException as error:  # noqa: BLE001, RUF100  # the platform's own: it fails the job
@@ -180,33 +184,35 @@ def _become(project: str, supervisor: int, foreign: tuple[int, ...]) -> Exceptio
     return None
 
 
-def _await(orders: socket.socket, slot: int) -> tuple[int, int, Order]:
-    """The log, the outcome and the order of the job that it hears of, when that is to begin."""
+def _await(orders: socket.socket, slot: memoryview | None) -> tuple[Told, int, int]:
+    """What the process hears of its job, with the log and the outcome, when that is to begin."""
     data, _ = wire.receive(orders)
     if not data:
         _exit(0)
-    order = Order.loads(data)
-    _get_ready(*_marks(order), slot)
+    told = _loads(data)
+    _get_ready(told, slot)
     data, fds = wire.receive(orders, 2)
     if not data:
         _exit(0)
     orders.close()
     log, outcome = fds
-    return log, outcome, order
+    return told, log, outcome
 
 
-def _marks(order: Order) -> Marks:
+def _told(order: Order) -> Told:
     variables = [(os.fsencode(k), os.fsencode(v)) for k, v in environment(order).items()]
-    return variables, order.job_id.encode()[:JOB_ID_ROOM].ljust(JOB_ID_ROOM, b"\0")
+    mark = order.job_id.encode()[:JOB_ID_ROOM].ljust(JOB_ID_ROOM, b"\0")
+    return variables, mark, cgroups.to_join(order), order.job
 
 
-def _get_ready(variables: Variables, mark: bytes, slot: int) -> None:
+def _get_ready(told: Told, slot: memoryview | None) -> None:
+    variables, mark, _, _ = told
     for name, value in variables:
         environb[name] = value
-    if slot:
+    if slot is not None:
         # Where /proc/<pid>/environ shows it. That block is the fork server's own from its exec, and is
         # inherited by what a Task forks: so each of them can be found after the supervisor was killed.
-        _memmove(slot, mark, JOB_ID_ROOM)
+        slot[:] = mark
 
 
 def environment(order: Order) -> dict[str, str]:

@@ -18,14 +18,17 @@ import io
 import os
 import sys
 import types
-import weakref
+from _weakref import ref  # the module around it would be pages that each fork copies
 
 from cortex.worker import standard
 from cortex.worker.bare import signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import NoReturn
+    from collections.abc import Callable
+    from typing import NoReturn, ParamSpec
+
+    P = ParamSpec("P")
 
 # A task may have changed the builtins of all others. Functions have those of their module at its making.
 globals()["__builtins__"] = dict(vars(builtins))
@@ -39,18 +42,18 @@ _libc = ctypes.PyDLL(None)
 _fflush, _libc_exit = _libc.fflush, _libc.exit
 _count_threads = _thread._count
 _finalize_and_exit = ctypes.pythonapi.Py_Exit
-# What runs now has no line of the user's program: a warning names this one, as in a finalization.
-_NOWHERE: dict[str, object] = {"__name__": "sys", "collect": gc.collect, "update": dict.update}
-_collect = compile("collect()", "sys", "eval")
-_update = compile("update(names, nothing)", "sys", "eval")
 _STREAMS = (("stdin", "__stdin__"), ("stdout", "__stdout__"), ("stderr", "__stderr__"))
 
 
 _INERT = frozenset(
     {
+        classmethod,
         dict,
+        frozenset,
         list,
+        property,
         set,
+        staticmethod,
         tuple,
         type,
         types.BuiltinFunctionType,
@@ -58,11 +61,23 @@ _INERT = frozenset(
         types.FrameType,
         types.FunctionType,
         types.GetSetDescriptorType,
+        types.MemberDescriptorType,
         types.MethodType,
         types.ModuleType,
         types.WrapperDescriptorType,
     }
 )
+
+
+def _from_nowhere(function: Callable[P, object]) -> Callable[P, object]:
+    """What runs at the end has no line of the user's program: a warning names this one, as in a finalization."""
+    code = function.__code__.replace(co_filename="sys", co_firstlineno=1, co_name="<module>")
+    names = {"__name__": "sys", "__builtins__": __builtins__, "gc": gc, "dict": dict}
+    return types.FunctionType(code, names)
+
+
+_collect = _from_nowhere(lambda: gc.collect())  # noqa: PLW0108  # it has no code to name otherwise
+_update = _from_nowhere(lambda names, others: dict.update(names, others))  # noqa: PLW0108
 
 
 class _Shared:
@@ -93,7 +108,8 @@ def end(code: int, *, has_imported: bool) -> NoReturn:
         uses_c = uses_c or "ctypes" in new or any(map(_is_extension, new))
     _run(atexit._run_exitfuncs)
     is_flushed = _flush_streams()
-    if len(new) > 1 or not _is_inert():
+    # With warnings asked for, also of objects that the collector does not know.
+    if len(new) > 1 or sys.warnoptions or not _is_inert():
         _take_apart(new)
     if code == INTERRUPTED:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -184,7 +200,7 @@ def _hook_arguments() -> type:
     sys.unraisablehook = lambda told: seen.append(type(told))
     try:
         thing = _Thing()
-        reference = weakref.ref(thing, lambda _: 1 // 0)
+        reference = ref(thing, lambda _: 1 // 0)
         del thing  # it is called with this, while the reference is there
         del reference
     finally:
@@ -208,7 +224,7 @@ def _is_inert() -> bool:
 def _take_apart(new: list[str]) -> None:
     """As `finalize_modules` of CPython does, for the modules that the job has loaded."""
     # While all names are there: what ends in one collection ends in a good order, a text file before its buffer.
-    eval(_collect, _NOWHERE)
+    _collect()
     modules = sys.modules
     # Without the first, what runs at the end imports nothing, as in a finalization.
     for name in ("meta_path", "last_type", "last_value", "last_traceback", "last_exc"):
@@ -219,14 +235,14 @@ def _take_apart(new: list[str]) -> None:
         if getattr(sys, name, None) is not stream:
             setattr(sys, name, stream)
     stream = None
-    dying: list[weakref.ref[types.ModuleType]] = []
+    dying: list[ref[types.ModuleType]] = []
     for name in new:
         module = modules.pop(name, None)
         if isinstance(module, types.ModuleType):  # in its place may be any object of the user's
-            dying.append(weakref.ref(module))
+            dying.append(ref(module))
     module = None
     # Most modules end with this, with their globals whole for the code that runs at their end.
-    eval(_collect, _NOWHERE)
+    _collect()
     is_any_left = False
     for found in reversed(dying):  # each in its turn: one may go with the one before
         left = found()
@@ -238,7 +254,7 @@ def _take_apart(new: list[str]) -> None:
         # What ends now has no streams in Python, where the module sys has ended before.
         streams = sys.stdout, sys.stderr
         sys.stdout = sys.stderr = None
-        eval(_collect, _NOWHERE)
+        _collect()
         sys.stdout, sys.stderr = streams
     _end_what_is_left()
 
@@ -246,9 +262,9 @@ def _take_apart(new: list[str]) -> None:
 def _clear(names: dict[str, object]) -> None:
     """As `_PyModule_ClearDict` does: those with one underscore first."""
     first = [name for name in names if name[:1] == "_" and name[1:2] != "_"]
-    eval(_update, _NOWHERE, {"names": names, "nothing": dict.fromkeys(first)})
+    _update(names, dict.fromkeys(first))
     others = [name for name in names if name != "__builtins__"]
-    eval(_update, _NOWHERE, {"names": names, "nothing": dict.fromkeys(others)})
+    _update(names, dict.fromkeys(others))
 
 
 def _end_what_is_left() -> None:

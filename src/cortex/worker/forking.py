@@ -70,7 +70,12 @@ def serve(data: bytes, fd: int, startup: frozenset[str]) -> None:
                 children.supervisors.add(pid)
 
 
-def _fork(sock: socket.socket, setup: messages.Setup, slot: int, found: task.Found | None) -> int:
+def _fork(
+    sock: socket.socket,
+    setup: messages.Setup,
+    slot: memoryview | None,
+    found: task.Found | None,
+) -> int:
     reply = messages.Reply()
     # A stop may come as soon as the pidfd is sent: it waits until the process can take it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGCHLD})
@@ -97,13 +102,16 @@ def _fork(sock: socket.socket, setup: messages.Setup, slot: int, found: task.Fou
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGCHLD})
 
 
-def _job_id_slot() -> int:
-    """The address of the place that the engine left for a job's id in the first environment."""
+def _job_id_slot() -> memoryview | None:
+    """The place that the engine left for a job's id in the first environment."""
     getenv = ctypes.CDLL(None).getenv
     getenv.restype = ctypes.c_void_p
-    slot: int | None = getenv(b"CORTEX_JOB_ID")
+    address: int | None = getenv(b"CORTEX_JOB_ID")
     os.environ.pop("CORTEX_JOB_ID", None)
-    return slot or 0
+    if address is None:
+        return None
+    place = (ctypes.c_char * messages.JOB_ID_ROOM).from_address(address)
+    return memoryview(place).cast("B")
 
 
 def _import_ahead(

@@ -31,7 +31,9 @@ _HELD = (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE)
 _OWN = (_TERM, _CHLD)
 
 
-def serve(setup: Setup, sock: socket.socket, slot: int, found: task.Found | None) -> NoReturn:
+def serve(
+    setup: Setup, sock: socket.socket, slot: memoryview | None, found: task.Found | None
+) -> NoReturn:
     """Never returns: it would return into the fork server, which looks for what is left of a job when
     this ends with anything but 0.
 

@@ -106,7 +106,7 @@ class Supervisor:
         is_fit = is_alone and not self.bench.signals.stop and record.ending != LOST
         if not is_fit or not self.bench.workspace.is_sound():
             return False
-        self.bench.prepare_early()
+        self.bench.restore()
         return True
 
     def _laid_out(self) -> OSError | None:

@@ -32,7 +32,7 @@ _PATHS = ("project", "path", "python_path")
 class Workspace:
     """One supervising process's."""
 
-    __slots__ = ("_folder", "_is_ready", "_lock", "_project_time", "_way", "setup")
+    __slots__ = ("_folder", "_lock", "_project_time", "_way", "is_ready", "setup")
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -41,7 +41,8 @@ class Workspace:
         self._lock = -1
         self._way: Way | None = None
         self._project_time = 0
-        self._is_ready = False
+        self.is_ready = False
+        """Whether a job finds the project as it was deployed, unless it is deployed anew."""
 
     @property
     def files(self) -> tuple[int, ...]:
@@ -58,11 +59,11 @@ class Workspace:
         """
         way = self._way or self._first()
         now = way.project_time()
-        if self._is_ready and now == self._project_time:
+        if self.is_ready and now == self._project_time:
             return False
-        self._is_ready = False
+        self.is_ready = False
         way.make()
-        self._is_ready, self._project_time = True, now
+        self.is_ready, self._project_time = True, now
         return True
 
     def keep(self, folder: int) -> None:
@@ -76,7 +77,7 @@ class Workspace:
         """
         way = self._way
         if way is not None and not way.is_untouched():
-            self._is_ready = False
+            self.is_ready = False
             way.move_changes(folder)
 
     def is_sound(self) -> bool:
