@@ -42,6 +42,7 @@ from cortex.engines.local.forkservers import environment
 from cortex.spec.api import ApiSpec, Compute, Definition, Networking
 from cortex.spec.job import JobSpec
 from cortex.spec.times import new_id, now_ns
+from cortex.worker.supervisor import LEFT_S
 from fidelity.outcome import NO_RESULT, Outcome, agree, contents, left_of, normalised, read, running
 
 LIMIT_S = 90.0
@@ -273,12 +274,11 @@ class Runner:
         )
 
     def _settle(self, mark: str) -> None:
-        """Let the trackers of what was left clean up; then nothing of the run may stay."""
-        end = time.monotonic() + SETTLE_S
+        """Let what was left end by itself, and its trackers clean up; then nothing of the run may stay."""
+        begun = time.monotonic()
         while left := running(mark):
-            if time.monotonic() > end or not any(
-                b"tracker" in read(pid, "cmdline") for pid in left
-            ):
+            has_tracker = any(b"tracker" in read(pid, "cmdline") for pid in left)
+            if time.monotonic() > begun + (SETTLE_S if has_tracker else LEFT_S):
                 for pid in left:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)

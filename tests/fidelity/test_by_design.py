@@ -85,6 +85,17 @@ PROGRAMS = [
         )
     ],
     program(
+        "left-running-for-good",
+        "import os, subprocess\ndef task(config):\n    global p, q\n    p = subprocess.Popen(['sleep', '60'])\n"
+        "    q = subprocess.Popen(['sh', '-c', 'sleep 60 & wait'], start_new_session=True)\n    return 1\n",
+        says="it had left processes running, which were killed: sh, sleep. ",
+    ),
+    program(
+        "left-running-for-good-by-a-failure",
+        "import subprocess\ndef task(config):\n    global p\n    p = subprocess.Popen(['sleep', '60'])\n    raise ValueError('x')\n",
+        says="ValueError: x",
+    ),
+    program(
         "surrogates",
         "def task(config):\n    print('\\udcff \\ud800')\n    return 1\n",
         but={"log": "\\udcff \\ud800\n", "exit_code": 0, "result": 1},

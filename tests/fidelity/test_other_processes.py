@@ -92,6 +92,18 @@ SUBPROCESSES = [
         "import subprocess\ndef task(config):\n    global p\n    p = subprocess.Popen(['cat'], stdin=-1)\n    p.stdin.write(b'words\\n')\n",
     ),
     program(
+        "has-still-to-write-as-it-is-left",
+        "import subprocess\ndef task(config):\n    global p\n"
+        "    p = subprocess.Popen('sleep 0.2; gzip -n > words.gz', shell=True, stdin=-1)\n"
+        "    p.stdin.write(b'words\\n' * 5000)\n",
+    ),
+    program(
+        "children-and-theirs-have-still-to-write",
+        "import subprocess\ndef task(config):\n    global p\n"
+        "    p = subprocess.Popen('cat | (sleep 0.2; cat) | tee words', shell=True, stdin=-1)\n"
+        "    p.stdin.write(b'words\\n')\n",
+    ),
+    program(
         "killed-child",
         "import subprocess\ndef task(config):\n    p = subprocess.Popen(['sleep', '60'])\n    p.kill()\n    return p.wait()\n",
     ),

@@ -145,6 +145,15 @@ def descendants(root: int) -> dict[int, int]:
     return dict(walk(root))
 
 
+def programs(root: int) -> list[str]:
+    """The names of what runs below a process, but for resource trackers, each once and in alphabetical order."""
+    found = set()
+    for pid in descendants(root).keys() - trackers(root).keys():
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/comm", "rb") as file:
+            found.add(file.read().rstrip(b"\n").decode("utf-8", "backslashreplace"))
+    return sorted(found)
+
+
 def trackers(root: int) -> dict[int, int]:
     """The resource trackers of multiprocessing and of joblib's loky below a process: pid: start ticks."""
     until = time.monotonic() + EXEC_S

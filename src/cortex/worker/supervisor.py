@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 WATCH_S = 0.05
 KILL_S = 5.0
+LEFT_S = 1.0
+"""For what a job has left running to end by itself: a program that reads from it finds the end of its input now, and
+writes what it still has."""
 TRACKER_S = 10.0
 """For a resource tracker to remove what its job has left."""
 LONGEST_ROUND_S = 0.1
@@ -47,6 +50,7 @@ class Supervisor:
         self.groups = cgroups.Groups(order)
         self.log = logfile.Log(self.folder, order.log_limit)
         self.alone = False  # no descendant is left
+        self.left: list[str] = []  # the programs that the job had left running
         self.tell_at: float | None = None  # when to tell of the start, unless it is told
         self.worker = 0
         self.status: int | None = None
@@ -178,6 +182,8 @@ class Supervisor:
         ending = self._watch()
         if ending in (STOPPED, TIMED_OUT):
             self._ask_to_end()
+        elif ending == EXITED:
+            self._wait_for_left()
         self._kill()
         return ending
 
@@ -210,6 +216,13 @@ class Supervisor:
         processes.send(processes.descendants(os.getpid()), signal.SIGTERM, signal.SIGCONT)
         while not self._reap() and time.monotonic() < until:
             self._sleep(None, until)
+
+    def _wait_for_left(self) -> None:
+        until = time.monotonic() + LEFT_S
+        while not self._reap() and not self.bench.signals.stop and time.monotonic() < until:
+            self._sleep(None, until)
+        if not self.alone:
+            self.left = processes.programs(os.getpid())
 
     def _kill(self) -> None:
         """End all that is left of the tree, however it was daemonised: a subreaper's descendants

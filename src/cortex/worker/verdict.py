@@ -23,6 +23,7 @@ EXITED, OUT_OF_MEMORY, TIMED_OUT, STOPPED, LOST = (
     "lost",
 )
 _FEW = 4096  # of as many bytes the kernel has to map as are asked for, not as there are
+_MAX_NAMES = 5
 _MOST_OUTCOME = task.MOST_RESULT + (1 << 16)
 
 
@@ -37,7 +38,7 @@ def judge(seen: Supervisor, ending: str) -> ExitRecord:
     if ending != EXITED:
         return _record(seen, ending, _why(seen, ending), code)
     if code == 0:
-        return _record(seen, EXITED, said.message, code, said)
+        return _record(seen, EXITED, said.message or _left(seen), code, said)
     words = f"killed by {bare.signal_name(-code)}" if code < 0 else f"exit code {code}"
     if said.message:
         message = said.message if code > 0 else f"{words}: {said.message}"
@@ -59,6 +60,14 @@ def _why(seen: Supervisor, ending: str) -> str:
     if seen.groups.oom_killed() and not seen.groups.limit_was_hit():
         return "killed because the machine ran out of memory"
     return f"exceeded its memory limit of {size(seen.order.mem or 0)}"
+
+
+def _left(seen: Supervisor) -> str | None:
+    if not seen.left:
+        return None
+    more = len(seen.left) - _MAX_NAMES
+    names = ", ".join(seen.left[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+    return f"it had left processes running, which were killed: {names}. A job has to wait for those that it needs"
 
 
 def _record(
