@@ -14,6 +14,7 @@ import errno
 import marshal
 import os
 import sys
+import time
 from gc import freeze
 from os import _exit, chdir, close, dup2, environb, fork, getpid, getppid, setsid
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 NOT_FOUND = 127
 NOT_RUNNABLE = 126
+_REHEARSALS = 20  # by the eighth, CPython knows for each instruction what it is to do
+_REHEARSED = b"CORTEX_REHEARSED"
 _SIGKILL, _SETMASK, _sigmask = signal.SIGKILL, signal.SIG_SETMASK, signal.pthread_sigmask
 _prctl, _loads = libc.prctl, marshal.loads
 
@@ -88,6 +91,23 @@ class Worker:
         self._sock.close()
         os.kill(self.pid, signal.SIGKILL)  # it would end by itself, unless somebody has stopped it
         os.waitpid(self.pid, 0)
+
+
+def rehearse(setup: Setup, path: str) -> None:
+    """Do what each job's process does, before one is forked, and leave no trace that a program sees.
+
+    Byte code that has not run yet is written to when it runs, and a library's function is looked up at its first
+    call: in each job's process anew, unless that has happened before the fork.
+    """
+    nothing = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    tell = _teller(nothing, _identity(nothing))
+    with open(nothing, "w", encoding="utf-8") as stream:
+        for _ in range(_REHEARSALS):
+            _get_ready(([(_REHEARSED, b"1")], b"", [], {}), None)
+            del environb[_REHEARSED]
+            getppid()
+            task.rehearse(setup, path, tell)
+            print(time.time_ns(), file=stream, flush=True)
 
 
 def outcome_file() -> int:

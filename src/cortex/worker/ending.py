@@ -121,6 +121,15 @@ def end(code: int, *, has_imported: bool) -> NoReturn:
     os._exit(code)
 
 
+def rehearse() -> None:
+    """Go the way of `end` for a program that has left nothing, and do not end (`child.rehearse`)."""
+    _run(None)
+    _own_modules()
+    _count_threads()
+    _flush_streams()
+    _is_inert()
+
+
 def _has_threads_of_c() -> bool:
     try:
         return len(os.listdir("/proc/self/task")) > 1

@@ -14,7 +14,7 @@ import resource
 import select
 import sys
 
-from cortex.worker import bare, messages, orphans, preload, serving, task, workspace
+from cortex.worker import bare, child, messages, orphans, preload, serving, task, workspace
 from cortex.worker.bare import signal, socket
 
 NOT_FORKABLE = 3
@@ -46,6 +46,8 @@ def serve(data: bytes, fd: int, startup: frozenset[str]) -> None:
             os.environ["PYTHONPATH"] = setup.env["PYTHONPATH"]
         task.prepare(setup, setup.path, *_import_ahead(setup, setup.path, sock, startup))
         found = task.find(setup, setup.path, None)
+        if found is not None:
+            child.rehearse(setup, setup.path)
     sys.stdout.flush()
     sys.stderr.flush()
     gc.collect()

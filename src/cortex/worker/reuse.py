@@ -87,13 +87,11 @@ class Reuse:
             return
         journal = self._journal
         if journal.is_intact() and journal.size + len(line) <= MAX_JOURNAL:
-            temporary = files.temporary(name)
             try:
                 journal.write(line, journal.size)
-                journal.link(folder, temporary)
-                files.rename(folder, temporary, name)
+                journal.link(folder, name)
             except OSError:
-                pass  # the reason may lie in the journal: a new one has it no more
+                pass  # the reason may lie in the journal, or the job has made a file of that name
             else:
                 return
         files.rename(folder, journal.make(folder, name, line), name)

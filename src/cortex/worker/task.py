@@ -40,6 +40,7 @@ _encode = plain.encoder(for_one=True, allow_nan=False)
 _traceback = BaseException.__dict__["__traceback__"]
 _PACKAGE = "cortex"
 STAND_IN = "cortex_task"
+_REHEARSED = "cortex_rehearsed"
 _clock = time.perf_counter
 _USUAL = frozenset({type(None), bool, int, float, str, list, dict})
 _IMPORTLIB = os.path.dirname(os.path.abspath(importlib.__file__)) + os.sep
@@ -137,6 +138,26 @@ def run(
         os.write(2, f"cortex: the interpreter cannot end as Python does: {error!r}\n".encode())
     finally:
         os._exit(1)
+
+
+def rehearse(setup: Setup, path: str, tell: Tell) -> None:
+    """Run a task that does nothing, as `run` does, up to its end (`child.rehearse`)."""
+    before = list(sys.path)
+    module = types.ModuleType(_REHEARSED)
+    found = Found(module, _rehearsed.__code__, _made_of(path), user_roots(setup))
+    found.renew()
+    sys.path[0:0] = found.roots
+    _call(setup, path, still(found, path), {"config": {}}, tell)
+    ending.rehearse()
+    del sys.modules[_REHEARSED]
+    sys.path[:] = before
+
+
+def _rehearsed() -> None:
+    global task  # noqa: PLW0603  # its code is a module's: no global of this one
+
+    def task(config: object) -> object:
+        return config
 
 
 def user_roots(setup: Setup) -> list[str]:
