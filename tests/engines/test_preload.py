@@ -68,6 +68,14 @@ HARMFUL = {
         "it sets a handler for SIGUSR1",
     ),
     "another current folder": ("os.chdir('/')\n", "it changes the current folder"),
+    "a file in the project": (
+        "open('cache.bin', 'w').close()\n",
+        "it writes into the project (cache.bin)",
+    ),
+    "a folder in the project": (
+        "os.makedirs('data/cache')\nopen('data/cache/x', 'w').close()\n",
+        "it writes into the project (data)",
+    ),
     "an error": ("raise ValueError('no such device')\n", "ValueError: no such device"),
     "an exit": ("raise SystemExit(3)\n", "it cannot be imported: SystemExit: 3"),
     "a crash": ("os.abort()\n", "the interpreter ended in its import"),
@@ -88,6 +96,19 @@ def test_what_a_fork_does_not_copy_is_not_imported_ahead(bench: Bench, kind: str
         [hint] = ended.hints
         assert hint.startswith("lib is not imported ahead: ")
         assert why in hint
+
+    bench.run(scenario)
+
+
+def test_what_an_import_makes_in_the_project_goes_with_it(bench: Bench) -> None:
+    writes = "if 'CORTEX_JOB_ID' not in os.environ:\n    os.makedirs('a/b')\n    open('a/b/c', 'w').close()\n"
+    bench.bare_environment({"lib": f"{PID}{writes}"})
+
+    async def scenario(engine: Engine) -> None:
+        code = "import os, lib\ndef task(config): return sorted(os.listdir('.'))"
+        ended = await bench.outcome(engine, bench.attempt(code, preload=("lib",)))
+        assert isinstance(ended.result, list)
+        assert "a" not in ended.result
 
     bench.run(scenario)
 

@@ -122,7 +122,7 @@ def _import_ahead(
     """Import what the version asks for; what that has printed, and what each job has to seed. Where a module must
     not be imported ahead, say so and end: the engine starts this process again without it."""
     roots = task.user_roots(setup)
-    watch = preload.Watch() if setup.preload else None
+    watch = preload.Watch(setup.project) if setup.preload else None
     preload.forget_shadowed([*roots, os.path.dirname(path)], startup)
     if watch is None:
         return b"", []

@@ -14,7 +14,7 @@ import importlib
 import os
 import sys
 
-from cortex.worker import processes, standard
+from cortex.worker import processes, standard, trees
 from cortex.worker.bare import signal, signal_name
 
 TYPE_CHECKING = False
@@ -47,10 +47,11 @@ class Watch:
     """Finds what an import has left behind that a fork does not copy. Made before any module is imported ahead,
     and before what the project has of the same name takes the place of the modules that it needs itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, project: str) -> None:
         import random
         import tempfile
 
+        self._project = project
         self._random = random
         self._tempfile = tempfile
         self._names = _Names()
@@ -77,6 +78,9 @@ class Watch:
         if processes.children(os.getpid()):
             return "it starts processes, which would be shared by all jobs"
         after = self._state()
+        written = self._written(after)
+        if written is not None:
+            return f"it writes into the project ({written}), which would be shared by all jobs"
         for words, change in (
             ("it leaves files or sockets open, which would be shared by all jobs", "files"),
             (
@@ -107,6 +111,7 @@ class Watch:
             "maps": set(_shared_maps()),
             "names": self._names.count,
             "folder": os.getcwd(),
+            "project": trees.look(self._project),
             "random": self._random.getstate(),
             "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
         }
@@ -114,6 +119,16 @@ class Watch:
     def _register(self, function: Callable[..., object], *args: object, **named: object) -> object:
         self._handlers.append(_full_name(function))
         return self._real_register(function, *args, **named)
+
+    def _written(self, after: dict[str, object]) -> str | None:
+        """A path below the project that was made, changed or removed. What is new there goes again."""
+        old, new = self._before["project"], after["project"]
+        assert isinstance(old, dict) and isinstance(new, dict)
+        changed = sorted(path for path in old.keys() | new.keys() if old.get(path) != new.get(path))
+        for path in changed:
+            if path not in old:
+                trees.remove(os.path.join(self._project, path))
+        return changed[0] if changed else None
 
     def _why_not_signals(self, after: dict[str, object]) -> str | None:
         old, new = self._before["signals"], after["signals"]

@@ -147,7 +147,7 @@ def rehearse(setup: Setup, path: str, tell: Tell) -> None:
     found = Found(module, _rehearsed.__code__, _made_of(path), user_roots(setup))
     found.renew()
     sys.path[0:0] = found.roots
-    _call(setup, path, still(found, path), {"config": {}}, tell)
+    _call(setup, path, still(found, path) or found, {"config": {}}, tell)
     ending.rehearse()
     del sys.modules[_REHEARSED]
     sys.path[:] = before

@@ -13,6 +13,26 @@ KEPT = "own"
 _MAX_PATH = 2000
 
 
+def look(root: str) -> dict[str, tuple[int, ...]]:
+    """What is below a folder, by its path from there, and what changes with it; but for byte code."""
+    found: dict[str, tuple[int, ...]] = {}
+    folders = [""]
+    for folder in folders:  # which grows meanwhile
+        try:
+            with os.scandir(os.path.join(root, folder)) as entries:
+                for entry in entries:
+                    path = os.path.join(folder, entry.name)
+                    if not entry.is_dir(follow_symlinks=False):
+                        about = entry.stat(follow_symlinks=False)
+                        found[path] = about.st_ino, about.st_size, about.st_mtime_ns, about.st_mode
+                    elif entry.name != BYTE_CODE:
+                        found[path] = ()
+                        folders.append(path)
+        except OSError:
+            continue  # closed to this user
+    return found
+
+
 def remove(path: str) -> None:
     """Remove whatever is there, as far as that is possible."""
     try:
