@@ -19,6 +19,8 @@ BARE_ECHO = "bare echo, same server, no framework"
 COMMITS = "rows in synced commits of 16"
 SIZES = {"1 thousand": 1_000, "100 thousand": 100_000, "1 million": 1_000_000}
 FEW, *_, MANY = SIZES
+IN_EACH = f"{OURS}, imported by each job"
+AHEAD = f"{OURS}, imported ahead"
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,24 @@ KINDS = {
     "stored-status": Kind("Statuses of stored jobs at 16 connections", "/s", more_is_better=True),
     "stored-status-p99": Kind("Status of a stored job at 16 connections, p99", "ms"),
     "stored-start-up": Kind("Start of an operator with stored jobs", "s"),
+    "imports-first-line": Kind("Submit to first line after importing scikit-learn, p50", "ms"),
+    "imports-end-to-end": Kind(
+        "Jobs that import scikit-learn, submitted to final", "/s", more_is_better=True
+    ),
+    "imports-memory": Kind("Memory of each running job that has imported it, in all (PSS)", "MB"),
     "aged-end-to-end": Kind("No-op jobs where files were just removed", "/s", more_is_better=True),
     "aged-first-line": Kind("Submit to first line where files were just removed, p50", "ms"),
     "forks": Kind("Fork and exit", "/s", more_is_better=True),
 }
 IDLE = [name for name in KINDS if name.startswith("idle-")]
+IMPORTS = [name for name in KINDS if name.startswith("imports-")]
 AGED = [name for name in KINDS if name.startswith("aged-")]
 STORED = [name for name in KINDS if name.startswith("stored-")]
 
 PICTURES: dict[str, tuple[str, list[str]]] = {
     "end-to-end": ("Throughput", ["end-to-end"]),
     "aged": ("On an aged folder", AGED),
+    "imports": ("With scikit-learn", IMPORTS),
     "submit": ("Submits", ["submit"]),
     "first-line": ("First line", ["first-line-p50", "first-line-p99"]),
     "stop": ("Stop", ["stop"]),

@@ -17,6 +17,7 @@ import stored
 from aside import Aside, started
 from figures import Measured, Results, interleave
 from kinds import (
+    AHEAD,
     ALL_CORES,
     BARE_ECHO,
     BEHIND,
@@ -24,6 +25,7 @@ from kinds import (
     CORES,
     ECHO,
     FEW,
+    IN_EACH,
     INTERPRETER,
     MANY,
     ONE_CORE,
@@ -246,6 +248,23 @@ def bare(bench: Bench) -> None:
     )
 
 
+def imports(bench: Bench) -> None:
+    """What a library costs each job that imports it, and what importing it ahead spares."""
+    ours, number = bench.ours("learner", "learner-ahead"), max(4, bench.options.jobs // 25)
+
+    def of(task: str) -> dict[str, float]:
+        lines = measures.first_lines(ours, number, task)
+        rate = measures.end_to_end(ours, number, task)
+        seen = measures.crowd(ours, CORES, bench.folder("learners"), task)
+        return {
+            "first-line": statistics.median(lines),
+            "end-to-end": rate,
+            "memory": seen.own_mb + seen.beyond_mb,
+        }
+
+    bench.measure("imports", {IN_EACH: partial(of, "learner"), AHEAD: partial(of, "learner-ahead")})
+
+
 def aged(bench: Bench) -> None:
     """How many jobs a second are done, and how soon they begin, where files were removed up to the moment
     before: by ours, and by a supervised fork that writes its record there."""
@@ -286,6 +305,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "stored-jobs": stored_jobs,
     "stored-status": stored_status,
     "limits": bare,
+    "imports": imports,
     "aged": aged,
 }
 

@@ -22,42 +22,42 @@ def submit_rate(service: Service, number: int) -> float:
     return flood(service.url, [service.submit("later")] * number).rate
 
 
-def end_to_end(service: Service, number: int) -> float:
+def end_to_end(service: Service, number: int, task: str = "noop") -> float:
     """Jobs per second from the first submit at 16 connections until the last is final. Some more before
     them are not timed: in the half minute since the last round, which was others' time, much of what is
     measured has gone from the machine's caches and memory.
     """
-    _all_done(service, max(1, number // 5))
-    return number / _all_done(service, number)
+    _all_done(service, max(1, number // 5), task)
+    return number / _all_done(service, number, task)
 
 
-def _all_done(service: Service, number: int) -> float:
+def _all_done(service: Service, number: int, task: str) -> float:
     """Seconds for so many jobs.
 
     Jobs start in the order of their submits, more or less: once the last ones are done, so are all.
     That they are, and have succeeded, is looked at when the time is taken.
     """
     start = time.perf_counter()
-    answers = flood(service.url, [service.submit("noop")] * number).bodies
+    answers = flood(service.url, [service.submit(task)] * number).bodies
     ids = [service.job_id(answer) for answer in answers]
     with Connection(service.url) as connection:
         for job_id in ids[: -service.at_once - 2 * CONNECTIONS : -1]:
-            service.finish(connection, "noop", job_id)
+            service.finish(connection, task, job_id)
         elapsed = time.perf_counter() - start
-    for answer in flood(service.url, [service.status("noop", job_id) for job_id in ids]).bodies:
+    for answer in flood(service.url, [service.status(task, job_id) for job_id in ids]).bodies:
         assert service.result(answer) is not None, answer
     return elapsed
 
 
-def first_lines(service: Service, number: int) -> list[float]:
+def first_lines(service: Service, number: int, task: str = "noop") -> list[float]:
     """Milliseconds from sending a submit to the first line of the task, one job at a time."""
     taken = []
-    submit = service.submit("noop")
+    submit = service.submit(task)
     with Connection(service.url) as connection:
         for _ in range(number):
             sent = time.time_ns()
             job_id = service.job_id(connection.send(submit))
-            taken.append((int(service.finish(connection, "noop", job_id)) - sent) / 1e6)
+            taken.append((int(service.finish(connection, task, job_id)) - sent) / 1e6)
     return taken
 
 
@@ -84,10 +84,10 @@ def statuses(service: Service, ids: Sequence[str], number: int) -> dict[str, flo
     return {"rate": answered.rate, "p99": quantile(answered.latencies_s, 99) * 1000}
 
 
-def crowd(service: Cortex, number: int, folder: Path) -> Crowd:
+def crowd(service: Cortex, number: int, folder: Path, task: str = "sleeper") -> Crowd:
     """Many sleeping jobs at once: all start, and then all stop."""
     with Fifo(folder / "started") as fifo:
-        submit = service.submit("sleeper", {"fifo": str(fifo.path)})
+        submit = service.submit(task, {"fifo": str(fifo.path)})
         before = memory.pss(memory.tree(service.pid))
         start = time.perf_counter()
         answers = flood(service.url, [submit] * number).bodies
@@ -96,7 +96,7 @@ def crowd(service: Cortex, number: int, folder: Path) -> Crowd:
     own = memory.pss(pids)
     whole = memory.pss(memory.tree(service.pid))
     pidfds = [os.pidfd_open(pid) for pid in pids]
-    stops = [service.stop("sleeper", service.job_id(answer)) for answer in answers]
+    stops = [service.stop(task, service.job_id(answer)) for answer in answers]
     start = time.perf_counter()
     flood(service.url, stops)
     gone(pidfds)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cortex import Client
+from kinds import CORES
 from load import Connection, request
 from service import Service, running
 
@@ -17,6 +18,7 @@ CORTEX = Path(sys.executable).with_name("cortex")
 AT_ONCE = 50
 CPU = 1000
 _WAIT_S = 60
+_FINISHING = ("noop", "learner", "learner-ahead")
 
 _FILES = {
     "noop.py": (
@@ -30,12 +32,29 @@ _FILES = {
         "        os.close(fd)\n"
         "    time.sleep(300)\n"
     ),
+    "learner.py": (
+        "import os, time\nimport sklearn.linear_model\n\n\ndef task(config):\n"
+        "    now = time.time_ns()\n"
+        "    if 'fifo' in config:\n"
+        "        fd = os.open(config['fifo'], os.O_WRONLY)\n"
+        "        os.write(fd, f'{os.getpid()}\\n'.encode())\n"
+        "        os.close(fd)\n"
+        "        time.sleep(300)\n"
+        "    return now\n"
+    ),
 }
+_LEARNER = "sklearn.linear_model"
+_REQUIREMENTS = "scikit-learn>=1.7,<2\n"
 _APIS = {
-    "noop": ("noop.py", f"compute: {{cpu: {CPU // AT_ONCE}}}"),
-    "later": ("sleeper.py", f"compute: {{cpu: {CPU}}}"),
-    "sleeper": ("sleeper.py", "compute: {cpu: 500m}"),
-    "queued": ("sleeper.py", "compute: {cpu: 1}, limits: {max_running: 1}"),
+    "noop": ("path: noop.py", f"compute: {{cpu: {CPU // AT_ONCE}}}"),
+    "later": ("path: sleeper.py", f"compute: {{cpu: {CPU}}}"),
+    "sleeper": ("path: sleeper.py", "compute: {cpu: 500m}"),
+    "queued": ("path: sleeper.py", "compute: {cpu: 1}, limits: {max_running: 1}"),
+    "learner": ("path: learner.py", f"compute: {{cpu: {CPU // CORES}}}"),
+    "learner-ahead": (
+        f"path: learner.py, preload: [{_LEARNER}]",
+        f"compute: {{cpu: {CPU // CORES}}}",
+    ),
 }
 
 
@@ -70,8 +89,10 @@ class Cortex(Service):
         project.mkdir(exist_ok=True)
         for file, text in _FILES.items():
             (project / file).write_text(text)
+        if any("learner" in name for name in names):
+            (project / "requirements.txt").write_text(_REQUIREMENTS)
         entries = [
-            f"- {{name: {name}, kind: TaskAPI, definition: {{path: {_APIS[name][0]}}}, {_APIS[name][1]}}}\n"
+            f"- {{name: {name}, kind: TaskAPI, definition: {{{_APIS[name][0]}}}, {_APIS[name][1]}}}\n"
             for name in names
         ]
         (project / "cortex.yaml").write_text("".join(entries))
@@ -81,7 +102,8 @@ class Cortex(Service):
                     raise RuntimeError(deployed["error"])
         with Connection(self.url) as connection:
             for name in names:
-                for _ in range(5 if name == "noop" else 0):  # its fork server is warm afterwards
+                # Its fork server is warm afterwards, and its environment built.
+                for _ in range(5 if name in _FINISHING else 0):
                     self.finish(connection, name, self.job_id(connection.send(self.submit(name))))
 
     def undeploy(self, name: str) -> None:
