@@ -200,6 +200,16 @@ def test_a_child_over_the_memory_is_out_of_memory_though_its_shell_goes_on(bench
     bench.run(scenario)
 
 
+def test_a_child_that_is_left_over_the_memory_is_out_of_memory(bench: Bench) -> None:
+    async def scenario(engine: Engine) -> None:
+        (bench.project / "eat.py").write_text("import time\n" + EAT)
+        attempt = bench.attempt(command=[SH, "-c", f"{sys.executable} eat.py &"], mem=24 * MIB)
+        ended = await bench.outcome(engine, attempt)
+        assert ended.ending is Ending.OUT_OF_MEMORY
+
+    bench.run(scenario)
+
+
 def test_a_task_within_its_memory_succeeds(bench: Bench) -> None:
     async def scenario(engine: Engine) -> None:
         attempt = bench.attempt("def task(config): return len(bytearray(8 << 20))", mem=96 * MIB)

@@ -183,13 +183,12 @@ class Supervisor:
         if ending in (STOPPED, TIMED_OUT):
             self._ask_to_end()
         elif ending == EXITED:
-            self._wait_for_left()
+            ending = self._wait_for_left()
         self._kill()
         return ending
 
     def _watch(self) -> str:
         """Until something ends the run; what came first wins."""
-        watchdog = self.order.mem if self.order.memory_kind == "watchdog" else None
         while True:
             self._reap()
             if self.status is not None:
@@ -200,14 +199,22 @@ class Supervisor:
                 return STOPPED
             if self._overdue():
                 return TIMED_OUT
-            if watchdog is not None:
-                pids = list(processes.descendants(os.getpid()))
-                if processes.memory(pids, watchdog) > watchdog:
-                    return OUT_OF_MEMORY
+            if self._takes_too_much():
+                return OUT_OF_MEMORY
             # The eventfd of v1 tells that the limit is hit, a moment before the kill is counted.
-            self._sleep(
-                WATCH_S if watchdog is not None or self.oom_look else None, self.order.deadline
-            )
+            often = self._has_watchdog or self.oom_look
+            self._sleep(WATCH_S if often else None, self.order.deadline)
+
+    @property
+    def _has_watchdog(self) -> bool:
+        return self.order.mem is not None and self.order.memory_kind == "watchdog"
+
+    def _takes_too_much(self) -> bool:
+        """Whether a watchdog, where no control group does it, has to end the tree for its memory."""
+        if not self._has_watchdog or self.order.mem is None:
+            return False
+        pids = list(processes.descendants(os.getpid()))
+        return processes.memory(pids, self.order.mem) > self.order.mem
 
     def _ask_to_end(self) -> None:
         """SIGTERM to the whole tree, and the time to save its work."""
@@ -217,12 +224,15 @@ class Supervisor:
         while not self._reap() and time.monotonic() < until:
             self._sleep(None, until)
 
-    def _wait_for_left(self) -> None:
+    def _wait_for_left(self) -> str:
         until = time.monotonic() + LEFT_S
         while not self._reap() and not self.bench.signals.stop and time.monotonic() < until:
-            self._sleep(None, until)
+            if self._takes_too_much():
+                return OUT_OF_MEMORY
+            self._sleep(WATCH_S if self._has_watchdog else None, until)
         if not self.alone:
             self.left = processes.programs(os.getpid())
+        return EXITED
 
     def _kill(self) -> None:
         """End all that is left of the tree, however it was daemonised: a subreaper's descendants
