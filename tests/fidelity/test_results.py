@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 import pytest
 
+from cortex.worker import task
 from fidelity.harness import Program, Runner
 from fidelity.outcome import NO_RESULT
 from fidelity.programs import program
@@ -11,6 +15,9 @@ from fidelity.programs import program
 NOT_JSON = (
     "JSON has no such value: the job's message says so, plain Python has nothing to say it of"
 )
+
+
+FEW_DIGITS = {"PYTHONINTMAXSTRDIGITS": "640"}
 
 
 def returned(name: str, value: str, before: str = "") -> object:
@@ -44,6 +51,27 @@ RESULTS = [
     returned("mock", "str(type(Mock()))", "from unittest.mock import Mock"),
     returned("ordered-dict", "OrderedDict(b=1, a=2)", "from collections import OrderedDict"),
     returned("user-float", "F(1.5)", "class F(float):\n    pass"),
+    returned("number-of-as-many-digits-as-python-reads", "10**4299"),
+    returned("text-of-digits", "'7' * 5000"),
+    program(
+        "number-of-more-digits-than-the-variable-allows",
+        "import sys\ndef task(config):\n    sys.set_int_max_str_digits(0)\n    return 10**700\n",
+        env=FEW_DIGITS,
+    ),
+    program(
+        "most-digits",
+        "import sys\ndef task(config):\n    return sys.get_int_max_str_digits()\n",
+        env=FEW_DIGITS,
+    ),
+    program(
+        "config-of-more-digits-than-the-variable-allows",
+        "def task(config):\n    return config['n'] == 10**700\n",
+        env=FEW_DIGITS,
+        config={"n": 10**700},
+        but={"exit_code": 0, "result": True, "log": ""},
+        why="plain Python cannot read the literal of the driver's",
+        says="",
+    ),
 ]
 
 
@@ -73,3 +101,15 @@ def test_a_result(program: Program, runner: Runner) -> None:
 def test_a_result_that_is_not_kept(name: str, value: str, before: str, runner: Runner) -> None:
     code = f"{before}\ndef task(config):\n    return {value}\n"
     runner.check(Program(name, code, says="not kept", but={"result": NO_RESULT}, why=NOT_JSON))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_number_that_python_does_not_read(sign: int) -> None:
+    number = sign * 10**4300
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        found = [task._why_not(json.dumps(each).encode()) for each in ([number], str(number))]
+    finally:
+        sys.set_int_max_str_digits(limit)
+    assert found == ["it has a number of over 4300 digits", None]

@@ -48,6 +48,8 @@ def serve(data: bytes, fd: int, startup: frozenset[str]) -> None:
         found = task.find(setup, setup.path, None)
         if found is not None:
             child.rehearse(setup, setup.path)
+    else:
+        task.raise_digits()
     sys.stdout.flush()
     sys.stderr.flush()
     gc.collect()

@@ -36,6 +36,8 @@ globals()["__builtins__"] = dict(vars(builtins))
 MOST_RESULT = 1 << 20
 MOST_LEVELS = 250
 """As many as a config may have: whoever reads a result comes to the end of its stack at some more."""
+MOST_DIGITS = 4300
+_NINES, _AS_NINES = b"9" * (MOST_DIGITS + 1), bytes.maketrans(b"012345678", b"999999999")
 _encode = plain.encoder(for_one=True, allow_nan=False)
 _traceback = BaseException.__dict__["__traceback__"]
 _PACKAGE = "cortex"
@@ -91,6 +93,8 @@ class _Warm:
     """What the modules that it imported ahead have printed."""
     generators: Sequence[object] = ()
     """Generators of random numbers that each job has to seed."""
+    digits: int = 0
+    """The most of a number that a job may read and write, where this process needs more; 0 where not."""
 
 
 def find(setup: Setup, path: str, before: Found | None) -> Found | None:
@@ -125,6 +129,8 @@ def run(
     # The standard library reseeds `random` after a fork; numpy does not.
     if _Warm.generators:
         preload.reseed(_Warm.generators)
+    if _Warm.digits:
+        sys.set_int_max_str_digits(_Warm.digits)
     # Not before: a module that this package's own processes came to need would be the user's, of that name.
     sys.path[0:0] = user_roots(setup) if found is None else found.roots
     try:
@@ -201,7 +207,18 @@ def prepare(setup: Setup, path: str, words: bytes = b"", generators: Sequence[ob
     _Warm.words = words
     _Warm.generators = generators
     _Warm.modules = frozenset(sys.modules)
+    _Warm.digits = raise_digits()
     ending.mark()
+
+
+def raise_digits() -> int:
+    """Let this process and the supervising ones read what an operator has read, whatever the user's limit is; that,
+    if it is lower."""
+    limit: int = getattr(sys, "get_int_max_str_digits", int)()  # 0 is none
+    if not 0 < limit < MOST_DIGITS:
+        return 0
+    sys.set_int_max_str_digits(MOST_DIGITS)
+    return limit
 
 
 def _is_own(root: str, name: str) -> bool:
@@ -465,7 +482,18 @@ def _why_not(data: bytes) -> str | None:
         return f"it takes {len(data)} bytes, and {MOST_RESULT} is the most"
     if data.count(b"[") + data.count(b"{") > MOST_LEVELS and _is_deep(json.loads(data)):
         return f"it is nested over {MOST_LEVELS} levels deep"
+    if len(data) > MOST_DIGITS and _has_long_number(data):
+        return f"it has a number of over {MOST_DIGITS} digits"
     return None
+
+
+def _has_long_number(data: bytes) -> bool:
+    """Python reads no such number, unless it is told to."""
+    if _NINES not in data.translate(_AS_NINES):
+        return False
+    lengths = [0]
+    json.loads(data, parse_int=lambda text: lengths.append(len(text.lstrip("-"))))
+    return max(lengths) > MOST_DIGITS
 
 
 def _is_deep(value: object) -> bool:
