@@ -16,9 +16,9 @@ import os
 import sys
 import time
 from gc import freeze
-from os import _exit, chdir, close, dup2, environb, fork, getpid, getppid, setsid
+from os import _exit, chdir, close, dup2, environb, fork, fstat, getpid, getppid, setsid, write
 
-from cortex.worker import bare, cgroups, programs, task, wire
+from cortex.worker import bare, cgroups, programs, standard, task, wire
 from cortex.worker.bare import signal
 from cortex.worker.messages import JOB_ID_ROOM, Outcome
 from cortex.worker.processes import PR_SET_PDEATHSIG, libc
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     # Its variables, its id as `Bench.slot` shows it, its control groups' files, and the content of job.json.
     Told = tuple[Variables, bytes, list[str], dict[str, object]]
     Work = tuple[Told, int, int, Identity]
+
+globals()["__builtins__"] = standard.BUILTINS
 
 NOT_FOUND = 127
 NOT_RUNNABLE = 126
@@ -249,7 +251,7 @@ def environment(order: Order) -> dict[str, str]:
 
 
 def _identity(file: int) -> Identity:
-    about = os.fstat(file)
+    about = fstat(file)
     return about.st_dev, about.st_ino
 
 
@@ -269,7 +271,7 @@ def _teller(outcome: int, made: Identity) -> task.Tell:
 
 def _tell(outcome: int, data: bytes) -> None:
     while data:
-        data = data[os.write(outcome, data) :]
+        data = data[write(outcome, data) :]
 
 
 def _execute(command: list[str]) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import _thread
 import atexit
-import builtins
 import ctypes
 import gc
 import io
@@ -26,12 +25,11 @@ from cortex.worker.bare import signal
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import NoReturn, ParamSpec
+    from typing import Any, NoReturn, ParamSpec
 
     P = ParamSpec("P")
 
-# A task may have changed the builtins of all others. Functions have those of their module at its making.
-globals()["__builtins__"] = dict(vars(builtins))
+globals()["__builtins__"] = standard.BUILTINS
 
 INTERRUPTED = -2
 """Of `end`: a KeyboardInterrupt that nothing has caught, after which Python ends itself by SIGINT."""
@@ -40,8 +38,15 @@ FLUSH_FAILED = 120
 # With the interpreter's lock, as Python itself calls them: a daemon thread runs no more.
 _libc = ctypes.PyDLL(None)
 _fflush, _libc_exit = _libc.fflush, _libc.exit
-_count_threads = _thread._count
 _finalize_and_exit = ctypes.pythonapi.Py_Exit
+# By names of their own: a task may put others in their places, and Python ends as ever.
+_count_threads, _run_exit_handlers = _thread._count, atexit._run_exitfuncs
+_exit, _getpid, _kill, _listdir = os._exit, os.getpid, os.kill, os.listdir
+_get_objects = gc.get_objects
+_set_trace, _set_profile = sys.settrace, sys.setprofile
+_get_trace, _get_profile = sys.gettrace, sys.getprofile
+_modules = sys.modules
+_dict_of: Any = vars(types.ModuleType)["__dict__"]
 _STREAMS = (("stdin", "__stdin__"), ("stdout", "__stdout__"), ("stderr", "__stderr__"))
 
 
@@ -72,7 +77,12 @@ _INERT = frozenset(
 def _from_nowhere(function: Callable[P, object]) -> Callable[P, object]:
     """What runs at the end has no line of the user's program: a warning names this one, as in a finalization."""
     code = function.__code__.replace(co_filename="sys", co_firstlineno=1, co_name="<module>")
-    names = {"__name__": "sys", "__builtins__": __builtins__, "gc": gc, "dict": dict}
+    names = {
+        "__name__": "sys",
+        "__builtins__": standard.BUILTINS,
+        "gc": types.SimpleNamespace(collect=gc.collect),  # a task may change the module's
+        "dict": dict,
+    }
     return types.FunctionType(code, names)
 
 
@@ -84,11 +94,22 @@ class _Shared:
     """Where in `sys.modules` the job's own begin: after this one."""
 
     last = ""
+    modules: dict[int, object] = {}  # noqa: RUF012
+    """By their addresses."""
+
+
+class Watchers:
+    """What the task has set by `sys.settrace` and `sys.setprofile` and left so: it sees the code of the user's that runs
+    at the end, and none of this package's."""
+
+    trace: Any = None
+    profile: Any = None
 
 
 def mark() -> None:
     """What is loaded now is shared by all jobs."""
-    _Shared.last = next(reversed(sys.modules))
+    _Shared.last = next(reversed(_modules))
+    _Shared.modules = {id(each): each for each in _modules.values()}
 
 
 def end(code: int, *, has_imported: bool) -> NoReturn:
@@ -98,27 +119,35 @@ def end(code: int, *, has_imported: bool) -> NoReturn:
         code: its exit code, unless the standard streams cannot be flushed; or `INTERRUPTED`.
         has_imported: whether the fork server has loaded more than what is Python's own.
     """
-    _run(getattr(sys.modules.get("threading"), "_shutdown", None))
+    _run(getattr(_modules.get("threading"), "_shutdown", None))
     new = _own_modules()
     has_threads = _count_threads() > 0 or (has_imported and _has_threads_of_c())
     uses_c = has_imported
     if has_threads or len(new) > 1:  # beside the task's own
-        if code != INTERRUPTED and (has_threads or any(map(_is_foreign_extension, new))):
+        is_full = has_threads or any(map(_is_foreign_extension, new))
+        if code != INTERRUPTED and is_full:
+            if Watchers.trace is not None or Watchers.profile is not None:
+                _set_profile(Watchers.profile)
+                _set_trace(Watchers.trace)
             _finalize_and_exit(code)
         uses_c = uses_c or "ctypes" in new or any(map(_is_extension, new))
-    _run(atexit._run_exitfuncs)
+    _run(_run_exit_handlers)
     is_flushed = _flush_streams()
     # With warnings asked for, also of objects that the collector does not know.
-    if len(new) > 1 or sys.warnoptions or not _is_inert():
-        _take_apart(new)
+    try:
+        if len(new) > 1 or sys.warnoptions or not _is_inert():
+            _take_apart(new)
+    except _Refused:
+        if code != INTERRUPTED:
+            _finalize_and_exit(code)
     if code == INTERRUPTED:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
+        _kill(_getpid(), signal.SIGINT)
     code = code if is_flushed else FLUSH_FAILED
     if uses_c:
         _fflush(None)
         _libc_exit(code)  # destructors of C++ objects and exit handlers of C libraries run in here
-    os._exit(code)
+    _exit(code)
 
 
 def rehearse() -> None:
@@ -132,7 +161,7 @@ def rehearse() -> None:
 
 def _has_threads_of_c() -> bool:
     try:
-        return len(os.listdir("/proc/self/task")) > 1
+        return len(_listdir("/proc/self/task")) > 1
     except OSError:  # there is no descriptor to ask with: a full finalization is right for all
         return True
 
@@ -141,11 +170,13 @@ def _own_modules() -> list[str]:
     """The names of the modules that the job has loaded, in their order. From the end: to look at each name of
     those that are shared would copy their pages."""
     found = []
-    for name in reversed(sys.modules):
+    for name in reversed(_modules):
         if name == _Shared.last:
             break
         found.append(name)
     found.reverse()
+    if len(found) > 1:  # a program may take a shared one out, and put it in again behind its own
+        found = [name for name in found if id(_modules[name]) not in _Shared.modules]
     return found
 
 
@@ -153,13 +184,33 @@ def _run(step: object) -> None:
     """One that fails does not keep the others from being done."""
     try:
         if callable(step):
-            step()
+            # In here: a watcher sees the functions that are called, and is not to see any of these.
+            watched = Watchers.trace is not None or Watchers.profile is not None
+            try:
+                if watched:
+                    _set_profile(Watchers.profile)
+                    _set_trace(Watchers.trace)
+                step()
+            finally:
+                if watched:
+                    Watchers.trace, Watchers.profile = _get_trace(), _get_profile()
+                    _set_trace(None)
+                    _set_profile(None)
     except BaseException as error:  # noqa: BLE001, RUF100
         _ignored(error, step)
 
 
+def names_in(module: object) -> dict[str, object]:
+    """The names in a module; none of what else there may be in its place. One that loads itself when it is asked for
+    an attribute is not asked."""
+    if not issubclass(type(module), types.ModuleType):
+        return {}
+    names: dict[str, object] = _dict_of.__get__(module)
+    return names
+
+
 def _is_extension(name: str) -> bool:
-    spec = getattr(sys.modules[name], "__spec__", None)
+    spec = names_in(_modules[name]).get("__spec__")
     return type(getattr(spec, "loader", None)).__name__ == "ExtensionFileLoader"
 
 
@@ -217,24 +268,34 @@ def _hook_arguments() -> type:
     return seen[0]
 
 
+class _Refused(Exception):
+    """An audit hook of the user's does not let anybody look at all objects."""
+
+
 class _Thing:
     """Something that a weak reference can be made to."""
 
 
 def _is_inert() -> bool:
     """Whether all that the job has left is such that nothing happens at its end: functions and plain data."""
-    for each in gc.get_objects():  # those of the fork server are frozen
+    for each in _objects():  # those of the fork server are frozen
         kind = type(each)
         if kind not in _INERT or (kind is type and "__del__" in each.__dict__):
             return False
     return True
 
 
+def _objects() -> list[object]:
+    try:
+        return _get_objects()
+    except BaseException as error:
+        raise _Refused from error
+
+
 def _take_apart(new: list[str]) -> None:
     """As `finalize_modules` of CPython does, for the modules that the job has loaded."""
     # While all names are there: what ends in one collection ends in a good order, a text file before its buffer.
     _collect()
-    modules = sys.modules
     # Without the first, what runs at the end imports nothing, as in a finalization.
     for name in ("meta_path", "last_type", "last_value", "last_traceback", "last_exc"):
         if hasattr(sys, name):
@@ -244,10 +305,11 @@ def _take_apart(new: list[str]) -> None:
         if getattr(sys, name, None) is not stream:
             setattr(sys, name, stream)
     stream = None
-    dying: list[ref[types.ModuleType]] = []
+    dying: list[ref[Any]] = []
     for name in new:
-        module = modules.pop(name, None)
-        if isinstance(module, types.ModuleType):  # in its place may be any object of the user's
+        module = _modules.pop(name, None)
+        # In its place may be any object of the user's.
+        if issubclass(type(module), types.ModuleType):
             dying.append(ref(module))
     module = None
     # Most modules end with this, with their globals whole for the code that runs at their end.
@@ -257,7 +319,7 @@ def _take_apart(new: list[str]) -> None:
         left = found()
         if left is not None:
             is_any_left = True
-            _clear(vars(left))
+            _clear(names_in(left))
             left = None
     if is_any_left:
         # What ends now has no streams in Python, where the module sys has ended before.
@@ -280,13 +342,13 @@ def _end_what_is_left() -> None:
     """What something else than a module of the job's keeps: an attribute of a module that all share. Of files the
     outer layers first, which write into the inner ones."""
     # Of the job's own: those of the fork server are frozen.
-    left = [each for each in gc.get_objects() if hasattr(type(each), "__del__")]
+    left = [each for each in _objects() if hasattr(type(each), "__del__")]
     for each in sorted(left, key=_layer):
         try:
             if isinstance(each, io.IOBase):
                 each.close()
             else:
-                type(each).__del__(each)
+                type(each).__del__(each)  # type: ignore[attr-defined]  # they were chosen by that
         except BaseException:  # noqa: BLE001, RUF100  # of the user's, or a full disk
             pass
 

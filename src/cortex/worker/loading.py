@@ -7,6 +7,9 @@ from __future__ import annotations
 import sys
 
 from cortex.worker import standard
+from cortex.worker.ending import names_in
+
+globals()["__builtins__"] = standard.BUILTINS
 
 LEAST_S = 0.2
 """A shorter time is not worth telling."""
@@ -15,39 +18,48 @@ MAX_NAMES = 8
 
 def measured(took_s: float, known: frozenset[str], roots: list[str]) -> list[object] | None:
     """The seconds and the modules that `definition.preload` would name; None where the time was the user's own
-    code's.
+    code's, or nobody can tell: code of the user's runs where attributes are asked for.
 
     Args:
         took_s: what it took to run the task's file.
         known: the modules that were loaded before.
         roots: the folders of the user's own modules.
     """
+    try:
+        names = _names(known, roots)
+    except BaseException:  # noqa: BLE001, RUF100
+        return None
+    return [round(took_s, 3), names] if names else None
+
+
+def _names(known: frozenset[str], roots: list[str]) -> list[str]:
     own = tuple(root.rstrip("/") + "/" for root in roots)
     foreign: dict[str, None] = {}  # in the order of the imports
     for name in [name for name in sys.modules if name not in known]:
         if _is_within(name, own):
-            for value in list(vars(sys.modules[name]).values()):
+            for value in list(names_in(sys.modules[name]).values()):
                 found = _origin(value)
                 if found is not None and found not in known and not _is_within(found, own):
                     foreign[found] = None
     names = [name for name in foreign if not _has_parent(name, foreign)]
-    return [round(took_s, 3), names[:MAX_NAMES]] if names else None
+    return names[:MAX_NAMES]
 
 
 def _is_within(name: str, folders: tuple[str, ...]) -> bool:
-    file = getattr(sys.modules.get(name), "__file__", None)
+    file = names_in(sys.modules.get(name)).get("__file__")
     is_own = isinstance(file, str) and file.startswith(folders)
     return is_own and "/site-packages/" not in str(file)
 
 
 def _origin(value: object) -> str | None:
     """The module that an import statement names to get this, if it is not one of the standard library's."""
-    name = getattr(value, "__name__" if isinstance(value, type(sys)) else "__module__", None)
+    is_module = issubclass(type(value), type(sys))
+    name = names_in(value).get("__name__") if is_module else getattr(value, "__module__", None)
     if not isinstance(name, str) or name.partition(".")[0] in standard.NAMES:
         return None
     if name not in sys.modules:
         return None
-    if isinstance(value, type(sys)):
+    if is_module:
         return name
     # A class is imported from the package that offers it, not from the file that it is written in.
     parts, called = name.split("."), getattr(value, "__name__", None)

@@ -4,6 +4,10 @@ the job's end, and the operator shows it in /metrics. Standard library alone: it
 
 from __future__ import annotations
 
+from cortex.worker import standard
+
+globals()["__builtins__"] = standard.BUILTINS
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     Tags = dict[str, str]

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 
-from cortex.worker import plain
+from cortex.worker import plain, standard
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import ClassVar, Self
+
+globals()["__builtins__"] = standard.BUILTINS
 
 MOST_MESSAGE = 1 << 16
 MOST_RECORD = 1 << 15

@@ -1,9 +1,14 @@
-"""The names of the modules that belong to Python itself."""
+"""What belongs to Python itself, as it was before any code of a user's ran: the names of its modules, and its builtins."""
 
 from __future__ import annotations
 
+import builtins
 import os
 import sys
+
+BUILTINS = dict(vars(builtins))
+"""A task may change those of all modules. What runs after it has these for its `__builtins__`, set before its functions
+are made: they keep what their module had then."""
 
 
 def _listed() -> frozenset[str]:

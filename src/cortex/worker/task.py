@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     Task = Callable[[object], object]
     Tell = Callable[[bytes], None]
 
-# A task may have changed the builtins of all others. Functions have those of their module at its making.
-globals()["__builtins__"] = dict(vars(builtins))
+globals()["__builtins__"] = standard.BUILTINS
 
 MOST_RESULT = 1 << 20
 MOST_LEVELS = 250
@@ -44,6 +43,10 @@ _PACKAGE = "cortex"
 STAND_IN = "cortex_task"
 _REHEARSED = "cortex_rehearsed"
 _clock = time.perf_counter
+# By names of their own: a task may put others in their places.
+_exit, _write_to, _decode, _modules = os._exit, os.write, json.loads, sys.modules
+_get_profile, _set_profile = sys.getprofile, sys.setprofile
+_get_trace, _set_trace = sys.gettrace, sys.settrace
 _USUAL = frozenset({type(None), bool, int, float, str, list, dict})
 _IMPORTLIB = os.path.dirname(os.path.abspath(importlib.__file__)) + os.sep
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -141,9 +144,9 @@ def run(
     try:
         ending.end(code, has_imported=_Warm.has_imported)
     except BaseException as error:  # noqa: BLE001, RUF100  # the user's program has broken the interpreter
-        os.write(2, f"cortex: the interpreter cannot end as Python does: {error!r}\n".encode())
+        _write_to(2, f"cortex: the interpreter cannot end as Python does: {error!r}\n".encode())
     finally:
-        os._exit(1)
+        _exit(1)
 
 
 def rehearse(setup: Setup, path: str, tell: Tell) -> None:
@@ -233,12 +236,18 @@ def _call(setup: Setup, path: str, found: Found | None, job: dict[str, object], 
     try:
         task = _load(setup, path, found, said)
         value = task(job.pop("config"))
-        unusable = _why_unusable(value)
-        if unusable is not None:
-            getattr(value, "close", bool)()  # or Python warns that nobody awaited it
-            raise _Unusable(unusable)
     except BaseException as error:  # noqa: BLE001, RUF100  # KeyboardInterrupt fails a task too
         raised = error  # told of below: what is raised there has not come of it
+    try:
+        # Before any other function of this package: a watcher of the user's may raise, and Python calls none of these.
+        if _get_profile() is not None or _get_trace() is not None:
+            ending.Watchers.profile, ending.Watchers.trace = _get_profile(), _get_trace()
+            _set_profile(None)
+            _set_trace(None)
+    except BaseException:  # noqa: BLE001, RUF100  # a watcher's, which Python has then put away
+        pass
+    if raised is None:
+        raised = _not_run(value)
     if raised is None:
         _keep(value, said, tell)
         return 0
@@ -254,6 +263,18 @@ def _call(setup: Setup, path: str, found: Found | None, job: dict[str, object], 
         said.message = _last_line(raised)
     _tell(said, tell)
     return code
+
+
+def _not_run(value: object) -> BaseException | None:
+    """The error of a task of which nothing has run."""
+    unusable = _why_unusable(value)
+    if unusable is None:
+        return None
+    try:
+        getattr(value, "close", bool)()  # or Python warns that nobody awaited it
+    except BaseException as error:  # noqa: BLE001, RUF100  # of the user's
+        return error
+    return _Unusable(unusable)
 
 
 def _why_unusable(value: object) -> str | None:
@@ -324,12 +345,12 @@ def _load(setup: Setup, path: str, found: Found | None, said: Outcome) -> Task:
     package = found.name.rpartition(".")[0]
     if package:
         importlib.import_module(package)
-    module = sys.modules[found.name] = found.take()
+    module = _modules[found.name] = found.take()
     # Asked for below by name: an attribute that is missing makes an exception and its message.
     names = module.__dict__
     exec(found.code, names)
     if package:
-        setattr(sys.modules[package], found.name.rpartition(".")[2], module)
+        setattr(_modules[package], found.name.rpartition(".")[2], module)
     took_s = _clock() - begun
     if took_s > loading.LEAST_S:
         said.loading = loading.measured(took_s, _Warm.modules, user_roots(setup))
@@ -480,7 +501,7 @@ def _keep(value: object, said: Outcome, tell: Tell) -> None:
 def _why_not(data: bytes) -> str | None:
     if len(data) > MOST_RESULT:
         return f"it takes {len(data)} bytes, and {MOST_RESULT} is the most"
-    if data.count(b"[") + data.count(b"{") > MOST_LEVELS and _is_deep(json.loads(data)):
+    if data.count(b"[") + data.count(b"{") > MOST_LEVELS and _is_deep(_decode(data)):
         return f"it is nested over {MOST_LEVELS} levels deep"
     if len(data) > MOST_DIGITS and _has_long_number(data):
         return f"it has a number of over {MOST_DIGITS} digits"
@@ -492,7 +513,7 @@ def _has_long_number(data: bytes) -> bool:
     if _NINES not in data.translate(_AS_NINES):
         return False
     lengths = [0]
-    json.loads(data, parse_int=lambda text: lengths.append(len(text.lstrip("-"))))
+    _decode(data, parse_int=lambda text: lengths.append(len(text.lstrip("-"))))
     return max(lengths) > MOST_DIGITS
 
 
@@ -510,7 +531,7 @@ def _is_deep(value: object) -> bool:
 
 def _write(data: bytes) -> None:
     with contextlib.suppress(OSError):  # a full disk is no reason not to run
-        os.write(1, data)
+        _write_to(1, data)
 
 
 def _print(text: str, stream: TextIO) -> None:

@@ -1,0 +1,170 @@
+"""Programs that change Python itself: what it calls at its end, its modules, what watches over its code."""
+
+from __future__ import annotations
+
+import pytest
+
+from fidelity.harness import Program, Runner
+from fidelity.programs import program
+
+KEEPS_A_FILE = "f = open('f', 'w')\ndef task(config):\n    f.write('abc')\n"
+
+REPLACED = [
+    program("os-exit", "import os, sys\nos._exit = sys.exit\ndef task(config):\n    return 1\n"),
+    program(
+        "os-exit-that-does-nothing",
+        "import os\nos._exit = print\ndef task(config):\n    return 1\n",
+    ),
+    program("os-exit-deleted", "import os\ndel os._exit\ndef task(config):\n    return 1\n"),
+    program(
+        "os-kill",
+        "import os\nos.kill = lambda *a: None\ndef task(config):\n    raise KeyboardInterrupt\n",
+    ),
+    program("os-getpid", "import os\nos.getpid = lambda: 7\ndef task(config):\n    return 1\n"),
+    program("os-write", "import os\nos.write = lambda *a: 0\ndef task(config):\n    return 1\n"),
+    program(
+        "os-write-that-fails",
+        "import os\ndef no(*a):\n    raise OSError\nos.write = no\ndef task(config):\n    return 1\n",
+    ),
+    program(
+        "os-fstat",
+        "import os\nos.fstat = os.stat = lambda *a: None\ndef task(config):\n    return 1\n",
+    ),
+    program(
+        "exit-handlers",
+        "import atexit\natexit.register(print, 'at exit')\natexit._run_exitfuncs = print\ndef task(config):\n    return 1\n",
+    ),
+    program("objects", f"import gc\ngc.get_objects = lambda *a: []\n{KEEPS_A_FILE}"),
+    program("objects-deleted", f"import gc\ndel gc.get_objects\n{KEEPS_A_FILE}"),
+    program(
+        "collect",
+        f"import gc\ndef no(*a):\n    raise ValueError\ngc.collect = no\n{KEEPS_A_FILE}",
+    ),
+    *[
+        program(
+            f"builtin-{name}",
+            f"import builtins\ndel builtins.{name}\ndef task(config):\n    1 / 0\n",
+            says="ZeroDivisionError: division by zero",
+        )
+        for name in ("getattr", "isinstance", "len", "str", "type")
+    ],
+]
+
+MODULES = [
+    program(
+        "that-refuses-attributes",
+        """
+        import sys
+        class Odd:
+            def __getattr__(self, name):
+                raise RuntimeError(name)
+        sys.modules['odd'] = Odd()
+        def task(config):
+            return 1
+        """,
+    ),
+    program(
+        "that-refuses-attributes-and-a-slow-import",
+        """
+        import sys, time
+        class Odd:
+            def __getattr__(self, name):
+                raise RuntimeError(name)
+        sys.modules['odd'] = odd = Odd()
+        time.sleep(0.25)
+        def task(config):
+            return 1
+        """,
+    ),
+    program(
+        "that-loads-itself-when-it-is-used",
+        """
+        import importlib.util, sys, time
+        spec = importlib.util.find_spec('helper')
+        spec.loader = importlib.util.LazyLoader(spec.loader)
+        sys.modules['helper'] = helper = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(helper)
+        time.sleep(0.25)
+        def task(config):
+            return 1
+        """,
+        files={"helper.py": "print('loaded')\n"},
+    ),
+    program(
+        "taken-out-and-put-in-again",
+        f"import sys\nsys.modules['os'] = sys.modules.pop('os')\n{KEEPS_A_FILE}",
+    ),
+    program("deleted", f"import sys\n{KEEPS_A_FILE}    del sys.modules\n"),
+    program("replaced", f"import sys\n{KEEPS_A_FILE}    sys.modules = {{}}\n"),
+]
+
+WATCHERS = [
+    program(
+        "trace-left-that-fails",
+        """
+        import sys
+        def late(frame, event, argument):
+            raise TimeoutError('late')
+        def task(config):
+            sys.settrace(late)
+        """,
+    ),
+    program(
+        "profile-left-that-fails",
+        """
+        import sys
+        def late(frame, event, argument):
+            if event == 'call':
+                raise TimeoutError('late')
+        def task(config):
+            sys.setprofile(late)
+        """,
+    ),
+    *[
+        program(
+            f"{what}-left-for-exit-handlers",
+            f"""
+            import atexit, sys
+            def handler():
+                print('at exit')
+            atexit.register(handler)
+            def watcher(frame, event, argument):
+                if event == 'call':
+                    sys.stdout.write(frame.f_code.co_name + '\\n')
+            def task(config):
+                sys.set{what}(watcher)
+            """,
+        )
+        for what in ("trace", "profile")
+    ],
+    program(
+        "audit-hook-that-refuses",
+        """
+        import sys
+        is_over = []
+        def hook(event, arguments):
+            if is_over:
+                raise RuntimeError(event)
+        sys.addaudithook(hook)
+        f = open('f', 'w')
+        def task(config):
+            f.write('abc')
+            is_over.append(True)
+        """,
+    ),
+]
+
+
+@pytest.mark.parametrize("program", REPLACED)
+def test_something_replaced(program: Program, runner: Runner) -> None:
+    runner.check(program)
+
+
+@pytest.mark.parametrize("program", MODULES)
+def test_modules(program: Program, runner: Runner) -> None:
+    runner.check(program)
+
+
+@pytest.mark.parametrize("program", WATCHERS)
+def test_a_watcher(program: Program, runner: Runner) -> None:
+    runner.check(program)
