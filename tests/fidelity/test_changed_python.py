@@ -154,6 +154,54 @@ WATCHERS = [
     ),
 ]
 
+COLLECTOR = [
+    program(
+        "callbacks-left",
+        """
+        import gc
+        def told(phase, about):
+            print(phase, about['generation'])
+        def task(config):
+            gc.callbacks.append(told)
+        """,
+    ),
+    program(
+        "garbage-left",
+        "import gc\ndef task(config):\n    gc.garbage.append('x')\n    gc.set_debug(gc.DEBUG_UNCOLLECTABLE)\n",
+    ),
+    program(
+        "revived-for-good",
+        """
+        import os
+        os.kept = kept = []
+        class Thing:
+            def __del__(self):
+                print('deleted')
+                kept.append(self)
+        def task(config):
+            Thing()
+        """,
+    ),
+]
+
+OPEN = {
+    "folder": "import os\nkept = os.scandir('.')",
+    "socket": "import _socket\nkept = _socket.socket()",
+}
+CHANGES = {
+    "added": "warnings.simplefilter('always')",
+    "reset": "warnings.resetwarnings()",
+    "replaced": "warnings.filters = []",
+}
+FILTERS = [
+    program(
+        f"{what}-{how}",
+        f"import warnings\n{code}\ndef task(config):\n    global context\n    {change}\n",
+    )
+    for what, code in OPEN.items()
+    for how, change in CHANGES.items()
+]
+
 
 @pytest.mark.parametrize("program", REPLACED)
 def test_something_replaced(program: Program, runner: Runner) -> None:
@@ -167,4 +215,14 @@ def test_modules(program: Program, runner: Runner) -> None:
 
 @pytest.mark.parametrize("program", WATCHERS)
 def test_a_watcher(program: Program, runner: Runner) -> None:
+    runner.check(program)
+
+
+@pytest.mark.parametrize("program", COLLECTOR)
+def test_the_collector(program: Program, runner: Runner) -> None:
+    runner.check(program)
+
+
+@pytest.mark.parametrize("program", FILTERS)
+def test_filters_of_warnings(program: Program, runner: Runner) -> None:
     runner.check(program)

@@ -10,6 +10,7 @@ threads or extension modules of its own is finalized in full.
 from __future__ import annotations
 
 import _thread
+import _warnings
 import atexit
 import ctypes
 import gc
@@ -42,10 +43,11 @@ _finalize_and_exit = ctypes.pythonapi.Py_Exit
 # By names of their own: a task may put others in their places, and Python ends as ever.
 _count_threads, _run_exit_handlers = _thread._count, atexit._run_exitfuncs
 _exit, _getpid, _kill, _listdir = os._exit, os.getpid, os.kill, os.listdir
-_get_objects = gc.get_objects
+_get_objects, _is_finalized = gc.get_objects, gc.is_finalized
+_callbacks, _garbage = gc.callbacks, gc.garbage
 _set_trace, _set_profile = sys.settrace, sys.setprofile
 _get_trace, _get_profile = sys.gettrace, sys.getprofile
-_modules = sys.modules
+_modules, _filters, _FILTERS = sys.modules, _warnings.filters, len(_warnings.filters)
 _dict_of: Any = vars(types.ModuleType)["__dict__"]
 _STREAMS = (("stdin", "__stdin__"), ("stdout", "__stdout__"), ("stderr", "__stderr__"))
 
@@ -123,8 +125,10 @@ def end(code: int, *, has_imported: bool) -> NoReturn:
     new = _own_modules()
     has_threads = _count_threads() > 0 or (has_imported and _has_threads_of_c())
     uses_c = has_imported
-    if has_threads or len(new) > 1:  # beside the task's own
-        is_full = has_threads or any(map(_is_foreign_extension, new))
+    # The collector calls and tells of these in a finalization.
+    is_asked = bool(_callbacks or _garbage)
+    if has_threads or is_asked or len(new) > 1:  # beside the task's own
+        is_full = has_threads or is_asked or any(map(_is_foreign_extension, new))
         if code != INTERRUPTED and is_full:
             if Watchers.trace is not None or Watchers.profile is not None:
                 _set_profile(Watchers.profile)
@@ -135,7 +139,7 @@ def end(code: int, *, has_imported: bool) -> NoReturn:
     is_flushed = _flush_streams()
     # With warnings asked for, also of objects that the collector does not know.
     try:
-        if len(new) > 1 or sys.warnoptions or not _is_inert():
+        if len(new) > 1 or sys.warnoptions or len(_filters) != _FILTERS or not _is_inert():
             _take_apart(new)
     except _Refused:
         if code != INTERRUPTED:
@@ -342,7 +346,9 @@ def _end_what_is_left() -> None:
     """What something else than a module of the job's keeps: an attribute of a module that all share. Of files the
     outer layers first, which write into the inner ones."""
     # Of the job's own: those of the fork server are frozen.
-    left = [each for each in _objects() if hasattr(type(each), "__del__")]
+    left = [
+        each for each in _objects() if hasattr(type(each), "__del__") and not _is_finalized(each)
+    ]
     for each in sorted(left, key=_layer):
         try:
             if isinstance(each, io.IOBase):
