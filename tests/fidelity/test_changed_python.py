@@ -96,6 +96,23 @@ MODULES = [
     ),
     program("deleted", f"import sys\n{KEEPS_A_FILE}    del sys.modules\n"),
     program("replaced", f"import sys\n{KEEPS_A_FILE}    sys.modules = {{}}\n"),
+    program(
+        "in-their-order",
+        "import sys, helper\ndef task(config):\n    return list(sys.modules)[-2:] == ['helper', __name__]\n",
+        files={"helper.py": ""},
+    ),
+    program(
+        "replaced-by-the-task-file",
+        """
+        import sys
+        class Other:
+            def task(self, config):
+                return 'other'
+        def task(config):
+            return 'own'
+        sys.modules[__name__] = Other()
+        """,
+    ),
 ]
 
 WATCHERS = [

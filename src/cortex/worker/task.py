@@ -349,8 +349,12 @@ def _load(setup: Setup, path: str, found: Found | None, said: Outcome) -> Task:
     # Asked for below by name: an attribute that is missing makes an exception and its message.
     names = module.__dict__
     exec(found.code, names)
+    # As an import ends: the last of all modules, and whatever it has put in its own place.
+    loaded = _modules[found.name] = _modules.pop(found.name)
+    if loaded is not module:
+        names = {name: getattr(loaded, name) for name in ("Task", "task") if hasattr(loaded, name)}
     if package:
-        setattr(_modules[package], found.name.rpartition(".")[2], module)
+        setattr(_modules[package], found.name.rpartition(".")[2], loaded)
     took_s = _clock() - begun
     if took_s > loading.LEAST_S:
         said.loading = loading.measured(took_s, _Warm.modules, user_roots(setup))
