@@ -78,7 +78,8 @@ _INERT = frozenset(
 
 def _from_nowhere(function: Callable[P, object]) -> Callable[P, object]:
     """What runs at the end has no line of the user's program: a warning names this one, as in a finalization."""
-    code = function.__code__.replace(co_filename="sys", co_firstlineno=1, co_name="<module>")
+    file, line = ("<sys>", 0) if sys.version_info >= (3, 13) else ("sys", 1)
+    code = function.__code__.replace(co_filename=file, co_firstlineno=line, co_name="<module>")
     names = {
         "__name__": "sys",
         "__builtins__": standard.BUILTINS,
@@ -135,7 +136,7 @@ def end(code: int, *, has_imported: bool) -> NoReturn:
                 _set_trace(Watchers.trace)
             _finalize_and_exit(code)
         uses_c = uses_c or "ctypes" in new or any(map(_is_extension, new))
-    _run(_run_exit_handlers)
+    _run(_run_exit_handlers, tells=sys.version_info >= (3, 10))  # before that it has told of each
     is_flushed = _flush_streams()
     # With warnings asked for, also of objects that the collector does not know.
     try:
@@ -184,8 +185,12 @@ def _own_modules() -> list[str]:
     return found
 
 
-def _run(step: object) -> None:
-    """One that fails does not keep the others from being done."""
+def _run(step: object, *, tells: bool = True) -> None:
+    """One that fails does not keep the others from being done.
+
+    Args:
+        tells: whether its failure is told of.
+    """
     try:
         if callable(step):
             # In here: a watcher sees the functions that are called, and is not to see any of these.
@@ -201,7 +206,8 @@ def _run(step: object) -> None:
                     _set_trace(None)
                     _set_profile(None)
     except BaseException as error:  # noqa: BLE001, RUF100
-        _ignored(error, step)
+        if tells:
+            _ignored(error, step)
 
 
 def names_in(module: object) -> dict[str, object]:
