@@ -386,7 +386,7 @@ def test_mistakes_in_variables_have_lines_and_show_no_values(tmp_path: Path) -> 
     text = "A=1\n\nNOVALUE\nKEY='hush\nCORTEX_X=1\nB=\0\na-b=1\n= 5\n"
     found = check_variables(write(tmp_path, {".env": text}))
     joined = "\n".join(found)
-    assert ".env:3: NOVALUE: has no value; allowed: NAME=value" in found
+    assert ".env:3: is no NAME=value; put a value of several lines in quotes" in found
     assert ".env:4: cannot be read; allowed: NAME=value, one to a line" in found
     assert ".env:5: CORTEX_X: names that start with CORTEX_ are reserved" in found
     assert ".env:6: B: holds a NUL character" in found

@@ -217,7 +217,7 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines() -> None:
         '6: definition.path: found "/etc/passwd"; allowed: a Python file, relative',
         "7: definition.env.CORTEX_X: names that start with CORTEX_ are reserved",
         '7: definition.env: found the name "1a"',
-        "7: definition.env.PORT: found 80; allowed: a string; put it in quotes",
+        "7: definition.env.PORT: found a number; allowed: a string; put it in quotes",
         "7: definition.env.DEBUG: found true; allowed: a string; put it in quotes",
         '8: definition.log_level: found "warn"; allowed: debug, info, warning, error; did you mean "warning"?',
         "9: compute.cpu: found true; allowed: cores",
@@ -275,7 +275,7 @@ def test_aliases_are_expanded_within_bounds() -> None:
     (api,) = read_apis(one(both), "cortex.yaml")
     assert (api.definition.path, api.definition.log_level) == ("a.py", "debug")
     assert only(one("<<: [{path: a.py}, 3]")).startswith(
-        "4: definition.<<: found 3; allowed: an ob"
+        "4: definition.<<: found a number; allowed: an ob"
     )
 
 
@@ -352,8 +352,8 @@ def test_endpoints_that_are_not_one_path_segment(endpoint: object) -> None:
         ('command: ["a\\0"]', "4: definition.command[0]: found"),
         ("path: a.py\n    env: [A]", "5: definition.env: found a list; allowed: an object"),
         ("path: a.py\n    env: {A: }", "5: definition.env.A: found nothing; allowed: a string"),
-        ('path: a.py\n    env: {A: "\\0"}', "5: definition.env.A: found"),
-        ("path: a.py\n    env: {A: 2020-01-01}", "5: definition.env.A: found a date (2020-01-01)"),
+        ('path: a.py\n    env: {A: "\\0"}', "5: definition.env.A: holds a NUL"),
+        ("path: a.py\n    env: {A: 2020-01-01}", "5: definition.env.A: found a date; allowed"),
         ("path: a.py\n    config: 5", "5: definition.config: found 5; allowed: an object"),
         ("path: a.py\n    preload: numpy", '5: definition.preload: found "numpy"; allowed: a list'),
         (
@@ -391,8 +391,8 @@ def test_definitions_that_are_wrong(definition: str, told: str) -> None:
         ("1e999", "inf"),
         ("!!binary aGk=", "binary data"),
         ("!!set {a}", "a set"),
-        ("!!python/object:os.system {}", "the tag python/object:os.system"),
-        ("!secret x", "the tag !secret"),
+        ("!!python/object:os.system {}", "a tag (python/object:os.system)"),
+        ("!secret x", "a tag (!secret)"),
         ("!!int x", "a number that cannot be read (x)"),
         ("9" * 5000, "a number that cannot be read (9"),
         ('"\\ud800"', "text with half a character"),
@@ -402,6 +402,31 @@ def test_a_config_holds_what_json_can(value: str, found: str) -> None:
     told = only(one(f"path: a.py\n    config:\n      a:\n        - {value}"))
     assert told.startswith(f"7: definition.config.a[0]: found {found}")
     assert "what JSON can hold; put it in quotes" in told
+
+
+@pytest.mark.parametrize(
+    ("env", "told"),
+    [
+        ("HUSH7", "definition.env: found a string"),
+        ("[HUSH7]", "definition.env: found a list"),
+        ("{KEY: 55577}", "definition.env.KEY: found a number"),
+        ("{KEY: 5.5577}", "definition.env.KEY: found a number"),
+        ("{KEY: 2020-05-05}", "definition.env.KEY: found a date"),
+        ("{KEY: !!int HUSH7}", "definition.env.KEY: found a number that cannot be read"),
+        ("{KEY: !HUSH7 }", "definition.env.KEY: found a tag"),
+        ('{KEY: "HUSH7\\0"}', "definition.env.KEY: holds a NUL character"),
+        ("{KEY: *HUSH7}", "cannot be read as YAML: found undefined alias; put a value that begins"),
+        ("{KEY: !HUSH7!a b}", "cannot be read as YAML: while parsing a node, found undefined tag"),
+        ("{KEY:HUSH7}", 'definition.env: found the name "KEY…"; allowed'),
+        ("{KEY=HUSH7}", 'definition.env: found the name "KEY…"; allowed'),
+        ("{<<: HUSH7}", "definition.env.<<: found a string; allowed: an object"),
+    ],
+)
+def test_mistakes_in_env_show_no_values(env: str, told: str) -> None:
+    with pytest.raises(InvalidSpec) as raised:
+        read_apis(one(f"path: a.py\n    env: {env}"), "c")
+    assert raised.value.message.startswith(f"c:5: {told}")
+    assert all(secret not in raised.value.message for secret in ("HUSH7", "5577", "2020"))
 
 
 def test_scalars_are_those_of_yaml_1_2() -> None:

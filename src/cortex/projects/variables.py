@@ -58,7 +58,7 @@ def _mistakes(binding: Binding, *, has_path: bool) -> Iterator[str]:
         yield f"{place}: cannot be read; allowed: NAME=value, one to a line"
     elif binding.key is None:
         return
-    elif binding.value is None and not ENV_NAME.fullmatch(binding.key):
+    elif binding.value is None:
         # It may be a line of a secret that goes over several, such as a key in PEM, and is not shown.
         yield f"{place}: is no NAME=value; put a value of several lines in quotes"
     elif not ENV_NAME.fullmatch(binding.key):
@@ -66,8 +66,6 @@ def _mistakes(binding: Binding, *, has_path: bool) -> Iterator[str]:
         yield f'{place}: found the name "{binding.key[:60]}"; allowed: {allowed}'
     elif binding.key.startswith(RESERVED_ENV):
         yield f"{place}: {binding.key}: names that start with {RESERVED_ENV} are reserved"
-    elif binding.value is None:
-        yield f"{place}: {binding.key}: has no value; allowed: NAME=value"
     elif "\0" in binding.value:
         yield f"{place}: {binding.key}: holds a NUL character"
     elif has_path and (refusal := python_variables.refusal(binding.key, binding.value)):

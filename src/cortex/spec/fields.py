@@ -115,21 +115,27 @@ def modules(value: Value, where: str, report: Report) -> object:
 
 
 def env(value: Value, where: str, report: Report) -> object:
-    """Environment variables."""
+    """Environment variables. What is written as a value may be a secret, and is not shown."""
     if not isinstance(value.data, dict):
-        report.wrong(value, where, "an object of names and strings")
+        report.add(
+            value.line, where, f"found {value.kind()}; allowed: an object of names and strings"
+        )
         return None
     for key, below in value.data.items():
-        name = join(where, shortened(key))
+        # Of `NAME:value` and `NAME=value`, which YAML takes for a name, the name alone.
+        written = re.split("[:=]", key, maxsplit=1)[0]
+        shown = shortened(key) if written == key else f"{shortened(written)}…"
+        name = join(where, shown)
         if not ENV_NAME.fullmatch(key):
             allowed = "allowed in a name: letters, digits and _, the first not a digit"
-            report.add(below.line, where, f"found the name {quoted(key)}; {allowed}")
+            report.add(below.line, where, f'found the name "{shown}"; {allowed}')
         elif key.startswith(RESERVED_ENV):
             report.add(below.line, name, f"names that start with {RESERVED_ENV} are reserved")
         if not isinstance(below.data, str):
-            report.wrong(below, name, "a string; put it in quotes")
+            words = f"found {below.kind()}; allowed: a string; put it in quotes"
+            report.add(below.line, name, words)
         elif "\0" in below.data:
-            report.wrong(below, name, "a string without NUL characters")
+            report.add(below.line, name, "holds a NUL character")
     return {key: below.data for key, below in value.data.items()}
 
 

@@ -32,9 +32,10 @@ _ODD_TAGS = {"timestamp": "a date", "binary": "binary data", "set": "a set", "om
 
 @dataclass(frozen=True)
 class Odd:
-    """What YAML can say and JSON cannot: `what` names it."""
+    """What YAML can say and JSON cannot: `what` names it, `text` is what the file has."""
 
     what: str
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,18 @@ class Value:
     def shown(self) -> str:
         """What was found, in few words."""
         if isinstance(self.data, Odd):
-            return self.data.what
+            text = self.data.text
+            return f"{self.data.what} ({shortened(text)})" if text else self.data.what
         if isinstance(self.data, str):
             return quoted(self.data)
+        if isinstance(self.data, int | float) and not isinstance(self.data, bool):
+            return shortened(str(self.data))
+        return self.kind()
+
+    def kind(self) -> str:
+        """What was found, without its content, which may be a secret."""
+        if isinstance(self.data, Odd):
+            return self.data.what
         if isinstance(self.data, list):
             return "a list" if self.data else "an empty list"
         if isinstance(self.data, dict):
@@ -57,7 +67,7 @@ class Value:
         words = {None: "nothing", True: "true", False: "false"}
         if self.data is None or isinstance(self.data, bool):
             return words[self.data]
-        return shortened(str(self.data))
+        return "a string" if isinstance(self.data, str) else "a number"
 
 
 @dataclass(frozen=True)
@@ -209,7 +219,7 @@ class _Builder:
             if isinstance(value.data, dict):
                 merged = {**value.data, **merged}
             else:
-                self._mistake(line, join(where, "<<"), f"found {value.shown()}; allowed: an object")
+                self._mistake(line, join(where, "<<"), f"found {value.kind()}; allowed: an object")
         return merged
 
     def _mistake(self, line: int, where: str, text: str) -> None:
@@ -221,7 +231,7 @@ def _scalar(tag: str, text: str) -> _Scalar:
     try:
         return convert(text) if convert else _odd(tag, text)
     except ValueError:
-        return Odd(f"a number that cannot be read ({shortened(text)})")
+        return Odd("a number that cannot be read", text)
 
 
 def _unicode(text: str) -> str | Odd:
@@ -249,9 +259,9 @@ def _float(text: str) -> float:
 
 
 def _odd(tag: str, text: str) -> Odd:
-    what = _ODD_TAGS.get(tag, f"the tag {shortened(tag)}")
-    is_shown = tag in _ODD_TAGS and tag != "binary" and text
-    return Odd(f"{what} ({shortened(text)})" if is_shown else what)
+    if tag not in _ODD_TAGS:
+        return Odd("a tag", tag)
+    return Odd(_ODD_TAGS[tag], "" if tag == "binary" else text)
 
 
 def _syntax(error: YAMLError, text: str) -> Mistake:
@@ -262,8 +272,17 @@ def _syntax(error: YAMLError, text: str) -> Mistake:
         return Mistake(1, f"cannot be read as YAML: {_one_line(str(error))}")
     mark = error.problem_mark or error.context_mark
     words = [w for w in (error.context, error.problem) if isinstance(w, str)]
+    for start, instead in _WITHOUT_QUOTES.items():
+        words = [instead if word.startswith(start) else word for word in words]
     line = mark.line + 1 if mark is not None else 1
     return Mistake(line, f"cannot be read as YAML: {_one_line(', '.join(words))}")
+
+
+# A value that was meant as text, and may be a secret.
+_WITHOUT_QUOTES = {
+    "found undefined alias": "found undefined alias; put a value that begins with * in quotes",
+    "found undefined tag handle": "found undefined tag handle; put a value that begins with ! in quotes",
+}
 
 
 def _one_line(text: str) -> str:
