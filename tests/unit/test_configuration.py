@@ -203,11 +203,28 @@ def test_a_store_of_files_that_is_none_is_refused_without_its_secret(tmp_path: P
     assert "s3cret" not in told
 
 
-@pytest.mark.parametrize("store", [STORE, "postgres://me@db/tasks?password=s3cret"])
+@pytest.mark.parametrize(
+    "store",
+    [
+        STORE,
+        "postgres://me@db/tasks?password=s3cret",
+        "postgres://me:s3cret@db/tasks?sslpassword=s3cret",
+        "postgres://me:x@db/tasks?oauth_client_secret=s3cret&sslmode=require",
+    ],
+)
 def test_no_password_is_shown(tmp_path: Path, store: str) -> None:
     shown = loaded(tmp_path, store=store).shown()
     assert "me:***@db/tasks" in shown
     assert "s3cret" not in shown
+
+
+@pytest.mark.parametrize(
+    "store", ["postgresql://me:a@s3cret@db/tasks", "postgresql://me:a@b/s3cret@db/tasks"]
+)
+def test_a_password_that_is_not_escaped_is_refused_without_it(tmp_path: Path, store: str) -> None:
+    (told,) = mistakes(tmp_path, store=store)
+    assert "with %XX for what is special in a password" in told
+    assert "s3cret" not in told
 
 
 def test_the_page_lists_every_setting_as_it_is() -> None:

@@ -9,6 +9,11 @@ from sqlalchemy.exc import ArgumentError
 
 FORM = "postgresql://USER@HOST:PORT/DATABASE"
 
+# Parameters of libpq that are secrets.
+_SECRETS = frozenset(
+    {"password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key"}
+)
+_UNREADABLE = f"no URL that can be read; write {FORM}, with %XX for what is special in a password"
 _POSTGRESQL = frozenset({"postgres", "postgresql", "postgresql+psycopg"})
 
 
@@ -22,14 +27,14 @@ def read(text: str) -> URL:
     try:
         url = make_url(text)
     except (ArgumentError, ValueError) as error:
-        raise ValueError(
-            f"no URL that can be read; write {FORM}, with %XX for what is special in a password"
-        ) from error
+        raise ValueError(_UNREADABLE) from error
     if url.drivername not in _POSTGRESQL:
         raise ValueError(
             f"no database of that kind: {url.drivername!r}; write {FORM}, or leave it out for a file "
             "in the data folder"
         )
+    if "@" in f"{url.host}{url.database if url.password is not None else ''}":
+        raise ValueError(_UNREADABLE)  # the rest of a password, which would be shown
     if not url.database:
         raise ValueError(f"no database is named; write {FORM}")
     return url.set(drivername="postgresql+psycopg")
@@ -39,5 +44,6 @@ def shown(url: URL) -> str:
     """The URL for messages: as users write it, without a password."""
     if "password" in url.query:
         url = url.difference_update_query(["password"]).set(password="***")
+    url = url.update_query_dict(dict.fromkeys(_SECRETS & url.query.keys(), "***"))
     name = url.drivername.partition("+")[0]
     return url.set(drivername=name).render_as_string(hide_password=True)
