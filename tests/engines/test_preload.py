@@ -282,6 +282,27 @@ def test_a_job_that_spends_long_on_imports_says_what_would_spare_it_that(bench: 
     bench.run(scenario)
 
 
+def test_a_program_that_patches_the_standard_library_is_not_told_to_import_ahead(
+    bench: Bench,
+) -> None:
+    bench.bare_environment(
+        {
+            "lib": "import time\ntime.sleep(0.4)\n",
+            "gevent": "import sys, types\nmonkey = types.ModuleType('gevent.monkey')\nmonkey.saved = {}\n"
+            "sys.modules['gevent.monkey'] = monkey\n",
+        }
+    )
+    code = "from gevent import monkey\nPATCH\nimport lib\ndef task(config): return 1"
+
+    async def scenario(engine: Engine) -> None:
+        ended: Ended = await bench.outcome(engine, bench.attempt(code.replace("PATCH", "")))
+        assert len(ended.hints) == 1
+        patched = code.replace("PATCH", "monkey.saved['socket'] = {}")
+        assert (await bench.outcome(engine, bench.attempt(patched))).hints == ()
+
+    bench.run(scenario)
+
+
 def test_time_of_the_users_own_is_not_told_as_an_imports(bench: Bench) -> None:
     async def scenario(engine: Engine) -> None:
         code = "import json, time\ntime.sleep(0.4)\ndef task(config): return 1"

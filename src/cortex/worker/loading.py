@@ -14,11 +14,14 @@ globals()["__builtins__"] = standard.BUILTINS
 LEAST_S = 0.2
 """A shorter time is not worth telling."""
 MAX_NAMES = 8
+# What has rewritten the standard library for what is imported after it, where this is not empty.
+_PATCHED = {"gevent.monkey": "saved", "eventlet.patcher": "already_patched"}
 
 
 def measured(took_s: float, known: frozenset[str], roots: list[str]) -> list[object] | None:
     """The seconds and the modules that `definition.preload` would name; None where the time was the user's own
-    code's, or nobody can tell: code of the user's runs where attributes are asked for.
+    code's, where the program would not run with them imported before its first line, or where nobody can tell: code of
+    the user's runs where attributes are asked for.
 
     Args:
         took_s: what it took to run the task's file.
@@ -33,6 +36,9 @@ def measured(took_s: float, known: frozenset[str], roots: list[str]) -> list[obj
 
 
 def _names(known: frozenset[str], roots: list[str]) -> list[str]:
+    for name, holds in _PATCHED.items():
+        if names_in(sys.modules.get(name)).get(holds):
+            return []
     own = tuple(root.rstrip("/") + "/" for root in roots)
     foreign: dict[str, None] = {}  # in the order of the imports
     for name in [name for name in sys.modules if name not in known]:
