@@ -50,6 +50,15 @@ HARMFUL = {
         "import atexit, shutil, tempfile\nkept = tempfile.mkdtemp()\nos.rmdir(kept)\n",
         "it makes a temporary file or folder",
     ),
+    "an exit handler of Python's own": (
+        "import atexit, shutil\natexit.register(shutil.rmtree, '/nowhere', True)\n",
+        "it registers the exit handler shutil.rmtree",
+    ),
+    "a finalizer": (
+        "import shutil, weakref\nclass Cache: ...\nkept = Cache()\n"
+        "weakref.finalize(kept, shutil.rmtree, '/nowhere', True)\n",
+        "it registers the exit handler shutil.rmtree",
+    ),
     "an exit handler": (
         "import atexit\ndef bye(): pass\natexit.register(bye)\n",
         "it registers the exit handler lib.bye",

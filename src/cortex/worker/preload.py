@@ -57,6 +57,7 @@ class Watch:
         self._names = _Names()
         tempfile._name_sequence = self._names  # type: ignore[attr-defined]  # all that it makes asks this for a name
         self._handlers: list[str] = []
+        """Those that are not Python's own."""
         self.generators: list[object] = []
         """Those of numpy that have been seeded by the system, as `reseed` does again."""
         self._real_register = atexit.register
@@ -117,7 +118,12 @@ class Watch:
         }
 
     def _register(self, function: Callable[..., object], *args: object, **named: object) -> object:
-        self._handlers.append(_full_name(function))
+        # What Python itself has registered does the same in every process. A library may register one of its
+        # functions, shutil.rmtree say. Who compiles it to C has no frame; what imports it registers nothing.
+        name, caller = _full_name(function), str(sys._getframe(1).f_globals.get("__name__"))
+        roots = {name.partition(".")[0], caller.partition(".")[0]}
+        if name not in _HARMLESS and (not roots <= standard.NAMES or "importlib" in roots):
+            self._handlers.append(name)
         return self._real_register(function, *args, **named)
 
     def _written(self, after: dict[str, object]) -> str | None:
@@ -137,11 +143,12 @@ class Watch:
         return f"it sets a handler for {', '.join(changed)}" if changed else None
 
     def _why_not_handlers(self) -> str | None:
-        for name in self._handlers:
-            if name.partition(".")[0] not in standard.NAMES and name not in _HARMLESS:
-                return (
-                    f"it registers the exit handler {name}, which would run at the end of every job"
-                )
+        import weakref
+
+        finalizers = [each for each in list(weakref.finalize._registry) if each.atexit]  # type: ignore[attr-defined]
+        called = [found[1] for each in finalizers if (found := each.peek()) is not None]
+        for name in [*self._handlers, *map(_full_name, called)]:
+            return f"it registers the exit handler {name}, which would run at the end of every job"
         return None
 
     def _why_not_generators(self) -> str | None:
