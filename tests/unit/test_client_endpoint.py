@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from client_stub import VIEW, Answer, Stub, answer
@@ -37,6 +38,26 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def verifier(url: str) -> ssl.SSLContext:
     return pool.settings(Endpoint.checked(url, "", None))["verify"]
+
+
+@pytest.mark.parametrize(
+    ("url", "asked"),
+    [
+        ("http://localhost:8888", "http://127.0.0.1:8888"),
+        ("http://localhost/cortex", "http://127.0.0.1/cortex"),
+        ("https://localhost:8888", "https://localhost:8888"),
+        ("http://jobs.lan", "http://jobs.lan"),
+    ],
+)
+def test_localhost_is_this_machine_where_the_resolver_does_not_know_it(
+    monkeypatch: pytest.MonkeyPatch, url: str, asked: str
+) -> None:
+    def resolve(*_: object) -> NoReturn:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    assert Endpoint.checked(url, "", None).url == url
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    assert Endpoint.checked(url, "", None).url == asked
 
 
 @pytest.mark.parametrize("url", ["http://localhost:8888", "http://127.0.0.1", "http://jobs.lan"])

@@ -5,9 +5,11 @@ for every transport. Standard library alone: a task's client uses it in the user
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import dataclass, field
 from threading import Event
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from cortex.client.environments import checked_endpoint, checked_token
 from cortex.client.proxies import Proxy, proxy_of
@@ -53,7 +55,7 @@ class Endpoint:
         Raises:
             CortexError: the URL is none, the token cannot be sent, or the environment's proxy is none.
         """
-        url = checked_endpoint(url)
+        url = _known(checked_endpoint(url))
         return cls(url, name, None if token is None else checked_token(token), proxy_of(url))
 
     @property
@@ -147,3 +149,17 @@ class Endpoint:
             f"{proxied}Start one with `cortex serve`, or tell where it is with "
             f"`cortex env configure {self.name or 'NAME'} --operator-endpoint URL`"
         )
+
+
+def _known(url: str) -> str:
+    """The URL; with the address of this machine for `localhost`, where the resolver does not know that name, as
+    in an image without /etc/hosts. `cortex serve` listens there then."""
+    parts = urlsplit(url)
+    if parts.scheme != "http" or parts.hostname != "localhost":
+        return url
+    try:
+        socket.getaddrinfo("localhost", None)
+    except socket.gaierror:
+        port = "" if parts.port is None else f":{parts.port}"
+        return parts._replace(netloc=f"127.0.0.1{port}").geturl()
+    return url
