@@ -69,13 +69,15 @@ def test_an_unknown_name_is_told_with_the_known_ones(act) -> None:
         "http://host:port",
         "http://h ost",
         "http://user:secret@host",
+        "ftp://user:p/@secret@host",
         "http://host?x=1",
         "",
     ],
 )
 def test_an_endpoint_must_be_a_url(url: str, folder: Path) -> None:
-    with pytest.raises(InvalidRequest, match="is no operator endpoint"):
+    with pytest.raises(InvalidRequest, match="is no operator endpoint") as raised:
         environments.configure("x", url)
+    assert "secret" not in raised.value.message
     assert not folder.exists()
 
 

@@ -171,8 +171,9 @@ def checked_endpoint(url: str) -> str:
     """An operator's URL without its last slash; InvalidRequest when it is none."""
     problem = _endpoint_problem(url)
     if problem:
+        shown = re.sub("(?<=//).*@", "***@", url)  # a password
         raise InvalidRequest(
-            f"{url!r} is no operator endpoint: {problem}; it looks like {LOCAL.operator_endpoint}"
+            f"{shown!r} is no operator endpoint: {problem}; it looks like {LOCAL.operator_endpoint}"
         )
     return url.rstrip("/")
 
