@@ -80,6 +80,7 @@ NO_RESULTS = [
     ("infinity", "[float('inf')]", ""),
     ("object", "object()", ""),
     ("bytes", "b'bytes'", ""),
+    ("keys-that-are-one-in-json", "{'a': [{1: 'x', '1': 'y'}]}", ""),
     ("set", "{1, 2}", ""),
     ("module", "sys", "import sys"),
     ("function", "task", ""),

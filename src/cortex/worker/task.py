@@ -502,6 +502,20 @@ def _keep(value: object, said: Outcome, tell: Tell) -> None:
     _tell(said, tell, data)
 
 
+class _Twice(Exception):
+    pass
+
+
+def _once(pairs: list[tuple[str, object]]) -> None:
+    """Two keys of Python, such as 1 and "1", may be one of JSON, and whoever reads it drops a value."""
+    if len(dict(pairs)) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Twice(next(key for key in keys if keys.count(key) > 1))
+
+
+_decode_once = json.JSONDecoder(object_pairs_hook=_once).decode
+
+
 def _why_not(data: bytes) -> str | None:
     if len(data) > MOST_RESULT:
         return f"it takes {len(data)} bytes, and {MOST_RESULT} is the most"
@@ -509,6 +523,11 @@ def _why_not(data: bytes) -> str | None:
         return f"it is nested over {MOST_LEVELS} levels deep"
     if len(data) > MOST_DIGITS and _has_long_number(data):
         return f"it has a number of over {MOST_DIGITS} digits"
+    try:
+        if b"{" in data:
+            _decode_once(data.decode())
+    except _Twice as error:
+        return f"several keys of a dictionary are {shorten(repr(str(error)))} in JSON"
     return None
 
 
