@@ -508,9 +508,11 @@ class _Twice(Exception):
 
 def _once(pairs: list[tuple[str, object]]) -> None:
     """Two keys of Python, such as 1 and "1", may be one of JSON, and whoever reads it drops a value."""
-    if len(dict(pairs)) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _Twice(next(key for key in keys if keys.count(key) > 1))
+    seen = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise _Twice(key)
+        seen.add(key)
 
 
 _decode_once = json.JSONDecoder(object_pairs_hook=_once).decode
