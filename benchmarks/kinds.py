@@ -56,7 +56,7 @@ KINDS = {
     "imports-end-to-end": Kind(
         "Jobs that import scikit-learn, submitted to final", "/s", more_is_better=True
     ),
-    "imports-memory": Kind("Memory of each running job that has imported it, in all (PSS)", "MB"),
+    "imports-memory": Kind("Memory of each running job with scikit-learn (PSS)", "MB"),
     "aged-end-to-end": Kind("No-op jobs where files were just removed", "/s", more_is_better=True),
     "aged-first-line": Kind("Submit to first line where files were just removed, p50", "ms"),
     "forks": Kind("Fork and exit", "/s", more_is_better=True),
