@@ -3,47 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-from typer.testing import CliRunner
 
-import loaded
-from cortex.cli.main import app
+from guarded import SCOPES, cortex, guarded, token
 from support import PROBE, Operator, operator, probe_yaml
-
-SCOPES = ("read", "submit", "deploy")
-
-
-def cortex(*arguments: str, code: int = 0, **variables: str) -> str:
-    variables = {"CORTEX_CLI_CONFIG_DIR": "/nowhere", **variables}
-    done = loaded.run(*arguments, env={**os.environ, **variables})
-    assert done.returncode == code, (done.stdout, done.stderr)
-    assert "Traceback" not in done.stderr
-    return done.stdout if code == 0 else done.stderr
-
-
-def token(data: Path, name: str, scope: str) -> str:
-    """Made by the command in this process: an interpreter for each would take longer than the tests."""
-    arguments = ["token", "create", name, "--scope", scope, "--data-dir", str(data)]
-    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return done.stdout.strip()
-
-
-@contextmanager
-def guarded(folder: Path, *options: str) -> Iterator[tuple[Operator, dict[str, str]]]:
-    """An operator that requires tokens, and one of each scope; the tests' own client deploys."""
-    tokens = {scope: token(folder / "data", scope, scope) for scope in SCOPES}
-    with operator(folder, *options, token=tokens["deploy"]) as running:
-        yield running, tokens
 
 
 @pytest.fixture(scope="module")

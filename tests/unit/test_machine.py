@@ -34,6 +34,7 @@ from cortex.operator.render import shown
 from cortex.operator.versions import Unusable, Versions
 from cortex.projects.kept import Projects
 from cortex.spec.api import ApiSpec, Compute, Definition, Limits, Networking
+from cortex.spec.audit import UNKNOWN
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import FINAL, State, Status
 from cortex.spec.times import new_id, now_ns
@@ -226,7 +227,7 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def stop(self, data: st.DataObject) -> None:
         job_id = data.draw(st.sampled_from(sorted(self.jobs)))
-        outcome = self.do(self.dispatcher.stop(job_id))
+        outcome = self.do(self.dispatcher.stop(job_id, UNKNOWN))
         told = self.jobs[job_id]
         if outcome.taken:
             assert told.final is None or told.stopped
@@ -238,7 +239,7 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), stored=st.booleans())
     def crash_in_a_stop(self, data: st.DataObject, stored: bool) -> None:
         job_id = data.draw(st.sampled_from(sorted(self.jobs)))
-        self.crash(self.dispatcher.stop(job_id), stored=stored)
+        self.crash(self.dispatcher.stop(job_id, UNKNOWN), stored=stored)
         # The client was told nothing: it looks, and what it sees then holds.
         if shown(self.record(job_id)) is Status.STOPPED:
             self.jobs[job_id].stopped = True

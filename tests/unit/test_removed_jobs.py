@@ -17,6 +17,7 @@ from cortex.operator.shared import SharedJobs
 from cortex.operator.versions import Versions
 from cortex.projects.kept import Projects
 from cortex.spec.api import ApiSpec
+from cortex.spec.audit import Actor
 from cortex.spec.job import JobRecord
 from cortex.spec.lifecycle import State
 from cortex.spec.times import now_ns
@@ -34,9 +35,9 @@ async def remove(store: Store, job_id: str) -> None:
 class Removed(SharedJobs):
     """A job is removed right before what is asked of it is done."""
 
-    async def stop(self, job_id: str) -> Outcome:
+    async def stop(self, job_id: str, actor: Actor) -> Outcome:
         await remove(self._store, job_id)
-        return await super().stop(job_id)
+        return await super().stop(job_id, actor)
 
     async def next(self, job_id: str, within_s: float) -> JobRecord | None:
         await remove(self._store, job_id)
@@ -73,7 +74,7 @@ def test_a_job_that_is_removed_while_it_is_asked_for_is_not_found(
         try:
             await store.deploy([spec()])
             job, _ = await store.submit(draft())
-            app = httpx.ASGITransport(cast(Any, create_app(ctx, none)))
+            app = httpx.ASGITransport(cast(Any, create_app(ctx, none, none)))
             async with httpx.AsyncClient(transport=app, base_url="http://localhost") as http:
                 return await http.request(method, at.format(job.spec.job_id), timeout=60)
         finally:

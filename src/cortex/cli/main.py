@@ -15,6 +15,7 @@ import typer
 
 from cortex import __version__
 from cortex.cli import cluster, env, former, streams, token
+from cortex.cli.audit import audit
 from cortex.cli.deploy import deploy
 from cortex.cli.get import get
 from cortex.cli.jobs import delete, logs, submit
@@ -75,6 +76,7 @@ app.command("describe", hidden=True)(get)
 app.command("submit")(submit)
 app.command("logs")(logs)
 app.command("delete")(delete)
+app.command("audit")(audit)
 app.add_typer(cluster.app, name="cluster")
 app.add_typer(env.app, name="env")
 app.add_typer(token.app, name="token")

@@ -106,6 +106,10 @@ def serve(
     keep_count: Annotated[
         int | None, typer.Option(help="Finished jobs kept of each API, the newest.")
     ] = None,
+    keep_audit: Annotated[
+        float | None,
+        typer.Option(help="Days that the audit is kept; 0 is for ever.", show_default="365"),
+    ] = None,
     require_token: Annotated[
         bool | None,
         typer.Option(help="Ask for tokens on this machine too; beyond it they always are."),
@@ -157,6 +161,7 @@ def serve(
             "keep_jobs": keep_jobs,
             "keep_logs": keep_logs,
             "keep_count": keep_count,
+            "keep_audit": keep_audit,
             "require_token": require_token,
             "insecure": insecure,
             "allow_origin": allow_origin,

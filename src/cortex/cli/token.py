@@ -5,6 +5,8 @@ next request.
 
 from __future__ import annotations
 
+import getpass
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -14,6 +16,7 @@ import typer
 from cortex.cli.options import ConfigFile, DataDir, Format, Output, StoreUrl
 from cortex.cli.output import print_json, print_line, show, table
 from cortex.errors import StartupError
+from cortex.spec.audit import Actor
 from cortex.spec.times import rfc3339
 from cortex.spec.token import Scope, checked_name, digest, new_secret
 
@@ -51,7 +54,9 @@ def create(
     checked_name(name)
     configuration = _configuration(data_dir, store, config)
     _make_folder(configuration)
-    _with_store(configuration, lambda opened: opened.create_token(name, scope, digest(secret)))
+    _with_store(
+        configuration, lambda opened: opened.create_token(name, scope, digest(secret), _actor())
+    )
     if output.is_json:
         print_json({"name": name, "scope": scope.value, "token": secret}, output)
     else:
@@ -91,7 +96,7 @@ def revoke(
 ) -> None:
     """Revoke a token: what it is sent with is refused from then on."""
     configuration = _configuration(data_dir, store, config)
-    _with_store(configuration, lambda opened: opened.revoke_token(name))
+    _with_store(configuration, lambda opened: opened.revoke_token(name, _actor()))
     print_line(f"revoked {name}")
 
 
@@ -99,6 +104,15 @@ def _configuration(data_dir: Path | None, store: str | None, config: Path | None
     from cortex.operator.sources import load
 
     return load({"data_dir": data_dir, "store": store}, config).configuration
+
+
+def _actor() -> Actor:
+    """The system user that runs the command: `sudo` tells who that is behind root."""
+    try:
+        name = os.environ.get("SUDO_USER") or getpass.getuser()
+    except (KeyError, OSError):  # a user id without an entry, as in containers
+        name = f"uid {os.getuid()}"
+    return Actor(name)
 
 
 def _make_folder(configuration: Configuration) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cortex.client.task_project import Task
     from cortex.client.types import (
         ApiView,
+        AuditPage,
         DeployResult,
         JobPage,
         JobStatus,
@@ -78,6 +79,11 @@ class AsyncClient(OfOperator):
     async def cluster_info(self) -> dict[str, JsonValue]:
         """The machines that jobs run on, and what is free on each."""
         return await self._operator.run(calls.told("/-/cluster"))
+
+    async def audit(self, limit: int | None = None, cursor: int | None = None) -> AuditPage:
+        """A page of the audit, newest first: who deployed, deleted, stopped, made and revoked tokens,
+        and which requests were refused. It needs a token of the scope `deploy`."""
+        return await self._operator.run(calls.audit(limit, cursor))
 
     async def create_api(
         self,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cortex.client.exchange import Exchange
     from cortex.client.types import (
         ApiView,
+        AuditPage,
         DeployResult,
         JobPage,
         JobStatus,
@@ -37,6 +38,13 @@ _WAIT_SLICE_S = 20.0
 def told(path: str) -> Exchange[dict[str, JsonValue]]:
     """What the operator tells of itself there."""
     return cast("dict[str, JsonValue]", (yield Request("GET", path)))
+
+
+def audit(limit: int | None, cursor: int | None) -> Exchange[AuditPage]:
+    """A page of the audit."""
+    asked = {"limit": limit, "cursor": cursor}
+    params = {name: value for name, value in asked.items() if value is not None}
+    return cast("AuditPage", (yield Request("GET", "/-/audit", params=params)))
 
 
 def deploy(upload: Upload) -> Exchange[list[DeployResult]]:

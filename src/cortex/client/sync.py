@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cortex.client.transport_plain import PlainTransport
     from cortex.client.types import (
         ApiView,
+        AuditPage,
         DeployResult,
         JobPage,
         JobStatus,
@@ -73,6 +74,11 @@ class Client(OfOperator):
     def cluster_info(self) -> dict[str, JsonValue]:
         """The machines that jobs run on, and what is free on each."""
         return self._operator.run(calls.told("/-/cluster"))
+
+    def audit(self, limit: int | None = None, cursor: int | None = None) -> AuditPage:
+        """A page of the audit, newest first: who deployed, deleted, stopped, made and revoked tokens,
+        and which requests were refused. It needs a token of the scope `deploy`."""
+        return self._operator.run(calls.audit(limit, cursor))
 
     def create_api(
         self,

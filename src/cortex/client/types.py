@@ -79,6 +79,28 @@ class DeployResult(TypedDict):
     error: str
 
 
+class AuditEntry(TypedDict):
+    """What was done or refused: `by` is a token's name, and of a command on the store the system user;
+    `count` equal refusals are one entry."""
+
+    time: str
+    action: str
+    by: str | None
+    address: str | None
+    api_name: str | None
+    job_id: str | None
+    token: str | None
+    message: str | None
+    count: int
+
+
+class AuditPage(TypedDict):
+    """Entries of the audit, newest first; `next_cursor` leads to the next page, and is None on the last."""
+
+    entries: list[AuditEntry]
+    next_cursor: int | None
+
+
 class Message(TypedDict):
     """What was done, in words."""
 

@@ -5,21 +5,27 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated
 
-from fastapi import APIRouter, File, Form, Request, UploadFile
+from fastapi import APIRouter, File, Form, Query, Request, UploadFile
 from starlette.responses import Response
 
 import cortex
 from cortex.engines.base import Capacity
 from cortex.errors import InvalidSpec, NotFound
-from cortex.operator.context import context
+from cortex.operator.context import actor, context
 from cortex.operator.deploys import Deployer, safe_name
 from cortex.operator.http import UPLOAD_PATH, Answer
 from cortex.operator.metrics import MEDIA_TYPE
 from cortex.spec.api import MILLI
+from cortex.spec.times import rfc3339
 
 router = APIRouter(default_response_class=Answer, tags=["operator"])
 
 _MAX_CONFIG_BYTES = 1024 * 1024
+_LISTED = 50
+_MAX_LISTED = 1000
+
+Limit = Annotated[int, Query(ge=1, le=_MAX_LISTED, description="Entries on a page.")]
+Cursor = Annotated[int | None, Query(ge=1, lt=2**63, description="The page's `next_cursor`.")]
 
 
 @router.get("/healthz")
@@ -39,6 +45,7 @@ async def readyz(request: Request) -> Answer:
 async def metrics(request: Request) -> Response:
     """This operator's jobs, engine and process, as Prometheus reads them."""
     ctx = context(request)
+    ctx.metrics.keep_only(set(ctx.endpoints.values()))
     engine, live, nodes = ctx.engine.capabilities.name, ctx.jobs.live(), ctx.engine.nodes()
     text = await asyncio.to_thread(ctx.metrics.text, engine, live, nodes)
     return Response(text, media_type=MEDIA_TYPE)
@@ -105,7 +112,7 @@ async def deploy(
     except UnicodeDecodeError as error:
         raise InvalidSpec(f"{file}: not UTF-8 ({error}); save it as UTF-8") from error
     done = await _deployer(request).deploy(
-        file=file, text=text, archive=project.file, replace=force
+        file=file, text=text, archive=project.file, replace=force, actor=actor(request)
     )
     return Answer(
         [
@@ -142,10 +149,36 @@ async def get_api(request: Request, name: str) -> Response:
     raise NotFound(f"there is no API {name!r}; `cortex get` lists all")
 
 
+@router.get("/-/audit")
+async def audit(request: Request, limit: Limit = _LISTED, cursor: Cursor = None) -> Answer:
+    """Who deployed, deleted, stopped, made and revoked tokens, and which requests were refused for their
+    token; newest first."""
+    page = await context(request).store.audit(limit, cursor)
+    return Answer(
+        {
+            "entries": [
+                {
+                    "time": rfc3339(entry.time_ns),
+                    "action": entry.action.value,
+                    "by": entry.actor.name,
+                    "address": entry.actor.address,
+                    "api_name": entry.api_name,
+                    "job_id": entry.job_id,
+                    "token": entry.token,
+                    "message": entry.message,
+                    "count": entry.count,
+                }
+                for entry in page.entries
+            ],
+            "next_cursor": page.next_cursor,
+        }
+    )
+
+
 @router.delete("/-/apis/{name}")
 async def delete_api(request: Request, name: str) -> Answer:
     """Delete an API; its jobs in progress end as stopped."""
-    stopped = await _deployer(request).undeploy(name)
+    stopped = await _deployer(request).undeploy(name, actor(request))
     jobs = f", and stopped {stopped} of its jobs" if stopped else ""
     return Answer({"message": f"deleted API {name}{jobs}"})
 

@@ -35,6 +35,7 @@ from cortex.operator.logs import LogWatcher
 from cortex.operator.metrics import Metrics
 from cortex.operator.place import settle
 from cortex.operator.protocol import Protocol
+from cortex.operator.refusals import Refusals
 from cortex.operator.render import Renderer
 from cortex.operator.settings import Settings
 from cortex.operator.terms import Terms, driven
@@ -48,11 +49,11 @@ from cortex.store import Store
 _SHUTDOWN_S = 2
 
 
-def create_app(ctx: Context, deployer: Deployer) -> App:
+def create_app(ctx: Context, deployer: Deployer, refusals: Refusals) -> App:
     """The HTTP application on an operator's parts."""
     app: App = Direct(_routes(ctx, deployer), ctx)
     if ctx.settings.require_token:
-        app = Authentication(app, ctx.store)
+        app = Authentication(app, ctx.store, refusals)
     return Gate(app, ctx.settings.allowed_origins)
 
 
@@ -141,7 +142,9 @@ async def opened(settings: Settings, failed: Callable[[Exception], None]) -> Asy
         else:
             work = driven(ctx, dispatcher, deployer, environments)
             await stack.enter_async_context(work)
-        yield create_app(ctx, deployer)
+        refusals = Refusals(store)
+        stack.push_async_callback(refusals.close)
+        yield create_app(ctx, deployer, refusals)
 
 
 async def run(settings: Settings, ready: Callable[[str], None]) -> None:

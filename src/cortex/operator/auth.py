@@ -1,67 +1,150 @@
-"""Who may do what: every request brings a token, whose scope has to be wide enough for it."""
+"""Authentication: every request brings a token, whose scope has to be wide enough for it."""
 
 from __future__ import annotations
 
+import asyncio
 import re
 
 from cortex.errors import CortexError, Forbidden, StorageUnavailable, Unauthorized
-from cortex.operator.http import App, Receive, Scope, Send, refuse
+from cortex.operator.context import client_address
+from cortex.operator.http import App, Message, Receive, Scope, Send, refuse
+from cortex.operator.refusals import Refusals
+from cortex.spec.audit import Actor
 from cortex.spec.token import Scope as TokenScope
-from cortex.spec.token import digest
+from cortex.spec.token import Token, digest
 from cortex.store import Store
 
 _OPEN = frozenset({"/healthz", "/readyz"})  # what probes of load balancers ask
 _JOBS = re.compile(r"/-/apis/[^/]+/jobs(/.*)?", re.DOTALL)
 _BEARER = re.compile(rb"bearer +([!-~]{1,512})", re.IGNORECASE)
+_AUDIT = "/-/audit"
+_POLL_INTERVAL_S = 1.0
+_REVOKED = "the token is not known here, or was revoked; ask whoever runs the operator for another"
 
 
 class Authentication:
-    """ASGI middleware, in front of all that reads a body. A token is looked up for each request, so
-    that one that is revoked is refused from then on."""
+    """ASGI middleware, in front of all that reads a body. A token is looked up for each request, and
+    again and again while an answer to a GET goes on: a revoked token ends a followed log and a long poll."""
 
-    def __init__(self, app: App, store: Store) -> None:
+    def __init__(self, app: App, store: Store, refusals: Refusals) -> None:
         self._app = app
         self._store = store
+        self._refusals = refusals
+        self._answers: dict[_Answer, str] = {}
+        self._watch: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _OPEN:
-            refusal = await self._refusal(scope)
-            if refusal is not None:
-                error, challenge = refusal
-                # Closed, for the body that may follow is not going to be read.
-                headers = {"Connection": "close"}
-                if challenge:
-                    headers["WWW-Authenticate"] = challenge
-                await refuse(error, headers)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-    async def _refusal(self, scope: Scope) -> tuple[CortexError, str] | None:
+        if scope["type"] != "http" or scope["path"] in _OPEN:
+            await self._app(scope, receive, send)
+            return
         given = _BEARER.fullmatch(dict(scope["headers"]).get(b"authorization", b""))
-        if given is None:
-            return Unauthorized(
-                "this operator wants a token, as 'Authorization: Bearer …'; whoever runs it makes one "
-                "with `cortex token create`. The command takes it with `cortex env configure --token` or "
-                "from $CORTEX_TOKEN"
-            ), "Bearer"
+        digest_ = None if given is None else digest(given[1].decode())
+        token, refusal = await self._looked_up(scope, digest_)
+        if refusal is not None or digest_ is None or token is None:
+            assert refusal is not None
+            error, challenge = refusal
+            await self._refuse(scope, receive, send, error, challenge)
+            return
+        scope["token"] = token.name
+        if scope["method"] != "GET":
+            await self._app(scope, receive, send)
+            return
+        answer = _Answer(send)
+        self._answers[answer] = digest_
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._end_revoked())
         try:
-            has = await self._store.token_scope(digest(given[1].decode()))
+            await self._app(scope, receive, answer.send)
+        except asyncio.CancelledError:
+            if not answer.is_revoked:
+                raise
+            answer.task.uncancel()
+            if not answer.has_begun:
+                error = Unauthorized(_REVOKED)
+                challenge = 'Bearer error="invalid_token"'
+                await self._refuse(scope, receive, send, error, challenge)
+        finally:
+            del self._answers[answer]
+
+    async def _looked_up(
+        self, scope: Scope, digest_: str | None
+    ) -> tuple[Token | None, tuple[CortexError, str] | None]:
+        if digest_ is None:
+            return None, (
+                Unauthorized(
+                    "this operator wants a token, as 'Authorization: Bearer …'; whoever runs it makes one "
+                    "with `cortex token create`. The command takes it with `cortex env configure --token` or "
+                    "from $CORTEX_TOKEN"
+                ),
+                "Bearer",
+            )
+        try:
+            token = await self._store.token(digest_)
         except StorageUnavailable as error:
-            return error, ""
-        if has is None:
-            return Unauthorized(
-                "the token is not known here, or was revoked; ask whoever runs the operator for another"
-            ), 'Bearer error="invalid_token"'
+            return None, (error, "")
+        if token is None:
+            return None, (Unauthorized(_REVOKED), 'Bearer error="invalid_token"')
         wants = wanted(scope["method"], scope["path"])
-        if not has.allows(wants):
-            return Forbidden(
-                f"the token's scope is {has.value!r}, and this needs {wants.value!r}"
-            ), f'Bearer error="insufficient_scope", scope="{wants.value}"'
-        return None
+        if token.scope.allows(wants):
+            return token, None
+        scope["token"] = token.name
+        return token, (
+            Forbidden(
+                f"the token's scope is {token.scope.value!r}, and this needs {wants.value!r}"
+            ),
+            f'Bearer error="insufficient_scope", scope="{wants.value}"',
+        )
+
+    async def _refuse(
+        self, scope: Scope, receive: Receive, send: Send, error: CortexError, challenge: str
+    ) -> None:
+        # Closed, for the body that may follow is not going to be read.
+        headers = {"Connection": "close"}
+        if challenge:
+            headers["WWW-Authenticate"] = challenge
+            self._refusals.add(
+                Actor(scope.get("token"), client_address(scope)), scope["method"], error.kind
+            )
+        await refuse(error, headers)(scope, receive, send)
+
+    async def _end_revoked(self) -> None:
+        while self._answers:
+            await asyncio.sleep(_POLL_INTERVAL_S)
+            asked = dict(self._answers)  # others come while the store is asked
+            try:
+                known = await self._store.known_tokens(set(asked.values()))
+            except StorageUnavailable:
+                continue
+            for answer, digest_ in asked.items():
+                is_open = answer in self._answers and not answer.is_revoked
+                if is_open and digest_ not in known:
+                    answer.is_revoked = True
+                    answer.task.cancel()
+        self._watch = None
+
+
+class _Answer:
+    """The answer to a GET while it goes on."""
+
+    __slots__ = ("_send", "has_begun", "is_revoked", "task")
+
+    def __init__(self, send: Send) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.task = task
+        self.has_begun = False
+        self.is_revoked = False
+        self._send = send
+
+    async def send(self, message: Message) -> None:
+        self.has_begun = True
+        await self._send(message)
 
 
 def wanted(method: str, path: str) -> TokenScope:
     """The scope that a request needs."""
+    if path == _AUDIT:
+        return TokenScope.DEPLOY
     if method in ("GET", "HEAD", "OPTIONS"):
         return TokenScope.READ
     is_of_jobs = not path.startswith("/-/") or _JOBS.fullmatch(path)

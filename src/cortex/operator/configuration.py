@@ -104,6 +104,7 @@ class Configuration(BaseModel):
     keep_jobs: Annotated[float, Field(ge=0)] = 90
     keep_logs: Annotated[float, Field(ge=0)] = 30
     keep_count: Annotated[int, Field(ge=1)] | None = None
+    keep_audit: Annotated[float, Field(ge=0)] = 365
     require_token: bool = False
     insecure: bool = False
     allow_origin: Annotated[tuple[str, ...], BeforeValidator(_separated)] = ()
@@ -162,6 +163,7 @@ class Configuration(BaseModel):
                 jobs_s=self.keep_jobs * _DAY_S or None,
                 logs_s=self.keep_logs * _DAY_S or None,
                 jobs=self.keep_count,
+                audit_s=self.keep_audit * _DAY_S or None,
             ),
             require_token=self.require_token,
             insecure=self.insecure,

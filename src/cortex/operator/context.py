@@ -11,6 +11,7 @@ from starlette.responses import Response
 from cortex.engines.base import Engine
 from cortex.errors import NotFound
 from cortex.operator.archive import Archive
+from cortex.operator.http import Scope
 from cortex.operator.live import Live
 from cortex.operator.logs import Followed, LogWatcher
 from cortex.operator.metrics import Metrics
@@ -19,6 +20,7 @@ from cortex.operator.settings import Settings
 from cortex.operator.versions import Versions
 from cortex.projects.kept import Projects
 from cortex.spec.api import ApiSpec
+from cortex.spec.audit import Actor
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.store import Outcome, Replay, Store, Turn
 
@@ -32,7 +34,7 @@ class Jobs(Known, Followed, Protocol):
 
     async def submit(self, draft: JobSpec, replay: Replay | None) -> JobRecord: ...
 
-    async def stop(self, job_id: str) -> Outcome: ...
+    async def stop(self, job_id: str, actor: Actor) -> Outcome: ...
 
     def live(self) -> list[Live] | None: ...
 
@@ -158,6 +160,17 @@ class Context:
     def undeployed(self, name: str) -> None:
         """The API is at no endpoint any more."""
         self.endpoints = {at: each for at, each in self.endpoints.items() if each != name}
+
+
+def client_address(scope: Scope) -> str | None:
+    """The address that a request comes from, as far as the server knows it."""
+    client = scope.get("client")
+    return None if client is None else client[0]
+
+
+def actor(request: Request) -> Actor:
+    """Who sent a request."""
+    return Actor(request.scope.get("token"), client_address(request.scope))
 
 
 def context(request: Request) -> Context:

@@ -17,6 +17,7 @@ from cortex.operator.versions import HeldUp, Unusable
 from cortex.projects.check import check_files
 from cortex.projects.unpack import unpack
 from cortex.spec.api import MASK, Api, ApiSpec
+from cortex.spec.audit import Actor
 from cortex.spec.job import Json
 from cortex.spec.times import new_id, now_ns, rfc3339
 from cortex.spec.yaml import field_lines, invalid_spec, read_apis, submitted_entries
@@ -82,7 +83,7 @@ class Deployer:
             self._took_effect(each.spec)
 
     async def deploy(
-        self, *, file: str, text: str, archive: BinaryIO, replace: bool
+        self, *, file: str, text: str, archive: BinaryIO, replace: bool, actor: Actor
     ) -> list[Deployed]:
         """Deploy every API of a `cortex.yaml`, all or none.
 
@@ -90,6 +91,7 @@ class Deployer:
             file: the name of the YAML file, for messages; it is left out of the project.
             archive: the project, as `projects.pack` writes it.
             replace: whether an API that is deployed may get a new version.
+            actor: who deploys.
 
         Returns:
             Each API, in the order of the file. A warning stands with the first API that it is about.
@@ -121,7 +123,7 @@ class Deployer:
                 done.append((deployment, f"{verb} {api.name}"))
             changed = [d.spec for d, _ in done if current.get(d.name) is not d]
             if changed:
-                await self._ctx.store.deploy(changed)
+                await self._ctx.store.deploy(changed, actor)
                 for spec in changed:
                     self._ctx.deployed(spec.name, spec.networking.endpoint)
         for spec in changed:
@@ -129,7 +131,7 @@ class Deployer:
             self._took_effect(spec)
         return [Deployed(*each, told) for each, told in zip(done, warnings, strict=True)]
 
-    async def undeploy(self, name: str) -> int:
+    async def undeploy(self, name: str, actor: Actor) -> int:
         """Delete an API and stop its jobs; how many there were.
 
         Raises:
@@ -137,7 +139,7 @@ class Deployer:
         """
         async with self._ctx.deploying:
             versions = await self._ctx.store.versions(name)
-            stopped = await self._ctx.store.undeploy(name, f"the API {name} was deleted")
+            stopped = await self._ctx.store.undeploy(name, f"the API {name} was deleted", actor)
             self._ctx.undeployed(name)
             for job in reversed(stopped):  # so that those before one do not try to start meanwhile
                 self._ctx.jobs.stopped(job)

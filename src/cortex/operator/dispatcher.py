@@ -33,10 +33,11 @@ from cortex.operator.news import News
 from cortex.operator.queue import Queue, attempt
 from cortex.operator.versions import Versions
 from cortex.spec.api import ApiSpec
+from cortex.spec.audit import Actor
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import CLAIMED, FINAL, Event, State, Wanted
 from cortex.spec.times import now_ns
-from cortex.store import Outcome, Replay, Store
+from cortex.store import Facts, Outcome, Replay, Store
 
 log = structlog.get_logger()
 
@@ -142,12 +143,11 @@ class Dispatcher:
         self._queue.line.limit(spec.name, spec.limits.max_running)
         self._queue.pump()
 
-    async def stop(self, job_id: str) -> Outcome:
+    async def stop(self, job_id: str, actor: Actor) -> Outcome:
         """Stop a job: durable when this returns. Not taken: it is unknown, had completed, or was
         stopped before."""
-        outcome = await self._store.apply(
-            job_id, Event.STOP, {"end_ns": now_ns(), "message": "stopped by a user"}
-        )
+        facts: Facts = {"end_ns": now_ns(), "message": "stopped by a user"}
+        outcome = await self._store.apply(job_id, Event.STOP, facts, actor=actor)
         if outcome.taken and outcome.job is not None:
             self.stopped(outcome.job)
         return outcome

@@ -19,16 +19,21 @@ _AGAIN_S = 0.05
 
 
 def make_folders(settings: Settings) -> None:
-    """Make what is missing.
+    """Make what is missing. Other users of this machine cannot enter: a project's `.env` has secrets.
 
     Raises:
         StartupError: it cannot be made.
     """
+    account = settings.account
+    for_jobs = (settings.projects, settings.environments, settings.jobs)
     try:
-        for folder in (
-            settings.projects, settings.locks, settings.environments, settings.jobs, settings.archived
-        ):  # fmt: skip
+        for folder in (*for_jobs, settings.locks, settings.archived):
             folder.mkdir(parents=True, exist_ok=True)
+            is_shared = account is not None and folder in for_jobs
+            with suppress(PermissionError):  # another user's, who let this operator write there
+                if account is not None and is_shared:
+                    os.chown(folder, -1, account.gid)
+                folder.chmod(0o750 if is_shared else 0o700)
     except OSError as error:
         raise StartupError(
             f"the data folder {settings.data_dir} cannot be used: {error}. "

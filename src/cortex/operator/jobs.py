@@ -17,7 +17,7 @@ from pydantic import AfterValidator
 from starlette.responses import Response
 
 from cortex.errors import Conflict, InvalidRequest, NotFound
-from cortex.operator.context import Context, context
+from cortex.operator.context import Context, actor, context
 from cortex.operator.http import Answer, read_submission
 from cortex.operator.render import shown, submitted
 from cortex.spec.job import JobRecord, JobSpec, Submission
@@ -130,7 +130,7 @@ async def stop_by_query(request: Request, endpoint: str, job_id: JobId = None) -
     ctx = context(request)
     if job_id is None:
         raise _no_job_to_stop(f"/{endpoint}", await ctx.api_at(endpoint))
-    return await _stop(ctx, await ctx.job_at(endpoint, job_id))
+    return await _stop(ctx, request, await ctx.job_at(endpoint, job_id))
 
 
 @router.delete("/-/apis/{name}/jobs", tags=["operator"])
@@ -141,7 +141,7 @@ async def stop_by_name_and_query(request: Request, name: str, job_id: JobId = No
     if job_id is None:
         await ctx.check_api(name)
         raise _no_job_to_stop(request.url.path, name)
-    return await _stop(ctx, await ctx.job_of(name, job_id))
+    return await _stop(ctx, request, await ctx.job_of(name, job_id))
 
 
 @router.delete("/-/apis/{name}/jobs/{job_id}", tags=["operator"])
@@ -149,14 +149,14 @@ async def stop_by_name_and_query(request: Request, name: str, job_id: JobId = No
 async def stop_by_name(request: Request, name: str, job_id: str) -> Answer:
     """Stop one job."""
     ctx = context(request)
-    return await _stop(ctx, await ctx.job_of(name, job_id))
+    return await _stop(ctx, request, await ctx.job_of(name, job_id))
 
 
 @router.delete("/{endpoint:endpoint}/{job_id}", tags=["jobs"])
 async def stop_at_endpoint(request: Request, endpoint: str, job_id: str) -> Answer:
     """Stop one job."""
     ctx = context(request)
-    return await _stop(ctx, await ctx.job_at(endpoint, job_id))
+    return await _stop(ctx, request, await ctx.job_at(endpoint, job_id))
 
 
 async def submit_to(
@@ -239,9 +239,9 @@ async def _list(
     )
 
 
-async def _stop(ctx: Context, record: JobRecord) -> Answer:
+async def _stop(ctx: Context, request: Request, record: JobRecord) -> Answer:
     job_id = record.spec.job_id
-    outcome = await ctx.jobs.stop(job_id)
+    outcome = await ctx.jobs.stop(job_id, actor(request))
     if outcome.job is None:
         raise _removed(record)
     if not outcome.taken and outcome.job.wanted is not Wanted.STOP:

@@ -33,6 +33,13 @@ class TaskMeasures(Collector):
                 case [str(kind), str(name), list(tags), list(values)] if kind in _SUFFIXES:
                     self._add(api, kind, name, tags, values)
 
+    def forget(self, api: str) -> None:
+        """Drop what jobs of this API have told."""
+        for series in self._values.values():
+            for labels in [each for each in series if ("api", api) in each]:
+                del series[labels]
+                self._number -= 1
+
     def collect(self) -> Iterator[Metric]:
         for name, series in sorted(self._values.items()):
             kind = self._kinds[name]

@@ -8,7 +8,7 @@ when it starts, as Prometheus expects it of a process.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 
 import prometheus_client as prometheus
 from prometheus_client import CollectorRegistry, Metric
@@ -40,6 +40,7 @@ class Metrics:
     def __init__(self) -> None:
         counted = self._counted = CollectorRegistry()
         self._measures = TaskMeasures()
+        self._apis: set[str] = set()  # which have series
         counted.register(self._measures)
         prometheus.ProcessCollector(registry=counted)
         self._ended = prometheus.Counter(
@@ -72,6 +73,7 @@ class Metrics:
     def changed(self, before: JobRecord, after: JobRecord) -> None:
         """A job was stored anew."""
         api = after.spec.api_name
+        self._apis.add(api)
         if after.losses > before.losses:
             self._lost.labels(api).inc(after.losses - before.losses)
         if before.start_ns is None and after.start_ns is not None and after.losses == 0:
@@ -83,7 +85,16 @@ class Metrics:
 
     def measured(self, api: str, told: Iterable[object]) -> None:
         """A job that has ended told what its task counted and measured."""
+        self._apis.add(api)
         self._measures.add(api, told)
+
+    def keep_only(self, apis: Set[str]) -> None:
+        """Drop the series of all other APIs: they were deleted."""
+        for api in self._apis - apis:
+            for family in (self._ended, self._lost, self._waits, self._runs):
+                family.remove_by_labels({"api": api})
+            self._measures.forget(api)
+        self._apis &= apis
 
     def text(self, engine: str, live: Iterable[Live] | None, nodes: Sequence[NodeInfo]) -> bytes:
         """All of it, to be sent as `MEDIA_TYPE`. It may take long: run it in a thread.

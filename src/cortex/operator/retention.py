@@ -45,7 +45,8 @@ class Retention:
         await self._background.close()
 
     async def _run(self) -> None:
-        ages = [age for age in (self._keep.jobs_s, self._keep.logs_s) if age is not None]
+        kept = (self._keep.jobs_s, self._keep.logs_s, self._keep.audit_s)
+        ages = [age for age in kept if age is not None]
         pause_s = max(_SOONEST_S, min([_LATEST_S, *(age / 10 for age in ages)]))
         while True:
             try:
@@ -72,6 +73,7 @@ class Retention:
         if keep.jobs is not None:
             while ids := await store.jobs_beyond(keep.jobs, _BATCH):
                 await self._remove_jobs(ids)
+        await store.trim_audit(None if keep.audit_s is None else _ago(keep.audit_s))
         if keep.jobs_s is not None:
             async with self._ctx.deploying:
                 used = await self._put_versions_away(_ago(keep.jobs_s))

@@ -31,6 +31,8 @@ class Keep:
     """A job's folder: its log, and the files that it wrote there."""
     jobs: int | None = None
     """Finished jobs of each API, the newest."""
+    audit_s: float | None = None
+    """Entries of the audit."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from cortex.errors import Superseded
 from cortex.operator.dispatcher import Dispatcher
 from cortex.operator.live import Live
 from cortex.spec.api import ApiSpec
+from cortex.spec.audit import Actor
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import IN_PROGRESS, Event, Wanted
 from cortex.spec.times import now_ns
@@ -63,11 +64,11 @@ class SharedJobs:
             self._tell(record.spec.job_id)
         return record
 
-    async def stop(self, job_id: str) -> Outcome:
+    async def stop(self, job_id: str, actor: Actor) -> Outcome:
         """Stop a job: durable when this returns. Not taken: it is unknown, had completed, or was
         stopped before."""
         facts: Facts = {"end_ns": now_ns(), "message": "stopped by a user"}
-        outcome = await self._store.apply(job_id, Event.STOP, facts)
+        outcome = await self._store.apply(job_id, Event.STOP, facts, actor=actor)
         if outcome.taken:
             self._tell(job_id)
         return outcome

@@ -9,8 +9,10 @@ from sqlalchemy import Connection, delete, insert, select, update
 
 from cortex.errors import Conflict, NotFound
 from cortex.spec.api import ApiSpec
+from cortex.spec.audit import Action, Actor, AuditEntry
 from cortex.spec.job import JobRecord
 from cortex.spec.times import now_ns
+from cortex.store import audit
 from cortex.store.schema import apis, versions
 from cortex.store.transitions import STOP_ALL, record
 
@@ -24,7 +26,7 @@ class Deployment:
     spec: ApiSpec
 
 
-def deploy(connection: Connection, specs: Iterable[ApiSpec]) -> None:
+def deploy(connection: Connection, specs: Iterable[ApiSpec], actor: Actor) -> None:
     """Make these the current versions of their APIs.
 
     Raises:
@@ -40,12 +42,13 @@ def deploy(connection: Connection, specs: Iterable[ApiSpec]) -> None:
                 f"the endpoint {endpoint!r} belongs to the API {taken_by!r}; choose another "
                 f"networking.endpoint for {spec.name!r}"
             )
+        created_ns = now_ns()
         connection.execute(
             insert(versions).values(
                 api_id=spec.api_id,
                 api_name=spec.name,
                 spec=spec.model_dump_json(),
-                created_ns=now_ns(),
+                created_ns=created_ns,
             )
         )
         values = {"endpoint": endpoint, "api_id": spec.api_id}
@@ -53,9 +56,12 @@ def deploy(connection: Connection, specs: Iterable[ApiSpec]) -> None:
         changed = connection.execute(update(apis).where(apis.c.name == spec.name).values(values))
         if changed.rowcount == 0:
             connection.execute(insert(apis).values(name=spec.name, **values))
+        words = f"version {spec.api_id}"
+        entry = AuditEntry(Action.DEPLOY, actor, created_ns, api_name=spec.name, message=words)
+        audit.add(connection, [entry])
 
 
-def undeploy(connection: Connection, name: str, message: str) -> list[JobRecord]:
+def undeploy(connection: Connection, name: str, message: str, actor: Actor) -> list[JobRecord]:
     """Delete an API and stop its jobs; the jobs that this stopped.
 
     Raises:
@@ -63,8 +69,13 @@ def undeploy(connection: Connection, name: str, message: str) -> list[JobRecord]
     """
     if connection.execute(delete(apis).where(apis.c.name == name)).rowcount == 0:
         raise NotFound(f"there is no API {name!r}; see `cortex get`")
-    stopped = connection.execute(STOP_ALL, {"of_api": name, "end_ns": now_ns(), "message": message})
-    return sorted(map(record, stopped), key=lambda job: job.seq)
+    end_ns = now_ns()
+    rows = connection.execute(STOP_ALL, {"of_api": name, "end_ns": end_ns, "message": message})
+    stopped = sorted(map(record, rows), key=lambda job: job.seq)
+    words = f"stopped {len(stopped)} of its jobs"
+    entry = AuditEntry(Action.DELETE, actor, end_ns, api_name=name, message=words)
+    audit.add(connection, [entry])
+    return stopped
 
 
 def deployed(connection: Connection) -> list[Deployment]:

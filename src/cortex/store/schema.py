@@ -20,7 +20,7 @@ from sqlalchemy import (
 
 from cortex.spec.lifecycle import IN_PROGRESS, State
 
-REVISION = "0006"
+REVISION = "0007"
 """The newest migration, which makes these tables."""
 
 metadata = MetaData()
@@ -79,6 +79,22 @@ tokens = Table(
     Column("scope", String(8), nullable=False),
     Column("digest", String(64), nullable=False, unique=True),
     Column("created_ns", BigInteger, nullable=False),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("time_ns", BigInteger, nullable=False),
+    Column("action", String(16), nullable=False),
+    Column("actor", Text),
+    Column("address", Text),
+    Column("api_name", Text),
+    Column("job_id", Text),
+    Column("token", Text),
+    Column("message", Text),
+    Column("count", Integer, nullable=False),
+    Index("audit_by_action", "action", "seq"),
 )
 
 # The operators of a database that can have several, one of which drives the jobs: see `member`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,11 +11,13 @@ from sqlalchemy import ColumnElement, Connection, Select, and_, or_, select, tex
 
 from cortex.errors import StartupError
 from cortex.spec.api import ApiSpec
+from cortex.spec.audit import UNKNOWN, Action, Actor, AuditEntry
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import SHOWN, Event, Status
-from cortex.spec.times import new_id
+from cortex.spec.times import new_id, now_ns
 from cortex.spec.token import Scope, Token
-from cortex.store import deployments, retention, tokens, turns
+from cortex.store import audit, deployments, retention, tokens, turns
+from cortex.store.audit import AuditPage
 from cortex.store.database import connect, migrate, read, reader
 from cortex.store.deployments import Deployment
 from cortex.store.member import session_name
@@ -107,9 +109,17 @@ class Store:
         return await (self._writer.run(write) if claim is None else self.operators.as_driver(write))
 
     async def apply(
-        self, job_id: str, event: Event, facts: Facts, spec: JobSpec | None = None
+        self,
+        job_id: str,
+        event: Event,
+        facts: Facts,
+        spec: JobSpec | None = None,
+        actor: Actor = UNKNOWN,
     ) -> Outcome:
         """Take one event of a job; see `transitions.apply`. All but a stop are the driver's alone.
+
+        Args:
+            actor: who stops the job, for the audit.
 
         Raises:
             Superseded: another operator drives.
@@ -118,8 +128,16 @@ class Store:
         def write(connection: Connection) -> Outcome:
             return apply(connection, job_id, event, facts, spec)
 
+        def stop(connection: Connection) -> Outcome:
+            outcome = write(connection)
+            if outcome.taken and outcome.job is not None:
+                name = outcome.job.spec.api_name
+                entry = AuditEntry(Action.STOP, actor, now_ns(), api_name=name, job_id=job_id)
+                audit.add(connection, [entry])
+            return outcome
+
         return await (
-            self._writer.run(write) if event is Event.STOP else self.operators.as_driver(write)
+            self._writer.run(stop) if event is Event.STOP else self.operators.as_driver(write)
         )
 
     async def job(self, job_id: str) -> JobRecord | None:
@@ -155,22 +173,22 @@ class Store:
 
     # APIs
 
-    async def deploy(self, specs: Iterable[ApiSpec]) -> None:
+    async def deploy(self, specs: Iterable[ApiSpec], actor: Actor = UNKNOWN) -> None:
         """Make these the current versions of their APIs, all or none.
 
         Raises:
             Conflict: an endpoint belongs to another API.
         """
         wanted = list(specs)
-        await self._writer.run(lambda c: deployments.deploy(c, wanted))
+        await self._writer.run(lambda c: deployments.deploy(c, wanted, actor))
 
-    async def undeploy(self, name: str, message: str) -> list[JobRecord]:
+    async def undeploy(self, name: str, message: str, actor: Actor = UNKNOWN) -> list[JobRecord]:
         """Delete an API and stop its jobs, in one commit; the jobs that this stopped.
 
         Raises:
             NotFound: it is not deployed.
         """
-        return await self._writer.run(lambda c: deployments.undeploy(c, name, message))
+        return await self._writer.run(lambda c: deployments.undeploy(c, name, message, actor))
 
     async def deployments(self) -> list[Deployment]:
         """All deployed APIs, by name."""
@@ -190,29 +208,49 @@ class Store:
 
     # Tokens
 
-    async def create_token(self, name: str, scope: Scope, digest: str) -> None:
+    async def create_token(
+        self, name: str, scope: Scope, digest: str, actor: Actor = UNKNOWN
+    ) -> None:
         """Add a token.
 
         Raises:
             Conflict: there is one of that name.
         """
-        await self._writer.run(lambda c: tokens.create(c, name, scope, digest))
+        await self._writer.run(lambda c: tokens.create(c, name, scope, digest, actor))
 
-    async def revoke_token(self, name: str) -> None:
+    async def revoke_token(self, name: str, actor: Actor = UNKNOWN) -> None:
         """Remove a token.
 
         Raises:
             NotFound: there is none of that name.
         """
-        await self._writer.run(lambda c: tokens.revoke(c, name))
+        await self._writer.run(lambda c: tokens.revoke(c, name, actor))
 
     async def tokens(self) -> list[Token]:
         """All tokens, by name."""
         return await self._read(tokens.listed)
 
-    async def token_scope(self, digest: str) -> Scope | None:
-        """What the token of a digest allows; None where there is none."""
-        return await self._read(lambda c: tokens.scope(c, digest))
+    async def token(self, digest: str) -> Token | None:
+        """The token of a digest, or None."""
+        return await self._read(lambda c: tokens.of_digest(c, digest))
+
+    async def known_tokens(self, digests: Collection[str]) -> set[str]:
+        """Those of these digests that are digests of tokens."""
+        return await self._read(lambda c: tokens.known(c, digests))
+
+    # The audit
+
+    async def add_to_audit(self, entries: Collection[AuditEntry]) -> None:
+        """Add entries that are about no change of the store."""
+        await self._writer.run(lambda c: audit.add(c, entries))
+
+    async def audit(self, limit: int, cursor: int | None = None) -> AuditPage:
+        """The audit, newest first, from a cursor on."""
+        return await self._read(lambda c: audit.page(c, limit, cursor))
+
+    async def trim_audit(self, before_ns: int | None) -> int:
+        """Remove what need not be kept of the audit; see `audit.remove`."""
+        return await self._writer.run(lambda c: audit.remove(c, before_ns))
 
     # Retention
 

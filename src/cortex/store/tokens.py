@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, bindparam, delete, insert, select
+from collections.abc import Collection
+
+from sqlalchemy import Connection, RowMapping, bindparam, delete, insert, select
 
 from cortex.errors import Conflict, NotFound
+from cortex.spec.audit import Action, Actor, AuditEntry
 from cortex.spec.times import now_ns
 from cortex.spec.token import Scope, Token
+from cortex.store import audit
 from cortex.store.schema import tokens
 
-_SCOPE = select(tokens.c.scope).where(tokens.c.digest == bindparam("digest"))
+_BY_DIGEST = select(tokens).where(tokens.c.digest == bindparam("digest"))
 
 
-def create(connection: Connection, name: str, scope: Scope, digest: str) -> None:
+def create(connection: Connection, name: str, scope: Scope, digest: str, actor: Actor) -> None:
     """Add a token.
 
     Raises:
@@ -20,11 +24,15 @@ def create(connection: Connection, name: str, scope: Scope, digest: str) -> None
     """
     if connection.execute(select(tokens.c.name).where(tokens.c.name == name)).first():
         raise Conflict(f"there is a token {name!r}; revoke it first, or choose another name")
-    values = {"name": name, "scope": scope, "digest": digest, "created_ns": now_ns()}
+    created_ns = now_ns()
+    values = {"name": name, "scope": scope, "digest": digest, "created_ns": created_ns}
     connection.execute(insert(tokens).values(values))
+    words = f"scope {scope.value}"
+    entry = AuditEntry(Action.CREATE_TOKEN, actor, created_ns, token=name, message=words)
+    audit.add(connection, [entry])
 
 
-def revoke(connection: Connection, name: str) -> None:
+def revoke(connection: Connection, name: str, actor: Actor) -> None:
     """Remove a token.
 
     Raises:
@@ -32,18 +40,26 @@ def revoke(connection: Connection, name: str) -> None:
     """
     if connection.execute(delete(tokens).where(tokens.c.name == name)).rowcount == 0:
         raise NotFound(f"there is no token {name!r}; see `cortex token list`")
+    audit.add(connection, [AuditEntry(Action.REVOKE_TOKEN, actor, now_ns(), token=name)])
 
 
 def listed(connection: Connection) -> list[Token]:
     """All tokens, by name."""
     rows = connection.execute(select(tokens).order_by(tokens.c.name)).mappings()
-    return [
-        Token(name=row["name"], scope=Scope(row["scope"]), created_ns=row["created_ns"])
-        for row in rows
-    ]
+    return [_token(row) for row in rows]
 
 
-def scope(connection: Connection, digest: str) -> Scope | None:
-    """What the token of a digest allows; None where there is none."""
-    found = connection.execute(_SCOPE, {"digest": digest}).scalar()
-    return None if found is None else Scope(found)
+def of_digest(connection: Connection, digest: str) -> Token | None:
+    """The token of a digest, or None."""
+    row = connection.execute(_BY_DIGEST, {"digest": digest}).mappings().first()
+    return None if row is None else _token(row)
+
+
+def known(connection: Connection, digests: Collection[str]) -> set[str]:
+    """Those of these digests that are digests of tokens."""
+    query = select(tokens.c.digest).where(tokens.c.digest.in_(list(digests)))
+    return set(connection.execute(query).scalars())
+
+
+def _token(row: RowMapping) -> Token:
+    return Token(name=row["name"], scope=Scope(row["scope"]), created_ns=row["created_ns"])

@@ -1,0 +1,83 @@
+"""The audit in the database. An entry is written in the transaction of the change that it is about.
+Called by `Store` and by what changes APIs, jobs and tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, delete, insert, or_, select
+
+from cortex.spec.audit import Action, Actor, AuditEntry
+from cortex.store.schema import audit
+
+MAX_REFUSALS = 100_000
+"""Anybody can cause them without a token: older ones are removed before their time."""
+
+
+@dataclass(frozen=True)
+class AuditPage:
+    """Some entries, newest first, and the cursor of the next page (None: there is none)."""
+
+    entries: list[AuditEntry]
+    next_cursor: int | None
+
+
+def add(connection: Connection, entries: Iterable[AuditEntry]) -> None:
+    """Add entries."""
+    rows = [
+        {
+            "time_ns": entry.time_ns,
+            "action": entry.action,
+            "actor": entry.actor.name,
+            "address": entry.actor.address,
+            "api_name": entry.api_name,
+            "job_id": entry.job_id,
+            "token": entry.token,
+            "message": entry.message,
+            "count": entry.count,
+        }
+        for entry in entries
+    ]
+    if rows:
+        connection.execute(insert(audit), rows)
+
+
+def page(connection: Connection, limit: int, cursor: int | None) -> AuditPage:
+    """The newest entries before a cursor."""
+    query = select(audit).order_by(audit.c.seq.desc()).limit(limit + 1)
+    if cursor is not None:
+        query = query.where(audit.c.seq < cursor)
+    found = [
+        AuditEntry(
+            action=Action(row["action"]),
+            actor=Actor(row["actor"], row["address"]),
+            time_ns=row["time_ns"],
+            api_name=row["api_name"],
+            job_id=row["job_id"],
+            token=row["token"],
+            message=row["message"],
+            count=row["count"],
+            seq=row["seq"],
+        )
+        for row in connection.execute(query).mappings()
+    ]
+    entries = found[:limit]
+    return AuditPage(entries, entries[-1].seq if len(found) > limit else None)
+
+
+def remove(connection: Connection, before_ns: int | None) -> int:
+    """Remove the entries from before a time, and all but the newest refusals; their number.
+
+    Args:
+        before_ns: None keeps entries of any age.
+    """
+    refusals = audit.c.action == Action.REFUSE
+    newest = select(audit.c.seq).where(refusals).order_by(audit.c.seq.desc())
+    last = connection.execute(newest.offset(MAX_REFUSALS).limit(1)).scalar()
+    old = [] if before_ns is None else [audit.c.time_ns < before_ns]
+    beyond = [] if last is None else [refusals & (audit.c.seq <= last)]
+    if not old and not beyond:
+        return 0
+    return connection.execute(delete(audit).where(or_(*old, *beyond))).rowcount

@@ -1,0 +1,268 @@
+"""docs/security.md, the audit: who changed what, and what was refused; and what a revoked token ends."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cortex.operator.refusals import MAX_KINDS, Refusals
+from cortex.spec.audit import Action, Actor, AuditEntry
+from cortex.store import Store
+from cortex.store import audit as audit_of_store
+from guarded import cortex, guarded, token
+from support import PROBE, Operator, operator, probe_yaml, until
+
+DAY_NS = 86_400 * 10**9
+
+
+@pytest.fixture(scope="module")
+def safe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Operator, dict[str, str]]]:
+    with guarded(tmp_path_factory.mktemp("audited"), "--require-token") as made:
+        made[0].deployed(probe_yaml(), {"probe.py": PROBE})
+        yield made
+
+
+def get(running: Operator, path: str, secret: str, **options: Any) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {secret}"}
+    return httpx.get(running.url + path, headers=headers, timeout=60, **options)
+
+
+def audit(running: Operator, **params: object) -> list[dict[str, Any]]:
+    answer = running.http.get(f"{running.url}/-/audit", params=params)
+    assert answer.status_code == 200, answer.text
+    entries = answer.json()["entries"]
+    assert isinstance(entries, list)
+    return entries
+
+
+def of(running: Operator, action: str) -> list[dict[str, Any]]:
+    return [entry for entry in audit(running, limit=1000) if entry["action"] == action]
+
+
+def test_who_deployed_stopped_and_deleted_is_told(
+    safe: tuple[Operator, dict[str, str]],
+) -> None:
+    running, tokens = safe
+    endpoint = running.deployed(probe_yaml("watched"), {"probe.py": PROBE})
+    version = running.http.get(f"{running.url}/-/apis/watched").json()[0]["spec"]["api_id"]
+    job = running.submit(endpoint, config={"do": "sleep", "s": 300})["job_id"]
+    headers = {"Authorization": f"Bearer {tokens['submit']}"}
+    for _ in range(2):  # the second changes nothing
+        assert httpx.delete(f"{endpoint}/{job}", headers=headers, timeout=60).status_code == 200
+    assert running.http.delete(f"{running.url}/-/apis/watched").status_code == 200
+    found = [e for e in audit(running) if e["api_name"] == "watched"]
+    assert [(e["action"], e["by"], e["job_id"]) for e in found] == [
+        ("delete", "deploy", None), ("stop", "submit", job), ("deploy", "deploy", None),
+    ]  # fmt: skip
+    assert found[2]["message"] == f"version {version}"
+    assert {e["address"] for e in found} == {"127.0.0.1"}
+    assert all(e["time"].endswith("Z") and e["count"] == 1 for e in found)
+
+
+def test_who_made_and_revoked_tokens_is_told(safe: tuple[Operator, dict[str, str]]) -> None:
+    running, _ = safe
+    token(running.data_dir, "brief", "read")
+    cortex("token", "revoke", "brief", "--data-dir", str(running.data_dir))
+    found = [e for e in audit(running) if e["token"] == "brief"]
+    assert [e["action"] for e in found] == ["revoke_token", "create_token"]
+    assert found[1]["message"] == "scope read"
+    assert all(e["by"] and e["address"] is None for e in found)
+
+
+def test_refused_requests_are_counted(safe: tuple[Operator, dict[str, str]]) -> None:
+    running, tokens = safe
+    for _ in range(3):
+        assert get(running, "/probe", "wrong").status_code == 401
+    refused = httpx.post(
+        f"{running.url}/probe", headers={"Authorization": f"Bearer {tokens['read']}"}, json={}
+    )
+    assert refused.status_code == 403
+
+    def told() -> bool:
+        found = of(running, "refuse")
+        wrong = sum(e["count"] for e in found if e["by"] is None)
+        narrow = [e for e in found if e["by"] == "read"]
+        return wrong >= 3 and any("auth.forbidden" in e["message"] for e in narrow)
+
+    until(told, "the audit has what was refused")
+
+
+def test_refused_requests_of_many_callers_are_few_entries() -> None:
+    async def flood() -> list[int]:
+        stored: list[int] = []
+
+        class Stored:
+            async def add_to_audit(self, entries: list[Any]) -> None:
+                stored.extend(entry.count for entry in entries)
+
+        refusals = Refusals(Stored())  # type: ignore[arg-type]  # all that it calls
+        for number in range(1000):
+            refusals.add(Actor(None, f"2001:db8::{number:x}"), "GET", "auth.unauthorized")
+        await refusals.close()
+        return stored
+
+    counts = asyncio.run(flood())
+    assert len(counts) <= MAX_KINDS + 1
+    assert sum(counts) == 1000
+
+
+def test_the_audit_is_for_who_may_deploy_and_is_paged(
+    safe: tuple[Operator, dict[str, str]],
+) -> None:
+    running, tokens = safe
+    for scope in ("read", "submit"):
+        assert get(running, "/-/audit", tokens[scope]).status_code == 403
+    assert running.http.get(f"{running.url}/-/audit", params={"limit": 0}).status_code == 400
+    every = audit(running, limit=1000)
+    assert len(every) > 3
+    paged: list[dict[str, Any]] = []
+    cursor = None
+    while True:
+        params = {"limit": 2} if cursor is None else {"limit": 2, "cursor": cursor}
+        page = running.http.get(f"{running.url}/-/audit", params=params).json()
+        paged += page["entries"]
+        cursor = page["next_cursor"]
+        if cursor is None:
+            break
+    assert paged[-len(every) :] == every
+
+
+def test_the_command_shows_it(safe: tuple[Operator, dict[str, str]], tmp_path: Path) -> None:
+    running, tokens = safe
+    variables = {"CORTEX_CLI_CONFIG_DIR": str(tmp_path), "CORTEX_TOKEN": tokens["deploy"]}
+    cortex("env", "configure", "here", "--operator-endpoint", running.url, **variables)
+    shown = cortex("audit", "--limit", "1000", **variables)
+    assert "deploy" in shown
+    assert "create_token" in shown
+    assert '"action": "deploy"' in cortex("audit", "-o", "json", "--limit", "1000", **variables)
+    variables["CORTEX_TOKEN"] = tokens["read"]
+    assert "needs 'deploy'" in cortex("audit", code=1, **variables)
+
+
+def test_an_operator_without_tokens_has_an_audit_too(shared: Operator) -> None:
+    shared.deployed(probe_yaml("anybody"), {"probe.py": PROBE})
+    [entry] = [e for e in audit(shared) if e["api_name"] == "anybody"]
+    assert (entry["action"], entry["by"], entry["address"]) == ("deploy", None, "127.0.0.1")
+
+
+def test_the_audit_goes_after_its_time(tmp_path: Path) -> None:
+    second = str(1 / 86_400)
+    with operator(tmp_path, "--keep-audit", second) as running:
+        running.deployed(probe_yaml(), {"probe.py": PROBE})
+        until(lambda: audit(running) == [], "the audit was trimmed")
+
+
+def test_refusals_do_not_grow_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_of_store, "MAX_REFUSALS", 3)
+    store = Store(f"sqlite:///{tmp_path / 'db'}")
+    kinds = [Action.STOP, *[Action.REFUSE] * 5]
+    entries = [AuditEntry(action, Actor(), n) for n, action in enumerate(kinds)]
+
+    async def work() -> list[int]:
+        await store.add_to_audit(entries)
+        assert await store.trim_audit(None) == 2
+        assert await store.trim_audit(None) == 0
+        return [entry.time_ns for entry in (await store.audit(10)).entries]
+
+    try:
+        assert asyncio.run(work()) == [5, 4, 3, 0]
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("how", ["a followed log", "a long poll"])
+def test_what_is_open_ends_when_its_token_is_revoked(
+    safe: tuple[Operator, dict[str, str]], how: str
+) -> None:
+    running, _ = safe
+    name = how.replace(" ", "-")
+    secret = token(running.data_dir, name, "read")
+    other = token(running.data_dir, f"{name}-2", "read")
+    endpoint = f"{running.url}/probe"
+    submitted = running.submit(endpoint, config={"do": "sleep", "s": 300})
+    running.await_log(endpoint, submitted, "asleep")
+    job = submitted["job_id"]
+    headers = {"Authorization": f"Bearer {secret}"}
+    try:
+        if how == "a long poll":
+            with httpx.Client(timeout=60) as client:
+                request = client.build_request(
+                    "GET", f"{endpoint}/{job}", params={"wait": 50}, headers=headers
+                )
+                answers: list[httpx.Response] = []
+                asking = threading.Thread(target=lambda: answers.append(client.send(request)))
+                before = connections(running)
+                asking.start()
+                until(lambda: connections(running) > before, "the poll has arrived")
+                cortex("token", "revoke", name, "--data-dir", str(running.data_dir))
+                asking.join(30)
+                assert [a.status_code for a in answers] == [401]
+        else:
+            events = {**headers, "Accept": "text/event-stream"}
+            again = {"Authorization": f"Bearer {other}", "Accept": "text/event-stream"}
+            url = f"{endpoint}/{job}/logs"
+            with (
+                httpx.stream("GET", url, headers=again, timeout=60) as kept,
+                httpx.stream("GET", url, headers=events, timeout=60) as answer,
+            ):
+                pieces, kept_pieces = answer.iter_text(), kept.iter_text()
+                assert "asleep" in next(pieces) + next(kept_pieces)
+                cortex("token", "revoke", name, "--data-dir", str(running.data_dir))
+                with pytest.raises(httpx.RemoteProtocolError):
+                    for _ in pieces:
+                        pass
+                # That of another token goes on to its end.
+                running.delete(endpoint, submitted)
+                assert "event: end" in "".join(kept_pieces)
+        assert get(running, "/probe", secret).status_code == 401
+    finally:
+        running.delete(endpoint, submitted)
+
+
+def connections(running: Operator) -> int:
+    """How many there are to the operator."""
+    port = f":{int(running.url.rsplit(':', 1)[1]):04X}"
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(1 for fields in lines if fields[1].endswith(port) and fields[3] == "01")
+
+
+def test_the_data_folder_is_closed_to_other_users(shared: Operator) -> None:
+    for name in ("projects", "environments", "jobs", "locks", "archived"):
+        mode = stat.S_IMODE((shared.data_dir / name).stat().st_mode)
+        assert mode & 0o077 == 0, (name, oct(mode))
+
+
+def test_series_of_a_deleted_api_are_gone(shared: Operator) -> None:
+    endpoint = shared.deployed(probe_yaml("counted"), {"probe.py": PROBE})
+    shared.run(endpoint)
+    running = shared.submit(endpoint, config={"do": "sleep", "s": 300})
+    shared.await_log(endpoint, running, "asleep")
+
+    def series() -> str:
+        return shared.http.get(f"{shared.url}/metrics").text
+
+    until(lambda: 'cortex_jobs_ended_total{api="counted"' in series(), "it is counted")
+    shared.http.delete(f"{shared.url}/-/apis/counted")
+    until(lambda: 'api="counted"' not in series(), "its series are gone")
+    assert "cortex_operator_info" in series()
+
+
+def test_a_store_of_the_version_before_gets_an_audit(tmp_path: Path) -> None:
+    with operator(tmp_path) as running:
+        running.deployed(probe_yaml(), {"probe.py": PROBE})
+    with closing(sqlite3.connect(tmp_path / "data" / "operator.db")) as database, database:
+        database.execute("DROP TABLE audit")
+        database.execute("UPDATE alembic_version SET version_num = '0006'")
+    with operator(tmp_path) as running:
+        assert audit(running) == []
+        running.deployed(probe_yaml("more"), {"probe.py": PROBE})
+        assert [entry["api_name"] for entry in audit(running)] == ["more"]
