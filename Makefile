@@ -4,7 +4,7 @@ VENV := .venv
 UV := $(VENV)/bin/uv
 RUN := $(VENV)/bin
 
-.PHONY: setup demo test check format docs bench bench-peers bench-pictures bench-scale chaos fidelity fuzz clean
+.PHONY: setup demo test check format docs bench bench-peers bench-pictures bench-scale chaos fidelity fuzz test-vm clean
 
 setup: $(VENV)/.ready
 
@@ -74,6 +74,7 @@ bench-pictures: setup $(PEERS)/.ready
 	$(RUN)/python benchmarks/page.py
 
 chaos: setup
+	$(RUN)/python tests/chaos/hostile.py
 	$(RUN)/python tests/chaos/storm.py
 	$(RUN)/python tests/chaos/storm.py --store postgresql --jobs 1000 --kills 400
 	$(RUN)/python tests/chaos/storm.py --store postgresql --operators 3 --jobs 1000 --kills 400
@@ -92,5 +93,13 @@ $(FIDELITY)/.ready: pyproject.toml uv.lock | $(VENV)/.ready
 fidelity: setup $(FIDELITY)/.ready
 	CORTEX_FIDELITY_PYTHON=$(CURDIR)/$(FIDELITY)/bin/python $(RUN)/pytest -n 2 tests/fidelity
 
+# Debian's kernel, systemd and cgroup v2, in an emulated machine: about half an hour. It needs root.
+$(VENV)/.vm-packages: | $(VENV)/.ready
+	command -v qemu-system-x86_64 debootstrap > /dev/null || { $(SUDO) apt-get -q -q update && $(SUDO) apt-get -q -q install -y --no-install-recommends qemu-system-x86 debootstrap e2fsprogs; }
+	touch $@
+
+test-vm: setup $(VENV)/.vm-packages
+	$(SUDO) $(RUN)/python tests/vm/vm.py
+
 clean:
-	rm -rf $(VENV) $(PEERS) $(FIDELITY)
+	rm -rf $(VENV) $(PEERS) $(FIDELITY) .vm

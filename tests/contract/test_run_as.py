@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from support import CORTEX, PROBE, Operator, operator, probe_yaml
+from support import CORTEX, PROBE, Operator, operator, probe_yaml, reachable
 
 USER, UID = "nobody", 65534
 SNOOP = """
@@ -51,19 +50,6 @@ folder = os.path.dirname(os.environ["CORTEX_JOB_SPEC"])
 os.unlink(folder + "/log")
 {plant}
 """
-
-
-def reachable() -> list[str]:
-    """A command in whose mounts any user can reach this interpreter: it may lie in root's home."""
-    closed = [p for p in Path(sys.base_prefix).parents if not p.stat().st_mode & 1]
-    if not closed:
-        return []
-    script = (
-        'mkdir "$3" && mount --bind "$2" "$3" && mount -t tmpfs -o mode=755 tmpfs "$1" '
-        '&& mkdir -p "$2" && mount --move "$3" "$2" && rmdir "$3" && shift 3 && exec "$@"'
-    )
-    aside = tempfile.mktemp(prefix="cortex-test-")
-    return ["unshare", "-m", "sh", "-c", script, "sh", str(closed[-1]), sys.base_prefix, aside]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,194 @@
+"""docs/deploy/cortex.service, really installed and started: only in the machine of `tests/vm/vm.py`, for it
+changes the system."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from support import PROBE, Operator, probe_yaml, until
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+UNIT = REPOSITORY / "docs" / "deploy" / "cortex.service"
+DATA = Path("/var/lib/cortex")
+PORT = 8888
+AS_IS = ""
+DELEGATED = "Delegate=yes\n"
+OF_ROOT = "User=root\nEnvironment=CORTEX_SERVE_RUN_AS=nobody\nNoNewPrivileges=no\n"
+VARIANTS = {
+    "as it is": AS_IS,
+    "delegated": DELEGATED,
+    "run-as": OF_ROOT,
+    "run-as delegated": OF_ROOT + DELEGATED,
+}
+LIMITED = probe_yaml("limited").replace("cpu: 1m", "cpu: 1m, mem: 64Mi")
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (command, done.stdout, done.stderr, journal())
+    return done.stdout.strip()
+
+
+def journal() -> str:
+    command = ["journalctl", "--no-pager", "-u", "cortex", "-n", "40"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+class Unit(Operator):
+    """The operator that systemd runs."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, data_dir=DATA)
+        self.url = f"http://localhost:{PORT}"
+
+    @property
+    def pid(self) -> int:
+        return int(run("systemctl", "show", "-P", "MainPID", "cortex"))
+
+    def systemctl(self, verb: str) -> None:
+        run("systemctl", verb, "cortex")
+        if verb != "stop":
+            until(self.answers, "the operator answers")
+
+    def answers(self) -> bool:
+        assert run("systemctl", "show", "-P", "ActiveState", "cortex") != "failed", journal()
+        try:
+            return self.http.get(f"{self.url}/readyz").status_code == 200
+        except httpx.HTTPError:
+            return False
+
+
+@pytest.fixture(scope="module")
+def user() -> None:
+    run("useradd", "--system", "cortex")
+    Path("/etc/cortex").mkdir()
+    Path("/etc/cortex/operator.yaml").write_text(f"port: {PORT}\ngrace: 2\n")
+    Path("/opt/cortex").symlink_to(REPOSITORY / ".venv")
+    shutil.copyfile(UNIT, "/etc/systemd/system/cortex.service")
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def unit(
+    request: pytest.FixtureRequest, user: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Unit]:
+    extra = Path("/etc/systemd/system/cortex.service.d/variant.conf")
+    extra.parent.mkdir(exist_ok=True)
+    extra.write_text(f"[Service]\n{VARIANTS[request.param]}")
+    shutil.rmtree(DATA, ignore_errors=True)
+    run("systemctl", "daemon-reload")
+    installed = Unit(tmp_path_factory.mktemp("unit"))
+    installed.systemctl("start")
+    installed.name = request.param
+    yield installed
+    installed.systemctl("stop")
+    until(lambda: not left(), f"nothing is left: {left()}")
+    run("systemctl", "reset-failed")
+
+
+def left() -> list[str]:
+    """The processes that name the data folder: none once all jobs are over and the operator has ended."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
+        except OSError:
+            continue
+        if bytes(DATA) in words and int(folder.name) != os.getpid():
+            found.append(folder.name)
+    return found
+
+
+def pid_of(unit: Unit, endpoint: str, job: Any) -> int:
+    until(lambda: "pid " in unit.log_of(endpoint, job), "the job tells its process")
+    return int(unit.log_of(endpoint, job).split("pid ")[1].split()[0])
+
+
+def sleeper(unit: Unit, name: str) -> tuple[str, Any, int]:
+    code = "import os, time\ndef task(config):\n    print('pid', os.getpid(), flush=True)\n    time.sleep(600)\n"
+    endpoint = unit.deployed(probe_yaml(name), {"probe.py": code})
+    job = unit.submit(endpoint)
+    return endpoint, job, pid_of(unit, endpoint, job)
+
+
+def is_there(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def test_a_job_runs_and_its_user_is_the_one_of_the_unit(unit: Unit) -> None:
+    code = "import os, pwd\ndef task(config): return pwd.getpwuid(os.getuid()).pw_name\n"
+    done = unit.run(unit.deployed(probe_yaml("who"), {"probe.py": code}))
+    assert done["result"] == ("nobody" if "run-as" in unit.name else "cortex"), done
+
+
+def test_memory_limits_hold(unit: Unit) -> None:
+    endpoint = unit.deployed(LIMITED, {"probe.py": PROBE})
+    done = unit.run(endpoint, config={"do": "allocate"})
+    assert done["status"] == "status_worker_oom", (done, unit.http.get(f"{unit.url}/-/info").text)
+    limited = unit.http.get(f"{unit.url}/-/info").json()["memory_limit"]
+    assert limited == ("watchdog" if unit.name == "as it is" else "cgroup v2")
+    assert unit.answers()
+
+
+def test_a_restart_takes_no_job_along(unit: Unit) -> None:
+    endpoint, job, pid = sleeper(unit, "sleeper")
+    before = unit.pid
+    unit.systemctl("restart")
+    assert unit.pid != before
+    assert is_there(pid)
+    assert unit.status(endpoint, job)["status"] == "status_running"
+    # One that is killed is started again by systemd.
+    os.kill(unit.pid, 9)
+    before = unit.pid
+    until(lambda: unit.pid not in (0, before), "systemd starts it again")
+    until(unit.answers, "it answers again")
+    assert is_there(pid)
+    assert unit.status(endpoint, job)["status"] == "status_running"
+    assert unit.run(unit.deployed(LIMITED, {"probe.py": PROBE}))["status"] == "status_succeeded"
+    assert unit.delete(endpoint, job).status_code == 200
+    until(lambda: not is_there(pid), "the job is gone")
+
+
+def test_a_stop_takes_no_job_along_and_a_start_finds_it(unit: Unit) -> None:
+    endpoint, job, pid = sleeper(unit, "sleeper")
+    unit.systemctl("stop")
+    assert is_there(pid)
+    unit.systemctl("start")
+    assert unit.status(endpoint, job)["status"] == "status_running"
+    assert unit.delete(endpoint, job).status_code == 200
+    until(lambda: not is_there(pid), "the job is gone")
+    assert unit.finished(endpoint, job)["status"] == "status_stopped"
+
+
+def test_a_tree_that_hides_is_stopped_whole(unit: Unit) -> None:
+    code = (
+        "import os, time\n"
+        "def task(config):\n"
+        "    for _ in range(3):\n"
+        "        if os.fork() == 0:\n"
+        "            os.setsid()\n"
+        "            if os.fork() == 0:\n"
+        "                os.execve('/bin/sleep', ['cortex-hidden', '600'], {})\n"
+        "            os._exit(0)\n"
+        "    print('pid', os.getpid(), flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+
+    def hidden() -> list[str]:
+        return subprocess.run(
+            ["pgrep", "-f", "^cortex-hidden"], capture_output=True, text=True, check=False
+        ).stdout.split()
+
+    endpoint = unit.deployed(probe_yaml("hiding"), {"probe.py": code})
+    job = unit.submit(endpoint)
+    pid_of(unit, endpoint, job)
+    until(lambda: len(hidden()) == 3, "all three hide")
+    assert unit.delete(endpoint, job).status_code == 200
+    until(lambda: not hidden(), "all are gone")
