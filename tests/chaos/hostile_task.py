@@ -238,7 +238,7 @@ class Job:
 
     def do_leave_its_groups(self):
         for line in open("/proc/self/cgroup"):
-            number, controllers, path = line.strip().split(":", 2)
+            _, controllers, path = line.strip().split(":", 2)
             mount = "/sys/fs/cgroup" + (f"/{controllers.split('=')[-1]}" if controllers else "")
             for root in (mount, "/sys/fs/cgroup/unified"):
                 for place in ("", os.path.dirname(path), path):
@@ -251,7 +251,7 @@ class Job:
 
     def do_lift_its_limits(self):
         for line in open("/proc/self/cgroup"):
-            number, controllers, path = line.strip().split(":", 2)
+            _, controllers, path = line.strip().split(":", 2)
             mount = "/sys/fs/cgroup" + (f"/{controllers.split('=')[-1]}" if controllers else "")
             for root in (mount, "/sys/fs/cgroup/unified"):
                 for name, text in (
