@@ -4,6 +4,7 @@ operator's. The operator has to be root for that, as it is where these tests are
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import tempfile
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from cortex.operator.logs import REPLACED
 from support import CORTEX, PROBE, Operator, operator, probe_yaml, reachable
 
 USER, UID = "nobody", 65534
@@ -44,11 +46,12 @@ def task(config):
         "tmp": attempt(lambda: subprocess.run(["true"]).returncode),
     }
 """
-PLANT = """
+FOLDER = 'os.path.dirname(os.environ["CORTEX_JOB_SPEC"])'
+PLANT = f"""
 import os
-folder = os.path.dirname(os.environ["CORTEX_JOB_SPEC"])
+folder = {FOLDER}
 os.unlink(folder + "/log")
-{plant}
+{{plant}}
 """
 
 
@@ -130,20 +133,41 @@ def test_an_environment_is_built_as_that_user_too(other: Operator) -> None:
         'os.symlink("/etc/shadow", folder + "/log")',
         'os.symlink("log", folder + "/log")',
         'os.mkfifo(folder + "/log")',
-        'os.symlink("/dev/zero", folder + "/log.cut")',
-        'os.mkfifo(folder + "/log.cut")',
         'os.mkdir(folder + "/log")',
+        'import socket; socket.socket(socket.AF_UNIX).bind(folder + "/log")',
+        'os.link(folder + "/job.json", folder + "/log")',
+        'os.rename(config["root"] + "/secret", folder + "/log")',
     ],
 )
-def test_what_a_job_puts_in_its_logs_place_is_not_followed(other: Operator, plant: str) -> None:
-    code = f"def task(config):\n    exec({PLANT.format(plant=plant)!r})\n"
-    endpoint = other.deployed(probe_yaml("planter"), {"probe.py": code})
+def test_what_a_job_puts_in_its_logs_place_is_not_shown(other: Operator, plant: str) -> None:
+    # On the file system of the data folder: what is root's in a folder of theirs, jobs may move.
+    with tempfile.TemporaryDirectory(dir=other.data_dir.parent) as root:
+        (Path(root) / "secret").write_text("root's")
+        (Path(root) / "secret").chmod(0o600)
+        os.chown(root, UID, UID)
+        code = f"def task(config):\n    exec({PLANT.format(plant=plant)!r})\n"
+        endpoint = other.deployed(probe_yaml("planter"), {"probe.py": code})
+        job = other.submit(endpoint, config={"root": root})
+        assert other.finished(endpoint, job)["status"] == "status_succeeded"
+        assert other.log_of(endpoint, job) == REPLACED
+        followed = {"Accept": "text/event-stream"}
+        events = other.http.get(f"{endpoint}/{job['job_id']}/logs", headers=followed).text
+        told, end, _ = events.split("\n\n")
+        assert json.dumps(REPLACED) in told
+        assert end.startswith("event: end\n")
+
+
+@pytest.mark.parametrize(
+    "plant", ['os.symlink("/dev/zero", folder + "/log.cut")', 'os.mkfifo(folder + "/log.cut")']
+)
+def test_what_a_job_puts_in_place_of_what_tells_of_a_gap_is_not_read(
+    other: Operator, plant: str
+) -> None:
+    code = f"def task(config):\n    print('said')\n    folder = {FOLDER}\n    {plant}\n"
+    endpoint = other.deployed(probe_yaml("planter"), {"probe.py": f"import os\n{code}"})
     job = other.submit(endpoint)
     assert other.finished(endpoint, job)["status"] == "status_succeeded"
-    assert other.log_of(endpoint, job) == ""
-    followed = {"Accept": "text/event-stream"}
-    events = other.http.get(f"{endpoint}/{job['job_id']}/logs", headers=followed).text
-    assert events.startswith("event: end\n")
+    assert other.log_of(endpoint, job) == "said\n"
 
 
 @pytest.mark.parametrize("record", ["exit.1", "start.1"])

@@ -21,7 +21,7 @@ import pytest
 
 from cortex import removal
 from cortex.engines.local import records
-from cortex.worker import reuse
+from cortex.worker import reuse, trees
 from cortex.worker.messages import ExitRecord, StartRecord
 from cortex.worker.reuse import Reuse
 
@@ -444,18 +444,18 @@ def test_a_removal_takes_nothing_of_the_next_job(
     """Removal is slow, or its process is stopped, and the next job begins meanwhile."""
     path = jobs.run()
     begun: list[Path] = []
-    rmtree = shutil.rmtree
+    remove_from = trees.remove_from
 
-    def late(*args: Any, **options: Any) -> None:
+    def late(above: int, name: str) -> None:
         if not begun:
             later, folder = jobs.begin()
             (later / "files" / "model").write_text("theirs")
             begun.append(jobs.end(later, folder))
             assert inode(later / "files") != removed
-        rmtree(*args, **options)
+        remove_from(above, name)
 
     removed = inode(path / "files")
-    monkeypatch.setattr(removal.shutil, "rmtree", late)
+    monkeypatch.setattr(trees, "remove_from", late)
     removal.remove(path)
     assert not path.exists()
     assert (begun[0] / "files" / "model").read_text() == "theirs"

@@ -72,14 +72,13 @@ def piece(folder: Path, offset: int, most: int) -> LogPiece:
 
 
 def _read(folder: int, offset: int, most: int) -> tuple[bytes, int]:
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        fd = os.open(logfile.NAME, flags, dir_fd=folder)
+        fd = logfile.open_to_read(folder)
     except OSError:
+        fd = None
+    if fd is None:
         return b"", 0
     try:
-        if not files.is_regular(fd):
-            return b"", 0
         return os.pread(fd, most, offset), os.fstat(fd).st_size
     finally:
         os.close(fd)

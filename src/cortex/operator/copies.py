@@ -15,11 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from cortex.operator.logs import lost, opened
+from cortex.operator.logs import is_there, lost, opened
 from cortex.projects.files import Files
 from cortex.spec.times import new_id
+from cortex.worker import beneath, logfile
 from cortex.worker import files as records
-from cortex.worker import logfile
 from cortex.worker.messages import LogCut
 
 _SMALL = 1 << 20
@@ -92,13 +92,13 @@ class Copies:
                 return True  # all that there is of it is here
             if not self._fetch(job_id, path.parent):
                 return is_driving  # of an earlier term, and nobody has had it since
-        elif not path.exists() and not self._fetch(job_id, path.parent):
+        elif not is_there(path) and not self._fetch(job_id, path.parent):
             return False
         mark.touch()
         return True
 
     def _fetch(self, job_id: str, folder: Path) -> bool:
-        with self._part() as packed, self._part() as whole:
+        with self._part() as packed, self._part() as whole, self._part() as told:
             if not self._files.get(_log(job_id), packed):
                 return False
             cut = self._files.read(_cut(job_id))
@@ -111,10 +111,12 @@ class Copies:
             folder.mkdir(0o700, exist_ok=True)
             fd = records.open_folder(str(folder))
             try:
+                # Into the open folder, from one in which the job cannot put another file in place of it.
                 if cut is not None:
-                    records.put(fd, logfile.CUT, cut)
+                    told.write_bytes(cut)
+                    os.rename(told, logfile.CUT, dst_dir_fd=fd)
                 part = packed if cut is None else whole
-                os.rename(part, logfile.NAME, dst_dir_fd=fd)  # into the open folder
+                os.rename(part, logfile.NAME, dst_dir_fd=fd)
             finally:
                 os.close(fd)
             return True
@@ -133,9 +135,10 @@ class Copies:
         """Drop the log here of such a job, if it still is one."""
         mark, path = self._marks / job_id, self._path(job_id)
         if _is_old(mark):
-            for each in (path, path.with_name(logfile.CUT)):
-                with suppress(FileNotFoundError):
-                    each.unlink()
+            with suppress(FileNotFoundError), beneath.opened(str(path.parent)) as folder:
+                for name in (logfile.NAME, logfile.CUT):
+                    with suppress(FileNotFoundError):
+                        os.unlink(name, dir_fd=folder)
             os.utime(mark, (0, 0))  # there is nothing more to drop
 
     @contextmanager

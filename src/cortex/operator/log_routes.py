@@ -16,7 +16,17 @@ from starlette.responses import Response, StreamingResponse
 from cortex.errors import NoDriver, NotFound, RangeNotSatisfiable, StorageUnavailable
 from cortex.operator.context import Context, context
 from cortex.operator.http import Receive, Scope, Send
-from cortex.operator.logs import LARGEST, REMOVED, event, follow, length, lost, read
+from cortex.operator.logs import (
+    LARGEST,
+    REMOVED,
+    REPLACED,
+    event,
+    follow,
+    is_replaced,
+    length,
+    lost,
+    read,
+)
 from cortex.spec.job import JobRecord
 from cortex.spec.lifecycle import IN_PROGRESS
 
@@ -73,6 +83,8 @@ async def _logs(ctx: Context, request: Request, record: JobRecord, offset: int) 
             headers={"Cache-Control": "no-cache"},
         )
     size = length(path)
+    if size == 0 and is_replaced(path):
+        return Response(REPLACED, media_type=_TEXT)
     headers = {"Accept-Ranges": "bytes"}
     span = _span(request.headers.get("range"), size)
     if span is None:

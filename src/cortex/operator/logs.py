@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-import errno
 import json
 import os
 from collections import defaultdict
@@ -16,7 +15,7 @@ from typing import Protocol
 
 from asyncinotify import Inotify, Mask, Watch
 
-from cortex.worker import files, logfile
+from cortex.worker import beneath, logfile
 from cortex.worker.messages import LogCut
 from cortex.worker.messages import size as readable
 
@@ -27,6 +26,7 @@ LARGEST = 1 << 40
 """No file system takes a read much further on."""
 
 REMOVED = "[cortex: the log was removed while it was read]\n"
+REPLACED = "[cortex: the log is not shown, for the job has put something else in its place]\n"
 
 
 class LogWatcher:
@@ -51,10 +51,15 @@ class LogWatcher:
     def add(self, path: Path, follower: asyncio.Event) -> bool:
         """Set `follower` at every change of a file; False when there is no such file yet."""
         try:
-            # Not where a link leads that the job has put there: it may be a loop.
-            self._watches[path] = self._inotify.add_watch(path, Mask.MODIFY | Mask.DONT_FOLLOW)
+            with opened(path) as fd:
+                if fd is None:
+                    return False
+                # Not by its name, in whose place the job may have put another file.
+                watch = self._inotify.add_watch(f"/proc/self/fd/{fd}", Mask.MODIFY)
         except FileNotFoundError:
             return False
+        watch.path = path
+        self._watches[path] = watch
         self._followers[path].add(follower)
         return True
 
@@ -108,8 +113,10 @@ async def follow(
             if ended:
                 if rest := decoder.decode(b"", final=True):
                     yield offset, rest
-                if offset > begun_at and not await asyncio.to_thread(path.exists):
+                if offset > begun_at and not await asyncio.to_thread(is_there, path):
                     yield offset, REMOVED
+                elif offset == begun_at and await asyncio.to_thread(is_replaced, path):
+                    yield offset, REPLACED
                 return
             if not watching and watcher.add(path, grown):
                 watching = True  # it came meanwhile, and nothing else need happen for long
@@ -155,17 +162,27 @@ def read(path: Path, offset: int, size: int) -> Piece:
 def opened(path: Path) -> Iterator[int | None]:
     """The file descriptor of a log; None where there is none yet, or where the job has put something
     else in its place: a link would lead to what only the operator may read."""
+    fd = None
+    with suppress(FileNotFoundError), beneath.opened(str(path.parent)) as folder:
+        fd = logfile.open_to_read(folder, path.name)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ELOOP):
-            raise
-        yield None
-        return
-    try:
-        yield fd if files.is_regular(fd) else None
+        yield fd
     finally:
-        os.close(fd)
+        if fd is not None:
+            os.close(fd)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a log."""
+    with opened(path) as fd:
+        return fd is not None
+
+
+def is_replaced(path: Path) -> bool:
+    """Whether there is something in place of a log that is none."""
+    with suppress(FileNotFoundError), beneath.opened(str(path.parent)) as folder:
+        return beneath.stat(folder, path.name) is not None and not is_there(path)
+    return False
 
 
 def length(path: Path) -> int:

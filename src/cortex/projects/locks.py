@@ -11,6 +11,7 @@ import sysconfig
 from pathlib import Path
 
 from cortex.projects.requirements import REQUIREMENTS, Requirements
+from cortex.worker import beneath
 
 SUFFIX = ".lock"
 
@@ -39,9 +40,21 @@ def locked(identity: str, lock: str) -> str:
 
 def held(python: Path) -> str:
     """The packages of an interpreter's environment, but those that came from a path or a URL."""
+    venv = python.parents[1]
     pins = []
-    for info in (python.parents[1] / "lib").glob("python*/site-packages/*.dist-info"):
-        found = _PACKAGE.fullmatch(info.name)
-        if found is not None and not (info / "direct_url.json").exists():
-            pins.append(f"{found['name']}=={found['version']}\n")
+    for version in _listed(venv, "lib"):
+        where = ("lib", version, "site-packages")
+        for name in _listed(venv, *where) if version.startswith("python") else ():
+            found = _PACKAGE.fullmatch(name)
+            if found is not None and "direct_url.json" not in _listed(venv, *where, name):
+                pins.append(f"{found['name']}=={found['version']}\n")
     return "".join(sorted(pins))
+
+
+def _listed(venv: Path, *names: str) -> list[str]:
+    """The names in a folder of an environment, whose owner may be the jobs' user; none if it is not there."""
+    try:
+        with beneath.opened(str(venv.parents[1]), venv.parent.name, venv.name, *names) as folder:
+            return beneath.names(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []

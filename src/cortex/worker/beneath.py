@@ -25,7 +25,7 @@ def opened(path: str, *names: str) -> Iterator[int]:
     Raises:
         OSError: it is not there, or one of them is no folder.
     """
-    fd = os.open(path, FOLDER)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for name in names:
             above, fd = fd, os.open(name, FOLDER, dir_fd=fd)
@@ -41,3 +41,8 @@ def stat(folder: int, name: str) -> os.stat_result | None:
         return os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
         return None
+
+
+def names(folder: int) -> list[str]:
+    """What there is in an open folder."""
+    return os.listdir(folder)

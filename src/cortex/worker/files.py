@@ -21,20 +21,26 @@ def open_folder(path: str) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def create(folder: int, name: str, data: bytes) -> bool:
+def create(folder: int, name: str, data: bytes, *, made_in: int) -> bool:
     """Create a file with this content; False if there is one already. O_EXCL alone would let a
-    reader see half of it."""
-    return name_once(folder, write(folder, name, data), name)
+    reader see half of it.
+
+    Args:
+        made_in: a folder of the same file system in which nobody can put another file in place of the one that is
+            about to get the name, as the job can in its own.
+    """
+    return name_once(folder, write(made_in, name, data), name, made_in=made_in)
 
 
-def name_once(folder: int, temporary: str, name: str) -> bool:
+def name_once(folder: int, temporary: str, name: str, *, made_in: int) -> bool:
     """Give a file its name, unless another one has it: then False. The temporary name goes in either case."""
     try:
-        os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        # Python would follow a link.
+        os.link(temporary, name, src_dir_fd=made_in, dst_dir_fd=folder, follow_symlinks=False)
     except FileExistsError:
         return False
     finally:
-        os.unlink(temporary, dir_fd=folder)
+        os.unlink(temporary, dir_fd=made_in)
     return True
 
 

@@ -6,6 +6,7 @@ Called by the job's supervisor; readers learn from `log.cut` what is gone.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import stat
 import time
@@ -21,6 +22,9 @@ SOONEST_S = 0.05
 LATEST_S = 8.0
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 _CUT = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+# None is there, a link, a socket, one that may not be read, one with a lease on it.
+_NOT_OPENED = (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EACCES, errno.EAGAIN)
 _LONGEST_LINE = 1 << 16
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _CANNOT = b"cortex: the file system cannot drop a part of a file, so limits.log is not kept\n"
@@ -37,6 +41,32 @@ def open_to_write(folder: int) -> int:
         if not stat.S_ISREG(about.st_mode):
             os.unlink(NAME, dir_fd=folder)
     return os.open(NAME, _APPEND, 0o644, dir_fd=folder)
+
+
+def open_to_read(folder: int, name: str = NAME) -> int | None:
+    """Open a job's log, or what tells of its gap; None where there is none, and where the job has put something
+    else in its place."""
+    try:
+        fd = os.open(name, _READ, dir_fd=folder)
+    except OSError as error:
+        if error.errno not in _NOT_OPENED:
+            raise
+        return None
+    if is_own(folder, fd):
+        return fd
+    os.close(fd)
+    return None
+
+
+def is_own(folder: int, fd: int) -> bool:
+    """Whether what is open is a plain file that only the job or the operator can have made. A job may move or link a
+    file here that the operator may read and the job may not; of the operator's own files it may read those that
+    everybody may."""
+    about = os.fstat(fd)
+    if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
+        return False
+    is_public = bool(about.st_mode & stat.S_IROTH) and about.st_uid == os.geteuid()
+    return is_public or about.st_uid == os.fstat(folder).st_uid
 
 
 class Log:

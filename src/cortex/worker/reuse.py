@@ -72,7 +72,8 @@ class Reuse:
                 pass  # the reason may lie in the shared file: a new one has it no more
             else:
                 return True
-        return files.name_once(folder, start.make(folder, name, data), name)
+        made = start.make(folder, name, data)
+        return files.name_once(folder, made, name, made_in=folder)
 
     def put_exit(self, folder: int, name: str, data: bytes) -> None:
         """Write an exit record, complete before it has its name; a loss of power may take it. The job must

@@ -18,6 +18,7 @@ from cortex.engines.base import Version
 from cortex.engines.local.crew import Listener
 from cortex.engines.local.forkserver import ForkServer
 from cortex.engines.local.supervisors import Supervisor
+from cortex.worker import beneath
 from cortex.worker.messages import Order, Setup
 from cortex.worker.workspace import COPY
 
@@ -190,7 +191,7 @@ def environment(version: Version, account: Account | None) -> dict[str, str]:
     folder = version.python.parent
     env = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     env["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    if (folder.parent / "pyvenv.cfg").exists():
+    if _is_environment(folder.parent):
         env["VIRTUAL_ENV"] = str(folder.parent)
     return {
         **env,
@@ -200,3 +201,12 @@ def environment(version: Version, account: Account | None) -> dict[str, str]:
         "CORTEX_LOG_LEVEL": version.api.definition.log_level,
         "PYTHONUNBUFFERED": "1",
     }
+
+
+def _is_environment(folder: Path) -> bool:
+    # It lies in a folder that may be the jobs' user's, which lies in one that is not.
+    try:
+        with beneath.opened(str(folder.parents[1]), folder.parent.name, folder.name) as venv:
+            return beneath.stat(venv, "pyvenv.cfg") is not None
+    except OSError:
+        return False

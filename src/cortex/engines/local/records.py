@@ -16,7 +16,7 @@ from pathlib import Path
 from cortex.account import Account
 from cortex.engines.base import Attempt, Ending
 from cortex.engines.local import remains
-from cortex.worker import files, processes
+from cortex.worker import beneath, files, logfile, processes
 from cortex.worker.messages import ExitRecord, StartRecord
 
 HANDLE_VERSION = 1
@@ -98,7 +98,8 @@ def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Foun
             return Gone(over, start, rebooted=rebooted)
         if start is None:
             fence = StartRecord(job_id=folder.name, attempt=attempt.number, fenced=True)
-            files.create(fd, f"start.{attempt.number}", fence.dumps())
+            with beneath.opened(str(folder.parent)) as above:
+                files.create(fd, f"start.{attempt.number}", fence.dumps(), made_in=above)
             start = _start(fd, folder.name, attempt.number)
         if start is None or start.fenced:
             if not (_is_laid_out(fd) and remains.has_begun(folder, attempt.number)):
@@ -153,10 +154,12 @@ def append(log: Path, text: str) -> None:
         OSError: it is none, or nothing can be written now.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(os.open(log, _APPEND, 0o644), "a", encoding="utf-8") as file:
-        if not files.is_regular(file.fileno()):
-            raise OSError(errno.EINVAL, "not a plain file", str(log))
-        file.write(text.rstrip("\n") + "\n")
+    with beneath.opened(str(log.parent)) as folder:
+        fd = os.open(log.name, _APPEND, 0o644, dir_fd=folder)
+        with os.fdopen(fd, "a", encoding="utf-8") as file:
+            if not logfile.is_own(folder, fd):
+                raise OSError(errno.EINVAL, "not a plain file of the job's alone", str(log))
+            file.write(text.rstrip("\n") + "\n")
 
 
 @contextlib.contextmanager

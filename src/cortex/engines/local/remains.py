@@ -87,7 +87,7 @@ def control_groups(folder: Path, attempt: int) -> list[str]:
 
 def _is_followed(folder: Path, attempt: int) -> bool:
     try:
-        starts = [path.suffix[1:] for path in folder.glob("start.*")]
+        starts = [path.suffix[1:] for path in folder.iterdir() if path.stem == "start"]
     except OSError:
         return False
     return any(number.isdigit() and int(number) > attempt for number in starts)

@@ -9,13 +9,15 @@ import os
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import cortex
 from cortex.account import Account
 from cortex.errors import StartupError
-from cortex.removal import remove
+from cortex.removal import remove_from
+from cortex.worker import beneath
 from cortex.worker.workspace import COPY, OVERLAY
 
 _CAP_SYS_ADMIN = 21
@@ -88,18 +90,20 @@ def probe(root: Path, account: Account | None) -> str:
 
 def sweep(root: Path) -> None:
     """Remove what killed processes have left: each holds the lock on its folder for as long as it lives."""
+    with suppress(OSError), beneath.opened(str(root)) as own:
+        for name in beneath.names(own):
+            with suppress(OSError), _held(own, name):
+                remove_from(own, root / name)
+
+
+@contextmanager
+def _held(own: int, name: str) -> Iterator[None]:
+    fd = os.open(name, beneath.FOLDER, dir_fd=own)
     try:
-        folders = list(root.iterdir())
-    except OSError:
-        return
-    for folder in folders:
-        with suppress(OSError):
-            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                remove(folder)
-            finally:
-                os.close(fd)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _may_mount() -> bool:
