@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from cortex.operator.logs import is_there, lost, opened
+from cortex.operator.logs import REPLACED, is_replaced, is_there, lost, opened
 from cortex.projects.files import Files
 from cortex.spec.times import new_id
 from cortex.worker import beneath, logfile
@@ -63,7 +63,8 @@ class Copies:
         gone = lost(path)
         with opened(path) as fd:
             if fd is None:
-                self._files.put(_log(job_id), b"")
+                words = REPLACED if is_replaced(path) else ""
+                self._files.put(_log(job_id), words.encode())
             elif gone is not None:
                 with self._part() as part:
                     with part.open("wb") as target, open(fd, "rb", closefd=False) as source:
