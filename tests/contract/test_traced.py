@@ -120,7 +120,7 @@ def a_day_of(running: Operator, traces: Traces) -> list[str]:
     planter = running.deployed(probe_yaml("planter"), {"probe.py": PLANTER})
     planted = running.submit(planter)
     assert running.finished(planter, planted)["status"] == "status_worker_error"
-    assert "not shown" in running.log_of(planter, planted)
+    assert "root:" not in running.log_of(planter, planted)
 
     # Killed before it gave the order to anybody: the attempt is fenced off, and begins anew.
     go = running.folder / "go"

@@ -92,6 +92,8 @@ def sweep(root: Path) -> None:
     """Remove what killed processes have left: each holds the lock on its folder for as long as it lives."""
     with suppress(OSError), beneath.opened(str(root)) as own:
         for name in beneath.names(own):
+            with suppress(OSError):
+                os.unlink(name, dir_fd=own)  # what is no folder is nobody's
             with suppress(OSError), _held(own, name):
                 remove_from(own, root / name)
 
