@@ -70,8 +70,8 @@ def _check_all_ways(tmp_path: Path, engine: dict[str, object]) -> None:
         "host": "h", "port": 1, "data_dir": "/d", "store": STORE,
         "advertise": "http://me:1", "lease": 2.0,
         "files": "s3://bucket/prefix", "lost_folder": "f1",
-        "grace": 3.0, "keep_jobs": 4.0, "keep_logs": 5.0, "keep_count": 6,
-        "keep_audit": 7.0,
+        "grace": 3.0, "build_timeout": 60.0, "build_env": ["A_B", "c1"],
+        "keep_jobs": 4.0, "keep_logs": 5.0, "keep_count": 6, "keep_audit": 7.0,
         "require_token": True, "insecure": True, "allow_origin": ["https://a", "https://b"],
     }  # fmt: skip
     assert given.keys() == Configuration.model_fields.keys()
@@ -259,8 +259,8 @@ def test_the_command_passes_every_flag_on(capsys: pytest.CaptureFixture[str]) ->
         "--host=h", "--port=1", "--data-dir=/d", f"--store={STORE}",
         "--advertise=http://me:1", "--lease=2", "--files=s3://b", "--lost-folder=f",
         "--cpu=2", "--mem=2Gi", "--gpu=1",
-        "--grace=3", "--engine=local", "--run-as=x", "--keep-jobs=4", "--keep-logs=5",
-        "--keep-count=6", "--keep-audit=7",
+        "--grace=3", "--build-timeout=60", "--build-env=A_B", "--build-env=c1", "--engine=local",
+        "--run-as=x", "--keep-jobs=4", "--keep-logs=5", "--keep-count=6", "--keep-audit=7",
         "--require-token", "--no-insecure", "--allow-origin=a", "--allow-origin=b",
     ]  # fmt: skip
     assert run(["serve", "--show-config", *flags]) == 0

@@ -363,12 +363,12 @@ async def test_a_build_that_was_killed_with_its_operator_is_built_again(
     await operator.wait()
     environments = Environments(root)
     assert environments.ready(slow.project) is None
+    assert gone(slow.pids()[0])  # though nothing lets it go on
     again = asyncio.create_task(environments.build(slow.project))
-    await asyncio.sleep(0)
-    slow.go.touch()  # the orphan goes on, too, in a folder of its own
+    await slow.started(2)
+    slow.go.touch()
     python = await again
     assert run(python, "import slowprobe; print(slowprobe.VALUE)") == "7"
-    assert gone(slow.pids()[0])
     assert environments.ready(slow.project) == python
 
 
@@ -468,12 +468,12 @@ async def test_a_build_sees_nothing_of_the_operators_own(
 ) -> None:
     for name in ("CORTEX_SERVE_STORE", "CORTEX_TOKEN", "PGPASSWORD", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "s3cret")
-    monkeypatch.setenv("SHOWN", "yes")
+    monkeypatch.setenv("CFLAGS", "-DSHOWN")
     slow, environments = Slow(tmp_path), Environments(root)
     build = asyncio.create_task(environments.build(slow.project))
     await slow.started()
     seen = environ(slow.pids()[0])
     slow.go.write_text("")
     await build
-    assert b"SHOWN=yes" in seen
+    assert b"CFLAGS=-DSHOWN" in seen
     assert b"s3cret" not in seen

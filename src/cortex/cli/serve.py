@@ -67,6 +67,16 @@ def serve(
             help="Seconds between SIGTERM and SIGKILL when a job is stopped.", show_default="10"
         ),
     ] = None,
+    build_timeout: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds after which the build of an environment is ended.", show_default="1800"
+        ),
+    ] = None,
+    build_env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Variable of the operator's that builds find, too."),
+    ] = None,
     engine: Annotated[
         EngineName | None,
         typer.Option(
@@ -154,6 +164,8 @@ def serve(
             "mem": mem,
             "gpu": gpu,
             "grace": grace,
+            "build_timeout": build_timeout,
+            "build_env": build_env,
             "engine": None if engine is None else engine.value,
             "ray_address": ray_address,
             "ray_node_dir": ray_node_dir,

@@ -35,7 +35,7 @@ from cortex.node.logs import LogWatch, piece
 from cortex.node.seen import Seen
 from cortex.node.slots import Slot
 from cortex.node.stock import Stock
-from cortex.projects.building import NOT_BUILT, EnvironmentFailed
+from cortex.projects.building import EnvironmentFailed
 from cortex.removal import remove
 from cortex.worker import logfile, processes
 
@@ -210,7 +210,7 @@ class Agent:
             with contextlib.suppress(OSError):
                 self._begin_anew(job_id)
                 self._engine.note(job_id, error.output)
-            return Lost(job_id, number, NOT_BUILT, is_final=True)
+            return Lost(job_id, number, error.reason, is_final=True)
         reason = f"it cannot be started on its node: {error}"
         if isinstance(error, OSError) and (is_storage(error) or is_shortage(error)):
             return NeverStarted(job_id, number, reason)

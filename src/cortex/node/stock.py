@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cortex.engines.ray.messages import Lock, NodeOrder
 from cortex.node.slots import Slot
+from cortex.projects.build_rules import BuildRules
 from cortex.projects.environments import Environments
 from cortex.projects.kept import Projects
 from cortex.projects.unpack import unpack
@@ -56,6 +57,8 @@ class Stock:
         for name, text in order.locks.items():
             if self._projects.lock_here(identity, name) != text:
                 await asyncio.to_thread(self._projects.keep_lock, identity, name, text)
+        rules = BuildRules(order.builds.timeout_s, order.builds.variables)
+        self._environments.rules = rules
         project = self.folder(identity)
         files = order.api.definition.dependencies
         python = await self._environments.build(project, files)

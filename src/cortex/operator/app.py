@@ -102,7 +102,9 @@ async def opened(settings: Settings, failed: Callable[[Exception], None]) -> Asy
         if settings.require_token:
             await _check_tokens(store)
         engine = _engine(settings, place, projects)
-        environments = Environments(settings.environments, settings.account, projects)
+        environments = Environments(
+            settings.environments, settings.account, projects, settings.builds
+        )
         here = None if engine.capabilities.builds_environments else environments
         versions = Versions(store, projects, here)
         stack.push_async_callback(versions.close)
@@ -292,6 +294,7 @@ def _engine(settings: Settings, place: str, projects: Projects) -> Engine:
             settings.jobs, settings.capacity, settings.grace_s, account=settings.account
         )
     from cortex.engines.ray import RayEngine
+    from cortex.engines.ray.messages import Builds
 
     return RayEngine(
         settings.jobs,
@@ -300,4 +303,5 @@ def _engine(settings: Settings, place: str, projects: Projects) -> Engine:
         settings.grace_s,
         settings.ray.node_dir,
         projects,
+        Builds(settings.builds.timeout_s, settings.builds.variables),
     )

@@ -12,12 +12,14 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from cortex.operator.settings import Keep, Ray, Settings, database_url, default_data_dir
+from cortex.projects.build_rules import BuildRules
 from cortex.projects.files import check_url as check_files
 from cortex.spec.api import MILLI
 from cortex.spec.quantities import read_bytes
 from cortex.store import url as store_url
 
 _DAY_S = 86_400
+_VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 
 
 def flag(name: str) -> str:
@@ -97,6 +99,10 @@ class Configuration(BaseModel):
     mem: Annotated[str, BeforeValidator(_as_words), AfterValidator(_is_size)] | None = None
     gpu: Annotated[int, Field(ge=0)] | None = None
     grace: Annotated[float, Field(ge=0)] = 10
+    build_timeout: Annotated[float, Field(gt=0)] = 1800
+    build_env: Annotated[
+        tuple[Annotated[str, Field(pattern=_VARIABLE)], ...], BeforeValidator(_separated)
+    ] = ()
     engine: Literal["local", "ray"] = "local"
     ray_address: Annotated[str, AfterValidator(_is_address)] | None = None
     ray_node_dir: str | None = None
@@ -158,6 +164,7 @@ class Configuration(BaseModel):
             ),
             ray=None if self.ray_address is None else Ray(self.ray_address, self.ray_node_dir),
             grace_s=self.grace,
+            builds=BuildRules(self.build_timeout, frozenset(self.build_env)),
             account=None if self.run_as is None else find(self.run_as),
             keep=Keep(
                 jobs_s=self.keep_jobs * _DAY_S or None,

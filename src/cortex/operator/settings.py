@@ -9,6 +9,7 @@ import platformdirs
 
 from cortex.account import Account
 from cortex.engines.base import Capacity
+from cortex.projects.build_rules import DEFAULT_RULES, BuildRules
 
 
 def default_data_dir() -> Path:
@@ -73,6 +74,7 @@ class Settings:
     all the same, unless it is `insecure`."""
     insecure: bool = False
     """Whether it lets everybody in who reaches it from other machines."""
+    builds: BuildRules = DEFAULT_RULES
     account: Account | None = None
     """Who jobs run as; None is the operator's own user."""
     keep: Keep = Keep()

@@ -6,52 +6,48 @@
     <folder>/<attempt>.lock    the versions that it had to take
     <folder>/ready             the attempt that is complete; written last
 
-Each attempt has a folder of its own: a uv that outlived a killed operator, and still writes, cannot
-spoil the attempt that followed.
+Each attempt has a folder of its own, which is handed over to that user: from then on the operator uses no path
+that leads through it. What works in there is the `build_supervisor`'s, which ends a build with all that it has started.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
-import shutil
 import signal
+import stat
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import uv
 
-from cortex.account import Account, identity
+from cortex.account import Account
 from cortex.background import in_thread
-from cortex.projects import locks
+from cortex.projects import build_supervisor, locks
+from cortex.projects.build_rules import BuildRules
 from cortex.projects.requirements import Requirements
 from cortex.removal import remove
 from cortex.spec.times import new_id
+from cortex.worker import beneath, processes
 
 NOT_BUILT = "the environment could not be built; the job's log has the resolver's words"
 
 _MOST_OUTPUT = 256 << 10
+_MOST_REPORT = 4096
 _DISK_FULL = ("os error 28", "No space left on device")  # as uv and as what it runs says it
 _MARKER = "ready"
 _LOG = ".log"
 _BESIDE = (_LOG, locks.SUFFIX, f".{_MARKER}")
-# They would make uv or a build see the operator's own environment, or contradict --python.
-_NOT_INHERITED = {
-    "CONDA_PREFIX",
-    "PGPASSFILE",  # a build is the user's code: the store and its password are not for it
-    "PGPASSWORD",
-    "PYTHONHOME",
-    "PYTHONPATH",
-    "UV_PYTHON",
-    "UV_SYSTEM_PYTHON",
-    "VIRTUAL_ENV",
-}
-# A build is the user's code: how the operator is set up and reaches its files is not for it.
-_OPERATORS_OWN = ("AWS_", "CORTEX_", "FSSPEC_")
+_TEMPORARY = "tmp"
+_MOST_LINKS = 4  # uv makes `python` one to the interpreter, and the other names to `python`
+_END_S = 30.0  # in which a supervisor has ended all of its build, and itself
+_MOST_SWEEPS = 100
 
 
 class EnvironmentFailed(Exception):
@@ -59,11 +55,13 @@ class EnvironmentFailed(Exception):
 
     Attributes:
         output: the resolver's words, all of them.
+        reason: one line, for the message of a job.
     """
 
-    def __init__(self, message: str, output: str) -> None:
+    def __init__(self, message: str, output: str, reason: str = NOT_BUILT) -> None:
         super().__init__(message)
         self.output = output
+        self.reason = reason
 
     @property
     def is_for_now(self) -> bool:
@@ -77,12 +75,16 @@ def ready(folder: Path) -> Path | None:
         attempt = (folder / _MARKER).read_text("utf-8")
     except FileNotFoundError:
         return None
-    python = _interpreter(folder / attempt)
-    return python if attempt and python.exists() else None
+    return _interpreter(folder / attempt) if attempt and _is_whole(folder / attempt) else None
 
 
 async def build(
-    wanted: Requirements, project: Path, folder: Path, account: Account | None, lock: str | None
+    wanted: Requirements,
+    project: Path,
+    folder: Path,
+    account: Account | None,
+    lock: str | None,
+    rules: BuildRules,
 ) -> Path:
     """Build what a project asks for, in a folder where nothing else builds; its interpreter.
 
@@ -97,7 +99,7 @@ async def build(
     try:
         if lock is not None:
             attempt.with_suffix(locks.SUFFIX).write_text(lock, "utf-8")
-        await _install(wanted, project, attempt, account)
+        await _install(wanted, project, attempt, account, rules)
         await in_thread(_mark, folder, attempt)
     except BaseException:
         await in_thread(_discard, attempt)
@@ -115,6 +117,21 @@ def _interpreter(attempt: Path) -> Path:
     return attempt / "venv" / "bin" / "python"
 
 
+def _is_whole(attempt: Path) -> bool:
+    """Whether its interpreter is there. Its folders are of the user that builds run as, who may have put links
+    there: none is followed but the interpreter's own, to the Python that it was made from."""
+    with suppress(OSError), beneath.opened(str(attempt), "venv", "bin") as folder:
+        name = "python"
+        for _ in range(_MOST_LINKS):
+            found = beneath.stat(folder, name)
+            if found is None or not stat.S_ISLNK(found.st_mode):
+                return found is not None and stat.S_ISREG(found.st_mode)
+            name = os.readlink(name, dir_fd=folder)
+            if "/" in name:
+                return name.startswith("/") and Path(name).exists()
+    return False
+
+
 def _start_attempt(folder: Path, attempt: Path, account: Account | None) -> None:
     """Clear what earlier attempts left: none of them is in use, or this one would not be made."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,6 +140,7 @@ def _start_attempt(folder: Path, attempt: Path, account: Account | None) -> None
         if leftover.suffix in _BESIDE:
             leftover.unlink()
         else:
+            _end_without_supervisor(leftover)
             remove(leftover)
     attempt.mkdir()
     if account is not None:
@@ -133,6 +151,7 @@ def _start_attempt(folder: Path, attempt: Path, account: Account | None) -> None
 
 
 def _discard(attempt: Path) -> None:
+    _end_without_supervisor(attempt)
     remove(attempt)
     for suffix in _BESIDE:
         attempt.with_suffix(suffix).unlink(missing_ok=True)
@@ -152,73 +171,149 @@ def _mark(folder: Path, attempt: Path) -> None:
         file.write(attempt.name)
         file.flush()
         os.fsync(file.fileno())
-    if not _interpreter(attempt).exists():
+    if not _is_whole(attempt):
         # It was given up meanwhile, or another operator cleared it away: the marker is the next one's.
         raise FileNotFoundError(errno.ENOENT, "the environment is gone", str(attempt))
     written.rename(folder / _MARKER)
 
 
 async def _install(
-    wanted: Requirements, project: Path, attempt: Path, account: Account | None
+    wanted: Requirements,
+    project: Path,
+    attempt: Path,
+    account: Account | None,
+    rules: BuildRules,
 ) -> None:
-    source = project
-    if wanted.is_local:
-        # A build writes into its source, and an editable install needs it for good.
-        source = attempt / "source"
-        await in_thread(_copy, project, source, account)
-    python = wanted.python_for_uv or own_python()
+    # A build writes into its source, and an editable install needs it for good.
+    source = attempt / "source" if wanted.is_local else project
+    copy = [str(project), str(source)] if wanted.is_local else None
     venv = attempt / "venv"
-    uv_here = partial(_uv, attempt, source, account)
-    await uv_here("venv", "--no-project", "--python", python, str(venv))
+    python = wanted.python_for_uv or own_python()
+    steps = [["venv", "--no-project", "--python", python, str(venv)]]
     if wanted.arguments:
         into = str(_interpreter(attempt))
         lock = attempt.with_suffix(locks.SUFFIX)
         by = ["--constraint", str(lock)] if lock.exists() else []
-        await uv_here("pip", "install", "--python", into, *by, *wanted.arguments)
-
-
-def _copy(project: Path, source: Path, account: Account | None) -> None:
-    shutil.copytree(project, source, symlinks=True)
-    if account is not None:
-        for path in (source, *source.rglob("*")):
-            account.own(path)
-
-
-async def _uv(attempt: Path, cwd: Path, account: Account | None, *arguments: str) -> None:
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in _NOT_INHERITED and not name.startswith(_OPERATORS_OWN)
+        steps.append(["pip", "install", "--python", into, *by, *wanted.arguments])
+    program = uv.find_uv_bin()
+    plan = {
+        "temporary": str(attempt / _TEMPORARY),
+        "user": None if account is None else account.uid,
+        "group": None if account is None else account.gid,
+        "groups": None if account is None else account.groups,
+        "steps": [
+            {"copy": copy},
+            *({"folder": str(source), "command": [program, *step]} for step in steps),
+        ],
     }
+    names = ["the copy of the project", "uv venv", "uv pip install"]
+    await _supervise(plan, names, attempt, account, rules)
+
+
+def _environment(attempt: Path, account: Account | None, rules: BuildRules) -> dict[str, str]:
+    env = rules.inherited(os.environ, is_own_user=account is None)
     if account is not None:
         env |= {**account.variables, "UV_CACHE_DIR": str(_cache(attempt))}
+    own = {"TMPDIR": str(attempt / _TEMPORARY), "NO_COLOR": "1", "UV_NO_PROGRESS": "1"}
+    return env | own
+
+
+async def _supervise(
+    plan: Mapping[str, object],
+    names: list[str],
+    attempt: Path,
+    account: Account | None,
+    rules: BuildRules,
+) -> None:
+    """Let a supervisor take the steps of a plan, which have these names."""
     log = attempt.with_suffix(_LOG)
-    with log.open("ab") as output:
-        # Not the loop's own: uvloop's cannot start a process as another user.
-        process = subprocess.Popen(  # noqa: ASYNC220  # it is waited for without blocking
-            [uv.find_uv_bin(), *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            cwd=cwd,
-            env={**env, "NO_COLOR": "1", "UV_NO_PROGRESS": "1"},
-            start_new_session=True,
-            **identity(account),
+    report, theirs = os.pipe()
+    held, lifeline = os.pipe()
+    try:
+        try:
+            with log.open("ab") as output:
+                process = subprocess.Popen(  # noqa: ASYNC220  # it is waited for without blocking
+                    [
+                        *(own_python(), "-I", "-S", build_supervisor.__file__),
+                        json.dumps({**plan, "report": theirs}),
+                    ],
+                    stdin=held,
+                    stdout=output,
+                    stderr=output,
+                    cwd="/",
+                    env=_environment(attempt, account, rules),
+                    pass_fds=[theirs],
+                    start_new_session=True,
+                )
+        except BaseException:
+            os.close(lifeline)
+            raise
+        finally:
+            os.close(theirs)
+            os.close(held)
+        is_late = await _is_late(process, lifeline, rules.timeout_s)
+        step, code = _read_report(report)
+    finally:
+        os.close(report)
+    if code == 0:
+        return
+    words = _tail(log)
+    name = names[min(step, len(names) - 1)]
+    if is_late:
+        raise EnvironmentFailed(
+            f"{name} was ended after {rules.timeout_s:g} s",
+            f"{words}{name} was ended: it took longer than {rules.timeout_s:g} s\n",
+            f"the environment was not built within {rules.timeout_s:g} s, and {name} was ended; the job's log has "
+            "its words. Mend what hangs there, or let builds take longer (`cortex serve --build-timeout`)",
         )
+    if code is None:
+        raise EnvironmentFailed(f"{name} was ended with its supervisor", words)
+    ending = f"exit code {code}" if code > 0 else f"signal {-code}"
+    raise EnvironmentFailed(f"{name} failed ({ending})", words)
+
+
+async def _is_late(process: subprocess.Popen[bytes], lifeline: int, timeout_s: float) -> bool:
+    """Whether a build takes too long. When this returns or raises, nothing of it is left."""
     ended = asyncio.ensure_future(_ended(process))
     try:
-        code = await asyncio.shield(ended)
+        done, _ = await asyncio.wait([ended], timeout=timeout_s)
+        return not done
     finally:
+        os.close(lifeline)
         if not ended.done():
-            # Its session is its process group: what uv has started ends with it.
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await asyncio.shield(ended)
-    if code != 0:
-        shown = " ".join(arguments[:2] if arguments[0] == "pip" else arguments[:1])
-        ending = f"exit code {code}" if code > 0 else f"signal {-code}"
-        words = log.read_bytes()[-_MOST_OUTPUT:].decode("utf-8", "replace")
-        raise EnvironmentFailed(f"uv {shown} failed ({ending})", words)
+            process.send_signal(signal.SIGCONT)  # a build of the same user may have stopped it
+        done, _ = await asyncio.wait([ended], timeout=_END_S)
+        if not done:
+            process.kill()
+            await asyncio.wait([ended])
+
+
+def _read_report(report: int) -> tuple[int, int | None]:
+    """The last step, and the exit code with which the build ended; None where the supervisor did not come to tell it."""
+    os.set_blocking(report, False)
+    with suppress(OSError, ValueError, IndexError):
+        words = os.read(report, _MOST_REPORT).decode().splitlines()[-1].split()
+        return int(words[0]), int(words[1]) if len(words) > 1 else None
+    return 0, None
+
+
+def _end_without_supervisor(attempt: Path) -> None:
+    """End what is left of a build whose supervisor was killed, with its operator or by the build itself."""
+    marked = "TMPDIR", str(attempt / _TEMPORARY)
+    for _ in range(_MOST_SWEEPS):
+        left = processes.with_variable(*marked)
+        if not left:
+            return
+        processes.send(left, signal.SIGSTOP)
+        below = {pid: ticks for root in left for pid, ticks in processes.descendants(root).items()}
+        processes.send(left | below, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _tail(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _MOST_OUTPUT))
+        return file.read(_MOST_OUTPUT).decode("utf-8", "replace")
 
 
 async def _ended(process: subprocess.Popen[bytes]) -> int:

@@ -17,14 +17,15 @@ import platform
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from cortex.account import Account
 from cortex.background import in_thread
 from cortex.projects import building, locks
+from cortex.projects.build_rules import DEFAULT_RULES, BuildRules
 from cortex.projects.building import EnvironmentFailed
 from cortex.projects.kept import Projects
 from cortex.projects.requirements import Requirements, read_requirements
@@ -32,7 +33,10 @@ from cortex.removal import remove
 from cortex.spec.api import DEFAULT_DEPENDENCIES, Dependencies
 from cortex.spec.times import new_id
 
-_MOST_BUILDS = 2
+_MOST_QUICK = 2
+_MOST_BUILDS = 8
+_QUICK_S = 60.0
+"""After which a build is a slow one, and makes room for another."""
 _GONE = ".gone-"
 
 
@@ -46,16 +50,23 @@ class Environments:
     """The environments below one folder, which one operator owns."""
 
     def __init__(
-        self, root: Path, account: Account | None = None, projects: Projects | None = None
+        self,
+        root: Path,
+        account: Account | None = None,
+        projects: Projects | None = None,
+        rules: BuildRules = DEFAULT_RULES,
     ) -> None:
         """`projects` keeps the lock files, if any are."""
+        self.rules = rules
+        """Of the builds that begin from now on."""
         self._root = root.absolute()
         self._account = account
         self._projects = projects
         self._builds: dict[str, _Build] = {}
         self._asked_for: set[str] = set()
         self._lock = threading.Lock()
-        self._slots = asyncio.Semaphore(_MOST_BUILDS)
+        self._all_builds = asyncio.Semaphore(_MOST_BUILDS)
+        self._quick_builds = asyncio.Semaphore(_MOST_QUICK)
 
     def identify(self, project: Path, dependencies: Dependencies = DEFAULT_DEPENDENCIES) -> str:
         """SHA-256 over all that decides what the environment of a project holds, which is in a folder
@@ -80,10 +91,18 @@ class Environments:
         """The interpreter of the project's environment, if it has been built."""
         return self._ready(self._choose(project, dependencies)[0])
 
-    async def build(self, project: Path, dependencies: Dependencies = DEFAULT_DEPENDENCIES) -> Path:
+    async def build(
+        self,
+        project: Path,
+        dependencies: Dependencies = DEFAULT_DEPENDENCIES,
+        joined: Callable[[], None] = lambda: None,
+    ) -> Path:
         """The interpreter of the project's environment, built if it has not been.
 
         Callers that want the same one share one build; it goes on as long as one of them waits.
+
+        Args:
+            joined: called when this caller has begun to wait for a build.
 
         Raises:
             EnvironmentFailed: it cannot be built; the next call tries again.
@@ -106,6 +125,7 @@ class Environments:
             build = self._builds[identity] = _Build(task)
             task.add_done_callback(lambda done: self._forget(identity, done))
         build.waiters += 1
+        joined()
         try:
             return await asyncio.shield(build.task)
         finally:
@@ -197,9 +217,33 @@ class Environments:
     async def _build(
         self, identity: str, project: Path, wanted: Requirements, lock: str | None
     ) -> Path:
-        async with self._slots:
-            folder = self._folder(identity)
-            return await building.build(wanted, project, folder, self._account, lock)
+        folder = self._folder(identity)
+        async with self._place(wanted):
+            return await building.build(wanted, project, folder, self._account, lock, self.rules)
+
+    @asynccontextmanager
+    async def _place(self, wanted: Requirements) -> AsyncIterator[None]:
+        """Two build at once, first come, first served. One that takes long, or never ends, does not count among them
+        for more than a minute."""
+        if not wanted.arguments and wanted.python_to_find is None:
+            yield  # nothing is installed: it is a moment's work
+            return
+        async with self._all_builds:
+            await self._quick_builds.acquire()
+            is_counted = True
+
+            def make_room() -> None:
+                nonlocal is_counted
+                if is_counted:
+                    is_counted = False
+                    self._quick_builds.release()
+
+            timer = asyncio.get_running_loop().call_later(_QUICK_S, make_room)
+            try:
+                yield
+            finally:
+                timer.cancel()
+                make_room()
 
 
 def _in_use(root: Path) -> set[Path]:

@@ -5,6 +5,7 @@ Called by `environments`; `kept` keeps them.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
 import sysconfig
@@ -56,5 +57,5 @@ def _listed(venv: Path, *names: str) -> list[str]:
     try:
         with beneath.opened(str(venv.parents[1]), venv.parent.name, venv.name, *names) as folder:
             return beneath.names(folder)
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:  # it is no folder
         return []

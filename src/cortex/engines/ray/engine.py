@@ -17,6 +17,7 @@ from cortex.engines.ray.attempts import Attempts
 from cortex.engines.ray.cluster import Cluster
 from cortex.engines.ray.link import LinkError
 from cortex.engines.ray.live import handle
+from cortex.engines.ray.messages import DEFAULT_BUILDS, Builds
 from cortex.engines.ray.mirror import Mirror
 from cortex.engines.ray.orders import Locks, Orders
 from cortex.errors import StartupError
@@ -34,13 +35,14 @@ class RayEngine:
         grace_s: float = 10.0,
         node_dir: str | None = None,
         locks: Locks | None = None,
+        builds: Builds = DEFAULT_BUILDS,
     ) -> None:
         self._mirror = Mirror(root)
         self._root = root
         self._address = address
         self._cluster = Cluster(address, namespace, node_dir)
         self._nodes = self._cluster.nodes
-        orders = Orders(self._cluster, namespace, grace_s, locks)
+        orders = Orders(self._cluster, namespace, grace_s, locks, builds)
         self._attempts = Attempts(self._cluster, orders, self._mirror)
 
     @property

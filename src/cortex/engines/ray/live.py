@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from cortex.engines.base import Attempt, Lost, NeverStarted, Reachable, Unreachable
-from cortex.engines.ray.messages import Hello, NodeOrder, Seat
+from cortex.engines.ray.messages import DEFAULT_BUILDS, Builds, Hello, NodeOrder, Seat
 from cortex.engines.ray.nodes import Node
 from cortex.spec.api import MILLI
 
@@ -62,6 +62,7 @@ class Live:
         grace_s: float,
         gpus: tuple[int, ...] = (),
         locks: dict[str, str] | None = None,
+        builds: Builds = DEFAULT_BUILDS,
     ) -> NodeOrder:
         """It, as its node is told of it now."""
         attempt = self.attempt
@@ -79,6 +80,7 @@ class Live:
             losses=attempt.losses,
             lost=attempt.lost,
             locks=locks or {},
+            builds=builds,
         )
 
     def lost(self, reason: str) -> Lost:

@@ -54,6 +54,18 @@ class Hello:
 
 
 @dataclass(frozen=True)
+class Builds:
+    """What nodes let builds of environments do."""
+
+    timeout_s: float = 1800
+    variables: frozenset[str] = frozenset()
+    """Names of those of a node that builds find beside the ones that all do."""
+
+
+DEFAULT_BUILDS = Builds()
+
+
+@dataclass(frozen=True)
 class NodeOrder:
     """An attempt, as a node is told of it."""
 
@@ -72,6 +84,7 @@ class NodeOrder:
     lost: str | None = None
     locks: dict[str, str] = field(default_factory=dict)
     """The lock files of its project, by their names."""
+    builds: Builds = DEFAULT_BUILDS
 
 
 @dataclass(frozen=True)

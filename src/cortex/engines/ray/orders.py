@@ -13,7 +13,7 @@ import structlog
 from cortex.engines.ray.cluster import ANSWER_S, RETRY_S, Cluster
 from cortex.engines.ray.link import LinkError, Refused
 from cortex.engines.ray.live import Live
-from cortex.engines.ray.messages import Lock, LogPiece
+from cortex.engines.ray.messages import Builds, Lock, LogPiece
 from cortex.errors import StorageUnavailable
 
 log = structlog.get_logger()
@@ -46,7 +46,12 @@ class Orders:
     Refused, it has not."""
 
     def __init__(
-        self, cluster: Cluster, namespace: str, grace_s: float, locks: Locks | None
+        self,
+        cluster: Cluster,
+        namespace: str,
+        grace_s: float,
+        locks: Locks | None,
+        builds: Builds,
     ) -> None:
         """
         Args:
@@ -58,6 +63,7 @@ class Orders:
         self._namespace = namespace
         self._grace_s = grace_s
         self._locks = locks
+        self._builds = builds
 
     async def take_seat(self, live: Live) -> tuple[int, ...]:
         """Let Ray hold what the attempt takes; the GPUs that it gives."""
@@ -103,7 +109,7 @@ class Orders:
 
     async def start(self, live: Live, gpus: tuple[int, ...], locks: dict[str, str]) -> bool:
         """Give the attempt to its node; False where that lacks the project, and nothing was begun."""
-        order = live.order(self._namespace, self._grace_s, gpus, locks)
+        order = live.order(self._namespace, self._grace_s, gpus, locks, self._builds)
         return await self._cluster.ask(live.node_id, "start", order) != "project"
 
     async def send_project(self, live: Live) -> None:

@@ -1,0 +1,384 @@
+"""Builds whose code is hostile, hangs or leaves processes behind, by the real uv."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from builds import laid_out
+from cortex.projects import building, environments, locks
+from cortex.projects.build_rules import BuildRules
+from cortex.projects.building import EnvironmentFailed
+from cortex.projects.environments import Environments
+from support import until
+
+PATIENCE_S = 150
+T = TypeVar("T")
+ENDLESS = BuildRules(timeout_s=PATIENCE_S)
+BUILD_IT = (
+    "import asyncio, sys; from pathlib import Path\n"
+    "from cortex.projects.environments import Environments\n"
+    "asyncio.run(Environments(Path(sys.argv[1])).build(Path(sys.argv[2])))\n"
+)
+LEAVE = "daemonise({daemon!r})\nopen({own!r}, 'w').write(os.readlink('/proc/self'))\nhang()\n"
+
+
+class Hanging:
+    """A project whose build daemonises a process, and then hangs."""
+
+    def __init__(self, folder: Path, before: str = "") -> None:
+        self._pids = [folder / "daemon", folder / "own"]
+        daemon, own = map(str, self._pids)
+        self.project = laid_out(
+            folder / f"p-{folder.name}", before + LEAVE.format(daemon=daemon, own=own)
+        )
+
+    @property
+    def has_begun(self) -> bool:
+        return self._pids[1].exists() and bool(self._pids[1].read_text())
+
+    def pids(self) -> list[int]:
+        return [int(path.read_text()) for path in self._pids]
+
+    @property
+    def supervisor(self) -> int:
+        pid = self.pids()[1]
+        while b"build_supervisor.py" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+            pid = parent(pid)
+        return pid
+
+    async def begun(self) -> None:
+        await asyncio.to_thread(until, lambda: self.has_begun, "the build")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "environments"
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def run(work: Coroutine[object, object, T]) -> T:
+    return asyncio.run(asyncio.wait_for(work, PATIENCE_S))
+
+
+def left_in(root: Path) -> list[Path]:
+    return [path for folder in root.iterdir() for path in folder.iterdir()]
+
+
+def test_what_a_build_has_daemonised_ends_with_it(root: Path, tmp_path: Path) -> None:
+    daemon = tmp_path / "daemon"
+    mine = laid_out(tmp_path / "p", f"daemonise({str(daemon)!r})\n")
+    python = run(Environments(root).build(mine))
+    assert not lives(int(daemon.read_text()))
+    done = subprocess.run([python, "-c", "import made; print(made.VALUE)"], check=True, stdout=-1)
+    assert done.stdout == b"7\n"
+    assert not list(root.glob("*/*/tmp"))
+
+
+def test_a_build_that_takes_too_long_is_ended_with_all_that_it_has_started(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging = Hanging(tmp_path, "print('about to hang', flush=True)\n")
+    is_late = building._is_late
+
+    async def late(process: subprocess.Popen[bytes], lifeline: int, timeout_s: float) -> bool:
+        assert timeout_s == 1234
+        await hanging.begun()
+        return await is_late(process, lifeline, 0.01)
+
+    monkeypatch.setattr(building, "_is_late", late)
+    with pytest.raises(EnvironmentFailed, match="uv pip install was ended after 1234 s") as raised:
+        run(Environments(root, rules=BuildRules(timeout_s=1234)).build(hanging.project))
+    assert not any(map(lives, hanging.pids()))
+    assert "not built within 1234 s" in raised.value.reason
+    assert "--build-timeout" in raised.value.reason
+    assert "uv pip install was ended" in raised.value.output
+    assert left_in(root) == []
+
+
+def test_a_build_has_no_time_limit_while_it_waits_for_others(root: Path, tmp_path: Path) -> None:
+    async def main() -> None:
+        hanging = [Hanging(tmp_path / str(n), f"# {n}\n") for n in range(2)]
+        made = Environments(root, rules=ENDLESS)
+        builds = [asyncio.create_task(made.build(each.project)) for each in hanging]
+        for each in hanging:
+            await each.begun()
+        made.rules = BuildRules(timeout_s=PATIENCE_S / 2)
+        third = asyncio.create_task(made.build(laid_out(tmp_path / "third", "")))
+        await asyncio.sleep(0.2)
+        assert not third.done()
+        for build in builds:
+            build.cancel()
+        assert await third
+        await asyncio.gather(*builds, return_exceptions=True)
+
+    run(main())
+
+
+def test_slow_builds_make_room_for_others(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environments, "_QUICK_S", 0.05)
+
+    async def main() -> None:
+        hanging = [Hanging(tmp_path / str(n), f"# {n}\n") for n in range(3)]
+        made = Environments(root, rules=ENDLESS)
+        builds = [asyncio.create_task(made.build(each.project)) for each in hanging]
+        for each in hanging:
+            await each.begun()
+        assert await made.build(laid_out(tmp_path / "quick", ""))
+        for build in builds:
+            build.cancel()
+        await asyncio.gather(*builds, return_exceptions=True)
+        assert not any(lives(pid) for each in hanging for pid in each.pids())
+        assert made._quick_builds._value == 2
+        assert made._all_builds._value == 8
+
+    run(main())
+
+
+def test_where_nothing_is_installed_no_other_build_is_waited_for(
+    root: Path, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        hanging = [Hanging(tmp_path / str(n), f"# {n}\n") for n in range(2)]
+        made = Environments(root, rules=ENDLESS)
+        builds = [asyncio.create_task(made.build(each.project)) for each in hanging]
+        for each in hanging:
+            await each.begun()
+        (tmp_path / "plain").mkdir()
+        assert await made.build(tmp_path / "plain")
+        for build in builds:
+            build.cancel()
+        await asyncio.gather(*builds, return_exceptions=True)
+
+    run(main())
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_build_ends_with_its_operator(root: Path, tmp_path: Path, how: signal.Signals) -> None:
+    hanging = Hanging(tmp_path)
+    operator = subprocess.Popen([sys.executable, "-c", BUILD_IT, root, hanging.project])
+    try:
+        until(lambda: hanging.has_begun, "the build")
+    finally:
+        operator.send_signal(how)
+        operator.wait()
+    until(lambda: not any(map(lives, hanging.pids())), "the build gone")
+    assert Environments(root).ready(hanging.project) is None
+
+
+def test_what_is_left_of_a_build_whose_supervisor_was_killed_too_is_ended_by_the_next_one(
+    root: Path, tmp_path: Path
+) -> None:
+    go = tmp_path / "go"
+    own = tmp_path / "own"
+    code = (
+        f"if pathlib.Path({str(go)!r}).exists():\n    raise SystemExit('the second build')\n"
+        f"open({str(own)!r}, 'w').write(os.readlink('/proc/self'))\nhang()\n"
+    )
+    mine = laid_out(tmp_path / "p", code)
+    operator = subprocess.Popen([sys.executable, "-c", BUILD_IT, root, mine])
+    until(lambda: own.exists() and own.read_text(), "the build")
+    pid = above = int(own.read_text())
+    while b"build_supervisor.py" not in Path(f"/proc/{above}/cmdline").read_bytes():
+        above = parent(above)
+    os.kill(operator.pid, signal.SIGSTOP)  # it is to see nothing of it
+    os.kill(above, signal.SIGKILL)
+    operator.kill()
+    operator.wait()
+    assert lives(pid)
+    go.touch()
+    with pytest.raises(EnvironmentFailed, match="uv pip install failed"):
+        run(Environments(root).build(mine))
+    assert not lives(pid)
+
+
+def test_a_build_that_kills_its_supervisor_fails_and_leaves_nothing(
+    root: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    code = (
+        f"open({str(own)!r}, 'w').write(os.readlink('/proc/self'))\n"
+        "pid = os.getpid()\n"
+        "while b'build_supervisor.py' not in open(f'/proc/{pid}/cmdline', 'rb').read():\n"
+        "    pid = int(open(f'/proc/{pid}/stat').read().rpartition(')')[2].split()[1])\n"
+        "os.kill(pid, signal.SIGKILL)\nhang()\n"
+    )
+    mine = laid_out(tmp_path / "p", code)
+    with pytest.raises(EnvironmentFailed, match="uv pip install was ended with its supervisor"):
+        run(Environments(root).build(mine))
+    assert not lives(int(own.read_text()))
+    assert left_in(root) == []
+
+
+@pytest.mark.parametrize("again", ["", "while True:\n{stop}"], ids=["once", "again and again"])
+def test_a_build_that_stops_its_supervisor_is_ended_all_the_same(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
+    monkeypatch.setattr(building, "_END_S", 1.0 if again else 30.0)
+    own = tmp_path / "own"
+    stop = "    os.kill(pid, signal.SIGSTOP)\n"
+    code = (
+        "pid = os.getpid()\n"
+        "while b'build_supervisor.py' not in open(f'/proc/{pid}/cmdline', 'rb').read():\n"
+        "    pid = int(open(f'/proc/{pid}/stat').read().rpartition(')')[2].split()[1])\n"
+        f"if True:\n{stop}"
+        f"open({str(own)!r}, 'w').write(os.readlink('/proc/self'))\n"
+        f"{again}hang()\n"
+    ).replace("{stop}", stop)
+
+    async def main() -> None:
+        build = asyncio.create_task(Environments(root).build(laid_out(tmp_path / "p", code)))
+        await asyncio.to_thread(until, lambda: own.exists() and own.read_text(), "the build")
+        build.cancel()
+        await asyncio.gather(build, return_exceptions=True)
+
+    run(main())
+    assert not lives(int(own.read_text()))
+    assert left_in(root) == []
+
+
+def test_a_build_that_forks_without_end_is_ended(root: Path, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    code = (
+        "import threading\n"
+        f"open({str(begun)!r}, 'w').write('x')\n"
+        "def breed(depth):\n"
+        "    while True:\n"
+        "        if os.fork() == 0:\n"
+        "            os.setsid()\n"
+        "            if depth < 1: breed(depth + 1)\n"
+        "            time.sleep(600)\n"
+        "        time.sleep(0.02)\n"
+        "breed(0)\n"
+    )
+
+    async def main() -> None:
+        build = asyncio.create_task(Environments(root).build(laid_out(tmp_path / "p", code)))
+        await asyncio.to_thread(until, begun.exists, "the build")
+        await asyncio.sleep(0.2)
+        build.cancel()
+        await asyncio.gather(build, return_exceptions=True)
+
+    run(main())
+    marked = [
+        entry.name
+        for entry in Path("/proc").glob("[0-9]*")
+        if str(root).encode() in (environ(entry) or b"")
+    ]
+    assert marked == []
+
+
+def environ(process: Path) -> bytes | None:
+    try:
+        return (process / "environ").read_bytes()
+    except OSError:
+        return None
+
+
+def test_a_build_gets_no_new_privileges_and_few_descriptors(root: Path, tmp_path: Path) -> None:
+    found = tmp_path / "found"
+    code = (
+        "status = open('/proc/self/status').read()\n"
+        "out = os.readlink('/proc/self/fd/0')\n"
+        f"open({str(found)!r}, 'w').write(status.partition('NoNewPrivs:')[2].split()[0] + out)\n"
+    )
+    run(Environments(root).build(laid_out(tmp_path / "p", code)))
+    assert found.read_text() == "1/dev/null"
+
+
+def test_a_build_finds_what_installing_takes_and_nothing_else(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed = {
+        "UV_INDEX_MINE_PASSWORD", "PIP_CONFIG_FILE", "https_proxy", "No_Proxy", "LC_TIME", "CFLAGS",
+        "XDG_CONFIG_HOME", "NAMED", "UV_NO_INDEX",
+    }  # fmt: skip
+    kept = {
+        "AWS_SECRET_ACCESS_KEY", "CORTEX_SERVE_STORE", "CORTEX_TOKEN", "FSSPEC_S3_SECRET", "PGPASSWORD",
+        "DATABASE_URL", "GITHUB_TOKEN", "HF_TOKEN", "SSH_AUTH_SOCK", "UV_PUBLISH_TOKEN", "LD_PRELOAD_X",
+        "CARGO_REGISTRY_TOKEN", "PYTHONPATH", "UV_SYSTEM_PYTHON", "OTHER",
+    }  # fmt: skip
+    for name in passed | kept:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    found = tmp_path / "found"
+    code = (
+        "import json\n"
+        "names = open('/proc/self/environ').read().split(chr(0))\n"
+        f"open({str(found)!r}, 'w').write(json.dumps([n.partition('=')[0] for n in names]))\n"
+    )
+    rules = BuildRules(variables=frozenset({"NAMED"}))
+    run(Environments(root, rules=rules).build(laid_out(tmp_path / "p", code)))
+    names = set(json.loads(found.read_text()))
+    assert passed <= names
+    assert names & kept == set()
+    assert not [name for name in names if name.startswith(("AWS_", "CORTEX_", "PG"))]
+
+
+def test_an_account_has_folders_of_its_own() -> None:
+    found = BuildRules().inherited({"XDG_CACHE_HOME": "/root/x", "PATH": "/"}, is_own_user=False)
+    assert found == {"PATH": "/"}
+
+
+def test_links_in_an_environment_are_not_followed(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    made = Environments(root)
+    python = run(made.build(tmp_path / "p"))
+    packages = next((python.parents[1] / "lib").glob("python*")) / "site-packages"
+    (packages / "one-1.0.dist-info").mkdir(parents=True)
+    assert locks.held(python) == "one==1.0\n"
+    packages.rename(tmp_path / "elsewhere")
+    packages.symlink_to(tmp_path / "elsewhere")
+    assert locks.held(python) == ""
+    assert made.ready(tmp_path / "p") == python
+    python.parent.rename(tmp_path / "bin")
+    python.parent.symlink_to(tmp_path / "bin")
+    assert made.ready(tmp_path / "p") is None
+
+
+def test_an_environment_whose_python_is_gone_is_none(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    made = Environments(root)
+    python = run(made.build(tmp_path / "p"))
+    for target in ("/nowhere/python", "python", "../bin/python", "python4"):
+        python.unlink()
+        python.symlink_to(target)
+        assert made.ready(tmp_path / "p") is None
+
+
+def test_only_the_end_of_a_build_s_words_is_read(root: Path, tmp_path: Path) -> None:
+    code = "print('x' * (1 << 20), flush=True)\nraise SystemExit('the end')\n"
+    with pytest.raises(EnvironmentFailed) as raised:
+        run(Environments(root).build(laid_out(tmp_path / "p", code)))
+    assert len(raised.value.output) <= building._MOST_OUTPUT
+    assert "the end" in raised.value.output
+
+
+def test_a_copy_of_the_project_that_fails_says_why(root: Path, tmp_path: Path) -> None:
+    mine = laid_out(tmp_path / "p", "")
+    (mine / "made" / "pipe").mkdir()
+    os.mkfifo(mine / "made" / "pipe" / "one")
+    with pytest.raises(EnvironmentFailed, match="the copy of the project failed") as raised:
+        run(Environments(root).build(mine))
+    assert "is a named pipe" in raised.value.output
