@@ -54,6 +54,7 @@ class Deployer:
         self._background = Background(_FAILED)
         self._is_driving = False
         self._current: dict[str, str] = {}  # the versions, by API, that the engine was told of
+        self._warming: dict[str, asyncio.Task[None]] = {}
 
     async def open(self) -> None:
         """Warm what is deployed, from now on, and send the store of files what it lacks."""
@@ -78,7 +79,7 @@ class Deployer:
         if not self._is_driving:
             return
         for name in self._current.keys() - {each.name for each in current}:
-            self._ctx.engine.forget(self._current.pop(name))
+            self._forget(self._current.pop(name))
         for each in current:
             self._took_effect(each.spec)
 
@@ -145,7 +146,7 @@ class Deployer:
                 self._ctx.jobs.stopped(job)
             self._current.pop(name, None)
             for spec in versions:
-                self._ctx.engine.forget(spec.api_id)
+                self._forget(spec.api_id)
         log.info("deleted", api=name, stopped_jobs=len(stopped))
         return len(stopped)
 
@@ -180,8 +181,28 @@ class Deployer:
         if before is not None:
             self._ctx.engine.forget(before)
         self._background.run(self._prepare(spec.api_id), f"warm {spec.api_id}")
+        if before is not None:
+            self._background.run(self._supersede(before, spec.api_id), f"supersede {before}")
+
+    def _forget(self, api_id: str) -> None:
+        self._ctx.engine.forget(api_id)
+        self._stop_warming(api_id)
+
+    def _stop_warming(self, api_id: str) -> None:
+        """A build that is under way for this alone, and for no job, ends."""
+        if (warming := self._warming.pop(api_id, None)) is not None:
+            warming.cancel()
+
+    async def _supersede(self, before: str, after: str) -> None:
+        # Of the same requirements, the one goes on with the build of the other.
+        await self._ctx.versions.joined(after)
+        self._stop_warming(before)
 
     async def _prepare(self, api_id: str) -> None:
+        warming = asyncio.current_task()
+        if warming is None or api_id not in self._current.values():
+            return
+        self._warming[api_id] = warming
         try:
             version = await self._ctx.versions.prepare(api_id)
             async with self._ctx.deploying:  # an API that is deleted meanwhile keeps nothing warm
@@ -192,6 +213,8 @@ class Deployer:
             log.warning("not ready for jobs", api_id=api_id, reason=error.reason)
         except (HeldUp, StorageUnavailable) as error:  # the first job asks again
             log.warning("not ready for jobs yet", api_id=api_id, reason=str(error))
+        finally:
+            self._warming.pop(api_id, None)
 
 
 def _each_once(warnings: list[list[str]]) -> list[list[str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import structlog
@@ -29,6 +29,14 @@ log = structlog.get_logger()
 _LAID_OUT_S = 5.0  # after which whoever has laid out a folder ahead has seen that it need not be
 
 
+@dataclass
+class _Unready:
+    """Jobs whose version is being made ready, by their ids."""
+
+    jobs: dict[str, Live] = field(default_factory=dict)
+    task: asyncio.Task[None] | None = None
+
+
 class Queue:
     """All methods are called on the event loop."""
 
@@ -39,8 +47,7 @@ class Queue:
         self._versions = versions
         self._blocked_by: str | None = None
         self._unplaced = 0  # jobs that are being stored, and are going to wait in the line
-        # Jobs whose version is being made ready, by its id.
-        self._unready: dict[str, list[Live]] = {}
+        self._unready: dict[str, _Unready] = {}  # by the version's id
         board.over = self.vacate
 
     def take_up(self, record: JobRecord) -> None:
@@ -126,10 +133,11 @@ class Queue:
         if live.version is not None:
             self._enqueue(live)
             return
-        unready = self._unready.setdefault(api_id, [])
-        unready.append(live)
-        if len(unready) == 1:  # one looks after it for all of them, who may be very many
-            self._board.tasks.run(self._enqueue_when_ready(api_id))
+        unready = self._unready.get(api_id)
+        if unready is None:  # one looks after it for all of them, who may be very many
+            unready = self._unready[api_id] = _Unready()
+            self._board.tasks.run(self._enqueue_when_ready(api_id, unready))
+        unready.jobs[live.record.spec.job_id] = live
 
     def watch_deadline(self, live: Live) -> bool:
         """Time a waiting job out when its deadline comes; False if that is now."""
@@ -155,6 +163,8 @@ class Queue:
     def vacate(self, live: Live) -> None:
         """A job gives back its place, if it has one."""
         job_id = live.record.spec.job_id
+        if live.version is None:
+            self._leave_unready(live)
         had_place = self.line.vacate(live.record.spec.api_name, job_id)
         if had_place or self.line.first() == job_id:  # else nobody gets on by it
             self.pump()
@@ -184,12 +194,25 @@ class Queue:
                 self._board.tasks.run(self._board.lose(live, refusal))
         self._blocked_by = None
 
-    async def _enqueue_when_ready(self, api_id: str) -> None:
+    def _leave_unready(self, live: Live) -> None:
+        api_id = live.record.spec.api_id
+        unready = self._unready.get(api_id)
+        if unready is None or unready.jobs.pop(live.record.spec.job_id, None) is None:
+            return
+        if not unready.jobs:  # no job waits for its build any more
+            del self._unready[api_id]
+            if unready.task is not None:
+                unready.task.cancel()
+
+    async def _enqueue_when_ready(self, api_id: str, unready: _Unready) -> None:
+        unready.task = asyncio.current_task()
+        if not unready.jobs:
+            return
         version = output = None
         try:
             version = await self._versions.prepare(api_id)
         except (HeldUp, StorageUnavailable) as error:
-            for live in self._unready.pop(api_id):
+            for live in self._unready.pop(api_id).jobs.values():
                 self.try_again(live, str(error))
             return
         except Unusable as error:
@@ -197,7 +220,7 @@ class Queue:
         except Exception as error:  # nobody would ever take the jobs up again
             log.error("a version could not be made ready", api_id=api_id, exc_info=error)
             reason = "an error of the operator; its log has the details"
-        for live in self._unready.pop(api_id):
+        for live in self._unready.pop(api_id).jobs.values():
             if version is None:
                 self._board.tasks.run(self._lose_unready(live, reason, output))
                 continue

@@ -7,6 +7,8 @@ environment built and a fork server warm.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
@@ -15,7 +17,7 @@ from cortex.background import in_thread
 from cortex.engines.base import Version
 from cortex.errors import NotFound, StorageUnavailable, is_shortage, is_storage
 from cortex.operator.render import shown_spec
-from cortex.projects.building import NOT_BUILT, EnvironmentFailed
+from cortex.projects.building import EnvironmentFailed
 from cortex.projects.environments import Environments
 from cortex.projects.kept import Projects
 from cortex.projects.variables import check_variables, variables
@@ -46,6 +48,13 @@ class HeldUp(Exception):
     """A version cannot be made ready now, because the disk takes no writes: it may be later."""
 
 
+@dataclass
+class _Preparation:
+    task: asyncio.Task[Version] | None = None
+    waiters: int = 0
+    has_joined: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 class Versions:
     """Every version that this operator has been asked for, prepared once."""
 
@@ -58,7 +67,8 @@ class Versions:
         self._shown: dict[str, Json] = {}
         self._ready: dict[str, Version] = {}
         self._current: dict[str, str] = {}  # by name
-        self._preparing: dict[str, asyncio.Task[Version]] = {}
+        self._preparing: dict[str, _Preparation] = {}
+        self._given_up: set[asyncio.Task[Version]] = set()
         self._locking: set[asyncio.Task[None]] = set()
 
     async def spec(self, api_id: str) -> ApiSpec:
@@ -102,7 +112,8 @@ class Versions:
         return self._ready.get(self._current.get(api_name, ""))
 
     async def prepare(self, api_id: str) -> Version:
-        """The version once it can start jobs. A failed environment is tried again at each call.
+        """The version once it can start jobs. A failed environment is tried again at each call. What is under way is
+        given up when nobody waits for it any more.
 
         Raises:
             Unusable: it cannot.
@@ -111,12 +122,31 @@ class Versions:
         """
         if api_id in self._ready:
             return self._ready[api_id]
-        task = self._preparing.get(api_id)
-        if task is None:
-            task = asyncio.create_task(self._prepare(api_id), name=f"prepare {api_id}")
-            self._preparing[api_id] = task
-            task.add_done_callback(lambda _: self._preparing.pop(api_id, None))
-        return await asyncio.shield(task)
+        preparation = self._preparing.get(api_id)
+        if preparation is None:
+            preparation = self._preparing[api_id] = _Preparation()
+            work = self._prepare(api_id, preparation.has_joined.set)
+            preparation.task = asyncio.create_task(work, name=f"prepare {api_id}")
+            preparation.task.add_done_callback(lambda _: self._prepared(api_id, preparation))
+        assert preparation.task is not None
+        preparation.waiters += 1
+        try:
+            return await asyncio.shield(preparation.task)
+        finally:
+            preparation.waiters -= 1
+            if preparation.waiters == 0 and not preparation.task.done():
+                # Forgotten at once: who comes now must not join what is being given up.
+                self._preparing.pop(api_id, None)
+                preparation.task.cancel()
+                self._given_up.add(preparation.task)
+                preparation.task.add_done_callback(self._given_up.discard)
+
+    async def joined(self, api_id: str) -> None:
+        """Wait until the environment of a version that is being prepared is being built, or there is nothing to
+        build."""
+        preparation = self._preparing.get(api_id)
+        if preparation is not None:
+            await preparation.has_joined.wait()
 
     async def describe(self, api_id: str) -> Version:
         """The version as far as a worker that has already started needs it: nothing is built."""
@@ -141,12 +171,18 @@ class Versions:
 
     async def close(self) -> None:
         """Give up what is being prepared."""
-        tasks = [*self._preparing.values(), *self._locking]
+        preparing = [each.task for each in self._preparing.values() if each.task is not None]
+        tasks = [*preparing, *self._locking]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._given_up, return_exceptions=True)
 
-    async def _prepare(self, api_id: str) -> Version:
+    def _prepared(self, api_id: str, preparation: _Preparation) -> None:
+        preparation.has_joined.set()
+        if self._preparing.get(api_id) is preparation:
+            del self._preparing[api_id]
+
+    async def _prepare(self, api_id: str, joined: Callable[[], None]) -> Version:
         spec = await self.spec(api_id)
         project, files = self.project(spec), spec.definition.dependencies
         try:
@@ -159,7 +195,7 @@ class Versions:
             if mistakes := await in_thread(check_variables, project):
                 raise Unusable(mistakes[0], "".join(f"{mistake}\n" for mistake in mistakes))
             built = self._environments
-            python = Path() if built is None else await built.build(project, files)
+            python = Path() if built is None else await built.build(project, files, joined)
             env = {**variables(project), **spec.definition.env}
         except EnvironmentFailed as error:
             if error.is_for_now:
@@ -167,7 +203,7 @@ class Versions:
                     "the disk is full, and the environment is still to be built"
                 ) from error
             log.warning("environment failed", api=spec.name, api_id=api_id)
-            raise Unusable(NOT_BUILT, error.output) from error
+            raise Unusable(error.reason, error.output) from error
         except OSError as error:
             if is_storage(error) or is_shortage(error):
                 raise HeldUp(f"the environment cannot be built now: {error}") from error
