@@ -137,7 +137,7 @@ def test_a_start_record_of_an_earlier_job_names_nobody(jobs: Jobs) -> None:
     assert isinstance(gone, records.Gone)
     assert gone.start is not None
     assert (gone.start.pid, gone.start.job_id) == (0, "")
-    assert records.started_gpus(earlier, 1) == []
+    assert gone.start.gpus == []
 
 
 def attempt() -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 
-from cortex.worker import plain, standard
+from cortex.worker import checks, plain, standard
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ JOB_ID_ROOM = 64
 
 
 encode = plain.encoder()
+shorten = checks.shorten
 _decode = json.JSONDecoder().decode
 
 
@@ -36,16 +37,45 @@ class _Message:
     def dumps(self) -> bytes:
         return encode({name: getattr(self, name) for name in self.__slots__}).encode()
 
+    def check(self) -> None:
+        """See that it can be true, where a job may have written it (`checks`).
+
+        Raises:
+            checks.Invalid: it cannot.
+        """
+
     @classmethod
     def loads(cls, data: bytes) -> Self:
-        """Fields of a later version are left out: records outlive the version that wrote them."""
+        """Read what was written of one.
+
+        Raises:
+            checks.Invalid: it is none.
+        """
         try:
             fields = _decode(data.decode())
-        except (
-            SystemError
-        ) as error:  # of CPython 3.11, where a user's own `json` is to be found instead
-            raise ValueError("it is no JSON") from error
-        return cls(**{name: fields[name] for name in cls.__slots__ if name in fields})
+        except RecursionError as error:
+            raise checks.Invalid("it is nested too deep") from error
+        except (ValueError, SystemError) as error:
+            # The latter is of CPython 3.11, where a user's own `json` is to be found instead.
+            raise checks.Invalid("it is no JSON") from error
+        return cls.of(fields)
+
+    @classmethod
+    def of(cls, fields: object) -> Self:
+        """Make one of its fields, as JSON has them. Those of a later version are left out: records outlive the version
+        that wrote them.
+
+        Raises:
+            checks.Invalid: it is none.
+        """
+        if not isinstance(fields, dict):
+            raise checks.Invalid("it is no object of JSON")
+        try:
+            made = cls(**{name: fields[name] for name in cls.__slots__ if name in fields})
+        except TypeError as error:
+            raise checks.Invalid("it lacks a field") from error
+        made.check()
+        return made
 
 
 class Setup(_Message):
@@ -206,6 +236,11 @@ class Reply(_Message):
         self.start_ns = start_ns
         self.error = error
 
+    def check(self) -> None:
+        checks.reply(self)
+        if self.record is not None:
+            self.record = ExitRecord.of(self.record).fields()
+
 
 class StartRecord(_Message):
     """`start.<attempt>`: the fence. Whoever creates it decides: a supervisor that the attempt runs,
@@ -249,6 +284,9 @@ class StartRecord(_Message):
         self.start_ns = start_ns
         self.cgroups = cgroups or []
         self.gpus = gpus or []
+
+    def check(self) -> None:
+        checks.start(self)
 
 
 class ExitRecord(_Message):
@@ -300,6 +338,9 @@ class ExitRecord(_Message):
         self.result = result
         self.has_result = has_result
 
+    def check(self) -> None:
+        checks.end(self)
+
 
 class LogCut(_Message):
     """`log.cut`: the bytes from `start` up to `end` are gone from the log, for it was over `limit`."""
@@ -310,6 +351,9 @@ class LogCut(_Message):
         self.start = start
         self.end = end
         self.limit = limit
+
+    def check(self) -> None:
+        checks.cut(self)
 
 
 class Outcome(_Message):
@@ -334,12 +378,8 @@ class Outcome(_Message):
         self.has_result = has_result
         self.lost = lost  # the platform could not even make the process what it must be
 
-
-def shorten(text: str, limit: int = 500) -> str:
-    """One line that can be stored: a name of a file that is not UTF-8 has half characters in it, which are
-    written as the streams of a task write them."""
-    text = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    def check(self) -> None:
+        checks.outcome(self)
 
 
 def size(amount: int) -> str:

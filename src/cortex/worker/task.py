@@ -18,6 +18,7 @@ import time
 import types
 
 from cortex.worker import ending, loading, measures, plain, preload, standard
+from cortex.worker.checks import MOST_DIGITS, NOT_KEPT, unfit
 from cortex.worker.messages import Outcome, encode, shorten
 
 TYPE_CHECKING = False
@@ -32,11 +33,6 @@ if TYPE_CHECKING:
 
 globals()["__builtins__"] = standard.BUILTINS
 
-MOST_RESULT = 1 << 20
-MOST_LEVELS = 250
-"""As many as a config may have: whoever reads a result comes to the end of its stack at some more."""
-MOST_DIGITS = 4300
-_NINES, _AS_NINES = b"9" * (MOST_DIGITS + 1), bytes.maketrans(b"012345678", b"999999999")
 _encode = plain.encoder(for_one=True, allow_nan=False)
 _traceback = BaseException.__dict__["__traceback__"]
 _PACKAGE = "cortex"
@@ -44,7 +40,7 @@ STAND_IN = "cortex_task"
 _REHEARSED = "cortex_rehearsed"
 _clock = time.perf_counter
 # By names of their own: a task may put others in their places.
-_exit, _write_to, _decode, _modules = os._exit, os.write, json.loads, sys.modules
+_exit, _write_to, _modules = os._exit, os.write, sys.modules
 _get_profile, _set_profile = sys.getprofile, sys.setprofile
 _get_trace, _set_trace = sys.gettrace, sys.settrace
 _USUAL = frozenset({type(None), bool, int, float, str, list, dict})
@@ -482,7 +478,7 @@ def _tell(said: Outcome, tell: Tell, result: bytes | None = None) -> None:
     except OSError:  # a task may have closed all files: the log alone can tell then
         if result is not None:
             why = "the task has closed the file that it would be kept in"
-            _print(f"cortex: the task's return value was not kept: {why}", sys.stdout)
+            _print(f"cortex: {NOT_KEPT}: {why}", sys.stdout)
 
 
 def _keep(value: object, said: Outcome, tell: Tell) -> None:
@@ -498,7 +494,7 @@ def _keep(value: object, said: Outcome, tell: Tell) -> None:
         why = f"it is not JSON: {shorten(_text(error))}"
     if why is not None:
         data = None
-        said.message = f"the task's return value was not kept: {why}"
+        said.message = f"{NOT_KEPT}: {why}"
     _tell(said, tell, data)
 
 
@@ -519,39 +515,13 @@ _decode_once = json.JSONDecoder(object_pairs_hook=_once).decode
 
 
 def _why_not(data: bytes) -> str | None:
-    if len(data) > MOST_RESULT:
-        return f"it takes {len(data)} bytes, and {MOST_RESULT} is the most"
-    if data.count(b"[") + data.count(b"{") > MOST_LEVELS and _is_deep(_decode(data)):
-        return f"it is nested over {MOST_LEVELS} levels deep"
-    if len(data) > MOST_DIGITS and _has_long_number(data):
-        return f"it has a number of over {MOST_DIGITS} digits"
+    why = unfit(data)
     try:
-        if b"{" in data:
+        if why is None and b"{" in data:
             _decode_once(data.decode())
     except _Twice as error:
         return f"several keys of a dictionary are {shorten(repr(str(error)))} in JSON"
-    return None
-
-
-def _has_long_number(data: bytes) -> bool:
-    """Python reads no such number, unless it is told to."""
-    if _NINES not in data.translate(_AS_NINES):
-        return False
-    lengths = [0]
-    _decode(data, parse_int=lambda text: lengths.append(len(text.lstrip("-"))))
-    return max(lengths) > MOST_DIGITS
-
-
-def _is_deep(value: object) -> bool:
-    held = [value]
-    for _ in range(MOST_LEVELS):
-        held = [
-            below
-            for each in held
-            if isinstance(each, (dict, list))
-            for below in (each.values() if isinstance(each, dict) else each)
-        ]
-    return any(isinstance(each, (dict, list)) for each in held)
+    return why
 
 
 def _write(data: bytes) -> None:

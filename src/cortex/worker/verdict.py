@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import time
 
-from cortex.worker import bare, files, logfile, task
+from cortex.worker import bare, checks, files, logfile
 from cortex.worker.bare import signal
 from cortex.worker.messages import ExitRecord, Outcome, shorten, size
 
@@ -24,13 +24,12 @@ EXITED, OUT_OF_MEMORY, TIMED_OUT, STOPPED, LOST = (
 )
 _FEW = 4096  # of as many bytes the kernel has to map as are asked for, not as there are
 _MAX_NAMES = 5
-_MOST_OUTCOME = task.MOST_RESULT + (1 << 16)
 
 
 def judge(seen: Supervisor, ending: str) -> ExitRecord:
     """The record of a run that was ended by this."""
     code = -signal.SIGKILL if seen.status is None else os.waitstatus_to_exitcode(seen.status)
-    said = _outcome(seen)
+    said = _outcome(seen, code)
     if said.lost:
         return lost(seen, said.message)
     if ending == EXITED and seen.groups.oom_killed():
@@ -93,7 +92,7 @@ def _hints(seen: Supervisor, said: Outcome | None) -> list[str]:
     refused = seen.bench.setup.refused.items()
     hints = [f"{name} is not imported ahead: {why}" for name, why in refused]
     loading = said.loading if said else None
-    if isinstance(loading, list) and len(loading) == 2:
+    if loading is not None:
         took_s, names = loading
         if isinstance(took_s, float) and isinstance(names, list):
             listed = ", ".join(map(str, names))
@@ -101,17 +100,21 @@ def _hints(seen: Supervisor, said: Outcome | None) -> list[str]:
                 f"each job spends {took_s:.1f} s importing {listed}: `preload: [{listed}]` in the definition "
                 "of cortex.yaml would spare it that; what it changes is in the guide"
             )
-    return hints
+    return hints[: checks.MOST_HINTS]
 
 
-def _outcome(seen: Supervisor) -> Outcome:
+def _outcome(seen: Supervisor, code: int) -> Outcome:
     said = b"" if seen.job is None else os.pread(seen.job.outcome, _FEW, 0)
     if len(said) == _FEW and seen.job is not None:
-        said = os.pread(seen.job.outcome, _MOST_OUTCOME, 0)
+        said = os.pread(seen.job.outcome, checks.MOST_OUTCOME + 1, 0)
     try:
+        if len(said) > checks.MOST_OUTCOME:
+            raise checks.Invalid(f"it takes over {checks.MOST_OUTCOME} bytes")
         return Outcome.loads(said) if said else Outcome()
-    except (ValueError, TypeError):
-        return Outcome()  # killed while it wrote
+    except checks.Invalid as error:
+        if code != 0:
+            return Outcome()  # killed while it wrote
+        return Outcome(message=f"{checks.NOT_KEPT}: what it says of its end is not valid: {error}")
 
 
 def _last_line(seen: Supervisor) -> str:

@@ -54,6 +54,7 @@ class _Live:
     taken_over: TakenOver | None = None
     stop: bool = False
     started: bool = False
+    why: str | None = None  # it is lost, if it is
     # Of the deadline, until a supervising process keeps that.
     timer: asyncio.TimerHandle | None = None
 
@@ -169,11 +170,11 @@ class Attempts:
         else:
             self._settle(live, self._lost(live, reason))
 
-    def orphaned(self, order: Order) -> None:
+    def orphaned(self, order: Order, why: str | None) -> None:
         """From a fork server: the supervising process of an order is gone."""
         live = self._ordered(order.job_id, order.attempt)
         if live is not None:
-            live.supervisor = None
+            live.supervisor, live.why = None, why
             self._background.run(self._conclude(live))
 
     def not_forked(self, job_id: str, reason: str) -> None:
@@ -262,6 +263,8 @@ class Attempts:
         await self._clean(live, limits.belonging(groups, self._root, job_id, number))
         if record is not None:
             reason = record.message or _KILLED
+        elif live.why is not None or gone.why is not None:
+            reason = live.why or f"the record of its end is not valid: {gone.why}"
         else:
             reason = _REBOOTED if gone.rebooted else _KILLED
         self._settle(live, self._lost(live, reason))

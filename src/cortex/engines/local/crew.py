@@ -36,8 +36,9 @@ class Listener(Protocol):
     def refused(self, reply: Reply) -> None:
         """An order could not be begun with: no code has run, and none is going to."""
 
-    def orphaned(self, order: Order) -> None:
-        """The supervising process of an order is gone: its records tell what became of the job."""
+    def orphaned(self, order: Order, why: str | None) -> None:
+        """The supervising process of an order is gone: its records tell what became of the job; where they tell
+        nothing, this was wrong."""
 
     def not_forked(self, job_id: str, reason: str) -> None:
         """The order could not be carried out, and never will be."""
@@ -130,7 +131,7 @@ class Crew:
             self._idle.remove(supervisor)
         self._starts.has_begun(supervisor)
         if supervisor.order is not None:
-            self._listener.orphaned(supervisor.order)
+            self._listener.orphaned(supervisor.order, supervisor.why)
         self._hand_out()
 
     def let_go(self) -> None:

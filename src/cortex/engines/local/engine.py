@@ -109,7 +109,8 @@ class LocalEngine:
     def claim(self, job_id: str, attempt: int) -> str:
         # From here on a folder that is missing is one that cannot be asked, not one never made.
         records.make(f"{self._root}/{job_id}", self._account)
-        return self._handle
+        gpus = self._ledger.gpus(job_id)
+        return records.handle(gpus) if gpus else self._handle
 
     def prepare(self, attempt: Attempt) -> None:
         order = self._order(attempt)
@@ -132,7 +133,7 @@ class LocalEngine:
 
     async def recover(self, attempt: Attempt) -> None:
         job_id = attempt.spec.job_id
-        gpus = records.started_gpus(self._folder(job_id), attempt.number)
+        gpus = records.held_gpus(self._folder(job_id), attempt)
         self._ledger.hold(job_id, attempt.version.api.compute, gpus)
         await self._attempts.recover(attempt)
 

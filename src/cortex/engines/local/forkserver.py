@@ -21,13 +21,14 @@ from cortex.account import Account, identity
 from cortex.background import in_thread
 from cortex.engines.base import Version
 from cortex.engines.local.crew import Crew, Listener
-from cortex.worker import forkserver, processes
+from cortex.worker import checks, forkserver, processes
 from cortex.worker.messages import JOB_ID_ROOM, MOST_MESSAGE, Reply, Setup, shorten
 
 READY_S = 60.0
 _END_S = 5
 _UNUSABLE = "the operator has too many open files, or the process is not of the jobs' user"
 _FDS = 2  # a pidfd and a socket come with each
+_AT_A_TIME = 64  # messages that are read before others have their turn
 _SCRIPT = str(Path(forkserver.__file__).absolute())
 
 
@@ -47,6 +48,7 @@ class ForkServer:
         self.version = version
         self.setup = setup
         self.ready = False
+        self._to_import = list(setup.preload)
         self.importing: str | None = None
         """The module that it imports ahead now, or was about to when it ended."""
         self.refused: str | None = None
@@ -65,6 +67,7 @@ class ForkServer:
         self._closed = False
         self._timer: asyncio.TimerHandle | None = None
         self._hurried = False
+        self._is_spoilt = False
         self._ending: asyncio.Task[None] | None = None
 
     @property
@@ -77,7 +80,7 @@ class ForkServer:
         """Whether somebody else ended it: that says nothing about its environment. Known once it
         has died."""
         code = None if self._process is None else self._process.returncode
-        return code == -signal.SIGKILL and not self._hurried
+        return code == -signal.SIGKILL and not (self._hurried or self._is_spoilt)
 
     @property
     def why_not_ready(self) -> str | None:
@@ -171,7 +174,9 @@ class ForkServer:
 
     def _read(self) -> None:
         assert self._socket is not None
-        while not self._closed:
+        for _ in range(_AT_A_TIME):
+            if self._closed:
+                return
             try:
                 data, fds = _receive(self._socket)
             except BlockingIOError:
@@ -181,36 +186,69 @@ class ForkServer:
             if not data:
                 self._on_end()
                 return
-            reply = Reply.loads(data)
-            if reply.pid or reply.error:
-                self._forked(reply, fds)
-            elif reply.importing is not None:
-                self.importing = reply.importing
-                self.tell_waiting()
-            elif reply.refused is not None:
-                self.refused = reply.refused
-            else:
-                self.ready = True
-                if self._timer is not None:
-                    self._timer.cancel()
-                self._ask()
+            try:
+                self._take(Reply.loads(data), fds)
+            except checks.Invalid as error:
+                self._give_up(str(error))
+                return
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+    def _take(self, reply: Reply, fds: list[int]) -> None:
+        """
+        Args:
+            fds: those that came with it; who takes one takes it out.
+
+        Raises:
+            checks.Invalid: it cannot say that now.
+        """
+        if reply.pid or reply.error:
+            if self._asked <= 0:
+                raise checks.Invalid("it tells of a process that nobody has asked it for")
+            self._forked(reply, fds)
+        elif self.ready or self.refused is not None:
+            raise checks.Invalid("it says more than once how its start has ended")
+        elif reply.importing is not None:
+            if reply.importing not in self._to_import:
+                raise checks.Invalid(f"it imports {reply.importing}, which it was not told to")
+            self._to_import.remove(reply.importing)
+            self.importing = reply.importing
+            self.tell_waiting()
+        elif reply.refused is not None:
+            self.refused = reply.refused
+        else:
+            self.ready = True
+            if self._timer is not None:
+                self._timer.cancel()
+            self._ask()
+
+    def _give_up(self, why: str) -> None:
+        """Users' code runs in it, and has spoken for it: nothing that it says can be believed any more."""
+        assert self._socket is not None
+        assert self._process is not None
+        self._words = f"what it said is not valid: {why}"
+        self._is_spoilt = True
+        self._process.kill()
+        self._on_end()
 
     def _forked(self, reply: Reply, fds: list[int]) -> None:
         self._asked -= 1
-        if len(fds) == _FDS and self._is_own(fds[0]):
-            self.crew.join(fds[0], socket.socket(fileno=fds[1]))
+        if len(fds) == _FDS and self._is_own(fds[0]) and _is_socket(fds[1]):
+            sock = socket.socket(fileno=fds.pop())
+            self.crew.join(fds.pop(), sock)
             return
-        for fd in fds:
-            os.close(fd)
         if self.crew.waiting:
             self._listener.not_forked(self.crew.take_first().job_id, reply.error or _UNUSABLE)
 
     def _is_own(self, pidfd: int) -> bool:
         """Whether it is of a process that the fork server's user may signal: with more rights than that the
         operator does so for whoever is a supervising process, and users' code runs in fork servers."""
-        if self._account is None:
-            return True
         try:
+            with contextlib.suppress(ProcessLookupError):  # it is one, of a process that is gone
+                signal.pidfd_send_signal(pidfd, 0)
+            if self._account is None:
+                return True
             return processes.owner(processes.held(pidfd)) == self._account.uid
         except OSError:
             return False
@@ -279,6 +317,16 @@ def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
     return data, list(fds)
+
+
+def _is_socket(fd: int) -> bool:
+    """Whether it is of the kind that supervising processes have."""
+    try:
+        with socket.socket(fileno=os.dup(fd)) as found:
+            kind = found.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+            return found.family == socket.AF_UNIX and kind == socket.SOCK_SEQPACKET
+    except OSError:
+        return False
 
 
 async def _ended(process: subprocess.Popen[bytes]) -> None:

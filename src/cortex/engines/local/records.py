@@ -10,17 +10,19 @@ import contextlib
 import errno
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cortex.account import Account
-from cortex.engines.base import Attempt, Ending
+from cortex.engines.base import Attempt
 from cortex.engines.local import remains
-from cortex.worker import beneath, files, logfile, processes
+from cortex.worker import beneath, checks, files, logfile, processes
 from cortex.worker.messages import ExitRecord, StartRecord
 
 HANDLE_VERSION = 1
-_ENDINGS = ("lost", *Ending)
+_MOST_RECORDS = 64
+"""That a journal may have which seem to be of one job: the first is its own, and others may name it in their results."""
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
@@ -44,13 +46,21 @@ class Gone:
     exit: ExitRecord | None
     start: StartRecord | None
     rebooted: bool
+    why: str | None = None
+    """What is wrong with the record of its end, where there is one that is none."""
 
 
 Found = Fenced | Alive | Gone
 
 
-def handle() -> str:
-    return json.dumps({"v": HANDLE_VERSION, "boot": processes.boot_id()})
+def handle(gpus: Sequence[int] = ()) -> str:
+    """What the store keeps of an attempt.
+
+    Args:
+        gpus: those that it has.
+    """
+    held = {"gpus": list(gpus)} if gpus else {}
+    return json.dumps({"v": HANDLE_VERSION, "boot": processes.boot_id(), **held})
 
 
 def make(folder: str, account: Account | None) -> None:
@@ -64,15 +74,20 @@ def make(folder: str, account: Account | None) -> None:
         account.own(Path(folder))
 
 
-def started_gpus(folder: Path, attempt: int) -> list[int]:
-    """The GPUs that a recovered attempt holds, as far as its record can be read now."""
+def held_gpus(folder: Path, attempt: Attempt) -> list[int]:
+    """The GPUs that a recovered attempt holds. Where an earlier version has claimed it its start record tells, as far
+    as that can be read now; and that is the job's to write, which has no more than it has asked for."""
+    held = _of_handle(attempt.handle, "gpus")
+    if isinstance(held, list):
+        return held
     try:
         with _opened(folder, must_exist=True) as fd:
             assert fd is not None
-            start = _start(fd, folder.name, attempt)
+            start = _start(fd, folder.name, attempt.number)
     except OSError:
         return []
-    return [] if start is None else start.gpus
+    told = [] if start is None else start.gpus
+    return told if len(set(told)) == len(told) == attempt.version.api.compute.gpu else []
 
 
 def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Found:
@@ -85,17 +100,15 @@ def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Foun
     Raises:
         OSError: the folder cannot be asked now.
     """
-    rebooted = _boot(attempt.handle) != processes.boot_id()
+    rebooted = _of_handle(attempt.handle, "boot") != processes.boot_id()
     with _opened(folder, must_exist=not rebooted) as fd:
         if fd is None:
             return Gone(None, None, rebooted=True)
-        start, over = (
-            _start(fd, folder.name, attempt.number),
-            _exit(fd, folder.name, attempt.number),
-        )
+        start = _start(fd, folder.name, attempt.number)
+        over, why = _exit(fd, folder.name, attempt.number)
         # The end is asked for first: its supervisor may be there still, with another job.
         if rebooted or over is not None:
-            return Gone(over, start, rebooted=rebooted)
+            return Gone(over, start, rebooted, why)
         if start is None:
             fence = StartRecord(job_id=folder.name, attempt=attempt.number, fenced=True)
             with beneath.opened(str(folder.parent)) as above:
@@ -109,7 +122,8 @@ def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Foun
         if alive is not None:
             return alive
         start.cgroups += remains.control_groups(folder, attempt.number)
-        return Gone(_exit(fd, folder.name, attempt.number), start, rebooted=False)
+        over, why = _exit(fd, folder.name, attempt.number)
+        return Gone(over, start, rebooted=False, why=why)
 
 
 def ended(folder: Path, attempt: int) -> Gone:
@@ -121,10 +135,9 @@ def ended(folder: Path, attempt: int) -> Gone:
     # Both are read through one open folder: it may be moved away, or back, in between.
     with _opened(folder, must_exist=True) as fd:
         assert fd is not None
-        over = _exit(fd, folder.name, attempt)
-        return Gone(
-            over, None if over is None else _start(fd, folder.name, attempt), rebooted=False
-        )
+        over, why = _exit(fd, folder.name, attempt)
+        start = None if over is None else _start(fd, folder.name, attempt)
+        return Gone(over, start, rebooted=False, why=why)
 
 
 def supervised(folder: Path, attempt: int) -> bool:
@@ -133,7 +146,7 @@ def supervised(folder: Path, attempt: int) -> bool:
         with _opened(folder, must_exist=True) as fd:
             assert fd is not None
             start = _start(fd, folder.name, attempt)
-            over = _exit(fd, folder.name, attempt) is not None
+            over = _exit(fd, folder.name, attempt)[0] is not None
     except OSError:
         return False
     if start is None or over:
@@ -177,12 +190,11 @@ def _opened(folder: Path, *, must_exist: bool):  # type: ignore[no-untyped-def] 
         os.close(fd)
 
 
-def _boot(handle: str) -> str:
+def _of_handle(handle: str, name: str) -> object:
     try:
-        boot = json.loads(handle)["boot"]
+        return json.loads(handle)[name]
     except (ValueError, KeyError, TypeError):
-        return ""
-    return str(boot)
+        return None
 
 
 def _alive(start: StartRecord | None, account: Account | None) -> Alive | None:
@@ -211,46 +223,34 @@ def _start(folder: int, job_id: str, attempt: int) -> StartRecord | None:
         return None
     try:
         record = StartRecord.loads(data)
-    except (ValueError, TypeError, RecursionError):
+    except checks.Invalid:
         return StartRecord()
-    lists = isinstance(record.cgroups, list) and isinstance(record.gpus, list)
-    is_sound = (
-        lists
-        and _are_within(1 << 31, record.pid, *record.gpus)
-        and _are_within(1 << 63, record.ticks, record.start_ns)
-        and all(isinstance(group, str) for group in record.cgroups)
-        and _is_of(record, job_id, attempt, folder, name)
-    )
-    return record if is_sound else StartRecord()
+    return record if _is_of(record, job_id, attempt, folder, name) else StartRecord()
 
 
-def _exit(folder: int, job_id: str, attempt: int) -> ExitRecord | None:
-    """How an attempt ended. Each record of a journal is a line; a record with a file of its own has no newline.
-    The first record of the attempt counts: what follows is of a later job, and may be spoilt by it."""
+def _exit(folder: int, job_id: str, attempt: int) -> tuple[ExitRecord | None, str | None]:
+    """How an attempt ended; where there is a record of that which is none, what is wrong with it. Each record of a
+    journal is a line; a record with a file of its own has no newline. The first record of the attempt counts: what
+    follows is of a later job, and may be spoilt by it."""
     name = f"exit.{attempt}"
     *lines, last = (_read(folder, name) or b"").split(b"\n")
     own = job_id.encode()
-    for data in (*(line for line in lines if own in line), last):
-        record = _exit_of(data)
+    why = None
+    for data in [*[line for line in lines if own in line][:_MOST_RECORDS], last]:
+        try:
+            record = _exit_of(data) if data else None
+        except checks.Invalid as error:
+            why = why or str(error)
+            continue
         if record is not None and _is_of(record, job_id, attempt, folder, name):
-            return record
-    return None
+            return record, None
+    return None, why
 
 
-def _exit_of(data: bytes) -> ExitRecord | None:
-    try:
-        record = ExitRecord.loads(data) if data else None
-    except (ValueError, TypeError, RecursionError):
-        return None
-    is_sound = (
-        record is not None
-        and record.ending in _ENDINGS
-        and isinstance(record.exit_code, int)
-        and abs(record.exit_code) < 1 << 31
-        and _are_within(1 << 63, record.start_ns, record.end_ns)
-        and isinstance(record.message, str | None)
-    )
-    return record if is_sound else None
+def _exit_of(data: bytes) -> ExitRecord:
+    if len(data) > checks.MOST_END:
+        raise checks.Invalid(f"it takes {len(data)} bytes, and {checks.MOST_END} is the most")
+    return ExitRecord.loads(data)
 
 
 def _is_of(
@@ -286,7 +286,3 @@ def _is_there(folder: int, name: str) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def _are_within(most: int, *numbers: object) -> bool:
-    return all(isinstance(number, int) and 0 <= number < most for number in numbers)

@@ -11,8 +11,14 @@ import signal
 import socket
 from typing import Protocol
 
-from cortex.worker import wire
+import structlog
+
+from cortex.worker import checks, wire
 from cortex.worker.messages import MOST_MESSAGE, Order, Reply
+
+log = structlog.get_logger()
+
+_LAST_WORDS = 16  # more than one process ever leaves unread: who says more has taken its socket
 
 
 def ask_to_end(pidfd: int) -> None:
@@ -50,10 +56,13 @@ class Supervisor:
 
     def __init__(self, pidfd: int, sock: socket.socket, owner: Owner) -> None:
         self.order: Order | None = None
+        self.why: str | None = None
+        """What was wrong with what it said, if anything: it is killed then."""
         self.idle_since = 0.0
         self.is_spent = False
         """Whether it takes no more jobs: one that was told to stop may see that late, and must not
         take it to be about the next."""
+        self._has_begun = False
         self._pidfd = pidfd
         self._sock = sock
         self._owner = owner
@@ -69,7 +78,7 @@ class Supervisor:
         except OSError:
             self.dismiss()
             return False
-        self.order = order
+        self.order, self._has_begun = order, False
         return True
 
     def go(self) -> bool:
@@ -125,23 +134,61 @@ class Supervisor:
             if self._sock.fileno() >= 0:
                 self._loop.remove_reader(self._sock)
             return False
-        reply = Reply.loads(data)
+        try:
+            reply = self._checked(data)
+        except checks.Invalid as error:
+            self._give_up(str(error))
+            return False
         if reply.error is not None:
             self.order, self.is_spent = None, True
+            self._kill()  # it is about to end, unless it is its job that says so
             self._owner.refused(reply)
         elif reply.ended:
             self.order = None
             self._owner.ended(self, reply)
         else:
+            self._has_begun = True
             self._owner.recorded(self, reply)
         return True
+
+    def _checked(self, data: bytes) -> Reply:
+        """What it says: a job may have written that into its socket.
+
+        Raises:
+            checks.Invalid: it cannot say that now, of the job that it has.
+        """
+        reply, order = Reply.loads(data), self.order
+        if order is None or (reply.job_id, reply.attempt) != (order.job_id, order.attempt):
+            raise checks.Invalid("it speaks of a job that is not its own")
+        if not reply.ended and (self._has_begun or not (reply.recorded or reply.error)):
+            raise checks.Invalid("it says of its job what it has said before, or nothing")
+        if reply.error is not None and os.path.lexists(
+            f"{order.folder}/start.{order.attempt}"
+        ):  # it is a string
+            raise checks.Invalid("it says that its job could not begin, which has")
+        return reply
+
+    def _give_up(self, why: str) -> None:
+        """Nothing that it says can be believed any more. What becomes of its job is told by its end."""
+        job_id = None if self.order is None else self.order.job_id
+        log.warning("a supervising process is killed", job=job_id, reason=why)
+        self.why = f"what its supervising process said is not valid: {why}"
+        self.is_spent = True
+        self._loop.remove_reader(self._sock)
+        self._sock.close()
+        self._kill()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def _on_gone(self) -> None:
         if self._pidfd < 0:
             return
         # What it said last is there before its end is.
-        while self._read():
-            pass
+        for _ in range(_LAST_WORDS):
+            if not self._read():
+                break
         collect(self._pidfd)
         self.close()
         self._owner.gone(self)
