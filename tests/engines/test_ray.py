@@ -26,7 +26,7 @@ from cortex.engines.base import (
 from cortex.engines.ray import RayEngine, orders
 from cortex.engines.ray import cluster as ray_cluster
 from cortex.errors import StartupError
-from cortex.operator.logs import read
+from cortex.operator.logs import Log, read
 from cortex.spec.api import Compute
 from engines.bench import LIMIT_S, exists, until
 from engines.ray_bench import RayBench, ready
@@ -281,8 +281,8 @@ def test_a_log_over_its_limit_is_cut_in_the_copy_too(ray_bench: RayBench) -> Non
             log_limit=1 * MIB,
         )
         await ray_bench.outcome(engine, attempt)
-        path, offset, text = engine.log(attempt.spec.job_id), 0, b""
-        while (piece := read(path, offset, MIB)).data:
+        log, offset, text = Log(engine.log(attempt.spec.job_id), 1 * MIB), 0, b""
+        while (piece := read(log, offset, MIB)).data:
             text, offset = text + piece.data, piece.end
         assert text.startswith(b"first\n")
         assert text.endswith(b"last\n")

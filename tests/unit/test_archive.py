@@ -24,6 +24,8 @@ from cortex.worker.messages import LogCut
 _SPEC = JobSpec(job_id="1", api_name="a", api_id="1", config={}, created_ns=1)
 OVER = JobRecord(1, _SPEC, State.SUCCEEDED, Wanted.RUN, attempt=1, handle=None)
 
+LIMIT = 1 << 20
+
 
 class Reader:
     """An operator that does not drive."""
@@ -119,12 +121,12 @@ def test_a_cut_log_that_cannot_be_sent_or_fetched_leaves_nothing_of_each_try(
     with monkeypatch.context() as broken:
         broken.setattr(reader.files, "put", fails)
         with pytest.raises(StorageUnavailable):
-            copies.send("1", is_sure=True)
+            copies.send("1", LIMIT, 1, is_sure=True)
         broken.setattr(reader.files, "read", fails)
         with pytest.raises(StorageUnavailable):
-            copies.send("1", is_sure=False)
+            copies.send("1", LIMIT, 1, is_sure=False)
     assert not list(reader.marks.iterdir())
-    copies.send("1", is_sure=True)
+    copies.send("1", LIMIT, 1, is_sure=True)
     assert reader.files.read("logs/1/log") == b"abcd"
     reader.log.unlink()
     assert copies.bring_back("1", is_sure=True, is_driving=True)

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 from cortex.operator import log_routes, logs
+from cortex.operator.logs import Log
+
+LIMIT = 1 << 20
 
 
 class Over:
@@ -51,7 +54,7 @@ def test_a_log_that_is_removed_while_it_is_read_ends_with_a_line_that_says_so(
 
     async def read() -> list[bytes]:
         pieces = []
-        async for piece in log_routes._rest(log, 0, log.stat().st_size):
+        async for piece in log_routes._rest(Log(log, LIMIT), 0, log.stat().st_size):
             pieces.append(piece)
             log.unlink(missing_ok=True)
         return pieces
@@ -64,7 +67,7 @@ def test_a_log_that_is_removed_while_it_is_read_ends_with_a_line_that_says_so(
 def test_a_range_of_a_log_that_is_removed_while_it_is_read_breaks_off(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_bytes(b"x" * (log_routes._CHUNK_BYTES + 1))
-    parts = log_routes._part(log, 0, log.stat().st_size)
+    parts = log_routes._part(Log(log, LIMIT), 0, log.stat().st_size)
     sent: list[MutableMapping[str, Any]] = []
 
     async def send(message: MutableMapping[str, Any]) -> None:
@@ -89,7 +92,7 @@ def test_a_log_that_is_removed_while_it_is_followed_ends_with_a_line_that_says_s
     async def follow() -> list[tuple[int, str] | None]:
         pieces = []
         async with watching() as watcher:
-            async for piece in logs.follow("1", log, 0, Over(), watcher):
+            async for piece in logs.follow("1", Log(log, LIMIT), 0, Over(), watcher):
                 pieces.append(piece)
                 log.unlink(missing_ok=True)
         return pieces
@@ -115,10 +118,10 @@ def test_what_a_job_has_written_in_place_of_a_cut_is_none(tmp_path: Path, cut: b
 
     async def followed() -> list[str]:
         async with watching() as watcher:
-            pieces = logs.follow("job", log, 0, Over(), watcher)
+            pieces = logs.follow("job", Log(log, LIMIT), 0, Over(), watcher)
             return [piece[1] async for piece in pieces if piece is not None]
 
-    assert logs.read(log, 0, 10).data == b"abc"
+    assert logs.read(Log(log, LIMIT), 0, 10).data == b"abc"
     assert asyncio.run(followed()) == ["abc"]
 
 
@@ -127,14 +130,14 @@ def test_a_log_that_comes_while_it_is_looked_for_is_followed(
 ) -> None:
     log, read = tmp_path / "log", logs.read
 
-    def begin_late(path: Path, offset: int, size: int) -> logs.Piece:
-        found = read(path, offset, size)
+    def begin_late(of: Log, offset: int, size: int) -> logs.Piece:
+        found = read(of, offset, size)
         log.open("a").close()
         return found
 
     async def follow() -> tuple[int, str] | None:
         async with watching() as watcher:
-            pieces = logs.follow("1", log, 0, Running(), watcher)
+            pieces = logs.follow("1", Log(log, LIMIT), 0, Running(), watcher)
             first = asyncio.ensure_future(anext(pieces))
             while not watcher._watches:  # noqa: ASYNC110  # nobody tells of it
                 await asyncio.sleep(0.01)
@@ -152,7 +155,7 @@ def test_whoever_stops_following_leaves_nothing_that_waits(tmp_path: Path) -> No
     async def follow() -> set[str]:
         async with watching() as watcher:
             before = asyncio.all_tasks()
-            pieces = logs.follow("1", log, 0, Running(), watcher)
+            pieces = logs.follow("1", Log(log, LIMIT), 0, Running(), watcher)
             await anext(pieces)
             second = asyncio.ensure_future(anext(pieces))
             while not asyncio.all_tasks() - before - {second}:  # noqa: ASYNC110  # nobody tells of it

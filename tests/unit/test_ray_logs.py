@@ -9,10 +9,11 @@ import pytest
 
 from cortex.engines.ray.mirror import Mirror
 from cortex.node.logs import piece
-from cortex.operator.logs import read
+from cortex.operator.logs import Log, read
 from cortex.worker.messages import LogCut
 
 MOST = 64
+LIMIT = 4096
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def copy(node: Path, mirror: Mirror, base: int = 0) -> None:
     """As the engine does, until there is no more."""
     while True:
         offset = mirror.size("job") - base
-        found = piece(node, offset, MOST)
+        found = piece(node, offset, MOST, LIMIT)
         if found.end == offset:
             return
         mirror.write("job", base, found)
@@ -49,7 +50,7 @@ def test_a_copy_whose_beginning_was_lost_goes_on_at_its_place(
 
 def shown(mirror: Mirror) -> bytes:
     text, offset = b"", 0
-    while (found := read(mirror.path("job"), offset, 1 << 20)).data:
+    while (found := read(Log(mirror.path("job"), LIMIT), offset, 1 << 20)).data:
         text, offset = text + found.data, found.end
     return text
 
@@ -77,7 +78,7 @@ def test_a_second_attempt_goes_on_where_the_first_ended(node: Path, tmp_path: Pa
 
 def cut(node: Path, start: int, end: int) -> None:
     """As a job's supervisor does with a log over its limit."""
-    (node / "log.cut").write_bytes(LogCut(start=start, end=end, limit=4096).dumps())
+    (node / "log.cut").write_bytes(LogCut(start=start, end=end, limit=LIMIT).dumps())
     with (node / "log").open("r+b") as file:
         file.seek(start)
         file.write(b"\0" * (end - start))
@@ -145,7 +146,7 @@ def test_a_link_in_the_place_of_a_log_is_not_followed(node: Path, tmp_path: Path
     secret = tmp_path / "secret"
     secret.write_text("secret")
     (node / "log").symlink_to(secret)
-    assert piece(node, 0, MOST).data == b""
+    assert piece(node, 0, MOST, LIMIT).data == b""
     (node / "log").unlink()
     os.mkfifo(node / "log")
-    assert piece(node, 0, MOST).data == b""
+    assert piece(node, 0, MOST, LIMIT).data == b""

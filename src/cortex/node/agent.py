@@ -160,8 +160,8 @@ class Agent:
                     await asyncio.wait_for(self._news.wait(), _PAUSE_S)
         return Poll(incarnation, self._seen.end, self._seen.since(after), logs)
 
-    async def read(self, job_id: str, offset: int) -> LogPiece:
-        return await asyncio.to_thread(piece, self._slot.jobs / job_id, offset, _BATCH)
+    async def read(self, job_id: str, offset: int, limit: int) -> LogPiece:
+        return await asyncio.to_thread(piece, self._slot.jobs / job_id, offset, _BATCH, limit)
 
     async def forget(self, api_id: str) -> None:
         self._engine.forget(api_id)
@@ -239,7 +239,12 @@ class Agent:
     def _grown(self, cursors: dict[str, int]) -> dict[str, LogPiece]:
         found = {}
         for job_id, offset in cursors.items():
-            here = piece(self._slot.jobs / job_id, offset, _BATCH)
+            order = self._live.get(
+                job_id
+            )  # of one that has ended, the rest is read once that is told
+            if order is None:
+                continue
+            here = piece(self._slot.jobs / job_id, offset, _BATCH, order.api.limits.log)
             if here.end > offset:
                 found[job_id] = here
         return found

@@ -14,7 +14,6 @@ from asyncinotify import Inotify, Mask, Watch
 
 from cortex.engines.ray.messages import LogPiece
 from cortex.worker import files, logfile
-from cortex.worker.messages import LogCut
 
 _CHANGES = Mask.MODIFY | Mask.CREATE
 
@@ -50,19 +49,31 @@ class LogWatch:
                 self._grown()
 
 
-def piece(folder: Path, offset: int, most: int) -> LogPiece:
+def piece(folder: Path, offset: int, most: int, limit: int) -> LogPiece:
     """Up to `most` bytes of a job's log from an offset on. The job may have put something else in its
-    place, which is not followed."""
+    place, which is not followed.
+
+    Args:
+        limit: the `limits.log` of the API's version.
+    """
+    nothing = LogPiece(offset, b"", offset, None)
     try:
-        fd = files.open_folder(str(folder))
+        folder_fd = files.open_folder(str(folder))
     except OSError:
-        return LogPiece(offset, b"", offset, None)
+        return nothing
     try:
-        data, size = _read(fd, offset, most)
-        # Asked after reading: what is being cut meanwhile reads as zeros.
-        gone = _gone(files.read(fd, logfile.CUT), size)
+        fd = _open(folder_fd)
+        if fd is None:
+            return nothing
+        try:
+            data = os.pread(fd, max(0, min(most, os.fstat(fd).st_size - offset)), offset)
+            # Asked after reading: what is being cut meanwhile reads as zeros.
+            record = files.read(folder_fd, logfile.CUT)
+            gone = logfile.lost(record, os.fstat(fd).st_size, limit)
+        finally:
+            os.close(fd)
     finally:
-        os.close(fd)
+        os.close(folder_fd)
     cut = None if gone is None else gone.dumps()
     if gone is None or offset >= gone.end:
         return LogPiece(offset, data, offset + len(data), cut)
@@ -71,23 +82,8 @@ def piece(folder: Path, offset: int, most: int) -> LogPiece:
     return LogPiece(offset, data, gone.end if end >= gone.start else end, cut)
 
 
-def _read(folder: int, offset: int, most: int) -> tuple[bytes, int]:
+def _open(folder: int) -> int | None:
     try:
-        fd = logfile.open_to_read(folder)
+        return logfile.open_to_read(folder)
     except OSError:
-        fd = None
-    if fd is None:
-        return b"", 0
-    try:
-        return os.pread(fd, most, offset), os.fstat(fd).st_size
-    finally:
-        os.close(fd)
-
-
-def _gone(record: bytes | None, size: int) -> LogCut | None:
-    try:
-        cut = LogCut.loads(record or b"")
-        is_one = all(isinstance(n, int) for n in (cut.start, cut.end, cut.limit))
-        return cut if is_one and 0 <= cut.start < cut.end <= size else None
-    except (ValueError, TypeError):  # there is none, or the job has written there itself
         return None

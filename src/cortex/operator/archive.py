@@ -25,6 +25,7 @@ from cortex.errors import NoDriver, NotFound, StorageUnavailable
 from cortex.operator.copies import Copies
 from cortex.operator.dispatcher import Dispatcher
 from cortex.projects.files import Files
+from cortex.spec.api import Limits
 from cortex.spec.job import JobRecord
 from cortex.store import Store
 
@@ -64,6 +65,7 @@ class Archive:
         self._more = asyncio.Event()
         self._pause_s = _SOONEST_S
         self._looked = float("-inf")
+        self._limits: dict[str, int] = {}  # by version
         self._is_open = False
         # Its own: a server that hangs must not take the threads that all else runs in.
         self._threads = ThreadPoolExecutor(_THREADS, "archive")
@@ -174,9 +176,11 @@ class Archive:
     async def _send(self, job_id: str) -> bool:
         """Whether there is nothing more to do for this log."""
         try:
-            # What it does not know any more, retention was about to remove.
-            if job_id not in self._unsure or await self._store.job(job_id) is not None:
-                await self._run(self._copies.send, job_id, is_sure=self._has_all_of(job_id))
+            job = await self._store.job(job_id)
+            if job is not None:  # what it does not know any more, retention was about to remove
+                limit = await self._limit(job.spec.api_id)
+                is_sure = self._has_all_of(job_id)
+                await self._run(self._copies.send, job_id, limit, job.losses + 1, is_sure=is_sure)
             self._unsure.discard(job_id)
         except (StorageUnavailable, OSError) as error:
             log.warning("a log is still to be archived", job=job_id, error=str(error))
@@ -185,6 +189,13 @@ class Archive:
         except Exception as error:  # the others' logs have to be sent all the same
             log.error("a log cannot be archived", job=job_id, exc_info=error)
         return True
+
+    async def _limit(self, api_id: str) -> int:
+        """How much is kept of a log of this version."""
+        if api_id not in self._limits:
+            spec = await self._store.version(api_id)
+            self._limits[api_id] = (spec.limits if spec is not None else Limits()).log
+        return self._limits[api_id]
 
     def _has_all_of(self, job_id: str) -> bool:
         """Whether what is here of a log that was not sent from here is surely all of it."""

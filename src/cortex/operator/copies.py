@@ -7,18 +7,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from cortex.operator.logs import REPLACED, is_replaced, is_there, lost, opened
+from cortex.operator.logs import REPLACED, Log, is_replaced, is_there, lost, opened
 from cortex.projects.files import Files
 from cortex.spec.times import new_id
-from cortex.worker import beneath, logfile
+from cortex.worker import beneath, checks, logfile
 from cortex.worker import files as records
 from cortex.worker.messages import LogCut
 
@@ -52,32 +52,36 @@ class Copies:
         here = {folder.name for folder in self._path("any").parents[1].iterdir()}
         return sorted(name for name in here - sent if not name.startswith("."))
 
-    def send(self, job_id: str, *, is_sure: bool) -> None:
-        """Send a log, if there is one; where it is not sure that all of it is here, only if none is there."""
+    def send(self, job_id: str, limit: int, attempts: int, *, is_sure: bool) -> None:
+        """Send a log, if there is one, and no more of it than its limit allows; where it is not sure that all of it is
+        here, only if none is there.
+
+        Args:
+            limit: the `limits.log` of the API's version.
+            attempts: that the job has had.
+        """
         path = self._path(job_id)
         if not path.parent.is_dir():
             return  # it never had anything to say
         if not is_sure and self._fetch(job_id, path.parent):
             (self._marks / job_id).touch()
             return
-        gone = lost(path)
         with opened(path) as fd:
-            if fd is None:
-                words = REPLACED if is_replaced(path) else ""
-                self._files.put(_log(job_id), words.encode())
-            elif gone is not None:
+            size = 0 if fd is None else os.fstat(fd).st_size
+            gone = None if fd is None else lost(Log(path, limit, attempts), fd)
+            if fd is None or (gone is None and size <= _SMALL):
+                words = REPLACED.encode() if is_replaced(path) else b""
+                self._files.put(_log(job_id), words if fd is None else os.pread(fd, size, 0))
+            else:
+                start, end = (size, size) if gone is None else (gone.start, gone.end)
                 with self._part() as part:
                     with part.open("wb") as target, open(fd, "rb", closefd=False) as source:
-                        _copy(source, target, gone.start)
-                        source.seek(gone.end)
-                        shutil.copyfileobj(source, target)
-                    self._files.put(_cut(job_id), gone.dumps())
+                        _copy(source, target, start)
+                        source.seek(end)
+                        _copy(source, target, size - end)  # whatever it has become since
+                    if gone is not None:
+                        self._files.put(_cut(job_id), gone.dumps())
                     self._files.put(_log(job_id), part)
-            elif (size := os.fstat(fd).st_size) <= _SMALL:
-                self._files.put(_log(job_id), os.pread(fd, size, 0))
-            else:
-                # Not by its name, in whose place the job may have put another file.
-                self._files.put(_log(job_id), Path(f"/proc/self/fd/{fd}"))
         (self._marks / job_id).touch()
 
     def bring_back(self, job_id: str, *, is_sure: bool, is_driving: bool) -> bool:
@@ -103,12 +107,8 @@ class Copies:
             if not self._files.get(_log(job_id), packed):
                 return False
             cut = self._files.read(_cut(job_id))
-            if cut is not None:
-                gone = LogCut.loads(cut)
-                with packed.open("rb") as source, whole.open("wb") as target:
-                    _copy(source, target, gone.start)
-                    target.seek(gone.end)
-                    shutil.copyfileobj(source, target)
+            if cut is not None and not _unpack(packed, whole, cut):
+                cut = None
             folder.mkdir(0o700, exist_ok=True)
             fd = records.open_folder(str(folder))
             try:
@@ -167,7 +167,25 @@ def _cut(job_id: str) -> str:
     return f"logs/{job_id}/{logfile.CUT}"
 
 
+def _unpack(packed: Path, whole: Path, cut: bytes) -> bool:
+    """Give a log its gap; False where the record of that cannot be true, which an earlier version did not look at."""
+    size = packed.stat().st_size
+    try:
+        gone = LogCut.loads(cut)
+        with packed.open("rb") as source, whole.open("wb") as target:
+            _copy(source, target, gone.start)
+            target.seek(gone.end)
+            _copy(source, target, size - gone.start)
+    except checks.Invalid:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EFBIG, errno.EINVAL):  # no file gets as long
+            raise
+        return False
+    return gone.start <= size
+
+
 def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
-    while size and (piece := source.read(min(size, _SMALL))):
+    while size > 0 and (piece := source.read(min(size, _SMALL))):
         target.write(piece)
         size -= len(piece)

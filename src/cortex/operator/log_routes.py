@@ -7,7 +7,6 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from http import HTTPStatus
-from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
@@ -17,14 +16,15 @@ from cortex.errors import NoDriver, NotFound, RangeNotSatisfiable, StorageUnavai
 from cortex.operator.context import Context, context
 from cortex.operator.http import Receive, Scope, Send
 from cortex.operator.logs import (
-    LARGEST,
     REMOVED,
     REPLACED,
+    Log,
     event,
     follow,
     is_replaced,
     length,
     lost,
+    opened,
     read,
 )
 from cortex.spec.job import JobRecord
@@ -73,29 +73,30 @@ async def _logs(ctx: Context, request: Request, record: JobRecord, offset: int) 
             if answer is not None:
                 return answer
         await ctx.archive.bring_back(record)
-    path = ctx.engine.log(job_id)
+    spec = await ctx.versions.spec(record.spec.api_id)
+    log = Log(ctx.engine.log(job_id), spec.limits.log, record.losses + 1)
     if "text/event-stream" in request.headers.get("accept", ""):
         resumed = request.headers.get("last-event-id", "")
         start = int(resumed) if re.fullmatch(r"\d{1,18}", resumed, re.ASCII) else offset
         return Begun(
-            _events(ctx, record, min(start, LARGEST)),
+            _events(ctx, record, log, start),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache"},
         )
-    size = length(path)
-    if size == 0 and is_replaced(path):
+    size = length(log)
+    if size == 0 and is_replaced(log.path):
         return Response(REPLACED, media_type=_TEXT)
     headers = {"Accept-Ranges": "bytes"}
     span = _span(request.headers.get("range"), size)
     if span is None:
-        parts = _rest(path, min(offset, size), size)
+        parts = _rest(log, min(offset, size), size)
         return Begun(parts, headers=headers, media_type=_TEXT)
-    start, end = _kept(path, *span)
+    start, end = _kept(log, *span)
     headers |= {
         "Content-Length": str(end - start),
         "Content-Range": f"bytes {start}-{end - 1}/{size}",
     }
-    return Begun(_part(path, start, end), 206, headers, media_type=_TEXT)
+    return Begun(_part(log, start, end), 206, headers, media_type=_TEXT)
 
 
 class Begun(StreamingResponse):
@@ -125,13 +126,14 @@ def _span(header: str | None, size: int) -> tuple[int, int] | None:
     return None if end <= start else (start, end)
 
 
-def _kept(path: Path, start: int, end: int) -> tuple[int, int]:
+def _kept(log: Log, start: int, end: int) -> tuple[int, int]:
     """What is there of a range: of a log that was cut, the part before the gap or after it.
 
     Raises:
         RangeNotSatisfiable: all of it is gone.
     """
-    gone = lost(path)
+    with opened(log.path) as fd:
+        gone = None if fd is None else lost(log, fd)
     if gone is None or end <= gone.start or start >= gone.end:
         return start, end
     if start < gone.start:
@@ -143,10 +145,10 @@ def _kept(path: Path, start: int, end: int) -> tuple[int, int]:
     return gone.end, end
 
 
-async def _rest(path: Path, start: int, end: int) -> AsyncIterator[bytes]:
+async def _rest(log: Log, start: int, end: int) -> AsyncIterator[bytes]:
     """A log up to where it ended when it was asked for, with a line for what is gone of it."""
     while start < end:
-        piece = await asyncio.to_thread(read, path, start, min(_CHUNK_BYTES, end - start))
+        piece = await asyncio.to_thread(read, log, start, min(_CHUNK_BYTES, end - start))
         if not piece.data:
             yield REMOVED.encode()
             return
@@ -154,20 +156,19 @@ async def _rest(path: Path, start: int, end: int) -> AsyncIterator[bytes]:
         yield piece.data
 
 
-async def _part(path: Path, start: int, end: int) -> AsyncIterator[bytes]:
+async def _part(log: Log, start: int, end: int) -> AsyncIterator[bytes]:
     """Exactly these bytes of a log that may be growing, or be cut."""
     while start < end:
-        piece = await asyncio.to_thread(read, path, start, min(_CHUNK_BYTES, end - start))
+        piece = await asyncio.to_thread(read, log, start, min(_CHUNK_BYTES, end - start))
         if not piece.data or piece.is_marker:
             raise StorageUnavailable("the log was cut or removed while it was read")
         start = piece.end
         yield piece.data
 
 
-async def _events(ctx: Context, record: JobRecord, offset: int) -> AsyncIterator[str]:
+async def _events(ctx: Context, record: JobRecord, log: Log, offset: int) -> AsyncIterator[str]:
     job_id = record.spec.job_id
-    path = ctx.engine.log(job_id)
-    async for piece in follow(job_id, path, offset, ctx.jobs, ctx.watcher):
+    async for piece in follow(job_id, log, offset, ctx.jobs, ctx.watcher):
         yield ": still here\n\n" if piece is None else event("log", piece[1], piece[0])
     record = await ctx.store.job(job_id) or record
     if record.state in IN_PROGRESS:  # another operator drives it now, and there it goes on

@@ -22,11 +22,20 @@ from cortex.worker.messages import size as readable
 _CHUNK_BYTES = 64 * 1024
 _KEEP_ALIVE_S = 15
 _MOST_RECORD = 4096
-LARGEST = 1 << 40
-"""No file system takes a read much further on."""
 
 REMOVED = "[cortex: the log was removed while it was read]\n"
 REPLACED = "[cortex: the log is not shown, for the job has put something else in its place]\n"
+
+
+@dataclass(frozen=True)
+class Log:
+    """A job's log: what there is of it, beyond which nothing is read, whatever its file is."""
+
+    path: Path
+    limit: int
+    """The `limits.log` of the API's version."""
+    attempts: int = 1
+    """That the job has had."""
 
 
 class LogWatcher:
@@ -87,12 +96,12 @@ class Followed(Protocol):
 
 
 async def follow(
-    job_id: str, path: Path, offset: int, jobs: Followed, watcher: LogWatcher
+    job_id: str, log: Log, offset: int, jobs: Followed, watcher: LogWatcher
 ) -> AsyncIterator[tuple[int, str] | None]:
     """The log from a byte offset on: (offset after it, text) for each piece as it is written, None
     when nothing came for a while; it ends when the last process of the job is gone and all was
     read. Bytes that are no UTF-8 are replaced."""
-    grown = asyncio.Event()
+    path, grown = log.path, asyncio.Event()
     begun_at = offset
     watching = False
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -102,7 +111,7 @@ async def follow(
             watching = watching or watcher.add(path, grown)
             # Asked before reading: what is written until the end is then surely read.
             ended = not jobs.in_progress(job_id)
-            while (piece := await asyncio.to_thread(read, path, offset, _CHUNK_BYTES)).data:
+            while (piece := await asyncio.to_thread(read, log, offset, _CHUNK_BYTES)).data:
                 offset = piece.end
                 if piece.is_marker:
                     decoder.reset()  # the rest of a character that was cut in two is gone
@@ -144,13 +153,16 @@ class Piece:
     """Whether these stand for bytes that are gone."""
 
 
-def read(path: Path, offset: int, size: int) -> Piece:
+def read(log: Log, offset: int, size: int) -> Piece:
     """Up to `size` bytes of a log from an offset on; none where there is no log yet. For the part
     that a log over its limit has lost there is one line that says so."""
-    with opened(path) as fd:
-        data = b"" if fd is None else os.pread(fd, size, offset)
-    # Asked after reading: what is being cut meanwhile reads as zeros.
-    gone = lost(path)
+    with opened(log.path) as fd:
+        if fd is None:
+            return Piece(b"", offset)
+        # No file takes a read that goes on beyond the largest offset.
+        data = os.pread(fd, max(0, min(size, os.fstat(fd).st_size - offset)), offset)
+        # Asked after reading: what is being cut meanwhile reads as zeros.
+        gone = lost(log, fd)
     if gone is not None and gone.start <= offset < gone.end:
         return Piece(_marker(gone), gone.end, is_marker=True)
     if gone is not None and offset < gone.start:
@@ -185,23 +197,21 @@ def is_replaced(path: Path) -> bool:
     return False
 
 
-def length(path: Path) -> int:
+def length(log: Log) -> int:
     """The bytes that a log has had so far."""
-    with opened(path) as fd:
+    with opened(log.path) as fd:
         return 0 if fd is None else os.fstat(fd).st_size
 
 
-def lost(path: Path) -> LogCut | None:
-    """The part that a log has lost, if any."""
-    with opened(path.with_name(logfile.CUT)) as fd:
-        data = b"" if fd is None else os.pread(fd, _MOST_RECORD, 0)
-    try:
-        gone = LogCut.loads(data)
-    except (ValueError, TypeError, RecursionError):  # none, or the job has written there itself
-        return None
-    numbers = (gone.start, gone.end, gone.limit)
-    is_sound = all(isinstance(n, int) for n in numbers) and 0 <= gone.start < gone.end <= LARGEST
-    return gone if is_sound else None
+def lost(log: Log, fd: int) -> LogCut | None:
+    """The part that a log has lost, if any.
+
+    Args:
+        fd: of its open file.
+    """
+    with opened(log.path.with_name(logfile.CUT)) as record:
+        data = b"" if record is None else os.pread(record, _MOST_RECORD, 0)
+    return logfile.lost(data, os.fstat(fd).st_size, log.limit, log.attempts)
 
 
 def _marker(gone: LogCut) -> bytes:

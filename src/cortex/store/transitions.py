@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
+from pydantic import JsonValue
 from sqlalchemy import ColumnElement, Connection, Update, bindparam, case, func, or_, select, update
 
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import TRANSITIONS, Event, State, Wanted, sources
 from cortex.store.prepared import Prepared, Row, Value
 from cortex.store.schema import IS_IN_PROGRESS, jobs
+from cortex.worker.checks import NOT_KEPT, unfit
 
 _wanted_run = jobs.c.wanted == Wanted.RUN
 _begun = func.coalesce(jobs.c.start_ns, jobs.c.created_ns)
@@ -139,11 +142,13 @@ def _as_text(facts: Facts) -> Facts:
 
 
 def record(row: Row, spec: JobSpec | None = None) -> JobRecord:
-    """The job that a row of all columns holds."""
+    """The job that a row of all columns holds. An earlier version has stored what a job had written as its own end, and
+    what can be shown of that is: one such row must not be an error for all who list jobs."""
     (
         seq, _, _, _, spec_text, _, state, wanted, attempt, handle, start_ns, end_ns, exit_code,
         message, result, _, _, has_folder, losses,
     ) = row  # fmt: skip
+    value, why = (None, None) if result is None else _result(result)
     return JobRecord(
         seq=seq,
         spec=spec or JobSpec(**json.loads(spec_text)),
@@ -151,12 +156,34 @@ def record(row: Row, spec: JobSpec | None = None) -> JobRecord:
         wanted=Wanted(wanted),
         attempt=attempt,
         handle=handle,
-        start_ns=start_ns,
-        end_ns=end_ns,
-        exit_code=exit_code,
-        message=message,
-        result=None if result is None else json.loads(result),
-        has_result=result is not None,
+        start_ns=_whole(start_ns),
+        end_ns=_whole(end_ns),
+        exit_code=_whole(exit_code),
+        message=message if why is None else message or f"{NOT_KEPT}: {why}",
+        result=value,
+        has_result=result is not None and why is None,
         has_folder=bool(has_folder),
         losses=losses,
     )
+
+
+def _result(text: str) -> tuple[JsonValue, str | None]:
+    """A result that was stored; or why it cannot be shown."""
+    try:
+        value: JsonValue = _decode(text)
+    except (ValueError, RecursionError) as error:
+        return None, f"it is not JSON: {error}"
+    why = unfit(text.encode(), value)
+    return (value, None) if why is None else (None, why)
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number there")
+
+
+_decode = json.JSONDecoder(parse_constant=_no_number).decode
+
+
+def _whole(value: object) -> int | None:
+    """SQLite takes any text for a number."""
+    return value if isinstance(value, int) else None

@@ -11,7 +11,7 @@ import os
 import stat
 import time
 
-from cortex.worker import files
+from cortex.worker import checks, files
 from cortex.worker.messages import LogCut
 from cortex.worker.processes import libc
 
@@ -26,6 +26,7 @@ _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 # None is there, a link, a socket, one that may not be read, one with a lease on it.
 _NOT_OPENED = (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EACCES, errno.EAGAIN)
 _LONGEST_LINE = 1 << 16
+_SLACK = 2 * _LONGEST_LINE
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _CANNOT = b"cortex: the file system cannot drop a part of a file, so limits.log is not kept\n"
 
@@ -129,6 +130,30 @@ class Log:
             self._gave_up = True
             self._cut = None
             os.pwrite(fd, _CANNOT, size)
+
+
+def lost(record: bytes | None, size: int, limit: int, attempts: int = 1) -> LogCut | None:
+    """The part that a log has lost: what its record says, where that can be true, and as much of its middle as is over
+    its limit all the same. A job can write both, and a log of the largest file that there can be takes no room.
+
+    Args:
+        record: the content of `log.cut`, read before the size was asked for.
+        size: of the log's file.
+        attempts: that have written it; each may have filled it.
+    """
+    try:
+        cut = LogCut.loads(record) if record else None
+    except checks.Invalid:
+        cut = None
+    if cut is not None and cut.end > size:
+        cut = None
+    most = limit * attempts + _SLACK
+    if size - (0 if cut is None else cut.end - cut.start) > most:
+        start, end = most // 2, size - most // 2
+        if cut is not None:
+            start, end = min(cut.start, start), max(cut.end, end)
+        return LogCut(start=start, end=end, limit=limit)
+    return cut and LogCut(start=cut.start, end=cut.end, limit=limit)
 
 
 def punch(fd: int, start: int, end: int) -> bool:

@@ -25,6 +25,7 @@ from cortex.engines.base import (
     Unreachable,
     Waits,
 )
+from cortex.engines.ray.checked import checked, checked_lock, checked_piece
 from cortex.engines.ray.cluster import RETRY_S, Cluster
 from cortex.engines.ray.link import LinkError, Refused
 from cortex.engines.ray.live import Live, taken_up
@@ -33,6 +34,7 @@ from cortex.engines.ray.mirror import Mirror
 from cortex.engines.ray.nodes import Node
 from cortex.engines.ray.orders import Orders
 from cortex.errors import StorageUnavailable, is_storage
+from cortex.worker import checks
 
 log = structlog.get_logger()
 
@@ -138,20 +140,30 @@ class Attempts:
             if live.started and not live.ending and live.copied
         }
 
-    async def told(self, poll: Poll) -> None:
+    async def told(self, node: Node, poll: Poll) -> None:
+        there = self._on_node.get(node.node_id, {})
         for job_id, piece in poll.logs.items():
-            live = self._live.get(job_id)
+            live = there.get(job_id)
             if live is not None and not live.ending:
                 await self._copy(live, piece)
         for seen in poll.seen:
             if isinstance(seen, CapacityFreed):
                 continue
             if isinstance(seen, Lock):
-                self._background.run(self._orders.keep_lock(seen))
+                self._keep_lock(seen)
                 continue
-            live = self._live.get(seen.job_id)
+            live = there.get(seen.job_id)
             if live is not None and live.number == seen.attempt:
-                self._take_in(live, seen)
+                try:
+                    self._take_in(live, checked(seen))
+                except checks.Invalid as error:
+                    self._lose(live, f"what its node told of it is not valid: {error}")
+
+    def _keep_lock(self, lock: Lock) -> None:
+        try:
+            self._background.run(self._orders.keep_lock(checked_lock(lock)))
+        except checks.Invalid as error:
+            log.warning("a node's lock file is not kept", reason=str(error))
 
     def freed(self) -> None:
         if self._nodes.freed():
@@ -182,10 +194,13 @@ class Attempts:
 
     async def _copy(self, live: Live, piece: LogPiece) -> None:
         try:
+            piece = checked_piece(piece)
             await asyncio.to_thread(self._mirror.write, live.job_id, live.base, piece)
-        except OSError as error:
+        except (OSError, checks.Invalid) as error:
             log.warning("a log cannot be copied", job=live.job_id, error=str(error))
-            live.copied = is_storage(error)  # then it is asked for again with the next poll
+            live.copied = isinstance(error, OSError) and is_storage(
+                error
+            )  # then it is asked for again with the next poll
             await asyncio.sleep(RETRY_S)
 
     async def _finish(self, live: Live, last: Last) -> None:
@@ -201,6 +216,8 @@ class Attempts:
                 await self._copy(live, piece)
             except LinkError:
                 await asyncio.sleep(RETRY_S)
+            except checks.Invalid:
+                break
         self._settle(live, last)
 
     async def _begin(self, live: Live) -> None:

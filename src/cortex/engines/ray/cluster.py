@@ -48,8 +48,8 @@ class Listener(Protocol):
     def cursors(self, node: Node) -> dict[str, int]:
         """The offsets from which on the logs of a node's jobs are wanted."""
 
-    async def told(self, poll: Poll) -> None:
-        """What an agent has seen."""
+    async def told(self, node: Node, poll: Poll) -> None:
+        """What the agent of a node has seen."""
 
     def freed(self) -> None:
         """There may be more to take than before."""
@@ -217,7 +217,7 @@ class Cluster:
             if poll.incarnation != hello.incarnation:
                 return
             seq = poll.seq
-            await self._listener.told(poll)
+            await self._listener.told(node, poll)
 
     def _out_of_reach(self, node: Node, reason: str) -> None:
         if node.problem != reason:

@@ -4,11 +4,12 @@ followed and kept in the same way wherever its job ran, and outlives its node. C
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 from cortex.engines.ray.messages import LogPiece
-from cortex.worker import files, logfile
+from cortex.worker import checks, files, logfile
 from cortex.worker.messages import LogCut
 
 
@@ -79,7 +80,8 @@ class Mirror:
             known = files.read(folder, logfile.CUT)
             start = base + cut.start
             if known:  # one gap is all that a log has: that of an earlier attempt grows
-                start = min(start, LogCut.loads(known).start)
+                with contextlib.suppress(checks.Invalid):
+                    start = min(start, LogCut.loads(known).start)
             moved = LogCut(start=start, end=base + cut.end, limit=cut.limit).dumps()
             if known != moved:
                 files.put(folder, logfile.CUT, moved)

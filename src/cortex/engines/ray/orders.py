@@ -10,6 +10,7 @@ from typing import Protocol
 
 import structlog
 
+from cortex.engines.ray.checked import checked_piece
 from cortex.engines.ray.cluster import ANSWER_S, RETRY_S, Cluster
 from cortex.engines.ray.link import LinkError, Refused
 from cortex.engines.ray.live import Live
@@ -127,9 +128,9 @@ class Orders:
 
     async def log_from(self, live: Live, offset: int) -> LogPiece:
         """A piece of the log that the node has; the empty one at its end."""
-        piece = await self._cluster.ask(live.node_id, "read", live.job_id, offset)
-        assert isinstance(piece, LogPiece)
-        return piece
+        limit = live.attempt.version.api.limits.log
+        piece = await self._cluster.ask(live.node_id, "read", live.job_id, offset, limit)
+        return checked_piece(piece)
 
     async def hint(self, node_id: str, method: str, *arguments: object) -> None:
         """Tell a node something that need not reach it."""
