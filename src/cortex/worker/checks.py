@@ -60,6 +60,7 @@ def start(record: StartRecord) -> None:
         Invalid: it is none.
     """
     _of(record.job_id, record.attempt)
+    _whole("v", record.v, 0, _MOST_INT)
     _flag("fenced", record.fenced)
     _whole("pid", record.pid, 0, _MOST_INT)
     _whole("ticks", record.ticks, 0, _MOST_LONG)
@@ -80,6 +81,7 @@ def end(record: ExitRecord) -> None:
         Invalid: it is none.
     """
     _of(record.job_id, record.attempt)
+    _whole("v", record.v, 0, _MOST_INT)
     if not isinstance(record.ending, str) or record.ending not in ENDINGS:
         raise _invalid("ending", record.ending, f"one of {', '.join(sorted(ENDINGS))}")
     _whole("exit_code", record.exit_code, -_MOST_SIGNAL, _MOST_CODE)
