@@ -1,0 +1,276 @@
+"""Jobs that lie about their own ends, in each way that they have: a lie about oneself is taken if it can be true, and
+nobody else's jobs, lists or operator are the worse for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import loaded
+from support import FINAL, PROBE, TIME, Operator, operator, probe_yaml
+
+END = {
+    "v": 1, "ending": "exited", "exit_code": 0, "start_ns": 1, "end_ns": 2, "message": None,
+    "result": "a lie", "has_result": True,
+}  # fmt: skip
+YAML = """
+- name: liar
+  kind: TaskAPI
+  definition: {path: liar.py}
+  compute: {cpu: 1m}
+"""
+LIAR = """
+import ctypes, json, os, signal, socket, time
+
+
+def task(config):
+    globals()[config["by"]](config["data"].encode("latin-1"))
+
+
+def outcome(data):
+    for fd in os.listdir("/proc/self/fd"):
+        if "memfd:outcome" in os.path.realpath(f"/proc/self/fd/{fd}"):
+            os.write(int(fd), data)
+            os._exit(0)
+
+
+def record(data):
+    folder = os.path.dirname(os.environ["CORTEX_JOB_SPEC"])
+    job = os.environ["CORTEX_JOB_ID"].encode()
+    with open(f"{folder}/exit.1", "wb") as file:
+        file.write(data.replace(b"OWN", job))
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def speak(data):
+    supervisor, libc = os.getppid(), ctypes.CDLL(None)
+    pidfd = os.pidfd_open(supervisor)
+    said = False
+    for fd in map(int, os.listdir(f"/proc/{supervisor}/fd")):
+        own = libc.syscall(438, pidfd, fd, 0)
+        try:
+            sock = socket.socket(fileno=own)
+        except OSError:
+            continue
+        for message in data.replace(b"OWN", os.environ["CORTEX_JOB_ID"].encode()).split(b"\\n"):
+            said = sock.send(message) > 0
+    assert said
+    print("said", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(scope="module")
+def liar(shared: Operator) -> str:
+    return shared.deployed(YAML, {"liar.py": LIAR})
+
+
+@pytest.fixture
+def victim(shared: Operator, probe: str, tmp_path: Path) -> Any:
+    """A job of somebody else's, which runs meanwhile and is well in the end."""
+    go = tmp_path / "go"
+    job = shared.submit(probe, config={"do": "say", "go": str(go)})
+    shared.await_log(probe, job, "line 0")
+    yield job
+    assert shared.status(probe, job)["status"] == "status_running"
+    go.touch()
+    assert shared.finished(probe, job)["status"] == "status_succeeded"
+
+
+def lie(operator: Operator, endpoint: str, by: str, data: bytes | object) -> Any:
+    """What is shown of a job that lies; and all else is shown, too."""
+    text = data.decode("latin-1") if isinstance(data, bytes) else json.dumps(data)
+    found = operator.run(endpoint, config={"by": by, "data": text})
+    check_lists(operator, endpoint, found["job_id"])
+    assert TIME.match(found["start_time"])
+    assert found["created_time"] <= found["start_time"] <= found["end_time"] < "2100"
+    assert len(found.get("message", "")) <= 2000
+    return found
+
+
+def check_lists(operator: Operator, endpoint: str, job_id: str) -> None:
+    name = endpoint.rpartition("/")[2]
+    listed = operator.http.get(endpoint)
+    assert listed.status_code == 200, listed.text
+    assert job_id in [each["job_id"] for each in listed.json()["job_statuses"]]
+    for path in ("/-/apis", f"/-/apis/{name}", "/metrics"):
+        assert operator.http.get(operator.url + path).status_code == 200
+
+
+def cortex(operator: Operator, *words: str) -> str:
+    environment = {**os.environ, "CORTEX_OPERATOR_ENDPOINT": operator.url}
+    done = loaded.run(*words, env=environment)
+    assert done.returncode == 0, done.stderr
+    return str(done.stdout)
+
+
+def record(**changed: object) -> dict[str, object]:
+    return {**END, "job_id": "OWN", "attempt": 1, **changed}
+
+
+OUTCOMES: dict[str, tuple[bytes, str]] = {
+    "NaN": (b'{"has_result": true, "result": NaN}', "not JSON"),
+    "a number beyond all": (b'{"has_result": true, "result": [1e999]}', "not JSON"),
+    "5 MB": (b'{"has_result": true, "result": "' + b"x" * 5_000_000 + b'"}', "over "),
+    "2 MB": (b'{"has_result": true, "result": "' + b"x" * 1_100_000 + b'"}', "1100002 bytes"),
+    "deep": (b'{"has_result": true, "result": ' + b"[" * 900 + b"]" * 900 + b"}", "nested over"),
+    "very deep": (b'{"has_result": true, "result": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "deep"),
+    "no JSON": (b"\xff\x00", "no JSON"),
+    "a list": (b"[1]", "no object"),
+    "other types": (b'{"has_result": "yes", "result": 1}', "has_result"),
+    "a message that is none": (b'{"message": {"a": 1}}', "message is a dict"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_what_a_job_says_of_itself_is_left_out_where_it_cannot_be_kept(
+    shared: Operator, liar: str, name: str
+) -> None:
+    data, words = OUTCOMES[name]
+    found = lie(shared, liar, "outcome", data)
+    assert found["status"] == "status_succeeded"
+    assert "result" not in found
+    assert found["message"].startswith("the task's return value was not kept: ")
+    assert words in found["message"]
+
+
+def test_a_message_of_a_megabyte_is_a_line(shared: Operator, liar: str) -> None:
+    said = {"message": "a\ud800\0" + "b" * 1_100_000, "has_result": True, "result": "\ud800\0"}
+    found = lie(shared, liar, "outcome", said)
+    assert found["message"].startswith("a\\ud800")
+    assert len(found["message"]) == 500
+    assert found["result"] == "\ud800\0"
+    shown = cortex(shared, "get", "liar", found["job_id"], "-o", "json")
+    assert json.loads(shown)["job_status"]["message"] == found["message"]
+    cortex(shared, "get", "liar", found["job_id"])
+
+
+FORGED: dict[str, tuple[bytes | object, str]] = {
+    "a text for a number": (record(end_ns="x"), "end_ns is 'x'"),
+    "an exit code that is none": (record(exit_code=1 << 20), "exit_code is 1048576"),
+    "an end before the start": (record(end_ns=0), "end_ns is 0"),
+    "an ending that is none": (record(ending="over"), "ending is 'over'"),
+    "a message that is none": (record(message=[1]), "message is a list"),
+    "5 MB": (record(result="x" * 5_000_000), "the most"),
+    "a message of 7 MB": (record(message="x" * 7_000_000), "the most"),
+    "no JSON": (b"{", "no JSON"),
+    "deep": (b"[" * 100_000, "deep"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_forged_record_of_an_end_is_a_lost_attempt_with_words(
+    shared: Operator, liar: str, name: str
+) -> None:
+    data, words = FORGED[name]
+    found = lie(shared, liar, "record", data)
+    assert found["status"] == "status_unexpected_error"
+    assert found["message"].startswith("the record of its end is not valid: ")
+    assert words in found["message"]
+
+
+def test_a_lie_about_oneself_is_a_valid_record_or_none(shared: Operator, liar: str) -> None:
+    found = lie(
+        shared, liar, "record", record(end_ns=4_600_000_000 * 10**9, message="x" * 1_200_000)
+    )
+    assert found["status"] == "status_succeeded"
+    assert found["result"] == "a lie"
+    assert len(found["message"]) == 500
+    nan = json.dumps(record()).replace('"a lie"', "NaN").encode()
+    found = lie(shared, liar, "record", nan)
+    assert found["status"] == "status_succeeded"
+    assert "result" not in found
+    assert "not JSON" in found["message"]
+
+
+def said(**fields: object) -> dict[str, object]:
+    return {"job_id": "OWN", "attempt": 1, "start_ns": 1, **fields}
+
+
+SAID: dict[str, tuple[bytes | object, str]] = {
+    "no JSON": (b"{", "no JSON"),
+    "cut": (b"x" * 70_000, "no JSON"),
+    "a record with a text for a number": (said(ended=True, record=record(end_ns="x")), "end_ns"),
+    "an empty record": (said(ended=True, record={}), "lacks a field"),
+    "numbers that are none": (said(ended=True, start_ns=[1]), "start_ns"),
+    "its start again and again": (b"\n".join([json.dumps(said(recorded=True)).encode()] * 200), "before"),
+    "that it never began": (said(error="the disk is full", errno=28), "its job"),
+    "nothing": (said(), "nothing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_who_speaks_for_its_supervising_process_is_lost_where_that_cannot_be(
+    shared: Operator, liar: str, victim: Any, name: str
+) -> None:
+    data, words = SAID[name]
+    found = lie(shared, liar, "speak", data)
+    assert found["status"] == "status_unexpected_error"
+    assert found["message"].startswith("what its supervising process said is not valid: ")
+    assert words in found["message"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"ended": True, "record": {**END, "job_id": "VICTIM", "attempt": 1}}, {"error": "no"}],
+)
+def test_no_job_speaks_for_another(
+    shared: Operator, liar: str, victim: Any, fields: dict[str, object]
+) -> None:
+    forged = json.dumps({"job_id": "VICTIM", "attempt": 1, **fields})
+    found = lie(shared, liar, "speak", forged.replace("VICTIM", victim["job_id"]).encode())
+    assert found["status"] == "status_unexpected_error"
+    assert "not its own" in found["message"]
+
+
+def test_counts_and_measures_that_are_none_spoil_no_metrics(shared: Operator, liar: str) -> None:
+    told = [["gauge", "\ud800", [["\udc00", "\udc00"]], [1.0]], ["counter", "c", [], [10**400]], 7]
+    found = lie(shared, liar, "outcome", {"measures": told})
+    assert found["status"] == "status_succeeded"
+    assert "udc00" in shared.http.get(f"{shared.url}/metrics").text
+
+
+STORED = {
+    "NaN": ("result", "NaN"),
+    "in a list": ("result", '{"a": [1, Infinity]}'),
+    "deep": ("result", "[" * 900 + "]" * 900),
+    "very deep": ("result", "[" * 100_000 + "]" * 100_000),
+    "no JSON": ("result", "{"),
+    "large": ("result", json.dumps("x" * 5_000_000)),
+    "a text for a time": ("end_ns", "x"),
+    "a text for a start": ("start_ns", "x"),
+    "a text for a code": ("exit_code", "x"),
+    "a fraction": ("start_ns", 1.5),
+}
+
+
+def test_what_an_earlier_version_has_stored_is_shown_without_what_cannot_be(tmp_path: Path) -> None:
+    with operator(tmp_path) as own:
+        endpoint = own.deployed(probe_yaml(), {"probe.py": PROBE})
+        jobs = [own.run(endpoint, config={"n": number}) for number in range(len(STORED))]
+        own.stop()
+        with sqlite3.connect(own.data_dir / "operator.db") as database:
+            for job, (column, value) in zip(jobs, STORED.values(), strict=True):
+                where = (value, job["job_id"])
+                database.execute(f"UPDATE jobs SET {column} = ? WHERE job_id = ?", where)
+        database.close()
+        own.start()
+        endpoint = f"{own.url}/probe"
+        for job, (column, _) in zip(jobs, STORED.values(), strict=True):
+            shown = own.status(endpoint, job)
+            assert shown["status"] == "status_succeeded"
+            assert ("result" in shown) == (column != "result")
+            assert ("not kept" in shown.get("message", "")) == (column == "result")
+            assert ("exit_code" in shown) == (column != "exit_code")
+            assert TIME.match(shown["end_time"])
+            cortex(own, "get", "probe", job["job_id"])
+        check_lists(own, endpoint, jobs[-1]["job_id"])
+        listed = json.loads(cortex(own, "get", "-o", "json"))
+        assert {each["status"] for each in listed[0]["task_job_statuses"]} <= FINAL
+        cortex(own, "get", "probe")
