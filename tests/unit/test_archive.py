@@ -132,3 +132,24 @@ def test_a_cut_log_that_cannot_be_sent_or_fetched_leaves_nothing_of_each_try(
     assert copies.bring_back("1", is_sure=True, is_driving=True)
     assert reader.log.read_bytes() == b"ab\0\0\0cd"
     assert [mark.name for mark in reader.marks.iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        b"",
+        b"{}",
+        b'{"start": "a", "end": 9, "limit": 1}',
+        b'{"start": 2, "end": %d, "limit": 1}' % (1 << 62),
+        b'{"start": 2, "end": %d, "limit": 1}' % (1 << 59),
+        b'{"start": 99, "end": 100, "limit": 1}',
+    ],
+)
+def test_what_an_earlier_version_has_sent_of_a_forged_cut_is_no_error(
+    reader: Reader, cut: bytes
+) -> None:
+    reader.files.put("logs/1/log", b"abcd")
+    reader.files.put("logs/1/log.cut", cut)
+    reader.bring_back()
+    assert reader.log.read_bytes() == b"abcd"
+    assert not reader.log.with_name(logfile.CUT).exists()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
 from cortex.operator import log_routes, logs
 from cortex.operator.logs import Log
+from cortex.worker import logfile
+from cortex.worker.messages import LogCut
 
 LIMIT = 1 << 20
 
@@ -166,3 +170,58 @@ def test_whoever_stops_following_leaves_nothing_that_waits(tmp_path: Path) -> No
             return {repr(task) for task in asyncio.all_tasks() - before}
 
     assert asyncio.run(follow()) == set()
+
+
+LARGEST = (1 << 63) - 1
+
+
+def test_the_largest_file_that_there_can_be_is_read_to_its_end() -> None:
+    """tmpfs has such; a read that goes on beyond its end is an error to the kernel."""
+    with TemporaryDirectory(dir="/dev/shm") as folder:
+        log = Log(Path(folder) / "log", LIMIT)
+        log.path.write_bytes(b"first\n")
+        os.truncate(log.path, LARGEST)
+        text, offset = b"", 0
+        while (piece := logs.read(log, offset, 1 << 18)).data:
+            text, offset = text + piece.data, piece.end
+        assert offset == LARGEST
+        assert text.startswith(b"first\n")
+        assert len(text) < LIMIT + (1 << 18)
+        assert b"of the log are gone" in text
+
+
+def cut(start: int, end: int) -> bytes:
+    return LogCut(start=start, end=end, limit=1).dumps()
+
+
+@pytest.mark.parametrize(
+    ("record", "size", "gone"),
+    [
+        (None, 0, None),
+        (None, LIMIT, None),
+        (cut(1, 9), 8, None),
+        (cut(1, 9), 9, (1, 9)),
+        (cut(100, 5 * LIMIT), 6 * LIMIT, (100, 5 * LIMIT)),
+        (b"{}", LIMIT, None),
+    ],
+)
+def test_what_is_gone_of_a_log_is_what_its_record_says_where_that_can_be(
+    record: bytes | None, size: int, gone: tuple[int, int] | None
+) -> None:
+    found = logfile.lost(record, size, LIMIT)
+    assert (found and (found.start, found.end)) == gone
+    assert found is None or found.limit == LIMIT
+
+
+@pytest.mark.parametrize(
+    "record", [None, b"{}", cut(1, 2), cut(0, LIMIT), cut(9 * LIMIT, 9 * LIMIT + 1)]
+)
+@pytest.mark.parametrize("size", [10 * LIMIT, LARGEST])
+@pytest.mark.parametrize("attempts", [1, 3])
+def test_no_more_is_left_of_a_log_than_its_limit_allows(
+    record: bytes | None, size: int, attempts: int
+) -> None:
+    found = logfile.lost(record, size, LIMIT, attempts)
+    assert found is not None
+    assert 0 <= found.start < found.end <= size
+    assert found.start + size - found.end <= attempts * LIMIT + (128 << 10)

@@ -1,0 +1,153 @@
+"""Jobs that make their logs larger than any disk, or write themselves what is gone of them: no more is served, or sent to
+the store of files, than `limits.log` allows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contract.test_logs import events
+from support import Operator, operator, until
+
+LIMIT = 1 << 20
+MOST = LIMIT + (256 << 10)
+LARGEST = (1 << 63) - 1
+YAML = f"""
+- name: forger
+  kind: TaskAPI
+  definition: {{path: forger.py}}
+  compute: {{cpu: 1m}}
+  limits: {{log: {LIMIT}}}
+"""
+# It leaves its supervising process no time: that would cut the log, as it does with any other.
+FORGER = """
+import os, signal, time
+
+
+def task(config):
+    print("first", flush=True)
+    folder = os.path.dirname(os.environ["CORTEX_JOB_SPEC"])
+    log = f"{folder}/log"
+    if config.get("cut") is not None:
+        with open(f"{folder}/log.cut", "w") as file:
+            file.write(config["cut"])
+    if config.get("size"):
+        size = config["size"]
+        while True:  # as large as a file may be here
+            try:
+                os.truncate(log, size)
+                break
+            except OSError:
+                size //= 2
+    with open(log, "ab") as file:
+        try:
+            file.write(b"last\\n")
+        except OSError:
+            pass
+    if config.get("instead"):
+        os.unlink(log)
+        {"folder": os.mkdir, "pipe": os.mkfifo}[config["instead"]](log)
+    if config.get("hurry"):
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(60)
+"""
+SIZES = [1 << 32, 1 << 45, LARGEST]
+CUTS = {
+    "none": None,
+    "all but nothing": {"start": 0, "end": 1, "limit": LIMIT},
+    "a little": {"start": 100, "end": 4096, "limit": 1 << 59},
+    "more than there is": {"start": 5, "end": 1 << 62, "limit": LIMIT},
+    "texts": {"start": "0", "end": "5", "limit": "1Mi"},
+    "no end": {"start": 5, "end": -1, "limit": LIMIT},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def archiving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Operator, Path]]:
+    folder = tmp_path_factory.mktemp("archiving")
+    (folder / "files").mkdir()
+    with operator(folder, "--files", f"file://{folder / 'files'}") as running:
+        yield running, folder / "files"
+
+
+@pytest.fixture(scope="module")
+def forger(archiving: tuple[Operator, Path]) -> str:
+    return archiving[0].deployed(YAML, {"forger.py": FORGER})
+
+
+def read_all(own: Operator, endpoint: str, job: Any, folder: Path) -> str:
+    """Its log as it is served: whole, followed and from the store of files, and never more than it may be."""
+    url = f"{endpoint}/{job['job_id']}/logs"
+    text = own.http.get(url).text
+    assert len(text) <= MOST
+    followed = "".join(json.loads(each["data"]) for each in list(events(own, url))[:-1])
+    assert followed == text
+    part = own.http.get(url, headers={"Range": f"bytes=0-{LARGEST - 1}"})
+    assert part.status_code in (200, 206, 416)
+    assert len(part.content) <= MOST
+    until((own.data_dir / "archived" / job["job_id"]).exists, "it is archived")
+    stored = folder / "logs" / job["job_id"] / "log"
+    assert stored.stat().st_size <= MOST
+    for name in ("log", "log.cut"):
+        (own.data_dir / "jobs" / job["job_id"] / name).unlink(missing_ok=True)
+    assert own.http.get(url).text == text
+    return text
+
+
+@pytest.mark.parametrize("hurry", [False, True], ids=["supervised", "hurried"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_log_as_large_as_a_file_can_be_is_cut(
+    archiving: tuple[Operator, Path], forger: str, size: int, hurry: bool
+) -> None:
+    own, folder = archiving
+    found = own.run(forger, config={"size": size, "hurry": hurry})
+    assert found["status"] == ("status_unexpected_error" if hurry else "status_succeeded")
+    text = read_all(own, forger, found, folder)
+    assert text.startswith("first\n")
+    assert "of the log are gone: limits.log is 1 MiB]" in text
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_what_a_job_says_is_gone_of_its_log_is_believed_where_it_can_be_true(
+    archiving: tuple[Operator, Path], forger: str, name: str
+) -> None:
+    own, folder = archiving
+    cut = None if CUTS[name] is None else json.dumps(CUTS[name])
+    found = own.run(forger, config={"size": 1 << 32, "cut": cut, "hurry": True})
+    assert "of the log are gone: limits.log is 1 MiB]" in read_all(own, forger, found, folder)
+    found = own.run(forger, config={"cut": cut})
+    text = read_all(own, forger, found, folder)
+    assert text.endswith("irst\nlast\n")
+    assert text.startswith("[cortex: " if name == "all but nothing" else "first")
+
+
+@pytest.mark.parametrize("instead", ["folder", "pipe"])
+def test_what_is_no_file_is_an_empty_log(
+    archiving: tuple[Operator, Path], forger: str, instead: str
+) -> None:
+    own, folder = archiving
+    found = own.run(forger, config={"instead": instead})
+    assert found["status"] == "status_succeeded"
+    assert own.log_of(forger, found) == ""
+    until((own.data_dir / "archived" / found["job_id"]).exists, "it is archived")
+    assert (folder / "logs" / found["job_id"] / "log").read_bytes() == b""
+
+
+def test_a_large_log_of_a_job_that_runs_is_cut_too(
+    archiving: tuple[Operator, Path], forger: str
+) -> None:
+    """Its supervising process is stopped, and would have cut it else."""
+    own, _ = archiving
+    code = FORGER.replace("SIGKILL", "SIGSTOP")
+    endpoint = own.deployed(YAML.replace("forger", "holder"), {"holder.py": code})
+    job = own.submit(endpoint, config={"size": 1 << 45, "hurry": True})
+    log = own.data_dir / "jobs" / job["job_id"] / "log"
+    until(lambda: log.exists() and log.stat().st_size > LIMIT, "it is large")
+    text = own.log_of(endpoint, job)
+    assert text.startswith("first\n")
+    assert len(text) <= MOST
+    own.delete(endpoint, job)
