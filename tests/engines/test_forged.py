@@ -281,3 +281,87 @@ def test_a_fork_server_cannot_name_a_process_of_somebody_elses(bench: Bench) -> 
 
         bench.run(scenario)
         victim.kill()
+
+
+SPOKEN = """#!{python}
+import array, json, os, socket, sys
+sys.path.insert(0, {source!r})
+from cortex.worker import messages
+sys.stdin.read()
+operator = socket.socket(fileno=int(sys.argv[3]))
+ready = messages.Reply().dumps()
+pid = json.dumps(dict(pid=os.getpid())).encode()
+
+
+def send(data, *fds):
+    packed = array.array("i", fds)
+    operator.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)] if fds else [])
+
+
+def pidfd():
+    return os.pidfd_open(os.getpid())
+
+
+{says}
+operator.recv(1)
+while operator.recv(65536):
+    pass
+"""
+SAID = {
+    "no JSON": "send(b'{')",
+    "other types": """send(b'{"pid": "1"}')""",
+    "an import that nobody wants": """send(b'{"importing": "os"}')""",
+    "that it is ready, twice": "send(ready); send(ready)",
+    "a process that nobody asked for": "send(pid, pidfd(), operator.fileno())",
+    "an error that nobody asked for": """send(b'{"error": "no"}')""",
+    "files with nothing": "send(ready, 1, 2); send(b'x')",
+    "a file for a process": "send(ready); operator.recv(9); send(pid, 1, operator.fileno())",
+    "a file for a socket": "send(ready); operator.recv(9); send(pid, pidfd(), os.open('/', 0))",
+    "a socket of another kind": (
+        "send(ready); operator.recv(9); send(pid, pidfd(), socket.socketpair()[0].fileno())"
+    ),
+    "a record": """send(b'{"record": {"end_ns": "x"}, "ended": true}')""",
+    "very much": "for _ in range(100000): send(ready)",
+}
+
+
+@pytest.mark.parametrize("says", SAID)
+def test_a_fork_server_for_which_users_code_speaks_harms_nobody_else(
+    bench: Bench, says: str
+) -> None:
+    good = bench.python
+    bench.python = bench.project / "python"
+    source = str(Path(cortex.__file__).parents[1])
+    bench.python.write_text(SPOKEN.format(python=sys.executable, source=source, says=SAID[says]))
+    bench.python.chmod(0o755)
+
+    async def scenario(engine: LocalEngine) -> None:
+        before = set(os.listdir("/proc/self/fd"))
+        attempt = bench.attempt("def task(config): ...")
+        await bench.start(engine, attempt)
+        last = await bench.last(attempt)
+        assert isinstance(last, Lost | NeverStarted)
+        if isinstance(last, Lost):
+            assert "not valid" in last.reason or "not of the jobs' user" in last.reason
+        engine.forget(attempt.spec.api_id)
+        await until(lambda: len(set(os.listdir("/proc/self/fd")) - before) <= 1)
+        bench.python = good
+        assert (
+            await bench.outcome(engine, bench.attempt("def task(config): return 1"))
+        ).result == 1
+
+    bench.run(scenario)
+
+
+def test_a_job_tells_of_no_gpu_that_it_has_not(bench: Bench) -> None:
+    """The store knows which it has; a claim of an earlier version does not tell, and then its record may."""
+    attempt = bench.attempt("def task(config): ...", gpu=1, handle=records.handle([1]))
+    old = replace(attempt, handle=records.handle())
+    records.make(str(bench.folder(attempt)), None)
+    job_id = attempt.spec.job_id
+    for gpus, held in (([1], [1]), ([0, 1], []), ([], []), ([0, 0], []), (["0"], [])):
+        start = {**START, "job_id": job_id, "attempt": 1, "gpus": gpus}
+        bench.start_record(attempt).write_text(json.dumps(start))
+        assert records.held_gpus(bench.folder(attempt), attempt) == [1]
+        assert records.held_gpus(bench.folder(attempt), old) == held
+    assert records.held_gpus(bench.folder(attempt), replace(old, handle="[]")) == []

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from cortex.engines.base import Attempt, Ended, Ending, Lost, NeverStarted, Star
 from cortex.engines.local import LocalEngine, records, remains
 from cortex.engines.local.ends import Ends
 from cortex.worker import processes
+from cortex.worker.messages import JOB_ID_ROOM
 from cortex.worker.processes import children, stat
 from engines.bench import SLEEP, Bench, exists, parent, until
 
@@ -409,19 +411,53 @@ def test_an_order_that_nobody_took_up_is_fenced_without_a_search(
     bench.run(scenario)
 
 
+@contextlib.contextmanager
+def sleeping(job_id: str, *fds: int) -> Iterator[subprocess.Popen[bytes]]:
+    environment = {**os.environ, "CORTEX_JOB_ID": job_id}
+    with subprocess.Popen(["sleep", "300"], env=environment, pass_fds=fds) as running:
+        try:
+            # Right after it was executed it has no environment yet.
+            asyncio.run(
+                until(lambda: running.pid in processes.with_variable("CORTEX_JOB_ID", job_id))
+            )
+            yield running
+        finally:
+            running.kill()
+
+
 def test_an_operator_that_hung_leaves_alone_what_a_later_attempt_runs(tmp_path: Path) -> None:
     folder = tmp_path / "job-of-two-attempts"
     folder.mkdir()
     (folder / "start.1").touch()
     (folder / "start.2").touch()
-    environment = {**os.environ, "CORTEX_JOB_ID": folder.name}
-    with subprocess.Popen(["sleep", "300"], env=environment) as running:
-        # Right after it was executed it has no environment yet.
-        asyncio.run(until(lambda: processes.with_variable("CORTEX_JOB_ID", folder.name)))
+    opened = os.open(folder, os.O_RDONLY)
+    with sleeping("-" * JOB_ID_ROOM, opened), sleeping(folder.name) as running:
         remains.clean(folder, 1, [])
         assert running.poll() is None
         remains.clean(folder, 2, [])
         assert running.wait() == -signal.SIGKILL
+    os.close(opened)
+
+
+def test_a_job_that_writes_the_start_of_a_later_attempt_is_ended_all_the_same(
+    bench: Bench,
+) -> None:
+    attempt = bench.killed_operator(bench.attempt(DAEMON, mem=512 << 20), "started")
+
+    async def scenario(engine: LocalEngine) -> None:
+        await bench.printed(attempt, "daemon")
+        await bench.printed(attempt, "ready")
+        supervisor = pid_of(bench, attempt)
+        await until(lambda: not is_fork_server(parent(supervisor), bench))
+        for number in (2, 99):
+            own = {"job_id": attempt.spec.job_id, "attempt": number, "pid": os.getpid()}
+            bench.start_record(attempt).with_suffix(f".{number}").write_text(json.dumps(own))
+        os.kill(supervisor, signal.SIGKILL)
+        await engine.recover(attempt)
+        assert isinstance(await bench.last(attempt), Lost)
+        assert [line for line in bench.left() if "forkserver.py" not in line] == []
+
+    bench.run(scenario)
 
 
 def test_a_process_that_shows_no_environment_at_one_look_is_found_at_the_next(

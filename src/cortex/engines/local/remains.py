@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from cortex.engines.local import limits
-from cortex.worker import cgroups, processes
+from cortex.worker import cgroups, files, processes
 from cortex.worker.messages import JOB_ID_ROOM, StartRecord
 
 CLEAN_S = 5.0
@@ -20,14 +20,13 @@ _GOES_S = 2.0  # what was laid out and finds the fence
 
 
 def clean(folder: Path, attempt: int, groups: list[str]) -> None:
-    """End whatever a killed supervisor has left of a job, and wait until it is gone. Unless another
-    operator did that while this one hung: what there is then is of a later attempt.
+    """End whatever a killed supervisor has left of a job, and wait until it is gone. Where another operator did that
+    while this one hung, what there is beside the groups of this attempt is of a later one, whose supervisor is there.
 
     Raises:
         OSError: what is left cannot be told, for want of descriptors or memory.
     """
-    if _is_followed(folder, attempt):
-        return
+    is_followed = _is_followed(folder, attempt) and _is_supervised(folder)
     job_id = folder.name
     until = time.monotonic() + CLEAN_S
     for group in groups:
@@ -35,7 +34,7 @@ def clean(folder: Path, attempt: int, groups: list[str]) -> None:
             cgroups.put(f"{group}/cgroup.kill", "1")
     looks = _LOOKS
     while looks > 0 and time.monotonic() < until:
-        left = processes.with_variable("CORTEX_JOB_ID", job_id)
+        left = {} if is_followed else processes.with_variable("CORTEX_JOB_ID", job_id)
         for group in groups:
             for pid in cgroups.members(group):
                 about = processes.stat(pid)
@@ -83,6 +82,18 @@ def control_groups(folder: Path, attempt: int) -> list[str]:
     name = limits.group_name(folder.parent, folder.name, attempt)
     found = os.walk("/sys/fs/cgroup")
     return [f"{parent}/{name}" for parent, names, _ in found if name in names]
+
+
+def _is_supervised(folder: Path) -> bool:
+    """Whether a supervising process has the folder open: a record of a later attempt may be the job's own making."""
+    try:
+        fd = files.open_folder(str(folder))
+    except OSError:
+        return False
+    try:
+        return supervisor(fd) is not None
+    finally:
+        os.close(fd)
 
 
 def _is_followed(folder: Path, attempt: int) -> bool:
