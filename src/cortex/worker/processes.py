@@ -51,8 +51,22 @@ def stat(pid: int | str) -> tuple[str, int, int] | None:
     return None if fields is None else (fields[0].decode(), int(fields[1]), int(fields[19]))
 
 
+def living(pid: int | str) -> int | None:
+    """The start ticks of a process that can still run; None of any other. One that has ended is there until its parent
+    has collected it, and some never do: no first process of a container has to. One whose first thread has ended before
+    the others is a zombie by its state, and lives on.
+
+    Raises:
+        OSError: it cannot be told, for want of descriptors or memory.
+    """
+    fields = _fields(pid)
+    if fields is None or (fields[0] in (b"Z", b"X") and int(fields[17]) <= 1):
+        return None
+    return int(fields[19])
+
+
 def hold(pid: int, ticks: int) -> int | None:
-    """A pidfd of exactly this process, or None when it is gone.
+    """A pidfd of exactly this process, or None when it has ended.
 
     Raises:
         OSError: it cannot be told, for want of descriptors or memory.
@@ -63,11 +77,11 @@ def hold(pid: int, ticks: int) -> int | None:
         _raise_shortage(error)
         return None
     try:
-        found = stat(pid)
+        found = living(pid)
     except OSError:
         os.close(pidfd)
         raise
-    if found is None or found[2] != ticks:
+    if found != ticks:
         os.close(pidfd)
         return None
     return pidfd
@@ -191,9 +205,9 @@ def with_variable(name: str, value: str) -> dict[int, int]:
         except OSError as error:
             _raise_shortage(error)
             continue
-        about = stat(entry) if holds else None
-        if about is not None:
-            found[int(entry)] = about[2]
+        ticks = living(entry) if holds else None
+        if ticks is not None:
+            found[int(entry)] = ticks
     return found
 
 
@@ -227,15 +241,10 @@ def _fields(pid: int | str) -> list[bytes] | None:
 
 
 def _living(pid: int) -> int | None:
-    """The start ticks of a process that can still run; None of any other. One whose first thread has ended
-    before the others is a zombie by its state, and lives on."""
     try:
-        fields = _fields(pid)
+        return living(pid)
     except OSError:
         return None  # whoever walks looks again
-    if fields is None or (fields[0] in (b"Z", b"X") and int(fields[17]) <= 1):
-        return None
-    return int(fields[19])
 
 
 def _raise_shortage(error: OSError) -> None:

@@ -37,9 +37,9 @@ def clean(folder: Path, attempt: int, groups: list[str]) -> None:
         left = {} if is_followed else processes.with_variable("CORTEX_JOB_ID", job_id)
         for group in groups:
             for pid in cgroups.members(group):
-                about = processes.stat(pid)
-                if about is not None:
-                    left[pid] = about[2]
+                ticks = processes.living(pid)
+                if ticks is not None:
+                    left[pid] = ticks
         looks = _LOOKS if left else looks - 1
         short = processes.send(left, signal.SIGKILL)
         if short is not None:
