@@ -3,14 +3,17 @@ nobody collects what has ended."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from cortex.worker import processes
 from support import PROBE, Operator, operator, probe_yaml, until
@@ -22,6 +25,85 @@ ctypes.CDLL(None).prctl(36, 1)
 child = subprocess.Popen(sys.argv[1:])
 time.sleep(600)
 """
+
+# A job that turns on its relatives. What it starts says who it is, and is not ended by the end of its parent.
+HOSTILE = """
+import ctypes, os, signal, sys, time
+
+libc = ctypes.CDLL(None, use_errno=True)
+PR_SET_PDEATHSIG, PTRACE_ATTACH = 1, 16
+
+
+class Task:
+    def __call__(self, config):
+        print("pid", os.getpid(), "\\n", end="", flush=True)
+        self.supervisor = os.getppid()
+        self.server = self.parent(self.supervisor)
+        return getattr(self, config["do"])(config)
+
+    def parent(self, pid):
+        return int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1])
+
+    def last(self):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print("ready\\n", end="", flush=True)
+        while True:
+            time.sleep(1)
+
+    def stop_it(self, config):
+        os.kill(self.supervisor, signal.SIGSTOP)
+        self.last()
+
+    def stop_it_again_and_again(self, config):
+        if os.fork() == 0:
+            os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            print("pid", os.getpid(), "\\n", end="", flush=True)
+            while True:
+                os.kill(self.supervisor, signal.SIGSTOP)
+                time.sleep(0.0001)
+        self.last()
+
+    def trace_it(self, config):
+        assert libc.ptrace(PTRACE_ATTACH, self.supervisor, 0, 0) == 0
+        self.last()
+
+    def kill_it_when_asked_to_end(self, config):
+        def kill(*_):
+            os.kill(self.supervisor, signal.SIGKILL)
+        libc.prctl(PR_SET_PDEATHSIG, 0)
+        signal.signal(signal.SIGTERM, kill)
+        print("ready\\n", end="", flush=True)
+        while True:
+            time.sleep(1)
+"""
+HOLDS_UP = ["stop_it", "stop_it_again_and_again", "trace_it"]
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Operator, str]]:
+    """An operator with an API of hostile jobs, and the path of that."""
+    with operator(tmp_path_factory.mktemp("hostile")) as running:
+        yield running, deployed(running)
+
+
+def deployed(running: Operator, more: str = "") -> str:
+    endpoint = running.deployed(probe_yaml(more=more), {"probe.py": HOSTILE})
+    return endpoint.removeprefix(running.url)
+
+
+def begun(running: Operator, path: str, what: str, timeout: int | None = None) -> Any:
+    """A job that has done its worst."""
+    job = running.submit(running.url + path, config={"do": what}, timeout=timeout)
+    running.await_log(running.url + path, job, "ready")
+    return job
+
+
+def left(running: Operator, path: str, job: Any) -> list[int]:
+    """What lives of the processes that a job has told of."""
+    told = re.findall(r"pid (\d+)", running.log_of(running.url + path, job))
+    assert told
+    return [int(pid) for pid in told if processes.living(pid) is not None]
 
 
 def supervisor_of(running: Operator, job: Any) -> int:
@@ -66,3 +148,58 @@ def test_a_supervising_process_that_nobody_collects_is_dead(tmp_path: Path) -> N
         finally:
             collects_nothing.kill()
             collects_nothing.wait()
+
+
+@pytest.mark.parametrize("what", HOLDS_UP)
+def test_a_timeout_is_kept_although_the_job_holds_up_its_supervisor(
+    hostile: tuple[Operator, str], what: str
+) -> None:
+    running, path = hostile
+    job = begun(running, path, what, timeout=2)
+    status = running.finished(running.url + path, job)
+    assert (status["status"], status["message"]) == ("status_timed_out", "timeout of 2 s passed")
+    assert left(running, path, job) == []
+
+
+@pytest.mark.parametrize("what", HOLDS_UP)
+def test_a_stop_is_carried_out_although_the_job_holds_up_its_supervisor(
+    hostile: tuple[Operator, str], what: str
+) -> None:
+    running, path = hostile
+    job = begun(running, path, what)
+    running.delete(running.url + path, job)
+    until(lambda: left(running, path, job) == [], "all of it gone")
+    assert running.finished(running.url + path, job)["status"] == "status_stopped"
+
+
+def test_a_job_that_kills_its_supervisor_after_its_deadline_has_timed_out(
+    hostile: tuple[Operator, str],
+) -> None:
+    running, path = hostile
+    job = begun(running, path, "kill_it_when_asked_to_end", timeout=2)
+    assert running.finished(running.url + path, job)["status"] == "status_timed_out"
+    assert left(running, path, job) == []
+
+
+def test_a_timeout_is_kept_by_the_next_operator_too(tmp_path: Path) -> None:
+    with operator(tmp_path) as running:
+        path = deployed(running)
+        job = begun(running, path, "stop_it_again_and_again", timeout=4)
+        running.kill()
+        running.start()
+        status = running.finished(running.url + path, job)
+        assert (status["status"], status["message"]) == (
+            "status_timed_out",
+            "timeout of 4 s passed",
+        )
+        assert left(running, path, job) == []
+
+
+def test_a_supervising_process_that_was_stopped_goes_on(hostile: tuple[Operator, str]) -> None:
+    """Whoever has stopped it: without it nobody would learn that its job has ended."""
+    running, _ = hostile
+    endpoint = running.deployed(probe_yaml("honest"), {"probe.py": PROBE})
+    job = running.submit(endpoint, config={"do": "sleep", "s": 1})
+    running.await_log(endpoint, job, "asleep")
+    os.kill(supervisor_of(running, job), signal.SIGSTOP)
+    assert running.finished(endpoint, job)["status"] == "status_succeeded"

@@ -5,7 +5,6 @@ Called by `environments`; `kept` keeps them.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import sys
 import sysconfig

@@ -8,9 +8,6 @@ from __future__ import annotations
 import os
 
 from cortex.worker import processes
-from cortex.worker.bare import signal
-
-MOST_SWEEPS = 200
 
 
 class Children:
@@ -37,19 +34,10 @@ class Children:
             self._kill_orphans()
 
     def _kill_orphans(self) -> None:
-        """As a supervisor kills: stopped first, for a fork bomb cannot outrun that. The SIGCHLD of
-        what is killed calls again, so what one look misses the next finds."""
-        stopped: dict[int, int] = {}
-        for _ in range(MOST_SWEEPS):
-            known = len(stopped)
-            for orphan in self._orphans():
-                for pid, ticks in processes.tree(orphan):
-                    if stopped.get(pid) != ticks:
-                        processes.send({pid: ticks}, signal.SIGSTOP)
-                        stopped[pid] = ticks
-            if len(stopped) == known:
-                break
-        processes.send(stopped, signal.SIGKILL)
+        """The SIGCHLD of what is killed calls again, so what one look misses the next finds."""
+        processes.end(
+            lambda: (each for orphan in self._orphans() for each in processes.tree(orphan))
+        )
 
     def _orphans(self) -> set[int]:
         return set(processes.children(os.getpid())) - self.supervisors - self._others

@@ -15,12 +15,13 @@ from cortex.worker.bare import signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 EXEC_S = 0.5
 """How long a process may show no command line and be taken to be in its exec."""
+MOST_SWEEPS = 200
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 # Only kernels with CONFIG_PROC_CHILDREN have it.
 _HAS_CHILDREN = os.path.exists("/proc/thread-self/children")
@@ -126,6 +127,20 @@ def send(processes: dict[int, int], *signals: int) -> OSError | None:
         finally:
             os.close(pidfd)
     return short
+
+
+def end(look: Callable[[], Iterable[tuple[int, int]]]) -> None:
+    """Kill all that a look finds, as pid and start ticks. They are stopped first, which a fork bomb cannot outrun."""
+    stopped: dict[int, int] = {}
+    for _ in range(MOST_SWEEPS):
+        known = len(stopped)
+        for pid, ticks in look():
+            if stopped.get(pid) != ticks:
+                send({pid: ticks}, signal.SIGSTOP)
+                stopped[pid] = ticks
+        if len(stopped) == known:
+            break
+    send(stopped, signal.SIGKILL)
 
 
 def walk(root: int) -> Iterator[tuple[int, int]]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -32,7 +32,9 @@ from cortex.engines.base import (
     Waits,
 )
 from cortex.engines.local import limits, records, remains
+from cortex.engines.local.backstop import Backstop
 from cortex.engines.local.ends import Ends
+from cortex.engines.local.live import Live
 from cortex.engines.local.supervisors import Supervisor
 from cortex.engines.local.taken_over import TakenOver
 from cortex.errors import is_storage
@@ -43,20 +45,6 @@ log = structlog.get_logger()
 RETRY_S = 1.0
 _KILLED = "the supervising process was killed"
 _REBOOTED = "the machine restarted while the job ran"
-
-
-@dataclass
-class _Live:
-    """An attempt whose end has not been reported."""
-
-    attempt: Attempt
-    supervisor: Supervisor | None = None
-    taken_over: TakenOver | None = None
-    stop: bool = False
-    started: bool = False
-    why: str | None = None  # it is lost, if it is
-    # Of the deadline, until a supervising process keeps that.
-    timer: asyncio.TimerHandle | None = None
 
 
 class Attempts:
@@ -75,9 +63,10 @@ class Attempts:
         self._root = root
         self._free = free
         self._account = account
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, Live] = {}
         self._background = Background("the local engine failed")
         self._ends = Ends()
+        self._backstop = Backstop(lambda: list(self._live.values()), self._background)
 
     async def close(self) -> None:
         """Let go of them; what runs goes on."""
@@ -87,9 +76,10 @@ class Attempts:
         self._live.clear()
         await self._ends.close()
 
-    def begin(self, attempt: Attempt, supervisor: Supervisor | None = None) -> None:
+    def begin(self, attempt: Attempt, grace_s: float, supervisor: Supervisor | None = None) -> None:
         """One is started now, by this supervising process if it has one already."""
-        self._live[attempt.spec.job_id] = _Live(attempt, supervisor)
+        self._live[attempt.spec.job_id] = Live(attempt, supervisor, grace_s=grace_s)
+        self._backstop.watch()
 
     def wait(self, attempt: Attempt, withdraw: Callable[[Attempt], bool]) -> None:
         """One that has begun may have to wait for a fork server, but no longer than its deadline.
@@ -104,9 +94,10 @@ class Attempts:
         loop = asyncio.get_running_loop()
         live.timer = loop.call_later(left_s, self._give_up, live, withdraw)
 
-    async def recover(self, attempt: Attempt) -> None:
+    async def recover(self, attempt: Attempt, grace_s: float) -> None:
         """One was claimed by an earlier operator."""
-        live = self._live[attempt.spec.job_id] = _Live(attempt)
+        live = self._live[attempt.spec.job_id] = Live(attempt, grace_s=grace_s)
+        self._backstop.watch()
         if not await self._take_up(live):
             self._background.run(self._until_told(live))
 
@@ -119,6 +110,7 @@ class Attempts:
         live = self._live.get(job_id)
         if live is not None:
             live.stop = True
+            live.stop_at = live.stop_at or time.monotonic()
             if withdraw(live.attempt):
                 self._settle(live, self._never(live))
             else:
@@ -175,6 +167,7 @@ class Attempts:
         live = self._ordered(order.job_id, order.attempt)
         if live is not None:
             live.supervisor, live.why = None, why
+            live.was_late = live.is_overdue
             self._background.run(self._conclude(live))
 
     def not_forked(self, job_id: str, reason: str) -> None:
@@ -189,16 +182,16 @@ class Attempts:
         if live is not None:
             self._background.run(self._until_told(live))
 
-    def _ordered(self, job_id: str | None, attempt: int) -> _Live | None:
+    def _ordered(self, job_id: str | None, attempt: int) -> Live | None:
         live = self._live.get(job_id or "")
         return live if live is not None and live.attempt.number == attempt else None
 
-    def _started(self, live: _Live, start_ns: int) -> None:
-        if not live.started:
-            live.started = True
-            self.report(Started(live.attempt.spec.job_id, live.attempt.number, start_ns))
+    def _started(self, live: Live, start_ns: int) -> None:
+        if not live.has_started:
+            live.has_started = True
+            self.report(Started(live.job_id, live.attempt.number, start_ns))
 
-    def _take_over(self, live: _Live, pidfd: int) -> None:
+    def _take_over(self, live: Live, pidfd: int) -> None:
         held = TakenOver(pidfd, self._exit_of(live), self._ends, lambda: self._on_over(live))
         live.taken_over = held
         if live.stop:
@@ -207,11 +200,12 @@ class Attempts:
             if records.ended(self._of(live), live.attempt.number).exit is not None:  # it came first
                 held.end()
 
-    def _on_over(self, live: _Live) -> None:
+    def _on_over(self, live: Live) -> None:
         live.taken_over = None
+        live.was_late = live.is_overdue
         self._background.run(self._conclude(live))
 
-    async def _conclude(self, live: _Live) -> None:
+    async def _conclude(self, live: Live) -> None:
         """The supervisor is gone: say what became of the attempt, as soon as that can be told."""
         told = False
         while True:
@@ -230,11 +224,11 @@ class Attempts:
             return
         await self._until_told(live)
 
-    async def _until_told(self, live: _Live) -> None:
+    async def _until_told(self, live: Live) -> None:
         while not await self._take_up(live):  # noqa: ASYNC110  # nothing wakes us when a folder is back
             await asyncio.sleep(RETRY_S)
 
-    async def _take_up(self, live: _Live) -> bool:
+    async def _take_up(self, live: Live) -> bool:
         """Find out what became of an attempt, and go on from there; False if it cannot be told."""
         try:
             found = await in_thread(records.look, self._of(live), live.attempt, self._account)
@@ -250,7 +244,7 @@ class Attempts:
             await self._end(live, found)
         return True
 
-    async def _end(self, live: _Live, gone: records.Gone) -> None:
+    async def _end(self, live: Live, gone: records.Gone) -> None:
         record = gone.exit
         if record is not None and record.ending != "lost":
             self._conclude_by(live, record)
@@ -259,8 +253,12 @@ class Attempts:
             self._settle(live, self._never(live))
             return
         groups = gone.start.cgroups if gone.start else []
-        job_id, number = live.attempt.spec.job_id, live.attempt.number
+        job_id, number = live.job_id, live.attempt.number
         await self._clean(live, limits.belonging(groups, self._root, job_id, number))
+        if live.was_late and not live.stop:
+            start_ns = (gone.start.start_ns if gone.start else 0) or time.time_ns()
+            self._settle(live, self._timed_out(live, start_ns))
+            return
         if record is not None:
             reason = record.message or _KILLED
         elif live.why is not None or gone.why is not None:
@@ -269,20 +267,25 @@ class Attempts:
             reason = _REBOOTED if gone.rebooted else _KILLED
         self._settle(live, self._lost(live, reason))
 
-    async def _clean(self, live: _Live, groups: list[str]) -> None:
+    async def _clean(self, live: Live, groups: list[str]) -> None:
         while True:
             try:
                 await in_thread(remains.clean, self._of(live), live.attempt.number, groups)
             except OSError as error:
-                job_id = live.attempt.spec.job_id
+                job_id = live.job_id
                 log.warning("what is left of a job cannot be ended", job=job_id, error=str(error))
                 await asyncio.sleep(RETRY_S)
             else:
                 return
 
-    def _conclude_by(self, live: _Live, record: ExitRecord) -> None:
+    def _conclude_by(self, live: Live, record: ExitRecord) -> None:
+        if live.is_forced and live.was_late and record.ending == Ending.EXITED:
+            self._settle(
+                live, self._timed_out(live, record.start_ns)
+            )  # it was seen after its deadline
+            return
         last = Ended(
-            job_id=live.attempt.spec.job_id,
+            job_id=live.job_id,
             attempt=live.attempt.number,
             ending=Ending(record.ending),
             start_ns=record.start_ns,
@@ -296,19 +299,35 @@ class Attempts:
         )
         self._settle(live, last)
 
-    def _lost(self, live: _Live, reason: str) -> Lost:
-        return Lost(live.attempt.spec.job_id, live.attempt.number, reason)
+    def _timed_out(self, live: Live, start_ns: int) -> Ended:
+        """The end of one whose supervising process could not tell of it."""
+        message = f"timeout of {live.attempt.spec.timeout} s passed"
+        end_ns = max(start_ns, time.time_ns())
+        return Ended(
+            live.job_id,
+            live.attempt.number,
+            Ending.TIMED_OUT,
+            start_ns,
+            end_ns,
+            exit_code=-signal.SIGKILL,
+            message=message,
+            result=None,
+            has_result=False,
+        )
 
-    def _never(self, live: _Live, held_up_by: str | None = None) -> NeverStarted:
-        return NeverStarted(live.attempt.spec.job_id, live.attempt.number, held_up_by)
+    def _lost(self, live: Live, reason: str) -> Lost:
+        return Lost(live.job_id, live.attempt.number, reason)
 
-    def _unreachable(self, live: _Live, error: OSError, *, told: bool) -> bool:
+    def _never(self, live: Live, held_up_by: str | None = None) -> NeverStarted:
+        return NeverStarted(live.job_id, live.attempt.number, held_up_by)
+
+    def _unreachable(self, live: Live, error: OSError, *, told: bool) -> bool:
         if not told:
             reason = f"the job's folder cannot be read: {error}"
-            self.report(Unreachable(live.attempt.spec.job_id, live.attempt.number, reason))
+            self.report(Unreachable(live.job_id, live.attempt.number, reason))
         return True
 
-    def _settle(self, live: _Live, last: Ended | Lost | NeverStarted) -> None:
+    def _settle(self, live: Live, last: Ended | Lost | NeverStarted) -> None:
         if self._live.get(last.job_id) is not live:
             return
         del self._live[last.job_id]
@@ -318,28 +337,28 @@ class Attempts:
         if freed:
             self.report(CapacityFreed())
 
-    def _give_up(self, live: _Live, withdraw: Callable[[Attempt], bool]) -> None:
+    def _give_up(self, live: Live, withdraw: Callable[[Attempt], bool]) -> None:
         if withdraw(live.attempt):
             self._settle(live, self._never(live))
 
-    def _cancel(self, live: _Live) -> None:
+    def _cancel(self, live: Live) -> None:
         if live.timer is not None:
             live.timer.cancel()
 
-    def _signal(self, live: _Live) -> None:
+    def _signal(self, live: Live) -> None:
         if live.supervisor is not None:
             live.supervisor.stop()
         elif live.taken_over is not None:
             live.taken_over.stop()
 
-    def _let_go(self, live: _Live) -> None:
+    def _let_go(self, live: Live) -> None:
         self._cancel(live)
         if live.taken_over is not None:
             live.taken_over.close()
             live.taken_over = None
 
-    def _exit_of(self, live: _Live) -> Path:
+    def _exit_of(self, live: Live) -> Path:
         return self._of(live) / f"exit.{live.attempt.number}"
 
-    def _of(self, live: _Live) -> Path:
-        return self._root / live.attempt.spec.job_id
+    def _of(self, live: Live) -> Path:
+        return self._root / live.job_id

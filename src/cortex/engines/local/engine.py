@@ -122,9 +122,9 @@ class LocalEngine:
     def start(self, attempt: Attempt) -> None:
         prepared = self._prepared.pop(attempt.spec.job_id, None)
         if prepared is not None and prepared.go():
-            self._attempts.begin(attempt, prepared)
+            self._attempts.begin(attempt, self._grace_s, prepared)
         else:
-            self._attempts.begin(attempt)
+            self._attempts.begin(attempt, self._grace_s)
             self._servers.order(attempt.version, self._order(attempt))
             self._attempts.wait(attempt, self._withdraw)
 
@@ -135,7 +135,7 @@ class LocalEngine:
         job_id = attempt.spec.job_id
         gpus = records.held_gpus(self._folder(job_id), attempt)
         self._ledger.hold(job_id, attempt.version.api.compute, gpus)
-        await self._attempts.recover(attempt)
+        await self._attempts.recover(attempt, self._grace_s)
 
     def warm(self, version: Version) -> None:
         self._servers.warm(version)

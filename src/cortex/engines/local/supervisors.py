@@ -13,7 +13,7 @@ from typing import Protocol
 
 import structlog
 
-from cortex.worker import checks, wire
+from cortex.worker import beneath, checks, wire
 from cortex.worker.messages import MOST_MESSAGE, Order, Reply
 
 log = structlog.get_logger()
@@ -21,11 +21,24 @@ log = structlog.get_logger()
 _LAST_WORDS = 16  # more than one process ever leaves unread: who says more has taken its socket
 
 
+def signal_to(pidfd: int, *signals: signal.Signals) -> None:
+    """Send a supervising process these, if it is there."""
+    with contextlib.suppress(ProcessLookupError):
+        for number in signals:
+            signal.pidfd_send_signal(pidfd, number)
+
+
+def _has_start(order: Order) -> bool:
+    try:
+        with beneath.opened(order.folder) as folder:
+            return beneath.stat(folder, f"start.{order.attempt}") is not None
+    except OSError:
+        return False
+
+
 def ask_to_end(pidfd: int) -> None:
     """SIGTERM to a supervising process; its job may have stopped it, and it would not see that."""
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-        signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+    signal_to(pidfd, signal.SIGTERM, signal.SIGCONT)
 
 
 def collect(pidfd: int) -> None:
@@ -63,7 +76,7 @@ class Supervisor:
         """Whether it takes no more jobs: one that was told to stop may see that late, and must not
         take it to be about the next."""
         self._has_begun = False
-        self._pidfd = pidfd
+        self.pidfd = pidfd
         self._sock = sock
         self._owner = owner
         self._loop = asyncio.get_running_loop()
@@ -103,7 +116,7 @@ class Supervisor:
     def stop(self) -> None:
         """It ends its job and then itself."""
         self.is_spent = True
-        ask_to_end(self._pidfd)
+        ask_to_end(self.pidfd)
 
     def dismiss(self) -> None:
         """It ends now, or when the job that it has does. Its end is told all the same."""
@@ -117,10 +130,10 @@ class Supervisor:
         if self._sock.fileno() >= 0:
             self._loop.remove_reader(self._sock)
             self._sock.close()
-        if self._pidfd >= 0:
-            self._loop.remove_reader(self._pidfd)
-            os.close(self._pidfd)
-            self._pidfd = -1
+        if self.pidfd >= 0:
+            self._loop.remove_reader(self.pidfd)
+            os.close(self.pidfd)
+            self.pidfd = -1
 
     def _read(self) -> bool:
         """Take what it says next, if it says anything more."""
@@ -162,9 +175,7 @@ class Supervisor:
             raise checks.Invalid("it speaks of a job that is not its own")
         if not reply.ended and (self._has_begun or not (reply.recorded or reply.error)):
             raise checks.Invalid("it says of its job what it has said before, or nothing")
-        if reply.error is not None and os.path.lexists(
-            f"{order.folder}/start.{order.attempt}"
-        ):  # it is a string
+        if reply.error is not None and _has_start(order):
             raise checks.Invalid("it says that its job could not begin, which has")
         return reply
 
@@ -180,15 +191,15 @@ class Supervisor:
 
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def _on_gone(self) -> None:
-        if self._pidfd < 0:
+        if self.pidfd < 0:
             return
         # What it said last is there before its end is.
         for _ in range(_LAST_WORDS):
             if not self._read():
                 break
-        collect(self._pidfd)
+        collect(self.pidfd)
         self.close()
         self._owner.gone(self)

@@ -29,7 +29,7 @@ class TakenOver:
             record: the exit record. One that is there already is not told.
             over: called once, when the process is gone or the record is there.
         """
-        self._pidfd = pidfd
+        self.pidfd = pidfd
         self._record = record
         self._ends = ends
         self._over = over
@@ -41,22 +41,22 @@ class TakenOver:
 
     def stop(self) -> None:
         """It ends its job, and then itself."""
-        ask_to_end(self._pidfd)
+        ask_to_end(self.pidfd)
 
     def end(self) -> None:
         """It is over with the job."""
-        if self._pidfd >= 0:
+        if self.pidfd >= 0:
             self.close()
             self._over()
 
     def close(self) -> None:
         """Let go of it; what runs goes on."""
-        if self._pidfd >= 0:
-            asyncio.get_running_loop().remove_reader(self._pidfd)
-            os.close(self._pidfd)
-            self._pidfd = -1
+        if self.pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(self.pidfd)
+            os.close(self.pidfd)
+            self.pidfd = -1
             self._ends.remove(self._record)
 
     def _on_gone(self) -> None:
-        collect(self._pidfd)
+        collect(self.pidfd)
         self.end()
