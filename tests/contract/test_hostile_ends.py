@@ -50,6 +50,11 @@ class Task:
         while True:
             time.sleep(1)
 
+    def wait(self, config):
+        print("ready\\n", end="", flush=True)
+        while not os.path.exists(config["go"]):
+            time.sleep(0.02)
+
     def stop_it(self, config):
         os.kill(self.supervisor, signal.SIGSTOP)
         self.last()
@@ -77,6 +82,45 @@ class Task:
         print("ready\\n", end="", flush=True)
         while True:
             time.sleep(1)
+
+    # The same processes on other tries find out what is left of the first.
+
+    def hide(self, config):
+        hidden = open_file(config["file"], "r")
+        if hidden:
+            return [pid for pid in hidden.split() if os.path.exists(f"/proc/{pid}")]
+        for number in range(3):
+            if os.fork() == 0:
+                libc.prctl(PR_SET_PDEATHSIG, 0)
+                os.setsid()
+                code = "import os, time; os.fork(); os.setsid(); time.sleep(600)"
+                if number == 1:  # no two looks find the same process
+                    code = "import os, time\\nwhile os.fork() == 0: time.sleep(0.001)"
+                os.execve(sys.executable, [sys.executable, "-c", code], {})
+        libc.prctl(PR_SET_PDEATHSIG, 0)
+        time.sleep(0.5)
+        open_file(config["file"], "w", " ".join(map(str, [os.getpid(), *self.below()])))
+        victims = {"server": self.server, "supervisor": self.supervisor}
+        for who, number in config["signals"]:
+            os.kill(victims[who], getattr(signal, number))
+        time.sleep(600)
+
+    def below(self):
+        return [int(e) for e in os.listdir("/proc") if e.isdigit() and int(e) != os.getpid() and self.parent_or_none(e) == os.getpid()]
+
+    def parent_or_none(self, pid):
+        try:
+            return self.parent(pid)
+        except OSError:
+            return None
+
+
+def open_file(path, mode, text=None):
+    try:
+        with open(path, mode) as file:
+            return file.read() if text is None else file.write(text)
+    except FileNotFoundError:
+        return ""
 """
 HOLDS_UP = ["stop_it", "stop_it_again_and_again", "trace_it"]
 
@@ -88,8 +132,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Operator
         yield running, deployed(running)
 
 
-def deployed(running: Operator, more: str = "") -> str:
-    endpoint = running.deployed(probe_yaml(more=more), {"probe.py": HOSTILE})
+def deployed(running: Operator, name: str = "probe", more: str = "") -> str:
+    endpoint = running.deployed(probe_yaml(name, more), {"probe.py": HOSTILE})
     return endpoint.removeprefix(running.url)
 
 
@@ -204,3 +248,61 @@ def test_a_supervising_process_that_was_stopped_goes_on(hostile: tuple[Operator,
     running.await_log(endpoint, job, "asleep")
     os.kill(supervisor_of(running, job), signal.SIGSTOP)
     assert running.finished(endpoint, job)["status"] == "status_succeeded"
+
+
+HIDES = {
+    "fork server first": [("server", "SIGKILL"), ("supervisor", "SIGKILL")],
+    "supervisor first": [("supervisor", "SIGKILL"), ("server", "SIGKILL")],
+    "fork server stopped": [("server", "SIGSTOP"), ("supervisor", "SIGKILL")],
+    "both stopped": [
+        ("server", "SIGSTOP"),
+        ("supervisor", "SIGSTOP"),
+        ("supervisor", "SIGKILL"),
+        ("server", "SIGKILL"),
+    ],
+}
+
+
+@pytest.mark.parametrize("how", HIDES)
+def test_what_has_hidden_from_all_its_relatives_is_ended(
+    hostile: tuple[Operator, str], tmp_path: Path, how: str
+) -> None:
+    """Without death signal, session and environment, and without those that would find it all the same. Meanwhile an
+    honest job of the same fork server goes on."""
+    running, _ = hostile
+    name = f"hides-{how.replace(' ', '-')}"
+    path = deployed(running, name=name, more="  retries: 1\n")
+    honest = running.submit(running.url + path, config={"do": "wait", "go": str(tmp_path / "go")})
+    running.await_log(running.url + path, honest, "ready")
+    file = tmp_path / "hidden"
+    config = {"do": "hide", "file": str(file), "signals": HIDES[how]}
+    job = running.submit(running.url + path, config=config)
+    status = running.finished(running.url + path, job)
+    assert status["status"] == "status_succeeded", status
+    assert status["result"] == [], "beside the second attempt"
+    assert len(file.read_text().split()) > 3
+    (tmp_path / "go").touch()
+    assert running.finished(running.url + path, honest)["status"] == "status_succeeded"
+    until(lambda: not zombies(running), "all that was inherited collected")
+
+
+def zombies(running: Operator) -> list[int]:
+    return [pid for pid in processes.children(running.process.pid) if state(pid) == "Z"]
+
+
+def test_supervising_processes_that_the_operator_inherited_outlive_it(tmp_path: Path) -> None:
+    with operator(tmp_path) as running:
+        path = deployed(running)
+        go = tmp_path / "go"
+        job = running.submit(running.url + path, config={"do": "wait", "go": str(go)})
+        running.await_log(running.url + path, job, "ready")
+        supervisor = supervisor_of(running, job)
+        [server] = [processes.stat(supervisor)[1]]  # type: ignore[index]
+        os.kill(server, signal.SIGKILL)
+        parent = lambda: processes.stat(supervisor)[1]  # type: ignore[index]  # noqa: E731
+        until(lambda: parent() == running.process.pid, "inherited")
+        running.stop()
+        assert processes.living(supervisor) is not None
+        running.start()
+        go.touch()
+        assert running.finished(running.url + path, job)["status"] == "status_succeeded"

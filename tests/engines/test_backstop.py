@@ -61,7 +61,7 @@ def test_an_order_that_a_stopped_process_does_not_begin_with_is_taken_from_it(be
             following = replace(bench.attempt("def task(c): return 1"), version=first.version)
             await bench.start(engine, following)
             assert isinstance(await bench.last(following), NeverStarted)
-        assert not exists(supervisor)
+        await until(lambda: not exists(supervisor))  # its fork server collects it
 
     bench.run(scenario)
 
@@ -79,7 +79,7 @@ def test_a_job_that_its_supervisor_does_not_end_is_ended(
         attempt = bench.attempt(SLEEP, config={"file": str(bench.marker)}, timeout=2)
         begun = await bench.begin(engine, attempt)
         assert (await bench.ended(begun)).ending is Ending.TIMED_OUT
-        assert not exists(pid_of(bench, begun))
+        await until(lambda: not exists(pid_of(bench, begun)))
 
     bench.run(scenario)
 

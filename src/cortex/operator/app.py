@@ -291,7 +291,11 @@ def _url(host: str, port: int) -> str:
 def _engine(settings: Settings, place: str, projects: Projects) -> Engine:
     if settings.ray is None:
         return LocalEngine(
-            settings.jobs, settings.capacity, settings.grace_s, account=settings.account
+            settings.jobs,
+            settings.capacity,
+            settings.grace_s,
+            account=settings.account,
+            inherits=True,
         )
     from cortex.engines.ray import RayEngine
     from cortex.engines.ray.messages import Builds

@@ -31,6 +31,7 @@ def serve(data: bytes, fd: int, startup: frozenset[str]) -> None:
         fd: the socket.
         startup: the modules that a plain interpreter has loaded.
     """
+    orphans.mark()
     slot = _job_id_slot()
     setup = messages.Setup.loads(data)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,13 +1,47 @@
 """The children of a fork server: the supervisors that it forked, and what it inherits from one that
 was killed. A supervisor that ends by itself leaves nothing; what a killed one leaves belongs to nobody
-and is killed here, also where it has left its session and cleared its environment.
+and is killed here, also where it has left its session and cleared its environment. What a fork server leaves that is
+killed itself, the operator looks for: whatever descends from a fork server is marked.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 
 from cortex.worker import processes
+
+# RLIMIT_LOCKS. Since Linux 2.4 nothing is limited by it, but it is inherited, and only root can raise a hard limit.
+_MARK = 10
+_HIGHEST = 1 << 62
+
+
+def mark() -> None:
+    """Mark this process, and all that will descend from it, as not of its parent's own."""
+    soft, hard = (_finite(limit) for limit in resource.getrlimit(_MARK))
+    hard -= 1
+    resource.setrlimit(_MARK, (min(soft, hard), hard))
+
+
+def marked(parent: int) -> set[int]:
+    """The children of a process that have a mark, which it does not have itself; zombies among them.
+
+    Raises:
+        OSError: there are no descriptors to find out with.
+    """
+    own = _hard_limit(parent)
+    return {pid for pid in processes.children(parent) if _hard_limit(pid) < own}
+
+
+def _hard_limit(pid: int) -> int:
+    try:
+        return _finite(resource.prlimit(pid, _MARK)[1])
+    except (PermissionError, ProcessLookupError):
+        return _HIGHEST
+
+
+def _finite(limit: int) -> int:
+    return limit if 0 <= limit < _HIGHEST else _HIGHEST
 
 
 class Children:

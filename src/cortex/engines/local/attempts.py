@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import structlog
@@ -38,6 +38,7 @@ from cortex.engines.local.live import Live
 from cortex.engines.local.supervisors import Supervisor
 from cortex.engines.local.taken_over import TakenOver
 from cortex.errors import is_storage
+from cortex.worker import processes
 from cortex.worker.messages import ExitRecord, Order, Reply
 
 log = structlog.get_logger()
@@ -51,17 +52,23 @@ class Attempts:
     """All whose end has not been reported, by job."""
 
     def __init__(
-        self, root: Path, free: Callable[[str], bool], account: Account | None = None
+        self,
+        root: Path,
+        free: Callable[[str], bool],
+        tidy: Callable[[], Awaitable[None]],
+        account: Account | None = None,
     ) -> None:
         """
         Args:
             root: where the jobs' folders are.
             free: called with a job that is over; whether somebody who did not fit may fit now.
+            tidy: ends what fork servers or the operator have inherited from killed supervising processes.
             account: whose the jobs are, if they are not the operator's own.
         """
         self.report: Report = lambda _: None
         self._root = root
         self._free = free
+        self._tidy = tidy
         self._account = account
         self._live: dict[str, Live] = {}
         self._background = Background("the local engine failed")
@@ -75,6 +82,15 @@ class Attempts:
             self._let_go(live)
         self._live.clear()
         await self._ends.close()
+
+    def supervisors(self) -> set[int]:
+        """Those that were taken over, by pid.
+
+        Raises:
+            OSError: there are no descriptors to find out with.
+        """
+        held = [live.taken_over for live in self._live.values()]
+        return {processes.held(each.pidfd) for each in held if each is not None}
 
     def begin(self, attempt: Attempt, grace_s: float, supervisor: Supervisor | None = None) -> None:
         """One is started now, by this supervising process if it has one already."""
@@ -268,6 +284,7 @@ class Attempts:
         self._settle(live, self._lost(live, reason))
 
     async def _clean(self, live: Live, groups: list[str]) -> None:
+        await self._tidy()
         while True:
             try:
                 await in_thread(remains.clean, self._of(live), live.attempt.number, groups)

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from cortex.engines.local.starts import Starts
 from cortex.engines.local.supervisors import Supervisor
+from cortex.worker import processes
 from cortex.worker.messages import Order, Reply
 
 IDLE_S = 10.0
@@ -72,6 +73,14 @@ class Crew:
     def wanted(self) -> int:
         """How many more supervising processes there is work for now."""
         return min(len(self.waiting), max(0, self._starts.room))
+
+    def pids(self) -> set[int]:
+        """Of all of them.
+
+        Raises:
+            OSError: there are no descriptors to find out with.
+        """
+        return {processes.held(each.pidfd) for each in self._all if each.pidfd >= 0}
 
     @property
     def is_gone(self) -> bool:

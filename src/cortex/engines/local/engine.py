@@ -27,6 +27,7 @@ from cortex.engines.local import folders, limits, records, workspaces
 from cortex.engines.local.attempts import Attempts
 from cortex.engines.local.capacity import Ledger, detect
 from cortex.engines.local.forkservers import ForkServers
+from cortex.engines.local.inherited import Inherited
 from cortex.engines.local.supervisors import Supervisor
 from cortex.errors import StartupError
 from cortex.spec.api import Compute
@@ -45,11 +46,14 @@ class LocalEngine:
         memory_limit: str | None = None,
         account: Account | None = None,
         own_folder: str | None = None,
+        *,
+        inherits: bool = False,
     ) -> None:
         """
         Args:
             memory_limit: "watchdog" for no control groups, whatever there is.
             own_folder: "copy" for no overlay, whatever this machine allows.
+            inherits: whether this process is to be the parent of what killed fork servers leave, and end that.
         """
         self._root = root.absolute()
         self._total = total
@@ -57,13 +61,17 @@ class LocalEngine:
         self._memory_limit = memory_limit
         self._ledger = Ledger(total or Capacity(0, 0, 0))
         self._limits = limits.watchdog(self._root)
-        self._attempts = Attempts(self._root, self._free, account)
+        self._inherits = inherits
+        self._inherited = Inherited(self._processes)
+        self._attempts = Attempts(self._root, self._free, self._tidy, account)
         self._prepared: dict[str, Supervisor] = {}
         self._import_dir = self._root / ".import"
         self._account = account
         self._workspaces = workspaces.root_of(self._root)
         self._own_folder = own_folder
-        self._servers = ForkServers(self._attempts, self._import_dir, self._workspaces, account)
+        self._servers = ForkServers(
+            self._attempts, self._import_dir, self._workspaces, self._inherited, account
+        )
         self._sweep: asyncio.Future[None] | None = None
         self._handle = records.handle()
 
@@ -83,10 +91,13 @@ class LocalEngine:
                 f"the local engine needs pidfd_open, Linux 5.3 or later: {error}"
             ) from error
         await asyncio.to_thread(self._prepare)
+        if self._inherits:
+            self._inherited.open()
         # No job waits for it: there may be very many files.
         self._sweep = asyncio.ensure_future(asyncio.to_thread(workspaces.sweep, self._workspaces))
 
     async def close(self) -> None:
+        self._inherited.close()
         await self._attempts.close()
         await self._servers.close()
         if self._sweep is not None:
@@ -157,6 +168,13 @@ class LocalEngine:
 
     def _withdraw(self, attempt: Attempt) -> bool:
         return self._servers.withdraw(attempt.version, attempt.spec.job_id)
+
+    def _processes(self) -> set[int]:
+        return self._servers.processes() | self._attempts.supervisors()
+
+    async def _tidy(self) -> None:
+        # What a killed supervising process has left must not run beside the job's next attempt.
+        await self._servers.tidy()
 
     def _free(self, job_id: str) -> bool:
         return self._ledger.release(job_id)

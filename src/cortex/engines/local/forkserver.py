@@ -76,6 +76,12 @@ class ForkServer:
         return self._closed and self.crew.is_gone
 
     @property
+    def pid(self) -> int | None:
+        """Of its process, until that has ended."""
+        process = self._process
+        return None if process is None or process.returncode is not None else process.pid
+
+    @property
     def was_killed(self) -> bool:
         """Whether somebody else ended it: that says nothing about its environment. Known once it
         has died."""
@@ -148,6 +154,26 @@ class ForkServer:
             await _ended(self._process)
         if self._errors is not None:
             self._errors.close()
+
+    def is_stopped(self) -> bool:
+        """Whether somebody has stopped its process, or traces it.
+
+        Raises:
+            OSError: there are no descriptors to find out with.
+        """
+        about = None if self.pid is None else processes.stat(self.pid)
+        return about is not None and about[0] in "Tt"
+
+    def go_on(self) -> None:
+        """Let its process go on if somebody has stopped that."""
+        self._signal(signal.SIGCONT)
+
+    async def end_if_stopped(self) -> None:
+        """End its process if somebody has stopped that, and wait until it is gone."""
+        with contextlib.suppress(OSError):
+            while self.is_stopped():
+                self._signal(signal.SIGKILL)
+                await asyncio.sleep(0.001)
 
     def tell_waiting(self) -> None:
         """Say to the jobs that have orders here what they wait for."""
@@ -294,6 +320,10 @@ class ForkServer:
                 break  # it has died: the reader sees that
             self._unsent -= 1
         loop.remove_writer(self._socket)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send_signal(number)
 
     def _hurry(self) -> None:
         """An import that hangs must not hold up jobs that may not even need it."""

@@ -17,6 +17,7 @@ from cortex.background import Background
 from cortex.engines.base import Version
 from cortex.engines.local.crew import Listener
 from cortex.engines.local.forkserver import ForkServer
+from cortex.engines.local.inherited import Inherited
 from cortex.engines.local.supervisors import Supervisor
 from cortex.worker import beneath
 from cortex.worker.messages import Order, Setup
@@ -33,11 +34,17 @@ class ForkServers:
     """All fork servers of an engine, the most recently used ones last."""
 
     def __init__(
-        self, listener: Listener, import_dir: Path, workspaces: Path, account: Account | None
+        self,
+        listener: Listener,
+        import_dir: Path,
+        workspaces: Path,
+        inherited: Inherited,
+        account: Account | None,
     ) -> None:
         self.own_folder = COPY
         """How jobs have their projects to themselves; the engine finds out when it opens."""
         self._listener = listener
+        self._inherited = inherited
         self._account = account
         self._import_dir = import_dir
         self._workspaces = workspaces
@@ -73,6 +80,25 @@ class ForkServers:
         server = self._servers.get(api_id)
         if server is not None:
             self._retire(server)
+
+    def processes(self) -> set[int]:
+        """The fork servers and their supervising processes, by pid.
+
+        Raises:
+            OSError: there are no descriptors to find out with.
+        """
+        pids = {server.pid for server in self._all if server.pid is not None}
+        return pids.union(*(server.crew.pids() for server in self._all))
+
+    async def tidy(self) -> None:
+        """End what killed supervising processes have left. A fork server does that, unless it was stopped: then
+        it is ended as well, where what it has inherited is the operator's then."""
+        for server in list(self._all):
+            if self._inherited.is_on:
+                await server.end_if_stopped()
+            else:
+                server.go_on()
+        await self._inherited.end()
 
     async def close(self) -> None:
         self._servers.clear()
@@ -144,7 +170,11 @@ class ForkServers:
     def _end(self, server: ForkServer) -> None:
         # Kept as long as jobs of it run: their supervising processes are let go of with the rest.
         self._all = {each for each in self._all if not each.is_over}
-        self._background.run(server.close())
+        self._background.run(self._close(server))
+
+    async def _close(self, server: ForkServer) -> None:
+        await server.close()
+        await self._inherited.end()
 
     def _setup(self, version: Version, refused: dict[str, str]) -> Setup:
         definition, project = version.api.definition, version.project.absolute()

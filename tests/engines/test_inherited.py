@@ -1,0 +1,71 @@
+"""What the operator ends of what it inherits, and what it spares. In a process of its own, for it is to inherit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+MADE = """
+import asyncio, os, subprocess, sys, time
+from cortex.engines.local import inherited
+from cortex.worker import orphans, processes
+
+MARKED = "from cortex.worker import orphans; orphans.mark(); "
+DAEMON = "import os, subprocess; subprocess.Popen(['sleep', '300'], start_new_session=True, env={}); "
+
+
+def start(code):
+    command = [sys.executable, "-c", code + "print(flush=True); import time; time.sleep(300)"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    child.stdout.readline()
+    return child
+
+
+made = []
+own, known = start(""), start(MARKED)
+before = start(MARKED)
+watch = inherited.Inherited(lambda: {known.pid})
+watch.open()
+stranger = start(MARKED + DAEMON)
+below = processes.descendants(stranger.pid)
+spared = [own, known, before]
+try:
+    asyncio.run(main())
+    print([each.poll() for each in spared], len(below), [processes.living(pid) for pid in below])
+    print(os.path.exists(f"/proc/{stranger.pid}"))
+finally:
+    for each in spared:
+        each.kill()
+    processes.send({**below, stranger.pid: processes.living(stranger.pid)}, 9)
+"""
+ENDED = "[None, None, None] 1 [None]\nFalse\n"
+
+
+def test_only_what_descends_from_a_fork_server_and_nobody_knows_is_ended() -> None:
+    assert told("async def main(): await watch.end()") == ENDED
+
+
+def test_what_cannot_be_told_for_want_of_descriptors_is_asked_again() -> None:
+    main = """
+def refuse(parent):
+    orphans.marked = marked
+    raise OSError(24, "too many open files")
+
+async def main():
+    global marked
+    marked, orphans.marked = orphans.marked, refuse
+    await watch.end()
+"""
+    assert told(main).endswith(ENDED)
+
+
+def test_nothing_is_ended_any_more_once_supervising_processes_are_let_go_of() -> None:
+    main = "async def main():\n    watch.close()\n    await watch.end()"
+    assert told(main).endswith("True\n")
+
+
+def told(main: str) -> str:
+    command = [sys.executable, "-c", f"{main}\n{MADE}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
