@@ -74,6 +74,18 @@ class Task:
             os.kill(self.supervisor, signal.SIGSTOP)
         self.last()
 
+    def stop_server(self, config):
+        os.kill(self.server, signal.SIGSTOP)
+        self.last()
+
+    def stop_server_again_and_again(self, config):
+        self.supervisor = self.server
+        self.stop_it_again_and_again(config)
+
+    def trace_server(self, config):
+        self.supervisor = self.server
+        self.trace_it(config)
+
     def kill_it_when_asked_to_end(self, config):
         def kill(*_):
             os.kill(self.supervisor, signal.SIGKILL)
@@ -306,3 +318,26 @@ def test_supervising_processes_that_the_operator_inherited_outlive_it(tmp_path: 
         running.start()
         go.touch()
         assert running.finished(running.url + path, job)["status"] == "status_succeeded"
+
+
+@pytest.mark.parametrize("what", ["stop_server", "stop_server_again_and_again", "trace_server"])
+def test_a_fork_server_that_a_job_holds_up_is_noticed_and_replaced(
+    hostile: tuple[Operator, str], what: str
+) -> None:
+    running, _ = hostile
+    path = deployed(running, name=what.replace("_", "-"))
+    job = begun(running, path, what)
+    go = running.folder / f"{what}.go"
+    others = [
+        running.submit(running.url + path, config={"do": "wait", "go": str(go)}) for _ in range(3)
+    ]
+
+    def words(other: Any) -> str:
+        return str(running.status(running.url + path, other).get("message"))
+
+    until(lambda: any("fork server, which" in words(each) for each in others), "why they wait")
+    go.touch()
+    for other in others:
+        assert running.finished(running.url + path, other)["status"] == "status_succeeded"
+    running.delete(running.url + path, job)
+    until(lambda: left(running, path, job) == [], "all of it gone")

@@ -21,11 +21,14 @@ from cortex.account import Account, identity
 from cortex.background import in_thread
 from cortex.engines.base import Version
 from cortex.engines.local.crew import Crew, Listener
+from cortex.engines.local.pulse import Pulse
 from cortex.worker import checks, forkserver, processes
 from cortex.worker.messages import JOB_ID_ROOM, MOST_MESSAGE, Reply, Setup, shorten
 
 READY_S = 60.0
 _END_S = 5
+_COLLECTED_S = 1
+"""For one that has ended: it takes longer only where a job traces it, and then as long as that job likes."""
 _UNUSABLE = "the operator has too many open files, or the process is not of the jobs' user"
 _FDS = 2  # a pidfd and a socket come with each
 _AT_A_TIME = 64  # messages that are read before others have their turn
@@ -69,11 +72,19 @@ class ForkServer:
         self._hurried = False
         self._is_spoilt = False
         self._ending: asyncio.Task[None] | None = None
+        self._pidfd = -1
+        self._pulse = Pulse(self)
 
     @property
     def is_over(self) -> bool:
         """Whether nothing of it is left."""
         return self._closed and self.crew.is_gone
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether it has something to do."""
+        is_there = not self._closed and self._ending is None
+        return is_there and (not self.ready or self._asked > 0)
 
     @property
     def pid(self) -> int | None:
@@ -85,12 +96,16 @@ class ForkServer:
     def was_killed(self) -> bool:
         """Whether somebody else ended it: that says nothing about its environment. Known once it
         has died."""
-        code = None if self._process is None else self._process.returncode
-        return code == -signal.SIGKILL and not (self._hurried or self._is_spoilt)
+        # One that a job traces is collected by nobody before that job ends.
+        killed = None, -signal.SIGKILL
+        is_killed = self._process is not None and self._process.returncode in killed
+        return is_killed and not (self._hurried or self._is_spoilt)
 
     @property
-    def why_not_ready(self) -> str | None:
+    def why_waiting(self) -> str | None:
         """What an order waits for here, in words; None where it is ready."""
+        if self._pulse.why_still is not None:
+            return self._pulse.why_still
         if self.ready:
             return None
         if self.importing is not None:
@@ -133,6 +148,8 @@ class ForkServer:
         if self.setup.preload:
             self._timer = loop.call_later(READY_S, self._hurry)
         loop.add_reader(ours, self._read)
+        self._watch_process()
+        self._pulse.watch()
 
     async def close(self) -> None:
         """Its process ends by itself when the socket does; wait for that."""
@@ -142,12 +159,14 @@ class ForkServer:
         await self._spawned.wait()
         if self._timer is not None:
             self._timer.cancel()
+        self._pulse.close()
         self.crew.retire()
         if self._socket is not None:
             loop = asyncio.get_running_loop()
             loop.remove_reader(self._socket)
             loop.remove_writer(self._socket)
             self._socket.close()
+        self._let_go_of_process()
         if self._process is not None:
             if not self.ready:
                 self._process.kill()  # it may be in a long import, and holds nothing yet
@@ -166,18 +185,23 @@ class ForkServer:
 
     def go_on(self) -> None:
         """Let its process go on if somebody has stopped that."""
-        self._signal(signal.SIGCONT)
+        self.send_signal(signal.SIGCONT)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send its process this, if that is there."""
+        if self._process is not None:
+            self._process.send_signal(number)
 
     async def end_if_stopped(self) -> None:
         """End its process if somebody has stopped that, and wait until it is gone."""
         with contextlib.suppress(OSError):
             while self.is_stopped():
-                self._signal(signal.SIGKILL)
+                self.send_signal(signal.SIGKILL)
                 await asyncio.sleep(0.001)
 
     def tell_waiting(self) -> None:
         """Say to the jobs that have orders here what they wait for."""
-        why = self.why_not_ready
+        why = self.why_waiting
         if why is not None:
             for order in self.crew.waiting.values():
                 self._listener.waits(order, why)
@@ -198,10 +222,29 @@ class ForkServer:
                 **identity(self._account),
             )
 
+    def _watch_process(self) -> None:
+        """Be told of its end also where a job has its end of the socket, and that does not end with it."""
+        if self._process is not None:
+            with contextlib.suppress(OSError):  # for want of descriptors, or it has ended
+                self._pidfd = os.pidfd_open(self._process.pid)
+                asyncio.get_running_loop().add_reader(self._pidfd, self._on_gone)
+
+    def _let_go_of_process(self) -> None:
+        if self._pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def _on_gone(self) -> None:
+        self._let_go_of_process()
+        self._read()  # what it said last
+        if not self._closed and self._ending is None:
+            self._on_end()
+
     def _read(self) -> None:
         assert self._socket is not None
         for _ in range(_AT_A_TIME):
-            if self._closed:
+            if self._closed or self._ending is not None:
                 return
             try:
                 data, fds = _receive(self._socket)
@@ -212,6 +255,7 @@ class ForkServer:
             if not data:
                 self._on_end()
                 return
+            self._pulse.heard()
             try:
                 self._take(Reply.loads(data), fds)
             except checks.Invalid as error:
@@ -287,12 +331,15 @@ class ForkServer:
         wanted = self.crew.wanted or int(self.crew.is_gone)
         self._unsent += max(0, wanted - self._asked)
         self._asked = max(wanted, self._asked)
+        if self._asked:
+            self._pulse.watch()
         self._flush()
 
     def _on_end(self) -> None:
         assert self._socket is not None
         assert self._errors is not None
         asyncio.get_running_loop().remove_reader(self._socket)
+        self._let_go_of_process()
         with contextlib.suppress(OSError):
             end = self._errors.seek(0, os.SEEK_END)
             self._errors.seek(max(0, end - 2000))
@@ -320,10 +367,6 @@ class ForkServer:
                 break  # it has died: the reader sees that
             self._unsent -= 1
         loop.remove_writer(self._socket)
-
-    def _signal(self, number: signal.Signals) -> None:
-        if self._process is not None:
-            self._process.send_signal(number)
 
     def _hurry(self) -> None:
         """An import that hangs must not hold up jobs that may not even need it."""
@@ -370,7 +413,9 @@ async def _ended(process: subprocess.Popen[bytes]) -> None:
 def _wait(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None and not _ends(process.pid):
         process.kill()
-    process.wait()
+        _ends(process.pid)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_COLLECTED_S)
 
 
 def _ends(pid: int) -> bool:
