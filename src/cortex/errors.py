@@ -66,6 +66,13 @@ class ForeignOrigin(CortexError):
     http_status = 403
 
 
+class ForeignHost(CortexError):
+    """The request names a host that this operator, which asks for no token, is not known as."""
+
+    kind = "request.foreign_host"
+    http_status = 421
+
+
 class NotFound(CortexError):
     """There is no such API, job or page."""
 

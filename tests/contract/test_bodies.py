@@ -282,7 +282,7 @@ def test_what_is_read_and_thrown_away_is_bounded(
     if b"chunked" in form:
         piece = b"%x\r\n%s\r\n" % (MIB, piece)
     with socket.create_connection((parts.hostname, parts.port), 60) as connection:
-        head = b"POST /probe HTTP/1.1\r\nHost: a\r\nConnection: %s\r\n%s\r\n\r\n"
+        head = b"POST /probe HTTP/1.1\r\nHost: localhost\r\nConnection: %s\r\n%s\r\n\r\n"
         connection.sendall(head % (keeps, form))
         sent_bytes = 0
         with contextlib.suppress(ConnectionError):
@@ -302,9 +302,9 @@ def test_what_follows_an_answer_that_closes_is_no_request(shared: Operator, prob
     """Nothing that a client smuggles behind a refused body is acted upon."""
     parts = urlsplit(shared.url)
     before = newest(shared, probe)
-    behind = b"POST /probe HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}"
+    behind = b"POST /probe HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}"
     with socket.create_connection((parts.hostname, parts.port), 60) as connection:
-        head = b"POST /probe HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+        head = b"POST /probe HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
         connection.sendall(head % (11 * MIB))
         received = connection.recv(65536)
         with contextlib.suppress(ConnectionError):

@@ -115,7 +115,7 @@ def test_whoever_waits_while_the_operator_ends_is_told(
         socket.create_connection((address.host, address.port), 60) as waits,
         httpx.Client(timeout=60) as http,
     ):
-        waits.sendall(f"{method} {at} HTTP/1.1\r\nhost: x\r\n{length}\r\n".encode())
+        waits.sendall(f"{method} {at} HTTP/1.1\r\nhost: localhost\r\n{length}\r\n".encode())
         events = {"Accept": "text/event-stream"}
         with http.stream("GET", f"{endpoint}/{job['job_id']}/logs", headers=events) as followed:
             lines = followed.iter_lines()

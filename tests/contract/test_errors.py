@@ -123,11 +123,11 @@ def sent(shared: Operator, data: bytes) -> httpx.Response:
     [
         b"\x16\x03\x01\x02\x00 a TLS greeting",
         b"GET /healthz HTTP/1.1\r\n\r\n",
-        b"GET /healthz HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
-        b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 70_000,
-        b"POST /probe HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
-        b"POST /probe HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n{}\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nHost: b\r\n\r\n",
+        b"CONNECT a:80 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 70_000,
+        b"POST /probe HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"POST /probe HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n{}\r\n",
     ],
     ids=["tls", "host", "hosts", "connect", "long", "length", "chunk"],
 )
@@ -141,7 +141,7 @@ def test_an_offer_to_upgrade_costs_no_body(shared: Operator, probe: str) -> None
     """Java's client offers HTTP/2 with every request, bodies included, unless it is told not to."""
     body = b'{"config": {"kept": true}}'
     request = (
-        b"POST /probe HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, HTTP2-Settings%s\r\nUpgrade: h2c\r\n"
+        b"POST /probe HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings%s\r\nUpgrade: h2c\r\n"
         b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\nContent-Length: %d\r\n\r\n%s"
     )
     response = sent(shared, request % (b", close", len(body), body))
@@ -151,7 +151,7 @@ def test_an_offer_to_upgrade_costs_no_body(shared: Operator, probe: str) -> None
 def test_a_header_that_trickles_in_has_a_limit(shared: Operator) -> None:
     parts = urlsplit(shared.url)
     with socket.create_connection((parts.hostname, parts.port), 30) as connection:
-        connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n")
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
         with contextlib.suppress(ConnectionError):  # it is closed before all is sent
             for _ in range(40):
                 connection.sendall(b"X: " + b"a" * 4096 + b"\r\n")
@@ -167,7 +167,7 @@ def test_clients_that_leave_in_the_middle_leave_no_error_in_the_log(
     form = b"Content-Type: multipart/form-data; boundary=b\r\n"
     for path, more in ((b"/probe", b""), (b"/-/apis", form)):
         with socket.create_connection((parts.hostname, parts.port), 30) as connection:
-            head = b"POST %s HTTP/1.1\r\nHost: a\r\n%sContent-Length: 9\r\n\r\n{"
+            head = b"POST %s HTTP/1.1\r\nHost: localhost\r\n%sContent-Length: 9\r\n\r\n{"
             connection.sendall(head % (path, more))
     job = shared.run(probe)
     assert job["status"] == "status_succeeded"

@@ -86,7 +86,7 @@ def test_where_nothing_is_there_is_no_method(shared: Operator, path: str) -> Non
 def test_options_of_the_server(shared: Operator) -> None:
     parts = urlsplit(shared.url)
     with socket.create_connection((parts.hostname, parts.port), 60) as connection:
-        connection.sendall(b"OPTIONS * HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        connection.sendall(b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         received = b""
         while piece := connection.recv(65536):
             received += piece

@@ -73,6 +73,7 @@ def _check_all_ways(tmp_path: Path, engine: dict[str, object]) -> None:
         "grace": 3.0, "build_timeout": 60.0, "build_env": ["A_B", "c1"],
         "keep_jobs": 4.0, "keep_logs": 5.0, "keep_count": 6, "keep_audit": 7.0,
         "require_token": True, "insecure": True, "allow_origin": ["https://a", "https://b"],
+        "allow_host": ["a.example", "b:1"],
     }  # fmt: skip
     assert given.keys() == Configuration.model_fields.keys()
     words = {
@@ -185,6 +186,30 @@ def test_a_store_that_is_none_is_refused_without_its_password(tmp_path: Path, st
     assert "s3cret" not in told
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "*",
+        "*.example.org",
+        "https://a",
+        "a b",
+        "a:70000",
+        "a:b",
+        "a/b",
+        "m\xfcller.example",
+        "::1",
+        "u@a",
+    ],
+)
+def test_what_is_no_name_of_a_host_is_told(tmp_path: Path, name: str) -> None:
+    (told,) = mistakes(tmp_path, allow_host=["fine.example", name])
+    assert told == (
+        "--allow-host: no name of a host; write tasks.example.org or tasks.example.org:8080, each name by "
+        f"itself, without https:// and in ASCII (xn--…); found {name!r}"
+    )
+
+
 def test_what_is_shown_is_a_file_that_means_the_same(tmp_path: Path) -> None:
     found = loaded(tmp_path, "keep_logs: 7\n", {"CORTEX_SERVE_MEM": "1e9"}, data_dir=Path("/d"))
     shown = found.shown()
@@ -262,6 +287,7 @@ def test_the_command_passes_every_flag_on(capsys: pytest.CaptureFixture[str]) ->
         "--grace=3", "--build-timeout=60", "--build-env=A_B", "--build-env=c1", "--engine=local",
         "--run-as=x", "--keep-jobs=4", "--keep-logs=5", "--keep-count=6", "--keep-audit=7",
         "--require-token", "--no-insecure", "--allow-origin=a", "--allow-origin=b",
+        "--allow-host=a", "--allow-host=b",
     ]  # fmt: skip
     assert run(["serve", "--show-config", *flags]) == 0
     shown = capsys.readouterr().out

@@ -132,6 +132,13 @@ def serve(
         list[str] | None,
         typer.Option(metavar="ORIGIN", help="Origin of pages that may call the operator."),
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Name by which the operator may be asked without tokens, beside the machine's own.",
+        ),
+    ] = None,
     config: ConfigFile = None,
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print the configuration, and end.")
@@ -177,6 +184,7 @@ def serve(
             "require_token": require_token,
             "insecure": insecure,
             "allow_origin": allow_origin,
+            "allow_host": allow_host,
         },
         config,
     )

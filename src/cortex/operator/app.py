@@ -30,6 +30,7 @@ from cortex.operator.deploys import Deployer
 from cortex.operator.direct import Direct
 from cortex.operator.dispatcher import Dispatcher
 from cortex.operator.folder import held, held_with_others, make_folders, namespace
+from cortex.operator.hosts import Hosts
 from cortex.operator.http import Answer, App, Error, Gate, install_error_handlers
 from cortex.operator.logs import LogWatcher
 from cortex.operator.metrics import Metrics
@@ -52,9 +53,12 @@ _SHUTDOWN_S = 2
 def create_app(ctx: Context, deployer: Deployer, refusals: Refusals) -> App:
     """The HTTP application on an operator's parts."""
     app: App = Direct(_routes(ctx, deployer), ctx)
+    hosts = None
     if ctx.settings.require_token:
         app = Authentication(app, ctx.store, refusals)
-    return Gate(app, ctx.settings.allowed_origins)
+    else:
+        hosts = Hosts.of(ctx.settings)
+    return Gate(app, ctx.settings.allowed_origins, hosts)
 
 
 def _routes(ctx: Context, deployer: Deployer) -> FastAPI:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from cortex.operator.hosts import checked as check_host
 from cortex.operator.settings import Keep, Ray, Settings, database_url, default_data_dir
 from cortex.projects.build_rules import BuildRules
 from cortex.projects.files import check_url as check_files
@@ -114,6 +115,9 @@ class Configuration(BaseModel):
     require_token: bool = False
     insecure: bool = False
     allow_origin: Annotated[tuple[str, ...], BeforeValidator(_separated)] = ()
+    allow_host: Annotated[
+        tuple[Annotated[str, AfterValidator(check_host)], ...], BeforeValidator(_separated)
+    ] = ()
 
     @model_validator(mode="after")
     def _store_fits(self) -> Self:
@@ -175,4 +179,5 @@ class Configuration(BaseModel):
             require_token=self.require_token,
             insecure=self.insecure,
             allowed_origins=frozenset(self.allow_origin),
+            allowed_hosts=frozenset(self.allow_host),
         )

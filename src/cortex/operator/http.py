@@ -35,6 +35,7 @@ from cortex.errors import (
     is_storage,
 )
 from cortex.operator.coding import CODINGS, Unpacked, coding_of
+from cortex.operator.hosts import Hosts, foreign
 from cortex.projects.pack import MAX_PROJECT_BYTES
 from cortex.spec.api import RESERVED_ENDPOINTS
 from cortex.spec.job import Submission
@@ -102,21 +103,33 @@ register_url_convertor("api_name", _ApiName())
 
 
 class Gate:
-    """ASGI middleware: refuses foreign origins, and bodies over the limit as they stream in; unpacks
-    bodies. It answers HEAD as GET without its body, and takes a path with a slash at its end as the path
-    without."""
+    """ASGI middleware: refuses foreign hosts and origins, and bodies over the limit as they stream in;
+    unpacks bodies. It answers HEAD as GET without its body, and takes a path with a slash at its end as
+    the path without."""
 
-    def __init__(self, app: App, allowed_origins: frozenset[str]) -> None:
+    def __init__(
+        self, app: App, allowed_origins: frozenset[str], hosts: Hosts | None = None
+    ) -> None:
+        """
+        Args:
+            hosts: those that requests may name; None is any, as where each brings a token, which no
+                other site's page has.
+        """
         self._app = app
         self._allowed = allowed_origins
+        self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        host = headers.get(b"host")  # every browser sends it
+        if self._hosts is not None and host is not None and not self._hosts.takes(host):
+            await refuse(foreign(host))(scope, receive, send)
+            return
         origin = headers.get(b"origin")
-        if origin is not None and self._foreign(origin.decode("latin-1"), headers.get(b"host")):
+        if origin is not None and self._foreign(origin.decode("latin-1"), host):
             await refuse(
                 ForeignOrigin(
                     f"a page from {origin.decode('latin-1')!r} may not call this operator; "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import cast
 
 import httptools
@@ -21,6 +22,7 @@ MAX_DISCARDED_BYTES = 256 * 1024**2
 DISCARD_TIMEOUT_S = 30.0
 _PIECE = 16 * 1024  # is read at a time, and a header that goes on is counted so
 # Names that offer another protocol (RFC 9110, 7.8; RFC 7540, 3.2): an offer may be ignored.
+_AUTHORITY_END = re.compile(rb"[/?#]")
 _OFFERS = {b"connection", b"upgrade", b"http2-settings"}
 
 
@@ -72,6 +74,8 @@ class Protocol(HttpToolsProtocol):
             raise ValueError("not one Host")
         if bytes_read > MOST_HEADER_BYTES or self.parser.get_method() == b"CONNECT":
             raise ValueError("not for this server")
+        if not self.url.startswith((b"/", b"*")):
+            self._name_the_target()
         # Else the parser takes what follows for another protocol, a body included.
         if not self.parser.should_upgrade():
             super().on_headers_complete()
@@ -136,6 +140,15 @@ class Protocol(HttpToolsProtocol):
         if not is_answered:
             self.transport.write(_REFUSAL)
         self.transport.close()
+
+    def _name_the_target(self) -> None:
+        """RFC 9112, 3.2.2: what a target in absolute form names goes before Host."""
+        host = _AUTHORITY_END.split(self.url.partition(b"://")[2], maxsplit=1)[0]
+        if b"@" in host:  # RFC 9110, 4.2.4
+            raise ValueError("a user in the target")
+        # In place, for the scope has this list.
+        self.headers[:] = [header for header in self.headers if header[0] != b"host"]
+        self.headers.append((b"host", host))
 
     def _without_the_offer(self) -> bytes:
         """The header that was read, to be read again by a new parser."""

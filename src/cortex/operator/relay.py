@@ -18,12 +18,13 @@ from starlette.responses import Response
 
 from cortex.errors import NoDriver, StorageUnavailable
 from cortex.operator.http import Receive, Scope, Send
+from cortex.operator.render import ASKED_AT
 from cortex.store import Store
 
 log = structlog.get_logger()
 
 _MARK = "cortex-relayed"
-_PASSED_ON = ("accept", "authorization", "host", "last-event-id", "range")
+_PASSED_ON = ("accept", "authorization", "last-event-id", "range")
 _PASSED_BACK = ("accept-ranges", "cache-control", "content-range", "content-length", "content-type")
 _PATIENCE_S = 3.0  # until an answer begins
 _SILENCE_S = 60.0  # whoever drives says sooner that a followed log is still there
@@ -148,8 +149,10 @@ class Relay:
         path = request.scope.get("raw_path") or request.url.path.encode()
         url = f"{driver.address}{path.decode('latin-1').partition('?')[0]}"
         headers = {n: request.headers[n] for n in _PASSED_ON if n in request.headers}
+        # As `Host` it has a name of its own, which it may be strict about.
+        headers |= {_MARK: "1", ASKED_AT: request.headers.get("host", "")}
         return self._http.build_request(
-            "GET", f"{url}?{urlencode(query)}" if query else url, headers={**headers, _MARK: "1"}
+            "GET", f"{url}?{urlencode(query)}" if query else url, headers=headers
         )
 
     async def _who(self) -> _Driver | None:

@@ -14,6 +14,9 @@ from cortex.spec.lifecycle import IN_PROGRESS, SHOWN, State, Status
 from cortex.spec.times import rfc3339
 from cortex.store import Deployment, Store
 
+ASKED_AT = "cortex-asked-at"
+"""The header that tells the `Host` of a request that another operator passes on."""
+
 _RECENT = 10
 _MOST_IN_PROGRESS = 1000
 
@@ -141,7 +144,7 @@ class Renderer:
 
 def base(request: Request) -> str:
     """The address that a request came to, as its client knows it."""
-    host = request.headers.get("host")
+    host = request.headers.get(ASKED_AT) or request.headers.get("host")
     if host is None:  # HTTP/1.0
         return str(request.base_url).rstrip("/")
     return f"{request.scope['scheme']}://{host}"

@@ -80,6 +80,8 @@ class Settings:
     keep: Keep = Keep()
     allowed_origins: frozenset[str] = frozenset()
     """Origins of pages, beside the operator's own, whose browsers may send requests."""
+    allowed_hosts: frozenset[str] = frozenset()
+    """Names, beside the machine's own, by which it may be asked where no token is."""
 
     @property
     def database_url(self) -> str:
