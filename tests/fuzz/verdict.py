@@ -14,7 +14,7 @@ KINDS = {
     if isinstance(each, type) and issubclass(each, errors.CortexError)
 }
 _NEEDED = {405: "allow", 429: "retry-after"}
-ALLOWED = {200, 206, 400, 401, 403, 404, 405, 409, 413, 415, 416, 429}
+ALLOWED = {200, 206, 400, 401, 403, 404, 405, 408, 409, 413, 415, 416, 421, 429}
 _INSIDE = re.compile(
     rb"Traceback \(most recent|site-packages|/usr/lib/python|/src/cortex/|\.py\\?\", line|<html|<!doctype",
     re.IGNORECASE,
