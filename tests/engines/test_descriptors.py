@@ -28,7 +28,8 @@ from cortex.worker import processes
 from cortex.worker.messages import StartRecord
 
 folder, asked = Path(sys.argv[1]), sys.argv[2]
-running = subprocess.Popen(["sleep", "300"], stdout=subprocess.DEVNULL, env={**os.environ, "CORTEX_JOB_ID": folder.name})
+opened = os.open(folder, os.O_RDONLY)  # as a supervising process has it
+running = subprocess.Popen(["sleep", "300"], stdin=opened, stdout=subprocess.DEVNULL, env={**os.environ, "CORTEX_JOB_ID": folder.name})
 start = StartRecord(pid=running.pid, ticks=processes.stat(running.pid)[2])
 (folder / "start.1").write_bytes(start.dumps())
 attempt = SimpleNamespace(number=1, handle=records.handle())

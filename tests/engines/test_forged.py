@@ -38,6 +38,7 @@ def bench(local_bench: Bench) -> Bench:
 def forged(bench: Bench, name: str, data: bytes) -> Attempt:
     """An attempt of an earlier operator, with such a record."""
     attempt = bench.attempt("def task(config): ...", handle=records.handle())
+    bench.root.mkdir(exist_ok=True)
     records.make(str(bench.folder(attempt)), None)
     (bench.folder(attempt) / "start.1").write_text(json.dumps(START))
     (bench.folder(attempt) / name).write_bytes(data)
@@ -242,6 +243,23 @@ def test_a_process_of_somebody_elses_is_no_supervisor(bench: Bench) -> None:
     alive = records.look(bench.folder(attempt), attempt, same)
     assert isinstance(alive, records.Alive)
     os.close(alive.pidfd)
+
+
+def test_a_process_that_has_not_the_job_s_folder_open_is_no_supervisor(bench: Bench) -> None:
+    with subprocess.Popen(["sleep", "300"]) as victim:
+        about = stat(victim.pid)
+        assert about is not None
+        own = json.dumps({**START, "pid": victim.pid, "ticks": about[2]}).encode()
+
+        async def scenario(engine: LocalEngine) -> None:
+            attempt = forged(bench, "start.1", own)
+            await engine.recover(attempt)
+            engine.stop(attempt.spec.job_id)
+            assert isinstance(await bench.last(attempt), Lost)
+            assert victim.poll() is None
+
+        bench.run(scenario)
+        victim.kill()
 
 
 FORGED = """#!{python}

@@ -112,7 +112,8 @@ def _job_id_slot() -> memoryview | None:
     getenv = ctypes.CDLL(None).getenv
     getenv.restype = ctypes.c_void_p
     address: int | None = getenv(b"CORTEX_JOB_ID")
-    os.environ.pop("CORTEX_JOB_ID", None)
+    for name in ("CORTEX_JOB_ID", messages.JOBS_FOLDER):
+        os.environ.pop(name, None)
     if address is None:
         return None
     place = (ctypes.c_char * messages.JOB_ID_ROOM).from_address(address)

@@ -21,6 +21,8 @@ MOST_RECORD = 1 << 15
 """An exit record that is longer is not told along, but read from its file."""
 JOB_ID_ROOM = 64
 """Bytes kept free for the job's id in the first environment block of a fork server."""
+JOBS_FOLDER = "CORTEX_JOBS_FOLDER"
+"""A variable in that block alone: which folder of jobs it is, as a copy of it may have jobs of the same ids."""
 
 
 encode = plain.encoder()

@@ -226,6 +226,17 @@ def with_variable(name: str, value: str) -> dict[int, int]:
     return found
 
 
+def variables(pid: int) -> dict[str, str]:
+    """The environment block of a process; an empty one where it cannot be told."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            lines = file.read().split(b"\0")
+    except OSError:
+        return {}
+    pairs = (line.partition(b"=") for line in lines if b"=" in line)
+    return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
+
+
 def memory(pids: list[int], limit: int) -> int:
     """Bytes that these processes take together. Resident sizes count shared pages in each, and
     proportional ones are dear to ask for: those are asked for only if the first are over the limit."""

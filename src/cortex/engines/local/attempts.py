@@ -46,6 +46,7 @@ log = structlog.get_logger()
 RETRY_S = 1.0
 _KILLED = "the supervising process was killed"
 _REBOOTED = "the machine restarted while the job ran"
+_COPIED = "it ran with another data folder, of which this one is a copy: what became of it there is not known here"
 
 
 class Attempts:
@@ -268,7 +269,7 @@ class Attempts:
         if gone.start is not None and gone.start.fenced:
             self._settle(live, self._never(live))
             return
-        groups = gone.start.cgroups if gone.start else []
+        groups = gone.start.cgroups if gone.start and not gone.copied else []
         job_id, number = live.job_id, live.attempt.number
         await self._clean(live, limits.belonging(groups, self._root, job_id, number))
         if live.was_late and not live.stop:
@@ -277,6 +278,8 @@ class Attempts:
             return
         if record is not None:
             reason = record.message or _KILLED
+        elif gone.copied:
+            reason = _COPIED
         elif live.why is not None or gone.why is not None:
             reason = live.why or f"the record of its end is not valid: {gone.why}"
         else:

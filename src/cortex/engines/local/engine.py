@@ -121,7 +121,7 @@ class LocalEngine:
         # From here on a folder that is missing is one that cannot be asked, not one never made.
         records.make(f"{self._root}/{job_id}", self._account)
         gpus = self._ledger.gpus(job_id)
-        return records.handle(gpus) if gpus else self._handle
+        return records.handle(self._root, gpus) if gpus else self._handle
 
     def prepare(self, attempt: Attempt) -> None:
         order = self._order(attempt)
@@ -181,6 +181,7 @@ class LocalEngine:
 
     def _prepare(self) -> None:
         folders.lay_out(self._root, self._import_dir, self._account)
+        self._handle = records.handle(self._root)
         self._ledger = Ledger(self._total or detect())
         if self._memory_limit == "watchdog":
             self._limits = limits.watchdog(self._root)

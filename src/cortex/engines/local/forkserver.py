@@ -20,10 +20,11 @@ from typing import IO
 from cortex.account import Account, identity
 from cortex.background import in_thread
 from cortex.engines.base import Version
+from cortex.engines.local import remains
 from cortex.engines.local.crew import Crew, Listener
 from cortex.engines.local.pulse import Pulse
 from cortex.worker import checks, forkserver, processes
-from cortex.worker.messages import JOB_ID_ROOM, MOST_MESSAGE, Reply, Setup, shorten
+from cortex.worker.messages import JOB_ID_ROOM, JOBS_FOLDER, MOST_MESSAGE, Reply, Setup, shorten
 
 READY_S = 60.0
 _END_S = 5
@@ -215,7 +216,11 @@ class ForkServer:
                 stdin=stdin,
                 stdout=self._errors,
                 stderr=self._errors,
-                env={**_for_interpreter(self.setup.env), "CORTEX_JOB_ID": "-" * JOB_ID_ROOM},
+                env={
+                    **_for_interpreter(self.setup.env),
+                    "CORTEX_JOB_ID": "-" * JOB_ID_ROOM,
+                    JOBS_FOLDER: remains.identity(Path(self.setup.import_dir).parent),
+                },
                 cwd=self.setup.project,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,

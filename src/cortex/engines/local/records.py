@@ -48,28 +48,33 @@ class Gone:
     rebooted: bool
     why: str | None = None
     """What is wrong with the record of its end, where there is one that is none."""
+    copied: bool = False
+    """Whether it ran with another data folder, of which this one is a copy."""
 
 
 Found = Fenced | Alive | Gone
 
 
-def handle(gpus: Sequence[int] = ()) -> str:
+def handle(root: Path | None = None, gpus: Sequence[int] = ()) -> str:
     """What the store keeps of an attempt.
 
     Args:
+        root: the folder of all jobs, where a copy of it is to be told from it.
         gpus: those that it has.
     """
     held = {"gpus": list(gpus)} if gpus else {}
-    return json.dumps({"v": HANDLE_VERSION, "boot": processes.boot_id(), **held})
+    of_root = {} if root is None else {"folder": remains.identity(root)}
+    return json.dumps({"v": HANDLE_VERSION, "boot": processes.boot_id(), **held, **of_root})
 
 
 def make(folder: str, account: Account | None) -> None:
-    """Make a job's folder, whose supervising process lays it out."""
+    """Make a job's folder, whose supervising process lays it out.
+
+    Raises:
+        OSError: it cannot be made, as where the data folder was moved away.
+    """
     with contextlib.suppress(FileExistsError):  # a later attempt's
-        try:
-            os.mkdir(folder, 0o700)  # noqa: PTH102  # for each job: to make a Path takes as long again
-        except FileNotFoundError:
-            Path(folder).mkdir(0o700, parents=True)
+        os.mkdir(folder, 0o700)  # noqa: PTH102  # for each job: to make a Path takes as long again
     if account is not None:
         account.own(Path(folder))
 
@@ -101,14 +106,16 @@ def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Foun
         OSError: the folder cannot be asked now.
     """
     rebooted = _of_handle(attempt.handle, "boot") != processes.boot_id()
+    ran_in = _of_handle(attempt.handle, "folder")
     with _opened(folder, must_exist=not rebooted) as fd:
         if fd is None:
             return Gone(None, None, rebooted=True)
         start = _start(fd, folder.name, attempt.number)
         over, why = _exit(fd, folder.name, attempt.number)
+        copied = ran_in is not None and ran_in != remains.identity(folder.parent)
         # The end is asked for first: its supervisor may be there still, with another job.
-        if rebooted or over is not None:
-            return Gone(over, start, rebooted, why)
+        if rebooted or copied or over is not None:
+            return Gone(over, start, rebooted, why, copied)
         if start is None:
             fence = StartRecord(job_id=folder.name, attempt=attempt.number, fenced=True)
             with beneath.opened(str(folder.parent)) as above:
@@ -118,7 +125,7 @@ def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Foun
             if not (_is_laid_out(fd) and remains.has_begun(folder, attempt.number)):
                 return Fenced()
             start = StartRecord()
-        alive = _alive(start, account) or _alive(remains.supervisor(fd), account)
+        alive = _alive(start, fd, account) or _alive(remains.supervisor(fd), fd, account)
         if alive is not None:
             return alive
         start.cgroups += remains.control_groups(folder, attempt.number)
@@ -166,7 +173,7 @@ def append(log: Path, text: str) -> None:
     Raises:
         OSError: it is none, or nothing can be written now.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
+    log.parent.mkdir(exist_ok=True)
     with beneath.opened(str(log.parent)) as folder:
         fd = os.open(log.name, _APPEND, 0o644, dir_fd=folder)
         with os.fdopen(fd, "a", encoding="utf-8") as file:
@@ -197,14 +204,19 @@ def _of_handle(handle: str, name: str) -> object:
         return None
 
 
-def _alive(start: StartRecord | None, account: Account | None) -> Alive | None:
+def _alive(start: StartRecord | None, folder: int, account: Account | None) -> Alive | None:
+    """The supervisor that a record tells of, if it is that of this folder, whoever wrote the record."""
     pidfd = None if start is None else processes.hold(start.pid, start.ticks)
     if start is None or pidfd is None:
         return None
-    if account is None or processes.owner(start.pid) == account.uid:
-        return Alive(pidfd, start)
-    os.close(pidfd)
-    return None
+    is_its = False
+    try:
+        is_users = account is None or processes.owner(start.pid) == account.uid
+        is_its = is_users and remains.has_open(start.pid, folder)
+    finally:
+        if not is_its:
+            os.close(pidfd)
+    return Alive(pidfd, start) if is_its else None
 
 
 def _is_laid_out(folder: int) -> bool:

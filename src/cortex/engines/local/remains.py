@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cortex.engines.local import limits
 from cortex.worker import cgroups, files, processes
-from cortex.worker.messages import JOB_ID_ROOM, StartRecord
+from cortex.worker.messages import JOB_ID_ROOM, JOBS_FOLDER, StartRecord
 
 CLEAN_S = 5.0
 _LOOKS = 2  # that find nothing: in the midst of its exec, a process shows no environment
@@ -28,14 +28,13 @@ def clean(folder: Path, attempt: int, groups: list[str]) -> None:
         OSError: what is left cannot be told, for want of descriptors or memory.
     """
     is_followed = _is_followed(folder, attempt) and _is_supervised(folder)
-    job_id = folder.name
     until = time.monotonic() + CLEAN_S
     for group in groups:
         with contextlib.suppress(OSError):
             cgroups.put(f"{group}/cgroup.kill", "1")
     looks = _LOOKS
     while looks > 0 and time.monotonic() < until:
-        left = {} if is_followed else processes.with_variable("CORTEX_JOB_ID", job_id)
+        left = {} if is_followed else _processes(folder)
         for group in groups:
             for pid in cgroups.members(group):
                 ticks = processes.living(pid)
@@ -82,7 +81,7 @@ def has_begun(folder: Path, attempt: int) -> bool:
     if control_groups(folder, attempt):
         return True
     until = time.monotonic() + _GOES_S
-    while processes.with_variable("CORTEX_JOB_ID", folder.name):
+    while _processes(folder):
         if _is_followed(folder, attempt):
             return False
         if time.monotonic() > until:
@@ -93,15 +92,40 @@ def has_begun(folder: Path, attempt: int) -> bool:
 
 def supervisor(folder: int) -> StartRecord | None:
     """The supervising process that has this folder open, told as its record would tell of it."""
-    about = os.fstat(folder)
     # Its environment is the fork server's, where jobs have their ids.
     for pid, ticks in processes.with_variable("CORTEX_JOB_ID", "-" * JOB_ID_ROOM).items():
-        with contextlib.suppress(FileNotFoundError, PermissionError, ProcessLookupError):
-            for fd in Path(f"/proc/{pid}/fd").iterdir():
-                with contextlib.suppress(FileNotFoundError):
-                    if os.path.samestat(fd.stat(), about):
-                        return StartRecord(pid=pid, ticks=ticks, start_ns=time.time_ns())
+        if has_open(pid, folder, if_unknown=False):
+            return StartRecord(pid=pid, ticks=ticks, start_ns=time.time_ns())
     return None
+
+
+def has_open(pid: int, folder: int, *, if_unknown: bool = True) -> bool:
+    """Whether a process has this folder open, as a supervising process has that of its job.
+
+    Args:
+        if_unknown: the answer where the system does not let this user know.
+    """
+    about = os.fstat(folder)
+    try:
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(fd.stat(), about):
+                    return True
+    except PermissionError:
+        return if_unknown
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return False
+
+
+def identity(root: Path) -> str:
+    """What tells a folder of jobs from every copy of it.
+
+    Raises:
+        OSError: it cannot be asked now.
+    """
+    about = root.stat()
+    return f"{about.st_dev}:{about.st_ino}"
 
 
 def control_groups(folder: Path, attempt: int) -> list[str]:
@@ -129,3 +153,22 @@ def _is_followed(folder: Path, attempt: int) -> bool:
     except OSError:
         return False
     return any(number.isdigit() and int(number) > attempt for number in starts)
+
+
+def _processes(folder: Path) -> dict[int, int]:
+    """What runs of a job (pid: start ticks), but not what runs of it with another data folder, of which this one is
+    a copy."""
+    found = processes.with_variable("CORTEX_JOB_ID", folder.name)
+    return {pid: ticks for pid, ticks in found.items() if not _is_elsewhere(pid, folder)}
+
+
+def _is_elsewhere(pid: int, folder: Path) -> bool:
+    variables = processes.variables(pid)
+    with contextlib.suppress(OSError):
+        if (root := variables.get(JOBS_FOLDER)) is not None:
+            return root != identity(folder.parent)
+        if (
+            files := variables.get("CORTEX_JOB_DIR")
+        ) is not None:  # what the job has started itself
+            return not Path(files).parent.samefile(folder)
+    return False
