@@ -29,7 +29,13 @@ from cortex.operator.context import Context, Jobs
 from cortex.operator.deploys import Deployer
 from cortex.operator.direct import Direct
 from cortex.operator.dispatcher import Dispatcher
-from cortex.operator.folder import held, held_with_others, make_folders, namespace
+from cortex.operator.folder import (
+    check_whole,
+    held,
+    held_with_others,
+    make_folders,
+    namespace,
+)
 from cortex.operator.hosts import Hosts
 from cortex.operator.http import Answer, App, Error, Gate, install_error_handlers
 from cortex.operator.logs import LogWatcher
@@ -100,6 +106,7 @@ async def opened(settings: Settings, failed: Callable[[Exception], None]) -> Asy
         projects = Projects(settings.projects, settings.locks, files)
         hold = held_with_others if is_shared else held
         stack.enter_context(hold(settings, projects.open))
+        check_whole(settings)
         store = Store(settings.database_url)
         stack.callback(store.close)
         place = await settle(settings, store, files)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import structlog
 
 from cortex.background import Background
-from cortex.errors import StorageUnavailable, Superseded
+from cortex.errors import OutcomeUnknown, StorageUnavailable, Superseded
 from cortex.operator.live import Live, ending
 from cortex.spec.job import JobRecord
 from cortex.spec.lifecycle import FINAL, Event
@@ -67,7 +67,7 @@ class Board:
                 break
             except Superseded:
                 await asyncio.Event().wait()  # whoever drives now sees to it; `close` ends this
-            except StorageUnavailable as error:
+            except (StorageUnavailable, OutcomeUnknown) as error:  # what was made is not made again
                 log.error(
                     "store unavailable", job=job_id, transition=event.value, error=error.message
                 )

@@ -12,6 +12,7 @@ from typing import IO
 
 from cortex.errors import StartupError
 from cortex.operator.settings import Settings
+from cortex.store import SAVED
 from cortex.worker import files
 
 _PATIENCE_S = 5.0  # somebody who has just come looks around for as long at most
@@ -39,6 +40,25 @@ def make_folders(settings: Settings) -> None:
             f"the data folder {settings.data_dir} cannot be used: {error}. "
             "Choose another with --data-dir, or give this user the right to write there."
         ) from error
+
+
+def check_whole(settings: Settings) -> None:
+    """Whether nothing of the folder is missing that was here: what is made anew would take its place.
+
+    Raises:
+        StartupError: the database is gone, and there is a copy that was saved of it, or a restore was cut off.
+    """
+    database = settings.database
+    saved = sorted(database.parent.glob(f"{database.name}{SAVED}*"))
+    if settings.store is None and saved and not database.exists():
+        raise StartupError(
+            f"the database {database} is gone, and {saved[-1]} was saved of it: give that file its name, and "
+            "start the operator again. To begin with nothing, move it elsewhere."
+        )
+    if settings.restoring.exists():
+        raise StartupError(
+            f"a restore into the data folder {settings.data_dir} was cut off: run `cortex restore` again"
+        )
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from cortex.account import Account
 from cortex.engines.base import Capacity
 from cortex.projects.build_rules import DEFAULT_RULES, BuildRules
 
+DATABASE = "operator.db"
+
 
 def default_data_dir() -> Path:
     """Where an operator keeps everything, if it is told nothing else."""
@@ -19,7 +21,7 @@ def default_data_dir() -> Path:
 
 def database_url(data_dir: Path, store: str | None) -> str:
     """The database of an operator: the one that it is told, else a file in its data folder."""
-    return store or f"sqlite:///{data_dir / 'operator.db'}"
+    return store or f"sqlite:///{data_dir / DATABASE}"
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,11 @@ class Settings:
         return database_url(self.data_dir, self.store)
 
     @property
+    def database(self) -> Path:
+        """The file of the database, where that is no server's."""
+        return self.data_dir / DATABASE
+
+    @property
     def lock(self) -> Path:
         return self.data_dir / "operator.lock"
 
@@ -98,6 +105,16 @@ class Settings:
     @property
     def taken_over(self) -> Path:
         return self.data_dir / "taken-over"
+
+    @property
+    def restored(self) -> Path:
+        """When the backup was made that the folder was restored from, until its jobs are seen to."""
+        return self.data_dir / "restored"
+
+    @property
+    def restoring(self) -> Path:
+        """What is not in its place yet of a backup that is restored."""
+        return self.data_dir / ".restoring"
 
     @property
     def ray_namespace(self) -> Path:

@@ -6,12 +6,14 @@ The operator and `cortex token` call `Store`; nobody else does.
 from cortex.store.changes import Hearer
 from cortex.store.deployments import Deployment
 from cortex.store.lease import Candidate
+from cortex.store.sqlite import SAVED
 from cortex.store.store import JobPage, Store
 from cortex.store.submits import Claim, Replay
 from cortex.store.transitions import Facts, Outcome
 from cortex.store.turns import Turn
 
 __all__ = [
+    "SAVED",
     "Candidate",
     "Claim",
     "Deployment",

@@ -16,7 +16,7 @@ from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import SHOWN, Event, Status
 from cortex.spec.times import new_id, now_ns
 from cortex.spec.token import Scope, Token
-from cortex.store import audit, deployments, retention, tokens, turns
+from cortex.store import audit, deployments, retention, sqlite, tokens, turns
 from cortex.store.audit import AuditPage
 from cortex.store.database import connect, migrate, read, reader
 from cortex.store.deployments import Deployment
@@ -59,11 +59,12 @@ class Store:
         self._engine = connect(url, name)
         try:
             migrate(self._engine)
+            self._file = None if self.is_shared else sqlite.File(self._engine)
         except StartupError:
             self._engine.dispose()
             raise
         self._reader = reader(self._engine)
-        self._writer = Writer(self._engine)
+        self._writer = Writer(self._engine, None if self._file is None else self._file.lost)
         self._submits = Submits()
         self.operators = Operators(self._engine, self._writer, operator_id, name)
 
@@ -76,6 +77,8 @@ class Store:
         """Finish the writes that wait, and let go of the database."""
         self._writer.close()
         self._engine.dispose()
+        if self._file is not None:
+            self._file.close()
 
     def in_turn(self) -> Turn:
         """Held by whoever changes which versions there are, of all operators."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DatabaseError, DBAPIError, InternalError, OperationalError
 
 from cortex.errors import CortexError, OutcomeUnknown, StorageUnavailable, Superseded
-from cortex.store import postgresql
+from cortex.store import postgresql, sqlite
 from cortex.store.database import words
 
 T = TypeVar("T")
@@ -29,6 +30,9 @@ Write = Callable[[Connection], T]
 
 _GROUP = 512  # writes per commit: bounds how long the first of them waits for the last
 _ASK_AGAIN_S = 0.2
+_PATIENCE_S = 10.0
+"""How long a write waits in all for another process that writes to the same file, whatever waits before it."""
+_LOOK_MS = 100
 _MOST_CONFLICTS = 10
 _OUTCOME_UNKNOWN = (
     "the connection to the store was lost in the middle of the change: look whether it was made, "
@@ -54,8 +58,13 @@ class Writer:
     meanwhile all other writes are refused.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, lost: Callable[[], str | None] | None = None) -> None:
+        """
+        Args:
+            lost: tells why what is committed now would not be there later, if so.
+        """
         self._engine = engine
+        self._lost = lost or _never
         self._connection: Connection | None = None
         self.fence: Fence | None = None
         self._unknown: _Unknown | None = None
@@ -115,16 +124,20 @@ class Writer:
         if self._unknown is not None and not self._settle():
             _refuse(group, StorageUnavailable("the store does not answer now. Try again later."))
             return
-        self._try(group, again=True)
+        while group:
+            group = self._try(group, again=True)
 
-    def _try(self, group: list[_Job], *, again: bool) -> None:
-        """
+    def _try(self, group: list[_Job], *, again: bool) -> list[_Job]:
+        """Commit them, and tell what came of it; those that have to wait for another process.
+
         Args:
             again: whether to try once more where a connection turns out to be lost.
         """
         outcomes: list[object] = []
         is_connected = False
         try:
+            if (why := self._lost()) is not None:
+                raise StorageUnavailable(why)
             connection = self._connected()
             with connection.begin():
                 is_connected = True
@@ -136,25 +149,42 @@ class Writer:
         except Exception as error:
             if not isinstance(error, CortexError):
                 self._let_go()  # whatever state it is in
-            is_lost = self._is_lost(error)
-            if outcomes and self.fence is not None:  # also where a server that ends says so
-                self._unknown = _Unknown(group, outcomes, error, again)
-                self._settle()
-            elif outcomes and is_lost:
-                _refuse(group, OutcomeUnknown(_OUTCOME_UNKNOWN))
-            elif is_lost and is_connected and again:
-                self._try(group, again=False)
-            elif is_lost or not is_connected:
-                _refuse(group, error)
-            elif len(group) > 1:
-                for job in group:
-                    self._commit([job])
-            elif postgresql.is_conflict(error) and group[0].may_try_again():
-                self._commit(group)
-            else:
-                _refuse(group, error)
-            return
-        _deliver(group, outcomes)
+            if not is_connected and sqlite.is_locked(error):
+                return _in_time(group, error)
+            self._failed(group, outcomes, error, again=again, is_connected=is_connected)
+            return []
+        if (why := self._lost()) is not None:
+            _refuse(group, OutcomeUnknown(f"whether the change is there later is not known: {why}"))
+        else:
+            _deliver(group, outcomes)
+        return []
+
+    def _failed(
+        self,
+        group: list[_Job],
+        outcomes: list[object],
+        error: Exception,
+        *,
+        again: bool,
+        is_connected: bool,
+    ) -> None:
+        is_lost = self._is_lost(error)
+        if outcomes and self.fence is not None:  # also where a server that ends says so
+            self._unknown = _Unknown(group, outcomes, error, again)
+            self._settle()
+        elif outcomes and is_lost:
+            _refuse(group, OutcomeUnknown(_OUTCOME_UNKNOWN))
+        elif is_lost and is_connected and again:
+            self._try(group, again=False)
+        elif is_lost or not is_connected:
+            _refuse(group, error)
+        elif len(group) > 1:
+            for job in group:
+                self._commit([job])
+        elif postgresql.is_conflict(error) and group[0].may_try_again():
+            self._commit(group)
+        else:
+            _refuse(group, error)
 
     def _is_lost(self, error: Exception) -> bool:
         """Whether a connection was lost: the pool may hold others that were lost likewise."""
@@ -188,6 +218,8 @@ class Writer:
         """The one connection, kept: to borrow one for each commit costs more than a short commit."""
         if self._connection is None:
             self._connection = self._connect()
+            if self._engine.dialect.name == "sqlite":  # whoever waits longest is answered in time
+                sqlite.first(self._connection, f"PRAGMA busy_timeout={_LOOK_MS}")
         return self._connection
 
     def _let_go(self) -> None:
@@ -200,7 +232,7 @@ class Writer:
 
 
 class _Job:
-    __slots__ = ("conflicts", "done", "loop", "term", "write")
+    __slots__ = ("conflicts", "done", "loop", "since", "term", "write")
 
     def __init__(
         self, write: Write[object], loop: asyncio.AbstractEventLoop, term: int | None
@@ -209,6 +241,7 @@ class _Job:
         self.loop = loop
         self.term = term
         self.conflicts = 0
+        self.since = time.monotonic()
         self.done: asyncio.Future[object] = loop.create_future()
 
     def write_in(self, term: int | None, connection: Connection) -> object:
@@ -233,6 +266,17 @@ class _Unknown:
     again: bool
 
 
+def _in_time(group: list[_Job], error: Exception) -> list[_Job]:
+    """Those that may wait on; the others are refused."""
+    until = time.monotonic() - _PATIENCE_S
+    _refuse([job for job in group if job.since <= until], error)
+    return [job for job in group if job.since > until]
+
+
+def _never() -> None:
+    """Of a server: it knows for itself."""
+
+
 def _refuse(group: list[_Job], error: Exception) -> None:
     told = _told(error)
     _deliver(group, [told] * len(group))
@@ -249,6 +293,9 @@ def _told(error: Exception) -> Exception:
 
 
 def _deliver(group: list[_Job], outcomes: list[object]) -> None:
+    if not group:
+        return
+
     def on_loop() -> None:
         for job, outcome in zip(group, outcomes, strict=True):
             if job.done.done():

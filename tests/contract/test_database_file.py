@@ -1,0 +1,157 @@
+"""The database's file under a running operator: removed, replaced, moved with its folder, or locked by others."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from support import PROBE, Operator, probe_yaml, refused
+
+
+def _remove(data: Path) -> None:
+    (data / "operator.db").unlink()
+
+
+def _remove_all(data: Path) -> None:
+    for path in data.glob("operator.db*"):
+        path.unlink()
+
+
+def _remove_wal(data: Path) -> None:
+    (data / "operator.db-wal").unlink()
+
+
+def _remove_shm(data: Path) -> None:
+    (data / "operator.db-shm").unlink()
+
+
+def _replace(data: Path) -> None:
+    with closing(sqlite3.connect(data / "new")) as other:
+        other.execute("CREATE TABLE odd (a)")
+    (data / "new").rename(data / "operator.db")
+
+
+def _move(data: Path) -> None:
+    (data / "operator.db").rename(data / "moved")
+
+
+def _is_refused(own: Operator, endpoint: str) -> str:
+    """Nothing is acknowledged any more; what the operator says."""
+    submit = own.http.post(endpoint, json={})
+    ready = own.http.get(f"{own.url}/readyz")
+    assert (submit.status_code, ready.status_code) == (503, 503)
+    assert submit.json()["kind"] in ("storage.unavailable", "operator.outcome_unknown")
+    assert own.http.get(f"{own.url}/healthz").status_code == 200
+    return str(ready.json()["message"])
+
+
+@pytest.mark.parametrize("harm", [_remove, _remove_all, _remove_wal, _remove_shm, _replace, _move])
+def test_nothing_is_acknowledged_that_would_be_gone_and_what_was_is_saved(
+    own: Operator, harm: Callable[[Path], None]
+) -> None:
+    endpoint = own.deployed(probe_yaml(), {"probe.py": PROBE})
+    path = endpoint.removeprefix(own.url)
+    done = own.submit(endpoint, config={"a": 1})
+    assert own.finished(endpoint, done)["status"] == "status_succeeded"
+    runs = own.submit(endpoint, config={"do": "sleep", "s": 300})
+    own.await_log(endpoint, runs, "asleep")
+    harm(own.data_dir)
+    message = _is_refused(own, endpoint)
+    assert "operator.db" in message
+    assert own.status(endpoint, done)["status"] == "status_succeeded"  # reads go on
+    (saved,) = own.data_dir.glob("operator.db.saved-*")
+    assert str(saved) in message
+    assert saved.stat().st_mode & 0o777 == 0o600
+    assert _is_refused(own, endpoint) == message  # and saved once
+    own.kill()
+    if not (own.data_dir / "operator.db").exists():
+        assert str(saved) in refused(own.data_dir)  # it does not begin anew
+    for left in own.data_dir.glob("operator.db*"):
+        if left != saved:
+            left.unlink()
+    saved.rename(own.data_dir / "operator.db")
+    own.start()
+    endpoint = own.url + path
+    assert own.status(endpoint, done)["result"] == {
+        "base": 1,
+        "nested": {"kept": True, "replaced": "no"},
+        "a": 1,
+    }
+    assert own.status(endpoint, runs)["status"] == "status_running"
+    assert own.delete(endpoint, runs).status_code == 200
+    assert own.run(endpoint)["status"] == "status_succeeded"
+
+
+def test_all_goes_on_when_the_file_is_back(own: Operator) -> None:
+    endpoint = own.deployed(probe_yaml(), {"probe.py": PROBE})
+    _move(own.data_dir)
+    _is_refused(own, endpoint)
+    (own.data_dir / "moved").rename(own.data_dir / "operator.db")
+    assert own.http.get(f"{own.url}/readyz").status_code == 200
+    assert own.run(endpoint)["status"] == "status_succeeded"
+
+
+def test_a_data_folder_that_is_moved_away_takes_nothing_until_it_is_back(own: Operator) -> None:
+    endpoint = own.deployed(probe_yaml(), {"probe.py": PROBE})
+    own.run(endpoint)  # so that nothing is built there any more
+    away = own.data_dir.with_name("away")
+    own.data_dir.rename(away)
+    try:
+        assert "could not be saved" in _is_refused(own, endpoint)
+        assert not own.data_dir.exists()
+    finally:
+        shutil.rmtree(own.data_dir, ignore_errors=True)
+        away.rename(own.data_dir)
+    assert own.run(endpoint)["status"] == "status_succeeded"
+
+
+@contextmanager
+def _locked(own: Operator) -> Iterator[None]:
+    with closing(sqlite3.connect(own.data_dir / "operator.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+
+
+def test_behind_a_locked_database_each_is_answered_in_time_and_reads_go_on(own: Operator) -> None:
+    endpoint = own.deployed(probe_yaml(), {"probe.py": PROBE})
+    done = own.submit(endpoint)
+    own.finished(endpoint, done)
+    taken: list[float] = []
+
+    def submit(number: int) -> int:
+        time.sleep(number)  # each comes while the one before waits
+        began = time.monotonic()
+        code = own.http.post(endpoint, json={}).status_code
+        taken.append(time.monotonic() - began)
+        return code
+
+    with _locked(own), ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(submit, number) for number in range(4)]
+        began = time.monotonic()
+        assert own.status(endpoint, done)["status"] == "status_succeeded"
+        assert time.monotonic() - began < 5
+        assert [answer.result() for answer in answers] == [503] * 4
+    assert max(taken) < 20  # not 30 s for each, one after the other
+    assert own.run(endpoint)["status"] == "status_succeeded"
+
+
+def test_who_waits_behind_a_locked_database_is_taken_when_it_is_free(own: Operator) -> None:
+    endpoint = own.deployed(probe_yaml(), {"probe.py": PROBE})
+    with _locked(own):
+        answers: list[int] = []
+        thread = threading.Thread(
+            target=lambda: answers.append(own.http.post(endpoint, json={}).status_code)
+        )
+        thread.start()
+        time.sleep(2)
+        assert answers == []
+    thread.join()
+    assert answers == [200]
