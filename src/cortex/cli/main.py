@@ -16,6 +16,7 @@ import typer
 from cortex import __version__
 from cortex.cli import cluster, env, former, streams, token
 from cortex.cli.audit import audit
+from cortex.cli.backup import backup, restore
 from cortex.cli.deploy import deploy
 from cortex.cli.get import get
 from cortex.cli.jobs import delete, logs, submit
@@ -80,6 +81,8 @@ app.command("audit")(audit)
 app.add_typer(cluster.app, name="cluster")
 app.add_typer(env.app, name="env")
 app.add_typer(token.app, name="token")
+app.command("backup")(backup)
+app.command("restore")(restore)
 app.command("version")(version)
 former.add_to(app, cluster.app)
 

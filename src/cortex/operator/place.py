@@ -18,9 +18,10 @@ from cortex.operator.folder import read, write
 from cortex.operator.live import ending
 from cortex.operator.settings import Settings
 from cortex.projects.files import Files
+from cortex.spec.job import JobRecord
 from cortex.spec.lifecycle import CLAIMED, Event
 from cortex.spec.times import new_id
-from cortex.store import Store
+from cortex.store import Facts, Store
 from cortex.worker import processes
 
 log = structlog.get_logger()
@@ -42,21 +43,45 @@ async def settle(settings: Settings, store: Store, files: Files | None) -> str:
 
 
 async def give_up_lost(settings: Settings, store: Store) -> None:
-    """End the jobs that ran with a lost data folder, whose place this one took. Those that wait run here.
+    """End the jobs that ran with a lost data folder, whose place this one took, and lose the attempts that ran when
+    the backup was made that this one was restored from. What waits runs here.
 
     Raises:
         StorageUnavailable: not now.
     """
     lost = read(settings.taken_over)
-    if lost is None:
-        return
-    reason = f"the machine that it ran on was lost, with the data folder {lost}"
+    if lost is not None:
+        reason = f"the machine that it ran on was lost, with the data folder {lost}"
+        await _give_up(store, reason, is_final=True)
+        settings.taken_over.unlink(missing_ok=True)
+    made = read(settings.restored)
+    if made is not None:
+        reason = f"the operator's data was restored from a backup of {made}, when it ran: what became of it is not known"
+        await _give_up(store, reason, is_final=False)
+        settings.restored.unlink(missing_ok=True)
+
+
+async def _give_up(store: Store, reason: str, *, is_final: bool) -> None:
     for record in await store.jobs_in_progress():
-        if record.state in CLAIMED:
-            facts = {"of_attempt": record.attempt, **ending(message=reason)}
-            await store.apply(record.spec.job_id, Event.LOSE, facts, record.spec)
-            log.warning("job lost", job=record.spec.job_id, reason=reason)
-    settings.taken_over.unlink(missing_ok=True)
+        if record.state not in CLAIMED:
+            continue
+        job_id, number = record.spec.job_id, record.losses + 1
+        if not is_final and await _may_try_again(store, record):
+            facts: Facts = {
+                "of_attempt": record.attempt,
+                "message": f"attempt {number} was lost: {reason}",
+            }
+            if (await store.apply(job_id, Event.RETRY, facts, record.spec)).taken:
+                log.warning("attempt lost", job=job_id, number=number, reason=reason)
+                continue
+        facts = {"of_attempt": record.attempt, **ending(message=reason)}
+        await store.apply(job_id, Event.LOSE, facts, record.spec)
+        log.warning("job lost", job=job_id, reason=reason)
+
+
+async def _may_try_again(store: Store, record: JobRecord) -> bool:
+    version = await store.version(record.spec.api_id)
+    return version is not None and record.losses < version.retries
 
 
 def _settle(settings: Settings, store: Store, files: Files | None) -> str:

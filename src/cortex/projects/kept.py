@@ -146,13 +146,30 @@ class Projects:
             folder, name = self.folder(identity), f"{_ABOVE}/{identity}/{_ARCHIVE}"
             if name in there or not folder.is_dir():
                 continue
-            with self.incoming() as copy:
-                # Python has written there since; whatever else did has spoiled it.
-                shutil.copytree(folder, copy, symlinks=True, ignore=_no_part)
-                if project_id(copy) == identity:
-                    self._send(self._files, identity, copy)
+            with self.incoming() as copy, self.incoming() as archive:
+                if self.pack(identity, copy, archive):
+                    self._files.put(name, archive)
                 else:
                     log.error("a project was changed after its deploy", project=identity)
+
+    def pack(self, identity: str, copy: Path, archive: Path) -> bool:
+        """Pack a project that is here into an archive, which `unpack` takes; whether it is as it was deployed.
+
+        Args:
+            copy: a place for a copy of it.
+
+        Raises:
+            OSError: it is not here, or not any more.
+        """
+        # Python has written there since; whatever else did has spoiled it.
+        try:
+            shutil.copytree(self.folder(identity), copy, symlinks=True, ignore=_no_part)
+        except (
+            shutil.Error
+        ) as error:  # what it tells is a list of files that went away meanwhile, say
+            raise OSError(str(error)) from error
+        _archive(copy, archive)
+        return project_id(copy) == identity
 
     def locks(self, identity: str) -> dict[str, str]:
         """All lock files of a project, by their names.

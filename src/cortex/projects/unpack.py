@@ -89,12 +89,16 @@ def _below(folder: Path) -> Iterator[Path]:
             yield Path(parent, name)
 
 
-class _Bounded:
+class Bounded:
     """Reads the archive, and no more than a well-formed one has at that place and in all."""
 
-    def __init__(self, archive: IO[bytes]) -> None:
+    def __init__(self, archive: IO[bytes], most: int | None) -> None:
+        """
+        Args:
+            most: bytes in all; None where somebody else looks after that.
+        """
         self._file = gzip.GzipFile(fileobj=archive, mode="rb")
-        self._total = MAX_PROJECT_BYTES + _MOST_OVERHEAD
+        self._total = float("inf") if most is None else most
         self._step = 0
 
     def expect(self, size: int) -> None:
@@ -117,7 +121,7 @@ class _Bounded:
 
 
 def _unpack(archive: IO[bytes], target: Path) -> None:
-    source = _Bounded(archive)
+    source = Bounded(archive, MAX_PROJECT_BYTES + _MOST_OVERHEAD)
     source.expect(0)
     links: list[tuple[Path, str]] = []
     left, count = MAX_PROJECT_BYTES, 0
