@@ -1,0 +1,149 @@
+"""Backups that are taken while everything changes: each is restored, and an operator on it tells what was told."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+
+import loaded
+from support import FINAL, PROBE, Operator, operator, probe_yaml, until
+
+BACKUPS, JOBS = 3, 12
+APIS = 3
+KINDS = [
+    {"do": "say", "lines": 20},
+    {"do": "fail", "message": "no"},
+    {"do": "leave", "code": 3},
+    {},
+]
+
+
+@dataclass
+class Told:
+    """A job as its client was told of it."""
+
+    path: str
+    job: dict[str, object]
+    status: dict[str, Any]
+    log: str | None
+
+
+class Storm:
+    """Clients that submit, stop, deploy and delete, each in a thread of its own."""
+
+    def __init__(self, own: Operator, seed: int) -> None:
+        self.own = own
+        self.told: dict[str, Told] = {}
+        self.failed: list[str] = []
+        self.is_over = threading.Event()
+        self._uploading = threading.Lock()  # one folder is packed
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(work, random.Random(seed + number)))
+            for number, work in enumerate([self._submit] * 3 + [self._deploy])
+        ]
+
+    def __enter__(self) -> Self:
+        for number in range(APIS):
+            self._upload(number, 0)
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.is_over.set()
+        for thread in self._threads:
+            thread.join()
+        assert self.failed == []
+
+    def _guarded(
+        self, work: Callable[[httpx.Client, random.Random], None], dice: random.Random
+    ) -> None:
+        try:
+            with httpx.Client(timeout=120) as http:
+                while not self.is_over.is_set():
+                    work(http, dice)
+        except Exception as error:
+            self.failed.append(repr(error))
+            raise
+
+    def _submit(self, http: httpx.Client, dice: random.Random) -> None:
+        path = f"/probe{dice.randrange(APIS)}"
+        answer = http.post(self.own.url + path, json={"config": dice.choice(KINDS)})
+        if answer.status_code == 404:  # the API is deleted just now
+            return
+        assert answer.status_code == 200, answer.text
+        job = answer.json()
+        at = f"{self.own.url}{path}/{job['job_id']}"
+        if dice.random() < 0.2:
+            http.delete(at)
+        found = http.get(at, params={"wait": 60}).json()["job_status"]
+        assert found["status"] in FINAL, found
+        if found["status"] == "status_stopped":  # which is final before its processes are gone
+            self.told[job["job_id"]] = Told(path, job, found, None)
+        else:
+            self.told[job["job_id"]] = Told(path, job, found, http.get(f"{at}/logs").text)
+
+    def _deploy(self, http: httpx.Client, dice: random.Random) -> None:
+        number = dice.randrange(APIS)
+        if dice.random() < 0.3:
+            http.delete(f"{self.own.url}/-/apis/probe{number}")
+        self._upload(number, dice.randrange(1 << 30))
+
+    def _upload(self, number: int, version: int) -> None:
+        with self._uploading:
+            self.own.deployed(probe_yaml(f"probe{number}"), {"probe.py": f"# {version}\n{PROBE}"})
+
+
+def test_what_was_final_is_in_the_backup_as_it_was_told(tmp_path: Path) -> None:
+    with operator(tmp_path / "own", "--cpu", "2") as own:
+        taken: list[tuple[Path, set[str]]] = []
+        with Storm(own, seed=7) as storm:
+            for number in range(BACKUPS):
+                least = len(storm.told) + JOBS
+                until(lambda least=least: len(storm.told) >= least, "some jobs have ended")
+                before = set(storm.told)
+                file = tmp_path / f"{number}.tar.gz"
+                done = loaded.run("backup", str(file), "--data-dir", str(own.data_dir))
+                assert done.returncode == 0, done.stderr
+                taken.append((file, before))
+        for number, (file, before) in enumerate(taken):
+            folder = tmp_path / f"restored{number}"
+            done = loaded.run("restore", str(file), "--data-dir", str(folder / "data"))
+            assert done.returncode == 0, done.stderr
+            final = _final(folder / "data" / "operator.db")
+            assert before <= final  # what was acknowledged before is in it
+            _check(folder, {each: storm.told[each] for each in final & storm.told.keys()})
+
+
+def _final(database: Path) -> set[str]:
+    """The jobs that a backup has as final."""
+    over = "wanted = 'stop' OR state NOT IN ('waiting', 'starting', 'running')"
+    with closing(sqlite3.connect(database)) as opened:
+        return {job_id for (job_id,) in opened.execute(f"SELECT job_id FROM jobs WHERE {over}")}
+
+
+def _check(folder: Path, final: dict[str, Told]) -> None:
+    with operator(folder) as other:
+        for job_id, told in final.items():
+            at = f"{other.url}/-/apis/{told.path[1:]}/jobs/{job_id}"
+            found = other.http.get(at).json()["job_status"]
+            assert _shown(found) == _shown(told.status)
+            if told.log is not None:
+                assert other.http.get(f"{at}/logs").text == told.log
+        for api in other.http.get(f"{other.url}/-/apis").json():
+            path = "/" + api["spec"]["networking"]["endpoint"]
+            assert other.run(other.url + path)["status"] == "status_succeeded"
+
+
+def _shown(status: dict[str, Any]) -> dict[str, Any]:
+    """What never changes of a final status: what is left of a job that was stopped ends later."""
+    later = {"worker_counts", "exit_code"} if status["status"] == "status_stopped" else set()
+    return {name: value for name, value in status.items() if name not in later}
