@@ -330,8 +330,9 @@ def _end(*all_of_them: Operator) -> None:
         each.http.close()
         codes.append(each.stop())
     until(lambda: not processes_with(str(running.data_dir)), "all processes gone")
-    jobs = {path.name for path in (running.data_dir / "jobs").iterdir()}
-    until(lambda: not _cgroups(jobs), "the cgroups gone")
+    root = running.data_dir / "jobs"
+    names = {path.name for path in root.iterdir()} | {_prefix(root)}
+    until(lambda: not _cgroups(names), "the cgroups gone")
     for each, code in zip(all_of_them, codes, strict=True):
         told = each.log.read_text()
         assert code == 0, told
@@ -344,11 +345,19 @@ def _workers(data_dir: Path) -> list[int]:
     return [pid for pid in processes_with(str(data_dir)) if job.search(_environ(pid))]
 
 
-def _cgroups(job_ids: set[str]) -> list[str]:
+def _prefix(root: Path) -> str:
+    before = list(sys.path)
+    from cortex.engines.local import limits  # here: what it loads, a program itself, drops a path
+
+    sys.path[:] = before
+    return limits.prefix(root)
+
+
+def _cgroups(names: set[str]) -> list[str]:
     return [
         folder
         for folder, _, _ in os.walk("/sys/fs/cgroup")
-        if any(job_id in folder for job_id in job_ids)
+        if any(name in folder for name in names)
     ]
 
 

@@ -6,11 +6,17 @@ from __future__ import annotations
 
 import os
 import pwd
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import ParamSpec, TypedDict, TypeVar
 
 from cortex.errors import StartupError
+from cortex.worker import processes
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Identity(TypedDict, total=False):
@@ -69,3 +75,19 @@ def identity(account: Account | None) -> Identity:
     if account is None:
         return {}
     return {"user": account.uid, "group": account.gid, "extra_groups": list(account.groups)}
+
+
+def without_new_privileges(start: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call what starts a process: neither that nor what comes from it gains rights by what it executes (setuid
+    programs, capabilities of files).
+
+    Raises:
+        OSError: the process could not be started.
+    """
+
+    def bound() -> R:
+        processes.prctl(processes.PR_SET_NO_NEW_PRIVS, 1)  # of this thread, and of what it forks
+        return start(*args, **kwargs)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(bound).result()

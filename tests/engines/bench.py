@@ -30,7 +30,7 @@ from cortex.engines.base import (
     Version,
     Waits,
 )
-from cortex.engines.local import LocalEngine, limits
+from cortex.engines.local import LocalEngine, groups, limits
 from cortex.projects.unpack import project_id
 from cortex.spec.api import ApiSpec, Compute, Definition, Limits, Networking
 from cortex.spec.job import JobSpec, Json
@@ -273,6 +273,10 @@ class Bench:
             found += [f"{folder}/{name}" for name in names if name.startswith(prefix)]
         return found
 
+    def left_of_jobs(self) -> list[str]:
+        """The same without what waits for the next job."""
+        return [line for line in self.left() if "forkserver.py" not in line and not _is_held(line)]
+
     async def _first(self, attempt: Attempt, *kinds: type[T]) -> T:
         """The first observation of these kinds for the attempt; all others stay to be asked for."""
         end = time.monotonic() + LIMIT_S
@@ -292,6 +296,12 @@ class Bench:
         else:
             self.seen.append(observation)
         self.changed.set()
+
+
+def _is_held(group: str) -> bool:
+    """Whether it is the folder of all groups, or the group of a supervising process that lives."""
+    is_supervisors = "-supervisor." in group and not groups.is_orphaned(Path(group))
+    return is_supervisors or group.endswith("-jobs")
 
 
 async def until(holds: Callable[[], object], limit_s: float = LIMIT_S) -> None:

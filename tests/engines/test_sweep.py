@@ -18,7 +18,7 @@ processes.prctl(processes.PR_SET_CHILD_SUBREAPER, 1)
 setup = Setup(package="", import_dir="", open_files=64, own_folder="copy", own_root=folder, project=project, python_path=None,
               path=None, command=["true"], env={}, preload=[])
 order = Order(job_id="job", attempt=1, folder=folder, grace_s=1, timeout=None, deadline=None,
-              log_limit=1 << 20, mem=None, memory_kind=None, memory_dir=None, kill_dir=None, gpus=[], job={},
+              log_limit=1 << 20, mem=None, memory_kind=None, memory_dir=None, gpus=[], job={},
               visible_gpus=None)
 watch_bench = bench.Bench(setup, serving.Signals(for_python=False), socket.socketpair()[0], 0)
 watch = supervisor.Supervisor(watch_bench, order)
@@ -58,8 +58,8 @@ killed = []
 kill = os.kill
 os.kill = lambda pid, number: killed.append(pid in processes.children(os.getpid())) or kill(pid, number)
 watch_bench.get_ready()
-watch.order.kill_dir = "/no/such/group"
-watch.groups = supervisor.cgroups.Groups(watch.order)
+watch.order.memory_kind = "v1"  # and no group came with the order
+watch.group = supervisor.cgroups.Group(watch.order, None)
 print(watch.run(), killed, watch.alone)
 """
 

@@ -295,5 +295,5 @@ def _ended(folder: Path, attempt: int) -> bool:
     """End a job that runs without its folder; False if it does not run, as if it never had."""
     if not processes.with_variable("CORTEX_JOB_ID", folder.name):
         return False
-    remains.clean(folder, attempt, [])
+    remains.clean(folder, attempt)
     return True

@@ -30,7 +30,7 @@ from typing import IO, Self
 
 import cortex
 from cortex.errors import StartupError
-from cortex.operator.logs import lost, opened
+from cortex.operator.logs import Log, lost, opened
 from cortex.operator.settings import Settings
 from cortex.projects.kept import Projects
 from cortex.spec.times import now_ns, rfc3339
@@ -195,14 +195,20 @@ class _Backup:
         return ((job_id, most) for job_id, most in logs.items() if job_id in here)
 
     def _add_log(self, tar: tarfile.TarFile, job_id: str, most: int) -> None:
-        path = self._settings.jobs / job_id / logfile.NAME
+        log = Log(self._settings.jobs / job_id / logfile.NAME, most)
         for last in range(_TRIES, -1, -1):
-            gone = lost(path)
-            with tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(self._place)) as kept:
-                if not _copy_log(path, kept, gone, most + _SLACK):
+            with (
+                opened(log.path) as fd,
+                tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(self._place)) as kept,
+            ):
+                # There is none: the job never had anything to say, or its folder is being removed, or spoilt.
+                if fd is None:
+                    return
+                gone = lost(log, fd)
+                if not _copy_log(fd, kept, gone, most + _SLACK):
                     return
                 # What was cut meanwhile reads as zeros. A job may write there for ever, though.
-                if last and _fields(lost(path)) != _fields(gone):
+                if last and _fields(lost(log, fd)) != _fields(gone):
                     continue
                 if gone is not None:
                     _add_bytes(tar, f"jobs/{job_id}/{logfile.CUT}", gone.dumps())
@@ -211,16 +217,13 @@ class _Backup:
                 return
 
 
-def _copy_log(path: Path, kept: IO[bytes], gone: LogCut | None, most: int) -> bool:
+def _copy_log(fd: int, kept: IO[bytes], gone: LogCut | None, most: int) -> bool:
     """Copy what is there of a log, no more than may be kept of it: a job can make it as long as it likes. False
-    where there is none: the job never had anything to say, or its folder is being removed, or spoilt."""
-    with opened(path) as fd:
-        if fd is None:
-            return False
-        first = _copy(fd, kept, 0, most if gone is None else min(most, gone.start))
-        if gone is not None:
-            _copy(fd, kept, gone.end, most - first)
-        return gone is None or first == gone.start
+    where it has become shorter."""
+    first = _copy(fd, kept, 0, most if gone is None else min(most, gone.start))
+    if gone is not None:
+        _copy(fd, kept, gone.end, most - first)
+    return gone is None or first == gone.start
 
 
 def _fields(gone: LogCut | None) -> dict[str, object] | None:

@@ -25,6 +25,7 @@ class Bench:
 
     __slots__ = (
         "_end",
+        "_group",
         "_last",
         "_said",
         "boot",
@@ -57,6 +58,7 @@ class Bench:
         self.worker: child.Worker | None = None  # of the next job
         self.reuse = reuse.Reuse()
         self._last: tuple[int, str] | None = None
+        self._group: int | None = None
         self.woken = _poller(signals.wake, select.POLLIN)  # a supervisor waits by it
         self._said = _poller(sock.fileno(), select.POLLIN)
         self._said.register(signals.wake, select.POLLIN)
@@ -140,6 +142,11 @@ class Bench:
             self.worker.announce(order)
         return order
 
+    def take_group(self) -> int | None:
+        """The folder of the control group that came with the order, if one did."""
+        group, self._group = self._group, None
+        return group
+
     def hear(self) -> bytes:
         """What the engine says next; nothing where it is gone, or a stop comes before it says anything."""
         while True:
@@ -148,7 +155,10 @@ class Bench:
                 os.read(self.signals.wake, 512)
             if self.sock.fileno() in ready:
                 with contextlib.suppress(ConnectionError):
-                    return wire.receive(self.sock)[0]
+                    data, fds = wire.receive(self.sock, 1)
+                    if fds:
+                        [self._group] = fds
+                    return data
                 return b""
             if self.signals.stop:
                 return b""

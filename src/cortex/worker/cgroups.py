@@ -1,13 +1,13 @@
-"""The control groups of one job: a memory limit (v1 or v2), and a v2 group that kills the tree at
-one stroke. Made and removed by the job's supervisor; an engine clears what a killed one left.
+"""The control group of one job that limits its memory (v1 or v2), as the job's supervisor sees it. The engine makes
+and removes it, and hands its folder over with the order: a user who may not change the limit joins it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import select
-import time
 
 from cortex.worker.processes import libc
 
@@ -15,144 +15,105 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cortex.worker.messages import Order
 
+# A single-threaded process that moves itself by `tasks` (v1) does not wait for an RCU grace period: 0.05 ms against
+# 12-20 ms, in which nobody on the machine can fork.
+JOIN = {"v1": "tasks", "v2": "cgroup.procs"}
+_COUNTS = {"v1": "memory.oom_control", "v2": "memory.events"}
 _EFD_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
+_MOST = 4096
 
 
-def put(path: str, text: str) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, text.encode())
-    finally:
-        os.close(fd)
+class Group:
+    """As `order` wants it; without a limit, every method does nothing."""
 
+    __slots__ = ("_counts", "_folder", "_kind", "_limit", "_most", "event", "join")
 
-def counters(path: str) -> dict[str, int]:
-    """A file of `name number` lines."""
-    with open(path) as file:
-        return {name: int(number) for name, number in (line.split() for line in file)}
-
-
-def paths(order: Order) -> list[str]:
-    found = []
-    if order.mem is not None and order.memory_dir is not None:
-        found.append(order.memory_dir)
-    if order.kill_dir is not None and order.kill_dir not in found:
-        found.append(order.kill_dir)
-    return found
-
-
-def to_join(order: Order) -> list[str]:
-    """The files that a job's process has to write 0 to, before any code of the user."""
-    # A single-threaded process that moves itself by `tasks` (v1) does not wait for an RCU
-    # grace period: 0.05 ms against 12-20 ms, in which nobody on the machine can fork.
-    by_thread = order.memory_dir if order.memory_kind == "v1" else None
-    return [f"{path}/{'tasks' if path == by_thread else 'cgroup.procs'}" for path in paths(order)]
-
-
-class Groups:
-    """As `order` wants them; without any, every method does nothing."""
-
-    def __init__(self, order: Order) -> None:
-        self._paths = paths(order)
-        self._kill = order.kill_dir
-        self._kind = order.memory_kind if order.memory_dir in self._paths else None
-        self._memory = order.memory_dir or ""
+    def __init__(self, order: Order, folder: int | None) -> None:
+        """
+        Args:
+            folder: of the group, from the engine; it is closed here.
+        """
+        self._kind = order.memory_kind if order.memory_kind in JOIN else None
         self._limit = order.mem or 0
+        self._folder = folder
+        self._counts = self._most = -1
+        self.event = -1
+        """Tells a poller that the limit was hit."""
+        self.join = -1
+        """What the job's process writes 0 to, before any code of the user."""
 
-    def create(self) -> None:
-        for path in self._paths:
-            os.mkdir(path)
-        if self._kind == "v2":
-            put(f"{self._memory}/memory.max", str(self._limit))
-            put(f"{self._memory}/memory.oom.group", "1")
-            _put_if_there(f"{self._memory}/memory.swap.max", "0")
-        elif self._kind == "v1":
-            put(f"{self._memory}/memory.limit_in_bytes", str(self._limit))
-            _put_if_there(f"{self._memory}/memory.memsw.limit_in_bytes", str(self._limit))
+    @property
+    def files(self) -> tuple[int, ...]:
+        """All open files, which a job must not have; but for `join`."""
+        found = {self._counts, self._most, self.event, -1 if self._folder is None else self._folder}
+        return tuple(fd for fd in found if fd >= 0)
 
-    def watch(self, poller: select.poll) -> int | None:
-        """Wake the poller when the limit is hit; the returned file descriptor tells that it was."""
-        if self._kind == "v2":
-            fd = os.open(f"{self._memory}/memory.events", os.O_RDONLY | os.O_CLOEXEC)
-            poller.register(fd, select.POLLPRI)
-            return fd
-        if self._kind == "v1":
-            event = int(libc.eventfd(0, _EFD_FLAGS))
-            if event < 0:
+    def open(self, poller: select.poll) -> None:
+        """Have what the job needs to join it, and what wakes the poller when the limit is hit.
+
+        Raises:
+            OSError: there is no such group, or not as it has to be.
+        """
+        kind, folder = self._kind, self._folder
+        if kind is None:
+            return
+        if folder is None:
+            raise OSError(errno.ENOENT, "the job's control group is gone")
+        self._counts = _open(_COUNTS[kind], os.O_RDONLY, folder)
+        self.join = _open(JOIN[kind], os.O_WRONLY, folder)
+        if kind == "v2":
+            self.event = self._counts
+            poller.register(self.event, select.POLLPRI)
+        else:
+            self._most = _open("memory.max_usage_in_bytes", os.O_RDONLY, folder)
+            self.event = int(libc.eventfd(0, _EFD_FLAGS))
+            if self.event < 0:
                 raise OSError(ctypes.get_errno(), "eventfd failed")
-            control = os.open(f"{self._memory}/memory.oom_control", os.O_RDONLY | os.O_CLOEXEC)
-            put(f"{self._memory}/cgroup.event_control", f"{event} {control}")
+            control = _open("cgroup.event_control", os.O_WRONLY, folder)
+            os.write(control, f"{self.event} {self._counts}".encode())
             os.close(control)
-            poller.register(event, select.POLLIN)
-            return event
-        return None
+            poller.register(self.event, select.POLLIN)
+        os.close(folder)  # a job could enter another's group by it
+        self._folder = None
+
+    def joined(self) -> None:
+        """Nobody else is to join it."""
+        if self.join >= 0:
+            os.close(self.join)
+            self.join = -1
 
     def oom_killed(self) -> bool:
         """Whether the kernel killed a process of the job for memory."""
-        if self._kind is None:
-            return False
-        name = "memory.events" if self._kind == "v2" else "memory.oom_control"
-        try:
-            return counters(f"{self._memory}/{name}").get("oom_kill", 0) > 0
-        except OSError:
-            return False
+        return self._count("oom_kill") > 0
 
     def limit_was_hit(self) -> bool:
         """Tells the job's own limit from a machine that ran out of memory."""
+        if self._kind == "v2":
+            return self._count("oom") > 0
         try:
-            if self._kind == "v2":
-                return counters(f"{self._memory}/memory.events").get("oom", 0) > 0
             # Not failcnt: kernels of late no longer count it. The high-water mark is a page or so
             # below the limit when a charge of several pages fails.
-            return _number(f"{self._memory}/memory.max_usage_in_bytes") > self._limit * 0.95
-        except OSError:
+            return int(os.pread(self._most, _MOST, 0)) > self._limit * 0.95
+        except (OSError, ValueError):
             return True
 
-    def kill(self) -> bool:
-        """Kill all of it at one stroke; False where that is not possible."""
-        if self._kill is None:
-            return False
+    def close(self) -> None:
+        """It is the engine's alone again."""
+        for fd in self.files:
+            os.close(fd)
+        self.joined()
+        self._folder = None
+        self._counts = self._most = self.event = -1
+
+    def _count(self, name: str) -> int:
+        if self._counts < 0:
+            return 0
         try:
-            put(f"{self._kill}/cgroup.kill", "1")
+            lines = os.pread(self._counts, _MOST, 0).decode().splitlines()
         except OSError:
-            return False
-        return True
-
-    def remove(self) -> None:
-        for path in self._paths:
-            remove(path)
+            return 0  # it is removed
+        return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)
 
 
-def remove(path: str, within_s: float = 1.0) -> bool:
-    """Remove a group. Right after its last process was reaped the kernel may still say EBUSY."""
-    until = time.monotonic() + within_s
-    while True:
-        try:
-            os.rmdir(path)
-        except FileNotFoundError:
-            return True
-        except OSError:
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.005)
-        else:
-            return True
-
-
-def members(path: str) -> list[int]:
-    try:
-        with open(f"{path}/cgroup.procs") as file:
-            return [int(line) for line in file]
-    except OSError:
-        return []
-
-
-def _number(path: str) -> int:
-    with open(path) as file:
-        return int(file.read())
-
-
-def _put_if_there(path: str, text: str) -> None:
-    """Swap accounting is a choice of the kernel's configuration."""
-    if os.path.exists(path):
-        put(path, text)
+def _open(name: str, flags: int, folder: int) -> int:
+    return os.open(name, flags | os.O_CLOEXEC, dir_fd=folder)

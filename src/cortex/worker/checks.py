@@ -38,7 +38,7 @@ NOT_KEPT = "the task's return value was not kept"
 
 _MOST_INT, _MOST_LONG = (1 << 31) - 1, (1 << 63) - 1
 _MOST_CODE, _MOST_SIGNAL, _MOST_ERRNO = 255, 64, 4095
-_MOST_GROUPS, _MOST_PATH, _MOST_GPUS = 16, 4096, 1024
+_MOST_GPUS = 1024
 _AHEAD_NS = 86_400 * 10**9
 """How far another machine's clock may be ahead of this one's."""
 _MOST_LOAD_S = 1e6
@@ -67,9 +67,6 @@ def start(record: StartRecord) -> None:
     _whole("start_ns", record.start_ns, 0, _MOST_LONG)
     record.start_ns = _past(record.start_ns)
     record.boot = _text("boot", record.boot, MOST_ID)
-    for group in _list("cgroups", record.cgroups, _MOST_GROUPS):
-        if not isinstance(group, str) or len(group) > _MOST_PATH or "\0" in group:
-            raise _invalid("cgroups", group, "a list of paths")
     for gpu in _list("gpus", record.gpus, _MOST_GPUS):
         _whole("gpus", gpu, 0, _MOST_INT)
 

@@ -18,7 +18,7 @@ import time
 from gc import freeze
 from os import _exit, chdir, close, dup2, environb, fork, fstat, getpid, getppid, setsid, write
 
-from cortex.worker import bare, cgroups, programs, standard, task, wire
+from cortex.worker import bare, programs, standard, task, wire
 from cortex.worker.bare import signal
 from cortex.worker.messages import JOB_ID_ROOM, Outcome
 from cortex.worker.processes import PR_SET_PDEATHSIG, libc
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     Orders = socket.socket | None
     Identity = tuple[int, int]  # device and inode
     Variables = list[tuple[bytes, bytes]]
-    # Its variables, its id as `Bench.slot` shows it, its control groups' files, and the content of job.json.
-    Told = tuple[Variables, bytes, list[str], dict[str, object]]
-    Work = tuple[Told, int, int, Identity]
+    # Its variables, its id as `Bench.slot` shows it, and the content of job.json.
+    Told = tuple[Variables, bytes, dict[str, object]]
+    Work = tuple[Told, int, int, int, Identity]
 
 globals()["__builtins__"] = standard.BUILTINS
 
@@ -49,14 +49,16 @@ _prctl, _loads = libc.prctl, marshal.loads
 
 
 class Job:
-    """What a process has to do, and the files that it writes: its log, and its outcome."""
+    """What a process has to do, and the files that it writes: its log, its outcome, and what puts it into its
+    control group."""
 
-    __slots__ = ("log", "order", "outcome")
+    __slots__ = ("group", "log", "order", "outcome")
 
     def __init__(self, order: Order, log: int, outcome: int) -> None:
         self.order = order
         self.log = log
         self.outcome = outcome
+        self.group = -1  # none
 
 
 class Worker:
@@ -82,7 +84,8 @@ class Worker:
             OSError: it is gone. It never began, and is reaped.
         """
         try:
-            wire.send(self._sock, wire.GO, (job.log, job.outcome))
+            files = (job.log, job.outcome)
+            wire.send(self._sock, wire.GO, files if job.group < 0 else (*files, job.group))
         except OSError:
             self.dismiss()
             raise
@@ -105,7 +108,7 @@ def rehearse(setup: Setup, path: str) -> None:
     tell = _teller(nothing, _identity(nothing))
     with open(nothing, "w", encoding="utf-8") as stream:
         for _ in range(_REHEARSALS):
-            _get_ready(([(_REHEARSED, b"1")], b"", [], {}), None)
+            _get_ready(([(_REHEARSED, b"1")], b"", {}), None)
             del environb[_REHEARSED]
             getppid()
             task.rehearse(setup, path, tell)
@@ -124,7 +127,7 @@ def start(bench: Bench, job: Job, others: tuple[int, ...]) -> int:
     Args:
         others: file descriptors that it must not keep, beside those of the bench.
     """
-    work = (_told(job.order), job.log, job.outcome, _identity(job.outcome))
+    work = (_told(job.order), job.log, job.outcome, job.group, _identity(job.outcome))
     return _fork(bench, others, work, None)
 
 
@@ -162,17 +165,18 @@ def _run(
     try:
         failed = _become(project, supervisor, foreign)
         if work is not None:
-            told, log, outcome, identity = work
+            told, log, outcome, group, identity = work
             _get_ready(told, slot)
         elif orders is not None:
-            told, log, outcome = _await(orders, slot)
+            told, log, outcome, group = _await(orders, slot)
             identity = _identity(outcome)
             found = task.still(found, path)
         if failed is not None:
             raise failed
-        _, _, groups, job = told
-        for file in groups:
-            cgroups.put(file, "0")
+        _, _, job = told
+        if group >= 0:
+            write(group, b"0")
+            close(group)
         dup2(log, 1)  # and from 0 nothing can be read, since the fork server
         dup2(log, 2)
         close(log)
@@ -206,29 +210,29 @@ def _become(project: str, supervisor: int, foreign: tuple[int, ...]) -> Exceptio
     return None
 
 
-def _await(orders: socket.socket, slot: memoryview | None) -> tuple[Told, int, int]:
-    """What the process hears of its job, with the log and the outcome, when that is to begin."""
+def _await(orders: socket.socket, slot: memoryview | None) -> tuple[Told, int, int, int]:
+    """What the process hears of its job, with the job's files, when that is to begin."""
     data, _ = wire.receive(orders)
     if not data:
         _exit(0)
     told = _loads(data)
     _get_ready(told, slot)
-    data, fds = wire.receive(orders, 2)
+    data, fds = wire.receive(orders, 3)
     if not data:
         _exit(0)
     orders.close()
-    log, outcome = fds
-    return told, log, outcome
+    log, outcome, *group = fds
+    return told, log, outcome, group[0] if group else -1
 
 
 def _told(order: Order) -> Told:
     variables = [(os.fsencode(k), os.fsencode(v)) for k, v in environment(order).items()]
     mark = order.job_id.encode()[:JOB_ID_ROOM].ljust(JOB_ID_ROOM, b"\0")
-    return variables, mark, cgroups.to_join(order), order.job
+    return variables, mark, order.job
 
 
 def _get_ready(told: Told, slot: memoryview | None) -> None:
-    variables, mark, _, _ = told
+    variables, mark, _ = told
     for name, value in variables:
         environb[name] = value
     if slot is not None:

@@ -140,7 +140,6 @@ class Order(_Message):
         "held",
         "job",
         "job_id",
-        "kill_dir",
         "log_limit",
         "losses",
         "lost",
@@ -164,7 +163,6 @@ class Order(_Message):
         mem: int | None,
         memory_kind: str | None,
         memory_dir: str | None,
-        kill_dir: str | None,
         gpus: list[int],
         visible_gpus: str | None,
         job: dict[str, object],
@@ -182,8 +180,7 @@ class Order(_Message):
         self.log_limit = log_limit
         self.mem = mem
         self.memory_kind = memory_kind  # "v2", "v1", "watchdog"; None is no limit
-        self.memory_dir = memory_dir
-        self.kill_dir = kill_dir  # a cgroup v2 that kills the tree at one stroke
+        self.memory_dir = memory_dir  # the job's control group, whose folder comes along
         self.gpus = gpus
         self.visible_gpus = visible_gpus  # None on a machine without GPUs
         self.losses = losses  # attempts before this one, whose processes were lost
@@ -252,7 +249,6 @@ class StartRecord(_Message):
     __slots__ = (
         "attempt",
         "boot",
-        "cgroups",
         "fenced",
         "gpus",
         "job_id",
@@ -273,7 +269,6 @@ class StartRecord(_Message):
         ticks: int = 0,
         boot: str = "",
         start_ns: int = 0,
-        cgroups: list[str] | None = None,
         gpus: list[int] | None = None,
     ) -> None:
         self.v = v
@@ -284,7 +279,6 @@ class StartRecord(_Message):
         self.ticks = ticks
         self.boot = boot
         self.start_ns = start_ns
-        self.cgroups = cgroups or []
         self.gpus = gpus or []
 
     def check(self) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
 EXEC_S = 0.5
 """How long a process may show no command line and be taken to be in its exec."""
 MOST_SWEEPS = 200

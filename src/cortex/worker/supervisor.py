@@ -47,7 +47,7 @@ class Supervisor:
         self.order = order
         self.start_ns = time.time_ns()
         self.folder = files.open_folder(order.folder)
-        self.groups = cgroups.Groups(order)
+        self.group = cgroups.Group(order, bench.take_group())
         self.log = logfile.Log(self.folder, order.log_limit)
         self.alone = False  # no descendant is left
         self.left: list[str] = []  # the programs that the job had left running
@@ -56,7 +56,6 @@ class Supervisor:
         self.status: int | None = None
         self.end_ns = 0
         self.job: child.Job | None = None
-        self.oom_fd: int | None = None
         self.oom_look = False
         self.log_start = 0
 
@@ -86,7 +85,6 @@ class Supervisor:
             record = verdict.lost(self, f"the supervisor failed: {error!r}")
         else:
             record = verdict.judge(self, ending)
-        self.groups.remove()
         self._keep_changes()
         self.log.look()
         data = record.dumps()
@@ -101,8 +99,9 @@ class Supervisor:
         if not is_written:
             return False
         self.bench.keep(self.folder, self._exit_name)
-        if self.oom_fd is not None and not self.oom_look:
-            self.bench.woken.unregister(self.oom_fd)
+        if self.group.event >= 0 and not self.oom_look:
+            self.bench.woken.unregister(self.group.event)
+        self.group.close()
         for fd in self._files():
             os.close(fd)
         self.bench.dismiss()  # it would be there still if the job never began
@@ -136,9 +135,8 @@ class Supervisor:
                     os.write(self.job.log, words.encode("utf-8", "backslashreplace"))
 
     def _files(self) -> list[int]:
-        """The open files that are this job's alone, but for its folder."""
-        found = [] if self.job is None else [self.job.log, self.job.outcome]
-        return found if self.oom_fd is None else [*found, self.oom_fd]
+        """The open files that are this job's alone, but for its folder and its group's."""
+        return [] if self.job is None else [self.job.log, self.job.outcome]
 
     def _tell_start(self) -> None:
         if self.tell_at is not None:
@@ -176,9 +174,9 @@ class Supervisor:
             return STOPPED
         if self._overdue():
             return TIMED_OUT
-        self.groups.create()
-        self.oom_fd = self.groups.watch(self.bench.woken)
+        self.group.open(self.bench.woken)
         self._fork()
+        self.group.joined()
         ending = self._watch()
         if ending in (STOPPED, TIMED_OUT):
             self._ask_to_end()
@@ -193,7 +191,7 @@ class Supervisor:
             self._reap()
             if self.status is not None:
                 return EXITED
-            if self.oom_look and self.groups.oom_killed():
+            if self.oom_look and self.group.oom_killed():
                 return OUT_OF_MEMORY
             if self.bench.signals.stop:
                 return STOPPED
@@ -248,10 +246,6 @@ class Supervisor:
                 self._sleep(None, until)
             if self.alone:
                 return
-        if self.groups.kill():
-            soon = time.monotonic() + 0.2
-            while not self._reap() and time.monotonic() < soon:
-                self._sleep(None, soon)
         self._sweep({})
 
     def _sweep(self, spared: dict[int, int]) -> None:
@@ -317,6 +311,7 @@ class Supervisor:
         self._begin(self.job)
 
     def _begin(self, job: child.Job) -> None:
+        job.group = self.group.join
         waiting, self.bench.worker = self.bench.worker, None
         if waiting is not None:
             try:
@@ -327,8 +322,7 @@ class Supervisor:
                 self.worker = waiting.pid
                 return
         self.bench.look()
-        here = (self.folder,) if self.oom_fd is None else (self.folder, self.oom_fd)
-        self.worker = child.start(self.bench, job, here)
+        self.worker = child.start(self.bench, job, (self.folder, *self.group.files))
 
     def _reap(self) -> bool:
         """Collect what has ended; True when nothing is left below."""
@@ -363,7 +357,7 @@ class Supervisor:
         for fd, _ in self.bench.woken.poll(timeout):
             if fd == self.bench.signals.wake:
                 os.read(fd, 512)
-            elif fd == self.oom_fd:
+            elif fd == self.group.event:
                 self.oom_look = True
                 self.bench.woken.unregister(fd)
 
@@ -375,7 +369,6 @@ class Supervisor:
             ticks=self.bench.ticks,
             boot=self.bench.boot,
             start_ns=self.start_ns,
-            cgroups=cgroups.paths(self.order),
             gpus=self.order.gpus,
         ).dumps()
 

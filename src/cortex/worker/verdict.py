@@ -32,7 +32,7 @@ def judge(seen: Supervisor, ending: str) -> ExitRecord:
     said = _outcome(seen, code)
     if said.lost:
         return lost(seen, said.message)
-    if ending == EXITED and seen.groups.oom_killed():
+    if ending == EXITED and seen.group.oom_killed():
         ending = OUT_OF_MEMORY
     if ending != EXITED:
         return _record(seen, ending, _why(seen, ending), code)
@@ -56,7 +56,7 @@ def _why(seen: Supervisor, ending: str) -> str:
         return f"timeout of {seen.order.timeout} s passed"
     if ending == STOPPED:
         return "stopped"
-    if seen.groups.oom_killed() and not seen.groups.limit_was_hit():
+    if seen.group.oom_killed() and not seen.group.limit_was_hit():
         return "killed because the machine ran out of memory"
     return f"exceeded its memory limit of {size(seen.order.mem or 0)}"
 

@@ -31,7 +31,7 @@ from cortex.engines.base import (
     Unreachable,
     Waits,
 )
-from cortex.engines.local import limits, records, remains
+from cortex.engines.local import records, remains
 from cortex.engines.local.backstop import Backstop
 from cortex.engines.local.ends import Ends
 from cortex.engines.local.live import Live
@@ -183,8 +183,8 @@ class Attempts:
         """From a fork server: the supervising process of an order is gone."""
         live = self._ordered(order.job_id, order.attempt)
         if live is not None:
-            live.supervisor, live.why = None, why
             live.was_late = live.is_overdue
+            live.supervisor, live.why = None, why
             self._background.run(self._conclude(live))
 
     def not_forked(self, job_id: str, reason: str) -> None:
@@ -269,9 +269,8 @@ class Attempts:
         if gone.start is not None and gone.start.fenced:
             self._settle(live, self._never(live))
             return
-        groups = gone.start.cgroups if gone.start and not gone.copied else []
-        job_id, number = live.job_id, live.attempt.number
-        await self._clean(live, limits.belonging(groups, self._root, job_id, number))
+        if not gone.copied:
+            await self._clean(live)
         if live.was_late and not live.stop:
             start_ns = (gone.start.start_ns if gone.start else 0) or time.time_ns()
             self._settle(live, self._timed_out(live, start_ns))
@@ -286,11 +285,11 @@ class Attempts:
             reason = _REBOOTED if gone.rebooted else _KILLED
         self._settle(live, self._lost(live, reason))
 
-    async def _clean(self, live: Live, groups: list[str]) -> None:
+    async def _clean(self, live: Live) -> None:
         await self._tidy()
         while True:
             try:
-                await in_thread(remains.clean, self._of(live), live.attempt.number, groups)
+                await in_thread(remains.clean, self._of(live), live.attempt.number)
             except OSError as error:
                 job_id = live.job_id
                 log.warning("what is left of a job cannot be ended", job=job_id, error=str(error))

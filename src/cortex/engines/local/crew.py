@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 from typing import Protocol
 
+from cortex.engines.local.groups import Held
 from cortex.engines.local.starts import Starts
 from cortex.engines.local.supervisors import Supervisor
 from cortex.worker import processes
@@ -115,9 +116,9 @@ class Crew:
             self._trimmer.cancel()
         self._trim(0)
 
-    def join(self, pidfd: int, sock: socket.socket) -> None:
+    def join(self, pidfd: int, sock: socket.socket, group: Held) -> None:
         """Another one was forked."""
-        supervisor = Supervisor(pidfd, sock, self)
+        supervisor = Supervisor(pidfd, sock, group, self)
         self._all.add(supervisor)
         self._free(supervisor)
 

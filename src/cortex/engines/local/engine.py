@@ -7,7 +7,6 @@ It takes and gives the machine's capacity and makes orders of attempts, which fo
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import platform
 import sys
@@ -23,10 +22,11 @@ from cortex.engines.base import (
     Report,
     Version,
 )
-from cortex.engines.local import folders, limits, records, workspaces
+from cortex.engines.local import folders, groups, limits, records, workspaces
 from cortex.engines.local.attempts import Attempts
 from cortex.engines.local.capacity import Ledger, detect
 from cortex.engines.local.forkservers import ForkServers
+from cortex.engines.local.groups import Groups
 from cortex.engines.local.inherited import Inherited
 from cortex.engines.local.supervisors import Supervisor
 from cortex.errors import StartupError
@@ -60,7 +60,8 @@ class LocalEngine:
         self._grace_s = grace_s
         self._memory_limit = memory_limit
         self._ledger = Ledger(total or Capacity(0, 0, 0))
-        self._limits = limits.watchdog(self._root)
+        self._limits = limits.WATCHDOG
+        self._groups = Groups()
         self._inherits = inherits
         self._inherited = Inherited(self._processes)
         self._attempts = Attempts(self._root, self._free, self._tidy, account)
@@ -70,7 +71,12 @@ class LocalEngine:
         self._workspaces = workspaces.root_of(self._root)
         self._own_folder = own_folder
         self._servers = ForkServers(
-            self._attempts, self._import_dir, self._workspaces, self._inherited, account
+            self._attempts,
+            self._import_dir,
+            self._workspaces,
+            self._inherited,
+            account,
+            self._groups,
         )
         self._sweep: asyncio.Future[None] | None = None
         self._handle = records.handle()
@@ -90,7 +96,7 @@ class LocalEngine:
             raise StartupError(
                 f"the local engine needs pidfd_open, Linux 5.3 or later: {error}"
             ) from error
-        await asyncio.to_thread(self._prepare)
+        self._groups.take_up(await asyncio.to_thread(self._prepare))
         if self._inherits:
             self._inherited.open()
         # No job waits for it: there may be very many files.
@@ -102,7 +108,7 @@ class LocalEngine:
         await self._servers.close()
         if self._sweep is not None:
             await self._sweep
-        await asyncio.to_thread(self._limits.close)
+        await self._groups.close()
 
     def refusal(self, compute: Compute) -> str | None:
         return self._ledger.refusal(compute)
@@ -114,7 +120,7 @@ class LocalEngine:
         prepared = self._prepared.pop(job_id, None)
         if prepared is not None:
             prepared.withdraw()
-        if self._ledger.release(job_id):
+        if self._free(job_id):
             self._attempts.report(CapacityFreed())
 
     def claim(self, job_id: str, attempt: int) -> str:
@@ -124,7 +130,10 @@ class LocalEngine:
         return records.handle(self._root, gpus) if gpus else self._handle
 
     def prepare(self, attempt: Attempt) -> None:
-        order = self._order(attempt)
+        try:
+            order = self._order(attempt)
+        except OSError:
+            return  # the start will tell
         order.held = True
         supervisor = self._servers.prepare(attempt.version, order)
         if supervisor is not None:
@@ -136,7 +145,13 @@ class LocalEngine:
             self._attempts.begin(attempt, self._grace_s, prepared)
         else:
             self._attempts.begin(attempt, self._grace_s)
-            self._servers.order(attempt.version, self._order(attempt))
+            try:
+                order = self._order(attempt)
+            except OSError as error:
+                reason = f"its control group cannot be made: {error}"
+                self._attempts.not_forked(attempt.spec.job_id, reason)
+                return
+            self._servers.order(attempt.version, order)
             self._attempts.wait(attempt, self._withdraw)
 
     def stop(self, job_id: str) -> None:
@@ -146,6 +161,7 @@ class LocalEngine:
         job_id = attempt.spec.job_id
         gpus = records.held_gpus(self._folder(job_id), attempt)
         self._ledger.hold(job_id, attempt.version.api.compute, gpus)
+        self._groups.take_over(job_id, attempt.number)
         await self._attempts.recover(attempt, self._grace_s)
 
     def warm(self, version: Version) -> None:
@@ -177,30 +193,43 @@ class LocalEngine:
         await self._servers.tidy()
 
     def _free(self, job_id: str) -> bool:
+        self._groups.release(job_id)
         return self._ledger.release(job_id)
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> list[Path]:
+        """Blocking; the control groups that there are."""
         folders.lay_out(self._root, self._import_dir, self._account)
         self._handle = records.handle(self._root)
         self._ledger = Ledger(self._total or detect())
-        if self._memory_limit == "watchdog":
-            self._limits = limits.watchdog(self._root)
-        else:
+        if self._memory_limit != "watchdog":
             self._limits = limits.probe(self._root, self._account)
+        self._groups.prefix, self._groups.account = limits.prefix(self._root), self._account
+        self._groups.memory, self._groups.trees = self._limits.memory, self._limits.trees
         workspaces.lay_out(self._workspaces, self._account)
         self._servers.own_folder = self._own_folder or workspaces.probe(
             self._workspaces, self._account
         )
-        for group in self._limits.stale():
-            job_id, _, number = group.name.removeprefix(self._limits.prefix).rpartition("-")
-            alive = number.isdigit() and records.supervised(self._folder(job_id), int(number))
-            if not alive:
-                with contextlib.suppress(OSError):
-                    group.rmdir()
+        return [group for group in limits.existing(self._root) if not self._is_over(group)]
+
+    def _is_over(self, group: Path) -> bool:
+        """Whether a group was that of a job that is over, and is gone now."""
+        job_id, _, number = group.name.removeprefix(self._groups.prefix).rpartition("-")
+        if not number.isdigit() or records.supervised(self._folder(job_id), int(number)):
+            return False
+        if groups.remove(group, within_s=0):
+            return True
+        try:
+            is_told = records.ended(self._folder(job_id), int(number)).exit is not None
+        except OSError:
+            return False
+        return is_told and groups.end(group)
 
     def _order(self, attempt: Attempt) -> Order:
         spec, compute = attempt.spec, attempt.version.api.compute
         gpus = self._ledger.gpus(spec.job_id)
+        group = None
+        if compute.mem is not None:
+            group = self._groups.limit(spec.job_id, attempt.number, compute.mem)
         return Order(
             job_id=spec.job_id,
             attempt=attempt.number,
@@ -211,8 +240,7 @@ class LocalEngine:
             log_limit=attempt.version.api.limits.log,
             mem=compute.mem,
             memory_kind=None if compute.mem is None else self._limits.kind,
-            memory_dir=self._limits.memory_dir(spec.job_id, attempt.number),
-            kill_dir=self._limits.kill_dir(spec.job_id, attempt.number),
+            memory_dir=group,
             gpus=gpus,
             visible_gpus=",".join(map(str, gpus)) if self._ledger.total.gpu else None,
             job=dict(worker_job(spec, attempt.version.api)),

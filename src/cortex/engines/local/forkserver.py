@@ -17,11 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from cortex.account import Account, identity
-from cortex.background import in_thread
+from cortex.account import Account, identity, without_new_privileges
+from cortex.background import Background, in_thread
 from cortex.engines.base import Version
 from cortex.engines.local import remains
 from cortex.engines.local.crew import Crew, Listener
+from cortex.engines.local.groups import Groups
 from cortex.engines.local.pulse import Pulse
 from cortex.worker import checks, forkserver, processes
 from cortex.worker.messages import JOB_ID_ROOM, JOBS_FOLDER, MOST_MESSAGE, Reply, Setup, shorten
@@ -44,6 +45,7 @@ class ForkServer:
         version: Version,
         setup: Setup,
         account: Account | None,
+        groups: Groups,
         *,
         listener: Listener,
         died: Callable[[ForkServer], None],
@@ -59,6 +61,8 @@ class ForkServer:
         """Why that must not be imported ahead, once it has said so."""
         self.crew = Crew(listener, ask=self._ask, drained=lambda: drained(self))
         self._account = account
+        self._groups = groups
+        self._joining = Background("a supervising process could not be taken on")
         self._listener = listener
         self._died = died
         self._asked = 0  # for how many supervising processes
@@ -136,7 +140,7 @@ class ForkServer:
         ours.setblocking(False)
         self._socket = ours
         try:
-            self._process = await in_thread(self._popen, theirs)
+            self._process = await in_thread(without_new_privileges, self._popen, theirs)
         except OSError as error:
             self._words = str(error)
             self.setup.preload = []  # it would fail again
@@ -168,6 +172,7 @@ class ForkServer:
             loop.remove_writer(self._socket)
             self._socket.close()
         self._let_go_of_process()
+        await self._joining.finish()
         if self._process is not None:
             if not self.ready:
                 self._process.kill()  # it may be in a long import, and holds nothing yet
@@ -308,13 +313,24 @@ class ForkServer:
         self._on_end()
 
     def _forked(self, reply: Reply, fds: list[int]) -> None:
-        self._asked -= 1
         if len(fds) == _FDS and self._is_own(fds[0]) and _is_socket(fds[1]):
             sock = socket.socket(fileno=fds.pop())
-            self.crew.join(fds.pop(), sock)
+            self._joining.run(self._join(fds.pop(), sock))
             return
+        self._asked -= 1
         if self.crew.waiting:
             self._listener.not_forked(self.crew.take_first().job_id, reply.error or _UNUSABLE)
+
+    async def _join(self, pidfd: int, sock: socket.socket) -> None:
+        """Let it be one of the crew, once it is in its control group."""
+        group = await in_thread(self._groups.hold, pidfd)
+        self._asked -= 1
+        if not self._closed:
+            self.crew.join(pidfd, sock, group)
+            return
+        os.close(pidfd)
+        sock.close()
+        group.let_go()
 
     def _is_own(self, pidfd: int) -> bool:
         """Whether it is of a process that the fork server's user may signal: with more rights than that the

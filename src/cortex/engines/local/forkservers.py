@@ -17,6 +17,7 @@ from cortex.background import Background
 from cortex.engines.base import Version
 from cortex.engines.local.crew import Listener
 from cortex.engines.local.forkserver import ForkServer
+from cortex.engines.local.groups import Groups
 from cortex.engines.local.inherited import Inherited
 from cortex.engines.local.supervisors import Supervisor
 from cortex.worker import beneath
@@ -40,12 +41,14 @@ class ForkServers:
         workspaces: Path,
         inherited: Inherited,
         account: Account | None,
+        groups: Groups,
     ) -> None:
         self.own_folder = COPY
         """How jobs have their projects to themselves; the engine finds out when it opens."""
         self._listener = listener
         self._inherited = inherited
         self._account = account
+        self._groups = groups
         self._import_dir = import_dir
         self._workspaces = workspaces
         self._servers: OrderedDict[str, ForkServer] = OrderedDict()
@@ -124,6 +127,7 @@ class ForkServers:
             version,
             setup,
             self._account,
+            self._groups,
             listener=self._listener,
             died=self._died,
             drained=self._end,

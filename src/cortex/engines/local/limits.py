@@ -1,179 +1,169 @@
-"""Which way of limiting memory works on this machine, found by trying it. Called once when the local
-engine opens, in a thread; the supervisors then make and remove the groups of their jobs.
+"""Which control groups work on this machine, found by trying them: those that limit memory, and those that hold what
+a supervising process forks. Called once when the local engine opens, in a thread.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from cortex.account import Account, identity
-from cortex.worker import cgroups
+from cortex.engines.local import groups
+from cortex.engines.local.groups import Place
+from cortex.worker import processes
+from cortex.worker.cgroups import JOIN
 
 METHODS = {"v2": "cgroup v2", "v1": "cgroup v1", "watchdog": "watchdog"}
+_ROOT = "/sys/fs/cgroup"
 _PROBE_BYTES = 64 << 20
+_TRIAL_S = 10
+_FIRST_PID_NAMESPACE = 0xEFFFFFFC
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How memory is limited (`kind`: v2, v1 or watchdog), and the folders in which jobs get their
-    groups; `prefix` is this data root's own, so that two operators never meet."""
+    """How memory is limited (`kind`: v2, v1 or watchdog), and where groups are made."""
 
     kind: str
-    prefix: str
-    memory: Path | None = None
-    kill: Path | None = None
-    own: Path | None = None
-    """A folder that was made for all groups of this data root, if there is one."""
+    memory: Place | None = None
+    trees: Place | None = None
+    """For what supervising processes fork."""
 
     @property
     def method(self) -> str:
         return METHODS[self.kind]
 
-    def memory_dir(self, job_id: str, attempt: int) -> str | None:
-        return self._group(self.memory, job_id, attempt)
 
-    def kill_dir(self, job_id: str, attempt: int) -> str | None:
-        return self._group(self.kill, job_id, attempt)
-
-    def stale(self) -> list[Path]:
-        """Groups of this data root that are there now."""
-        folders = {folder for folder in (self.memory, self.kill) if folder is not None}
-        return [group for folder in folders for group in folder.glob(f"{self.prefix}*-*")]
-
-    def close(self) -> None:
-        """Remove what was made for all jobs, unless some go on."""
-        if self.own is not None:
-            cgroups.remove(str(self.own), within_s=0)
-
-    def _group(self, folder: Path | None, job_id: str, attempt: int) -> str | None:
-        return None if folder is None else f"{folder}/{self.prefix}{job_id}-{attempt}"
+WATCHDOG = Limits("watchdog")
+"""No control groups at all."""
 
 
 def prefix(root: Path) -> str:
-    return f"cortex-{hashlib.sha256(bytes(root.resolve())).hexdigest()[:12]}-"
+    """What names of groups of this data root begin with, so that two operators never meet; nor do those of two
+    containers, each with pids of its own."""
+    place = bytes(root.resolve())
+    pids = os.stat("/proc/self/ns/pid").st_ino  # noqa: PTH116  # no Path follows this link
+    if pids != _FIRST_PID_NAMESPACE:
+        place += b"%d" % pids
+    return f"cortex-{hashlib.sha256(place).hexdigest()[:12]}-"
 
 
 def group_name(root: Path, job_id: str, attempt: int) -> str:
-    """What the groups of an attempt are called, wherever they are."""
+    """What the group of an attempt is called, wherever it is."""
     return f"{prefix(root)}{job_id}-{attempt}"
 
 
-def belonging(groups: list[str], root: Path, job_id: str, attempt: int) -> list[str]:
-    """Those that are an attempt's own by their place and name: the record that names them was the job's to
-    write, and with more rights than the job has, others could be ended."""
-    name = group_name(root, job_id, attempt)
-    mounts = [folders[-1] for folders in _mounts() if folders]
-    paths = [Path(group) for group in groups]
-    return [
-        str(path)
-        for path in paths
-        if path.name == name and ".." not in path.parts and any(m in path.parents for m in mounts)
-    ]
-
-
-def watchdog(root: Path) -> Limits:
-    """No control groups at all."""
-    return Limits("watchdog", prefix(root))
+def existing(root: Path) -> list[Path]:
+    """All groups of this data root that are there, wherever an operator made them."""
+    name = prefix(root)
+    found = []
+    for parent, names, _ in os.walk(_ROOT):
+        own = [each for each in names if each.startswith(name) and each != f"{name}jobs"]
+        found += [Path(parent, each) for each in own]
+        names[:] = [each for each in names if each not in own]
+    return found
 
 
 def probe(root: Path, account: Account | None = None) -> Limits:
-    """The best that works for this user: tried with a process, because rights are not enough to
-    tell (a group may be writable, and moving a process into it forbidden all the same).
-
-    An empty v2 mount beside v1 is not used to kill by: to enter a v2 group takes 12-20 ms, and the
-    supervisor's own sweeps end the same processes.
-    """
+    """The best that works for this user, and for `account` where jobs are its: tried with a process, because rights
+    are not enough to tell (a group may be writable, and moving a process into it forbidden all the same)."""
     name = prefix(root)
-    v2, v1 = _mounts()
-    if account is not None:
-        return _probe_as(account, name, {"v2": v2, "v1": v1}) or watchdog(root)
-    probing = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", "import sys; sys.stdin.read()"],
-        stdin=subprocess.PIPE,
-        env={},
-    )
-    try:
-        for folder in v2:
-            if _works(folder, name, "v2", probing.pid):
-                return Limits("v2", name, folder, folder)
-        if v2 and _delegate(v2[0]) and _works(v2[0], name, "v2", probing.pid):
-            return Limits("v2", name, v2[0], v2[0])
-        for folder in v1:
-            if _works(folder, name, "v1", probing.pid):
-                return Limits("v1", name, folder)
-        return watchdog(root)
-    finally:
-        probing.send_signal(signal.SIGKILL)
-        probing.communicate()
+    mounts = _mounts()
+    places = {
+        controller: [Place("v2" if controller == "" else "v1", f / f"{name}jobs") for f in folders]
+        for controller, folders in mounts.items()
+    }
+    v2 = places.get("", [])
+    for place in v2:
+        if _works(name, account, place, place):
+            return Limits("v2", place, place)
+    if v2 and _delegate(mounts[""][0]) and _works(name, account, v2[0], v2[0]):
+        return Limits("v2", v2[0], v2[0])
+    # Freezers first: to enter a v2 group takes 12-20 ms, and what is frozen is killed as surely.
+    candidates = [*places.get("freezer", []), *v2, *places.get("pids", [])]
+    trees = next((place for place in candidates if _works(name, account, place, None)), None)
+    for place in places.get("memory", []):
+        if _works(name, account, trees, place):
+            return Limits("v1", place, trees)
+    return Limits("watchdog", None, trees)
 
 
-# What a supervisor and its worker do with a group, all of it as their user.
+# What a supervising process and its job do.
 _TRIAL = """
 import os, sys
-group, kind, amount = sys.argv[1:]
-os.mkdir(group)
-for name, text in {
-    "v2": [("memory.max", amount), ("cgroup.procs", "0")],
-    "v1": [("memory.limit_in_bytes", amount), ("tasks", "0")],
-}[kind]:
-    with open(os.path.join(group, name), "w") as file:
-        file.write(text)
+sys.stdin.read()
+if sys.argv[1] != "-1":
+    os.write(os.open(sys.argv[2], os.O_WRONLY, dir_fd=int(sys.argv[1])), b"0")
 """
 
 
-def _probe_as(account: Account, name: str, mounts: dict[str, list[Path]]) -> Limits | None:
-    """The best that works for another user, in a folder that is made for it."""
-    for kind, folders in mounts.items():
-        for folder in folders:
-            own = folder / f"{name}jobs"
-            trial = own / f"{name}probe{os.getpid()}"
-            try:
-                own.mkdir(exist_ok=True)
-                account.own(own)
-            except OSError:
-                continue
-            command = [sys.executable, "-I", "-S", "-c", _TRIAL, str(trial), kind]
-            done = subprocess.run(
-                [*command, str(_PROBE_BYTES)],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                env={},
-                cwd="/",
-                check=False,
-                **identity(account),
-            )
-            cgroups.remove(str(trial))
-            if done.returncode == 0:
-                return Limits(kind, name, own, own if kind == "v2" else None, own)
-            cgroups.remove(str(own), within_s=0)
-    return None
+def _works(name: str, account: Account | None, trees: Place | None, memory: Place | None) -> bool:
+    """Whether a process of the account can be put into a group, and move itself into one with a limit."""
+    about = processes.stat("self")
+    trial = f"{name}probe.{os.getpid()}.{about[2] if about else 0}"
+    places = {place for place in (trees, memory) if place is not None}
+    join = "" if memory is None else JOIN[memory.kind]
+    folder, process, is_done = -1, None, False
+    try:
+        for place in places:
+            place.open_up(account)
+        if memory is not None:
+            if memory.kind == "v2":
+                groups.put(memory.folder / "cgroup.subtree_control", "+memory")
+            group = memory.limit(f"{trial}.limit", _PROBE_BYTES, account)
+            folder = os.open(group, os.O_PATH | os.O_CLOEXEC)
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _TRIAL, str(folder), join],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[] if folder < 0 else [folder],
+            env={},
+            cwd="/",
+            **identity(account),
+        )
+        if trees is not None:
+            trees.hold(trial, process.pid)
+        process.communicate(timeout=_TRIAL_S)
+        is_done = process.returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        pass
+    finally:
+        if folder >= 0:
+            os.close(folder)
+        if process is not None:
+            process.kill()
+            process.communicate()
+        for place in places:
+            for made in (trial, f"{trial}.limit"):
+                groups.remove(place.folder / made)
+            if not is_done:
+                place.close()
+    return is_done
 
 
-def _mounts() -> tuple[list[Path], list[Path]]:
-    """Folders of the v2 hierarchy and of v1's memory one: this process's own first, then those
-    above it, up to the mount."""
+def _mounts() -> dict[str, list[Path]]:
+    """Folders of the v2 hierarchy ("") and of v1's controllers: this process's own first, then those above it, up to
+    the mount."""
     own = {}
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        own[controllers] = path
-    v2: list[Path] = []
-    v1: list[Path] = []
+        own.update(dict.fromkeys(controllers.split(","), path))
+    found: dict[str, list[Path]] = {}
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")
         top, mount = before.split()[3:5]
-        kind, _, options = after.split()
-        if kind == "cgroup2" and not v2:
-            v2 = _upwards(Path(mount), top, own.get("", "/"))
-        elif kind == "cgroup" and "memory" in options.split(",") and not v1:
-            path = next((p for c, p in own.items() if "memory" in c.split(",")), "/")
-            v1 = _upwards(Path(mount), top, path)
-    return v2, v1
+        kind, _, options = after.split()[:3]
+        if kind not in ("cgroup", "cgroup2"):
+            continue
+        for controller in [""] if kind == "cgroup2" else options.split(","):
+            path = own.get(controller, "/")
+            found.setdefault(controller, _upwards(Path(mount), top, path))
+    return found
 
 
 def _upwards(mount: Path, top: str, path: str) -> list[Path]:
@@ -183,61 +173,24 @@ def _upwards(mount: Path, top: str, path: str) -> list[Path]:
     return [f for f in folders if f.is_relative_to(mount) and f.is_dir()]
 
 
-def _works(folder: Path, name: str, kind: str, pid: int) -> bool:
-    group = folder / f"{name}probe{os.getpid()}"
-    try:
-        group.mkdir()
-    except OSError:
-        return False
-    try:
-        if kind == "v2":
-            cgroups.put(f"{group}/memory.max", str(_PROBE_BYTES))
-        elif kind == "v1":
-            cgroups.put(f"{group}/memory.limit_in_bytes", str(_PROBE_BYTES))
-        cgroups.put(f"{group}/cgroup.procs", str(pid))
-        if kind != "v1" and not (group / "cgroup.kill").exists():
-            return kind == "v2"
-    except OSError:
-        return False
-    else:
-        return True
-    finally:
-        _leave(group, folder, pid)
-
-
-def _leave(group: Path, folder: Path, pid: int) -> None:
-    if pid in cgroups.members(str(group)):
-        for place in (folder, *folder.parents):
-            try:
-                cgroups.put(f"{place}/cgroup.procs", str(pid))
-            except OSError:
-                continue  # v2 takes no process where there are groups with controllers below
-            break
-    if not cgroups.remove(str(group), within_s=0.2):
-        # Nowhere to go back to: the probing process ends in there.
-        os.kill(pid, signal.SIGKILL)
-        cgroups.remove(str(group))
-
-
 def _delegate(own: Path) -> bool:
     """Give this process's own v2 group controllers for groups below it. v2 allows that only where
     no process is, so the operator moves one down, if it is alone there."""
     try:
         if "memory" not in (own / "cgroup.controllers").read_text().split():
             return False
-        if set(cgroups.members(str(own))) - _family():
+        if set(groups.members(own)) - _family():
             return False
         leaf = own / "cortex-operator"
         leaf.mkdir(exist_ok=True)
-        for pid in cgroups.members(str(own)):
-            cgroups.put(f"{leaf}/cgroup.procs", str(pid))
-        cgroups.put(f"{own}/cgroup.subtree_control", "+memory")
+        for pid in groups.members(own):
+            with suppress(ProcessLookupError):
+                groups.put(leaf / "cgroup.procs", pid)
+        groups.put(own / "cgroup.subtree_control", "+memory")
     except OSError:
         return False
     return True
 
 
 def _family() -> set[int]:
-    from cortex.worker.processes import descendants
-
-    return {os.getpid(), *descendants(os.getpid())}
+    return {os.getpid(), *processes.descendants(os.getpid())}

@@ -48,4 +48,5 @@ class Live:
     @property
     def is_overdue(self) -> bool:
         deadline = self.attempt.deadline
-        return deadline is not None and time.monotonic() >= deadline
+        ended = None if self.supervisor is None else self.supervisor.gone_at
+        return deadline is not None and (ended or time.monotonic()) >= deadline

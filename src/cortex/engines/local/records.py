@@ -128,7 +128,6 @@ def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Foun
         alive = _alive(start, fd, account) or _alive(remains.supervisor(fd), fd, account)
         if alive is not None:
             return alive
-        start.cgroups += remains.control_groups(folder, attempt.number)
         over, why = _exit(fd, folder.name, attempt.number)
         return Gone(over, start, rebooted=False, why=why)
 

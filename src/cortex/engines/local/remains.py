@@ -11,8 +11,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from cortex.engines.local import limits
-from cortex.worker import cgroups, files, processes
+from cortex.engines.local import groups, limits
+from cortex.worker import files, processes
 from cortex.worker.messages import JOB_ID_ROOM, JOBS_FOLDER, StartRecord
 
 CLEAN_S = 5.0
@@ -20,7 +20,7 @@ _LOOKS = 2  # that find nothing: in the midst of its exec, a process shows no en
 _GOES_S = 2.0  # what was laid out and finds the fence
 
 
-def clean(folder: Path, attempt: int, groups: list[str]) -> None:
+def clean(folder: Path, attempt: int) -> None:
     """End whatever a killed supervisor has left of a job, and wait until it is gone. Where another operator did that
     while this one hung, what there is beside the groups of this attempt is of a later one, whose supervisor is there.
 
@@ -28,25 +28,19 @@ def clean(folder: Path, attempt: int, groups: list[str]) -> None:
         OSError: what is left cannot be told, for want of descriptors or memory.
     """
     is_followed = _is_followed(folder, attempt) and _is_supervised(folder)
+    name = limits.group_name(folder.parent, folder.name, attempt)
+    for group in limits.existing(folder.parent):
+        if group.name == name or groups.is_orphaned(group):
+            groups.end(group, CLEAN_S)
     until = time.monotonic() + CLEAN_S
-    for group in groups:
-        with contextlib.suppress(OSError):
-            cgroups.put(f"{group}/cgroup.kill", "1")
     looks = _LOOKS
     while looks > 0 and time.monotonic() < until:
         left = {} if is_followed else _processes(folder)
-        for group in groups:
-            for pid in cgroups.members(group):
-                ticks = processes.living(pid)
-                if ticks is not None:
-                    left[pid] = ticks
         looks = _LOOKS if left else looks - 1
         short = processes.send(left, signal.SIGKILL)
         if short is not None:
             raise short
         time.sleep(0.01)
-    for group in groups:
-        cgroups.remove(group)
 
 
 def is_there_below(pidfd: int) -> bool:
@@ -76,9 +70,10 @@ def end_below(pidfd: int) -> None:
 
 
 def has_begun(folder: Path, attempt: int) -> bool:
-    """Whether an attempt runs, or has left a group, that is fenced off: the job has removed its record, or
+    """Whether an attempt runs, or did in a group, that is fenced off: the job has removed its record, or
     written another. What had only been laid out is gone once it has found the fence."""
-    if control_groups(folder, attempt):
+    name = limits.group_name(folder.parent, folder.name, attempt)
+    if any(g.name == name and groups.was_used(g) for g in limits.existing(folder.parent)):
         return True
     until = time.monotonic() + _GOES_S
     while _processes(folder):
@@ -126,13 +121,6 @@ def identity(root: Path) -> str:
     """
     about = root.stat()
     return f"{about.st_dev}:{about.st_ino}"
-
-
-def control_groups(folder: Path, attempt: int) -> list[str]:
-    """The groups of an attempt that are there, whatever its record says. They are made once it has begun."""
-    name = limits.group_name(folder.parent, folder.name, attempt)
-    found = os.walk("/sys/fs/cgroup")
-    return [f"{parent}/{name}" for parent, names, _ in found if name in names]
 
 
 def _is_supervised(folder: Path) -> bool:

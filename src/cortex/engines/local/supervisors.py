@@ -9,10 +9,12 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from typing import Protocol
 
 import structlog
 
+from cortex.engines.local.groups import Held
 from cortex.worker import beneath, checks, wire
 from cortex.worker.messages import MOST_MESSAGE, Order, Reply
 
@@ -67,10 +69,12 @@ class Owner(Protocol):
 class Supervisor:
     """All of it happens on the event loop."""
 
-    def __init__(self, pidfd: int, sock: socket.socket, owner: Owner) -> None:
+    def __init__(self, pidfd: int, sock: socket.socket, group: Held, owner: Owner) -> None:
         self.order: Order | None = None
         self.why: str | None = None
         """What was wrong with what it said, if anything: it is killed then."""
+        self.gone_at: float | None = None
+        """When it was seen to be gone: what it leaves is ended before its owner learns of that."""
         self.idle_since = 0.0
         self.is_spent = False
         """Whether it takes no more jobs: one that was told to stop may see that late, and must not
@@ -78,6 +82,7 @@ class Supervisor:
         self._has_begun = False
         self.pidfd = pidfd
         self._sock = sock
+        self._group = group
         self._owner = owner
         self._loop = asyncio.get_running_loop()
         sock.setblocking(False)
@@ -86,11 +91,18 @@ class Supervisor:
 
     def give(self, order: Order) -> bool:
         """Let it run a job; False if it did not get the order, for it is gone."""
+        folders = []
+        if order.memory_dir is not None:
+            with contextlib.suppress(OSError):  # it is gone: that ends the job, not this process
+                folders = [os.open(order.memory_dir, os.O_PATH | os.O_CLOEXEC)]
         try:
-            wire.send(self._sock, order.dumps())
+            wire.send(self._sock, order.dumps(), tuple(folders))
         except OSError:
             self.dismiss()
             return False
+        finally:
+            for fd in folders:
+                os.close(fd)
         self.order, self._has_begun = order, False
         return True
 
@@ -134,6 +146,8 @@ class Supervisor:
             self._loop.remove_reader(self.pidfd)
             os.close(self.pidfd)
             self.pidfd = -1
+            if self.order is None:
+                self._group.let_go()
 
     def _read(self) -> bool:
         """Take what it says next, if it says anything more."""
@@ -200,6 +214,7 @@ class Supervisor:
         for _ in range(_LAST_WORDS):
             if not self._read():
                 break
+        self.gone_at = time.monotonic()
         collect(self.pidfd)
         self.close()
-        self._owner.gone(self)
+        self._group.end(lambda: self._owner.gone(self))
