@@ -79,11 +79,11 @@ def test_what_a_killed_supervisor_left_is_ended_as_soon_as_it_can_be(
 ) -> None:
     clean, asked = remains.clean, []
 
-    def few(folder: Path, attempt: int, groups: list[str]) -> None:
+    def few(folder: Path, attempt: int) -> None:
         asked.append(attempt)
         if len(asked) == 1:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        clean(folder, attempt, groups)
+        clean(folder, attempt)
 
     monkeypatch.setattr(remains, "clean", few)
 

@@ -105,6 +105,8 @@ class LocalEngine:
     async def close(self) -> None:
         self._inherited.close()
         await self._attempts.close()
+        for job_id in self._prepared:  # which nobody begins with
+            self._groups.release(job_id)
         await self._servers.close()
         if self._sweep is not None:
             await self._sweep

@@ -22,7 +22,7 @@ from cortex.background import Background, in_thread
 from cortex.engines.base import Version
 from cortex.engines.local import remains
 from cortex.engines.local.crew import Crew, Listener
-from cortex.engines.local.groups import Groups
+from cortex.engines.local.groups import Groups, Held
 from cortex.engines.local.pulse import Pulse
 from cortex.worker import checks, forkserver, processes
 from cortex.worker.messages import JOB_ID_ROOM, JOBS_FOLDER, MOST_MESSAGE, Reply, Setup, shorten
@@ -323,7 +323,10 @@ class ForkServer:
 
     async def _join(self, pidfd: int, sock: socket.socket) -> None:
         """Let it be one of the crew, once it is in its control group."""
-        group = await in_thread(self._groups.hold, pidfd)
+        try:
+            group = await in_thread(self._groups.hold, pidfd)
+        except OSError:  # no thread is to be had
+            group = Held(self._groups, None)
         self._asked -= 1
         if not self._closed:
             self.crew.join(pidfd, sock, group)

@@ -27,6 +27,7 @@ from cortex.worker.cgroups import JOIN
 log = structlog.get_logger()
 
 END_S = 5.0
+RETRY_S = 1.0
 _GONE_S = 1.0
 _PAUSE_S = 0.005
 # Each kind's files that are to be written with the limit, and whether they have to be there: swap accounting is a
@@ -218,7 +219,15 @@ class Groups:
                 place.close()
 
     async def _end(self, group: Path, then: Callable[[], None]) -> None:
-        if not await in_thread(end, group):
+        while True:
+            try:
+                is_ended = await in_thread(end, group)
+            except OSError as error:
+                log.warning("a control group cannot be ended", group=str(group), error=str(error))
+                await asyncio.sleep(RETRY_S)
+            else:
+                break
+        if not is_ended:
             log.warning("what is left in a control group does not end", group=str(group))
         then()
 

@@ -113,6 +113,8 @@ class Supervisor:
         except OSError:
             self.order = None
             return False
+        if self.order is not None:
+            self.order.held = False
         return True
 
     def withdraw(self) -> None:
@@ -146,7 +148,7 @@ class Supervisor:
             self._loop.remove_reader(self.pidfd)
             os.close(self.pidfd)
             self.pidfd = -1
-            if self.order is None:
+            if self.order is None or self.order.held:
                 self._group.let_go()
 
     def _read(self) -> bool:
