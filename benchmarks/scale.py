@@ -33,6 +33,7 @@ from cortex.spec.times import new_id, now_ns
 from cortex.store import Store
 from cortex.store.database import connect
 from cortex.store.schema import jobs
+from cortex.store.transitions import spec_text
 from figures import aligned
 from load import Connection
 from memory import pss
@@ -277,13 +278,13 @@ def fill(url: str, api_id: str, size: Size) -> None:
 
 
 def _row(number: int, api_id: str, created: int, size: Size) -> dict[str, object]:
-    spec = JobSpec(new_id(), "many", api_id, {"number": number}, created + number)
+    spec = JobSpec(new_id(), "many", api_id, json.dumps({"number": number}), created + number)
     runs = number < size.running
     return {
         "job_id": spec.job_id,
         "api_name": spec.api_name,
         "api_id": api_id,
-        "spec": json.dumps(spec.as_json()),
+        "spec": spec_text(spec),
         "created_ns": spec.created_ns,
         "state": "running" if runs else "waiting",
         "wanted": "run",

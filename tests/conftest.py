@@ -96,7 +96,9 @@ def reused(postgresql: Server, migrated: str) -> str:
 def emptied(postgresql: Server, reused: str) -> str:
     """The URL of a database whose tables are empty: quicker than one that is made for the test."""
     with postgresql.connected(reused) as connection:
-        connection.execute("TRUNCATE jobs, apis, versions, tokens, operators RESTART IDENTITY")
+        connection.execute(
+            "TRUNCATE jobs, long_texts, apis, versions, tokens, operators RESTART IDENTITY"
+        )
     return postgresql.url(reused)
 
 

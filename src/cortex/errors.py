@@ -123,6 +123,12 @@ class OverLimit(CortexError):
     retry_after_s = 1
 
 
+class OverWaitingBytes(OverLimit):
+    """Jobs with as many bytes of config wait as may, of all APIs together; nothing was stored."""
+
+    kind = "limit.max_waiting_bytes"
+
+
 class StorageUnavailable(CortexError):
     """The store or its disk cannot take writes right now; nothing was stored."""
 
@@ -141,6 +147,14 @@ class NoDriver(CortexError):
     """No operator drives the jobs at this moment, and only that one could answer."""
 
     kind = "operator.no_driver"
+    http_status = 503
+    retry_after_s = 1
+
+
+class Busy(CortexError):
+    """The operator's machine has no room for this request now; nothing was stored."""
+
+    kind = "operator.busy"
     http_status = 503
     retry_after_s = 1
 

@@ -261,7 +261,7 @@ def test_a_store_of_the_version_before_gets_an_audit(tmp_path: Path) -> None:
         running.deployed(probe_yaml(), {"probe.py": PROBE})
     with closing(sqlite3.connect(tmp_path / "data" / "operator.db")) as database, database:
         database.execute("DROP TABLE audit")
-        database.execute("UPDATE alembic_version SET version_num = '0006'")
+        database.execute("UPDATE alembic_version SET version_num = '0007'")
     with operator(tmp_path) as running:
         assert audit(running) == []
         running.deployed(probe_yaml("more"), {"probe.py": PROBE})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import pickle
 import signal
@@ -172,7 +173,7 @@ class Bench:
         spec = JobSpec(
             job_id=new_id(),
             api_name="probe",
-            config=config or {},
+            config=json.dumps(config or {}),
             api_id=api.api_id,
             timeout=timeout,
             created_ns=now_ns(),

@@ -293,7 +293,7 @@ class Runner:
         spec = JobSpec(
             job_id=new_id(),
             api_name="probe",
-            config=program.config,
+            config=json.dumps(program.config),
             api_id=version.api.api_id,
             timeout=None,
             created_ns=now_ns(),

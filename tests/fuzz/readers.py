@@ -13,6 +13,7 @@ from pathlib import Path
 from starlette.requests import Request
 
 from cortex.errors import CortexError, InvalidProject, InvalidSpec
+from cortex.operator.body_reader import Reader
 from cortex.operator.http import read_submission
 from cortex.projects.check import check_files
 from cortex.projects.unpack import project_id, unpack
@@ -122,11 +123,11 @@ def _submission(rng: random.Random, _: Path) -> None:
 
     scope = {"type": "http", "headers": [(b"content-type", b"application/json")], "method": "POST"}
     try:
-        found, _taken = asyncio.run(read_submission(Request(scope, receive)))
+        found = asyncio.run(read_submission(Request(scope, receive), Reader()))
     except CortexError as error:
         assert 400 <= error.http_status < 500, error.message
         return
-    json.dumps(found.config, allow_nan=False)
+    json.loads(found.config)
 
 
 def _project(rng: random.Random, folder: Path) -> None:

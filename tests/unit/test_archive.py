@@ -21,7 +21,7 @@ from cortex.store import Store
 from cortex.worker import logfile
 from cortex.worker.messages import LogCut
 
-_SPEC = JobSpec(job_id="1", api_name="a", api_id="1", config={}, created_ns=1)
+_SPEC = JobSpec(job_id="1", api_name="a", api_id="1", config="{}", created_ns=1)
 OVER = JobRecord(1, _SPEC, State.SUCCEEDED, Wanted.RUN, attempt=1, handle=None)
 
 LIMIT = 1 << 20

@@ -72,6 +72,7 @@ def _check_all_ways(tmp_path: Path, engine: dict[str, object]) -> None:
         "files": "s3://bucket/prefix", "lost_folder": "f1",
         "grace": 3.0, "build_timeout": 60.0, "build_env": ["A_B", "c1"],
         "keep_jobs": 4.0, "keep_logs": 5.0, "keep_count": 6, "keep_audit": 7.0,
+        "max_waiting_bytes": "7Mi",
         "require_token": True, "insecure": True, "allow_origin": ["https://a", "https://b"],
         "allow_host": ["a.example", "b:1"],
     }  # fmt: skip
@@ -286,6 +287,7 @@ def test_the_command_passes_every_flag_on(capsys: pytest.CaptureFixture[str]) ->
         "--cpu=2", "--mem=2Gi", "--gpu=1",
         "--grace=3", "--build-timeout=60", "--build-env=A_B", "--build-env=c1", "--engine=local",
         "--run-as=x", "--keep-jobs=4", "--keep-logs=5", "--keep-count=6", "--keep-audit=7",
+        "--max-waiting-bytes=7Mi",
         "--require-token", "--no-insecure", "--allow-origin=a", "--allow-origin=b",
         "--allow-host=a", "--allow-host=b",
     ]  # fmt: skip

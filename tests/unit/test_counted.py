@@ -14,7 +14,7 @@ from cortex.operator.metrics import Metrics
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import State, Wanted
 
-SPEC = JobSpec(job_id="1", api_name="a", api_id="1", config={}, created_ns=10_000_000_000)
+SPEC = JobSpec(job_id="1", api_name="a", api_id="1", config="{}", created_ns=10_000_000_000)
 WAITS = JobRecord(1, SPEC, State.WAITING, Wanted.RUN, attempt=0, handle=None)
 RUNS = replace(WAITS, state=State.RUNNING, attempt=1, start_ns=10_250_000_000)
 OVER = replace(RUNS, state=State.SUCCEEDED, end_ns=12_250_000_000)

@@ -19,7 +19,7 @@ from cortex.spec.lifecycle import State, Status, Wanted
 from cortex.spec.python_variables import refusal
 
 ROOT = Path(__file__).parents[2]
-SPEC = JobSpec(job_id="1", api_name="a", api_id="1", config={}, created_ns=1)
+SPEC = JobSpec(job_id="1", api_name="a", api_id="1", config="{}", created_ns=1)
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),

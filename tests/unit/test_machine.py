@@ -199,7 +199,7 @@ class Machine(RuleBasedStateMachine):
 
     def draft(self, name: str, timeout: int | None) -> JobSpec:
         return JobSpec(
-            job_id=new_id(), api_name=name, api_id="", config={}, timeout=timeout,
+            job_id=new_id(), api_name=name, api_id="", config="{}", timeout=timeout,
             created_ns=now_ns(),
         )  # fmt: skip
 

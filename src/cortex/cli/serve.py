@@ -120,6 +120,14 @@ def serve(
         float | None,
         typer.Option(help="Days that the audit is kept; 0 is for ever.", show_default="365"),
     ] = None,
+    max_waiting_bytes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Bytes of config of all jobs that wait; a submit beyond is refused.",
+            show_default="1Gi",
+        ),
+    ] = None,
     require_token: Annotated[
         bool | None,
         typer.Option(help="Ask for tokens on this machine too; beyond it they always are."),
@@ -181,6 +189,7 @@ def serve(
             "keep_logs": keep_logs,
             "keep_count": keep_count,
             "keep_audit": keep_audit,
+            "max_waiting_bytes": max_waiting_bytes,
             "require_token": require_token,
             "insecure": insecure,
             "allow_origin": allow_origin,

@@ -6,6 +6,7 @@ import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Query, Request, UploadFile
+from pydantic import JsonValue
 from starlette.responses import Response
 
 import cortex
@@ -15,7 +16,9 @@ from cortex.operator.context import actor, context
 from cortex.operator.deploys import Deployer, safe_name
 from cortex.operator.http import UPLOAD_PATH, Answer
 from cortex.operator.metrics import MEDIA_TYPE
+from cortex.operator.render import as_list
 from cortex.spec.api import MILLI
+from cortex.spec.job import with_texts
 from cortex.spec.times import rfc3339
 
 router = APIRouter(default_response_class=Answer, tags=["operator"])
@@ -114,17 +117,14 @@ async def deploy(
     done = await _deployer(request).deploy(
         file=file, text=text, archive=project.file, replace=force, actor=actor(request)
     )
-    return Answer(
-        [
-            {
-                "api": await ctx.renderer.api(each.deployment, request),
-                "message": each.message,
-                "warnings": each.warnings,
-                "error": "",
-            }
-            for each in done
-        ]
-    )
+    deployed = [
+        with_texts(
+            {"message": each.message, "warnings": list[JsonValue](each.warnings), "error": ""},
+            api=await ctx.renderer.api(each.deployment, request),
+        )
+        for each in done
+    ]
+    return Answer(as_list(deployed).encode())
 
 
 @router.get("/-/apis")
@@ -134,7 +134,8 @@ async def list_apis(request: Request) -> Response:
     if (answer := await ctx.ask_driver(request)) is not None:
         return answer
     deployments = await ctx.store.deployments()
-    return Answer([await ctx.renderer.api(each, request) for each in deployments])
+    apis = [await ctx.renderer.api(each, request) for each in deployments]
+    return Answer(as_list(apis).encode())
 
 
 @router.get("/-/apis/{name}")
@@ -145,7 +146,7 @@ async def get_api(request: Request, name: str) -> Response:
         return answer
     for deployment in await ctx.store.deployments():
         if deployment.name == name:
-            return Answer([await ctx.renderer.api(deployment, request)])
+            return Answer(as_list([await ctx.renderer.api(deployment, request)]).encode())
     raise NotFound(f"there is no API {name!r}; `cortex get` lists all")
 
 

@@ -107,7 +107,7 @@ async def opened(settings: Settings, failed: Callable[[Exception], None]) -> Asy
         hold = held_with_others if is_shared else held
         stack.enter_context(hold(settings, projects.open))
         check_whole(settings)
-        store = Store(settings.database_url)
+        store = Store(settings.database_url, settings.max_waiting_bytes)
         stack.callback(store.close)
         place = await settle(settings, store, files)
         if settings.require_token:
@@ -144,6 +144,7 @@ async def opened(settings: Settings, failed: Callable[[Exception], None]) -> Asy
             settings, store, engine, versions, jobs, Renderer(store, jobs), watcher, projects,
             store.in_turn(), others.relay if is_shared else None, archive, metrics=metrics,
         )  # fmt: skip
+        stack.callback(ctx.bodies.close)
         deployer = Deployer(ctx)
         await ctx.read_endpoints()
         if is_shared:

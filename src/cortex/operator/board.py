@@ -73,7 +73,7 @@ class Board:
                 )
                 await asyncio.sleep(STORAGE_RETRY_S)
         if outcome.job is not None:
-            self.see(live, outcome.job)
+            self.see(live, outcome.job.without_long_config())
         return outcome.job if outcome.taken else None
 
     async def lose(self, live: Live, reason: str) -> None:

@@ -112,6 +112,7 @@ class Configuration(BaseModel):
     keep_logs: Annotated[float, Field(ge=0)] = 30
     keep_count: Annotated[int, Field(ge=1)] | None = None
     keep_audit: Annotated[float, Field(ge=0)] = 365
+    max_waiting_bytes: Annotated[str, BeforeValidator(_as_words), AfterValidator(_is_size)] = "1Gi"
     require_token: bool = False
     insecure: bool = False
     allow_origin: Annotated[tuple[str, ...], BeforeValidator(_separated)] = ()
@@ -176,6 +177,7 @@ class Configuration(BaseModel):
                 jobs=self.keep_count,
                 audit_s=self.keep_audit * _DAY_S or None,
             ),
+            max_waiting_bytes=_bytes(self.max_waiting_bytes),
             require_token=self.require_token,
             insecure=self.insecure,
             allowed_origins=frozenset(self.allow_origin),

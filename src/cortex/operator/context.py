@@ -11,6 +11,7 @@ from starlette.responses import Response
 from cortex.engines.base import Engine
 from cortex.errors import NotFound
 from cortex.operator.archive import Archive
+from cortex.operator.body_reader import Reader
 from cortex.operator.http import Scope
 from cortex.operator.live import Live
 from cortex.operator.logs import Followed, LogWatcher
@@ -70,6 +71,8 @@ class Context:
     endpoints: dict[str, str] = field(default_factory=dict)
     """The name of the API at each endpoint that is deployed now."""
     metrics: Metrics = field(default_factory=Metrics)
+    bodies: Reader = field(default_factory=Reader)
+    """Of submits."""
 
     async def api_at(self, endpoint: str) -> str:
         """The name of the API at an endpoint.

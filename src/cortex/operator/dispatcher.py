@@ -86,7 +86,7 @@ class Dispatcher:
             live.version = await self._versions.describe(record.spec.api_id)
             self._board.live[record.spec.job_id] = live
             self._queue.line.occupy(record.spec.api_name, record.spec.job_id)
-            await self._engine.recover(attempt(live))
+            await self._engine.recover(attempt(live, record.spec))
             if live.stop_wanted:
                 self._engine.stop(record.spec.job_id)
         for record in waiting:  # last: what they may take is known once all others have theirs

@@ -4,17 +4,15 @@ writes them."""
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, Field, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, Field
 from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -34,11 +32,13 @@ from cortex.errors import (
     UnsupportedMediaType,
     is_storage,
 )
+from cortex.operator.bodies import Submitted, not_json, wrong
+from cortex.operator.body_reader import Reader
 from cortex.operator.coding import CODINGS, Unpacked, coding_of
 from cortex.operator.hosts import Hosts, foreign
 from cortex.projects.pack import MAX_PROJECT_BYTES
 from cortex.spec.api import RESERVED_ENDPOINTS
-from cortex.spec.job import Submission
+from cortex.spec.job import encode
 
 log = structlog.get_logger()
 
@@ -47,8 +47,6 @@ MAX_BODY_BYTES = 10 * 1024 * 1024
 MAX_UPLOAD_BYTES = MAX_PROJECT_BYTES + 32 * 1024 * 1024
 UPLOAD_PATH = "/-/apis"
 _FORM_TYPE = "application/x-www-form-urlencoded"
-_PARTS = ("query", "path", "header", "body")  # of a request, as the framework names them
-_TOO_DEEP = {"recursion_loop", "recursion_depth_exceeded"}
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -76,7 +74,8 @@ class Answer(JSONResponse):
         ]
 
     def render(self, content: object) -> bytes:
-        return _ENCODER.encode(content).encode()
+        # Bytes are JSON that is written already.
+        return content if isinstance(content, bytes) else encode(content).encode()
 
 
 class Error(BaseModel):
@@ -248,7 +247,7 @@ def answered(error: Exception) -> Answer:
         failed.http_status = error.status_code
         return refuse(failed, dict(error.headers or {}))
     if isinstance(error, RequestValidationError):
-        return refuse(InvalidRequest("; ".join(_wrong(e) for e in error.errors())))
+        return refuse(InvalidRequest("; ".join(wrong(e) for e in error.errors())))
     if isinstance(error, ClientDisconnect):
         return refuse(InvalidRequest("the body ended before it was complete"))  # nobody reads it
     log.error("request crashed", exc_info=error)
@@ -301,63 +300,25 @@ def _methods_at(routes: Sequence[BaseRoute], request: Request) -> list[str]:
     return sorted(methods | ({"HEAD", "OPTIONS"} if "GET" in methods else {"OPTIONS"}))
 
 
-def _wrong(error: ErrorDetails) -> str:
-    where = ".".join(str(part) for part in error["loc"] if part not in _PARTS)
-    what = error["msg"].removeprefix("Value error, ")
-    return f"{where or 'the body'}: {what}; found {_shown(error.get('input'))}"
+async def read_submission(request: Request, reader: Reader, *, hashed: bool = False) -> Submitted:
+    """The body of a submit, checked.
 
-
-def _shown(found: object) -> str:
-    try:
-        return json.dumps(found, default=str)[:100]
-    except RecursionError:  # it could be read, from a less deep stack than this
-        return "something that is nested too deeply"
-
-
-async def read_submission(request: Request) -> tuple[Submission, bytes]:
-    """The body of a submit, checked, and its bytes.
+    Args:
+        hashed: whether an Idempotency-Key is to tell it from others.
 
     Raises:
         UnsupportedMediaType: a Content-Type is given and is not JSON.
         InvalidRequest: the body is not the JSON that the contract allows.
         TooLarge: it is over the limit.
+        Busy: it is large, and there is no room to read it now.
     """
     given = request.headers.get("content-type")
     media_type = (given or "application/json").partition(";")[0].strip().lower()
     is_json = media_type == "application/json" or media_type.endswith("+json")
     if not is_json and (media_type != _FORM_TYPE or _may_be_of_a_page(request)):
-        raise _not_json(given)
-    body = await _body(request)
-    if not body.strip():
-        raise InvalidRequest("the body is empty; send {} to submit a job with the API's defaults")
-    try:
-        # As json.loads does, which makes a decoder at each call.
-        content = _JSON.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
-    except RecursionError as error:
-        raise InvalidRequest("the body is not JSON that can be read: nested too deeply") from error
-    except ValueError as error:
-        if not is_json and body.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b"["):
-            raise _not_json(given) from error  # it is a form
-        raise InvalidRequest(f"the body is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InvalidRequest(
-            f"the body has to be a JSON object such as {{}}; found {_shown(content)}"
-        )
-    try:
-        return Submission.model_validate(content), body
-    except ValidationError as error:
-        allowed = ", ".join(Submission.model_fields)
-        found = error.errors()
-        if any(e["type"] in _TOO_DEEP for e in found):
-            raise InvalidRequest("config: nested over 250 levels deep") from error
-        mistakes = "; ".join(_wrong(e) for e in found)
-        raise InvalidRequest(f"{mistakes} (fields: {allowed})") from error
-
-
-def _not_json(content_type: str | None) -> UnsupportedMediaType:
-    return UnsupportedMediaType(
-        f"the Content-Type {content_type!r} is not JSON; send the header 'Content-Type: application/json'"
-    )
+        raise not_json(given)
+    form_type = None if is_json else given
+    return await reader.read(await _body(request), form_type=form_type, hashed=hashed)
 
 
 def _may_be_of_a_page(request: Request) -> bool:
@@ -375,11 +336,3 @@ async def _body(request: Request) -> bytes:
         parts.append(message.get("body", b""))
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
-_JSON = json.JSONDecoder(parse_constant=_refuse_constant)

@@ -7,8 +7,6 @@ with a letter.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from typing import Annotated
 
@@ -19,8 +17,8 @@ from starlette.responses import Response
 from cortex.errors import Conflict, InvalidRequest, NotFound
 from cortex.operator.context import Context, actor, context
 from cortex.operator.http import Answer, read_submission
-from cortex.operator.render import shown, submitted
-from cortex.spec.job import JobRecord, JobSpec, Submission
+from cortex.operator.render import as_list, is_partial, shown, submitted
+from cortex.spec.job import JobRecord, JobSpec, Submission, with_texts
 from cortex.spec.lifecycle import Status, Wanted
 from cortex.spec.times import new_id, now_ns
 from cortex.store import Replay
@@ -183,23 +181,18 @@ async def status_at(
 
 
 async def _submit(ctx: Context, request: Request, name: str, key: str | None) -> Answer:
-    submission, body = await read_submission(request)
+    submission = await read_submission(request, ctx.bodies, hashed=key is not None)
     draft = JobSpec(
         job_id=new_id(),
         api_name=name,
-        config=submission.config or {},
+        config=submission.config,
         api_id="",
         timeout=submission.timeout,
         created_ns=now_ns(),
     )
-    replay = None if key is None else Replay(key, _hash(body))
+    replay = None if key is None else Replay(key, submission.digest or "")
     record = await ctx.jobs.submit(draft, replay)
-    return Answer(submitted(record.spec))
-
-
-def _hash(body: bytes) -> str:
-    same = json.dumps(json.loads(body), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(same.encode()).hexdigest()
+    return Answer(submitted(record.spec).encode())
 
 
 async def _status(ctx: Context, request: Request, record: JobRecord, wait_s: float) -> Response:
@@ -216,7 +209,13 @@ async def _status(ctx: Context, request: Request, record: JobRecord, wait_s: flo
         answer = await ctx.ask_driver(request)  # why it waits, or that nobody can tell how it is
         if answer is not None:
             return answer
-    return Answer(ctx.renderer.job(record, await ctx.versions.shown(record.spec.api_id), request))
+    if is_partial(record):
+        whole = await ctx.store.whole_job(record.spec.job_id)
+        if whole is None:
+            raise _removed(record)
+        record = whole
+    api_spec = await ctx.versions.shown(record.spec.api_id)
+    return Answer(ctx.renderer.job(record, api_spec, request).encode())
 
 
 async def _list(
@@ -231,12 +230,11 @@ async def _list(
     if (answer := await ctx.ask_driver(request)) is not None:
         return answer
     page = await ctx.store.list_jobs(name, limit=limit, status=status, cursor=cursor)
-    return Answer(
-        {
-            "job_statuses": [ctx.renderer.status(job) for job in page.jobs],
-            "next_cursor": page.next_cursor,
-        }
-    )
+    statuses = ctx.renderer.listed(page.jobs)
+    is_cut = len(statuses) < len(page.jobs)
+    next_cursor = page.jobs[len(statuses) - 1].seq if is_cut else page.next_cursor
+    page_text = with_texts({"next_cursor": next_cursor}, job_statuses=as_list(statuses))
+    return Answer(page_text.encode())
 
 
 async def _stop(ctx: Context, request: Request, record: JobRecord) -> Answer:

@@ -27,7 +27,7 @@ from cortex.operator.logs import (
     opened,
     read,
 )
-from cortex.spec.job import JobRecord
+from cortex.spec.job import JobRecord, encode
 from cortex.spec.lifecycle import IN_PROGRESS
 
 router = APIRouter()
@@ -169,8 +169,8 @@ async def _part(log: Log, start: int, end: int) -> AsyncIterator[bytes]:
 async def _events(ctx: Context, record: JobRecord, log: Log, offset: int) -> AsyncIterator[str]:
     job_id = record.spec.job_id
     async for piece in follow(job_id, log, offset, ctx.jobs, ctx.watcher):
-        yield ": still here\n\n" if piece is None else event("log", piece[1], piece[0])
-    record = await ctx.store.job(job_id) or record
+        yield ": still here\n\n" if piece is None else event("log", encode(piece[1]), piece[0])
+    record = await ctx.store.whole_job(job_id) or record
     if record.state in IN_PROGRESS:  # another operator drives it now, and there it goes on
         raise NoDriver("this operator does not drive the job any more")
     yield event("end", ctx.renderer.status(record))

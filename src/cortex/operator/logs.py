@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-import json
 import os
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Iterator
@@ -137,10 +136,10 @@ async def follow(
             watcher.remove(path, grown)
 
 
-def event(name: str, data: object, event_id: int | None = None) -> str:
-    """One Server-Sent Event; its data is one line of JSON."""
+def event(name: str, data: str, event_id: int | None = None) -> str:
+    """One Server-Sent Event; its data is one line of JSON text."""
     numbered = "" if event_id is None else f"id: {event_id}\n"
-    return f"event: {name}\n{numbered}data: {json.dumps(data)}\n\n"
+    return f"event: {name}\n{numbered}data: {data}\n\n"
 
 
 @dataclass(frozen=True)

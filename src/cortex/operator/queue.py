@@ -51,17 +51,19 @@ class Queue:
         board.over = self.vacate
 
     def take_up(self, record: JobRecord) -> None:
-        """A job that waits."""
-        self._board.live[record.spec.job_id] = live = Live(record)
+        """A job that waits. Its config stays in the store until it starts, if it is long."""
+        live = Live(record.without_long_config())
+        self._board.live[record.spec.job_id] = live
         if self.watch_deadline(live):
             self.queue_up(live)
 
     def start(self, record: JobRecord) -> None:
         """A job that was claimed as it was stored."""
-        self._board.live[record.spec.job_id] = live = Live(record)
+        live = Live(record.without_long_config())
+        self._board.live[record.spec.job_id] = live
         live.version = self._versions.ready(record.spec.api_id)
         self._set_deadline(live)
-        self._engine.start(attempt(live))
+        self._engine.start(attempt(live, record.spec))
 
     def claim_ahead(self, draft: JobSpec, *, prepare: bool) -> Claim | None:
         """A place and a handle for a job that is about to be stored, if nobody waits before it and
@@ -266,7 +268,7 @@ class Queue:
             self._engine.release(job_id)
             await self._board.lose(live, "stopped before it started")
             return
-        self._engine.start(attempt(live))
+        self._engine.start(attempt(live, record.spec))
 
     def _remove(self, folder: Path) -> None:
         """The folder of a job that there never was: retention would never know of it."""
@@ -308,11 +310,11 @@ def _deadline(spec: JobSpec) -> float | None:
     return None if deadline_ns is None else time.monotonic() + (deadline_ns - now_ns()) / 1e9
 
 
-def attempt(live: Live) -> Attempt:
-    """What an engine is told of a job that was claimed."""
+def attempt(live: Live, spec: JobSpec) -> Attempt:
+    """What an engine is told of a job that was claimed; the spec with its config, if it is to be started."""
     assert live.version is not None and live.record.handle is not None
     return Attempt(
-        live.record.spec,
+        spec,
         live.version,
         live.record.attempt,
         live.record.handle,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 from pydantic import JsonValue
 from starlette.requests import Request
 
 from cortex.spec.api import MASK, Api, ApiSpec
-from cortex.spec.job import JobRecord, JobSpec, Json
+from cortex.spec.job import JobRecord, JobSpec, Json, encode, with_texts
 from cortex.spec.lifecycle import IN_PROGRESS, SHOWN, State, Status
 from cortex.spec.times import rfc3339
 from cortex.store import Deployment, Store
@@ -19,16 +20,38 @@ ASKED_AT = "cortex-asked-at"
 
 _RECENT = 10
 _MOST_IN_PROGRESS = 1000
+_MAX_PAGE_BYTES = 1024 * 1024
 
 
-def submitted(spec: JobSpec) -> Json:
+def submitted(spec: JobSpec) -> str:
     """The answer to a submit."""
+    return with_texts(_submitted(spec), config=spec.config)
+
+
+def is_partial(record: JobRecord) -> bool:
+    """Whether a config or a result is left out, which the store has."""
+    return bool(_left_out(record))
+
+
+def as_list(texts: list[str]) -> str:
+    """A JSON array."""
+    return f"[{','.join(texts)}]"
+
+
+def _left_out(record: JobRecord) -> list[str]:
+    is_there = {
+        "config": record.spec.config is not None,
+        "result": record.result is not None or not record.has_result,
+    }
+    return [name for name in is_there if not is_there[name]]
+
+
+def _submitted(spec: JobSpec) -> Json:
     return {
         "job_id": spec.job_id,
         "api_name": spec.api_name,
         "kind": spec.kind,
         "workers": spec.workers,
-        "config": spec.config,
         "api_id": spec.api_id,
         "timeout": spec.timeout,
         "created_time": rfc3339(spec.created_ns),
@@ -71,6 +94,15 @@ def _submitted_entry(spec: ApiSpec) -> Json:
     return {**entry, "kind": spec.kind}
 
 
+@dataclass(frozen=True)
+class ShownSpec:
+    """The spec of a version as answers show it."""
+
+    endpoint: str
+    text: str
+    """As JSON."""
+
+
 class Known(Protocol):
     """What is known of a job right now, and is not stored."""
 
@@ -88,12 +120,12 @@ class Renderer:
         self._store = store
         self._known = known
 
-    def status(self, record: JobRecord) -> Json:
-        """A `job_status`."""
+    def status(self, record: JobRecord) -> str:
+        """A `job_status`. A config and a result that are left out are null, and `truncated` names them."""
         spec = record.spec
         unreachable = self._known.unreachable(spec.job_id)
         status = shown(record, unreachable)
-        answer = submitted(spec)
+        answer = _submitted(spec)
         answer["status"] = status.value
         answer["start_time"] = rfc3339(record.start_ns or spec.created_ns)
         message = record.message
@@ -107,39 +139,55 @@ class Renderer:
             answer["message"] = message
         if record.exit_code is not None:
             answer["exit_code"] = record.exit_code
-        if record.has_result:
-            answer["result"] = record.result
-        return answer
+        if left_out := _left_out(record):
+            answer |= {**dict.fromkeys(left_out), "truncated": list[JsonValue](left_out)}
+        return with_texts(answer, config=spec.config, result=record.result)
 
-    def job(self, record: JobRecord, api_spec: Json, request: Request) -> Json:
-        """The answer to a status request; `api_spec` as `Versions.shown` has it."""
-        networking = api_spec["networking"]
-        assert isinstance(networking, dict)
-        return {
-            "job_status": self.status(record),
-            "endpoint": f"{base(request)}/{networking['endpoint']}/{record.spec.job_id}",
-            "api_spec": api_spec,
-        }
+    def listed(self, records: Iterable[JobRecord]) -> list[str]:
+        """The statuses of the first of these jobs, as many as a page has room for."""
+        statuses: list[str] = []
+        room = _MAX_PAGE_BYTES
+        for record in records:
+            status = self.status(record)
+            room -= len(status)
+            if room < 0 and statuses:
+                break
+            statuses.append(status)
+        return statuses
 
-    async def api(self, deployment: Deployment, request: Request) -> Json:
-        """An API with its jobs in progress, then the most recent others, and its versions."""
+    def job(self, record: JobRecord, api_spec: ShownSpec, request: Request) -> str:
+        """The answer to a status request."""
+        return with_texts(
+            {"endpoint": f"{base(request)}/{api_spec.endpoint}/{record.spec.job_id}"},
+            job_status=self.status(record),
+            api_spec=api_spec.text,
+        )
+
+    async def api(self, deployment: Deployment, request: Request) -> str:
+        """An API with its jobs in progress, then the most recent others, and its versions. Where they are
+        too many for one answer, `truncated` says so."""
         recent = await self._store.list_jobs(deployment.name, limit=_RECENT)
         running = await self._store.list_jobs(
             deployment.name, limit=_MOST_IN_PROGRESS, status=Status.RUNNING
         )
         versions = await self._store.versions(deployment.name)
-        return {
-            "spec": shown_spec(deployment.spec),
+        jobs = _in_progress_first(running.jobs, recent.jobs)
+        statuses = self.listed(jobs)
+        answer: Json = {
             "endpoint": f"{base(request)}/{deployment.endpoint}",
-            "task_job_statuses": [
-                self.status(job) for job in _in_progress_first(running.jobs, recent.jobs)
-            ],
             "api_versions": [
                 {"api_id": version.api_id, "last_updated": version.last_updated}
                 for version in versions
             ],
             "hints": list[JsonValue](self._known.hints(deployment.spec.api_id)),
         }
+        if len(statuses) < len(jobs):
+            answer["truncated"] = ["task_job_statuses"]
+        return with_texts(
+            answer,
+            spec=encode(shown_spec(deployment.spec)),
+            task_job_statuses=as_list(statuses),
+        )
 
 
 def base(request: Request) -> str:

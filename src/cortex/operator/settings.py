@@ -80,6 +80,8 @@ class Settings:
     account: Account | None = None
     """Who jobs run as; None is the operator's own user."""
     keep: Keep = Keep()
+    max_waiting_bytes: int | None = None
+    """Of the configs of jobs that wait, together; None is any number."""
     allowed_origins: frozenset[str] = frozenset()
     """Origins of pages, beside the operator's own, whose browsers may send requests."""
     allowed_hosts: frozenset[str] = frozenset()

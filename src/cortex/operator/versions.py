@@ -16,13 +16,13 @@ import structlog
 from cortex.background import in_thread
 from cortex.engines.base import Version
 from cortex.errors import NotFound, StorageUnavailable, is_shortage, is_storage
-from cortex.operator.render import shown_spec
+from cortex.operator.render import ShownSpec, shown_spec
 from cortex.projects.building import EnvironmentFailed
 from cortex.projects.environments import Environments
 from cortex.projects.kept import Projects
 from cortex.projects.variables import check_variables, variables
 from cortex.spec.api import ApiSpec, Dependencies
-from cortex.spec.job import Json
+from cortex.spec.job import encode
 from cortex.store import Store
 
 log = structlog.get_logger()
@@ -64,7 +64,7 @@ class Versions:
         self._projects = projects
         self._environments = environments
         self._specs: dict[str, ApiSpec] = {}
-        self._shown: dict[str, Json] = {}
+        self._shown: dict[str, ShownSpec] = {}
         self._ready: dict[str, Version] = {}
         self._current: dict[str, str] = {}  # by name
         self._preparing: dict[str, _Preparation] = {}
@@ -87,15 +87,17 @@ class Versions:
             self._specs[api_id] = found
         return self._specs[api_id]
 
-    async def shown(self, api_id: str) -> Json:
-        """The spec of a version as answers show it. Not to be changed.
+    async def shown(self, api_id: str) -> ShownSpec:
+        """The spec of a version as answers show it.
 
         Raises:
             NotFound: as `spec` does.
         """
         found = self._shown.get(api_id)
         if found is None:
-            found = self._shown[api_id] = shown_spec(await self.spec(api_id))
+            spec = await self.spec(api_id)
+            text = encode(shown_spec(spec))
+            found = self._shown[api_id] = ShownSpec(spec.networking.endpoint, text)
         return found
 
     def ready(self, api_id: str) -> Version | None:

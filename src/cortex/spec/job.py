@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictInt
 
-from cortex.spec.api import ApiSpec
 from cortex.spec.lifecycle import State, Wanted
 
 Json = dict[str, JsonValue]
 
 KIND = "TaskAPI"
+MAX_INLINE_BYTES = 2048
+"""A longer config or result is not in a job's row of the store, in the operator's memory, or in a list of jobs."""
+
+encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+"""JSON text in ASCII: a lone surrogate that a client sent goes back as it came, as an escape."""
 
 # The year 2262. A timeout may have more digits than arithmetic, or JSON elsewhere, takes.
 _END_OF_TIME_NS = 2**63 - 1
@@ -38,16 +43,17 @@ class JobSpec:
     job_id: str
     api_name: str
     api_id: str
-    config: Json
-    """As submitted."""
+    config: str | None
+    """As submitted, as JSON text: nothing in the operator looks into it. None where it is long, and the store
+    alone has it."""
     created_ns: int
     timeout: int | None = None
     kind: str = KIND
     workers: int = 1
 
-    def as_json(self) -> Json:
-        """What is stored of it, and what `JobSpec(**…)` makes it of again."""
-        return {name: getattr(self, name) for name in self.__slots__}
+    def facts(self) -> Json:
+        """All but the config."""
+        return {name: getattr(self, name) for name in self.__slots__ if name != "config"}
 
     @property
     def deadline_ns(self) -> int | None:
@@ -75,28 +81,23 @@ class JobRecord:
     exit_code: int | None = None
     """Negative: the signal that ended it."""
     message: str | None = None
-    result: JsonValue = None
+    result: str | None = None
+    """As JSON text; None also where it is long, and the store alone has it."""
     has_result: bool = False
     has_folder: bool = True
     """Whether its log and files have not been removed."""
     losses: int = 0
     """Attempts that were lost and followed by another, of which `message` tells the last."""
 
-
-def merge_config(base: Json, override: Json) -> Json:
-    """`override` laid over `base`: an object merges into an object, anything else replaces."""
-    merged = dict(base)
-    for key, value in override.items():
-        below = merged.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict)
-        merged[key] = merge_config(below, value) if both else value  # type: ignore[arg-type]  # both are dicts
-    return merged
+    def without_long_config(self) -> JobRecord:
+        """What is kept in memory of a job that the store has."""
+        if len(self.spec.config or "") <= MAX_INLINE_BYTES:
+            return self
+        return replace(self, spec=replace(self.spec, config=None))
 
 
-def worker_job(spec: JobSpec, api: ApiSpec) -> Json:
-    """The content of `job.json`: the job spec with the merged config that the task is called with."""
-    return {
-        **spec.as_json(),
-        "submitted_config": spec.config,
-        "config": merge_config(api.definition.config, spec.config),
-    }
+def with_texts(content: Json, **texts: str | None) -> str:
+    """A JSON object as text, with fields that are texts already: they may be long, and are not read anew."""
+    parts = [encode(content)[:-1]]
+    parts += [f',"{name}":{text}' for name, text in texts.items() if text is not None]
+    return "".join(parts) + "}"

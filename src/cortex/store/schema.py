@@ -20,7 +20,7 @@ from sqlalchemy import (
 
 from cortex.spec.lifecycle import IN_PROGRESS, State
 
-REVISION = "0007"
+REVISION = "0008"
 """The newest migration, which makes these tables."""
 
 metadata = MetaData()
@@ -66,10 +66,25 @@ jobs = Table(
     Column("idempotency_hash", String(64)),
     Column("has_folder", Boolean, nullable=False, server_default=true()),
     Column("losses", Integer, nullable=False, server_default="0"),
+    Column("config_bytes", BigInteger, nullable=False, server_default="0"),
     UniqueConstraint("api_name", "idempotency_key", name="jobs_idempotency"),
     Index("jobs_of_api", "api_name", "seq"),
     # Without it the database would look through all jobs before it lets a version go.
     Index("jobs_of_version", "api_id"),
+)
+
+# Of `jobs.spec` the config, and `jobs.result`, where they are long: see `texts`.
+long_texts = Table(
+    "long_texts",
+    metadata,
+    Column(
+        "seq",
+        BigInteger().with_variant(Integer, "sqlite"),
+        ForeignKey("jobs.seq", ondelete="CASCADE"),
+        primary_key=True,
+    ),
+    Column("name", String(8), primary_key=True),
+    Column("text", Text, nullable=False),
 )
 
 tokens = Table(
@@ -126,4 +141,10 @@ Index(
     sqlite_where=IS_FINISHED,
     postgresql_where=IS_FINISHED,
 )
-Index("jobs_waiting", jobs.c.api_name, sqlite_where=IS_WAITING, postgresql_where=IS_WAITING)
+Index(
+    "jobs_waiting",
+    jobs.c.api_name,
+    jobs.c.config_bytes,  # what counts them and what adds them up reads the index alone
+    sqlite_where=IS_WAITING,
+    postgresql_where=IS_WAITING,
+)

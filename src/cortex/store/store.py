@@ -16,7 +16,7 @@ from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import SHOWN, Event, Status
 from cortex.spec.times import new_id, now_ns
 from cortex.spec.token import Scope, Token
-from cortex.store import audit, deployments, retention, sqlite, tokens, turns
+from cortex.store import audit, deployments, retention, sqlite, texts, tokens, turns
 from cortex.store.audit import AuditPage
 from cortex.store.database import connect, migrate, read, reader
 from cortex.store.deployments import Deployment
@@ -24,7 +24,7 @@ from cortex.store.member import session_name
 from cortex.store.operators import Operators
 from cortex.store.schema import IS_IN_PROGRESS, jobs
 from cortex.store.submits import Claim, Replay, Submits
-from cortex.store.transitions import BY_ID, Facts, Outcome, apply, record
+from cortex.store.transitions import BY_ID, Facts, Outcome, apply, record, whole_record
 from cortex.store.turns import Turn
 from cortex.store.writer import Writer
 
@@ -46,10 +46,11 @@ class Store:
     nothing was stored.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, max_waiting_bytes: int | None = None) -> None:
         """
         Args:
             url: a PostgreSQL database as users write it, or `sqlite:///PATH`.
+            max_waiting_bytes: of the configs of jobs that wait, together.
 
         Raises:
             StartupError: the database cannot be used, and why.
@@ -65,7 +66,7 @@ class Store:
             raise
         self._reader = reader(self._engine)
         self._writer = Writer(self._engine, None if self._file is None else self._file.lost)
-        self._submits = Submits()
+        self._submits = Submits(max_waiting_bytes)
         self.operators = Operators(self._engine, self._writer, operator_id, name)
 
     @property
@@ -102,7 +103,7 @@ class Store:
         Raises:
             NotFound: the API is not deployed.
             Conflict: the key was used before, for another body.
-            OverLimit: as many of its jobs wait as may.
+            OverLimit: as many of its jobs wait as may, or as much config.
             Superseded: with a claim, where another operator drives.
         """
 
@@ -129,6 +130,8 @@ class Store:
         """
 
         def write(connection: Connection) -> Outcome:
+            if event in (Event.UNCLAIM, Event.RETRY):
+                self._submits.room.look_again()
             return apply(connection, job_id, event, facts, spec)
 
         def stop(connection: Connection) -> Outcome:
@@ -144,11 +147,20 @@ class Store:
         )
 
     async def job(self, job_id: str) -> JobRecord | None:
-        """One job, or None."""
+        """One job, or None. A config or a result that is long is left out, as in all that follow."""
 
         def read(connection: Connection) -> JobRecord | None:
             row = BY_ID.first(connection, {"job_id": job_id})
             return None if row is None else record(row)
+
+        return await self._read(read)
+
+    async def whole_job(self, job_id: str) -> JobRecord | None:
+        """One job with its config and its result, or None."""
+
+        def read(connection: Connection) -> JobRecord | None:
+            row = BY_ID.first(connection, {"job_id": job_id})
+            return None if row is None else texts.complete(connection, whole_record(row))
 
         return await self._read(read)
 

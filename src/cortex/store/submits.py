@@ -4,7 +4,6 @@ Called by `Store`.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 
 from sqlalchemy import Connection, bindparam, func, insert, select, text
@@ -13,9 +12,11 @@ from cortex.errors import Conflict, NotFound, OverLimit
 from cortex.spec.api import ApiSpec, Limits
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import State, Wanted
+from cortex.store import texts
 from cortex.store.prepared import Prepared
+from cortex.store.room import Room
 from cortex.store.schema import IS_WAITING, apis, jobs, versions
-from cortex.store.transitions import Facts, record
+from cortex.store.transitions import Facts, spec_text, whole_record
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ _INSERT = Prepared(
                 "handle",
                 "idempotency_key",
                 "idempotency_hash",
+                "config_bytes",
             )
         }
     )
@@ -82,7 +84,8 @@ _IN_TURN = text("SELECT pg_advisory_xact_lock(:key, hashtext(:name))")
 class Submits:
     """Called by the thread that writes alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_waiting_bytes: int | None = None) -> None:
+        self.room = Room(max_waiting_bytes)
         self._limits: dict[str, Limits] = {}  # of versions, which never change
 
     def submit(
@@ -98,6 +101,7 @@ class Submits:
         is_claimed = claim is not None and claim.api_id == api_id
         if not is_claimed:
             self._refuse_over_limit(connection, draft.api_name, api_id)
+            self.room.take(connection, len(draft.config or ""))
         return _insert(
             connection, replace(draft, api_id=api_id), replay, claim if is_claimed else None
         ), True
@@ -124,7 +128,7 @@ def _earlier(connection: Connection, draft: JobSpec, replay: Replay) -> JobRecor
     row = _REPLAYED.first(connection, {"name": draft.api_name, "key": replay.key})
     if row is None:
         return None
-    earlier = record(row)
+    earlier = texts.with_config(connection, whole_record(row))
     if row[_HASH] != replay.body_hash:
         raise Conflict(
             f"the Idempotency-Key {replay.key!r} was used for another body, by job "
@@ -137,11 +141,13 @@ def _insert(
     connection: Connection, spec: JobSpec, replay: Replay | None, claim: Claim | None
 ) -> JobRecord:
     state = State.WAITING if claim is None else State.STARTING
+    config = spec.config or "{}"
     values: Facts = {
         "job_id": spec.job_id,
         "api_name": spec.api_name,
         "api_id": spec.api_id,
-        "spec": json.dumps(spec.as_json()),
+        "spec": spec_text(spec),
+        "config_bytes": len(config),
         "created_ns": spec.created_ns,
         "state": state.value,
         "wanted": Wanted.RUN.value,
@@ -152,6 +158,8 @@ def _insert(
     }
     row = _INSERT.first(connection, values)
     assert row is not None
+    if texts.is_long(config):
+        texts.write(connection, row[0], texts.Name.CONFIG, config)
     return JobRecord(
         seq=row[0],
         spec=spec,

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from pydantic import JsonValue
 from sqlalchemy import ColumnElement, Connection, Update, bindparam, case, func, or_, select, update
 
-from cortex.spec.job import JobRecord, JobSpec
+from cortex.spec.job import JobRecord, JobSpec, encode, with_texts
 from cortex.spec.lifecycle import TRANSITIONS, Event, State, Wanted, sources
+from cortex.store import texts
 from cortex.store.prepared import Prepared, Row, Value
 from cortex.store.schema import IS_IN_PROGRESS, jobs
 from cortex.worker.checks import NOT_KEPT, unfit
@@ -101,6 +102,9 @@ _UPDATES: dict[Event, Update] = {
 
 _STATEMENTS = {event: Prepared(statement) for event, statement in _UPDATES.items()}
 
+_ELSEWHERE = ""
+"""In the place of a result that is among the long texts: no JSON text is empty."""
+
 Facts = Mapping[str, Value]
 
 BY_ID = Prepared(select(jobs).where(jobs.c.job_id == bindparam("job_id")))
@@ -124,13 +128,25 @@ def apply(
             but STOP; `handle` for CLAIM; `start_ns` for START; `message` for RETRY; `end_ns` and
             `message` for STOP; `start_ns`, `end_ns`, `message`, `exit_code` and `result` (JSON text)
             for an ending.
-        spec: the job's, if the caller has it: it may be large, and need not be read again.
+        spec: the job's, if the caller has it: it need not be read again.
+
+    Returns:
+        The job; with its config, however long, where it was claimed.
     """
-    row = _STATEMENTS[event].first(connection, {"id": job_id, **_as_text(facts)})
-    if row is not None:
-        return Outcome(True, record(row, spec))
-    row = BY_ID.first(connection, {"job_id": job_id})
-    return Outcome(False, None if row is None else record(row, spec))
+    facts = _as_text(facts)
+    result = facts.get("result")
+    is_long = isinstance(result, str) and texts.is_long(result)
+    values = {**facts, "result": _ELSEWHERE} if is_long else facts
+    row = _STATEMENTS[event].first(connection, {"id": job_id, **values})
+    if row is None:
+        row = BY_ID.first(connection, {"job_id": job_id})
+        return Outcome(False, None if row is None else record(row, spec))
+    if event is Event.CLAIM:
+        return Outcome(True, texts.with_config(connection, whole_record(row, spec)))
+    job = record(row, spec)
+    if is_long and job.has_result:  # one that was stopped has none
+        texts.write(connection, job.seq, texts.Name.RESULT, str(result))
+    return Outcome(True, job)
 
 
 def _as_text(facts: Facts) -> Facts:
@@ -142,16 +158,35 @@ def _as_text(facts: Facts) -> Facts:
 
 
 def record(row: Row, spec: JobSpec | None = None) -> JobRecord:
-    """The job that a row of all columns holds. An earlier version has stored what a job had written as its own end, and
-    what can be shown of that is: one such row must not be an error for all who list jobs."""
+    """The job that a row of all columns holds, without a config or a result that is long."""
+    job = _job(row, spec, is_whole=False)
+    if texts.is_long(job.spec.config):
+        job = replace(job, spec=replace(job.spec, config=None))
+    return job
+
+
+def whole_record(row: Row, spec: JobSpec | None = None) -> JobRecord:
+    """The job that a row of all columns holds, with all that is in it: rows of before hold long texts too."""
+    return _job(row, spec, is_whole=True)
+
+
+def _job(row: Row, spec: JobSpec | None, *, is_whole: bool) -> JobRecord:
+    """An earlier version has stored what a job had written as its own end, and what can be shown of that is: one such
+    row must not be an error for all who list jobs."""
     (
         seq, _, _, _, spec_text, _, state, wanted, attempt, handle, start_ns, end_ns, exit_code,
-        message, result, _, _, has_folder, losses,
+        message, result, _, _, has_folder, losses, _,
     ) = row  # fmt: skip
-    value, why = (None, None) if result is None else _result(result)
+    if spec is None or spec.config is None:
+        spec = _spec(spec_text)
+    has_result, why = result is not None, None
+    if result == _ELSEWHERE or (not is_whole and texts.is_long(result)):
+        result = None
+    elif result is not None and (why := _unfit(result)) is not None:
+        result, has_result = None, False
     return JobRecord(
         seq=seq,
-        spec=spec or JobSpec(**json.loads(spec_text)),
+        spec=spec,
         state=State(state),
         wanted=Wanted(wanted),
         attempt=attempt,
@@ -160,21 +195,32 @@ def record(row: Row, spec: JobSpec | None = None) -> JobRecord:
         end_ns=_whole(end_ns),
         exit_code=_whole(exit_code),
         message=message if why is None else message or f"{NOT_KEPT}: {why}",
-        result=value,
-        has_result=result is not None and why is None,
+        result=result,
+        has_result=has_result,
         has_folder=bool(has_folder),
         losses=losses,
     )
 
 
-def _result(text: str) -> tuple[JsonValue, str | None]:
-    """A result that was stored; or why it cannot be shown."""
+def spec_text(spec: JobSpec) -> str:
+    """What the row holds of a job's spec; the config is null where it is long."""
+    config = "null" if texts.is_long(spec.config) else spec.config
+    return with_texts(spec.facts(), config=config)
+
+
+def _spec(text: str) -> JobSpec:
+    stored = json.loads(text)
+    config = stored.pop("config")
+    return JobSpec(**stored, config=None if config is None else encode(config))
+
+
+def _unfit(text: str) -> str | None:
+    """Why a result that was stored cannot be shown, if so."""
     try:
         value: JsonValue = _decode(text)
     except (ValueError, RecursionError) as error:
-        return None, f"it is not JSON: {error}"
-    why = unfit(text.encode(), value)
-    return (value, None) if why is None else (None, why)
+        return f"it is not JSON: {error}"
+    return unfit(text.encode(), value)
 
 
 def _no_number(name: str) -> NoReturn:

@@ -12,7 +12,7 @@ from cortex.worker import checks, plain, standard
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import ClassVar, Self
+    from typing import Any, ClassVar, Self
 
 globals()["__builtins__"] = standard.BUILTINS
 
@@ -146,6 +146,7 @@ class Order(_Message):
         "mem",
         "memory_dir",
         "memory_kind",
+        "submitted",
         "timeout",
         "visible_gpus",
     )
@@ -166,11 +167,13 @@ class Order(_Message):
         gpus: list[int],
         visible_gpus: str | None,
         job: dict[str, object],
+        submitted: str = "{}",
         losses: int = 0,
         lost: str | None = None,
         held: bool = False,
     ) -> None:
-        self.job = job  # the content of job.json
+        self.job = job  # the content of job.json; for the engine, with the config of the API alone
+        self.submitted = submitted  # the config of the job, as JSON text
         self.job_id = job_id
         self.attempt = attempt
         self.folder = folder
@@ -186,6 +189,34 @@ class Order(_Message):
         self.losses = losses  # attempts before this one, whose processes were lost
         self.lost = lost  # how the last of them was, in words
         self.held = held  # laid out at once, but begun with only when the engine says so
+
+    def dumps(self) -> bytes:
+        """The submitted config goes in as it is: the engine would take long to read and write a large one."""
+        fields = {name: getattr(self, name) for name in self.__slots__ if name != "submitted"}
+        return (encode(fields)[:-1] + ', "submitted": ' + self.submitted + "}").encode()
+
+    @classmethod
+    def loads(cls, data: bytes) -> Self:
+        """The content of job.json is complete from here on."""
+        order = super().loads(data)
+        submitted: Any = order.submitted  # an object by now
+        order.job["submitted_config"], order.submitted = submitted, "{}"
+        order.job["config"] = _merged(order.job["config"], submitted)
+        return order
+
+    def forget_job(self) -> None:
+        """Whoever carries it out has it: it may be large."""
+        self.job, self.submitted = {}, "{}"
+
+
+def _merged(base: Any, override: Any) -> dict[str, object]:
+    """`override` laid over `base`: an object merges into an object, anything else replaces."""
+    merged = dict(base)
+    for key, value in override.items():
+        below = merged.get(key)
+        both = isinstance(below, dict) and isinstance(value, dict)
+        merged[key] = _merged(below, value) if both else value
+    return merged
 
 
 class Reply(_Message):

@@ -10,6 +10,7 @@ import asyncio
 import os
 import platform
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from cortex.account import Account
@@ -31,7 +32,7 @@ from cortex.engines.local.inherited import Inherited
 from cortex.engines.local.supervisors import Supervisor
 from cortex.errors import StartupError
 from cortex.spec.api import Compute
-from cortex.spec.job import worker_job
+from cortex.spec.job import MAX_INLINE_BYTES
 from cortex.worker.messages import Order
 
 
@@ -143,10 +144,11 @@ class LocalEngine:
 
     def start(self, attempt: Attempt) -> None:
         prepared = self._prepared.pop(attempt.spec.job_id, None)
+        kept = _without_config(attempt)
         if prepared is not None and prepared.go():
-            self._attempts.begin(attempt, self._grace_s, prepared)
+            self._attempts.begin(kept, self._grace_s, prepared)
         else:
-            self._attempts.begin(attempt, self._grace_s)
+            self._attempts.begin(kept, self._grace_s)
             try:
                 order = self._order(attempt)
             except OSError as error:
@@ -154,7 +156,7 @@ class LocalEngine:
                 self._attempts.not_forked(attempt.spec.job_id, reason)
                 return
             self._servers.order(attempt.version, order)
-            self._attempts.wait(attempt, self._withdraw)
+            self._attempts.wait(kept, self._withdraw)
 
     def stop(self, job_id: str) -> None:
         self._attempts.stop(job_id, self._withdraw)
@@ -228,6 +230,7 @@ class LocalEngine:
 
     def _order(self, attempt: Attempt) -> Order:
         spec, compute = attempt.spec, attempt.version.api.compute
+        assert spec.config is not None  # it is read from the store where the job is claimed
         gpus = self._ledger.gpus(spec.job_id)
         group = None
         if compute.mem is not None:
@@ -245,10 +248,18 @@ class LocalEngine:
             memory_dir=group,
             gpus=gpus,
             visible_gpus=",".join(map(str, gpus)) if self._ledger.total.gpu else None,
-            job=dict(worker_job(spec, attempt.version.api)),
+            job={**spec.facts(), "config": attempt.version.api.definition.config},
+            submitted=spec.config,
             losses=attempt.losses,
             lost=attempt.lost,
         )
 
     def _folder(self, job_id: str) -> Path:
         return self._root / job_id
+
+
+def _without_config(attempt: Attempt) -> Attempt:
+    """What is kept of an attempt while it runs."""
+    if len(attempt.spec.config or "") <= MAX_INLINE_BYTES:
+        return attempt
+    return replace(attempt, spec=replace(attempt.spec, config=None))

@@ -103,6 +103,7 @@ class Supervisor:
         finally:
             for fd in folders:
                 os.close(fd)
+        order.forget_job()
         self.order, self._has_begun = order, False
         return True
 
