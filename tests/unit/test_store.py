@@ -55,7 +55,7 @@ def spec(name: str = "a", endpoint: str | None = None) -> ApiSpec:
 
 
 def draft(name: str = "a") -> JobSpec:
-    return JobSpec(job_id=new_id(), api_name=name, api_id="", config={}, created_ns=now_ns())
+    return JobSpec(job_id=new_id(), api_name=name, api_id="", config="{}", created_ns=now_ns())
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -20,7 +20,7 @@ from chaos.disk import mounted
 from chaos.proxy import Proxy, proxy
 from cortex.errors import NotFound, OutcomeUnknown, StartupError, StorageUnavailable, Superseded
 from cortex.spec.api import Limits
-from cortex.spec.job import JobRecord
+from cortex.spec.job import JobRecord, encode
 from cortex.spec.lifecycle import Event, Wanted
 from cortex.spec.token import Scope
 from cortex.store import Claim, Outcome, Store
@@ -717,13 +717,13 @@ def test_a_commit_waits_for_the_disk_whatever_the_server_says(
 
 def test_text_that_postgresql_cannot_hold_is_stored_without_it(emptied: str) -> None:
     async def work(store: Store) -> None:
-        job, _ = await store.submit(replace(draft(), config={"x": "a\0b"}))
+        job, _ = await store.submit(replace(draft(), config=encode({"x": "a\0b"})))
         await store.apply(job.spec.job_id, Event.CLAIM, FACTS[Event.CLAIM])
         said = {**ENDING, "message": "a\0b", "result": '"a\\u0000b"'}
         ended = (await store.apply(job.spec.job_id, Event.SUCCEED, said)).job
         assert ended is not None
-        assert (ended.message, ended.result) == ("a\ufffdb", "a\0b")
-        assert ended.spec.config == {"x": "a\0b"}
+        assert (ended.message, ended.result) == ("a\ufffdb", '"a\\u0000b"')
+        assert ended.spec.config == encode({"x": "a\0b"})
         assert await store.job("\0") is None
 
     with_store(emptied, work)

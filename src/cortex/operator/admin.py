@@ -14,7 +14,7 @@ from cortex.engines.base import Capacity
 from cortex.errors import InvalidSpec, NotFound
 from cortex.operator.context import actor, context
 from cortex.operator.deploys import Deployer, safe_name
-from cortex.operator.http import UPLOAD_PATH, Answer
+from cortex.operator.http import UPLOAD_PATH, Answer, written
 from cortex.operator.metrics import MEDIA_TYPE
 from cortex.operator.render import as_list
 from cortex.spec.api import MILLI
@@ -103,7 +103,7 @@ async def deploy(
     config: Annotated[UploadFile, File(description="The cortex.yaml.")],
     project: Annotated[UploadFile, File(description="The project, as tar.gz.")],
     force: Annotated[bool, Form(description="Replace an API that is deployed.")] = True,
-) -> Answer:
+) -> Response:
     """Deploy every API of a cortex.yaml, all or none."""
     ctx = context(request)
     file = safe_name(config.filename)
@@ -124,7 +124,7 @@ async def deploy(
         )
         for each in done
     ]
-    return Answer(as_list(deployed).encode())
+    return written(as_list(deployed))
 
 
 @router.get("/-/apis")
@@ -135,7 +135,7 @@ async def list_apis(request: Request) -> Response:
         return answer
     deployments = await ctx.store.deployments()
     apis = [await ctx.renderer.api(each, request) for each in deployments]
-    return Answer(as_list(apis).encode())
+    return written(as_list(apis))
 
 
 @router.get("/-/apis/{name}")
@@ -146,7 +146,7 @@ async def get_api(request: Request, name: str) -> Response:
         return answer
     for deployment in await ctx.store.deployments():
         if deployment.name == name:
-            return Answer(as_list([await ctx.renderer.api(deployment, request)]).encode())
+            return written(as_list([await ctx.renderer.api(deployment, request)]))
     raise NotFound(f"there is no API {name!r}; `cortex get` lists all")
 
 

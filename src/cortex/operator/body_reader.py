@@ -38,15 +38,15 @@ class Reader:
         self._idle: list[_Process] = []
         self._timer: asyncio.TimerHandle | None = None
 
-    async def read(self, body: bytes, *, form_type: str | None, hashed: bool) -> Submitted:
-        """What a body says.
+    async def read(self, body: list[bytes], *, form_type: str | None, hashed: bool) -> Submitted:
+        """What a body says, in however many parts it came.
 
         Raises:
             UnsupportedMediaType, InvalidRequest: as `bodies.parse` does.
             Busy: the machine has no room for a process that reads it.
         """
-        if len(body) <= LARGE_BYTES:
-            return parse(body, form_type=form_type, hashed=hashed)
+        if sum(map(len, body)) <= LARGE_BYTES:
+            return parse(b"".join(body), form_type=form_type, hashed=hashed)
         async with self._room:
             if self._idle:
                 process = self._idle.pop()
@@ -60,7 +60,7 @@ class Reader:
                 ) from error
 
     async def _by(
-        self, process: _Process, body: bytes, *, form_type: str | None, hashed: bool
+        self, process: _Process, body: list[bytes], *, form_type: str | None, hashed: bool
     ) -> Submitted:
         try:
             found = await in_thread(process.read, body, form_type=form_type, hashed=hashed)
@@ -89,7 +89,9 @@ class _Process:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def read(self, body: bytes, *, form_type: str | None, hashed: bool) -> Submitted | CortexError:
+    def read(
+        self, body: list[bytes], *, form_type: str | None, hashed: bool
+    ) -> Submitted | CortexError:
         """What comes of a body.
 
         Raises:
@@ -114,7 +116,7 @@ class _Process:
         with suppress(OSError), self._process:  # which closes its streams, and waits for its end
             return
 
-    def _ask(self, body: bytes, question: dict[str, object]) -> Submitted | CortexError:
+    def _ask(self, body: list[bytes], question: dict[str, object]) -> Submitted | CortexError:
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", __name__],
@@ -124,7 +126,7 @@ class _Process:
                 start_new_session=True,
             )
         assert self._process.stdin is not None and self._process.stdout is not None
-        _write(self._process.stdin, question, body)
+        _write(self._process.stdin, question, *body)
         answer, config = _read(self._process.stdout)
         if "kind" in answer:
             return from_response(answer["status"], answer["kind"], answer["message"])
@@ -144,15 +146,17 @@ def serve(questions: IO[bytes], answers: IO[bytes]) -> None:
                     "kind": error.kind,
                     "message": error.message,
                 }
-                _write(answers, refusal, b"")
+                _write(answers, refusal)
                 continue
             answer = {"timeout": found.timeout, "digest": found.digest}
             _write(answers, answer, found.config.encode("ascii"))
 
 
-def _write(stream: IO[bytes], head: Mapping[str, object], data: bytes) -> None:
-    stream.write(json.dumps({**head, "size": len(data)}).encode() + b"\n")
-    stream.write(data)
+def _write(stream: IO[bytes], head: Mapping[str, object], *parts: bytes) -> None:
+    size = sum(map(len, parts))
+    stream.write(json.dumps({**head, "size": size}).encode() + b"\n")
+    for part in parts:
+        stream.write(part)
     stream.flush()
 
 

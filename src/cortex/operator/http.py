@@ -46,6 +46,7 @@ MAX_BODY_BYTES = 10 * 1024 * 1024
 # The archive is smaller than the project but for tar's padding of many small files.
 MAX_UPLOAD_BYTES = MAX_PROJECT_BYTES + 32 * 1024 * 1024
 UPLOAD_PATH = "/-/apis"
+_PIECE_CHARS = 256 * 1024
 _FORM_TYPE = "application/x-www-form-urlencoded"
 
 Scope = MutableMapping[str, Any]
@@ -76,6 +77,36 @@ class Answer(JSONResponse):
     def render(self, content: object) -> bytes:
         # Bytes are JSON that is written already.
         return content if isinstance(content, bytes) else encode(content).encode()
+
+
+class LongAnswer(Response):
+    """JSON that is written already and is long: it goes out piece by piece, between which others are answered."""
+
+    def __init__(self, pieces: Sequence[str]) -> None:
+        self.status_code = 200
+        self.background = None
+        self.raw_headers = [
+            (b"content-length", b"%d" % sum(map(len, pieces))),
+            (b"content-type", b"application/json"),
+        ]
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        head = {"status": self.status_code, "headers": self.raw_headers}
+        await send({"type": "http.response.start", **head})
+        for piece in self._pieces:
+            for start in range(0, len(piece), _PIECE_CHARS):
+                data = piece[start : start + _PIECE_CHARS].encode("ascii")
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+                await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": b""})
+
+
+def written(pieces: Sequence[str]) -> Response:
+    """The answer whose JSON is written already, in ASCII, in pieces."""
+    if sum(map(len, pieces)) > _PIECE_CHARS:
+        return LongAnswer(pieces)
+    return Answer("".join(pieces).encode("ascii"))
 
 
 class Error(BaseModel):
@@ -326,8 +357,8 @@ def _may_be_of_a_page(request: Request) -> bool:
     return any(name == "origin" or name.startswith("sec-fetch-") for name in request.headers)
 
 
-async def _body(request: Request) -> bytes:
-    """As `Request.body`, for a body that most often is one message."""
+async def _body(request: Request) -> list[bytes]:
+    """As `Request.body`, in the parts that came."""
     parts: list[bytes] = []
     while True:
         message = await request.receive()
@@ -335,4 +366,4 @@ async def _body(request: Request) -> bytes:
             raise ClientDisconnect
         parts.append(message.get("body", b""))
         if not message.get("more_body", False):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+            return parts

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from cortex.errors import Conflict, InvalidRequest, NotFound
 from cortex.operator.context import Context, actor, context
-from cortex.operator.http import Answer, read_submission
+from cortex.operator.http import Answer, read_submission, written
 from cortex.operator.render import as_list, is_partial, shown, submitted
 from cortex.spec.job import JobRecord, JobSpec, Submission, with_texts
 from cortex.spec.lifecycle import Status, Wanted
@@ -53,7 +53,9 @@ Cursor = Annotated[int | None, Query(ge=1, lt=2**63, description="The page's `ne
 
 
 @router.post("/{endpoint:endpoint}", openapi_extra=_SUBMIT_DOC, tags=["jobs"])
-async def submit(request: Request, endpoint: str, idempotency_key: IdempotencyKey = None) -> Answer:
+async def submit(
+    request: Request, endpoint: str, idempotency_key: IdempotencyKey = None
+) -> Response:
     """Submit a job."""
     return await submit_to(context(request), request, endpoint, idempotency_key)
 
@@ -62,7 +64,7 @@ async def submit(request: Request, endpoint: str, idempotency_key: IdempotencyKe
 @router.post("/tasks/{name:api_name}", openapi_extra=_SUBMIT_DOC, tags=["cortex"])
 async def submit_by_name(
     request: Request, name: str, idempotency_key: IdempotencyKey = None
-) -> Answer:
+) -> Response:
     """Submit a job."""
     return await _submit(context(request), request, name, idempotency_key)
 
@@ -159,7 +161,7 @@ async def stop_at_endpoint(request: Request, endpoint: str, job_id: str) -> Answ
 
 async def submit_to(
     ctx: Context, request: Request, endpoint: str, key: str | None = None
-) -> Answer:
+) -> Response:
     """Submit a job to the API at an endpoint.
 
     Raises:
@@ -180,7 +182,7 @@ async def status_at(
     return await _status(ctx, request, await ctx.job_at(endpoint, job_id), wait_s)
 
 
-async def _submit(ctx: Context, request: Request, name: str, key: str | None) -> Answer:
+async def _submit(ctx: Context, request: Request, name: str, key: str | None) -> Response:
     submission = await read_submission(request, ctx.bodies, hashed=key is not None)
     draft = JobSpec(
         job_id=new_id(),
@@ -192,7 +194,7 @@ async def _submit(ctx: Context, request: Request, name: str, key: str | None) ->
     )
     replay = None if key is None else Replay(key, submission.digest or "")
     record = await ctx.jobs.submit(draft, replay)
-    return Answer(submitted(record.spec).encode())
+    return written(submitted(record.spec))
 
 
 async def _status(ctx: Context, request: Request, record: JobRecord, wait_s: float) -> Response:
@@ -215,7 +217,7 @@ async def _status(ctx: Context, request: Request, record: JobRecord, wait_s: flo
             raise _removed(record)
         record = whole
     api_spec = await ctx.versions.shown(record.spec.api_id)
-    return Answer(ctx.renderer.job(record, api_spec, request).encode())
+    return written(ctx.renderer.job(record, api_spec, request))
 
 
 async def _list(
@@ -233,8 +235,7 @@ async def _list(
     statuses = ctx.renderer.listed(page.jobs)
     is_cut = len(statuses) < len(page.jobs)
     next_cursor = page.jobs[len(statuses) - 1].seq if is_cut else page.next_cursor
-    page_text = with_texts({"next_cursor": next_cursor}, job_statuses=as_list(statuses))
-    return Answer(page_text.encode())
+    return written(with_texts({"next_cursor": next_cursor}, job_statuses=as_list(statuses)))
 
 
 async def _stop(ctx: Context, request: Request, record: JobRecord) -> Answer:

@@ -173,4 +173,4 @@ async def _events(ctx: Context, record: JobRecord, log: Log, offset: int) -> Asy
     record = await ctx.store.whole_job(job_id) or record
     if record.state in IN_PROGRESS:  # another operator drives it now, and there it goes on
         raise NoDriver("this operator does not drive the job any more")
-    yield event("end", ctx.renderer.status(record))
+    yield event("end", "".join(ctx.renderer.status(record)))

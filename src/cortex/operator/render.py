@@ -23,8 +23,8 @@ _MOST_IN_PROGRESS = 1000
 _MAX_PAGE_BYTES = 1024 * 1024
 
 
-def submitted(spec: JobSpec) -> str:
-    """The answer to a submit."""
+def submitted(spec: JobSpec) -> list[str]:
+    """The answer to a submit. This and others are JSON text in pieces, as `with_texts` makes them."""
     return with_texts(_submitted(spec), config=spec.config)
 
 
@@ -33,9 +33,10 @@ def is_partial(record: JobRecord) -> bool:
     return bool(_left_out(record))
 
 
-def as_list(texts: list[str]) -> str:
+def as_list(texts: list[list[str]]) -> list[str]:
     """A JSON array."""
-    return f"[{','.join(texts)}]"
+    pieces = [piece for text in texts for piece in (",", *text)]
+    return ["[", *pieces[1:], "]"]
 
 
 def _left_out(record: JobRecord) -> list[str]:
@@ -120,7 +121,7 @@ class Renderer:
         self._store = store
         self._known = known
 
-    def status(self, record: JobRecord) -> str:
+    def status(self, record: JobRecord) -> list[str]:
         """A `job_status`. A config and a result that are left out are null, and `truncated` names them."""
         spec = record.spec
         unreachable = self._known.unreachable(spec.job_id)
@@ -143,19 +144,19 @@ class Renderer:
             answer |= {**dict.fromkeys(left_out), "truncated": list[JsonValue](left_out)}
         return with_texts(answer, config=spec.config, result=record.result)
 
-    def listed(self, records: Iterable[JobRecord]) -> list[str]:
+    def listed(self, records: Iterable[JobRecord]) -> list[list[str]]:
         """The statuses of the first of these jobs, as many as a page has room for."""
-        statuses: list[str] = []
+        statuses: list[list[str]] = []
         room = _MAX_PAGE_BYTES
         for record in records:
             status = self.status(record)
-            room -= len(status)
+            room -= sum(map(len, status))
             if room < 0 and statuses:
                 break
             statuses.append(status)
         return statuses
 
-    def job(self, record: JobRecord, api_spec: ShownSpec, request: Request) -> str:
+    def job(self, record: JobRecord, api_spec: ShownSpec, request: Request) -> list[str]:
         """The answer to a status request."""
         return with_texts(
             {"endpoint": f"{base(request)}/{api_spec.endpoint}/{record.spec.job_id}"},
@@ -163,7 +164,7 @@ class Renderer:
             api_spec=api_spec.text,
         )
 
-    async def api(self, deployment: Deployment, request: Request) -> str:
+    async def api(self, deployment: Deployment, request: Request) -> list[str]:
         """An API with its jobs in progress, then the most recent others, and its versions. Where they are
         too many for one answer, `truncated` says so."""
         recent = await self._store.list_jobs(deployment.name, limit=_RECENT)

@@ -96,8 +96,13 @@ class JobRecord:
         return replace(self, spec=replace(self.spec, config=None))
 
 
-def with_texts(content: Json, **texts: str | None) -> str:
-    """A JSON object as text, with fields that are texts already: they may be long, and are not read anew."""
-    parts = [encode(content)[:-1]]
-    parts += [f',"{name}":{text}' for name, text in texts.items() if text is not None]
-    return "".join(parts) + "}"
+def with_texts(content: Json, **texts: str | list[str] | None) -> list[str]:
+    """A JSON object, in pieces of its text, with fields that are texts already, or pieces of one: they may be
+    long, and are neither read nor copied."""
+    pieces = [encode(content)[:-1]]
+    for name, text in texts.items():
+        if text is not None:
+            pieces.append(f',"{name}":')
+            pieces.extend([text] if isinstance(text, str) else text)
+    pieces.append("}")
+    return pieces

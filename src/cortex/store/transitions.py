@@ -205,7 +205,7 @@ def _job(row: Row, spec: JobSpec | None, *, is_whole: bool) -> JobRecord:
 def spec_text(spec: JobSpec) -> str:
     """What the row holds of a job's spec; the config is null where it is long."""
     config = "null" if texts.is_long(spec.config) else spec.config
-    return with_texts(spec.facts(), config=config)
+    return "".join(with_texts(spec.facts(), config=config))
 
 
 def _spec(text: str) -> JobSpec:

@@ -193,7 +193,8 @@ class Order(_Message):
     def dumps(self) -> bytes:
         """The submitted config goes in as it is: the engine would take long to read and write a large one."""
         fields = {name: getattr(self, name) for name in self.__slots__ if name != "submitted"}
-        return (encode(fields)[:-1] + ', "submitted": ' + self.submitted + "}").encode()
+        head = encode(fields)[:-1] + ', "submitted": '
+        return b"".join((head.encode(), self.submitted.encode(), b"}"))
 
     @classmethod
     def loads(cls, data: bytes) -> Self:
