@@ -16,7 +16,7 @@ from sqlalchemy import text
 
 from cortex.errors import Conflict, NotFound, StartupError, StorageUnavailable
 from cortex.spec.api import ApiSpec, Definition, Networking
-from cortex.spec.job import JobSpec
+from cortex.spec.job import JobSpec, encode
 from cortex.spec.lifecycle import FINAL, SHOWN, TRANSITIONS, Event, State, Status, Wanted
 from cortex.spec.times import new_id, now_ns, rfc3339
 from cortex.store import Facts, Replay, Store
@@ -279,7 +279,7 @@ def test_a_store_that_takes_no_writes_says_so_and_recovers(tmp_path: Path) -> No
         # SQLite refuses to grow past max_page_count as it does on a full disk: SQLITE_FULL.
         pragma = "PRAGMA max_page_count = {}"
         await store._writer.run(lambda c: c.exec_driver_sql(pragma.format(1)).scalar())
-        big = replace(draft(), config={"x": "y" * 1_000_000})
+        big = replace(draft(), config=encode({"x": "y" * 1_000_000}))
         with pytest.raises(StorageUnavailable):
             await store.submit(big)
         assert (await store.list_jobs("a", limit=10)).jobs == []

@@ -188,7 +188,7 @@ def test_a_full_disk_of_the_server_stores_nothing_and_recovers(own: Server) -> N
         async def work(store: Store) -> None:
             first, _ = await store.submit(draft())
             disk.fill()
-            big = replace(draft(), config={"x": os.urandom(1_000_000).hex()})
+            big = replace(draft(), config=encode({"x": os.urandom(1_000_000).hex()}))
             with pytest.raises(StorageUnavailable, match="No space left"):
                 await store.submit(big)
             assert await stored(store) == [first.spec.job_id]
