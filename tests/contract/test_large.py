@@ -178,7 +178,9 @@ def test_what_waits_is_bounded_in_bytes_also_across_a_crash(tmp_path: Path) -> N
         endpoint = f"{own.url}/probe"
         assert own.http.post(endpoint, json={"config": config}).status_code == 429
         own.delete(endpoint, two[0])
-        third = own.submit(endpoint, config=config)
+        # What was full is looked at again after a moment.
+        until(lambda: own.http.post(endpoint, json={"config": config}).status_code == 200, "room")
+        (third,) = own.http.get(endpoint, params={"limit": 1}).json()["job_statuses"]
         assert own.http.post(endpoint, json={"config": config}).status_code == 429
         own.delete(endpoint, first)
         for job in (two[1], third):
