@@ -9,12 +9,14 @@ RUN := $(VENV)/bin
 setup: $(VENV)/.ready
 
 # What the tests need and Python's packages do not have: libfaketime sets an operator's clock, PostgreSQL's
-# server is a store, systemd checks its unit, curl is a client, openssl makes certificates.
+# server is a store, systemd checks its unit, curl is a client, openssl makes certificates, strace tells and
+# delays what an operator does.
 PACKAGES := $(if $(wildcard /usr/lib/*/faketime/libfaketimeMT.so.1),,faketime) \
 	$(if $(wildcard /usr/lib/postgresql/*/bin/initdb),,postgresql) \
 	$(if $(shell command -v systemd-analyze),,systemd) \
 	$(if $(shell command -v curl),,curl) \
-	$(if $(shell command -v openssl),,openssl)
+	$(if $(shell command -v openssl),,openssl) \
+	$(if $(shell command -v strace),,strace)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
 
 $(VENV)/.packages: | $(VENV)/.ready

@@ -70,7 +70,11 @@ PLANT = """
         open(theirs + "/planted", "w").close()
         time.sleep(300)
 """
-PLANTS = ["os.symlink(theirs + '/elsewhere', log)", "os.mkfifo(log)"]
+PLANTS = [
+    "os.symlink(theirs + '/elsewhere', log)",
+    "os.link(theirs + '/elsewhere', log)",
+    "os.mkfifo(log)",
+]
 
 
 @pytest.mark.parametrize("plant", PLANTS)

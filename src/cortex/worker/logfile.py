@@ -39,7 +39,7 @@ def open_to_write(folder: int) -> int:
     except FileNotFoundError:
         pass
     else:
-        if not stat.S_ISREG(about.st_mode):
+        if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
             os.unlink(NAME, dir_fd=folder)
     return os.open(NAME, _APPEND, 0o644, dir_fd=folder)
 
