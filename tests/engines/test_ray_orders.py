@@ -7,6 +7,7 @@ import asyncio
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from ray.exceptions import RayError
 
-from cortex.engines.base import Ended, Engine, Lost, NeverStarted, Reachable
+from cortex.engines.base import Ended, Ending, Engine, Lost, NeverStarted, Reachable, Waits
 from cortex.engines.ray.live import taken_up
 from cortex.engines.ray.messages import NodeOrder, Seat
 from cortex.engines.ray.mirror import Mirror
@@ -420,5 +421,51 @@ def test_the_time_of_a_job_ends_though_its_seat_cannot_be_given_up(
         await bench.start(engine, attempt)
         assert isinstance(await bench.last(attempt), NeverStarted)
         assert bench.near.is_cut_off
+
+    bench.run(scenario)
+
+
+ODD: list[dict[str, object]] = [
+    {"end_ns": "x"}, {"exit_code": 1 << 40}, {"ending": "over"}, {"message": 1}, {"start_ns": -1},
+    {"hints": "words"}, {"measures": None}, {"has_result": "yes"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", ODD, ids=[next(iter(each)) for each in ODD])
+def test_what_a_node_tells_and_what_cannot_be_is_a_lost_attempt(
+    bench: NearBench, changed: dict[str, object]
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = bench.sleeper()
+        job_id = await bench.start(engine, attempt)
+        await bench.printed(attempt, "pid")
+        assert bench.near.agent is not None
+        end = Ended(job_id, 1, Ending.EXITED, 1, 2, 0, None, None, False)
+        bench.near.agent._keep(replace(end, **changed))  # type: ignore[arg-type]  # that is what is tried
+        last = await bench.last(attempt)
+        assert isinstance(last, Lost)
+        assert last.reason.startswith("what its node told of it is not valid: ")
+        bench.near.agent._engine.stop(job_id)
+        await until(lambda: job_id not in bench.near.agent._live)  # type: ignore[union-attr]  # it is there
+
+    bench.run(scenario)
+
+
+def test_a_result_that_a_node_tells_and_that_is_none_is_left_out(bench: NearBench) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = bench.sleeper()
+        job_id = await bench.start(engine, attempt)
+        await bench.printed(attempt, "pid")
+        assert bench.near.agent is not None
+        now = time.time_ns()
+        lie = Ended(job_id, 1, Ending.EXITED, now, now, 0, None, float("nan"), True)
+        bench.near.agent._keep(Waits(job_id, 1, "\ud800" * 999))
+        bench.near.agent._keep(lie)
+        last = await bench.ended(attempt)
+        assert (last.has_result, last.result) == (False, None)
+        assert "not JSON" in (last.message or "")
+        assert all(len(words) <= 500 and words.encode() for words in bench.waits)
+        bench.go()
+        await until(lambda: job_id not in bench.near.agent._live)  # type: ignore[union-attr]  # it is there
 
     bench.run(scenario)

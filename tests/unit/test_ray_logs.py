@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cortex.engines.ray.checked import checked_lock, checked_piece
+from cortex.engines.ray.messages import Lock, LogPiece
 from cortex.engines.ray.mirror import Mirror
 from cortex.node.logs import piece
 from cortex.operator.logs import Log, read
+from cortex.worker.checks import Invalid
 from cortex.worker.messages import LogCut
 
 MOST = 64
@@ -150,3 +154,48 @@ def test_a_link_in_the_place_of_a_log_is_not_followed(node: Path, tmp_path: Path
     (node / "log").unlink()
     os.mkfifo(node / "log")
     assert piece(node, 0, MOST, LIMIT).data == b""
+
+
+def test_of_a_log_as_large_as_a_file_can_be_no_more_is_copied_than_its_limit_allows(
+    node: Path, tmp_path: Path
+) -> None:
+    mirror = Mirror(tmp_path / "copies")
+    mirror.prepare("job")
+    (node / "log").write_text("first\n")
+    os.truncate(node / "log", 1 << 43)
+    copy(node, mirror)
+    told = shown(mirror)
+    assert told.startswith(b"first\n")
+    assert b"are gone: limits.log is 4 KiB]" in told
+    assert len(told) < 1 << 18
+    assert mirror.path("job").stat().st_blocks * 512 < 1 << 18
+
+
+def odd_pieces() -> list[object]:
+    piece = LogPiece(0, b"abc", 3, None)
+    return [
+        None, replace(piece, data="abc"), replace(piece, offset=-1), replace(piece, end=2),
+        replace(piece, end=1 << 62), replace(piece, offset=1.0), replace(piece, offset=True),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(odd_pieces())))
+def test_a_piece_that_is_none_is_refused(number: int) -> None:
+    with pytest.raises(Invalid):
+        checked_piece(odd_pieces()[number])
+    sound = LogPiece(3, b"abc", 9, None)
+    assert checked_piece(sound) is sound
+
+
+def test_a_lock_file_gets_a_name_of_its_own_alone() -> None:
+    lock = Lock("ab12", "linux-x86_64-3.11.lock", "a==1\n")
+    assert checked_lock(lock) == lock
+    odd = [
+        {"project_id": "../x"}, {"project_id": "a/b"}, {"project_id": 1}, {"name": "../x.lock"},
+        {"name": "x"}, {"name": ".lock"}, {"name": "a/b.lock"}, {"name": None}, {"text": 1},
+        {"text": "x" * (1 << 23)},
+    ]  # fmt: skip
+    for changed in odd:
+        with pytest.raises(Invalid):
+            checked_lock(replace(lock, **changed))  # type: ignore[arg-type]  # that is what is tried
+    assert checked_lock(replace(lock, text="\ud800")).text == "\\ud800"

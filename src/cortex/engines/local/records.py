@@ -21,6 +21,8 @@ from cortex.worker import beneath, checks, files, logfile, processes
 from cortex.worker.messages import ExitRecord, StartRecord
 
 HANDLE_VERSION = 1
+_MOST_LINES = 4096
+"""That a journal may have; it is no longer than `reuse.MAX_JOURNAL`."""
 _MOST_RECORDS = 64
 """That a journal may have which seem to be of one job: the first is its own, and others may name it in their results."""
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -244,7 +246,7 @@ def _exit(folder: int, job_id: str, attempt: int) -> tuple[ExitRecord | None, st
     journal is a line; a record with a file of its own has no newline. The first record of the attempt counts: what
     follows is of a later job, and may be spoilt by it."""
     name = f"exit.{attempt}"
-    *lines, last = (_read(folder, name) or b"").split(b"\n")
+    *lines, last = (_read(folder, name) or b"").split(b"\n", _MOST_LINES)
     own = job_id.encode()
     why = None
     for data in [*[line for line in lines if own in line][:_MOST_RECORDS], last]:
