@@ -1,0 +1,76 @@
+"""Whatever passes the check of what is told of a job is stored by each database, and shown as it was told."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from cortex.spec.lifecycle import Event
+from cortex.store import Store
+from cortex.worker.checks import Invalid
+from cortex.worker.messages import ExitRecord
+from unit.test_checks import END, check_strict, mutated
+from unit.test_store import PATHS, State, draft, url, with_store
+
+__all__ = ["url"]
+NUMBER = 60
+
+
+def taken() -> list[ExitRecord]:
+    rng = random.Random("stored")
+    found: list[ExitRecord] = []
+    while len(found) < NUMBER:
+        value = mutated(rng, mutated(rng, END))
+        try:
+            found.append(ExitRecord.loads(json.dumps(value).encode()))
+        except Invalid:
+            continue
+    return found
+
+
+def test_what_passes_is_stored_and_shown(url: str) -> None:  # it is a fixture
+    async def work(store: Store) -> None:
+        for record in taken():
+            job, _ = await store.submit(draft())
+            for step, facts in PATHS[State.RUNNING]:
+                await store.apply(job.spec.job_id, step, facts)
+            ending = {
+                "of_attempt": 1,
+                "start_ns": record.start_ns,
+                "end_ns": record.end_ns,
+                "message": record.message,
+                "exit_code": record.exit_code,
+                "result": json.dumps(record.result) if record.has_result else None,
+            }
+            assert (await store.apply(job.spec.job_id, Event.SUCCEED, ending)).taken
+            shown = await store.job(job.spec.job_id)
+            assert shown is not None
+            check_strict([shown.result, shown.message, shown.exit_code, shown.end_ns])
+            assert (shown.has_result, shown.result) == (record.has_result, record.result)
+            message = record.message and record.message.replace("\0", "\ufffd")
+            assert shown.message in (message, record.message)
+        assert len((await store.list_jobs("a", limit=NUMBER)).jobs) == NUMBER
+
+    with_store(url, work)
+
+
+@pytest.mark.parametrize("stored", ["NaN", "[-Infinity]", "{", "[" * 900 + "]" * 900, "[" * 99999])
+def test_a_result_that_cannot_be_shown_is_left_out(
+    url: str, stored: str
+) -> None:  # it is a fixture
+    async def work(store: Store) -> None:
+        job, _ = await store.submit(draft())
+        for step, facts in PATHS[State.RUNNING]:
+            await store.apply(job.spec.job_id, step, facts)
+        ending = {
+            "of_attempt": 1, "start_ns": 1, "end_ns": 2, "message": None, "exit_code": 0, "result": stored,
+        }  # fmt: skip
+        shown = (await store.apply(job.spec.job_id, Event.SUCCEED, ending)).job
+        assert shown is not None
+        assert (shown.has_result, shown.result, shown.exit_code) == (False, None, 0)
+        assert "not kept" in (shown.message or "")
+        assert (await store.list_jobs("a", limit=9)).jobs == [shown]
+
+    with_store(url, work)
