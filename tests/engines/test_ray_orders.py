@@ -16,8 +16,9 @@ import pytest
 from ray.exceptions import RayError
 
 from cortex.engines.base import Ended, Ending, Engine, Lost, NeverStarted, Reachable, Waits
+from cortex.engines.ray import RayEngine
 from cortex.engines.ray.live import taken_up
-from cortex.engines.ray.messages import NodeOrder, Seat
+from cortex.engines.ray.messages import Builds, NodeOrder, Seat
 from cortex.engines.ray.mirror import Mirror
 from cortex.node import guard, logs, seats
 from cortex.worker import processes
@@ -102,6 +103,27 @@ def test_the_resolvers_words_follow_the_log_of_an_earlier_attempt(bench: NearBen
         log = bench.log(attempt)
         assert log.count("hello") == 1
         assert "missing.whl" in log
+
+    bench.run(scenario)
+
+
+def test_a_node_keeps_to_the_operators_rules_for_builds(
+    bench: NearBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NAMED", "yes")
+
+    async def scenario(engine: Engine) -> None:
+        assert isinstance(engine, RayEngine)
+        engine._attempts._orders._builds = Builds(0.001, frozenset({"NAMED"}))
+        attempt = bench.attempt("def task(config): pass")
+        lost = await bench.last(await bench.begin(engine, attempt))
+        assert isinstance(lost, Lost)
+        assert lost.is_final
+        assert "not built within 0.001 s" in lost.reason
+        assert bench.near.agent is not None
+        rules = bench.near.agent._stock._environments.rules
+        found = rules.inherited(os.environ, is_own_user=True)
+        assert found["NAMED"] == "yes"
 
     bench.run(scenario)
 

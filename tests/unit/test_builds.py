@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import TypeVar
 import pytest
 
 from builds import laid_out
-from cortex.projects import building, environments, locks
+from cortex.projects import build_rules, building, environments, locks
 from cortex.projects.build_rules import BuildRules
 from cortex.projects.building import EnvironmentFailed
 from cortex.projects.environments import Environments
@@ -334,6 +335,16 @@ def test_a_build_finds_what_installing_takes_and_nothing_else(
     assert passed <= names
     assert names & kept == set()
     assert not [name for name in names if name.startswith(("AWS_", "CORTEX_", "PG"))]
+
+
+def test_the_variables_that_builds_find_are_documented() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
+    page = guide[
+        guide.index("### What a build finds") : guide.index("### Variables of Python's own")
+    ]
+    named = set(re.findall(r"`(\w+)`", page)) | {*re.findall(r"`(\w+)…`", page)}
+    names = build_rules._NAMES | build_rules._PROXIES | {*build_rules._PREFIXES}
+    assert names | {build_rules._OF_THE_HOME} <= named
 
 
 def test_an_account_has_folders_of_its_own() -> None:

@@ -13,19 +13,20 @@ from __future__ import annotations
 import json
 import os
 import select
-import shutil
 import signal
 import sys
 import time
-import traceback
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, NoReturn
 
 if __name__ == "__main__":  # without site-packages, where this one may lie
-    sys.path.append(str(Path(__file__).parents[2]))
+    _cortex = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    sys.path.append(os.path.dirname(_cortex))
 
 from cortex.worker import processes
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 _PR_SET_NO_NEW_PRIVS = 38
 _GONE_S = 5.0
@@ -47,18 +48,18 @@ def main(plan: dict[str, Any]) -> None:
     os.set_blocking(wake, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake)
-    status: int | None = 0
-    for number, step in enumerate(plan["steps"]):
-        os.write(report, f"{number}\n".encode())
-        status = _wait(_begin(plan, step), woken)
-        if status != 0:
-            break
-    _end_all()
-    if status is None:
-        return
-    _wait(_begin(plan, {"remove": plan["temporary"]}), woken)
-    _end_all()
-    os.write(report, f"{number} {status}\n".encode())
+    try:
+        for number, step in enumerate(plan["steps"]):
+            os.write(report, f"{number}\n".encode())
+            status = _wait(_begin(plan, step), woken)
+            if status != 0:
+                break
+        _end_all()
+        if status is not None:
+            _wait(_begin(plan, {"remove": plan["temporary"]}), woken)
+            os.write(report, f"{number} {status}\n".encode())
+    finally:
+        _end_all()
 
 
 def _wait(step: int, woken: int) -> int | None:
@@ -101,22 +102,34 @@ def _child(plan: dict[str, Any], step: dict[str, Any]) -> NoReturn:
             os.setresuid(*[plan["user"]] * 3)
         # From here on it has the rights of the user, whose folders it works in.
         if "copy" in step:
-            Path(plan["temporary"]).mkdir(mode=0o700)
+            os.mkdir(plan["temporary"], 0o700)
             if step["copy"] is not None:
+                import shutil
+
                 project, source = step["copy"]
                 shutil.copytree(project, source, symlinks=True)
         elif "remove" in step:
-            shutil.rmtree(step["remove"], ignore_errors=True)
+            _remove(step["remove"])
         else:
             os.chdir(step["folder"])
             os.execv(step["command"][0], step["command"])
         code = 0
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        with suppress(OSError):
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
     finally:
         with suppress(OSError):
             sys.stderr.flush()
         os._exit(code)
+
+
+def _remove(folder: str) -> None:
+    try:
+        os.rmdir(folder)
+    except OSError:
+        import shutil
+
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _end_all() -> None:
