@@ -120,7 +120,10 @@ def _interpreter(attempt: Path) -> Path:
 def _is_whole(attempt: Path) -> bool:
     """Whether its interpreter is there. Its folders are of the user that builds run as, who may have put links
     there: none is followed but the interpreter's own, to the Python that it was made from."""
-    with suppress(OSError), beneath.opened(str(attempt), "venv", "bin") as folder:
+    with (
+        suppress(OSError),
+        beneath.opened(str(attempt.parent), attempt.name, "venv", "bin") as folder,
+    ):
         name = "python"
         for _ in range(_MOST_LINKS):
             found = beneath.stat(folder, name)
