@@ -1,0 +1,124 @@
+"""Builds of environments with `cortex serve --run-as`, whose code is hostile: they reach nothing of root's, and end when
+the operator wants it or ends. The operator has to be root for that, as it is where these tests are meant to run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from builds import files
+from contract.test_run_as import UID, USER
+from support import PROBE, Operator, operator, probe_yaml, reachable, until
+
+SWAPPER = """
+import os, time
+
+
+def task(config):
+    above, known = config["environments"], set()
+    for name in os.listdir(above):
+        known |= {f"{name}/{each}" for each in os.listdir(f"{above}/{name}")}
+    print("watching", flush=True)
+    while True:
+        for name in os.listdir(above):
+            for each in os.listdir(f"{above}/{name}"):
+                source = f"{above}/{name}/{each}/source"
+                if f"{name}/{each}" not in known and os.path.isdir(source):
+                    os.rename(source, source + ".moved")
+                    os.symlink(config["victim"], source)
+                    return len(os.listdir(source + ".moved"))
+"""
+
+
+@pytest.fixture(scope="module")
+def other() -> Iterator[Operator]:
+    assert os.geteuid() == 0, "these tests need root, as the operator does for --run-as"
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        with operator(Path(folder), "--run-as", USER, within=reachable()) as running:
+            yield running
+
+
+def test_a_link_in_the_folder_of_a_build_leads_root_nowhere(other: Operator) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        victim = Path(folder)
+        victim.chmod(0o755)
+        (victim / "secret").write_text("root's")
+        (victim / "secret").chmod(0o600)
+        swapper = other.deployed(probe_yaml("swapper"), {"probe.py": SWAPPER})
+        config = {"environments": str(other.data_dir / "environments"), "victim": folder}
+        job = other.submit(swapper, config=config)
+        other.await_log(swapper, job, "watching")
+        padding = {f"made/data/{number}.txt": "x" for number in range(2000)}
+        attacked = other.deployed(
+            probe_yaml("attacked"), {"probe.py": PROBE, **files("", "made"), **padding}
+        )
+        swapped = other.finished(swapper, job)
+        assert swapped["status"] == "status_succeeded", other.log_of(swapper, job)
+        other.run(attacked)  # when it is over, so is the copy that the link was put into
+        assert [path.name for path in victim.iterdir()] == ["secret"]
+        for path in (victim, victim / "secret"):
+            assert path.stat().st_uid == 0
+        assert (victim / "secret").read_text() == "root's"
+
+
+def test_a_build_gets_no_rights_by_a_setuid_program_and_nothing_of_the_operators(
+    other: Operator,
+) -> None:
+    tool = other.folder / "setuid-id"
+    shutil.copy(shutil.which("id") or "/usr/bin/id", tool)
+    tool.chmod(0o4755)
+    found = "found.json"
+    code = (
+        "import json, subprocess\n"
+        f"uids = [subprocess.run([{str(tool)!r}, '-u'], stdout=-1, text=True).stdout.strip()]\n"
+        "try:\n    os.setuid(0)\nexcept PermissionError:\n    uids.append('refused')\n"
+        "status = open('/proc/self/status').read()\n"
+        f"open(HERE / {found!r}, 'w').write(json.dumps([uids, os.getgroups(), dict(os.environ), status]))\n"
+    )
+    endpoint = other.deployed(
+        probe_yaml("setuid"), {"probe.py": PROBE, **files(code, "privileged")}
+    )
+    done = other.run(endpoint)
+    assert done["status"] == "status_succeeded", other.log_of(endpoint, done)
+    [told] = other.data_dir.glob(f"environments/*/*/source/privileged/{found}")
+    uids, groups, environment, status = json.loads(told.read_text())
+    assert uids == [str(UID), "refused"]
+    assert 0 not in groups
+    assert "NoNewPrivs:\t1" in status
+    assert "CapEff:\t0000000000000000" in status
+    assert environment["HOME"] == pwd.getpwnam(USER).pw_dir
+    assert Path(environment["TMPDIR"]).parent == told.parents[2]
+    assert "s3cret" not in environment.values()
+    assert not [name for name in environment if name.startswith(("CORTEX_", "AWS_"))]
+
+
+def test_a_build_can_neither_signal_nor_outlive_its_supervisor(other: Operator) -> None:
+    mark = other.folder / "marks"
+    mark.mkdir()
+    mark.chmod(0o777)
+    code = (
+        "pid = os.getpid()\n"
+        "while b'build_supervisor.py' not in open(f'/proc/{pid}/cmdline', 'rb').read():\n"
+        "    pid = int(open(f'/proc/{pid}/stat').read().rpartition(')')[2].split()[1])\n"
+        "for number in (signal.SIGSTOP, signal.SIGKILL):\n"
+        "    try:\n        os.kill(pid, number)\n"
+        f"    except PermissionError:\n        open({str(mark)!r} + f'/refused-{{number}}', 'w')\n"
+        f"daemonise({str(mark / 'daemon')!r})\nhang()\n"
+    )
+    other.deployed(probe_yaml("signals"), {"probe.py": PROBE, **files(code, "signalling")})
+    until((mark / "daemon").exists, "the daemon")
+    assert len(list(mark.glob("refused-*"))) == 2
+    other.kill()
+    daemon = Path(f"/proc/{(mark / 'daemon').read_text()}")
+    until(lambda: not daemon.exists(), "its end")
+    other.start()
+    other.http.delete(f"{other.url}/-/apis/signals")
