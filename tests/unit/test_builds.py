@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import pytest
 
@@ -188,11 +189,11 @@ def test_a_build_ends_with_its_operator(root: Path, tmp_path: Path, how: signal.
     assert Environments(root).ready(hanging.project) is None
 
 
-def test_what_is_left_of_a_build_whose_supervisor_was_killed_too_is_ended_by_the_next_one(
-    root: Path, tmp_path: Path
+@pytest.mark.parametrize("by", ["the next build", "the next operator"])
+def test_what_is_left_of_a_build_whose_supervisor_was_killed_too_is_ended(
+    root: Path, tmp_path: Path, by: str
 ) -> None:
-    go = tmp_path / "go"
-    own = tmp_path / "own"
+    go, own = tmp_path / "go", tmp_path / "own"
     code = (
         f"if pathlib.Path({str(go)!r}).exists():\n    raise SystemExit('the second build')\n"
         f"open({str(own)!r}, 'w').write(os.readlink('/proc/self'))\nhang()\n"
@@ -208,6 +209,10 @@ def test_what_is_left_of_a_build_whose_supervisor_was_killed_too_is_ended_by_the
     operator.kill()
     operator.wait()
     assert lives(pid)
+    if by == "the next operator":
+        Environments(root).open()
+        assert not lives(pid)
+        return
     go.touch()
     with pytest.raises(EnvironmentFailed, match="uv pip install failed"):
         run(Environments(root).build(mine))
@@ -257,6 +262,40 @@ def test_a_build_that_stops_its_supervisor_is_ended_all_the_same(
     run(main())
     assert not lives(int(own.read_text()))
     assert left_in(root) == []
+
+
+def test_a_lack_of_descriptors_is_told_as_it_is_and_leaves_none_open(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    pipe, made = os.pipe, []
+
+    def refused(*_: object) -> NoReturn:
+        raise full
+
+    def second() -> tuple[int, int]:
+        made.append(pipe() if not made else refused())
+        return made[-1]
+
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    (tmp_path / "p").mkdir()
+
+    async def main() -> None:
+        before = descriptors()
+        for name, lack in (("pipe", second), ("pidfd_open", refused)):
+            with (
+                monkeypatch.context() as short,
+                pytest.raises(OSError, match="open files") as raised,
+            ):
+                short.setattr(os, name, lack)
+                await Environments(root).build(tmp_path / "p")
+            assert raised.value.errno == errno.EMFILE
+        assert descriptors() == before
+        assert left_in(root) == []
+
+    run(main())
 
 
 def test_a_build_that_forks_without_end_is_ended(root: Path, tmp_path: Path) -> None:

@@ -30,8 +30,9 @@ class Stock:
         self._tell = tell
 
     def open(self) -> None:
-        """Remove what was cut off. Blocking."""
+        """Remove and end what was cut off. Blocking."""
         self._projects.open()
+        self._environments.open()
 
     def folder(self, project_id: str) -> Path:
         """Where a project's files are, as far as they are here."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
+from cortex.background import in_thread
 from cortex.engines.base import Engine
 from cortex.operator.context import Context
 from cortex.operator.deploys import Deployer
@@ -33,6 +34,7 @@ async def driven(
         if ctx.archive is not None:
             stack.push_async_callback(ctx.archive.close)
         stack.push_async_callback(dispatcher.close)
+        await in_thread(environments.open)
         await dispatcher.open()
         if ctx.archive is not None:
             await ctx.archive.open(dispatcher)

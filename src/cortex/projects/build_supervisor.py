@@ -100,6 +100,8 @@ def _child(plan: dict[str, Any], step: dict[str, Any]) -> NoReturn:
             os.setgroups(plan["groups"])
             os.setresgid(*[plan["group"]] * 3)
             os.setresuid(*[plan["user"]] * 3)
+        # Once it has become the user: that resets it.
+        processes.prctl(processes.PR_SET_PDEATHSIG, signal.SIGKILL)
         # From here on it has the rights of the user, whose folders it works in.
         if "copy" in step:
             os.mkdir(plan["temporary"], 0o700)

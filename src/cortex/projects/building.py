@@ -143,7 +143,7 @@ def _start_attempt(folder: Path, attempt: Path, account: Account | None) -> None
         if leftover.suffix in _BESIDE:
             leftover.unlink()
         else:
-            _end_without_supervisor(leftover)
+            end_leftovers(leftover)
             remove(leftover)
     attempt.mkdir()
     if account is not None:
@@ -154,7 +154,7 @@ def _start_attempt(folder: Path, attempt: Path, account: Account | None) -> None
 
 
 def _discard(attempt: Path) -> None:
-    _end_without_supervisor(attempt)
+    end_leftovers(attempt)
     remove(attempt)
     for suffix in _BESIDE:
         attempt.with_suffix(suffix).unlink(missing_ok=True)
@@ -231,8 +231,12 @@ async def _supervise(
     """Let a supervisor take the steps of a plan, which have these names."""
     log = attempt.with_suffix(_LOG)
     report, theirs = os.pipe()
-    held, lifeline = os.pipe()
     try:
+        try:
+            held, lifeline = os.pipe()
+        except OSError:
+            os.close(theirs)
+            raise
         try:
             with log.open("ab") as output:
                 process = subprocess.Popen(  # noqa: ASYNC220  # it is waited for without blocking
@@ -280,11 +284,15 @@ async def _is_late(process: subprocess.Popen[bytes], lifeline: int, timeout_s: f
     ended = asyncio.ensure_future(_ended(process))
     try:
         done, _ = await asyncio.wait([ended], timeout=timeout_s)
+        for each in done:  # there may have been no descriptor to wait with
+            each.result()
         return not done
     finally:
         os.close(lifeline)
         if not ended.done():
             process.send_signal(signal.SIGCONT)  # a build of the same user may have stopped it
+        elif ended.exception() is not None:
+            ended = asyncio.ensure_future(in_thread(process.wait))
         done, _ = await asyncio.wait([ended], timeout=_END_S)
         if not done:
             process.kill()
@@ -300,17 +308,31 @@ def _read_report(report: int) -> tuple[int, int | None]:
     return 0, None
 
 
-def _end_without_supervisor(attempt: Path) -> None:
-    """End what is left of a build whose supervisor was killed, with its operator or by the build itself."""
-    marked = "TMPDIR", str(attempt / _TEMPORARY)
+def end_leftovers(below: Path) -> None:
+    """End what is left of builds in a folder whose supervisors were killed, with their operator or by the build itself.
+    They are known by their temporary folders."""
     for _ in range(_MOST_SWEEPS):
-        left = processes.with_variable(*marked)
+        left = _working_below(below)
         if not left:
             return
         processes.send(left, signal.SIGSTOP)
-        below = {pid: ticks for root in left for pid, ticks in processes.descendants(root).items()}
-        processes.send(left | below, signal.SIGKILL)
+        started = {
+            pid: ticks for root in left for pid, ticks in processes.descendants(root).items()
+        }
+        processes.send(left | started, signal.SIGKILL)
         time.sleep(0.01)
+
+
+def _working_below(folder: Path) -> dict[int, int]:
+    marked = f"TMPDIR={folder}/".encode()
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is another user's
+            words = (process / "environ").read_bytes().split(b"\0")
+            about = processes.stat(process.name)
+            if about is not None and any(word.startswith(marked) for word in words):
+                found[int(process.name)] = about[2]
+    return found
 
 
 def _tail(log: Path) -> str:

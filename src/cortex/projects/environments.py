@@ -68,6 +68,10 @@ class Environments:
         self._all_builds = asyncio.Semaphore(_MOST_BUILDS)
         self._quick_builds = asyncio.Semaphore(_MOST_QUICK)
 
+    def open(self) -> None:
+        """End the builds that another operator has left, before this one builds. Blocking."""
+        building.end_leftovers(self._root)
+
     def identify(self, project: Path, dependencies: Dependencies = DEFAULT_DEPENDENCIES) -> str:
         """SHA-256 over all that decides what the environment of a project holds, which is in a folder
         under its id.
