@@ -17,7 +17,7 @@ import pytest
 
 import loaded
 from postgresql import Server
-from support import PROBE, Operator, operator, probe_yaml, processes_with, until
+from support import PROBE, Operator, operator, probe_yaml, processes_with, refused, until
 
 SLEEP = {"do": "sleep", "s": 300}
 
@@ -292,6 +292,29 @@ def test_a_project_that_is_gone_is_told(own: Operator, tmp_path: Path) -> None:
     assert f"{project.name} is deployed and not" in run("backup", file, "--data-dir", own.data_dir)
 
 
+def test_with_a_store_of_files_the_old_folder_has_to_be_given_up(tmp_path: Path) -> None:
+    files = ("--files", f"file://{tmp_path}/files")
+    (tmp_path / "files").mkdir()
+    with operator(tmp_path / "one", *files) as one:
+        path = one.deployed(probe_yaml(), {"probe.py": PROBE}).removeprefix(one.url)
+        done = one.submit(one.url + path, config={"do": "say"})
+        one.finished(one.url + path, done)
+        mark = one.data_dir / "archived" / done["job_id"]
+        until(mark.exists, "the log archived")
+        file = backed_up(one, tmp_path / "backup.tar.gz")
+        assert not [name for name in members(file) if name.startswith("jobs/")]
+        lost = (one.data_dir / "folder.id").read_text()
+        one.kill()
+        data = tmp_path / "other" / "data"
+        run("restore", file, "--data-dir", data)
+        assert f"--lost-folder {lost}" in refused(data, *files)
+        with operator(tmp_path / "other", *files, "--lost-folder", lost) as other:
+            assert other.log_of(other.url + path, done) == "line 0\n"
+            assert other.run(other.url + path)["status"] == "status_succeeded"
+        shutil.rmtree(tmp_path / "files")  # and what the first one had there
+        (tmp_path / "files").mkdir()
+
+
 def test_where_there_is_nothing_to_back_up_that_is_told(tmp_path: Path) -> None:
     file = tmp_path / "backup.tar.gz"
     assert "no operator's database" in run("backup", file, "--data-dir", tmp_path / "x", code=1)
@@ -330,9 +353,8 @@ def test_postgresql_is_backed_up_by_its_own_programs(
             assert other.finished(other.url + path, job)["status"] == "status_unexpected_error"
             assert other.run(other.url + path)["status"] == "status_succeeded"
         assert one.status(one.url + path, job)["status"] == "status_running"
-    refused = run("restore", file, "--data-dir", tmp_path / "third", "--store", target, code=1)
-    assert "has an operator's data" in refused
-    assert "leave --store out" not in refused
+    third = ("restore", file, "--data-dir", tmp_path / "third", "--store", target)
+    assert "has an operator's data" in run(*third, code=1)
     assert "say --store" in run("restore", file, "--data-dir", tmp_path / "third", code=1)
-    run("restore", file, "--data-dir", tmp_path / "third", "--store", target, "--force")
+    run(*third, "--force")
     postgresql.drop(name)

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+import loaded
 from cortex.operator.logs import REPLACED
-from support import CORTEX, PROBE, Operator, operator, probe_yaml, reachable
+from support import CORTEX, PROBE, Operator, operator, probe_yaml, reachable, until
 
 USER, UID = "nobody", 65534
 SNOOP = """
@@ -238,3 +239,29 @@ def test_a_user_that_cannot_reach_python_is_told(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 1
     assert "jobs cannot run as 'nobody'" in done.stderr
+
+
+def test_what_is_restored_is_the_jobs_user_s(other: Operator) -> None:
+    yaml = probe_yaml("restored", more="  retries: 1\n")
+    path = other.deployed(yaml, {"probe.py": PROBE}).removeprefix(other.url)
+    done = other.submit(other.url + path, config={"do": "say"})
+    other.finished(other.url + path, done)
+    runs = other.submit(other.url + path, config={"do": "sleep", "s": 300})
+    other.await_log(other.url + path, runs, "asleep")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        file = str(folder / "backup.tar.gz")
+        for words in (
+            ["backup", file, "--data-dir", str(other.data_dir)],
+            ["restore", file, "--data-dir", str(folder / "data"), "--run-as", USER],
+        ):
+            made = loaded.run(*words)
+            assert made.returncode == 0, made.stderr
+        with operator(folder, "--run-as", USER, within=reachable()) as third:
+            for job in (done, runs):
+                log = third.data_dir / "jobs" / job["job_id"] / "log"
+                assert (log.stat().st_uid, log.parent.stat().st_uid) == (UID, UID)
+            assert third.log_of(third.url + path, done) == "line 0\n"
+            until(lambda: third.log_of(third.url + path, runs).count("asleep") == 2, "again")
+    assert other.delete(other.url + path, runs).status_code == 200
