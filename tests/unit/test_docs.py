@@ -54,8 +54,9 @@ def test_every_metric_is_documented_and_no_other() -> None:
     assert set(re.findall(r"`(cortex_\w+)`", table)) == told
 
 
-def test_every_promise_names_a_test_that_exists() -> None:
-    named = re.findall(r"`(tests/\S+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text())
+@pytest.mark.parametrize("page", ["reliability.md", "security.md"])
+def test_every_promise_names_a_test_that_exists(page: str) -> None:
+    named = re.findall(r"`(tests/\S+\.py)::(\w+)`", (ROOT / "docs" / page).read_text())
     assert len(named) > 10
     for file, test in named:
         assert f"def {test}(" in (ROOT / file).read_text(), test
