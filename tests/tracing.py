@@ -24,7 +24,7 @@ _CALL = re.compile(r"(\w+)\((.*)\) += (-?\d+|\?)")
 _DESCRIPTOR = re.compile(r"(AT_FDCWD|\d+)<(.*)>(?:\(deleted\))?")
 _FORKS = {"clone", "clone3", "fork", "vfork"}
 _BECOMES = {"setuid": 0, "setreuid": 1, "setresuid": 1}
-_CHOWNS = {"chown", "lchown", "fchown", "fchownat"}
+_CHOWNS = {"chown": 1, "lchown": 1, "fchown": 1, "fchownat": 2}
 # A symbolic link may lead anywhere: it is none of this process's paths.
 _NO_PATH = {"symlink": {0}, "symlinkat": {0}}
 _NEVER_FOLLOW = {
@@ -61,7 +61,7 @@ class Trace:
     def __init__(self, uid: int, folder: str, seen: Seen) -> None:
         """
         Args:
-            uid: of the other user.
+            uid: of the other user, and of its group.
             folder: the first process's current one.
             seen: what traces before this one tell; added to.
         """
@@ -101,7 +101,7 @@ class Trace:
             found = _DESCRIPTOR.fullmatch(arguments[0])
             to = found[2] if found else f"{Path(folder, _text(arguments[0]) or '')}"
             self._states[pid] = (uid, to)
-        elif uid == 0 and name in _CHOWNS and str(self._uid) in arguments[1:3]:
+        elif uid == 0 and name in _CHOWNS and arguments[_CHOWNS[name]] == str(self._uid):
             found = _DESCRIPTOR.fullmatch(arguments[0])
             if name == "fchown" and found:
                 self.seen.given.add(found[2])
@@ -141,8 +141,12 @@ class Trace:
             about = os.lstat(folder)
         except OSError:
             return False
-        is_anybodys = about.st_mode & stat.S_IWOTH and not about.st_mode & stat.S_ISVTX
-        return about.st_uid == self._uid or bool(is_anybodys and stat.S_ISDIR(about.st_mode))
+        if about.st_uid == self._uid:
+            return True
+        # The user's group has the same number.
+        others = stat.S_IWOTH | (stat.S_IWGRP if about.st_gid == self._uid else 0)
+        is_written_to = stat.S_ISDIR(about.st_mode) and about.st_mode & others
+        return bool(is_written_to) and not about.st_mode & stat.S_ISVTX
 
 
 def _calls(lines: list[str]) -> Iterator[tuple[int, str, list[str], int, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tracing import Seen, Trace
@@ -108,6 +110,19 @@ def test_a_folder_is_given_away_by_its_descriptor_too_and_under_a_name_that_it_g
     assert seen(given, use.format("new")).wrong == [use.format("new")]
     moved = '10 renameat2(3</data>, "new", 3</data>, "old", RENAME_NOREPLACE) = 0'
     assert seen(given, moved, use.format("old")).wrong == [use.format("old")]
+
+
+def test_a_folder_that_only_a_group_was_given_is_still_roots() -> None:
+    given = f'10 chown("/data/jobs", -1, {UID}) = 0'
+    assert seen(given, '10 mkdir("/data/jobs/two", 0700) = 0').wrong == []
+
+
+def test_a_folder_that_the_other_user_may_write_in_is_told(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    use = f'10 open("{tmp_path}/x", O_RDONLY) = -1 ENOENT (No such file or directory)'
+    assert seen(use).wrong == [use]
+    tmp_path.chmod(0o1777)  # there each entry is its owner's alone
+    assert seen(use).wrong == []
 
 
 def test_relative_paths_are_those_of_the_folder_that_it_went_into() -> None:
