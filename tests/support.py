@@ -12,8 +12,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import httpx
@@ -331,7 +332,11 @@ def _end(*all_of_them: Operator) -> None:
         codes.append(each.stop())
     until(lambda: not processes_with(str(running.data_dir)), "all processes gone")
     root = running.data_dir / "jobs"
-    names = {path.name for path in root.iterdir()} | {_prefix(root)}
+    names = {path.name for path in root.iterdir()} | {_limits().prefix(root)}
+    for group in _limits().existing(root):  # of what has outlived a killed operator: the next would
+        _limits().groups.remove(group, within_s=0)
+        with suppress(OSError):
+            group.parent.rmdir()
     until(lambda: not _cgroups(names), "the cgroups gone")
     for each, code in zip(all_of_them, codes, strict=True):
         told = each.log.read_text()
@@ -345,12 +350,12 @@ def _workers(data_dir: Path) -> list[int]:
     return [pid for pid in processes_with(str(data_dir)) if job.search(_environ(pid))]
 
 
-def _prefix(root: Path) -> str:
+def _limits() -> ModuleType:
     before = list(sys.path)
     from cortex.engines.local import limits  # here: what it loads, a program itself, drops a path
 
     sys.path[:] = before
-    return limits.prefix(root)
+    return limits
 
 
 def _cgroups(names: set[str]) -> list[str]:

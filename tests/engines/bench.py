@@ -274,6 +274,16 @@ class Bench:
             found += [f"{folder}/{name}" for name in names if name.startswith(prefix)]
         return found
 
+    def sweep(self) -> None:
+        """Remove the empty groups of processes that have outlived their operator, as the next one would."""
+        for group in limits.existing(self.root):
+            if groups.is_orphaned(group):
+                groups.remove(group, within_s=0)
+        for folder in self.left():
+            if folder.endswith("-jobs"):
+                with contextlib.suppress(OSError):
+                    Path(folder).rmdir()
+
     def left_of_jobs(self) -> list[str]:
         """The same without what waits for the next job."""
         return [line for line in self.left() if "forkserver.py" not in line and not _is_held(line)]

@@ -28,7 +28,7 @@ log = structlog.get_logger()
 
 END_S = 5.0
 RETRY_S = 1.0
-_GONE_S = 1.0
+GONE_S = 1.0
 _PAUSE_S = 0.005
 # Each kind's files that are to be written with the limit, and whether they have to be there: swap accounting is a
 # choice of the kernel's configuration.
@@ -213,7 +213,7 @@ class Groups:
 
     def _remove(self) -> None:
         for group in self._ending:
-            remove(group)
+            remove(group, END_S)
         for place in (self.trees, self.memory):
             if place is not None:
                 place.close()
@@ -290,7 +290,7 @@ def end(group: Path, within_s: float = END_S) -> bool:
         time.sleep(_PAUSE_S)
 
 
-def remove(group: Path, within_s: float = _GONE_S) -> bool:
+def remove(group: Path, within_s: float = GONE_S) -> bool:
     """Remove a group and those below it, if no process is in any. Right after its last process was reaped the kernel
     may still say EBUSY."""
     until = time.monotonic() + within_s
