@@ -1,7 +1,7 @@
 """Watches over one job from start to end, and writes how it ended: the one place that decides so.
 
 Run by a supervising process (`serving`), which depends on no other. It makes the start record (the
-fence), the job's groups and its process, enforces deadline and memory, honours SIGTERM as "stop the
+fence), has the job's group from the engine, makes its process, enforces deadline and memory, honours SIGTERM as "stop the
 job", leaves no process behind, writes the exit record, and tells the engine of both if it is there.
 """
 

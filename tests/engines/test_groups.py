@@ -1,0 +1,146 @@
+"""Control groups of every kind that this machine has: what is in one ends with it, and what they cannot do is told."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cortex.engines.base import Lost
+from cortex.engines.local import LocalEngine, groups, limits
+from cortex.engines.local.groups import Place
+from cortex.worker import processes
+from engines.bench import Bench, until
+
+# It multiplies for as long as nobody ends it, each time in a session of its own, and ignores whatever can be.
+BOMB = """
+import os, signal, sys, time
+sys.stdin.read()
+for number in signal.valid_signals():
+    try: signal.signal(number, signal.SIG_IGN)
+    except OSError: pass
+until = time.monotonic() + 60
+made = 0
+while time.monotonic() < until:
+    if made < 8 and os.fork() == 0:
+        made = 8 * (os.getpid() % 2)
+        os.setsid()
+    made += 1
+    time.sleep(0.01)
+"""
+
+
+def places() -> list[Place]:
+    found = []
+    for controller, folders in limits._mounts().items():
+        if controller in ("", "freezer", "pids"):
+            found.append(
+                Place("v1" if controller else "v2", folders[0] / f"cortex-test{os.getpid()}")
+            )
+    return found
+
+
+@pytest.fixture(params=places(), ids=lambda place: place.folder.parent.name)
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    made: Place = request.param
+    try:
+        made.folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"this user has no control groups there: {error}")
+    yield made
+    made.close()
+    assert not made.folder.exists()
+
+
+def test_what_multiplies_in_a_group_and_in_those_below_it_ends(place: Place) -> None:
+    bomb = subprocess.Popen([sys.executable, "-c", BOMB], stdin=subprocess.PIPE, env={})
+    group = place.hold("cortex-x-supervisor.1.1", bomb.pid)
+    below = group / "a" / "b"
+    below.mkdir(parents=True)
+    assert bomb.stdin is not None
+    bomb.stdin.close()
+    end = time.monotonic() + 60
+    while len(groups.members(group)) < 8 and time.monotonic() < end:
+        time.sleep(0.01)
+    groups.put(below / "cgroup.procs", groups.members(group)[-1])
+    members = groups.members(group) + groups.members(below)
+    assert groups.end(group, 60)
+    bomb.wait()
+    assert not group.exists()
+    assert not [pid for pid in members if (about := processes.stat(pid)) and about[0] not in "ZX"]
+
+
+def test_a_process_that_is_gone_gets_no_group(place: Place) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    with pytest.raises(ProcessLookupError):
+        place.hold("gone", gone.pid)
+    assert not (place.folder / "gone").exists()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    asyncio.run(until(lambda: made.sweep() or not made.left()))
+
+
+def limited(engine: LocalEngine) -> None:
+    if engine._groups.memory is None:
+        pytest.skip("no control group limits memory here")
+
+
+def test_a_job_whose_group_cannot_be_made_is_lost_with_the_reason(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        limited(engine)
+        place = engine._groups.memory
+        assert place is not None
+        engine._groups.memory = replace(place, folder=Path("/no/such"))
+        attempt = bench.attempt("def task(config): ...", mem=64 << 20)
+        await bench.start(engine, attempt)
+        last = await bench.last(attempt)
+        assert isinstance(last, Lost)
+        assert last.reason.startswith("its control group cannot be made: ")
+        engine._groups.memory = place
+
+    bench.run(scenario)
+
+
+def test_a_job_whose_group_somebody_removes_is_lost_and_runs_without_no_limit(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        limited(engine)
+        bench.bare_environment({})
+        attempt = bench.attempt("def task(config): ...", mem=64 << 20)
+        await bench.start(engine, attempt)  # it waits for the interpreter
+        [group] = engine._groups._limits.values()
+        group.rmdir()
+        last = await bench.last(attempt)
+        assert isinstance(last, Lost)
+        assert "the job's control group is gone" in last.reason
+
+    bench.run(scenario)
+
+
+def test_a_group_is_of_a_process_that_lives_or_an_orphan() -> None:
+    about = processes.stat("self")
+    assert about is not None
+    assert not groups.is_orphaned(Path(f"cortex-a-supervisor.{os.getpid()}.{about[2]}"))
+    assert groups.is_orphaned(Path(f"cortex-a-supervisor.{os.getpid()}.{about[2] + 1}"))
+    assert groups.is_orphaned(Path("cortex-a-probe.1.0.limit"))
+    assert not groups.is_orphaned(Path("cortex-a-01m8jff2wbtpp7xy25-1"))
+    zombie = subprocess.Popen(["true"], stdout=subprocess.PIPE)
+    assert zombie.stdout is not None
+    ticks = processes.stat(zombie.pid)
+    zombie.stdout.read()
+    assert ticks is not None
+    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+    assert groups.is_orphaned(Path(f"cortex-a-supervisor.{zombie.pid}.{ticks[2]}"))
+    zombie.wait()
+    zombie.stdout.close()
