@@ -101,6 +101,7 @@ def _fork(
             theirs.close()
     except OSError as error:
         reply.error = f"the machine could not fork: {error.strerror}"
+        reply.errno = error.errno or 0
         sock.send(reply.dumps())
         return -1
     finally:

@@ -33,6 +33,7 @@ LEFT_S = 1.0
 writes what it still has."""
 TRACKER_S = 10.0
 """For a resource tracker to remove what its job has left."""
+FORK_AGAIN_S = 0.2
 LONGEST_ROUND_S = 0.1
 LONGEST_PAUSE_S = 5.0
 TELL_START_S = 0.01
@@ -308,7 +309,13 @@ class Supervisor:
             except OSError:
                 pass  # a full disk is no reason not to run
         self.log_start = os.fstat(self.job.log).st_size
-        self._begin(self.job)
+        while not (self.bench.signals.stop or self._overdue()):
+            try:
+                self._begin(self.job)
+            except BlockingIOError:  # its user has as many processes as it may: others' may end
+                self._sleep(FORK_AGAIN_S, self.order.deadline)
+            else:
+                return
 
     def _begin(self, job: child.Job) -> None:
         job.group = self.group.join

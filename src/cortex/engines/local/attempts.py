@@ -193,6 +193,12 @@ class Attempts:
         if live is not None:
             self._settle(live, self._lost(live, reason))
 
+    def held_up(self, job_id: str, reason: str) -> None:
+        """From a fork server: an order that was given to nobody, for the machine lacked something."""
+        live = self._live.get(job_id)
+        if live is not None:
+            self._settle(live, self._never(live, reason))
+
     def unanswered(self, job_id: str) -> None:
         """From a fork server that died: fence the attempt off, which nobody has begun."""
         live = self._live.get(job_id)

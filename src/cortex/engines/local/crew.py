@@ -45,6 +45,9 @@ class Listener(Protocol):
     def not_forked(self, job_id: str, reason: str) -> None:
         """The order could not be carried out, and never will be."""
 
+    def held_up(self, job_id: str, reason: str) -> None:
+        """The order was given to nobody, for want of what the machine may have later."""
+
     def unanswered(self, job_id: str) -> None:
         """The order was given to nobody, for the fork server died."""
 

@@ -24,6 +24,7 @@ from cortex.engines.local import remains
 from cortex.engines.local.crew import Crew, Listener
 from cortex.engines.local.groups import Groups, Held
 from cortex.engines.local.pulse import Pulse
+from cortex.errors import is_shortage
 from cortex.worker import checks, forkserver, processes
 from cortex.worker.messages import JOB_ID_ROOM, JOBS_FOLDER, MOST_MESSAGE, Reply, Setup, shorten
 
@@ -59,6 +60,8 @@ class ForkServer:
         """The module that it imports ahead now, or was about to when it ended."""
         self.refused: str | None = None
         """Why that must not be imported ahead, once it has said so."""
+        self.is_held_up = False
+        """Whether it could not start for want of what the machine may have later."""
         self.crew = Crew(listener, ask=self._ask, drained=lambda: drained(self))
         self._account = account
         self._groups = groups
@@ -134,6 +137,7 @@ class ForkServer:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as error:
             self._words, self.setup.preload = str(error), []
+            self.is_held_up = is_shortage(error)
             self._spawned.set()
             self._died(self)
             return
@@ -143,6 +147,7 @@ class ForkServer:
             self._process = await in_thread(without_new_privileges, self._popen, theirs)
         except OSError as error:
             self._words = str(error)
+            self.is_held_up = is_shortage(error)
             self.setup.preload = []  # it would fail again
         finally:
             theirs.close()
@@ -319,7 +324,12 @@ class ForkServer:
             return
         self._asked -= 1
         if self.crew.waiting:
-            self._listener.not_forked(self.crew.take_first().job_id, reply.error or _UNUSABLE)
+            job_id, reason = self.crew.take_first().job_id, reply.error or _UNUSABLE
+            if is_shortage(OSError(reply.errno, reason)):
+                self._listener.held_up(job_id, reason)
+            else:
+                self._listener.not_forked(job_id, reason)
+            self._ask()
 
     async def _join(self, pidfd: int, sock: socket.socket) -> None:
         """Let it be one of the crew, once it is in its control group."""

@@ -154,8 +154,9 @@ class ForkServers:
                 self.order(server.version, order)
         else:
             reason = f"the environment's Python could not start: {server.last_words()}"
+            tell = self._listener.held_up if server.is_held_up else self._listener.not_forked
             for order in orders:
-                self._listener.not_forked(order.job_id, reason)
+                tell(order.job_id, reason)
 
     def _trim(self) -> None:
         if len(self._servers) <= MOST_IDLE:
