@@ -15,7 +15,7 @@ import pytest
 
 from cortex.background import Background
 from cortex.engines.base import Ending, NeverStarted
-from cortex.engines.local import LocalEngine, backstop, remains
+from cortex.engines.local import LocalEngine, backstop
 from engines.bench import SLEEP, Bench, exists, until
 from engines.test_recovery import pid_of
 
@@ -126,7 +126,11 @@ def test_what_cannot_be_ended_for_want_of_descriptors_is_ended_at_a_later_look(
         late = Late(os.pidfd_open(running.pid))
         running.send_signal(signal.SIGSTOP)
         asyncio.run(until(lambda: backstop._stopped([running.pid])))
-        for where, name in ((remains, "end_below"), (backstop.os, "dup"), (backstop, "_stopped")):
+        for where, name in (
+            (backstop.processes, "end_from_below"),
+            (backstop.os, "dup"),
+            (backstop, "_stopped"),
+        ):
             with monkeypatch.context() as short:
                 short.setattr(where, name, refuse)
                 after_a_look(late)

@@ -18,6 +18,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+if not __package__:  # in isolation, where this package need not be installed
+    sys.path.append(str(Path(__file__).parents[2]))
+
+from cortex.worker import processes
+
 LOCK = "guard.lock"
 AGENT_LOCK = "lock"
 _LONGEST_S = 60.0
@@ -33,13 +38,14 @@ def end_all(jobs: Path) -> None:
     for fd in held:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(fd, signal.SIGTERM)
+            signal.pidfd_send_signal(fd, signal.SIGCONT)  # its job may have stopped it
     until = time.monotonic() + _LONGEST_S
     for fd in held:
         poller = select.poll()
         poller.register(fd, select.POLLIN)
         if not poller.poll(max(0, until - time.monotonic()) * 1000):
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(fd, signal.SIGKILL)
+            with contextlib.suppress(OSError):
+                processes.end_from_below(fd)
         os.close(fd)
 
 

@@ -23,6 +23,7 @@ PR_SET_NO_NEW_PRIVS = 38
 EXEC_S = 0.5
 """How long a process may show no command line and be taken to be in its exec."""
 MOST_SWEEPS = 200
+END_S = 5.0
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 # Only kernels with CONFIG_PROC_CHILDREN have it.
 _HAS_CHILDREN = os.path.exists("/proc/thread-self/children")
@@ -142,6 +143,35 @@ def end(look: Callable[[], Iterable[tuple[int, int]]]) -> None:
         if len(stopped) == known:
             break
     send(stopped, signal.SIGKILL)
+
+
+def is_there_below(pidfd: int) -> bool:
+    """Whether anything lives below a process.
+
+    Raises:
+        OSError: there are no descriptors to find out with.
+    """
+    pid = held(pidfd)
+    return pid > 0 and any(True for _ in walk(pid))
+
+
+def end_from_below(pidfd: int) -> None:
+    """End a supervising process that does not do its work, and all below it: that first, for it stays there only as
+    long as the process does.
+
+    Raises:
+        OSError: it cannot be told what there is, for want of descriptors.
+    """
+    until = time.monotonic() + END_S
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGSTOP)  # it would tell of a job that was killed
+        while is_there_below(pidfd) and time.monotonic() < until:
+            root = held(pidfd)
+            end(lambda: walk(root))  # noqa: B023  # it is called at once
+            time.sleep(0.01)
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # it has ended
 
 
 def walk(root: int) -> Iterator[tuple[int, int]]:

@@ -17,7 +17,6 @@ from typing import Protocol
 import structlog
 
 from cortex.background import Background, in_thread
-from cortex.engines.local import remains
 from cortex.engines.local.supervisors import signal_to
 from cortex.worker import processes
 
@@ -104,10 +103,10 @@ class Backstop:
             return
         try:
             # One that runs and has nothing below it has ended its job: its record waits for room on the disk, say.
-            if is_stopped or await in_thread(remains.is_there_below, pidfd):
+            if is_stopped or await in_thread(processes.is_there_below, pidfd):
                 log.warning("a job is ended, for its supervisor does not do it", job=each.job_id)
                 each.is_forced = True
-                await in_thread(remains.end_below, pidfd)
+                await in_thread(processes.end_from_below, pidfd)
         except OSError as error:
             each.is_forced = False
             log.warning("a job cannot be ended", job=each.job_id, error=str(error))

@@ -8,7 +8,6 @@ import contextlib
 import os
 import signal
 import time
-from functools import partial
 from pathlib import Path
 
 from cortex.engines.local import groups, limits
@@ -41,32 +40,6 @@ def clean(folder: Path, attempt: int) -> None:
         if short is not None:
             raise short
         time.sleep(0.01)
-
-
-def is_there_below(pidfd: int) -> bool:
-    """Whether anything lives below a process.
-
-    Raises:
-        OSError: there are no descriptors to find out with.
-    """
-    pid = processes.held(pidfd)
-    return pid > 0 and any(True for _ in processes.walk(pid))
-
-
-def end_below(pidfd: int) -> None:
-    """End a supervising process that does not do its work, and all below it: that first, for it stays there only as
-    long as the process does.
-
-    Raises:
-        OSError: it cannot be told what there is, for want of descriptors.
-    """
-    until = time.monotonic() + CLEAN_S
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd, signal.SIGSTOP)  # it would tell of a job that was killed
-        while is_there_below(pidfd) and time.monotonic() < until:
-            processes.end(partial(processes.walk, processes.held(pidfd)))
-            time.sleep(0.01)
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
 def has_begun(folder: Path, attempt: int) -> bool:

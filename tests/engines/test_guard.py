@@ -1,0 +1,59 @@
+"""The guard of a lost node ends its jobs, also one that keeps its supervising process from that."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+import sys
+
+import pytest
+
+from cortex.engines.base import Lost
+from cortex.engines.local import LocalEngine
+from cortex.node import guard
+from cortex.worker import processes
+from engines.bench import Bench
+
+HOLDS_UP = """
+    import ctypes, os, signal, time
+    def task(config):
+        supervisor = os.getppid()
+        ctypes.CDLL(None).prctl(1, 0)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if os.fork() == 0:
+            os.setsid()
+            print("pid", os.getpid(), flush=True)
+            while True:
+                os.kill(supervisor, signal.SIGSTOP)
+                time.sleep(0.0001)
+        print("pid", os.getpid(), flush=True)
+        print("ready", flush=True)
+        time.sleep(600)
+"""
+
+
+def test_a_job_that_holds_up_its_supervisor_is_ended(
+    local_bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "_LONGEST_S", 0.5)
+
+    async def scenario(engine: LocalEngine) -> None:
+        attempt = local_bench.attempt(HOLDS_UP)
+        await local_bench.start(engine, attempt)
+        await local_bench.printed(attempt, "ready")
+        await asyncio.to_thread(guard.end_all, local_bench.root)
+        told = re.findall(r"pid (\d+)", local_bench.log(attempt))
+        assert [pid for pid in told if processes.living(pid) is not None] == []
+        assert isinstance(await local_bench.last(attempt), Lost)
+
+    local_bench.run(scenario)
+
+
+def test_it_needs_no_package_that_is_installed() -> None:
+    """It is executed in isolation. This one finds nothing to guard."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    command = [sys.executable, "-I", "-S", guard.__file__, "/nowhere", str(gone.pid)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
