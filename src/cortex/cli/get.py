@@ -30,7 +30,7 @@ from cortex.cli.output import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from cortex.client import ApiView, Client, JobStatus, JobView
+    from cortex.client import ApiView, Client, JobOutline, JobView, ListedJob
 
 _WATCH_S = 2.0
 
@@ -177,7 +177,7 @@ def _one_api(api: ApiView) -> RenderableType:
     return Group(head, *told, "", _jobs(api["task_job_statuses"]), "", versions)
 
 
-def _jobs(jobs: list[JobStatus]) -> RenderableType:
+def _jobs(jobs: list[ListedJob]) -> RenderableType:
     if not jobs:
         return "no jobs were submitted yet"
     rows = [
@@ -187,7 +187,7 @@ def _jobs(jobs: list[JobStatus]) -> RenderableType:
     return table(("job", "status", "submitted", "duration", "version"), rows)
 
 
-def _has_started(job: JobStatus) -> bool:
+def _has_started(job: JobOutline) -> bool:
     return "end_time" in job or bool(job.get("worker_counts", {}).get("running"))
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-    from cortex.client import ApiView, JobStatus
+    from cortex.client import ApiView, JobOutline
 
 _MARK = "~~cortex~~"
 _UNLIMITED = 1_000_000
@@ -128,7 +128,7 @@ def hints(api: ApiView) -> list[str]:
     return [visible(" ".join(hint.split())) for hint in api.get("hints", [])]
 
 
-def status_words(job: JobStatus) -> RenderableType:
+def status_words(job: JobOutline) -> RenderableType:
     """A job's status for people."""
     from rich.text import Text
 
@@ -150,7 +150,7 @@ def local_time(time: str) -> str:
     return parse_rfc3339(time).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
-def duration(job: JobStatus) -> str:
+def duration(job: JobOutline) -> str:
     """How long the job ran, or has been running."""
     end = job.get("end_time")
     until = parse_rfc3339(end) if end else datetime.now(UTC)

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
         AuditPage,
         DeployResult,
         JobPage,
-        JobStatus,
         JobView,
+        ListedJob,
         Message,
         SubmittedJob,
     )
@@ -162,7 +162,7 @@ class AsyncClient(OfOperator):
         """A page of the API's jobs, newest first; see `Client.list_jobs`."""
         return await self._operator.run(calls.list_jobs(api_name, status, limit, cursor))
 
-    async def newest_job(self, api_name: str) -> JobStatus:
+    async def newest_job(self, api_name: str) -> ListedJob:
         """The newest job of an API."""
         return await self._operator.run(calls.newest_job(api_name))
 

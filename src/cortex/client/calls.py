@@ -22,8 +22,8 @@ if TYPE_CHECKING:
         AuditPage,
         DeployResult,
         JobPage,
-        JobStatus,
         JobView,
+        ListedJob,
         Message,
         SubmittedJob,
     )
@@ -122,7 +122,7 @@ def list_jobs(
     return cast("JobPage", (yield Request("GET", _jobs_path(api_name), params=params)))
 
 
-def newest_job(api_name: str) -> Exchange[JobStatus]:
+def newest_job(api_name: str) -> Exchange[ListedJob]:
     """The newest job of an API.
 
     Raises:

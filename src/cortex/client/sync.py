@@ -33,8 +33,8 @@ if TYPE_CHECKING:
         AuditPage,
         DeployResult,
         JobPage,
-        JobStatus,
         JobView,
+        ListedJob,
         Message,
         SubmittedJob,
     )
@@ -175,7 +175,7 @@ class Client(OfOperator):
         page after the one whose `next_cursor` is given as `cursor`."""
         return self._operator.run(calls.list_jobs(api_name, status, limit, cursor))
 
-    def newest_job(self, api_name: str) -> JobStatus:
+    def newest_job(self, api_name: str) -> ListedJob:
         """The newest job of an API."""
         return self._operator.run(calls.newest_job(api_name))
 

@@ -25,9 +25,16 @@ class SubmittedJob(TypedDict):
     created_time: str
 
 
-class JobStatus(SubmittedJob):
-    """A job and what became of it so far."""
+class JobOutline(TypedDict):
+    """What became of a job so far; all but its config."""
 
+    job_id: str
+    api_name: str
+    kind: Literal["TaskAPI"]
+    workers: int
+    api_id: str
+    timeout: int | None
+    created_time: str
     status: str
     start_time: str
     end_time: NotRequired[str]
@@ -35,6 +42,19 @@ class JobStatus(SubmittedJob):
     message: NotRequired[str | None]
     exit_code: NotRequired[int | None]
     result: NotRequired[JsonValue]
+
+
+class JobStatus(JobOutline):
+    """A job and what became of it so far."""
+
+    config: Json
+
+
+class ListedJob(JobOutline):
+    """A job in a list: a long `config` or `result` is None, and `truncated` names it. `get_job` has all."""
+
+    config: Json | None
+    truncated: NotRequired[list[Literal["config", "result"]]]
 
 
 class JobView(TypedDict):
@@ -48,7 +68,7 @@ class JobView(TypedDict):
 class JobPage(TypedDict):
     """Jobs of an API, newest first; `next_cursor` leads to the next page, and is None on the last."""
 
-    job_statuses: list[JobStatus]
+    job_statuses: list[ListedJob]
     next_cursor: int | None
 
 
@@ -64,9 +84,10 @@ class ApiView(TypedDict):
 
     spec: Json
     endpoint: str
-    task_job_statuses: list[JobStatus]
+    task_job_statuses: list[ListedJob]
     api_versions: list[ApiVersion]
     hints: NotRequired[list[str]]
+    truncated: NotRequired[list[Literal["task_job_statuses"]]]
 
 
 class DeployResult(TypedDict):

@@ -102,8 +102,9 @@ _UPDATES: dict[Event, Update] = {
 
 _STATEMENTS = {event: Prepared(statement) for event, statement in _UPDATES.items()}
 
-_ELSEWHERE = ""
-"""In the place of a result that is among the long texts: no JSON text is empty."""
+_ELSEWHERE = " null"
+"""In the place of a result that is among the long texts. No other begins so, and what is of a version before this, as
+one operator of several may be, reads it as none."""
 
 Facts = Mapping[str, Value]
 
