@@ -13,6 +13,7 @@ from pathlib import Path
 from starlette.requests import Request
 
 from cortex.errors import CortexError, InvalidProject, InvalidSpec
+from cortex.operator.bodies import Submitted
 from cortex.operator.body_reader import Reader
 from cortex.operator.http import read_submission
 from cortex.projects.check import check_files
@@ -122,8 +123,16 @@ def _submission(rng: random.Random, _: Path) -> None:
         return {"type": "http.request", "body": body, "more_body": False}
 
     scope = {"type": "http", "headers": [(b"content-type", b"application/json")], "method": "POST"}
+
+    async def read() -> Submitted:
+        reader = Reader()
+        try:
+            return await read_submission(Request(scope, receive), reader)
+        finally:
+            reader.close()
+
     try:
-        found = asyncio.run(read_submission(Request(scope, receive), Reader()))
+        found = asyncio.run(read())
     except CortexError as error:
         assert 400 <= error.http_status < 500, error.message
         return
