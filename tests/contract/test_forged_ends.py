@@ -202,6 +202,7 @@ SAID: dict[str, tuple[bytes | object, str]] = {
     "its start again and again": (b"\n".join([json.dumps(said(recorded=True)).encode()] * 200), "before"),
     "that it never began": (said(error="the disk is full", errno=28), "its job"),
     "nothing": (said(), "nothing"),
+    "its end, while it runs": (said(ended=True, record=record()), "which runs"),
 }  # fmt: skip
 
 

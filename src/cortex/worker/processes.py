@@ -200,6 +200,15 @@ def children(pid: int) -> list[int]:
     return _children(pid) if _HAS_CHILDREN else _scanner()(pid)
 
 
+def has_child(pid: int) -> bool:
+    """Whether a process of one thread has any child, where the kernel tells that."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children", "rb") as file:
+            return bool(file.read(1))
+    except OSError:
+        return False
+
+
 def descendants(root: int) -> dict[int, int]:
     """All that live below a process: pid: start ticks."""
     return dict(walk(root))

@@ -96,6 +96,8 @@ class Supervisor:
             record.message = "the return value was lost with the folder of the job"
             data = record.dumps()
         told = record.fields() if len(data) <= MOST_RECORD else None
+        # It would be there still if the job never began; the engine believes no end of what has a child.
+        self.bench.dismiss()
         self._tell(ended=True, record=told)
         if not is_written:
             return False
@@ -105,7 +107,6 @@ class Supervisor:
         self.group.close()
         for fd in self._files():
             os.close(fd)
-        self.bench.dismiss()  # it would be there still if the job never began
         is_alone = self._reap()
         is_fit = is_alone and not self.bench.signals.stop and record.ending != LOST
         if not is_fit or not self.bench.workspace.is_sound():

@@ -15,7 +15,7 @@ from typing import Protocol
 import structlog
 
 from cortex.engines.local.groups import Held
-from cortex.worker import beneath, checks, wire
+from cortex.worker import beneath, checks, processes, wire
 from cortex.worker.messages import MOST_MESSAGE, Order, Reply
 
 log = structlog.get_logger()
@@ -80,6 +80,7 @@ class Supervisor:
         """Whether it takes no more jobs: one that was told to stop may see that late, and must not
         take it to be about the next."""
         self._has_begun = False
+        self._pid = _pid(pidfd)
         self.pidfd = pidfd
         self._sock = sock
         self._group = group
@@ -194,6 +195,8 @@ class Supervisor:
             raise checks.Invalid("it says of its job what it has said before, or nothing")
         if reply.error is not None and _has_start(order):
             raise checks.Invalid("it says that its job could not begin, which has")
+        if reply.ended and processes.has_child(self._pid):
+            raise checks.Invalid("it says that its job has ended, which runs")
         return reply
 
     def _give_up(self, why: str) -> None:
@@ -221,3 +224,10 @@ class Supervisor:
         collect(self.pidfd)
         self.close()
         self._group.end(lambda: self._owner.gone(self))
+
+
+def _pid(pidfd: int) -> int:
+    try:
+        return processes.held(pidfd)
+    except OSError:  # there are no descriptors to find out with
+        return -1
