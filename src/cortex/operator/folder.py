@@ -12,7 +12,7 @@ from typing import IO
 
 from cortex.errors import StartupError
 from cortex.operator.settings import Settings
-from cortex.store import SAVED
+from cortex.store import SAVED, put_back
 from cortex.worker import files
 
 _PATIENCE_S = 5.0  # somebody who has just come looks around for as long at most
@@ -46,14 +46,14 @@ def check_whole(settings: Settings) -> None:
     """Whether nothing of the folder is missing that was here: what is made anew would take its place.
 
     Raises:
-        StartupError: the database is gone, and there is a copy that was saved of it, or a restore was cut off.
+        StartupError: the database was lost, and there is a copy that was saved of it, or a restore was cut off.
     """
     database = settings.database
     saved = sorted(database.parent.glob(f"{database.name}{SAVED}*"))
-    if settings.store is None and saved and not database.exists():
+    if settings.store is None and saved:
         raise StartupError(
-            f"the database {database} is gone, and {saved[-1]} was saved of it: give that file its name, and "
-            "start the operator again. To begin with nothing, move it elsewhere."
+            f"the database {database} was removed, moved or replaced under an operator, which saved all that was stored "
+            f"as {saved[-1]}: {put_back(database)} To go on with what is there instead, move that file elsewhere."
         )
     if settings.restoring.exists():
         raise StartupError(

@@ -6,7 +6,7 @@ The operator and `cortex token` call `Store`; nobody else does.
 from cortex.store.changes import Hearer
 from cortex.store.deployments import Deployment
 from cortex.store.lease import Candidate
-from cortex.store.sqlite import SAVED
+from cortex.store.sqlite import SAVED, put_back
 from cortex.store.store import JobPage, Store
 from cortex.store.submits import Claim, Replay
 from cortex.store.transitions import Facts, Outcome
@@ -24,4 +24,5 @@ __all__ = [
     "Replay",
     "Store",
     "Turn",
+    "put_back",
 ]

@@ -88,6 +88,7 @@ class File:
             ) from error
         self._files = [(f"{self._path}{end}", _identity(f"{self._path}{end}")) for end in _FILES]
         self._words: str | None = None
+        self._saved = self._path
         event.listen(engine, "connect", self._check, insert=True)
 
     def lost(self) -> str | None:
@@ -95,7 +96,10 @@ class File:
         copy. Called by the thread that writes."""
         name = self._missing()
         if name is None:
-            self._words = None
+            if self._words is not None:  # they are back
+                self._words = None
+                with suppress(OSError):
+                    self._saved.unlink()
         elif self._words is None:
             self._words = (
                 f"{name} was removed, moved or replaced under the operator, which takes no changes any more: "
@@ -119,9 +123,8 @@ class File:
         return next((name for name, identity in self._files if _identity(name) != identity), None)
 
     def _save(self) -> str:
-        path = self._path.with_name(
-            f"{self._path.name}{SAVED}{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-        )
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        self._saved = path = self._path.with_name(f"{self._path.name}{SAVED}{stamp}-{os.getpid()}")
         try:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             copy(self._connection, path)
@@ -132,10 +135,13 @@ class File:
                 f"All that is stored could not be saved as {path}: {error}. Put the file back where it was, if "
                 "you have it; else restore a backup."
             )
-        return (
-            f"All that is stored was saved as {path}: stop the operator, give that file the name "
-            f"{self._path}, and start the operator again. Jobs go on meanwhile."
-        )
+        return f"All that is stored was saved as {path}. Stop the operator, {put_back(self._path)} Jobs go on meanwhile."
+
+
+def put_back(path: Path) -> str:
+    """What to do with a copy that was saved of a database."""
+    # What is left of the files beside the lost one would be taken for a part of this one.
+    return f"remove {path}-wal and {path}-shm, give the saved file the name {path}, and start the operator again."
 
 
 def copy(source: sqlite3.Connection, path: Path) -> None:
