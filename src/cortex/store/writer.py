@@ -65,6 +65,7 @@ class Writer:
         """
         self._engine = engine
         self._lost = lost or _never
+        self._is_lost_file = False
         self._connection: Connection | None = None
         self.fence: Fence | None = None
         self._unknown: _Unknown | None = None
@@ -136,7 +137,7 @@ class Writer:
         outcomes: list[object] = []
         is_connected = False
         try:
-            if (why := self._lost()) is not None:
+            if self._is_lost_file and (why := self._look()) is not None:
                 raise StorageUnavailable(why)
             connection = self._connected()
             with connection.begin():
@@ -153,7 +154,7 @@ class Writer:
                 return _in_time(group, error)
             self._failed(group, outcomes, error, again=again, is_connected=is_connected)
             return []
-        if (why := self._lost()) is not None:
+        if (why := self._look()) is not None:
             _refuse(group, OutcomeUnknown(f"whether the change is there later is not known: {why}"))
         else:
             _deliver(group, outcomes)
@@ -185,6 +186,13 @@ class Writer:
             self._commit(group)
         else:
             _refuse(group, error)
+
+    def _look(self) -> str | None:
+        """Why what was committed would not be there later. Asked before what is acknowledged, and where that was so
+        the last time also before what is committed: to ask takes as long as a part of a short commit."""
+        why = self._lost()
+        self._is_lost_file = why is not None
+        return why
 
     def _is_lost(self, error: Exception) -> bool:
         """Whether a connection was lost: the pool may hold others that were lost likewise."""
