@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import create_engine
 
+import cortex.store
 import loaded
 from postgresql import Server
 from support import PROBE, Operator, operator, probe_yaml, processes_with, refused, until
@@ -257,16 +261,30 @@ def test_what_is_damaged_or_cut_off_anywhere_is_refused(backup: Path, tmp_path: 
     assert "No such file" in is_refused(tmp_path / "missing", tmp_path / "other")
 
 
+def _migrated(path: Path, revision: str) -> None:
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        config = Config()
+        folder = Path(cortex.store.__file__).parent / "migrations"
+        config.set_main_option("script_location", str(folder))
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+    engine.dispose()
+
+
 def test_a_backup_of_older_tables_is_brought_up_to_date(backup: Path, tmp_path: Path) -> None:
-    old = tmp_path / "old.db"
-    found = members(backup)
-    old.write_bytes(found["operator.db"])
-    with closing(sqlite3.connect(old)) as database:
-        database.execute("ALTER TABLE jobs DROP COLUMN losses")  # as before 0006
-        database.execute("UPDATE alembic_version SET version_num = '0005'")
-        database.commit()
-        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    spoilt = _manifest(revision="0005")({**found, "operator.db": old.read_bytes()})
+    old, found = tmp_path / "old.db", members(backup)
+    _migrated(old, "0004")  # whose jobs have no losses
+    (tmp_path / "new.db").write_bytes(found["operator.db"])
+    with closing(sqlite3.connect(old, isolation_level=None)) as database:
+        database.execute("ATTACH ? AS new", (str(tmp_path / "new.db"),))
+        for table in ("versions", "apis", "jobs"):
+            columns = ", ".join(
+                row[1] for row in database.execute(f"PRAGMA main.table_info({table})")
+            )
+            assert "losses" not in columns
+            database.execute(f"INSERT INTO {table} ({columns}) SELECT {columns} FROM new.{table}")
+    spoilt = _manifest(revision="0004")({**found, "operator.db": old.read_bytes()})
     with restored(written(tmp_path / "older", spoilt), tmp_path / "other") as other:
         assert other.run(f"{other.url}/probe")["status"] == "status_succeeded"
 
