@@ -128,6 +128,36 @@ def test_a_job_whose_group_somebody_removes_is_lost_and_runs_without_no_limit(be
     bench.run(scenario)
 
 
+def test_a_superseded_operator_that_closes_takes_no_groups_place(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        limited(engine)
+        assert engine._groups.memory is not None
+        assert engine._groups.trees is not None
+        engine._groups.memory.close()
+        engine._groups.trees.close()
+        attempt = bench.attempt(
+            "def task(config): return open('/proc/self/cgroup').read()", mem=64 << 20
+        )
+        found = str((await bench.outcome(engine, attempt)).result)
+        assert f"{attempt.spec.job_id}-1" in found
+        assert "supervisor." in found or engine._groups.memory == engine._groups.trees
+
+    bench.run(scenario)
+
+
+def test_a_place_that_works_stays_where_no_limit_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounts = limits._mounts()
+    monkeypatch.setattr(limits, "_mounts", lambda: {**mounts, "": [], "memory": [tmp_path]})
+    found = limits.probe(tmp_path)
+    if found.trees is None:
+        pytest.skip("this user has no control groups")
+    assert found.kind == "watchdog"
+    assert found.trees.folder.is_dir()
+    found.trees.close()
+
+
 def test_a_group_is_of_a_process_that_lives_or_an_orphan() -> None:
     about = processes.stat("self")
     assert about is not None

@@ -57,6 +57,8 @@ class Place:
             OSError: this user may not.
         """
         self.folder.mkdir(exist_ok=True)
+        if self.kind == "v2":
+            _put(self.folder / "cgroup.subtree_control", "+memory")
         if account is not None:
             os.chown(self.folder, 0, 0)  # earlier versions gave it away
             self.folder.chmod(0o700)
@@ -76,16 +78,11 @@ class Place:
         """
         group = self.folder / name
         group.mkdir(exist_ok=True)  # the order was given to one that is gone
-        for file, is_needed in _LIMIT[self.kind]:
-            if is_needed or (group / file).exists():
-                # Without swap the limit is that of both together (v1), or there is none (v2).
-                put(group / file, 0 if file == "memory.swap.max" else amount)
-        if self.kind == "v2":
-            put(group / "memory.oom.group", 1)
-        if account is not None:
-            _give(group / JOIN[self.kind], account)
-            if self.kind == "v1":
-                _give(group / "cgroup.event_control", account)
+        try:
+            self._set_up(group, amount, account)
+        except OSError:
+            remove(group, within_s=0)
+            raise
         return group
 
     def hold(self, name: str, pid: int) -> Path:
@@ -102,6 +99,18 @@ class Place:
             remove(group, within_s=0)
             raise
         return group
+
+    def _set_up(self, group: Path, amount: int, account: Account | None) -> None:
+        for file, is_needed in _LIMIT[self.kind]:
+            if is_needed or (group / file).exists():
+                # Without swap the limit is that of both together (v1), or there is none (v2).
+                put(group / file, 0 if file == "memory.swap.max" else amount)
+        if self.kind == "v2":
+            put(group / "memory.oom.group", 1)
+        if account is not None:
+            _give(group / JOIN[self.kind], account)
+            if self.kind == "v1":
+                _give(group / "cgroup.event_control", account)
 
 
 class Groups:
@@ -128,7 +137,14 @@ class Groups:
         """
         if self.memory is None:
             return None
-        group = self.memory.limit(f"{self.prefix}{job_id}-{attempt}", amount, self.account)
+        name = f"{self.prefix}{job_id}-{attempt}"
+        try:
+            group = self.memory.limit(name, amount, self.account)
+        except (
+            FileNotFoundError
+        ):  # an operator that is superseded has removed the place as it closed
+            self.memory.open_up(self.account)
+            group = self.memory.limit(name, amount, self.account)
         self._limits[job_id] = group
         return str(group)
 
@@ -151,7 +167,11 @@ class Groups:
             about = processes.stat(pid)
             if self.trees is not None and about is not None:
                 name = f"{self.prefix}supervisor.{pid}.{about[2]}"
-                return Held(self, self.trees.hold(name, pid))
+                try:
+                    return Held(self, self.trees.hold(name, pid))
+                except FileNotFoundError:  # as in `limit`
+                    self.trees.open_up(self.account)
+                    return Held(self, self.trees.hold(name, pid))
         except ProcessLookupError:
             pass  # it is gone
         except OSError as error:

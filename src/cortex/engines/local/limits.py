@@ -113,8 +113,6 @@ def _works(name: str, account: Account | None, trees: Place | None, memory: Plac
         for place in places:
             place.open_up(account)
         if memory is not None:
-            if memory.kind == "v2":
-                groups.put(memory.folder / "cgroup.subtree_control", "+memory")
             group = memory.limit(f"{trial}.limit", _PROBE_BYTES, account)
             folder = os.open(group, os.O_PATH | os.O_CLOEXEC)
         process = subprocess.Popen(
@@ -141,8 +139,9 @@ def _works(name: str, account: Account | None, trees: Place | None, memory: Plac
         for place in places:
             for made in (trial, f"{trial}.limit"):
                 groups.remove(place.folder / made)
-            if not is_done:
-                place.close()
+        tried = memory or trees  # of two places the other works
+        if tried is not None and not is_done:
+            tried.close()
     return is_done
 
 
