@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
+import subprocess
 from dataclasses import replace
 
 import pytest
 
 from cortex.engines.base import NeverStarted
-from cortex.engines.local import LocalEngine, pulse
+from cortex.engines.local import LocalEngine, process, pulse
 from cortex.worker import processes
 from engines.bench import Bench, until
 from engines.test_recovery import pid_of
@@ -121,3 +123,15 @@ def test_a_look_that_has_no_descriptors_is_made_again(
         assert looks[0] > 1
 
     bench.run(scenario)
+
+
+def test_a_fork_server_is_ended_also_where_there_is_no_thread_to_wait_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def refuse(*_: object) -> None:
+        raise OSError(11, "no thread is to be had")
+
+    monkeypatch.setattr(process, "in_thread", refuse)
+    with subprocess.Popen(["sleep", "300"]) as running:
+        asyncio.run(process.ended(running))
+        assert running.returncode == -signal.SIGKILL

@@ -4,38 +4,30 @@
 
 from __future__ import annotations
 
-import array
 import asyncio
 import contextlib
 import os
-import select
 import signal
 import socket
 import subprocess
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import IO
 
-from cortex.account import Account, identity, without_new_privileges
+from cortex.account import Account, without_new_privileges
 from cortex.background import Background, in_thread
 from cortex.engines.base import Version
-from cortex.engines.local import remains
 from cortex.engines.local.crew import Crew, Listener
 from cortex.engines.local.groups import Groups, Held
+from cortex.engines.local.process import FDS, ended, is_socket, receive, start
 from cortex.engines.local.pulse import Pulse
 from cortex.errors import is_shortage
-from cortex.worker import checks, forkserver, processes
-from cortex.worker.messages import JOB_ID_ROOM, JOBS_FOLDER, MOST_MESSAGE, Reply, Setup, shorten
+from cortex.worker import checks, processes
+from cortex.worker.messages import Reply, Setup, shorten
 
 READY_S = 60.0
-_END_S = 5
-_COLLECTED_S = 1
-"""For one that has ended: it takes longer only where a job traces it, and then as long as that job likes."""
 _UNUSABLE = "the operator has too many open files, or the process is not of the jobs' user"
-_FDS = 2  # a pidfd and a socket come with each
 _AT_A_TIME = 64  # messages that are read before others have their turn
-_SCRIPT = str(Path(forkserver.__file__).absolute())
 
 
 class ForkServer:
@@ -144,7 +136,15 @@ class ForkServer:
         ours.setblocking(False)
         self._socket = ours
         try:
-            self._process = await in_thread(without_new_privileges, self._popen, theirs)
+            self._process = await in_thread(
+                without_new_privileges,
+                start,
+                theirs,
+                self._errors,
+                self.version,
+                self.setup,
+                self._account,
+            )
         except OSError as error:
             self._words = str(error)
             self.is_held_up = is_shortage(error)
@@ -181,7 +181,7 @@ class ForkServer:
         if self._process is not None:
             if not self.ready:
                 self._process.kill()  # it may be in a long import, and holds nothing yet
-            await _ended(self._process)
+            await ended(self._process)
         if self._errors is not None:
             self._errors.close()
 
@@ -217,26 +217,6 @@ class ForkServer:
             for order in self.crew.waiting.values():
                 self._listener.waits(order, why)
 
-    def _popen(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
-        with tempfile.TemporaryFile() as stdin:
-            stdin.write(self.setup.dumps())
-            stdin.seek(0)
-            return subprocess.Popen(
-                [str(self.version.python), "-s", _SCRIPT, str(theirs.fileno())],
-                stdin=stdin,
-                stdout=self._errors,
-                stderr=self._errors,
-                env={
-                    **_for_interpreter(self.setup.env),
-                    "CORTEX_JOB_ID": "-" * JOB_ID_ROOM,
-                    JOBS_FOLDER: remains.identity(Path(self.setup.import_dir).parent),
-                },
-                cwd=self.setup.project,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                **identity(self._account),
-            )
-
     def _watch_process(self) -> None:
         """Be told of its end also where a job has its end of the socket, and that does not end with it."""
         if self._process is not None:
@@ -262,7 +242,7 @@ class ForkServer:
             if self._closed or self._ending is not None:
                 return
             try:
-                data, fds = _receive(self._socket)
+                data, fds = receive(self._socket)
             except BlockingIOError:
                 return
             except ConnectionError:
@@ -318,7 +298,7 @@ class ForkServer:
         self._on_end()
 
     def _forked(self, reply: Reply, fds: list[int]) -> None:
-        if len(fds) == _FDS and self._is_own(fds[0]) and _is_socket(fds[1]):
+        if len(fds) == FDS and self._is_own(fds[0]) and is_socket(fds[1]):
             sock = socket.socket(fileno=fds.pop())
             self._joining.run(self._join(fds.pop(), sock))
             return
@@ -383,7 +363,7 @@ class ForkServer:
 
     async def _end(self) -> None:
         if self._process is not None:
-            await _ended(self._process)
+            await ended(self._process)
         if not self._closed:
             self._died(self)
 
@@ -407,61 +387,3 @@ class ForkServer:
         if self._process is not None and not self.ready:
             self._hurried = True
             self._process.send_signal(signal.SIGKILL)
-
-
-def _for_interpreter(env: dict[str, str]) -> dict[str, str]:
-    """Without the user's own folders: what lies there could shadow what the fork server is made of. It
-    puts them on the path of jobs itself."""
-    return {name: value for name, value in env.items() if name != "PYTHONPATH"}
-
-
-def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
-    room = socket.CMSG_SPACE(_FDS * array.array("i").itemsize)
-    # Descriptors that arrive would else be inherited by whatever the operator starts.
-    data, ancillary, _, _ = sock.recvmsg(MOST_MESSAGE, room, socket.MSG_CMSG_CLOEXEC)
-    fds = array.array("i")
-    for level, kind, payload in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-    return data, list(fds)
-
-
-def _is_socket(fd: int) -> bool:
-    """Whether it is of the kind that supervising processes have."""
-    try:
-        with socket.socket(fileno=os.dup(fd)) as found:
-            kind = found.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
-            return found.family == socket.AF_UNIX and kind == socket.SOCK_SEQPACKET
-    except OSError:
-        return False
-
-
-async def _ended(process: subprocess.Popen[bytes]) -> None:
-    try:
-        await in_thread(_wait, process)
-    except OSError:
-        process.kill()
-        process.wait()  # not for long
-
-
-def _wait(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None and not _ends(process.pid):
-        process.kill()
-        _ends(process.pid)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_COLLECTED_S)
-
-
-def _ends(pid: int) -> bool:
-    """Whether a child does so by itself within a time, by the kernel's clock: that of the system may be
-    set meanwhile."""
-    try:
-        pidfd = os.pidfd_open(pid)  # it is not reaped yet: it is surely this one
-    except OSError:
-        return False  # there are no descriptors to wait with
-    try:
-        poller = select.poll()  # a select takes no descriptor from 1024 on
-        poller.register(pidfd, select.POLLIN)
-        return bool(poller.poll(_END_S * 1000))
-    finally:
-        os.close(pidfd)
