@@ -217,12 +217,17 @@ def test_a_large_body_is_answered_as_a_small_one(shared: Operator, probe: str, b
     assert (small[0], set(small[1])) == (large[0], set(large[1]))  # type: ignore[call-overload]
 
 
-def test_a_key_tells_large_bodies_apart(own: Operator) -> None:
+def test_a_key_tells_large_bodies_apart_and_head_is_get(own: Operator) -> None:
     endpoint, _ = busy(own)
     key = {"Idempotency-Key": "k"}
     first = post(own, endpoint, TEXT, **key).json()
     again = post(own, endpoint, b" " + TEXT, **key).json()
     assert again == first
+    one = f"{endpoint}/{first['job_id']}"
+    assert own.http.get(one).json()["job_status"]["config"] == json.loads(TEXT)["config"]
+    head = own.http.head(one)
+    assert (head.status_code, head.content) == (200, b"")
+    assert int(head.headers["content-length"]) == len(own.http.get(one).content)
     other = own.http.post(endpoint, content=ROWS, headers=key)
     assert (other.status_code, other.json()["kind"]) == (409, "conflict")
 

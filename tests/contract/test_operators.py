@@ -402,3 +402,20 @@ def test_one_that_cannot_drive_when_its_turn_comes_ends_and_says_why(
         assert "Traceback" not in told
         kept.unlink()
         kept.with_name("kept").rename(kept)
+
+
+@TRIO
+def test_a_large_config_goes_through_whichever_operator_to_the_job_and_back(trio: Trio) -> None:
+    text = "é" * 100_000
+    first = trio.others[0]
+    first.deployed(probe_yaml("large"), {"probe.py": PROBE})
+    runs = first.submit(f"{first.url}/large", config={**ASLEEP, "text": text})
+    job = first.submit(f"{first.url}/large", config={"text": text})
+    for each in trio.running:
+        endpoint = f"{each.url}/large"
+        assert each.status(endpoint, runs)["config"]["text"] == text
+        end = each.finished(endpoint, job)
+        assert end["config"]["text"] == end["result"]["text"] == text
+        listed = each.http.get(endpoint).json()["job_statuses"]
+        assert [status["truncated"] for status in listed] == [["config", "result"], ["config"]]
+    first.delete(f"{first.url}/large", runs)
