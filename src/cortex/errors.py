@@ -66,6 +66,13 @@ class ForeignOrigin(CortexError):
     http_status = 403
 
 
+class RequestTimeout(CortexError):
+    """The request did not come whole, or only too slowly."""
+
+    kind = "request.timeout"
+    http_status = 408
+
+
 class ForeignHost(CortexError):
     """The request names a host that this operator, which asks for no token, is not known as."""
 

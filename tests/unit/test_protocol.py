@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 
 import pytest
-import uvicorn
 
 from cortex.operator import protocol
 from cortex.operator.http import App, Receive, Scope, Send
+from cortex.operator.server import Server
 
 ANSWER = b"early"
 
@@ -30,22 +31,27 @@ async def broken(scope: Scope, receive: Receive, send: Send) -> None:
 @asynccontextmanager
 async def connected(app: App) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """A connection to a server of this app."""
-    config = uvicorn.Config(
-        app, http=protocol.Protocol, ws="none", lifespan="off", log_config=None, port=0
-    )
-    server = uvicorn.Server(config)
-    config.load()
-    server.lifespan = config.lifespan_class(config)
-    await server.startup()
-    try:
-        port = server.servers[0].sockets[0].getsockname()[1]
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    async with serving(app) as (host, port):
+        reader, writer = await asyncio.open_connection(host, port)
         try:
             yield reader, writer
         finally:
             writer.close()
             with contextlib.suppress(ConnectionError):
                 await writer.wait_closed()
+
+
+@asynccontextmanager
+async def serving(app: App, most: int = 100) -> AsyncIterator[tuple[str, int]]:
+    """A server of this app; where it listens."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = Server(app, listener, most, lambda: None)
+    server.config.load()
+    server.lifespan = server.config.lifespan_class(server.config)
+    address = listener.getsockname()
+    await server.startup()
+    try:
+        yield address
     finally:
         await server.shutdown()
 

@@ -10,12 +10,11 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 
 import structlog
-import uvicorn
 from fastapi import FastAPI
 
 import cortex
@@ -25,6 +24,7 @@ from cortex.errors import StartupError
 from cortex.operator import admin, jobs, log_routes
 from cortex.operator.archive import Archive
 from cortex.operator.auth import Authentication
+from cortex.operator.connections import most
 from cortex.operator.context import Context, Jobs
 from cortex.operator.deploys import Deployer
 from cortex.operator.direct import Direct
@@ -41,9 +41,9 @@ from cortex.operator.http import Answer, App, Error, Gate, install_error_handler
 from cortex.operator.logs import LogWatcher
 from cortex.operator.metrics import Metrics
 from cortex.operator.place import settle
-from cortex.operator.protocol import Protocol
 from cortex.operator.refusals import Refusals
 from cortex.operator.render import Renderer
+from cortex.operator.server import Server, prepare
 from cortex.operator.settings import Settings
 from cortex.operator.terms import Terms, driven
 from cortex.operator.versions import Versions
@@ -51,9 +51,6 @@ from cortex.projects.environments import Environments
 from cortex.projects.files import Files
 from cortex.projects.kept import Projects
 from cortex.store import Store
-
-# Long polls and followed logs are cut off after this; clients ask again.
-_SHUTDOWN_S = 2
 
 
 def create_app(ctx: Context, deployer: Deployer, refusals: Refusals) -> App:
@@ -172,8 +169,8 @@ async def run(settings: Settings, ready: Callable[[str], None]) -> None:
     """
     configure_logging()
     # Each running job takes two descriptors here; jobs themselves get what was there before.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if settings.account is not None:
         os.umask(0o022)  # jobs of another user read what is unpacked here
     settings = replace(settings, host=_known(settings.host))
@@ -189,42 +186,14 @@ async def run(settings: Settings, ready: Callable[[str], None]) -> None:
     )
     end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     async with opened(settings, end.set_exception) as app:
-        config = uvicorn.Config(
-            app,
-            http=Protocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=_SHUTDOWN_S,
-        )
-        server = _Server(config, lambda: ready(_url(settings.host, port)))
+        server = Server(app, listener, most(), lambda: ready(_url(settings.host, port)))
         # What was loaded so far stays: a collection while it serves need not look through it.
         gc.freeze()
         gc.enable()
         end.add_done_callback(lambda _: server.handle_exit(signal.SIGTERM, None))
-        await server.serve(sockets=[listener])
+        await server.serve(sockets=[])
     if end.done():
         end.result()
-
-
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._ready = ready
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._ready()  # not before a signal is heard
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        # uvicorn's own raises the signal again when it has shut down, before our parts are closed.
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.handle_exit, number, None)
-        yield
 
 
 def configure_logging() -> None:
@@ -279,9 +248,7 @@ def _listen(settings: Settings) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=2048)
-        # asyncio sets it only on sockets that name their protocol; Nagle's algorithm would hold an
-        # answer's body back until the client's delayed acknowledgement of its head: 40 ms.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        prepare(listener)
         return listener
     except (OSError, OverflowError) as error:
         raise StartupError(

@@ -6,14 +6,23 @@ is still sending its body can read an early answer. The app's server uses it.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import re
+import sys
+import termios
+from asyncio import AbstractEventLoop
+from dataclasses import dataclass
+from http import HTTPStatus
 from typing import cast
 
 import httptools
+from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
 
-from cortex.errors import InvalidRequest
+from cortex.errors import CortexError, InvalidRequest, RequestTimeout
+from cortex.operator.connections import HEADER_S, Connections
 
 MOST_HEADER_BYTES = 64 * 1024
 # Many clients read no answer before they have sent all. A socket that is closed with unread data resets
@@ -21,6 +30,11 @@ MOST_HEADER_BYTES = 64 * 1024
 MAX_DISCARDED_BYTES = 256 * 1024**2
 DISCARD_TIMEOUT_S = 30.0
 _PIECE = 16 * 1024  # is read at a time, and a header that goes on is counted so
+# A body has to bring so much in a time, and the client to take so much of an answer: less than the slowest
+# mobile network has. Who reads a log page by page (`less`) takes longer than who sends.
+LEAST_BYTES = 15_000
+BODY_S = 30.0
+ANSWER_S = 300.0
 # Names that offer another protocol (RFC 9110, 7.8; RFC 7540, 3.2): an offer may be ignored.
 _AUTHORITY_END = re.compile(rb"[/?#]")
 _OFFERS = {b"connection", b"upgrade", b"http2-settings"}
@@ -29,11 +43,25 @@ _OFFERS = {b"connection", b"upgrade", b"http2-settings"}
 class Protocol(HttpToolsProtocol):
     """One connection."""
 
+    _answered_bytes = 0
+    _body_bytes = 0
+    _body: Movement | None = None
+    _answer: Movement | None = None
     _header_bytes = 0
     _in_header = False
     _discarded_bytes = 0
     _discard_timer: asyncio.TimerHandle | None = None
     _closes_after_discard = False
+
+    def __init__(
+        self, config: Config, state: ServerState, loop: AbstractEventLoop, all_of_them: Connections
+    ) -> None:
+        super().__init__(config, state, {}, loop)
+        self._all = all_of_them
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        super().connection_made(transport)
+        self._all.opened(self)
 
     def data_received(self, data: bytes) -> None:
         """Called by the loop with what has come."""
@@ -80,8 +108,11 @@ class Protocol(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             super().on_headers_complete()
             self.cycle.transport = cast(asyncio.Transport, _Outgoing(self, self.cycle))
+            self._body = self._answer = None
+            self._all.begins(self)
 
     def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
         if self.cycle is not None:
             super().on_body(body)
         if self._discard_timer is not None:
@@ -103,17 +134,70 @@ class Protocol(HttpToolsProtocol):
                 self.timeout_keep_alive_task = self.loop.call_later(
                     self.timeout_keep_alive, self.timeout_keep_alive_handler
                 )
+                self._all.rests(self)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self._is_answered_early(self.cycle) and not self.transport.is_closing():
             self._discarded_bytes = 0
             self._discard_timer = self.loop.call_later(DISCARD_TIMEOUT_S, self.transport.close)
+        elif self.cycle.response_complete:  # else the next request has come already
+            self._all.rests(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._all.closed(self)
         if self._discard_timer is not None:
             self._discard_timer.cancel()
         super().connection_lost(exc)
+
+    def look(self, now: float) -> None:
+        """Leave a client whose body does not come, or that does not read its answer."""
+        cycle = self.cycle
+        if self.is_read_out():
+            self._answer = None
+            if cycle.response_complete and self._discard_timer is None:
+                self._all.rests(self)
+        else:
+            taken = self._answered_bytes - self._untaken()
+            self._answer = self._answer or Movement(now, taken)
+            if self._answer.is_too_slow(now, taken, ANSWER_S):
+                self.drop()
+                return
+        is_ours_to_go_on = self.flow.read_paused or cycle.waiting_for_100_continue
+        if cycle.response_complete or not cycle.more_body or is_ours_to_go_on:
+            self._body = None
+            return
+        self._body = self._body or Movement(now, self._body_bytes)
+        if self._body.is_too_slow(now, self._body_bytes, BODY_S):
+            words = f"of the body less than {LEAST_BYTES} bytes came in {BODY_S:g} s"
+            self._refuse(_closing(RequestTimeout(f"{words}; send it faster, or compressed")))
+
+    def no_header(self) -> None:
+        """Leave a client that has sent no header, or half of one."""
+        if self._in_header:
+            words = f"no whole header of a request came within {HEADER_S:g} s"
+            self._refuse(_closing(RequestTimeout(f"{words}; send it in one piece")))
+        else:
+            self.transport.close()
+
+    def drop(self) -> None:
+        """Leave the client at once."""
+        self.transport.abort()
+
+    def is_read_out(self) -> bool:
+        """Whether the system has taken all that was answered."""
+        return not self.transport.get_write_buffer_size()
+
+    def _untaken(self) -> int:
+        """The bytes of answers that are not at the client. The system takes new ones from here in lumps of
+        a megabyte, which say little about a slow one."""
+        queued = fcntl.ioctl(self.transport.get_extra_info("socket"), termios.TIOCOUTQ, bytes(4))
+        return self.transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
+
+    def answers(self, data: bytes) -> None:
+        """Called with each piece of an answer."""
+        self._answered_bytes += len(data)
+        self.transport.write(data)
 
     def close_after(self, cycle: RequestResponseCycle) -> None:
         """Close the connection, once the rest of the request of `cycle` has been read."""
@@ -128,6 +212,9 @@ class Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what cannot be read, and close: nobody knows where the next request would begin."""
+        self._refuse(_REFUSAL)
+
+    def _refuse(self, answer: bytes) -> None:
         self._in_header = False
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True  # its route learns that the body ends here
@@ -138,7 +225,7 @@ class Protocol(HttpToolsProtocol):
             and not self.cycle.response_complete
         )
         if not is_answered:
-            self.transport.write(_REFUSAL)
+            self.transport.write(answer)
         self.transport.close()
 
     def _name_the_target(self) -> None:
@@ -167,7 +254,7 @@ class _Outgoing:
     def __init__(self, protocol: Protocol, cycle: RequestResponseCycle) -> None:
         self._protocol = protocol
         self._cycle = cycle
-        self.write = protocol.transport.write
+        self.write = protocol.answers
         self.is_closing = protocol.transport.is_closing
 
     def close(self) -> None:
@@ -175,16 +262,33 @@ class _Outgoing:
         self._protocol.close_after(self._cycle)
 
 
-def _refusal() -> bytes:
-    error = InvalidRequest(
-        "this is not a request of HTTP/1.1, or its header is over 64 KiB; send one as RFC 9112 has it"
-    )
+@dataclass(slots=True)
+class Movement:
+    """Since when few bytes have moved, and how many had before."""
+
+    since: float
+    before: int
+
+    def is_too_slow(self, now: float, moved: int, within_s: float) -> bool:
+        """Whether it took too long for the next few."""
+        if moved - self.before >= LEAST_BYTES:
+            self.since, self.before = now, moved
+        return now - self.since > within_s
+
+
+def _closing(error: CortexError) -> bytes:
+    """The answer that an error is, where there is no exchange that could send it."""
+    status = HTTPStatus(error.http_status)
     body = json.dumps({"kind": error.kind, "message": error.message}, separators=(",", ":"))
     head = (
-        f"HTTP/1.1 {error.http_status} Bad Request\r\ncontent-type: application/json\r\n"
+        f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
         f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
     )
     return (head + body).encode("ascii")
 
 
-_REFUSAL = _refusal()
+_REFUSAL = _closing(
+    InvalidRequest(
+        "this is not a request of HTTP/1.1, or its header is over 64 KiB; send one as RFC 9112 has it"
+    )
+)
