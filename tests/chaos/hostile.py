@@ -17,6 +17,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from typing import Any
 import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from cortex.worker import trees
 from support import FINAL, Operator, operator, reachable, until
 
 USER = "nobody"
@@ -233,6 +236,16 @@ class Battle:
         return found
 
 
+@contextmanager
+def room() -> Iterator[Path]:
+    """A folder that the jobs' user can pass; `shutil` comes to the end of its stack in what jobs make there."""
+    folder = tempfile.mkdtemp()
+    try:
+        yield Path(folder)
+    finally:
+        trees.remove(folder)
+
+
 def battle(folder: Path, hostile: int, honest: int, seed: int) -> Counter[str]:
     """Run hostile jobs beside honest ones; the final statuses of the hostile ones.
 
@@ -263,8 +276,8 @@ def main() -> None:
     given = parser.parse_args()
     print(f"seed {given.seed}", flush=True)
     begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        ends = battle(Path(folder), given.hostile, given.honest, given.seed)
+    with room() as folder:
+        ends = battle(folder, given.hostile, given.honest, given.seed)
     print(f"{given.hostile} hostile jobs beside {given.honest} honest ones: no violation")
     print(dict(ends), f"{time.monotonic() - begin:.0f} s")
 

@@ -91,7 +91,7 @@ class Attempts:
             OSError: there are no descriptors to find out with.
         """
         held = [live.taken_over for live in self._live.values()]
-        return {processes.held(each.pidfd) for each in held if each is not None}
+        return {processes.held(each.pidfd) for each in held if each is not None and each.pidfd >= 0}
 
     def begin(self, attempt: Attempt, grace_s: float, supervisor: Supervisor | None = None) -> None:
         """One is started now, by this supervising process if it has one already."""

@@ -132,7 +132,8 @@ class Supervisor:
     def stop(self) -> None:
         """It ends its job and then itself."""
         self.is_spent = True
-        ask_to_end(self.pidfd)
+        if self.pidfd >= 0:  # else what it has left is being ended
+            ask_to_end(self.pidfd)
 
     def dismiss(self) -> None:
         """It ends now, or when the job that it has does. Its end is told all the same."""

@@ -41,7 +41,8 @@ class TakenOver:
 
     def stop(self) -> None:
         """It ends its job, and then itself."""
-        ask_to_end(self.pidfd)
+        if self.pidfd >= 0:
+            ask_to_end(self.pidfd)
 
     def end(self) -> None:
         """It is over with the job."""
