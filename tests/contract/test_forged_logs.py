@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from contract.test_logs import events
+from cortex.operator.logs import REPLACED
 from support import Operator, operator, until
 
 LIMIT = 1 << 20
@@ -126,15 +127,16 @@ def test_what_a_job_says_is_gone_of_its_log_is_believed_where_it_can_be_true(
 
 
 @pytest.mark.parametrize("instead", ["folder", "pipe"])
-def test_what_is_no_file_is_an_empty_log(
+def test_what_is_no_file_is_told_to_be_none(
     archiving: tuple[Operator, Path], forger: str, instead: str
 ) -> None:
     own, folder = archiving
     found = own.run(forger, config={"instead": instead})
     assert found["status"] == "status_succeeded"
-    assert own.log_of(forger, found) == ""
+    assert own.log_of(forger, found) == REPLACED
     until((own.data_dir / "archived" / found["job_id"]).exists, "it is archived")
-    assert (folder / "logs" / found["job_id"] / "log").read_bytes() == b""
+    assert (folder / "logs" / found["job_id"] / "log").read_text() == REPLACED
+    assert own.log_of(forger, found) == REPLACED
 
 
 def test_a_large_log_of_a_job_that_runs_is_cut_too(

@@ -97,7 +97,7 @@ class Copies:
                 return True  # all that there is of it is here
             if not self._fetch(job_id, path.parent):
                 return is_driving  # of an earlier term, and nobody has had it since
-        elif not is_there(path) and not self._fetch(job_id, path.parent):
+        elif not is_there(path) and not is_replaced(path) and not self._fetch(job_id, path.parent):
             return False
         mark.touch()
         return True
@@ -117,7 +117,8 @@ class Copies:
                     told.write_bytes(cut)
                     os.rename(told, logfile.CUT, dst_dir_fd=fd)
                 part = packed if cut is None else whole
-                os.rename(part, logfile.NAME, dst_dir_fd=fd)
+                with suppress(IsADirectoryError):  # the job's, which is shown to be in its place
+                    os.rename(part, logfile.NAME, dst_dir_fd=fd)
             finally:
                 os.close(fd)
             return True
