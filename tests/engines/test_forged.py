@@ -373,7 +373,8 @@ def test_a_job_tells_of_no_gpu_that_it_has_not(bench: Bench) -> None:
     """The store knows which it has; a claim of an earlier version does not tell, and then its record may."""
     attempt = bench.attempt("def task(config): ...", gpu=1, handle=records.handle(gpus=[1]))
     old = replace(attempt, handle=records.handle())
-    bench.folder(attempt).mkdir(parents=True)
+    bench.root.mkdir(exist_ok=True)
+    records.make(str(bench.folder(attempt)), None)
     job_id = attempt.spec.job_id
     for gpus, held in (([1], [1]), ([0, 1], []), ([], []), ([0, 0], []), (["0"], [])):
         start = {**START, "job_id": job_id, "attempt": 1, "gpus": gpus}
