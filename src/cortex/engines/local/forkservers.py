@@ -243,5 +243,5 @@ def _is_environment(folder: Path) -> bool:
     try:
         with beneath.opened(str(folder.parents[1]), folder.parent.name, folder.name) as venv:
             return beneath.stat(venv, "pyvenv.cfg") is not None
-    except OSError:
+    except (OSError, IndexError):  # it is right below the root, as an interpreter of the system is
         return False
