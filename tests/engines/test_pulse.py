@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from cortex.engines.base import NeverStarted
+from cortex.engines.base import Ended, NeverStarted
 from cortex.engines.local import LocalEngine, process, pulse
 from cortex.worker import processes
 from engines.bench import Bench, until
@@ -17,9 +17,19 @@ from engines.test_recovery import pid_of
 
 # Takes what the fork server is asked from its own socket, by the numbers of system calls that all machines have.
 STEALS = """
-    import ctypes, os, select, socket
+    import ctypes, os, socket, time
     libc = ctypes.CDLL(None, use_errno=True)
     def task(config):
+        own = stolen() if config["steals"] else []
+        while not os.path.exists(config["go"]):
+            for _ in range(1000 if own else 0):
+                for each in own:
+                    try:
+                        each.recv(100, socket.MSG_DONTWAIT)
+                    except OSError:
+                        pass
+            time.sleep(0 if own else 0.02)
+    def stolen():
         server = int(open(f"/proc/{os.getppid()}/stat").read().rpartition(")")[2].split()[1])
         pidfd = libc.syscall(434, server, 0)
         own = []
@@ -28,9 +38,7 @@ STEALS = """
             if fd >= 0 and os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
                 own.append(socket.socket(fileno=fd))
         print("stolen", len(own), flush=True)
-        while own:
-            for each in select.select(own, [], [])[0]:
-                each.recv(100)
+        return own
 """
 
 
@@ -52,26 +60,29 @@ def server_of(bench: Bench, attempt: object) -> int:
 
 def test_a_fork_server_whose_orders_somebody_else_takes_is_replaced(bench: Bench) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        thief = bench.attempt(STEALS)
+        go = str(bench.marker)
+        thief = bench.attempt(STEALS, config={"steals": True, "go": go})
         await bench.start(engine, thief)
         await bench.printed(thief, "stolen")
         if "stolen 0" in bench.log(thief):
             pytest.skip("processes of one user may not take files of one another here")
         server = server_of(bench, thief)
-        # Those that were asked for before have supervising processes.
-        others = [replace(bench.attempt(STEALS), version=thief.version) for _ in range(4)]
-        for other in others:
-            await bench.start(engine, other)
+        others = [bench.attempt(config={"steals": False, "go": go}) for _ in range(8)]
+        others = [replace(each, version=thief.version) for each in others]
+        for each in others:  # of so many orders the fork server does not see all
+            await bench.start(engine, each)
         await until(lambda: any(isinstance(seen, NeverStarted) for seen in bench.seen))
         assert pulse.SILENT in bench.waits
         # Its socket has not ended: the thief has it.
         await until(lambda: processes.living(server) is None)
-        bench.write("def task(config): return 1")
-        after = replace(bench.attempt("def task(config): return 1"), version=thief.version)
-        assert (await bench.outcome(engine, after)).result == 1
-        for each in (thief, *others):
-            engine.stop(each.spec.job_id)
-            await bench.last(each)
+        after = replace(bench.attempt(config={"steals": False, "go": go}), version=thief.version)
+        await bench.start(engine, after)
+        await bench.started(after)
+        bench.marker.touch()
+        for each in (thief, *others, after):
+            assert isinstance(await bench.last(each), Ended | NeverStarted)
+        engine.forget(thief.version.api.api_id)
+        await until(lambda: not [line for line in bench.left() if "forkserver.py" in line])
 
     bench.run(scenario)
 
