@@ -20,6 +20,7 @@ METHODS = {
     "/metrics": READ_ONLY,
     "/-/openapi.json": READ_ONLY,
     "/-/info": READ_ONLY,
+    "/-/audit": READ_ONLY,
     "/-/cluster": READ_ONLY,
     "/-/apis": READ_ONLY | {"POST"},
     "/-/apis/{name}": OF_A_JOB,
