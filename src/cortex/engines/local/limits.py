@@ -82,8 +82,9 @@ def probe(root: Path, account: Account | None = None) -> Limits:
     for place in v2:
         if _works(name, account, place, place):
             return Limits("v2", place, place)
-    if v2 and _delegate(mounts[""][0]) and _works(name, account, v2[0], v2[0]):
-        return Limits("v2", v2[0], v2[0])
+    for folder, place in zip(mounts.get("", []), v2, strict=True):
+        if _delegate(folder) and _works(name, account, place, place):
+            return Limits("v2", place, place)
     # Freezers first: to enter a v2 group takes 12-20 ms, and what is frozen is killed as surely.
     candidates = [*places.get("freezer", []), *v2, *places.get("pids", [])]
     trees = next((place for place in candidates if _works(name, account, place, None)), None)
@@ -172,20 +173,23 @@ def _upwards(mount: Path, top: str, path: str) -> list[Path]:
     return [f for f in folders if f.is_relative_to(mount) and f.is_dir()]
 
 
-def _delegate(own: Path) -> bool:
-    """Give this process's own v2 group controllers for groups below it. v2 allows that only where
-    no process is, so the operator moves one down, if it is alone there."""
+def _delegate(folder: Path) -> bool:
+    """Give a v2 group the memory controller for groups below it. v2 allows that only where no process is, so the
+    operator moves one down, if it is alone there. In the group of a systemd service it does not: while jobs run below,
+    systemd could not start the service again, for it starts processes right in that group."""
     try:
-        if "memory" not in (own / "cgroup.controllers").read_text().split():
+        if "memory" not in (folder / "cgroup.controllers").read_text().split():
             return False
-        if set(groups.members(own)) - _family():
+        there = groups.members(folder)
+        if set(there) - _family() or (there and folder.suffix == ".service"):
             return False
-        leaf = own / "cortex-operator"
-        leaf.mkdir(exist_ok=True)
-        for pid in groups.members(own):
-            with suppress(ProcessLookupError):
-                groups.put(leaf / "cgroup.procs", pid)
-        groups.put(own / "cgroup.subtree_control", "+memory")
+        if there:
+            leaf = folder / "cortex-operator"
+            leaf.mkdir(exist_ok=True)
+            for pid in there:
+                with suppress(ProcessLookupError):
+                    groups.put(leaf / "cgroup.procs", pid)
+        groups.put(folder / "cgroup.subtree_control", "+memory")
     except OSError:
         return False
     return True
