@@ -23,8 +23,11 @@ PORT = 8888
 README = UNIT.with_name("README.md")
 AS_IS = ""
 DELEGATED = "Delegate=yes\n"
-OF_ROOT = "User=root\nEnvironment=CORTEX_SERVE_RUN_AS=nobody\nNoNewPrivileges=no\n"
-(SLICE,) = re.findall(r"^\[Service\]\n(Slice=.*?)^```", README.read_text(), re.M | re.S)
+DROP_INS = re.findall(r"^\[Service\]\n(.*?)^```", README.read_text(), re.M | re.S)
+(SLICE,) = [text for text in DROP_INS if "Slice=" in text]
+(OF_ROOT,) = [
+    text.replace("RUN_AS=cortex", "RUN_AS=nobody") for text in DROP_INS if "RUN_AS" in text
+]
 VARIANTS = {
     "as it is": AS_IS,
     "delegated": DELEGATED,
@@ -60,7 +63,10 @@ class Unit(Operator):
     def systemctl(self, verb: str) -> None:
         run("systemctl", verb, "cortex")
         if verb != "stop":
-            until(self.answers, "the operator answers")
+            try:
+                until(self.answers, "the operator answers")
+            except AssertionError as error:
+                raise AssertionError(journal()) from error
 
     def answers(self) -> bool:
         assert run("systemctl", "show", "-P", "ActiveState", "cortex") != "failed", journal()
@@ -94,6 +100,7 @@ def unit(
     yield installed
     for api in installed.http.get(f"{installed.url}/-/apis").json():
         installed.http.delete(f"{installed.url}/-/apis/{api['spec']['name']}")
+    installed.http.close()
     installed.systemctl("stop")
     subprocess.run(["systemctl", "reset-failed"], check=True)
     until(lambda: not left(), f"nothing is left: {left()}")
