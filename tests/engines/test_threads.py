@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cortex.engines.base import Ended, Lost, Started, Unreachable
+from cortex.engines.base import Ended, NeverStarted, Started, Unreachable
 from cortex.engines.local import LocalEngine
 from cortex.worker.processes import children
 from engines.bench import Bench
@@ -71,15 +71,15 @@ def test_a_job_is_taken_up_once_there_is_room(bench: Bench, full: threading.Even
     run(bench, full, scenario)
 
 
-def test_a_fork_server_that_cannot_be_started_loses_its_job_with_the_reason(
+def test_a_fork_server_that_cannot_be_started_holds_its_job_up_with_the_reason(
     bench: Bench, full: threading.Event
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
         attempt = bench.attempt("def task(config): ...")
         await bench.start(engine, attempt)
         last = await bench.last(attempt)
-        assert isinstance(last, Lost)
-        assert "can't start new thread" in last.reason
+        assert isinstance(last, NeverStarted)
+        assert "can't start new thread" in (last.held_up_by or "")
 
     run(bench, full, scenario)
 

@@ -404,11 +404,13 @@ def test_a_killed_supervising_process_leaves_nothing_mounted_and_is_swept(bench:
         await bench.started(attempt)
         os.kill(pid_of(bench, attempt), signal.SIGKILL)
         assert isinstance(await bench.last(attempt), Lost)
-        assert workspaces_of(bench)
+        assert not workspaces_of(bench)
 
     bench.run(scenario)
     assert Path("/proc/self/mountinfo").read_text() == mounts
-    assert workspaces_of(bench)
+    left = workspaces.root_of(bench.root) / "1-1-0"
+    left.mkdir()
+    (left / "of").touch()
 
     async def nothing(_: LocalEngine) -> None: ...
 

@@ -40,7 +40,6 @@ START: dict[str, Any] = {
     "ticks": 99,
     "boot": "2a579ea6-2db2-41ee-b0ed-252ef4d1d132",
     "start_ns": NOW,
-    "cgroups": ["/sys/fs/cgroup/cortex-1"],
     "gpus": [0, 1],
 }
 REPLY: dict[str, Any] = {

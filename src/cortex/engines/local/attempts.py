@@ -172,6 +172,7 @@ class Attempts:
         if live is None:
             return
         live.supervisor = None
+        self._background.run(self._tidy_later())  # that process is killed, and leaves its workspace
         error = OSError(reply.errno, reply.error)
         reason = f"the job's folder cannot be written: {error}"
         if is_storage(error):
@@ -290,6 +291,13 @@ class Attempts:
         else:
             reason = _REBOOTED if gone.rebooted else _KILLED
         self._settle(live, self._lost(live, reason))
+
+    async def _tidy_later(self) -> None:
+        await asyncio.sleep(RETRY_S)
+        with contextlib.suppress(
+            OSError
+        ):  # for want of descriptors or threads: the next one tidies
+            await self._tidy()
 
     async def _clean(self, live: Live) -> None:
         await self._tidy()

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cortex.account import Account
+from cortex.background import in_thread
 from cortex.engines.base import (
     Attempt,
     Capabilities,
@@ -195,6 +196,7 @@ class LocalEngine:
     async def _tidy(self) -> None:
         # What a killed supervising process has left must not run beside the job's next attempt.
         await self._servers.tidy()
+        await in_thread(workspaces.sweep, self._workspaces)
 
     def _free(self, job_id: str) -> bool:
         self._groups.release(job_id)
