@@ -33,7 +33,7 @@ PACKAGES = [
     "libncursesw6", "faketime",
 ]  # fmt: skip
 SYSTEM_SIZE = "3G"
-LEFT_OUT = {".git", ".vm", ".venv-peers", ".venv-fidelity", "ray", "sklearn", "scipy"}
+LEFT_OUT = {".git", ".vm", ".venv-peers", ".venv-fidelity"}
 MEMORY, CPUS = "4G", "2"
 TIMEOUT_S = 3600
 RESULT = "exit status of the tests: "
