@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import signal
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from cortex.engines.base import Ended, NeverStarted, Started, Unreachable
+from cortex.background import in_thread
+from cortex.engines.base import Ended, Lost, NeverStarted, Started, Unreachable
 from cortex.engines.local import LocalEngine
 from cortex.worker.processes import children
 from engines.bench import Bench
+from engines.test_recovery import pid_of
 
 
 @pytest.fixture
@@ -67,6 +72,30 @@ def test_a_job_is_taken_up_once_there_is_room(bench: Bench, full: threading.Even
         bench.go()
         assert (await bench.ended(attempt)).result == "done"
         assert [type(seen) for seen in bench.seen] == [Unreachable, Started, Ended]
+
+    run(bench, full, scenario)
+
+
+def test_a_killed_job_is_told_as_lost_once_there_is_room(
+    bench: Bench, full: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt = bench.killed_operator(bench.sleeper(), "started")
+    refused: list[str] = []
+
+    async def no_thread_at_first(function: Callable[[Path], None], root: Path) -> None:
+        if not refused:
+            refused.append(function.__name__)
+            raise OSError(errno.EAGAIN, "can't start new thread")
+        await in_thread(function, root)
+
+    async def scenario(engine: LocalEngine) -> None:
+        full.clear()
+        await engine.recover(attempt)
+        await bench.started(attempt)
+        monkeypatch.setattr("cortex.engines.local.engine.in_thread", no_thread_at_first)
+        os.kill(pid_of(bench, attempt), signal.SIGKILL)
+        assert isinstance(await bench.last(attempt), Lost)
+        assert refused == ["sweep"]
 
     run(bench, full, scenario)
 

@@ -294,15 +294,14 @@ class Attempts:
 
     async def _tidy_later(self) -> None:
         await asyncio.sleep(RETRY_S)
-        with contextlib.suppress(
-            OSError
-        ):  # for want of descriptors or threads: the next one tidies
+        # For want of descriptors or threads: the next lost attempt tidies.
+        with contextlib.suppress(OSError):
             await self._tidy()
 
     async def _clean(self, live: Live) -> None:
-        await self._tidy()
         while True:
             try:
+                await self._tidy()
                 await in_thread(remains.clean, self._of(live), live.attempt.number)
             except OSError as error:
                 job_id = live.job_id
@@ -313,9 +312,8 @@ class Attempts:
 
     def _conclude_by(self, live: Live, record: ExitRecord) -> None:
         if live.is_forced and live.was_late and record.ending == Ending.EXITED:
-            self._settle(
-                live, self._timed_out(live, record.start_ns)
-            )  # it was seen after its deadline
+            # It was seen after its deadline.
+            self._settle(live, self._timed_out(live, record.start_ns))
             return
         last = Ended(
             job_id=live.job_id,
