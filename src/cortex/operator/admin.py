@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated
 
-from fastapi import APIRouter, File, Form, Query, Request, UploadFile
+from fastapi import APIRouter, File, Form, Request, UploadFile
 from pydantic import JsonValue
 from starlette.responses import Response
 
@@ -15,6 +15,7 @@ from cortex.errors import InvalidSpec, NotFound
 from cortex.operator.context import actor, context
 from cortex.operator.deploys import Deployer, safe_name
 from cortex.operator.http import UPLOAD_PATH, Answer, written
+from cortex.operator.jobs import Cursor, Limit
 from cortex.operator.metrics import MEDIA_TYPE
 from cortex.operator.render import as_list
 from cortex.spec.api import MILLI
@@ -25,10 +26,6 @@ router = APIRouter(default_response_class=Answer, tags=["operator"])
 
 _MAX_CONFIG_BYTES = 1024 * 1024
 _LISTED = 50
-_MAX_LISTED = 1000
-
-Limit = Annotated[int, Query(ge=1, le=_MAX_LISTED, description="Entries on a page.")]
-Cursor = Annotated[int | None, Query(ge=1, lt=2**63, description="The page's `next_cursor`.")]
 
 
 @router.get("/healthz")
@@ -158,17 +155,7 @@ async def audit(request: Request, limit: Limit = _LISTED, cursor: Cursor = None)
     return Answer(
         {
             "entries": [
-                {
-                    "time": rfc3339(entry.time_ns),
-                    "action": entry.action.value,
-                    "by": entry.actor.name,
-                    "address": entry.actor.address,
-                    "api_name": entry.api_name,
-                    "job_id": entry.job_id,
-                    "token": entry.token,
-                    "message": entry.message,
-                    "count": entry.count,
-                }
+                {"time": rfc3339(entry.time_ns), "by": entry.actor.name, **entry.facts()}
                 for entry in page.entries
             ],
             "next_cursor": page.next_cursor,

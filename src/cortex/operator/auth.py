@@ -11,7 +11,7 @@ from cortex.operator.http import App, Message, Receive, Scope, Send, refuse
 from cortex.operator.refusals import Refusals
 from cortex.spec.audit import Actor
 from cortex.spec.token import Scope as TokenScope
-from cortex.spec.token import Token, digest
+from cortex.spec.token import digest
 from cortex.store import Store
 
 _OPEN = frozenset({"/healthz", "/readyz"})  # what probes of load balancers ask
@@ -19,6 +19,13 @@ _JOBS = re.compile(r"/-/apis/[^/]+/jobs(/.*)?", re.DOTALL)
 _BEARER = re.compile(rb"bearer +([!-~]{1,512})", re.IGNORECASE)
 _AUDIT = "/-/audit"
 _POLL_INTERVAL_S = 1.0
+_CLOSE = {"Connection": "close"}  # for the body that may follow is not going to be read
+_INVALID = 'Bearer error="invalid_token"'
+_MISSING = (
+    "this operator wants a token, as 'Authorization: Bearer …'; whoever runs it makes one "
+    "with `cortex token create`. The command takes it with `cortex env configure --token` or "
+    "from $CORTEX_TOKEN"
+)
 _REVOKED = "the token is not known here, or was revoked; ask whoever runs the operator for another"
 
 
@@ -38,19 +45,33 @@ class Authentication:
             await self._app(scope, receive, send)
             return
         given = _BEARER.fullmatch(dict(scope["headers"]).get(b"authorization", b""))
-        digest_ = None if given is None else digest(given[1].decode())
-        token, refusal = await self._looked_up(scope, digest_)
-        if refusal is not None or digest_ is None or token is None:
-            assert refusal is not None
-            error, challenge = refusal
-            await self._refuse(scope, receive, send, error, challenge)
+        if given is None:
+            await self._refuse(scope, receive, send, Unauthorized(_MISSING), "Bearer")
+            return
+        known_by = digest(given[1].decode())
+        try:
+            token = await self._store.token(known_by)
+        except StorageUnavailable as error:
+            await refuse(error, _CLOSE)(scope, receive, send)
+            return
+        if token is None:
+            await self._refuse(scope, receive, send, Unauthorized(_REVOKED), _INVALID)
             return
         scope["token"] = token.name
-        if scope["method"] != "GET":
+        wants = wanted(scope["method"], scope["path"])
+        if not token.scope.allows(wants):
+            words = f"the token's scope is {token.scope.value!r}, and this needs {wants.value!r}"
+            challenge = f'Bearer error="insufficient_scope", scope="{wants.value}"'
+            await self._refuse(scope, receive, send, Forbidden(words), challenge)
+        elif scope["method"] == "GET":
+            await self._answer(scope, receive, send, known_by)
+        else:
             await self._app(scope, receive, send)
-            return
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, known_by: str) -> None:
+        """Answer a GET, for as long as there is a token of this digest."""
         answer = _Answer(send)
-        self._answers[answer] = digest_
+        self._answers[answer] = known_by
         if self._watch is None:
             self._watch = asyncio.create_task(self._end_revoked())
         try:
@@ -60,51 +81,16 @@ class Authentication:
                 raise
             answer.task.uncancel()
             if not answer.has_begun:
-                error = Unauthorized(_REVOKED)
-                challenge = 'Bearer error="invalid_token"'
-                await self._refuse(scope, receive, send, error, challenge)
+                await self._refuse(scope, receive, send, Unauthorized(_REVOKED), _INVALID)
         finally:
             del self._answers[answer]
-
-    async def _looked_up(
-        self, scope: Scope, digest_: str | None
-    ) -> tuple[Token | None, tuple[CortexError, str] | None]:
-        if digest_ is None:
-            return None, (
-                Unauthorized(
-                    "this operator wants a token, as 'Authorization: Bearer …'; whoever runs it makes one "
-                    "with `cortex token create`. The command takes it with `cortex env configure --token` or "
-                    "from $CORTEX_TOKEN"
-                ),
-                "Bearer",
-            )
-        try:
-            token = await self._store.token(digest_)
-        except StorageUnavailable as error:
-            return None, (error, "")
-        if token is None:
-            return None, (Unauthorized(_REVOKED), 'Bearer error="invalid_token"')
-        wants = wanted(scope["method"], scope["path"])
-        if token.scope.allows(wants):
-            return token, None
-        scope["token"] = token.name
-        return token, (
-            Forbidden(
-                f"the token's scope is {token.scope.value!r}, and this needs {wants.value!r}"
-            ),
-            f'Bearer error="insufficient_scope", scope="{wants.value}"',
-        )
 
     async def _refuse(
         self, scope: Scope, receive: Receive, send: Send, error: CortexError, challenge: str
     ) -> None:
-        # Closed, for the body that may follow is not going to be read.
-        headers = {"Connection": "close"}
-        if challenge:
-            headers["WWW-Authenticate"] = challenge
-            self._refusals.add(
-                Actor(scope.get("token"), client_address(scope)), scope["method"], error.kind
-            )
+        actor = Actor(scope.get("token"), client_address(scope))
+        self._refusals.add(actor, scope["method"], error.kind)
+        headers = {**_CLOSE, "WWW-Authenticate": challenge}
         await refuse(error, headers)(scope, receive, send)
 
     async def _end_revoked(self) -> None:
@@ -115,9 +101,9 @@ class Authentication:
                 known = await self._store.known_tokens(set(asked.values()))
             except StorageUnavailable:
                 continue
-            for answer, digest_ in asked.items():
+            for answer, known_by in asked.items():
                 is_open = answer in self._answers and not answer.is_revoked
-                if is_open and digest_ not in known:
+                if is_open and known_by not in known:
                     answer.is_revoked = True
                     answer.task.cancel()
         self._watch = None

@@ -110,7 +110,7 @@ class Connections:
         if self._told is None or now - self._told > _TELL_S:
             self._told = now
             log.warning(
-                "as many connections as may be: the oldest are closed",
+                "connection limit reached; closing the oldest",
                 most=self._most,
                 with_a_request=len(self._busy),
             )

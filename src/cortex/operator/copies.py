@@ -69,9 +69,10 @@ class Copies:
         with opened(path) as fd:
             size = 0 if fd is None else os.fstat(fd).st_size
             gone = None if fd is None else lost(Log(path, limit, attempts), fd)
-            if fd is None or (gone is None and size <= _SMALL):
-                words = REPLACED.encode() if is_replaced(path) else b""
-                self._files.put(_log(job_id), words if fd is None else os.pread(fd, size, 0))
+            if fd is None:
+                self._files.put(_log(job_id), REPLACED.encode() if is_replaced(path) else b"")
+            elif gone is None and size <= _SMALL:
+                self._files.put(_log(job_id), os.pread(fd, size, 0))
             else:
                 start, end = (size, size) if gone is None else (gone.start, gone.end)
                 with self._part() as part:

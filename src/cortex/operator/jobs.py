@@ -48,7 +48,7 @@ JobId = Annotated[str | None, Query(alias="jobID", description="The job.")]
 Wait = Annotated[
     float, Query(ge=0, le=_MAX_WAIT_S, description="Seconds to wait for the job to complete.")
 ]
-Limit = Annotated[int, Query(ge=1, le=_MAX_LISTED, description="Jobs on a page.")]
+Limit = Annotated[int, Query(ge=1, le=_MAX_LISTED, description="Entries on a page.")]
 Cursor = Annotated[int | None, Query(ge=1, lt=2**63, description="The page's `next_cursor`.")]
 
 

@@ -28,14 +28,13 @@ from cortex.operator.folder import held, write
 from cortex.operator.settings import DATABASE, Settings
 from cortex.projects.unpack import Bounded, project_id, unpack
 from cortex.store import snapshot
-from cortex.worker import logfile, processes
+from cortex.worker import checks, logfile, processes
 from cortex.worker.messages import JOBS_FOLDER, LogCut
 
 _MANIFEST_BYTES = 1 << 24
 _LOCK_BYTES = 1 << 22
 _CUT_BYTES = 1 << 12
 _CHUNK = 1 << 20
-_LARGEST = 1 << 62
 _GOES_S = 5.0  # what an operator that has just been stopped lets end
 _ID = r"[0-9A-Za-z_-]{1,64}"
 _PROJECT = re.compile(rf"projects/({_ID})\.tar\.gz")
@@ -305,13 +304,7 @@ class _Unpacked:
 
 def _cut(job_id: str, data: bytes) -> LogCut:
     try:
-        gone = LogCut.loads(data)
-        numbers = (gone.start, gone.end, gone.limit)
-        is_sound = (
-            all(isinstance(n, int) for n in numbers) and 0 <= gone.start < gone.end < _LARGEST
-        )
-    except (ValueError, TypeError, RecursionError):
-        is_sound = False
-    if not is_sound:
-        raise StartupError(f"what is gone of the log of the job {job_id} cannot be read")
-    return gone
+        return LogCut.loads(data)
+    except checks.Invalid as error:
+        words = f"what is gone of the log of the job {job_id} cannot be read"
+        raise StartupError(words) from error

@@ -28,10 +28,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-_PR_SET_NO_NEW_PRIVS = 38
 _GONE_S = 5.0
 """What a disk that does not answer keeps from ending is left behind when nothing else has ended for so long."""
-_MOST_SWEEPS = 200
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _DEFAULT = (*_IGNORED, signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD)
 
@@ -39,7 +37,7 @@ _DEFAULT = (*_IGNORED, signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD)
 def main(plan: dict[str, Any]) -> None:
     report: int = plan["report"]
     os.set_inheritable(report, False)
-    processes.prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    processes.prctl(processes.PR_SET_NO_NEW_PRIVS, 1)
     processes.prctl(processes.PR_SET_CHILD_SUBREAPER, 1)
     for ignored in _IGNORED:  # the operator decides, and a service's end is its end
         signal.signal(ignored, signal.SIG_IGN)
@@ -135,19 +133,9 @@ def _remove(folder: str) -> None:
 
 
 def _end_all() -> None:
-    """Stopped before they are killed: a fork bomb cannot outrun that."""
     until = time.monotonic() + _GONE_S
     while time.monotonic() < until:
-        stopped: dict[int, int] = {}
-        for _ in range(_MOST_SWEEPS):
-            known = len(stopped)
-            for pid, ticks in processes.walk(os.getpid()):
-                if stopped.get(pid) != ticks:
-                    processes.send({pid: ticks}, signal.SIGSTOP)
-                    stopped[pid] = ticks
-            if len(stopped) == known:
-                break
-        processes.send(stopped, signal.SIGKILL)
+        processes.end(lambda: processes.walk(os.getpid()))
         try:
             while os.waitpid(-1, os.WNOHANG)[0] != 0:
                 until = time.monotonic() + _GONE_S

@@ -48,3 +48,15 @@ class AuditEntry:
     """Equal refused requests of one minute are one entry."""
     seq: int = 0
     """The store's number of it."""
+
+    def facts(self) -> dict[str, str | int | None]:
+        """All but the time and the actor's name, by the names that the store and answers have."""
+        return {
+            "action": self.action.value,
+            "address": self.actor.address,
+            "api_name": self.api_name,
+            "job_id": self.job_id,
+            "token": self.token,
+            "message": self.message,
+            "count": self.count,
+        }

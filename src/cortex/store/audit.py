@@ -27,18 +27,7 @@ class AuditPage:
 def add(connection: Connection, entries: Iterable[AuditEntry]) -> None:
     """Add entries."""
     rows = [
-        {
-            "time_ns": entry.time_ns,
-            "action": entry.action,
-            "actor": entry.actor.name,
-            "address": entry.actor.address,
-            "api_name": entry.api_name,
-            "job_id": entry.job_id,
-            "token": entry.token,
-            "message": entry.message,
-            "count": entry.count,
-        }
-        for entry in entries
+        {"time_ns": entry.time_ns, "actor": entry.actor.name, **entry.facts()} for entry in entries
     ]
     if rows:
         connection.execute(insert(audit), rows)

@@ -11,12 +11,13 @@ import json
 import os
 import sqlite3
 import subprocess
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from sqlalchemy import URL, Connection, bindparam, create_engine, inspect, text
+from sqlalchemy import URL, Connection, Engine, bindparam, create_engine, inspect, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from cortex.errors import StartupError
@@ -51,18 +52,15 @@ def take(url: str, target: Path) -> Snapshot:
     if _is_file(url):
         _copy_file(_path(url), target)
         return read(target)
-    engine = connect(url)
-    try:
-        with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
-            _check_is_operators(connection, shown(engine.url))
-            name = connection.execute(text("SELECT pg_export_snapshot()")).scalar_one()
-            options = ["--format=custom", "--no-owner", "--no-privileges"]
-            _run("pg_dump", engine.url, *options, f"--snapshot={name}", f"--file={target}")
-            return _read(connection)
-    except DBAPIError as error:
-        raise unusable(engine, error) from error
-    finally:
-        engine.dispose()
+    with (
+        _connected(url) as engine,
+        engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection,
+    ):
+        _check_is_operators(connection, shown(engine.url))
+        name = connection.execute(text("SELECT pg_export_snapshot()")).scalar_one()
+        options = ["--format=custom", "--no-owner", "--no-privileges"]
+        _run("pg_dump", engine.url, *options, f"--snapshot={name}", f"--file={target}")
+        return _read(connection)
 
 
 def read(path: Path) -> Snapshot:
@@ -110,18 +108,12 @@ def check_is_free(url: str) -> None:
     Raises:
         StartupError: it does, or cannot be asked.
     """
-    engine = connect(url)
-    try:
-        with engine.connect() as connection:
-            if inspect(connection).has_table("alembic_version"):
-                raise StartupError(
-                    f"the database {shown(engine.url)} has an operator's data: name an empty one with --store, or "
-                    "say --force to replace what it has"
-                )
-    except DBAPIError as error:
-        raise unusable(engine, error) from error
-    finally:
-        engine.dispose()
+    with _connected(url) as engine, engine.connect() as connection:
+        if inspect(connection).has_table("alembic_version"):
+            raise StartupError(
+                f"the database {shown(engine.url)} has an operator's data: name an empty one with --store, or "
+                "say --force to replace what it has"
+            )
 
 
 def check_is_unused(url: str) -> None:
@@ -130,17 +122,11 @@ def check_is_unused(url: str) -> None:
     Raises:
         StartupError: one is, or it cannot be asked.
     """
-    engine = connect(url)
-    try:
-        with engine.connect() as connection:
-            if connection.execute(text(_OPERATORS)).scalar_one():
-                raise StartupError(
-                    f"the database {shown(engine.url)} is in use by an operator: stop it"
-                )
-    except DBAPIError as error:
-        raise unusable(engine, error) from error
-    finally:
-        engine.dispose()
+    with _connected(url) as engine, engine.connect() as connection:
+        if connection.execute(text(_OPERATORS)).scalar_one():
+            raise StartupError(
+                f"the database {shown(engine.url)} is in use by an operator: stop it"
+            )
 
 
 def put_back(url: str, source: Path) -> None:
@@ -150,8 +136,7 @@ def put_back(url: str, source: Path) -> None:
     Raises:
         StartupError: it cannot be done, and why.
     """
-    engine = connect(url)
-    try:
+    with _connected(url) as engine:
         options = [
             "--no-owner",
             "--no-privileges",
@@ -163,6 +148,18 @@ def put_back(url: str, source: Path) -> None:
         with engine.begin() as connection:
             if inspect(connection).has_table("operators"):
                 connection.execute(text("DELETE FROM operators"))
+
+
+@contextmanager
+def _connected(url: str) -> Iterator[Engine]:
+    """An engine on a PostgreSQL database.
+
+    Raises:
+        StartupError: the database cannot be used, and why.
+    """
+    engine = connect(url)
+    try:
+        yield engine
     except DBAPIError as error:
         raise unusable(engine, error) from error
     finally:

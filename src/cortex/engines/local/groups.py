@@ -207,7 +207,7 @@ class Groups:
                 self.end(group)
             elif not owner:
                 self._earlier[group.name] = group
-            elif is_orphaned(group) or (pidfd := processes.hold(*map(int, owner[0]))) is None:
+            elif (pidfd := processes.hold(*map(int, owner[0]))) is None:
                 self.end(group)
             else:
                 self._followed[pidfd] = group
@@ -279,8 +279,7 @@ def is_orphaned(group: Path) -> bool:
     if not found:
         return False
     pid, ticks = map(int, found[0])
-    about = processes.stat(pid)
-    return about is None or about[2] != ticks or about[0] in "ZX"
+    return processes.living(pid) != ticks
 
 
 def was_used(group: Path) -> bool:
