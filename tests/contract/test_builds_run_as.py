@@ -5,7 +5,6 @@ the operator wants it or ends. The operator has to be root for that, as it is wh
 from __future__ import annotations
 
 import json
-import os
 import pwd
 import shutil
 import tempfile
@@ -14,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from another_user import UID, USER, operator_as_root
 from builds import files
-from contract.test_run_as import UID, USER
-from support import PROBE, Operator, operator, probe_yaml, reachable, until
+from support import PROBE, Operator, probe_yaml, until
 
 SWAPPER = """
 import os, time
@@ -40,11 +39,8 @@ def task(config):
 
 @pytest.fixture(scope="module")
 def other() -> Iterator[Operator]:
-    assert os.geteuid() == 0, "these tests need root, as the operator does for --run-as"
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        with operator(Path(folder), "--run-as", USER, within=reachable()) as running:
-            yield running
+    with operator_as_root() as running:
+        yield running
 
 
 def test_a_link_in_the_folder_of_a_build_leads_root_nowhere(other: Operator) -> None:

@@ -8,27 +8,23 @@ import json
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from contract.test_run_as import UID, USER, reachable
+from another_user import UID, operator_as_root
 from cortex.engines.local import limits
-from support import PROBE, Operator, operator, probe_yaml, until
+from support import PROBE, Operator, probe_yaml, until
 
 LIMITED = probe_yaml("limited").replace("cpu: 1m", "cpu: 1m, mem: 64Mi")
 
 
 @pytest.fixture(scope="module")
 def other() -> Iterator[Operator]:
-    assert os.geteuid() == 0, "these tests need root, as the operator does for --run-as"
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        with operator(Path(folder), "--run-as", USER, within=reachable()) as running:
-            yield running
+    with operator_as_root() as running:
+        yield running
 
 
 LIFTER = """

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from contract.test_run_as import reachable
+from another_user import operator_as_root
 from hostile import HIDES, begun, deployed, left
-from support import Operator, operator, probe_yaml, until
+from support import Operator, probe_yaml, until
 
 USER = "games"  # nobody's processes are other tests'
 MOST = 100
@@ -37,11 +37,8 @@ def task(config):
 
 @pytest.fixture(scope="module")
 def other() -> Iterator[Operator]:
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        within = ["prlimit", f"--nproc={MOST}:{MOST}", *reachable()]
-        with operator(Path(folder), "--run-as", USER, within=within) as running:
-            yield running
+    with operator_as_root(USER, within=["prlimit", f"--nproc={MOST}:{MOST}"]) as running:
+        yield running
 
 
 @pytest.mark.parametrize("what", ["stop_it_again_and_again", "trace_it"])

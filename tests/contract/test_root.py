@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from contract.test_run_as import REPLACED, UID, USER, reachable
-from contract.test_traced import WAITS, parent
-from support import PROBE, operator, probe_yaml, processes_with, until
+from another_user import UID, USER, passable_folder, waiting_for_import
+from contract.test_traced import fork_servers
+from cortex.operator.logs import REPLACED
+from support import PROBE, operator, probe_yaml, reachable, until
 
 SECRET = "what only root may read"
 ROOTS = "the root user's words"
@@ -78,11 +78,8 @@ def slowed(pid: int, *calls: str, by_us: int) -> Iterator[None]:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """One that every user may pass through."""
-    assert os.geteuid() == 0, "these tests need root, as the operator does for --run-as"
-    with tempfile.TemporaryDirectory(prefix="cortex-root-") as name:
-        Path(name).chmod(0o755)
-        yield Path(name)
+    with passable_folder() as made:
+        yield made
 
 
 @pytest.fixture
@@ -102,14 +99,7 @@ def secret(folder: Path) -> Iterator[Path]:
 def test_no_file_of_roots_gets_a_name_in_a_jobs_folder(folder: Path, secret: Path) -> None:
     with operator(folder, "--run-as", USER, "--cpu", "2", within=reachable()) as running:
         jobs, end, go = running.data_dir / "jobs", folder / "end", folder / "go"
-        yaml = probe_yaml("waits").replace("path:", "preload: [waits]\n    path:")
-        files = {"probe.py": PROBE, "waits.py": WAITS.format(go=str(go))}
-        victims = running.deployed(yaml, files)
-        victim = running.submit(victims)
-        until(
-            lambda: "imported ahead" in str(running.status(victims, victim).get("message")),
-            "the fork server at its import",
-        )
+        victims, victim = waiting_for_import(running, go)
         swaps = running.deployed(probe_yaml("swaps"), {"probe.py": SWAPS})
         # A job can ask the operator for others' ids.
         told = {"secret": str(secret), "inode": secret.stat().st_ino, "end": str(end)}
@@ -117,9 +107,9 @@ def test_no_file_of_roots_gets_a_name_in_a_jobs_folder(folder: Path, secret: Pat
         attacker = running.submit(swaps, config={**told, "folders": folders})
         running.await_log(swaps, attacker, "at it")
         with slowed(running.process.pid, "linkat", by_us=500_000):
-            for pid in processes_with(str(running.data_dir)):
-                if parent(pid) == running.process.pid:
-                    os.kill(pid, signal.SIGKILL)
+            # All at once: what one of them had becomes the operator's.
+            for pid in fork_servers(running):
+                os.kill(pid, signal.SIGKILL)
             start = jobs / victim["job_id"] / "start.1"
             until(lambda: start.exists() or secret.stat().st_nlink > 1, "its attempt fenced off")
             end.touch()

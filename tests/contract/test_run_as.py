@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 import loaded
+from another_user import UID, USER, operator_as_root, passable_folder
 from cortex.operator.logs import REPLACED
 from support import CORTEX, PROBE, Operator, operator, probe_yaml, reachable, until
 
-USER, UID = "nobody", 65534
 SNOOP = """
 import os, signal, subprocess, sys
 
@@ -59,11 +59,8 @@ os.unlink(folder + "/log")
 
 @pytest.fixture(scope="module")
 def other() -> Iterator[Operator]:
-    assert os.geteuid() == 0, "these tests need root, as the operator does for --run-as"
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        with operator(Path(folder), "--run-as", USER, within=reachable()) as running:
-            yield running
+    with operator_as_root() as running:
+        yield running
 
 
 def snooped(other: Operator) -> Any:
@@ -248,9 +245,7 @@ def test_what_is_restored_is_the_jobs_user_s(other: Operator) -> None:
     other.finished(other.url + path, done)
     runs = other.submit(other.url + path, config={"do": "sleep", "s": 300})
     other.await_log(other.url + path, runs, "asleep")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
+    with passable_folder() as folder:
         file = str(folder / "backup.tar.gz")
         for words in (
             ["backup", file, "--data-dir", str(other.data_dir)],

@@ -6,23 +6,17 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from contract.test_run_as import UID, USER, reachable
-from support import PROBE, Operator, operator, probe_yaml, processes_with, until
+from another_user import UID, USER, passable_folder, waiting_for_import
+from support import PROBE, Operator, operator, probe_yaml, processes_with, reachable, until
 from tracing import COMMAND, Seen, Trace
 
 KEPT_DAYS = str(1 / 86_400)
-WAITS = """
-import os, time
-while not os.path.exists({go!r}):
-    time.sleep(0.02)
-"""
 PACKAGE = {
     "requirements.txt": "./made\n",
     "made/setup.py": "import os; from setuptools import setup; os.symlink('/etc', f'link{os.getpid()}'); setup()",
@@ -67,13 +61,10 @@ class Traces:
 
 @contextmanager
 def traced(*options: str) -> Iterator[tuple[Operator, Traces]]:
-    assert os.geteuid() == 0, "these tests need root, as the operator does for --run-as"
-    with tempfile.TemporaryDirectory(prefix="cortex-traced-") as name:
-        folder = Path(name)
-        folder.chmod(0o755)
+    with passable_folder() as folder:
         (folder / "files").mkdir()
         traces = Traces(folder)
-        options = ("--run-as", USER, "--cpu", "2", "--files", f"file://{name}/files", *options)
+        options = ("--run-as", USER, "--cpu", "2", "--files", f"file://{folder}/files", *options)
         with operator(folder, *options, within=traces.command()) as running:
             yield running, traces
         traces.read()
@@ -131,14 +122,7 @@ def a_day_of(running: Operator, traces: Traces) -> list[str]:
 
     # Killed before it gave the order to anybody: the attempt is fenced off, and begins anew.
     go = running.folder / "go"
-    yaml = probe_yaml("waits").replace("path:", "preload: [waits]\n    path:")
-    files = {"probe.py": PROBE, "waits.py": WAITS.format(go=str(go))}
-    waits = running.deployed(yaml, files)
-    waiting = running.submit(waits)
-    until(
-        lambda: "imported ahead" in str(running.status(waits, waiting).get("message")),
-        "the fork server at its import",
-    )
+    waits, waiting = waiting_for_import(running, go)
     for pid in fork_servers(running):
         os.kill(pid, signal.SIGKILL)
     go.touch()

@@ -62,6 +62,17 @@ class Hanging:
         await asyncio.to_thread(until, lambda: self.has_begun, "the build")
 
 
+async def hanging_builds(
+    made: Environments, folder: Path, number: int
+) -> tuple[list[Hanging], list[asyncio.Task[Path]]]:
+    """So many projects, and their builds, which all hang."""
+    hanging = [Hanging(folder / str(n), f"# {n}\n") for n in range(number)]
+    builds = [asyncio.create_task(made.build(each.project)) for each in hanging]
+    for each in hanging:
+        await each.begun()
+    return hanging, builds
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return tmp_path / "environments"
@@ -119,11 +130,8 @@ def test_a_build_that_takes_too_long_is_ended_with_all_that_it_has_started(
 
 def test_a_build_has_no_time_limit_while_it_waits_for_others(root: Path, tmp_path: Path) -> None:
     async def main() -> None:
-        hanging = [Hanging(tmp_path / str(n), f"# {n}\n") for n in range(2)]
         made = Environments(root, rules=ENDLESS)
-        builds = [asyncio.create_task(made.build(each.project)) for each in hanging]
-        for each in hanging:
-            await each.begun()
+        _, builds = await hanging_builds(made, tmp_path, 2)
         made.rules = BuildRules(timeout_s=PATIENCE_S / 2)
         third = asyncio.create_task(made.build(laid_out(tmp_path / "third", "")))
         await asyncio.sleep(0.2)
@@ -142,11 +150,8 @@ def test_slow_builds_make_room_for_others(
     monkeypatch.setattr(environments, "_QUICK_S", 0.05)
 
     async def main() -> None:
-        hanging = [Hanging(tmp_path / str(n), f"# {n}\n") for n in range(3)]
         made = Environments(root, rules=ENDLESS)
-        builds = [asyncio.create_task(made.build(each.project)) for each in hanging]
-        for each in hanging:
-            await each.begun()
+        hanging, builds = await hanging_builds(made, tmp_path, 3)
         assert await made.build(laid_out(tmp_path / "quick", ""))
         for build in builds:
             build.cancel()
@@ -162,11 +167,8 @@ def test_where_nothing_is_installed_no_other_build_is_waited_for(
     root: Path, tmp_path: Path
 ) -> None:
     async def main() -> None:
-        hanging = [Hanging(tmp_path / str(n), f"# {n}\n") for n in range(2)]
         made = Environments(root, rules=ENDLESS)
-        builds = [asyncio.create_task(made.build(each.project)) for each in hanging]
-        for each in hanging:
-            await each.begun()
+        _, builds = await hanging_builds(made, tmp_path, 2)
         (tmp_path / "plain").mkdir()
         assert await made.build(tmp_path / "plain")
         for build in builds:
