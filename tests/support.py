@@ -333,11 +333,7 @@ def _end(*all_of_them: Operator) -> None:
     until(lambda: not processes_with(str(running.data_dir)), "all processes gone")
     root = running.data_dir / "jobs"
     names = {path.name for path in root.iterdir()} | {_limits().prefix(root)}
-    for group in _limits().existing(root):  # of what has outlived a killed operator: the next would
-        _limits().groups.remove(group, within_s=0)
-        with suppress(OSError):
-            group.parent.rmdir()
-    until(lambda: not _cgroups(names), "the cgroups gone")
+    until(lambda: not _swept(root, names), "the cgroups gone")
     for each, code in zip(all_of_them, codes, strict=True):
         told = each.log.read_text()
         assert code == 0, told
@@ -356,6 +352,16 @@ def _limits() -> ModuleType:
 
     sys.path[:] = before
     return limits
+
+
+def _swept(root: Path, names: set[str]) -> list[str]:
+    """The control groups that are left, without those that a killed operator has left empty: the next one would
+    remove them. The kernel may call one busy for a while after its last process was reaped."""
+    for group in _limits().existing(root):
+        _limits().groups.remove(group, within_s=0)
+        with suppress(OSError):
+            group.parent.rmdir()
+    return _cgroups(names)
 
 
 def _cgroups(names: set[str]) -> list[str]:

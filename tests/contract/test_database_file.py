@@ -110,7 +110,8 @@ def test_a_data_folder_that_is_moved_away_takes_nothing_until_it_is_back(own: Op
     finally:
         shutil.rmtree(own.data_dir, ignore_errors=True)
         away.rename(own.data_dir)
-    assert own.run(endpoint)["status"] == "status_succeeded"
+    end = own.run(endpoint)
+    assert end["status"] == "status_succeeded", str(end)
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import pytest
 
-from cortex.engines.base import Attempt, Ended, Ending, Engine, Lost, NeverStarted
+from cortex.engines.base import Attempt, Ended, Ending, Engine, Lost, NeverStarted, Version
+from cortex.worker.processes import children
 from engines.bench import SLEEP, Bench, exists, parent, processes, until
 from engines.test_recovery import pid_of
 
@@ -129,6 +130,47 @@ def test_what_fails_ahead_is_told_of_when_it_is_started(warm: Bench) -> None:
         lost = await warm.last(attempt)
         assert isinstance(lost, Lost)
         assert lost.reason.startswith("the job's folder cannot be written")
+
+    warm.run(scenario)
+
+
+def test_folders_that_are_away_as_a_process_is_forked_ahead_fail_no_job(
+    warm: Bench, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    code = """
+        import os, time
+        def task(config):
+            while not os.path.exists(config["go"]):
+                time.sleep(0.01)
+    """
+
+    async def is_forked_while_away(engine: Engine, version: Version, number: int) -> bool:
+        go = elsewhere / f"go-{number}"
+        config = {"go": str(go)}
+        first, second = (replace(warm.attempt(config=config), version=version) for _ in range(2))
+        await warm.start(engine, first)
+        await warm.started(first)
+        supervisor = holder(warm, first)
+        folder = warm.root.parent
+        away = folder.rename(elsewhere / "away")
+        try:
+            go.touch()
+            await warm.ended(first)
+            await asyncio.sleep(0.2)
+            is_forked = bool(children(supervisor))
+        finally:
+            away.rename(folder)
+        assert (await warm.outcome(engine, second)).exit_code == 0
+        return is_forked
+
+    async def scenario(engine: Engine) -> None:
+        version = warm.attempt(code).version
+        for number in range(20):  # none is forked where its workspace has to be made anew first
+            if await is_forked_while_away(engine, version, number):
+                return
+        # A copy of the project is looked at by its path, and there is none then.
+        assert engine.capabilities.own_folder != "overlay", "no process was forked ahead"
 
     warm.run(scenario)
 

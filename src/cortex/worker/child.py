@@ -163,7 +163,8 @@ def _run(
     """The forked process, all its life."""
     code, outcome = 1, -1
     try:
-        failed = _become(project, supervisor, foreign)
+        failed = _become(supervisor, foreign)
+        is_there = _has_entered(project)
         if work is not None:
             told, log, outcome, group, identity = work
             _get_ready(told, slot)
@@ -173,6 +174,10 @@ def _run(
             found = task.still(found, path)
         if failed is not None:
             raise failed
+        if (
+            not is_there
+        ):  # what it lacked when it was forked may have come back, or else this tells of it
+            chdir(project)
         _, _, job = told
         if group >= 0:
             write(group, b"0")
@@ -193,7 +198,7 @@ def _run(
         _exit(code)
 
 
-def _become(project: str, supervisor: int, foreign: tuple[int, ...]) -> Exception | None:
+def _become(supervisor: int, foreign: tuple[int, ...]) -> Exception | None:
     """What can be done before there is a job; what went wrong with it is told when there is one."""
     try:
         setsid()
@@ -204,10 +209,17 @@ def _become(project: str, supervisor: int, foreign: tuple[int, ...]) -> Exceptio
             _exit(1)
         for fd in foreign:
             close(fd)
-        chdir(project)
     except Exception as error:  # noqa: BLE001, RUF100
         return error
     return None
+
+
+def _has_entered(project: str) -> bool:
+    try:
+        chdir(project)
+    except OSError:
+        return False
+    return True
 
 
 def _await(orders: socket.socket, slot: memoryview | None) -> tuple[Told, int, int, int]:
