@@ -46,7 +46,7 @@ def test_a_timeout_is_kept_although_the_job_holds_up_its_supervisor(
     other: Operator, what: str
 ) -> None:
     path = deployed(other)
-    job = begun(other, path, what, timeout=2)
+    job = begun(other, path, what, timeout=6)  # on an emulated machine it begins after 2 s
     assert other.finished(other.url + path, job)["status"] == "status_timed_out"
     assert left(other, path, job) == []
 

@@ -283,6 +283,7 @@ class Supervisor:
             is_last: whether no code of the job is going to run in its folder any more.
         """
         pause_s = 0.1
+        is_opened_up = False
         while True:
             try:
                 # What an engine has read is as safe as its store; without one there is but this.
@@ -292,8 +293,14 @@ class Supervisor:
                     self.bench.reuse.put_exit(self.folder, self._exit_name, data)
                 else:
                     files.put(self.folder, self._exit_name, data)
-            except (FileNotFoundError, IsADirectoryError, PermissionError):
+            except (FileNotFoundError, IsADirectoryError):
                 return False  # the job spoilt its folder, or that was deleted: time heals neither
+            except PermissionError:
+                if is_opened_up:
+                    return False
+                is_opened_up = True
+                with contextlib.suppress(OSError):
+                    os.fchmod(self.folder, 0o700)
             except OSError:  # a full disk, most likely; the record is worth waiting for
                 self._tell_start()
                 time.sleep(pause_s)

@@ -222,7 +222,7 @@ class Attempts:
             held.stop()
         with contextlib.suppress(OSError):  # the end of the process tells as well, if later
             if records.ended(self._of(live), live.attempt.number).exit is not None:  # it came first
-                held.end()
+                held.recorded()
 
     def _on_over(self, live: Live) -> None:
         live.taken_over = None

@@ -117,6 +117,11 @@ def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Foun
         copied = ran_in is not None and ran_in != remains.identity(folder.parent)
         # The end is asked for first: its supervisor may be there still, with another job.
         if rebooted or copied or over is not None:
+            alive = None if rebooted or copied else _alive(start, fd, account)
+            if alive is not None:
+                if remains.runs_below(alive.start.pid, folder.name):
+                    return alive  # the record is the job's own making
+                os.close(alive.pidfd)
             return Gone(over, start, rebooted, why, copied)
         if start is None:
             fence = StartRecord(job_id=folder.name, attempt=attempt.number, fenced=True)
