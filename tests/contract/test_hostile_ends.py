@@ -183,7 +183,8 @@ def test_a_fork_server_that_a_job_holds_up_is_noticed_and_replaced(
     def words(other: Any) -> str:
         return str(running.status(running.url + path, other).get("message"))
 
-    if what != "stop_server":  # that one goes on at the first look, which may be too soon to be seen
+    # That one goes on at the first look, which may be too soon to be seen.
+    if what != "stop_server":
         until(lambda: any("fork server, which" in words(each) for each in others), "why they wait")
     go.touch()
     for other in others:

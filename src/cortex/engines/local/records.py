@@ -117,7 +117,8 @@ def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Foun
         copied = ran_in is not None and ran_in != remains.identity(folder.parent)
         # The end is asked for first: its supervisor may be there still, with another job.
         if rebooted or copied or over is not None:
-            alive = None if rebooted or copied else _alive(start, fd, account)
+            is_here = not (rebooted or copied)
+            alive = _alive(start, fd, account, if_unknown=False) if is_here else None
             if alive is not None:
                 if remains.runs_below(alive.start.pid, folder.name):
                     return alive  # the record is the job's own making
@@ -210,15 +211,21 @@ def _of_handle(handle: str, name: str) -> object:
         return None
 
 
-def _alive(start: StartRecord | None, folder: int, account: Account | None) -> Alive | None:
-    """The supervisor that a record tells of, if it is that of this folder, whoever wrote the record."""
+def _alive(
+    start: StartRecord | None, folder: int, account: Account | None, *, if_unknown: bool = True
+) -> Alive | None:
+    """The supervisor that a record tells of, if it is that of this folder, whoever wrote the record.
+
+    Args:
+        if_unknown: the answer where the system does not let this user know what that process has open.
+    """
     pidfd = None if start is None else processes.hold(start.pid, start.ticks)
     if start is None or pidfd is None:
         return None
     is_its = False
     try:
         is_users = account is None or processes.owner(start.pid) == account.uid
-        is_its = is_users and remains.has_open(start.pid, folder)
+        is_its = is_users and remains.has_open(start.pid, folder, if_unknown=if_unknown)
     finally:
         if not is_its:
             os.close(pidfd)
