@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -357,10 +357,10 @@ def _limits() -> ModuleType:
 def _swept(root: Path, names: set[str]) -> list[str]:
     """The control groups that are left, without those that a killed operator has left empty: the next one would
     remove them. The kernel may call one busy for a while after its last process was reaped."""
-    for group in _limits().existing(root):
-        _limits().groups.remove(group, within_s=0)
-        with suppress(OSError):
-            group.parent.rmdir()
+    if left := _limits().existing(root):
+        for group in left:
+            _limits().groups.remove(group, within_s=0)
+        _limits().remove_places(root)
     return _cgroups(names)
 
 

@@ -61,9 +61,16 @@ def signs() -> Iterator[Path]:
         yield folder
 
 
-def forged(other: Operator, signs: Path, *, first: bool, closes: bool) -> tuple[str, Any]:
-    """A job that has made its record before or after the operator was killed and started again."""
-    endpoint = other.deployed(probe_yaml("forger"), {"probe.py": FORGER})
+def forged(
+    other: Operator, signs: Path, *, first: bool, closes: bool, more: str = ""
+) -> tuple[str, Any]:
+    """A job that has made its record before or after the operator was killed and started again.
+
+    Args:
+        more: added to what it asks for.
+    """
+    yaml = probe_yaml("forger").replace("cpu: 1m", f"cpu: 1m{more}")
+    endpoint = other.deployed(yaml, {"probe.py": FORGER})
     config = {
         "record": RECORD,
         "first": first,
@@ -89,10 +96,11 @@ def forged(other: Operator, signs: Path, *, first: bool, closes: bool) -> tuple[
 
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("closes", [False, True], ids=["", "in-a-closed-folder"])
+@pytest.mark.parametrize("more", ["", ", mem: 1Gi"], ids=["", "mem"])
 def test_a_forged_end_of_a_job_that_runs_is_not_believed(
-    other: Operator, signs: Path, first: bool, closes: bool
+    other: Operator, signs: Path, first: bool, closes: bool, more: str
 ) -> None:
-    endpoint, job = forged(other, signs, first=first, closes=closes)
+    endpoint, job = forged(other, signs, first=first, closes=closes, more=more)
     (signs / "go").touch()
     end = other.finished(endpoint, job)
     assert (end["status"], end["result"]) == ("status_succeeded", "the truth")

@@ -145,6 +145,23 @@ def test_a_superseded_operator_that_closes_takes_no_groups_place(bench: Bench) -
     bench.run(scenario)
 
 
+def test_a_place_of_an_operator_that_was_killed_goes_although_another_hierarchy_works_now(
+    bench: Bench,
+) -> None:
+    mounts = limits._mounts()
+    of_another = next((mounts[each][-1] for each in ("pids", "cpu", "") if each in mounts), None)
+    if of_another is None or not os.access(of_another, os.W_OK):
+        pytest.skip("this user has no control groups")
+    place = of_another / f"{limits.prefix(bench.root)}jobs"
+    place.mkdir()
+
+    async def scenario(engine: LocalEngine) -> None:
+        assert place.is_dir()
+
+    bench.run(scenario)
+    assert not place.exists()
+
+
 def test_a_place_that_works_stays_where_no_limit_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,7 @@ class LocalEngine:
         if self._sweep is not None:
             await self._sweep
         await self._groups.close()
+        await in_thread(limits.remove_places, self._root)
 
     def refusal(self, compute: Compute) -> str | None:
         return self._ledger.refusal(compute)

@@ -214,7 +214,7 @@ class Groups:
                 asyncio.get_running_loop().add_reader(pidfd, self._on_gone, pidfd)
 
     async def close(self) -> None:
-        """Remove what is not needed any more; what runs goes on."""
+        """Remove the groups that are not needed any more; what runs goes on."""
         for pidfd in list(self._followed):
             has_job = bool(processes.children(processes.held(pidfd)))
             group = self._let_be(pidfd)
@@ -234,9 +234,6 @@ class Groups:
     def _remove(self) -> None:
         for group in self._ending:
             remove(group, END_S)
-        for place in (self.trees, self.memory):
-            if place is not None:
-                place.close()
 
     async def _end(self, group: Path, then: Callable[[], None]) -> None:
         while True:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import select
 import subprocess
 import sys
 from contextlib import suppress
@@ -60,12 +61,27 @@ def group_name(root: Path, job_id: str, attempt: int) -> str:
 
 def existing(root: Path) -> list[Path]:
     """All groups of this data root that are there, wherever an operator made them."""
+    places = f"{prefix(root)}jobs"
+    return [group for group in _all_of(root) if group.name != places]
+
+
+def remove_places(root: Path) -> None:
+    """Remove the folders of groups of this data root in which none is, wherever an operator made them: which hierarchy
+    works may have changed since."""
+    places = f"{prefix(root)}jobs"
+    for place in _all_of(root):
+        if place.name == places:
+            with suppress(OSError):  # there are groups in it
+                place.rmdir()
+
+
+def _all_of(root: Path) -> list[Path]:
     name = prefix(root)
     found = []
     for parent, names, _ in os.walk(_ROOT):
-        own = [each for each in names if each.startswith(name) and each != f"{name}jobs"]
+        own = [each for each in names if each.startswith(name)]
         found += [Path(parent, each) for each in own]
-        names[:] = [each for each in names if each not in own]
+        names[:] = [each for each in names if each not in own or each == f"{name}jobs"]
     return found
 
 
@@ -127,9 +143,8 @@ def _works(name: str, account: Account | None, trees: Place | None, memory: Plac
         )
         if trees is not None:
             trees.hold(trial, process.pid)
-        process.communicate(timeout=_TRIAL_S)
-        is_done = process.returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
+        is_done = _ends_well(process)
+    except OSError:
         pass
     finally:
         if folder >= 0:
@@ -144,6 +159,19 @@ def _works(name: str, account: Account | None, trees: Place | None, memory: Plac
         if tried is not None and not is_done:
             tried.close()
     return is_done
+
+
+def _ends_well(process: subprocess.Popen[bytes]) -> bool:
+    """Let a trial begin. It is waited for by its pidfd: `subprocess` would sleep, which no clock that is set may fail."""
+    assert process.stdin is not None
+    process.stdin.close()
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        end = select.poll()
+        end.register(pidfd, select.POLLIN)
+        return bool(end.poll(_TRIAL_S * 1000)) and process.wait() == 0
+    finally:
+        os.close(pidfd)
 
 
 def _mounts() -> dict[str, list[Path]]:

@@ -117,13 +117,8 @@ def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Foun
         copied = ran_in is not None and ran_in != remains.identity(folder.parent)
         # The end is asked for first: its supervisor may be there still, with another job.
         if rebooted or copied or over is not None:
-            is_here = not (rebooted or copied)
-            alive = _alive(start, fd, account, if_unknown=False) if is_here else None
-            if alive is not None:
-                if remains.runs_below(alive.start.pid, folder.name):
-                    return alive  # the record is the job's own making
-                os.close(alive.pidfd)
-            return Gone(over, start, rebooted, why, copied)
+            forger = None if rebooted or copied else _forger(start, fd, folder.name, account)
+            return forger or Gone(over, start, rebooted, why, copied)
         if start is None:
             fence = StartRecord(job_id=folder.name, attempt=attempt.number, fenced=True)
             with beneath.opened(str(folder.parent)) as above:
@@ -161,8 +156,12 @@ def supervised(folder: Path, attempt: int) -> bool:
             assert fd is not None
             start = _start(fd, folder.name, attempt)
             over = _exit(fd, folder.name, attempt)[0] is not None
+            forger = _forger(start, fd, folder.name, None) if over else None
     except OSError:
         return False
+    if forger is not None:
+        os.close(forger.pidfd)
+        return True
     if start is None or over:
         return not over
     try:
@@ -230,6 +229,17 @@ def _alive(
         if not is_its:
             os.close(pidfd)
     return Alive(pidfd, start) if is_its else None
+
+
+def _forger(
+    start: StartRecord | None, folder: int, job_id: str, account: Account | None
+) -> Alive | None:
+    """The supervisor of a job that runs, although there is a record of its end: the job has made that itself."""
+    alive = _alive(start, folder, account, if_unknown=False)
+    if alive is None or remains.runs_below(alive.start.pid, job_id):
+        return alive
+    os.close(alive.pidfd)
+    return None
 
 
 def _is_laid_out(folder: int) -> bool:
