@@ -58,7 +58,7 @@ def test_no_jump_of_the_clock_makes_a_status_or_a_timeout_wrong(
     endpoint = jumpy.deployed(probe_yaml(), {"probe.py": PROBE})
     before = jumpy.run(endpoint)
     # One that runs and two that wait behind it: the only core is taken.
-    runs = jumpy.submit(endpoint, config=SLEEP, timeout=12)
+    runs = jumpy.submit(endpoint, config=SLEEP, timeout=20)
     jumpy.await_log(endpoint, runs, "asleep")
     start = time.monotonic()
     overdue = jumpy.submit(endpoint, timeout=3)

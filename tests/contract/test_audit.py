@@ -83,7 +83,10 @@ def test_refused_requests_are_counted(safe: tuple[Operator, dict[str, str]]) -> 
     for _ in range(3):
         assert get(running, "/probe", "wrong").status_code == 401
     refused = httpx.post(
-        f"{running.url}/probe", headers={"Authorization": f"Bearer {tokens['read']}"}, json={}
+        f"{running.url}/probe",
+        headers={"Authorization": f"Bearer {tokens['read']}"},
+        json={},
+        timeout=60,
     )
     assert refused.status_code == 403
 

@@ -335,7 +335,9 @@ def test_json_under_the_type_of_a_form_is_refused_from_a_page(
 ) -> None:
     value = shared.url if name == "Origin" else "same-origin"
     for path in (probe, f"{shared.url}/-/apis/probe/jobs"):
-        answer = httpx.post(path, content=b"{}", headers={"Content-Type": FORM, name: value})
+        answer = httpx.post(
+            path, content=b"{}", headers={"Content-Type": FORM, name: value}, timeout=60
+        )
         assert (answer.status_code, answer.json()["kind"]) == (
             415,
             "request.unsupported_media_type",
@@ -344,7 +346,9 @@ def test_json_under_the_type_of_a_form_is_refused_from_a_page(
 
 @pytest.mark.parametrize("body", [b"config=1", b"a=1&b=2", b"%7B%7D", b"timeout"])
 def test_a_form_is_told_to_be_json(probe: str, body: bytes) -> None:
-    answer = httpx.post(probe, content=body, headers={"Content-Type": f"{FORM}; charset=utf-8"})
+    answer = httpx.post(
+        probe, content=body, headers={"Content-Type": f"{FORM}; charset=utf-8"}, timeout=60
+    )
     assert (answer.status_code, answer.json()["kind"]) == (415, "request.unsupported_media_type")
     assert "Content-Type: application/json" in answer.json()["message"]
 
@@ -355,6 +359,6 @@ def test_a_form_is_told_to_be_json(probe: str, body: bytes) -> None:
 def test_mistakes_in_json_under_the_type_of_a_form_are_told(
     probe: str, body: bytes, named: str
 ) -> None:
-    answer = httpx.post(probe, content=body, headers={"Content-Type": FORM})
+    answer = httpx.post(probe, content=body, headers={"Content-Type": FORM}, timeout=60)
     assert (answer.status_code, answer.json()["kind"]) == (400, "request.invalid")
     assert named in answer.json()["message"]

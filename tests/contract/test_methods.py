@@ -138,6 +138,7 @@ def test_head_of_a_followed_log_ends_at_once(shared: Operator, probe: str) -> No
     assert head.headers["content-type"].startswith("text/event-stream")
     assert shared.status(probe, job)["status"] == "status_running"
     shared.delete(probe, job)
+    until(lambda: "exit_code" in shared.status(probe, job), "its processes are gone")
     assert "Traceback" not in shared.log.read_text()
 
 
@@ -176,7 +177,9 @@ def test_jobs_are_submitted_and_stopped_with_a_slash_at_the_end(
 
 def test_an_api_is_deployed_and_deleted_with_a_slash_at_the_end(shared: Operator) -> None:
     answer = httpx.post(
-        f"{shared.url}/-/apis/", files={"config": ("c", b""), "project": ("p", b"")}
+        f"{shared.url}/-/apis/",
+        files={"config": ("c", b""), "project": ("p", b"")},
+        timeout=60,
     )
     assert (answer.status_code, answer.json()["kind"]) == (400, "spec.invalid")
     shared.deployed(probe_yaml("slashed"), {"probe.py": PROBE})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from typing import Any
 
@@ -47,7 +48,8 @@ def deployed(operator: Operator, retries: int = 1) -> str:
 
 def lose(operator: Operator, endpoint: str, job: Any, attempt: int = 1) -> None:
     """Kill the job's supervising process, and its worker: what a machine that is lost takes along."""
-    operator.await_log(endpoint, job, f"started {attempt} ")
+    line = re.compile(rf"started {attempt} \d+\n")
+    until(lambda: line.search(operator.log_of(endpoint, job)), "it has started")
     words = operator.log_of(endpoint, job).split()
     worker = int(words[len(words) - 1 - words[::-1].index("started") + 2])
     start = operator.data_dir / "jobs" / job["job_id"] / f"start.{attempt}"
@@ -128,7 +130,7 @@ def test_what_ended_by_itself_or_by_its_limits_is_not_tried_again(
 ) -> None:
     endpoint = deployed(shared)
     shared.run(endpoint, config={"end": "raise"})  # so that the next one begins before its timeout
-    timeout = 10 if end == "timeout" else None
+    timeout = 20 if end == "timeout" else None
     done = shared.run(endpoint, config={"end": end}, timeout=timeout)
     assert done["status"] == status
     assert shared.log_of(endpoint, done).count("started") == 1
@@ -176,7 +178,7 @@ def test_a_job_lost_while_no_operator_runs_is_tried_again_by_the_next(own: Opera
 def test_a_timeout_holds_over_all_attempts(shared: Operator) -> None:
     endpoint = deployed(shared)
     shared.run(endpoint, config={"end": "raise"})  # so that the next one begins before its timeout
-    job = shared.submit(endpoint, timeout=10)
+    job = shared.submit(endpoint, timeout=20)
     shared.await_log(endpoint, job, "asleep")
     (shared.data_dir / "jobs" / job["job_id"] / "files" / "left").unlink()
     lose(shared, endpoint, job)

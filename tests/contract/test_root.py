@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from another_user import UID, USER, passable_folder, waiting_for_import
-from contract.test_traced import fork_servers
+from contract.test_traced import fork_servers, kill
 from cortex.operator.logs import REPLACED
-from support import PROBE, operator, probe_yaml, reachable, until
+from support import PATIENCE_S, PROBE, operator, probe_yaml, reachable, until
 
 SECRET = "what only root may read"
 ROOTS = "the root user's words"
@@ -109,7 +109,7 @@ def test_no_file_of_roots_gets_a_name_in_a_jobs_folder(folder: Path, secret: Pat
         with slowed(running.process.pid, "linkat", by_us=500_000):
             # All at once: what one of them had becomes the operator's.
             for pid in fork_servers(running):
-                os.kill(pid, signal.SIGKILL)
+                kill(pid)
             start = jobs / victim["job_id"] / "start.1"
             until(lambda: start.exists() or secret.stat().st_nlink > 1, "its attempt fenced off")
             end.touch()
@@ -183,11 +183,11 @@ def test_no_link_that_is_put_in_a_folder_while_that_is_removed_leads_out(
     command = [sys.executable, "-c", code, str(theirs)]
     for link_to in (secret, roots):
         with swapping(theirs, link_to):
-            subprocess.run([*slow, *command, "10"], check=True, timeout=60)
+            subprocess.run([*slow, *command, "10"], check=True, timeout=PATIENCE_S)
     assert roots.stat().st_mode & 0o777 == 0o755
     assert (roots / "file").stat().st_mode & 0o777 == 0o604
     assert (roots / "file").read_text() == ROOTS
-    subprocess.run([*command, "1"], check=True, timeout=60)
+    subprocess.run([*command, "1"], check=True, timeout=PATIENCE_S)
     assert list(theirs.iterdir()) == []
 
 

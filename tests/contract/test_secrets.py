@@ -201,7 +201,8 @@ def test_the_command_shows_no_secret(kept: Kept, tmp_path: Path) -> None:
 
 def test_the_log_of_the_operator_shows_no_secret(kept: Kept) -> None:
     kept.ask("GET", "/-/apis", "read")
-    httpx.get(f"{kept.running.url}/-/apis", headers={"Authorization": f"Bearer x{OF_ENV}"})
+    wrong = {"Authorization": f"Bearer x{OF_ENV}"}
+    httpx.get(f"{kept.running.url}/-/apis", headers=wrong, timeout=60)
     kept.running.stop()
     kept.running.start()
     told = kept.running.log.read_text()

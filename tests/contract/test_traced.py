@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -76,7 +76,18 @@ def started_again(running: Operator, traces: Traces) -> None:
 
 
 def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    """0 where the process is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def kill(pid: int) -> None:
+    """SIGKILL, unless it is gone already."""
+    if pid > 0:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def fork_servers(running: Operator) -> list[int]:
@@ -105,7 +116,7 @@ def a_day_of(running: Operator, traces: Traces) -> list[str]:
     lost = running.submit(endpoint, config={"do": "stubborn"})
     running.await_log(endpoint, lost, "asleep")
     for pid in processes_with(f"CORTEX_JOB_ID={lost['job_id']}"):
-        os.kill(parent(pid), signal.SIGKILL)
+        kill(parent(pid))
     assert running.finished(endpoint, lost)["status"] == "status_unexpected_error"
 
     going_on = running.submit(endpoint, config={"do": "sleep", "s": 4})
@@ -124,7 +135,7 @@ def a_day_of(running: Operator, traces: Traces) -> list[str]:
     go = running.folder / "go"
     waits, waiting = waiting_for_import(running, go)
     for pid in fork_servers(running):
-        os.kill(pid, signal.SIGKILL)
+        kill(pid)
     go.touch()
     assert running.finished(waits, waiting)["status"] == "status_succeeded"
     assert (running.data_dir / "jobs" / waiting["job_id"]).is_dir()
