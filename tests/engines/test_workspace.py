@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from cortex.engines.base import Attempt, Lost, NeverStarted
 from cortex.engines.local import LocalEngine, workspaces
 from cortex.errors import StartupError
 from cortex.removal import remove
+from cortex.worker.copying import Copy
 from engines.bench import Bench, exists, until
 from engines.conftest import nothing_is_left
 
@@ -589,3 +591,34 @@ def mount(*arguments: str) -> None:
 
 def unmount(path: Path) -> None:
     subprocess.run(["umount", path], check=True)
+
+
+def test_a_file_that_gets_its_name_while_the_project_is_copied_fails_no_job(tmp_path: Path) -> None:
+    """As byte code does, which the fork server compiles meanwhile."""
+    project, folder = tmp_path / "project", tmp_path / "own"
+    for each in (project, folder):
+        each.mkdir()
+    (project / "task.py").write_text("whole")
+    over = threading.Event()
+
+    def compile_ahead() -> None:
+        number = 0
+        while not over.is_set():
+            number += 1
+            temporary = project / f"task.pyc.{number}"
+            temporary.write_text("whole")
+            temporary.rename(project / "task.pyc")
+
+    thread = threading.Thread(target=compile_ahead)
+    thread.start()
+    try:
+        copy = Copy(str(project), str(folder))
+        for _ in range(200):
+            copy.make()
+    finally:
+        over.set()
+        thread.join()
+    copy.make()
+    made = Path(copy.project)
+    assert sorted(path.name for path in made.iterdir()) == ["task.py", "task.pyc"]
+    assert (made / "task.pyc").read_text() == "whole"

@@ -146,10 +146,20 @@ class Copy:
             path = f"{folder}/{name}"
             if entry.is_dir(follow_symlinks=False):
                 below.append(path)
-            elif not self._is_same(entry, path):
+            else:
+                self._restore_file(entry, path)
+        return below
+
+    def _restore_file(self, entry: os.DirEntry[str], path: str) -> None:
+        try:
+            if not self._is_same(entry, path):
                 trees.remove(self.project + path)
                 _copy(entry, self.project + path)
-        return below
+        except FileNotFoundError:
+            if os.path.lexists(entry.path):
+                raise
+            # Byte code that is compiled ahead meanwhile has another name until it is whole.
+            trees.remove(self.project + path)
 
     def _is_same(self, entry: os.DirEntry[str], path: str) -> bool:
         """Whether the copy of a file is as it was made, and the project's file is as it was then."""
