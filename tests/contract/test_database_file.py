@@ -138,9 +138,9 @@ def test_behind_a_locked_database_each_is_answered_in_time_and_reads_go_on(own: 
         answers = [pool.submit(submit, number) for number in range(4)]
         began = time.monotonic()
         assert own.status(endpoint, done)["status"] == "status_succeeded"
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 9  # the others wait for 10 s
         assert [answer.result() for answer in answers] == [503] * 4
-    assert max(taken) < 20  # not 30 s for each, one after the other
+    assert max(taken) < 30  # not 10 s for each, one after the other
     assert own.run(endpoint)["status"] == "status_succeeded"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from support import PROBE, Operator, operator, probe_yaml
+from support import PROBE, Operator, operator, probe_yaml, until
 
 SLEEP = {"do": "sleep", "s": 300}
 MASK = "********"
@@ -34,7 +34,7 @@ def test_a_job_by_the_name_of_its_api(shared: Operator, probe: str, form: str) -
     assert asked(shared, "HEAD", path).status_code == 200
     stopped = asked(shared, "DELETE", path)
     assert stopped.json() == {"message": f"stopped job {job['job_id']}"}
-    assert asked(shared, "GET", path).json() == shared.get(probe, job)
+    until(lambda: asked(shared, "GET", path).json() == shared.get(probe, job), "the same answer")
 
 
 def test_the_name_counts_and_not_the_endpoint(shared: Operator) -> None:
@@ -75,6 +75,7 @@ def test_an_api_that_is_called_tasks_keeps_all_of_its_paths(
     assert endpoint == f"{shared.url}/tasks"
     job = shared.submit(endpoint, config=SLEEP)
     shared.await_log(endpoint, job, "asleep")
+    until(lambda: shared.status(endpoint, job)["worker_counts"]["running"], "it is seen to run")
     by_path = asked(shared, "GET", f"/tasks/{job['job_id']}").json()
     assert by_path == asked(shared, "GET", f"/tasks?jobID={job['job_id']}").json()
     assert by_path["endpoint"] == f"{endpoint}/{job['job_id']}"

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from another_user import operator_as_root
-from hostile import HIDES, begun, deployed, left
+from hostile import HIDES, begun, deployed, left, warmed_up
 from support import Operator, probe_yaml, until
 
 USER = "games"  # nobody's processes are other tests'
+pytestmark = pytest.mark.xdist_group(USER)  # all of its processes are counted together
 MOST = 100
 FILL = """
 import os, subprocess, sys, time
@@ -45,8 +46,8 @@ def other() -> Iterator[Operator]:
 def test_a_timeout_is_kept_although_the_job_holds_up_its_supervisor(
     other: Operator, what: str
 ) -> None:
-    path = deployed(other)
-    job = begun(other, path, what, timeout=6)  # on an emulated machine it begins after 2 s
+    path = warmed_up(other, deployed(other))
+    job = begun(other, path, what, timeout=15)
     assert other.finished(other.url + path, job)["status"] == "status_timed_out"
     assert left(other, path, job) == []
 

@@ -93,7 +93,7 @@ class Late:
     is_forced: bool = False
     job_id: str = "late"
     over_at: float | None = 0.0
-    has_started: bool = True
+    has_begun: bool = True
 
 
 def after_a_look(late: Late) -> None:

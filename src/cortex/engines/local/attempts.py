@@ -95,7 +95,8 @@ class Attempts:
 
     def begin(self, attempt: Attempt, grace_s: float, supervisor: Supervisor | None = None) -> None:
         """One is started now, by this supervising process if it has one already."""
-        self._live[attempt.spec.job_id] = Live(attempt, supervisor, grace_s=grace_s)
+        start_record = self._start_of(attempt)
+        self._live[attempt.spec.job_id] = Live(attempt, start_record, supervisor, grace_s=grace_s)
         self._backstop.watch()
 
     def wait(self, attempt: Attempt, withdraw: Callable[[Attempt], bool]) -> None:
@@ -113,7 +114,8 @@ class Attempts:
 
     async def recover(self, attempt: Attempt, grace_s: float) -> None:
         """One was claimed by an earlier operator."""
-        live = self._live[attempt.spec.job_id] = Live(attempt, grace_s=grace_s)
+        live = Live(attempt, self._start_of(attempt), grace_s=grace_s)
+        self._live[attempt.spec.job_id] = live
         self._backstop.watch()
         if not await self._take_up(live):
             self._background.run(self._until_told(live))
@@ -387,6 +389,9 @@ class Attempts:
         if live.taken_over is not None:
             live.taken_over.close()
             live.taken_over = None
+
+    def _start_of(self, attempt: Attempt) -> Path:
+        return self._root / attempt.spec.job_id / f"start.{attempt.number}"
 
     def _exit_of(self, live: Live) -> Path:
         return self._of(live) / f"exit.{live.attempt.number}"

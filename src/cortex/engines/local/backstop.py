@@ -49,7 +49,7 @@ class Watched(Protocol):
         """When it has to be over, its grace included, by the monotonic clock."""
 
     @property
-    def has_started(self) -> bool: ...
+    def has_begun(self) -> bool: ...
 
 
 class Backstop:
@@ -91,7 +91,7 @@ class Backstop:
         late_s = 0.0 if each.over_at is None else time.monotonic() - each.over_at
         if late_s >= (LATE_S if is_stopped else AWAKE_S):
             self._background.run(self._force(each, is_stopped=is_stopped))
-        elif is_stopped and not each.has_started and each.stopped_looks > MOST_STOPPED:
+        elif is_stopped and not each.has_begun and each.stopped_looks > MOST_STOPPED:
             signal_to(each.pidfd, signal.SIGKILL)
         elif is_stopped:
             signal_to(each.pidfd, signal.SIGCONT)

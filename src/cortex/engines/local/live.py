@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from cortex.engines.base import Attempt
 from cortex.engines.local.supervisors import Supervisor
@@ -16,6 +18,7 @@ class Live:
     """One of them."""
 
     attempt: Attempt
+    start_record: Path
     supervisor: Supervisor | None = None
     taken_over: TakenOver | None = None
     grace_s: float = 0.0
@@ -39,6 +42,11 @@ class Live:
     def pidfd(self) -> int:
         held = self.supervisor or self.taken_over
         return -1 if held is None else held.pidfd
+
+    @property
+    def has_begun(self) -> bool:
+        """Also where its supervising process has not told of it: the job may have stopped that at once."""
+        return self.has_started or os.path.lexists(self.start_record)
 
     @property
     def over_at(self) -> float | None:
