@@ -398,10 +398,13 @@ class Storm:
         """A process of that kind that is there now; the job it belongs to is remembered. A supervisor
         is stopped, or it might have another job by the time that it is killed."""
         children = [pid for each in self.operators for pid in _children(each.process.pid)]
-        servers = [pid for pid in children if b"forkserver" in _command(pid)]
+        forked = [pid for pid in children if b"forkserver" in _command(pid)]
+        # The operator inherits the supervising processes of a fork server that was killed.
+        servers = [pid for pid in forked if not _is_supervising(pid)]
         if kind == "fork server":
             return self.random.choice(servers) if servers else None
         supervisors = [child for server in servers for child in _children(server)]
+        supervisors += [pid for pid in forked if pid not in servers]
         self.random.shuffle(supervisors)
         for supervisor in supervisors:
             if kind == "supervisor":
@@ -451,6 +454,15 @@ def _command(pid: int) -> bytes:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     return b""
+
+
+def _is_supervising(pid: int) -> bool:
+    """Whether it is a supervising process, not a fork server: it holds back SIGHUP for good."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigBlk:"):
+                return bool(int(line.split()[1], 16) >> (signal.SIGHUP - 1) & 1)
+    return True  # it is gone
 
 
 def storm(
