@@ -164,7 +164,6 @@ def _run(
     code, outcome = 1, -1
     try:
         failed = _become(supervisor, foreign)
-        is_there = _has_entered(project)
         if work is not None:
             told, log, outcome, group, identity = work
             _get_ready(told, slot)
@@ -174,10 +173,7 @@ def _run(
             found = task.still(found, path)
         if failed is not None:
             raise failed
-        if (
-            not is_there
-        ):  # what it lacked when it was forked may have come back, or else this tells of it
-            chdir(project)
+        chdir(project)  # not ahead of the job: the folder may be away for a while
         _, _, job = told
         if group >= 0:
             write(group, b"0")
@@ -212,14 +208,6 @@ def _become(supervisor: int, foreign: tuple[int, ...]) -> Exception | None:
     except Exception as error:  # noqa: BLE001, RUF100
         return error
     return None
-
-
-def _has_entered(project: str) -> bool:
-    try:
-        chdir(project)
-    except OSError:
-        return False
-    return True
 
 
 def _await(orders: socket.socket, slot: memoryview | None) -> tuple[Told, int, int, int]:

@@ -61,27 +61,32 @@ def group_name(root: Path, job_id: str, attempt: int) -> str:
 
 def existing(root: Path) -> list[Path]:
     """All groups of this data root that are there, wherever an operator made them."""
-    places = f"{prefix(root)}jobs"
-    return [group for group in _all_of(root) if group.name != places]
+    place = _place(root)
+    return [group for group in _all_of(root) if group.name != place]
 
 
 def remove_places(root: Path) -> None:
     """Remove the folders of groups of this data root in which none is, wherever an operator made them: which hierarchy
     works may have changed since."""
-    places = f"{prefix(root)}jobs"
-    for place in _all_of(root):
-        if place.name == places:
+    place = _place(root)
+    for folder in _all_of(root):
+        if folder.name == place:
             with suppress(OSError):  # there are groups in it
-                place.rmdir()
+                folder.rmdir()
+
+
+def _place(root: Path) -> str:
+    """The name of the folder of groups in each hierarchy."""
+    return f"{prefix(root)}jobs"
 
 
 def _all_of(root: Path) -> list[Path]:
-    name = prefix(root)
+    name, place = prefix(root), _place(root)
     found = []
     for parent, names, _ in os.walk(_ROOT):
         own = [each for each in names if each.startswith(name)]
         found += [Path(parent, each) for each in own]
-        names[:] = [each for each in names if each not in own or each == f"{name}jobs"]
+        names[:] = [each for each in names if each not in own or each == place]
     return found
 
 

@@ -236,10 +236,15 @@ def _forger(
 ) -> Alive | None:
     """The supervisor of a job that runs, although there is a record of its end: the job has made that itself."""
     alive = _alive(start, folder, account, if_unknown=False)
-    if alive is None or remains.runs_below(alive.start.pid, job_id):
-        return alive
-    os.close(alive.pidfd)
-    return None
+    if alive is None:
+        return None
+    runs = False
+    try:
+        runs = remains.runs_below(alive.start.pid, job_id)
+    finally:
+        if not runs:
+            os.close(alive.pidfd)
+    return alive if runs else None
 
 
 def _is_laid_out(folder: int) -> bool:

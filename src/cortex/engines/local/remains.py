@@ -89,7 +89,7 @@ def has_open(pid: int, folder: int, *, if_unknown: bool = True) -> bool:
 def runs_below(pid: int, job_id: str) -> bool:
     """Whether a job runs below its supervising process, whatever its records say. That process may have another job
     by now, or a process that waits for one: both have a variable that says so."""
-    names = [processes.variables(child).get("CORTEX_JOB_ID") for child in processes.children(pid)]
+    names = (processes.variables(child).get("CORTEX_JOB_ID") for child in processes.children(pid))
     return any(name is None or name == job_id for name in names)
 
 
