@@ -197,8 +197,8 @@ def test_what_hid_while_no_operator_ran_is_ended_by_the_next(other: Operator) ->
     hidden = hidden_in(other, endpoint, job)
     supervisors = parents(hidden_supervisor(other, job))
     other.kill()
-    # On a slow machine the fork server outlives the supervisor, and may end what is hidden itself.
     until(lambda: not supervisors & running(), "fork server and supervisor killed")
+    assert is_there(hidden)
     other.start()
     endpoint = f"{other.url}/hider"
     assert other.finished(endpoint, job)["status"] == "status_unexpected_error"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from another_user import UID, USER, passable_folder, waiting_for_import
+from cortex.worker import processes
 from support import PROBE, Operator, operator, probe_yaml, processes_with, reachable, until
 from tracing import COMMAND, Seen, Trace
 
@@ -77,10 +78,8 @@ def started_again(running: Operator, traces: Traces) -> None:
 
 def parent(pid: int) -> int:
     """0 where the process is gone."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
+    about = processes.stat(pid)
+    return 0 if about is None else about[1]
 
 
 def kill(pid: int) -> None:
