@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -158,9 +159,9 @@ def task(config):
 
 
 def hidden_in(other: Operator, endpoint: str, job: Any) -> int:
-    other.await_log(endpoint, job, "hidden")
-    words = other.log_of(endpoint, job).split()
-    return int(words[words.index("hidden") + 1])
+    line = re.compile(r"hidden (\d+)\n")
+    until(lambda: line.search(other.log_of(endpoint, job)), "the hidden process")
+    return int(line.findall(other.log_of(endpoint, job))[0])
 
 
 def is_there(pid: int) -> bool:

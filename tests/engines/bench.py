@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -220,6 +221,14 @@ class Bench:
     async def printed(self, attempt: Attempt, words: str) -> None:
         """Wait until the job's log holds these words."""
         await until(lambda: words in self.log(attempt))
+
+    async def number_after(self, attempt: Attempt, word: str) -> int:
+        """Wait until the job's log holds this word, a number and the end of the line; the number."""
+        line = re.compile(rf"{word} (\d+)\n")
+        await until(lambda: line.search(self.log(attempt)))
+        found = line.search(self.log(attempt))
+        assert found is not None
+        return int(found[1])
 
     def log(self, attempt: Attempt) -> str:
         path = self.root / attempt.spec.job_id / "log"
