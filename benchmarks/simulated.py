@@ -29,9 +29,9 @@ from cortex.engines.base import (
     Version,
 )
 from cortex.engines.ray.messages import NodeState
-from cortex.engines.ray.nodes import Nodes
+from cortex.engines.ray.placement import Nodes
 from cortex.operator import app
-from cortex.operator.settings import Settings
+from cortex.operator.config.settings import Settings
 from cortex.spec.api import MILLI, Compute
 
 TICK_S = 0.01

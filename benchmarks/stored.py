@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import insert, select
 
 import ours
-from cortex.operator.settings import database_url
+from cortex.operator.config.settings import database_url
 from cortex.spec.lifecycle import State
 from cortex.spec.times import new_id, now_ns
 from cortex.store.database import connect

@@ -10,8 +10,8 @@ from typing import Any, Self
 
 import pytest
 
-from cortex.client import Client
-from cortex.client.asynchronous import AsyncClient
+from cortex.sdk import Client
+from cortex.sdk.aio import AsyncClient
 
 Connect = Callable[..., Client]
 

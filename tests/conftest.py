@@ -12,7 +12,7 @@ from _pytest.nodeid import coerce_node_id
 
 import s3 as s3_server
 from awaited import Awaited, Connect, in_a_task
-from cortex.client import Client
+from cortex.sdk import Client
 from cortex.store import Store
 from postgresql import Server, server
 from s3 import S3

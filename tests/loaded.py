@@ -28,9 +28,9 @@ from typing import IO, Any
 _PATIENCE_S = 180
 _LONG_TO_LOAD = (
     "alembic.command",
-    "cortex.client",
+    "cortex.sdk",
     "cortex.operator.app",
-    "cortex.operator.others",
+    "cortex.operator.ha.peers",
     "psycopg",
     "s3fs",
     "uvloop",

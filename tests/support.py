@@ -348,10 +348,12 @@ def _workers(data_dir: Path) -> list[int]:
 
 def _limits() -> ModuleType:
     before = list(sys.path)
-    from cortex.engines.local import limits  # here: what it loads, a program itself, drops a path
+    from cortex.engines.local import (
+        cgroup_support,
+    )  # here: what it loads, a program itself, drops a path
 
     sys.path[:] = before
-    return limits
+    return cgroup_support
 
 
 def _swept(root: Path, names: set[str]) -> list[str]:

@@ -11,18 +11,18 @@ import importlib
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cortex import errors as errors
-    from cortex.client import Client, client, env_delete, env_list, new_client
-    from cortex.client.asynchronous import AsyncClient
     from cortex.errors import CortexError
+    from cortex.sdk import Client, client, env_delete, env_list, new_client
+    from cortex.sdk.aio import AsyncClient
 
 _HOME = {
-    "AsyncClient": "cortex.client.asynchronous",
-    "Client": "cortex.client",
+    "AsyncClient": "cortex.sdk.aio",
+    "Client": "cortex.sdk",
     "CortexError": "cortex.errors",
-    "client": "cortex.client",
-    "env_delete": "cortex.client",
-    "env_list": "cortex.client",
-    "new_client": "cortex.client",
+    "client": "cortex.sdk",
+    "env_delete": "cortex.sdk",
+    "env_list": "cortex.sdk",
+    "new_client": "cortex.sdk",
 }
 
 __version__ = "0.1.0"

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from cortex.operator.refusals import MAX_KINDS, Refusals
+from cortex.operator.http.refusals import MAX_KINDS, Refusals
 from cortex.spec.audit import Action, Actor, AuditEntry
 from cortex.store import Store
 from cortex.store import audit as audit_of_store

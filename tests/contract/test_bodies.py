@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from cortex.operator.protocol import MAX_DISCARDED_BYTES
+from cortex.operator.http.wire import MAX_DISCARDED_BYTES
 from cortex.projects.pack import pack
 from support import PROBE, Operator, probe_yaml, until
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from another_user import UID, operator_as_root
-from cortex.engines.local import limits
+from cortex.engines.local import cgroup_support
 from support import PROBE, Operator, probe_yaml, until
 
 LIMITED = probe_yaml("limited").replace("cpu: 1m", "cpu: 1m, mem: 64Mi")
@@ -87,7 +87,7 @@ def task(config):
 
 
 def prefix(other: Operator) -> str:
-    return limits.prefix(other.data_dir / "jobs")
+    return cgroup_support.prefix(other.data_dir / "jobs")
 
 
 def limit_of(other: Operator) -> str:

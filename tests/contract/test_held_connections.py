@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from cortex.client import Client
+from cortex.sdk import Client
 from support import PROBE, Operator, operator, probe_yaml, until
 
 DESCRIPTORS = 256

@@ -258,7 +258,7 @@ def test_a_reader_of_bodies_that_is_killed_is_replaced(own: Operator) -> None:
 def readers(own: Operator) -> list[int]:
     """The processes that read the operator's large bodies."""
     listed = subprocess.run(
-        ["pgrep", "-P", str(own.process.pid), "-f", "cortex.operator.body_reader"],
+        ["pgrep", "-P", str(own.process.pid), "-f", "cortex.operator.http.body_reader"],
         capture_output=True,
         text=True,
         check=False,

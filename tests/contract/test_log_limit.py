@@ -130,7 +130,7 @@ def test_a_file_system_that_cannot_drop_a_part_says_so_once(tmp_path: Path) -> N
     """ramfs is one; it is mounted in a namespace of the test's own."""
     script = f"""
 import os
-from cortex.worker import logfile
+from cortex.worker.supervisor import logfile
 folder = os.open({str(tmp_path)!r}, os.O_RDONLY)
 with open({str(tmp_path / "log")!r}, "ab", buffering=0) as file:
     file.write(b"x" * 70000)

@@ -18,7 +18,7 @@ import pytest
 
 from another_user import UID, USER, passable_folder, waiting_for_import
 from contract.test_traced import fork_servers, kill
-from cortex.operator.logs import REPLACED
+from cortex.operator.logs.follow import REPLACED
 from support import PATIENCE_S, PROBE, operator, probe_yaml, reachable, until
 
 SECRET = "what only root may read"
@@ -159,7 +159,7 @@ def _swap(folder: Path, link_to: Path) -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "from cortex.removal import remove as clear",
+        "from cortex.system.folders import remove as clear",
         "from cortex.engines.local.workspaces import sweep as clear",
     ],
     ids=["a job's folder", "workspaces"],

@@ -32,7 +32,7 @@ from cortex.engines.base import (
     Version,
     Waits,
 )
-from cortex.engines.local import LocalEngine, groups, limits
+from cortex.engines.local import LocalEngine, cgroup_support, cgroups
 from cortex.projects.unpack import project_id
 from cortex.spec.api import ApiSpec, Compute, Definition, Limits, Networking
 from cortex.spec.job import JobSpec, Json
@@ -278,16 +278,16 @@ class Bench:
     def left(self) -> list[str]:
         """Processes and control groups that belong to this data root."""
         found = [f"{pid}: {about}" for pid, about in processes(str(self.root.parent), self.jobs)]
-        prefix = limits.prefix(self.root)
+        prefix = cgroup_support.prefix(self.root)
         for folder, names, _ in os.walk("/sys/fs/cgroup"):
             found += [f"{folder}/{name}" for name in names if name.startswith(prefix)]
         return found
 
     def sweep(self) -> None:
         """Remove the empty groups of processes that have outlived their operator, as the next one would."""
-        for group in limits.existing(self.root):
-            if groups.is_orphaned(group):
-                groups.remove(group, within_s=0)
+        for group in cgroup_support.existing(self.root):
+            if cgroups.is_orphaned(group):
+                cgroups.remove(group, within_s=0)
         for folder in self.left():
             if folder.endswith("-jobs"):
                 with contextlib.suppress(OSError):
@@ -295,7 +295,9 @@ class Bench:
 
     def left_of_jobs(self) -> list[str]:
         """The same without what waits for the next job."""
-        return [line for line in self.left() if "forkserver.py" not in line and not _is_held(line)]
+        return [
+            line for line in self.left() if "forkserver/main.py" not in line and not _is_held(line)
+        ]
 
     async def _first(self, attempt: Attempt, *kinds: type[T]) -> T:
         """The first observation of these kinds for the attempt; all others stay to be asked for."""
@@ -320,7 +322,7 @@ class Bench:
 
 def _is_held(group: str) -> bool:
     """Whether it is the folder of all groups, or the group of a supervising process that lives."""
-    is_supervisors = "-supervisor." in group and not groups.is_orphaned(Path(group))
+    is_supervisors = "-supervisor." in group and not cgroups.is_orphaned(Path(group))
     return is_supervisors or group.endswith("-jobs")
 
 

@@ -21,10 +21,10 @@ from cortex.engines.base import Capacity
 from cortex.engines.ray import RayEngine
 from cortex.engines.ray.link import LinkError, Refused
 from cortex.engines.ray.messages import NodeState, Seat
-from cortex.node import seats
-from cortex.node.agent import Agent
-from cortex.node.driver import Driver, answer
 from cortex.projects.pack import pack_kept
+from cortex.ray_node import reservations
+from cortex.ray_node.agent import Agent
+from cortex.ray_node.driver import Driver, answer
 from engines.bench import LIMIT_S, Bench, processes
 
 NAMESPACE = "near"
@@ -171,7 +171,7 @@ def near_bench(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NearBe
     made = NearBench(folder)
     raylet = subprocess.Popen(["sleep", "600"])
     monkeypatch.setenv("RAY_RAYLET_PID", str(raylet.pid))
-    monkeypatch.setattr(seats, "let_go", made.near.seats.discard)
+    monkeypatch.setattr(reservations, "let_go", made.near.seats.discard)
     try:
         yield made
     finally:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from cortex.background import Background
 from cortex.engines.base import Ending, NeverStarted
 from cortex.engines.local import LocalEngine, backstop
+from cortex.system.background import Background
 from engines.bench import SLEEP, Bench, exists, until
 from engines.test_recovery import pid_of
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cortex.engines.base import Lost
-from cortex.engines.local import LocalEngine, remains
+from cortex.engines.local import LocalEngine, leftovers
 from cortex.worker.processes import children
 from engines.bench import Bench
 from engines.test_recovery import pid_of
@@ -77,7 +77,7 @@ def test_what_there_are_too_few_to_ask_after_is_not_taken_to_be_gone(
 def test_what_a_killed_supervisor_left_is_ended_as_soon_as_it_can_be(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clean, asked = remains.clean, []
+    clean, asked = leftovers.clean, []
 
     def few(folder: Path, attempt: int) -> None:
         asked.append(attempt)
@@ -85,7 +85,7 @@ def test_what_a_killed_supervisor_left_is_ended_as_soon_as_it_can_be(
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         clean(folder, attempt)
 
-    monkeypatch.setattr(remains, "clean", few)
+    monkeypatch.setattr(leftovers, "clean", few)
 
     async def scenario(engine: LocalEngine) -> None:
         attempt = bench.sleeper()

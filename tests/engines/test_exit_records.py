@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cortex.worker import files
-from cortex.worker.bench import Bench
+from cortex.worker.supervisor.station import Bench
 
 
 @pytest.fixture

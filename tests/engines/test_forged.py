@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 import cortex
-from cortex.account import Account
 from cortex.engines.base import Attempt, Lost, NeverStarted
-from cortex.engines.local import LocalEngine, limits, records
+from cortex.engines.local import LocalEngine, cgroup_support, records
+from cortex.system.account import Account
 from cortex.worker.processes import stat
 from engines.bench import Bench, parent, until
 from engines.test_recovery import DAEMON, is_fork_server, pid_of
@@ -212,7 +212,9 @@ def test_no_group_but_its_own_is_ended_with_a_job(bench: Bench, tmp_path: Path) 
 
         async def scenario(engine: LocalEngine) -> None:
             attempt = forged(bench, "exit.1", b"")
-            group = tmp_path / "group" / f"{limits.prefix(bench.root)}{attempt.spec.job_id}-1"
+            group = (
+                tmp_path / "group" / f"{cgroup_support.prefix(bench.root)}{attempt.spec.job_id}-1"
+            )
             group.mkdir(parents=True)
             (group / "cgroup.procs").write_text(f"{victim.pid}\n")
             (group / "cgroup.kill").touch()
@@ -263,14 +265,14 @@ def test_a_process_that_has_not_the_job_s_folder_open_is_no_supervisor(bench: Be
 FORGED = """#!{python}
 import json, os, socket, sys
 sys.path.insert(0, {source!r})
-from cortex.worker import bare, messages
+from cortex.worker import messages, syscalls
 sys.stdin.read()
 operator = socket.socket(fileno=int(sys.argv[3]))
 operator.send(messages.Reply().dumps())
 while operator.recv(65536):
-    ours, theirs = bare.socketpair()
+    ours, theirs = syscalls.socketpair()
     reply = messages.Reply(pid={pid})
-    bare.send_fds(operator, reply.dumps(), (os.pidfd_open({pid}), ours.fileno()))
+    syscalls.send_fds(operator, reply.dumps(), (os.pidfd_open({pid}), ours.fileno()))
 """
 
 

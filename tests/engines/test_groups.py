@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from cortex.engines.base import Lost
-from cortex.engines.local import LocalEngine, groups, limits
-from cortex.engines.local.groups import Place
+from cortex.engines.local import LocalEngine, cgroup_support, cgroups
+from cortex.engines.local.cgroups import Place
 from cortex.worker import processes
 from engines.bench import Bench, until
 
@@ -39,7 +39,7 @@ while time.monotonic() < until:
 
 def places() -> list[Place]:
     found = []
-    for controller, folders in limits._mounts().items():
+    for controller, folders in cgroup_support._mounts().items():
         if controller in ("", "freezer", "pids"):
             found.append(
                 Place("v1" if controller else "v2", folders[0] / f"cortex-test{os.getpid()}")
@@ -67,11 +67,11 @@ def test_what_multiplies_in_a_group_and_in_those_below_it_ends(place: Place) -> 
     assert bomb.stdin is not None
     bomb.stdin.close()
     end = time.monotonic() + 60
-    while len(groups.members(group)) < 8 and time.monotonic() < end:
+    while len(cgroups.members(group)) < 8 and time.monotonic() < end:
         time.sleep(0.01)
-    groups.put(below / "cgroup.procs", groups.members(group)[-1])
-    members = groups.members(group) + groups.members(below)
-    assert groups.end(group, 60)
+    cgroups.put(below / "cgroup.procs", cgroups.members(group)[-1])
+    members = cgroups.members(group) + cgroups.members(below)
+    assert cgroups.end(group, 60)
     bomb.wait()
     assert not group.exists()
     assert not [pid for pid in members if (about := processes.stat(pid)) and about[0] not in "ZX"]
@@ -148,11 +148,11 @@ def test_a_superseded_operator_that_closes_takes_no_groups_place(bench: Bench) -
 def test_a_place_of_an_operator_that_was_killed_goes_although_another_hierarchy_works_now(
     bench: Bench,
 ) -> None:
-    mounts = limits._mounts()
+    mounts = cgroup_support._mounts()
     of_another = next((mounts[each][-1] for each in ("pids", "cpu", "") if each in mounts), None)
     if of_another is None or not os.access(of_another, os.W_OK):
         pytest.skip("this user has no control groups")
-    place = of_another / f"{limits.prefix(bench.root)}jobs"
+    place = of_another / f"{cgroup_support.prefix(bench.root)}jobs"
     place.mkdir()
 
     async def scenario(engine: LocalEngine) -> None:
@@ -165,9 +165,9 @@ def test_a_place_of_an_operator_that_was_killed_goes_although_another_hierarchy_
 def test_a_place_that_works_stays_where_no_limit_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mounts = limits._mounts()
-    monkeypatch.setattr(limits, "_mounts", lambda: {**mounts, "": [], "memory": [tmp_path]})
-    found = limits.probe(tmp_path)
+    mounts = cgroup_support._mounts()
+    monkeypatch.setattr(cgroup_support, "_mounts", lambda: {**mounts, "": [], "memory": [tmp_path]})
+    found = cgroup_support.probe(tmp_path)
     if found.trees is None:
         pytest.skip("this user has no control groups")
     assert found.kind == "watchdog"
@@ -178,16 +178,16 @@ def test_a_place_that_works_stays_where_no_limit_does(
 def test_a_group_is_of_a_process_that_lives_or_an_orphan() -> None:
     about = processes.stat("self")
     assert about is not None
-    assert not groups.is_orphaned(Path(f"cortex-a-supervisor.{os.getpid()}.{about[2]}"))
-    assert groups.is_orphaned(Path(f"cortex-a-supervisor.{os.getpid()}.{about[2] + 1}"))
-    assert groups.is_orphaned(Path("cortex-a-probe.1.0.limit"))
-    assert not groups.is_orphaned(Path("cortex-a-01m8jff2wbtpp7xy25-1"))
+    assert not cgroups.is_orphaned(Path(f"cortex-a-supervisor.{os.getpid()}.{about[2]}"))
+    assert cgroups.is_orphaned(Path(f"cortex-a-supervisor.{os.getpid()}.{about[2] + 1}"))
+    assert cgroups.is_orphaned(Path("cortex-a-probe.1.0.limit"))
+    assert not cgroups.is_orphaned(Path("cortex-a-01m8jff2wbtpp7xy25-1"))
     zombie = subprocess.Popen(["true"], stdout=subprocess.PIPE)
     assert zombie.stdout is not None
     ticks = processes.stat(zombie.pid)
     zombie.stdout.read()
     assert ticks is not None
     os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
-    assert groups.is_orphaned(Path(f"cortex-a-supervisor.{zombie.pid}.{ticks[2]}"))
+    assert cgroups.is_orphaned(Path(f"cortex-a-supervisor.{zombie.pid}.{ticks[2]}"))
     zombie.wait()
     zombie.stdout.close()

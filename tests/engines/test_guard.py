@@ -11,7 +11,7 @@ import pytest
 
 from cortex.engines.base import Lost
 from cortex.engines.local import LocalEngine
-from cortex.node import guard
+from cortex.ray_node import guard
 from cortex.worker import processes
 from engines.bench import Bench
 

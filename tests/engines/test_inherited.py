@@ -7,10 +7,10 @@ import sys
 
 MADE = """
 import asyncio, os, subprocess, sys, time
-from cortex.engines.local import inherited
-from cortex.worker import orphans, processes
+from cortex.engines.local import orphans
+from cortex.worker import processes
 
-MARKED = "from cortex.worker import orphans; orphans.mark(); "
+MARKED = "from cortex.worker.forkserver import orphans; orphans.mark(); "
 DAEMON = "import os, subprocess; subprocess.Popen(['sleep', '300'], start_new_session=True, env={}); "
 
 
@@ -24,7 +24,7 @@ def start(code):
 made = []
 own, known = start(""), start(MARKED)
 before = start(MARKED)
-watch = inherited.Inherited(lambda: {known.pid})
+watch = orphans.Inherited(lambda: {known.pid})
 watch.open()
 stranger = start(MARKED + DAEMON)
 below = processes.descendants(stranger.pid)

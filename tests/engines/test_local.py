@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cortex.engines.base import Capacity, CapacityFreed, Lost, NeverStarted
-from cortex.engines.local import LocalEngine, forkserver
+from cortex.engines.local import LocalEngine, fork_server
 from cortex.spec.api import Compute
 from engines.bench import Bench
 
@@ -87,7 +87,7 @@ def test_proxies_are_passed_on_from_the_operator(
 def test_a_deadline_ends_the_wait_for_an_interpreter_that_is_being_warmed(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forkserver, "READY_S", 3600)
+    monkeypatch.setattr(fork_server, "READY_S", 3600)
     bench.bare_environment({"third": "import time\ntime.sleep(300)\n"})
 
     async def scenario(engine: LocalEngine) -> None:

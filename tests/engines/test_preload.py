@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cortex.engines.base import Ended, Engine
-from cortex.engines.local import LocalEngine, forkserver
+from cortex.engines.local import LocalEngine, fork_server
 from engines.bench import Bench
 
 IMPORTED_HERE = """
@@ -149,7 +149,7 @@ def test_only_what_is_harmful_is_left_out(bench: Bench) -> None:
 def test_an_import_that_takes_too_long_is_left_to_the_jobs(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forkserver, "READY_S", 0.5)
+    monkeypatch.setattr(fork_server, "READY_S", 0.5)
     slow = f"{PID}import time\nif 'CORTEX_JOB_ID' not in os.environ: time.sleep(600)\n"
     bench.bare_environment({"lib": slow})
 

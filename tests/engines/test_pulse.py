@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from cortex.engines.base import Attempt, Ended, NeverStarted
-from cortex.engines.local import LocalEngine, process, pulse
+from cortex.engines.local import LocalEngine, fork_server_health, fork_server_process
 from cortex.worker import processes
 from engines.bench import Bench, until
 from engines.test_recovery import pid_of
@@ -50,7 +50,7 @@ def bench(local_bench: Bench) -> Bench:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pulse, "LOOK_S", 0.1)
+    monkeypatch.setattr(fork_server_health, "LOOK_S", 0.1)
 
 
 def server_of(bench: Bench, attempt: object) -> int:
@@ -80,7 +80,7 @@ def test_a_fork_server_whose_orders_somebody_else_takes_is_replaced(bench: Bench
                 await bench.start(engine, others[-1])
             with contextlib.suppress(AssertionError):
                 await until(is_stolen, 5)
-        assert pulse.SILENT in bench.waits
+        assert fork_server_health.SILENT in bench.waits
         # Its socket has not ended: the thief has it.
         await until(lambda: processes.living(server) is None)
         after = replace(bench.attempt(config={"steals": False, "go": go}), version=thief.version)
@@ -90,7 +90,7 @@ def test_a_fork_server_whose_orders_somebody_else_takes_is_replaced(bench: Bench
         for each in (thief, *others, after):
             assert isinstance(await bench.last(each), Ended | NeverStarted)
         engine.forget(thief.version.api.api_id)
-        await until(lambda: not [line for line in bench.left() if "forkserver.py" in line])
+        await until(lambda: not [line for line in bench.left() if "forkserver/main.py" in line])
 
     bench.run(scenario)
 
@@ -117,7 +117,7 @@ def test_a_fork_server_that_is_stopped_in_an_import_goes_on(bench: Bench) -> Non
         attempt = bench.attempt("import stops\ndef task(config): ...", preload=("stops",))
         end = await bench.outcome(engine, attempt)
         assert end.hints == ()
-        assert pulse.STOPPED in bench.waits
+        assert fork_server_health.STOPPED in bench.waits
 
     bench.run(scenario)
 
@@ -136,7 +136,7 @@ def test_a_look_that_has_no_descriptors_is_made_again(
     bench.bare_environment({"stops": f"import os\nos.kill(os.getpid(), {int(signal.SIGSTOP)})\n"})
 
     async def scenario(engine: LocalEngine) -> None:
-        monkeypatch.setattr(pulse.processes, "stat", short)
+        monkeypatch.setattr(fork_server_health.processes, "stat", short)
         attempt = bench.attempt("import stops\ndef task(config): return 1", preload=("stops",))
         assert (await bench.outcome(engine, attempt)).result == 1
         assert looks[0] > 1
@@ -150,7 +150,7 @@ def test_a_fork_server_is_ended_also_where_there_is_no_thread_to_wait_in(
     async def refuse(*_: object) -> None:
         raise OSError(11, "no thread is to be had")
 
-    monkeypatch.setattr(process, "in_thread", refuse)
+    monkeypatch.setattr(fork_server_process, "in_thread", refuse)
     with subprocess.Popen(["sleep", "300"]) as running:
-        asyncio.run(process.ended(running))
+        asyncio.run(fork_server_process.ended(running))
         assert running.returncode == -signal.SIGKILL

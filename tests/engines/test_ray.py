@@ -23,10 +23,10 @@ from cortex.engines.base import (
     Started,
     Unreachable,
 )
-from cortex.engines.ray import RayEngine, orders
+from cortex.engines.ray import RayEngine, calls
 from cortex.engines.ray import cluster as ray_cluster
 from cortex.errors import StartupError
-from cortex.operator.logs import Log, read
+from cortex.operator.logs.follow import Log, read
 from cortex.spec.api import Compute
 from engines.bench import LIMIT_S, exists, until
 from engines.ray_bench import RayBench, ready
@@ -115,7 +115,7 @@ def test_what_others_take_of_the_cluster_is_waited_for(ray_bench: RayBench) -> N
 def test_what_ray_does_not_give_is_tried_again_later(
     ray_bench: RayBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(orders, "PLACE_S", 0.5)
+    monkeypatch.setattr(calls, "PLACE_S", 0.5)
 
     async def scenario(engine: Engine) -> None:
         attempt = ray_bench.sleeper()

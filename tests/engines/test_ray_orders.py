@@ -17,10 +17,10 @@ from ray.exceptions import RayError
 
 from cortex.engines.base import Ended, Ending, Engine, Lost, NeverStarted, Reachable, Waits
 from cortex.engines.ray import RayEngine
-from cortex.engines.ray.live import taken_up
+from cortex.engines.ray.log_copies import Mirror
 from cortex.engines.ray.messages import Builds, NodeOrder, Seat
-from cortex.engines.ray.mirror import Mirror
-from cortex.node import guard, logs, seats
+from cortex.engines.ray.tracked import taken_up
+from cortex.ray_node import guard, logs, reservations
 from cortex.worker import processes
 from engines.bench import LIMIT_S, until
 from engines.near import NAMESPACE, NearBench, near_bench, ready
@@ -391,7 +391,7 @@ def test_a_seat_that_an_agent_was_killed_before_it_gave_up_is_given_up(
 
     async def scenario(engine: Engine) -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(seats, "let_go", let_go)
+            patched.setattr(reservations, "let_go", let_go)
             await bench.outcome(engine, bench.attempt("def task(config): pass"))
             await bench.near.kill_agent()
         if is_lost:

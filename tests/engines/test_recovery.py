@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from cortex.engines.base import Attempt, Ended, Ending, Lost, NeverStarted, Started, Unreachable
-from cortex.engines.local import LocalEngine, records, remains
-from cortex.engines.local.ends import Ends
+from cortex.engines.local import LocalEngine, leftovers, records
+from cortex.engines.local.exit_watch import Ends
 from cortex.worker import processes
 from cortex.worker.messages import JOB_ID_ROOM
 from cortex.worker.processes import children, stat
@@ -90,7 +90,7 @@ def test_a_killed_fork_server_takes_no_job_along(bench: Bench) -> None:
         attempt = bench.sleeper()
         await bench.start(engine, attempt)
         await bench.printed(attempt, "pid")
-        servers = [int(line.split(":")[0]) for line in bench.left() if "forkserver.py" in line]
+        servers = [int(line.split(":")[0]) for line in bench.left() if "forkserver/main.py" in line]
         for pid in servers:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it was one's helper
                 if parent(pid) == os.getpid():
@@ -221,7 +221,9 @@ def is_fork_server(pid: int, bench: Bench) -> bool:
     # The folder tells it from one of another test in the same process.
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        return b"forkserver.py" in command and Path(f"/proc/{pid}/cwd").resolve() == bench.project
+        return (
+            b"forkserver/main.py" in command and Path(f"/proc/{pid}/cwd").resolve() == bench.project
+        )
     except OSError:
         return False
 
@@ -393,7 +395,7 @@ def test_an_order_that_nobody_took_up_is_fenced_without_a_search(
     searched: list[str] = []
     with_variable = processes.with_variable
     monkeypatch.setattr(
-        remains.processes,
+        leftovers.processes,
         "with_variable",
         lambda *args: searched.append("processes") or with_variable(*args),
     )
@@ -432,9 +434,9 @@ def test_an_operator_that_hung_leaves_alone_what_a_later_attempt_runs(tmp_path: 
     (folder / "start.2").touch()
     opened = os.open(folder, os.O_RDONLY)
     with sleeping("-" * JOB_ID_ROOM, opened), sleeping(folder.name) as running:
-        remains.clean(folder, 1)
+        leftovers.clean(folder, 1)
         assert running.poll() is None
-        remains.clean(folder, 2)
+        leftovers.clean(folder, 2)
         assert running.wait() == -signal.SIGKILL
     os.close(opened)
 
@@ -470,14 +472,14 @@ def test_a_process_that_shows_no_environment_at_one_look_is_found_at_the_next(
         looks[0] += 1
         return {} if looks[0] == 1 else with_variable(name, value)
 
-    monkeypatch.setattr(remains.processes, "with_variable", blind_at_first)
+    monkeypatch.setattr(leftovers.processes, "with_variable", blind_at_first)
     folder = tmp_path / "job-that-executes"
     folder.mkdir()
     environment = {**os.environ, "CORTEX_JOB_ID": folder.name}
     with subprocess.Popen(["sleep", "300"], env=environment) as running:
         asyncio.run(until(lambda: with_variable("CORTEX_JOB_ID", folder.name)))
         try:
-            remains.clean(folder, 1)
+            leftovers.clean(folder, 1)
             assert running.wait(60) == -signal.SIGKILL
         finally:
             running.kill()

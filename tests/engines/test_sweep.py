@@ -8,7 +8,8 @@ from pathlib import Path
 
 MADE = """
 import os, socket, subprocess, sys, time, types
-from cortex.worker import bench, processes, serving, supervisor
+from cortex.worker import processes
+from cortex.worker.supervisor import main, station, watch
 from cortex.worker.messages import Order, Setup
 
 folder = sys.argv[1]
@@ -20,8 +21,8 @@ setup = Setup(package="", import_dir="", open_files=64, own_folder="copy", own_r
 order = Order(job_id="job", attempt=1, folder=folder, grace_s=1, timeout=None, deadline=None,
               log_limit=1 << 20, mem=None, memory_kind=None, memory_dir=None, gpus=[], job={},
               visible_gpus=None)
-watch_bench = bench.Bench(setup, serving.Signals(for_python=False), socket.socketpair()[0], 0)
-watch = supervisor.Supervisor(watch_bench, order)
+watch_bench = station.Bench(setup, main.Signals(for_python=False), socket.socketpair()[0], 0)
+job = watch.Supervisor(watch_bench, order)
 """
 LATE = """
 daemon = "import os, sys, time; os.setsid(); os.fork(); print(os.getpid(), flush=True); time.sleep(60)"
@@ -39,12 +40,12 @@ def stop(processes, *signals):
     late[0] = 60.0
 
 
-supervisor.processes.send = stop
-supervisor.time = types.SimpleNamespace(
+watch.processes.send = stop
+watch.time = types.SimpleNamespace(
     monotonic=lambda: monotonic() + late[0], time_ns=time.time_ns, sleep=time.sleep
 )
-watch._kill()
-print(watch.alone, len(processes.descendants(os.getpid())))
+job._kill()
+print(job.alone, len(processes.descendants(os.getpid())))
 """
 
 
@@ -58,9 +59,9 @@ killed = []
 kill = os.kill
 os.kill = lambda pid, number: killed.append(pid in processes.children(os.getpid())) or kill(pid, number)
 watch_bench.get_ready()
-watch.order.memory_kind = "v1"  # and no group came with the order
-watch.group = supervisor.cgroups.Group(watch.order, None)
-print(watch.run(), killed, watch.alone)
+job.order.memory_kind = "v1"  # and no group came with the order
+job.group = watch.cgroups.Group(job.order, None)
+print(job.run(), killed, job.alone)
 """
 
 

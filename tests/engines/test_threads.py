@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from cortex.background import in_thread
 from cortex.engines.base import Ended, Lost, NeverStarted, Started, Unreachable
 from cortex.engines.local import LocalEngine
+from cortex.system.background import in_thread
 from cortex.worker.processes import children
 from engines.bench import Bench
 from engines.test_recovery import pid_of

@@ -8,7 +8,7 @@ import sys
 PROBE = """
 import sys
 before = set(sys.modules)
-import cortex.worker.forking
+import cortex.worker.forkserver.server
 print(*set(sys.modules) - before)
 import cortex.logger
 print(*set(sys.modules) - before)

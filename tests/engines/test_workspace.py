@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from cortex.account import find
 from cortex.engines.base import Attempt, Lost, NeverStarted
 from cortex.engines.local import LocalEngine, workspaces
 from cortex.errors import StartupError
-from cortex.removal import remove
+from cortex.system.account import find
+from cortex.system.folders import remove
 from cortex.worker.copying import Copy
 from engines.bench import Bench, exists, until
 from engines.conftest import nothing_is_left

@@ -38,11 +38,11 @@ from cortex.engines.base import (
     Version,
 )
 from cortex.engines.local import LocalEngine
-from cortex.engines.local.forkservers import environment
+from cortex.engines.local.fork_server_pool import environment
 from cortex.spec.api import ApiSpec, Compute, Definition, Networking
 from cortex.spec.job import JobSpec
 from cortex.spec.times import new_id, now_ns
-from cortex.worker.supervisor import LEFT_S
+from cortex.worker.supervisor.watch import LEFT_S
 from fidelity.outcome import NO_RESULT, Outcome, agree, contents, left_of, normalised, read, running
 
 LIMIT_S = 90.0

@@ -50,7 +50,7 @@ def _shown(value: object) -> str:
 
 
 _FRAMES = re.compile(
-    r'^[ |+]*File "(?:<string>|[^"]*/cortex/worker/\w+\.py)", line \d+(?:,? in .*)?'
+    r'^[ |+]*File "(?:<string>|[^"]*/cortex/worker/(?:\w+/)?\w+\.py)", line \d+(?:,? in .*)?'
     r"\n(?:[ |+]{4,}+(?!File ).*\n(?:[ |]*[~^]+\n)?)?",
     re.MULTILINE,
 )

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cortex.worker import task
+from cortex.worker.job import task
 from fidelity.harness import Program, Runner
 from fidelity.outcome import NO_RESULT
 from fidelity.programs import program

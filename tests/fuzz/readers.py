@@ -13,14 +13,14 @@ from pathlib import Path
 from starlette.requests import Request
 
 from cortex.errors import CortexError, InvalidProject, InvalidSpec
-from cortex.operator.bodies import Submitted
-from cortex.operator.body_reader import Reader
-from cortex.operator.http import read_submission
+from cortex.operator.http.answers import read_submission
+from cortex.operator.http.bodies import Submitted
+from cortex.operator.http.body_reader import Reader
 from cortex.projects.check import check_files
+from cortex.projects.dotenv import variables
 from cortex.projects.unpack import project_id, unpack
-from cortex.projects.variables import variables
+from cortex.spec.cortex_yaml import field_lines, read_apis
 from cortex.spec.quantities import near_size, read_bytes, read_cpu_m
-from cortex.spec.yaml import field_lines, read_apis
 from fuzz import odd
 from fuzz.archives import archive
 from fuzz.uploads import yaml_text

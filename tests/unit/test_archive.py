@@ -12,14 +12,14 @@ import pytest
 
 from cortex.engines.local import LocalEngine
 from cortex.errors import NoDriver, StorageUnavailable
-from cortex.operator.archive import Archive
-from cortex.operator.copies import Copies
-from cortex.projects.files import Files
+from cortex.objects import Files
+from cortex.operator.logs.archive import Archive
+from cortex.operator.logs.archived_files import Copies
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import State, Wanted
 from cortex.store import Store
-from cortex.worker import logfile
 from cortex.worker.messages import LogCut
+from cortex.worker.supervisor import logfile
 
 _SPEC = JobSpec(job_id="1", api_name="a", api_id="1", config="{}", created_ns=1)
 OVER = JobRecord(1, _SPEC, State.SUCCEEDED, Wanted.RUN, attempt=1, handle=None)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from cortex.engines.local import records
-from cortex.removal import remove
-from cortex.worker import beneath, files, logfile
+from cortex.system.folders import remove
+from cortex.worker import beneath, files
+from cortex.worker.supervisor import logfile
 from support import by_its_owner
 
 OTHER = 65534

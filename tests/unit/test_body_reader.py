@@ -14,9 +14,9 @@ from contextlib import contextmanager
 import pytest
 
 from cortex.errors import Busy
-from cortex.operator import body_reader
-from cortex.operator.bodies import Submitted
-from cortex.operator.body_reader import LARGE_BYTES, Reader
+from cortex.operator.http import body_reader
+from cortex.operator.http.bodies import Submitted
+from cortex.operator.http.body_reader import LARGE_BYTES, Reader
 
 CONFIG = {"text": "x" * LARGE_BYTES}
 BODY = json.dumps({"timeout": 7, "config": CONFIG}).encode()
@@ -36,7 +36,7 @@ def with_reader(work: Callable[[Reader], Awaitable[None]]) -> None:
 
 
 def processes() -> list[int]:
-    command = ["pgrep", "-P", str(os.getpid()), "-f", "cortex.operator.body_reader"]
+    command = ["pgrep", "-P", str(os.getpid()), "-f", "cortex.operator.http.body_reader"]
     listed = subprocess.run(command, capture_output=True, text=True, check=False)
     return [int(pid) for pid in listed.stdout.split()]
 

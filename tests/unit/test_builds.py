@@ -17,9 +17,9 @@ from typing import NoReturn, TypeVar
 import pytest
 
 from builds import laid_out
-from cortex.projects import build_rules, building, environments, locks
+from cortex.projects import build_rules, builder, environments, lockfiles
 from cortex.projects.build_rules import BuildRules
-from cortex.projects.building import EnvironmentFailed
+from cortex.projects.builder import EnvironmentFailed
 from cortex.projects.environments import Environments
 from support import until
 
@@ -111,14 +111,14 @@ def test_a_build_that_takes_too_long_is_ended_with_all_that_it_has_started(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hanging = Hanging(tmp_path, "print('about to hang', flush=True)\n")
-    is_late = building._is_late
+    is_late = builder._is_late
 
     async def late(process: subprocess.Popen[bytes], lifeline: int, timeout_s: float) -> bool:
         assert timeout_s == 1234
         await hanging.begun()
         return await is_late(process, lifeline, 0.01)
 
-    monkeypatch.setattr(building, "_is_late", late)
+    monkeypatch.setattr(builder, "_is_late", late)
     with pytest.raises(EnvironmentFailed, match="uv pip install was ended after 1234 s") as raised:
         run(Environments(root, rules=BuildRules(timeout_s=1234)).build(hanging.project))
     assert not any(map(lives, hanging.pids()))
@@ -243,7 +243,7 @@ def test_a_build_that_kills_its_supervisor_fails_and_leaves_nothing(
 def test_a_build_that_stops_its_supervisor_is_ended_all_the_same(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str
 ) -> None:
-    monkeypatch.setattr(building, "_END_S", 1.0 if again else 30.0)
+    monkeypatch.setattr(builder, "_END_S", 1.0 if again else 30.0)
     own = tmp_path / "own"
     stop = "    os.kill(pid, signal.SIGSTOP)\n"
     code = (
@@ -399,10 +399,10 @@ def test_links_in_an_environment_are_not_followed(root: Path, tmp_path: Path) ->
     python = run(made.build(tmp_path / "p"))
     packages = next((python.parents[1] / "lib").glob("python*")) / "site-packages"
     (packages / "one-1.0.dist-info").mkdir(parents=True)
-    assert locks.held(python) == "one==1.0\n"
+    assert lockfiles.held(python) == "one==1.0\n"
     packages.rename(tmp_path / "elsewhere")
     packages.symlink_to(tmp_path / "elsewhere")
-    assert locks.held(python) == ""
+    assert lockfiles.held(python) == ""
     assert made.ready(tmp_path / "p") == python
     python.parent.rename(tmp_path / "bin")
     python.parent.symlink_to(tmp_path / "bin")
@@ -423,7 +423,7 @@ def test_only_the_end_of_a_build_s_words_is_read(root: Path, tmp_path: Path) -> 
     code = "print('x' * (1 << 20), flush=True)\nraise SystemExit('the end')\n"
     with pytest.raises(EnvironmentFailed) as raised:
         run(Environments(root).build(laid_out(tmp_path / "p", code)))
-    assert len(raised.value.output) <= building._MOST_OUTPUT
+    assert len(raised.value.output) <= builder._MOST_OUTPUT
     assert "the end" in raised.value.output
 
 

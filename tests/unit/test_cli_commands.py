@@ -22,7 +22,7 @@ from client_stub import (
 
 from cortex.cli import serve
 from cortex.cli.main import run
-from cortex.client import environments
+from cortex.sdk import environments
 from support import FINAL
 
 JOB = str(SUBMITTED["job_id"])

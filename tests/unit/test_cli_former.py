@@ -14,7 +14,7 @@ from client_stub import RUNNING, SUBMITTED, SUCCEEDED, VIEW, Stub, answer, event
 
 from cortex import __version__
 from cortex.cli.main import run
-from cortex.client import environments
+from cortex.sdk import environments
 
 JOB = str(SUBMITTED["job_id"])
 LOG = b'event: log\nid: 2\ndata: "x\\n"\n\nevent: end\ndata: {}\n\n'

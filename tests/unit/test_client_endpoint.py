@@ -18,10 +18,10 @@ from socksio.exceptions import ProtocolError
 
 from awaited import Connect
 from cortex.cli.main import run
-from cortex.client import Client, environments, pool
-from cortex.client.endpoint import Endpoint
-from cortex.client.proxies import Proxy, proxy_of
 from cortex.errors import CortexError, OperatorUnreachable
+from cortex.sdk import Client, environments, pool
+from cortex.sdk.endpoint import Endpoint
+from cortex.sdk.proxies import Proxy, proxy_of
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 PROXY = Proxy("http", "proxy.lan", 3128)

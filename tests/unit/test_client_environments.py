@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import cortex
-from cortex.client import Client, environments
 from cortex.errors import CortexError, InvalidRequest, UnknownEnvironment
+from cortex.sdk import Client, environments
 
 
 @pytest.fixture(autouse=True)

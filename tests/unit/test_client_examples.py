@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cortex.spec.yaml import read_apis
+from cortex.spec.cortex_yaml import read_apis
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

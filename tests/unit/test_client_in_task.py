@@ -132,8 +132,8 @@ def test_cortex_loggers_other_name_is_found_in_a_task(import_dir: Path) -> None:
 
 def test_files_that_tasks_load_are_written_for_the_oldest_python_of_an_environment() -> None:
     files = [PACKAGE / "__init__.py", PACKAGE / "errors.py", PACKAGE / "logger.py"]
-    files += [f for f in (PACKAGE / "client").glob("*.py") if "transport" not in f.name]
-    files += [PACKAGE / "client" / "transport_plain.py", PACKAGE / "projects" / "pack.py"]
+    files += [f for f in (PACKAGE / "sdk").glob("*.py") if "transport" not in f.name]
+    files += [PACKAGE / "sdk" / "transport_plain.py", PACKAGE / "projects" / "pack.py"]
     for file in files:
         tree = ast.parse(file.read_text(), str(file), feature_version=(3, 9))
         later = {"Self", "NotRequired", "StrEnum", "assert_never", "pairwise", "slots", "strict"}

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from awaited import Connect
-from cortex.client.logs import PAUSES_S, Event, Parser, follow, follow_async
 from cortex.errors import CortexError, NotFound, OperatorUnreachable
+from cortex.sdk.logs import PAUSES_S, Event, Parser, follow, follow_async
 
 END = b'event: end\ndata: {"status": "status_succeeded"}\n\n'
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 from client_stub import RUNNING, Stub, answer, events
 
-from cortex.client import Client
 from cortex.errors import NotFound
+from cortex.sdk import Client
 
 LOG = b'event: log\nid: 5\ndata: "a\\nb"\n\nevent: log\nid: 9\ndata: "c\\n"\n\nevent: end\ndata: {}\n\n'
 JOB = str(RUNNING["job_id"])

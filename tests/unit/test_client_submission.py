@@ -7,8 +7,8 @@ from collections.abc import ItemsView
 
 import pytest
 
-from cortex.client import submission
 from cortex.errors import InvalidRequest
+from cortex.sdk import submission
 
 
 def test_a_config_is_made_json_once() -> None:

@@ -73,8 +73,8 @@ def on_pause(monkeypatch: pytest.MonkeyPatch, act: Callable[[float], object]) ->
         act(seconds)
 
     for module in ("transport", "transport_plain"):
-        monkeypatch.setattr(f"cortex.client.{module}.sleep", act)
-    monkeypatch.setattr("cortex.client.transport_async.asyncio.sleep", pause)
+        monkeypatch.setattr(f"cortex.sdk.{module}.sleep", act)
+    monkeypatch.setattr("cortex.sdk.transport_async.asyncio.sleep", pause)
 
 
 @contextmanager
@@ -197,7 +197,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> Callable[[], float]:
 
     on_pause(monkeypatch, pause)
     for module in ("again", "calls", "submission"):
-        monkeypatch.setattr(f"cortex.client.{module}.monotonic", lambda: paused_s)
+        monkeypatch.setattr(f"cortex.sdk.{module}.monotonic", lambda: paused_s)
     return lambda: paused_s
 
 
@@ -343,7 +343,7 @@ def test_a_submit_that_stays_unanswered_tells_the_key(
 def test_a_request_that_is_taken_and_not_answered_in_time_is_unanswered(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cortex.client.calls.ANSWER_S", 0.1)
+    monkeypatch.setattr("cortex.sdk.calls.ANSWER_S", 0.1)
     with (
         socket.create_server(("127.0.0.1", 0)) as mute,
         connect(f"http://127.0.0.1:{mute.getsockname()[1]}") as client,
@@ -501,7 +501,7 @@ def test_a_class_of_ones_own_runs_where_its_module_is_not(connect: Connect, tmp_
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     assert (project / "conda-packages.txt").read_text() == f"python={version}\n"
     assert (project / "requirements.txt").read_text().startswith("six\ncloudpickle==")
-    from cortex.spec.yaml import read_apis
+    from cortex.spec.cortex_yaml import read_apis
 
     config = content(parts(stub.requests[0])["config"]).decode()
     [api] = read_apis(config, "sent")

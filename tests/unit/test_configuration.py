@@ -14,8 +14,8 @@ from cortex.cli.main import run
 from cortex.cli.serve import serve
 from cortex.errors import StartupError
 from cortex.operator.app import _address
-from cortex.operator.configuration import Configuration, flag
-from cortex.operator.sources import Effective, load, variable
+from cortex.operator.config.schema import Configuration, flag
+from cortex.operator.config.sources import Effective, load, variable
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 STORE = "postgresql://me:s3cret@db/tasks"

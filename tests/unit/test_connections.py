@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Coroutine
 import pytest
 import uvloop
 
-from cortex.operator import connections, protocol
-from cortex.operator.http import Receive, Scope, Send
+from cortex.operator.http import connections, wire
+from cortex.operator.http.answers import Receive, Scope, Send
 from cortex.operator.server import prepare
 from unit.test_protocol import connected, head, serving
 
@@ -28,8 +28,8 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it happens at once."""
     monkeypatch.setattr(connections, "_LOOK_S", 0.05)
     monkeypatch.setattr(connections, "HEADER_S", SOON_S)
-    monkeypatch.setattr(protocol, "BODY_S", SOON_S)
-    monkeypatch.setattr(protocol, "ANSWER_S", SOON_S)
+    monkeypatch.setattr(wire, "BODY_S", SOON_S)
+    monkeypatch.setattr(wire, "ANSWER_S", SOON_S)
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
@@ -206,9 +206,9 @@ def stalled(address: tuple[str, int], request: bytes):  # type: ignore[no-untype
 
 
 def test_a_slow_client_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "LEAST_BYTES", 10)
-    monkeypatch.setattr(protocol, "BODY_S", 3.0)
-    monkeypatch.setattr(protocol, "ANSWER_S", 3.0)
+    monkeypatch.setattr(wire, "LEAST_BYTES", 10)
+    monkeypatch.setattr(wire, "BODY_S", 3.0)
+    monkeypatch.setattr(wire, "ANSWER_S", 3.0)
     pieces = 70
 
     async def slow_answer(scope: Scope, receive: Receive, send: Send) -> None:

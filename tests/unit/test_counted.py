@@ -9,7 +9,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from cortex.engines.base import Capacity, NodeInfo
-from cortex.operator.live import Live
+from cortex.operator.dispatch.live_job import Live
 from cortex.operator.metrics import Metrics
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import State, Wanted

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cortex import errors
-from cortex.operator.live import Live
+from cortex.operator.dispatch.live_job import Live
 from cortex.operator.metrics import Metrics
 from cortex.projects.requirements import MIN_PYTHON
 from cortex.spec import python_variables

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from cortex.projects import building, locks
-from cortex.projects.building import EnvironmentFailed
+from cortex.projects import builder, lockfiles
+from cortex.projects.builder import EnvironmentFailed
 from cortex.projects.environments import Environments
 from cortex.projects.requirements import read_requirements
 from cortex.spec.api import DEFAULT_DEPENDENCIES, Dependencies
@@ -319,7 +319,7 @@ async def test_a_build_that_is_given_up_at_its_very_end_does_not_undo_the_next_o
 ) -> None:
     syncing, go_on = threading.Event(), threading.Event()
     marked = threading.Event()
-    mark = building._mark
+    mark = builder._mark
 
     def sync() -> None:
         if not syncing.is_set():
@@ -333,7 +333,7 @@ async def test_a_build_that_is_given_up_at_its_very_end_does_not_undo_the_next_o
             marked.set()
 
     monkeypatch.setattr(os, "sync", sync)
-    monkeypatch.setattr(building, "_mark", marks)
+    monkeypatch.setattr(builder, "_mark", marks)
     mine, environments = with_wheel(tmp_path / "p"), Environments(root)
     first = asyncio.create_task(environments.build(mine))
     assert await asyncio.to_thread(syncing.wait, PATIENCE_S)
@@ -390,7 +390,7 @@ async def test_a_uv_that_is_killed_is_told(
     fake = tmp_path / "uv"
     fake.write_text("#!/bin/sh\nkill -9 $$\n")
     fake.chmod(0o755)
-    monkeypatch.setattr(building.uv, "find_uv_bin", lambda: str(fake))
+    monkeypatch.setattr(builder.uv, "find_uv_bin", lambda: str(fake))
     with pytest.raises(EnvironmentFailed, match=f"signal {signal.SIGKILL.value}"):
         await Environments(root).build(project(tmp_path / "p"))
 
@@ -450,7 +450,7 @@ async def test_two_apis_of_a_project_have_the_environments_that_their_files_ask_
 ) -> None:
     mine = project(with_wheel(tmp_path / "p"), gpu__txt=f"./{wheel(tmp_path / 'p', 'other')}\n")
     gpu = Dependencies(pip="gpu.txt")
-    assert locks.name(read_requirements(mine, gpu)) != locks.name(read_requirements(mine))
+    assert lockfiles.name(read_requirements(mine, gpu)) != lockfiles.name(read_requirements(mine))
     assert Environments(root).identify(mine, gpu) != Environments(root).identify(mine)
     python = await Environments(root).build(mine, gpu)
     assert run(python, "import other; print(other.VALUE)") == "1"

@@ -13,7 +13,7 @@ import pytest
 
 import s3 as real
 from cortex.errors import StartupError, StorageUnavailable
-from cortex.projects.files import Files, check_url
+from cortex.objects import Files, check_url
 from s3 import S3
 from support import until
 
@@ -130,7 +130,7 @@ def test_what_is_no_store_of_files_is_told(url: str, told: str) -> None:
 
 def test_what_reaches_it_is_loaded_only_for_it() -> None:
     code = (
-        "import sys, cortex.operator.app, cortex.operator.sources\n"
+        "import sys, cortex.operator.app, cortex.operator.config.sources\n"
         "print([n for n in ('fsspec', 's3fs', 'botocore', 'aiohttp') if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -223,7 +223,7 @@ def test_a_server_that_hangs_is_given_up_and_found_again(
         bucket = f"s3://{server.bucket()}"
         Files(bucket).put("x", b"x")
         for name in ("_ANSWER_S", "_CONNECT_S"):
-            monkeypatch.setattr(f"cortex.projects.files.{name}", 1)
+            monkeypatch.setattr(f"cortex.objects.{name}", 1)
         files = Files(bucket)
         server.freeze()
         for attempt in (

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from cortex.projects import away, kept
+from cortex.objects import Files
+from cortex.projects import repository, trash
 from cortex.projects.environments import Environments
-from cortex.projects.files import Files
-from cortex.projects.kept import Projects
+from cortex.projects.repository import Projects
 from cortex.projects.unpack import project_id
 from cortex.spec.api import DEFAULT_DEPENDENCIES
 from unit.test_environments import wheel
@@ -150,7 +150,7 @@ def test_what_nothing_uses_is_forgotten_but_not_what_has_just_come(
     here.keep_lock(identity, "lock", "x==1\n")
     here.forget_all_but(set())
     assert len(files.listed("projects")) == 2
-    monkeypatch.setattr(kept, "_YOUNG_S", -60)
+    monkeypatch.setattr(repository, "_YOUNG_S", -60)
     here.forget_all_but({identity})
     assert len(files.listed("projects")) == 2
     here.forget_all_but(set())
@@ -215,7 +215,7 @@ def test_a_project_that_comes_in_while_it_is_put_away_is_there_afterwards(
     here = projects(tmp_path, None)
     identity = taken_in(here)
     came = here.here()[identity]
-    touched = away.touched
+    touched = trash.touched
     for moment in range(3):  # before the first look, before the move, before the second look
         looks = 0
 
@@ -232,7 +232,7 @@ def test_a_project_that_comes_in_while_it_is_put_away_is_there_afterwards(
             return seen
 
         with monkeypatch.context() as slow:
-            slow.setattr(away, "touched", look)
+            slow.setattr(trash, "touched", look)
             here.put_away(identity, came)
         assert project_id(here.folder(identity)) == identity
         came = here.here()[identity]

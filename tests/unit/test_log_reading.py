@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from cortex.operator import log_routes, logs
-from cortex.operator.logs import Log
-from cortex.worker import logfile
+from cortex.operator.http.routes import logs
+from cortex.operator.logs import follow
+from cortex.operator.logs.follow import Log
 from cortex.worker.messages import LogCut
+from cortex.worker.supervisor import logfile
 
 LIMIT = 1 << 20
 
@@ -41,8 +42,8 @@ class Running:
 
 
 @asynccontextmanager
-async def watching() -> AsyncIterator[logs.LogWatcher]:
-    watcher = logs.LogWatcher()
+async def watching() -> AsyncIterator[follow.LogWatcher]:
+    watcher = follow.LogWatcher()
     watcher.open()
     try:
         yield watcher
@@ -54,24 +55,24 @@ def test_a_log_that_is_removed_while_it_is_read_ends_with_a_line_that_says_so(
     tmp_path: Path,
 ) -> None:
     log = tmp_path / "log"
-    log.write_bytes(b"x" * (log_routes._CHUNK_BYTES + 1))
+    log.write_bytes(b"x" * (logs._CHUNK_BYTES + 1))
 
     async def read() -> list[bytes]:
         pieces = []
-        async for piece in log_routes._rest(Log(log, LIMIT), 0, log.stat().st_size):
+        async for piece in logs._rest(Log(log, LIMIT), 0, log.stat().st_size):
             pieces.append(piece)
             log.unlink(missing_ok=True)
         return pieces
 
     first, last = asyncio.run(read())
-    assert len(first) == log_routes._CHUNK_BYTES
+    assert len(first) == logs._CHUNK_BYTES
     assert last == b"[cortex: the log was removed while it was read]\n"
 
 
 def test_a_range_of_a_log_that_is_removed_while_it_is_read_breaks_off(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    log.write_bytes(b"x" * (log_routes._CHUNK_BYTES + 1))
-    parts = log_routes._part(Log(log, LIMIT), 0, log.stat().st_size)
+    log.write_bytes(b"x" * (logs._CHUNK_BYTES + 1))
+    parts = logs._part(Log(log, LIMIT), 0, log.stat().st_size)
     sent: list[MutableMapping[str, Any]] = []
 
     async def send(message: MutableMapping[str, Any]) -> None:
@@ -83,7 +84,7 @@ def test_a_range_of_a_log_that_is_removed_while_it_is_read_breaks_off(tmp_path: 
         await asyncio.Event().wait()
         return {}
 
-    asyncio.run(log_routes.Begun(parts, 206)({"type": "http"}, receive, send))
+    asyncio.run(logs.Begun(parts, 206)({"type": "http"}, receive, send))
     assert [message.get("more_body") for message in sent] == [None, True]
 
 
@@ -91,18 +92,18 @@ def test_a_log_that_is_removed_while_it_is_followed_ends_with_a_line_that_says_s
     tmp_path: Path,
 ) -> None:
     log = tmp_path / "log"
-    log.write_bytes(b"x" * (logs._CHUNK_BYTES + 1))
+    log.write_bytes(b"x" * (follow._CHUNK_BYTES + 1))
 
-    async def follow() -> list[tuple[int, str] | None]:
+    async def pieces_of_it() -> list[tuple[int, str] | None]:
         pieces = []
         async with watching() as watcher:
-            async for piece in logs.follow("1", Log(log, LIMIT), 0, Over(), watcher):
+            async for piece in follow.follow("1", Log(log, LIMIT), 0, Over(), watcher):
                 pieces.append(piece)
                 log.unlink(missing_ok=True)
         return pieces
 
-    end = logs._CHUNK_BYTES
-    assert asyncio.run(follow()) == [(end, "x" * end), (end, logs.REMOVED)]
+    end = follow._CHUNK_BYTES
+    assert asyncio.run(pieces_of_it()) == [(end, "x" * end), (end, follow.REMOVED)]
 
 
 @pytest.mark.parametrize(
@@ -122,44 +123,44 @@ def test_what_a_job_has_written_in_place_of_a_cut_is_none(tmp_path: Path, cut: b
 
     async def followed() -> list[str]:
         async with watching() as watcher:
-            pieces = logs.follow("job", Log(log, LIMIT), 0, Over(), watcher)
+            pieces = follow.follow("job", Log(log, LIMIT), 0, Over(), watcher)
             return [piece[1] async for piece in pieces if piece is not None]
 
-    assert logs.read(Log(log, LIMIT), 0, 10).data == b"abc"
+    assert follow.read(Log(log, LIMIT), 0, 10).data == b"abc"
     assert asyncio.run(followed()) == ["abc"]
 
 
 def test_a_log_that_comes_while_it_is_looked_for_is_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log, read = tmp_path / "log", logs.read
+    log, read = tmp_path / "log", follow.read
 
-    def begin_late(of: Log, offset: int, size: int) -> logs.Piece:
+    def begin_late(of: Log, offset: int, size: int) -> follow.Piece:
         found = read(of, offset, size)
         log.open("a").close()
         return found
 
-    async def follow() -> tuple[int, str] | None:
+    async def pieces_of_it() -> tuple[int, str] | None:
         async with watching() as watcher:
-            pieces = logs.follow("1", Log(log, LIMIT), 0, Running(), watcher)
+            pieces = follow.follow("1", Log(log, LIMIT), 0, Running(), watcher)
             first = asyncio.ensure_future(anext(pieces))
             while not watcher._watches:  # noqa: ASYNC110  # nobody tells of it
                 await asyncio.sleep(0.01)
             log.write_text("first")
             return await first
 
-    monkeypatch.setattr(logs, "read", begin_late)
-    assert asyncio.run(asyncio.wait_for(follow(), 60)) == (5, "first")
+    monkeypatch.setattr(follow, "read", begin_late)
+    assert asyncio.run(asyncio.wait_for(pieces_of_it(), 60)) == (5, "first")
 
 
 def test_whoever_stops_following_leaves_nothing_that_waits(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("first")
 
-    async def follow() -> set[str]:
+    async def pieces_of_it() -> set[str]:
         async with watching() as watcher:
             before = asyncio.all_tasks()
-            pieces = logs.follow("1", Log(log, LIMIT), 0, Running(), watcher)
+            pieces = follow.follow("1", Log(log, LIMIT), 0, Running(), watcher)
             await anext(pieces)
             second = asyncio.ensure_future(anext(pieces))
             while not asyncio.all_tasks() - before - {second}:  # noqa: ASYNC110  # nobody tells of it
@@ -169,7 +170,7 @@ def test_whoever_stops_following_leaves_nothing_that_waits(tmp_path: Path) -> No
             await asyncio.sleep(0)
             return {repr(task) for task in asyncio.all_tasks() - before}
 
-    assert asyncio.run(follow()) == set()
+    assert asyncio.run(pieces_of_it()) == set()
 
 
 LARGEST = (1 << 63) - 1
@@ -182,7 +183,7 @@ def test_the_largest_file_that_there_can_be_is_read_to_its_end() -> None:
         log.path.write_bytes(b"first\n")
         os.truncate(log.path, LARGEST)
         text, offset = b"", 0
-        while (piece := logs.read(log, offset, 1 << 18)).data:
+        while (piece := follow.read(log, offset, 1 << 18)).data:
             text, offset = text + piece.data, piece.end
         assert offset == LARGEST
         assert text.startswith(b"first\n")

@@ -29,10 +29,10 @@ from hypothesis.stateful import (
 
 from cortex.engines.base import Ended, Ending, Version
 from cortex.errors import StorageUnavailable
-from cortex.operator.dispatcher import Dispatcher
-from cortex.operator.render import shown
-from cortex.operator.versions import Unusable, Versions
-from cortex.projects.kept import Projects
+from cortex.operator.deploy.versions import Unusable, Versions
+from cortex.operator.dispatch.dispatcher import Dispatcher
+from cortex.operator.http.views import shown
+from cortex.projects.repository import Projects
 from cortex.spec.api import ApiSpec, Compute, Definition, Limits, Networking
 from cortex.spec.audit import UNKNOWN
 from cortex.spec.job import JobRecord, JobSpec

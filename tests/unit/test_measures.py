@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cortex.operator.metrics import Metrics
-from cortex.worker.measures import MAX_SERIES, MetricsClient
+from cortex.worker.job.metrics import MAX_SERIES, MetricsClient
 
 
 def told(*jobs: MetricsClient) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from cortex.errors import StartupError
-from cortex.operator.place import give_up_lost, settle
-from cortex.operator.settings import Ray, Settings
-from cortex.projects.files import Files
+from cortex.objects import Files
+from cortex.operator.config.settings import Ray, Settings
+from cortex.operator.data_folder_id import give_up_lost, settle
 from cortex.spec.job import JobRecord
 from cortex.spec.lifecycle import Event
 from cortex.store import Store

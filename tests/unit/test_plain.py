@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cortex.worker import plain
+from cortex.worker import json_encoder
 
 
 class Level(IntEnum):
@@ -38,18 +38,18 @@ VALUES: dict[str, Any] = {
 def test_it_says_the_same(name: str, extension: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not extension:
         monkeypatch.setattr(json.encoder, "c_make_encoder", None)
-    encode = plain.encoder()
+    encode = json_encoder.encoder()
     assert [encode(VALUES[name]) for _ in range(2)] == [json.dumps(VALUES[name])] * 2
 
 
 def test_numbers_that_json_does_not_have_are_as_one_wants_them() -> None:
-    assert plain.encoder()([math.nan, math.inf]) == "[NaN, Infinity]"
+    assert json_encoder.encoder()([math.nan, math.inf]) == "[NaN, Infinity]"
     with pytest.raises(ValueError, match="JSON compliant"):
-        plain.encoder(allow_nan=False)([math.nan])
+        json_encoder.encoder(allow_nan=False)([math.nan])
 
 
 def test_what_is_not_json_is_refused_and_the_next_value_is_not() -> None:
-    encode = plain.encoder()
+    encode = json_encoder.encoder()
     with pytest.raises(TypeError, match="set is not JSON serializable"):
         encode({"a": [{1}]})
     assert encode({"a": [1]}) == '{"a": [1]}'
@@ -59,7 +59,7 @@ def test_a_value_that_holds_itself_is_refused() -> None:
     value: list[Any] = []
     value.append(value)
     with pytest.raises(ValueError, match="Circular reference"):
-        plain.encoder(for_one=True)(value)
+        json_encoder.encoder(for_one=True)(value)
 
 
 def test_what_is_cut_is_no_message_whatever_the_user_calls_json() -> None:

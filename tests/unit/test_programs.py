@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from cortex.worker import programs
+from cortex.worker.job import exec_errors
 
-EXECUTE = "import sys; from cortex.worker import child; sys.exit(child._execute(sys.argv[1:]))"
+EXECUTE = (
+    "import sys; from cortex.worker.job import process; sys.exit(process._execute(sys.argv[1:]))"
+)
 WINDOWS = "its lines end as on Windows, and the first one names the interpreter "
 FOREIGN_ELF = b"\x7fELF\x02\x01\x01" + b"\0" * 9 + b"\x02\0\xf7\0" + b"\0" * 44
 
@@ -62,7 +64,7 @@ def test_a_script_that_no_interpreter_runs(
     found, words = executed(tmp_path, "./run.sh")
     assert found == code
     assert words.startswith(f"cortex: cannot run './run.sh': {told}")
-    assert (programs.seen(str(tmp_path / "run.sh")) or "").startswith(told)
+    assert (exec_errors.seen(str(tmp_path / "run.sh")) or "").startswith(told)
 
 
 @pytest.mark.parametrize(
@@ -174,5 +176,5 @@ def test_a_program_whose_loader_is_missing(tmp_path: Path) -> None:
 def test_a_program_that_can_be_run_is_run(first: str, tmp_path: Path) -> None:
     write(tmp_path, "run.sh", f"{first}\necho $1 >&2\nexit 3\n".encode())
     assert executed(tmp_path, "./run.sh", "hi") == (3, "hi\n")
-    assert programs.seen(str(tmp_path / "run.sh")) is None
-    assert programs.seen("/bin/sh") is None
+    assert exec_errors.seen(str(tmp_path / "run.sh")) is None
+    assert exec_errors.seen("/bin/sh") is None

@@ -8,10 +8,10 @@ import pytest
 
 from cortex.errors import InvalidProject, InvalidSpec
 from cortex.projects.check import check_files
+from cortex.projects.dotenv import check_variables, variables
 from cortex.projects.requirements import MIN_PYTHON, is_local, read_requirements, satisfies
-from cortex.projects.variables import check_variables, variables
 from cortex.spec.api import Dependencies
-from cortex.spec.yaml import read_apis
+from cortex.spec.cortex_yaml import read_apis
 
 YAML = "- name: a\n  kind: TaskAPI\n  definition:\n    path: {path}\n"
 TASK = "def task(config):\n    return 1\n"

@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from cortex.operator import protocol
-from cortex.operator.http import App, Receive, Scope, Send
+from cortex.operator.http import wire
+from cortex.operator.http.answers import App, Receive, Scope, Send
 from cortex.operator.server import Server
 
 ANSWER = b"early"
@@ -85,7 +85,7 @@ async def sent_until_closed(
 def test_a_client_that_trickles_is_left_after_a_time(
     monkeypatch: pytest.MonkeyPatch, connection: str
 ) -> None:
-    monkeypatch.setattr(protocol, "DISCARD_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(wire, "DISCARD_TIMEOUT_S", 0.3)
 
     async def run() -> None:
         async with connected(early) as (reader, writer):
@@ -100,7 +100,7 @@ def test_a_client_that_trickles_is_left_after_a_time(
 def test_a_client_that_sends_much_is_left_after_so_many_bytes(
     monkeypatch: pytest.MonkeyPatch, connection: str
 ) -> None:
-    monkeypatch.setattr(protocol, "MAX_DISCARDED_BYTES", 1_000_000)
+    monkeypatch.setattr(wire, "MAX_DISCARDED_BYTES", 1_000_000)
 
     async def run() -> None:
         async with connected(early) as (reader, writer):

@@ -12,7 +12,7 @@ import pytest
 
 from cortex.engines.ray.link import Link
 from cortex.engines.ray.messages import Seat
-from cortex.node import driver, seats
+from cortex.ray_node import driver, reservations
 
 
 def test_seats_that_are_waited_for_hold_nothing_else_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,9 +22,9 @@ def test_seats_that_are_waited_for_hold_nothing_else_up(monkeypatch: pytest.Monk
         assert given.wait(60)
         return ()
 
-    monkeypatch.setattr(seats, "take", take)
-    monkeypatch.setattr(seats, "look", lambda: ())
-    monkeypatch.setattr(seats, "let_go", lambda name: None)
+    monkeypatch.setattr(reservations, "take", take)
+    monkeypatch.setattr(reservations, "look", lambda: ())
+    monkeypatch.setattr(reservations, "let_go", lambda name: None)
 
     async def main() -> None:
         made = driver.Driver("namespace", "")
@@ -51,7 +51,7 @@ def test_a_seat_that_is_given_up_before_its_turn_comes_is_never_taken(
         taken.add(seat.name)
         return ()
 
-    monkeypatch.setattr(seats, "take", take)
+    monkeypatch.setattr(reservations, "take", take)
 
     async def main() -> None:
         made = driver.Driver("namespace", "")
@@ -61,7 +61,7 @@ def test_a_seat_that_is_given_up_before_its_turn_comes_is_never_taken(
         await asyncio.sleep(0)  # its time runs from when it asks
         await asyncio.sleep(0.02)
         given.set()
-        with pytest.raises(seats.Taken):
+        with pytest.raises(reservations.Taken):
             await late
         await asyncio.gather(*first)
         assert len(taken) == 64

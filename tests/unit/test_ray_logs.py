@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cortex.engines.ray.checked import checked_lock, checked_piece
+from cortex.engines.ray.log_copies import Mirror
 from cortex.engines.ray.messages import Lock, LogPiece
-from cortex.engines.ray.mirror import Mirror
-from cortex.node.logs import piece
-from cortex.operator.logs import Log, read
+from cortex.engines.ray.validation import checked_lock, checked_piece
+from cortex.operator.logs.follow import Log, read
+from cortex.ray_node.logs import piece
 from cortex.worker.checks import Invalid
 from cortex.worker.messages import LogCut
 

@@ -6,10 +6,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cortex.engines.base import NOTHING, Capacity
-from cortex.engines.fit import fits
+from cortex.engines.capacity import fits
+from cortex.engines.ray.capacity_index import Shelf
 from cortex.engines.ray.messages import NodeState
-from cortex.engines.ray.nodes import Nodes
-from cortex.engines.ray.shelf import Shelf
+from cortex.engines.ray.placement import Nodes
 from cortex.spec.api import Compute
 
 GIB = 1 << 30

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from cortex.engines.local import LocalEngine
-from cortex.operator import queue
-from cortex.operator.board import Board
+from cortex.operator.dispatch import admission
+from cortex.operator.dispatch.live_jobs import Board
 from cortex.store import Claim
 from unit.test_store import draft
 
@@ -28,11 +28,11 @@ def test_the_folder_of_a_job_that_there_never_was_goes(
         claim = Claim("1", engine.claim(job.job_id, 1))
         for name in laid_out:
             (tmp_path / job.job_id / name).touch()
-        waiting = queue.Queue(board, engine, none)
+        waiting = admission.Queue(board, engine, none)
         waiting.storing(claim)
         waiting.stored(job, claim, is_claimed=False, is_refused=True)
         await board.tasks.finish()
 
-    monkeypatch.setattr(queue, "_LAID_OUT_S", 0)
+    monkeypatch.setattr(admission, "_LAID_OUT_S", 0)
     asyncio.run(refuse())
     assert not list(tmp_path.iterdir())

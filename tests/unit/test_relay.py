@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from chaos.proxy import proxy
 from cortex.errors import StorageUnavailable
-from cortex.operator.relay import Relay
+from cortex.operator.ha.forwarding import Relay
 from cortex.store import Store
 from postgresql import Server
 from unit.driver import Driver, eventually

@@ -13,15 +13,15 @@ from structlog.testing import capture_logs
 
 from cortex.engines.local import LocalEngine
 from cortex.operator import retention
-from cortex.operator.context import Context
-from cortex.operator.folder import make_folders
-from cortex.operator.render import Renderer
+from cortex.operator.config.settings import Keep, Settings
+from cortex.operator.data_folder import make_folders
+from cortex.operator.deploy.versions import Versions
+from cortex.operator.ha.shared_jobs import SharedJobs
+from cortex.operator.http.context import Context
+from cortex.operator.http.views import Renderer
 from cortex.operator.retention import Retention
-from cortex.operator.settings import Keep, Settings
-from cortex.operator.shared import SharedJobs
-from cortex.operator.versions import Versions
 from cortex.projects.environments import Environments
-from cortex.projects.kept import Projects
+from cortex.projects.repository import Projects
 from cortex.spec.api import ApiSpec
 from cortex.store import Store
 

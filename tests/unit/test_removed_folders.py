@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from cortex.node import slots
-from cortex.node.agent import Agent
 from cortex.projects.environments import Environments
-from cortex.removal import remove
+from cortex.ray_node import workspace
+from cortex.ray_node.agent import Agent
+from cortex.system.folders import remove
 from support import by_its_owner
 
 MODES = {"unwritable": 0o500, "unreadable": 0o300, "unsearchable": 0o600, "closed": 0o000}
@@ -42,7 +42,7 @@ def by_an_agent(root: Path) -> None:
 
 
 def by_the_next_owner_of_its_slot(root: Path) -> None:
-    slots._find(root.parent, "node")
+    workspace._find(root.parent, "node")
 
 
 def as_an_environment(root: Path) -> None:

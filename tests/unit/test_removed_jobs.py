@@ -10,12 +10,12 @@ import httpx
 import pytest
 
 from cortex.operator.app import create_app
-from cortex.operator.context import Context
-from cortex.operator.render import Renderer
-from cortex.operator.settings import Settings
-from cortex.operator.shared import SharedJobs
-from cortex.operator.versions import Versions
-from cortex.projects.kept import Projects
+from cortex.operator.config.settings import Settings
+from cortex.operator.deploy.versions import Versions
+from cortex.operator.ha.shared_jobs import SharedJobs
+from cortex.operator.http.context import Context
+from cortex.operator.http.views import Renderer
+from cortex.projects.repository import Projects
 from cortex.spec.api import ApiSpec
 from cortex.spec.audit import Actor
 from cortex.spec.job import JobRecord

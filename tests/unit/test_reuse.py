@@ -19,11 +19,12 @@ from typing import Any
 
 import pytest
 
-from cortex import removal
 from cortex.engines.local import records
-from cortex.worker import reuse, trees
+from cortex.system import folders
+from cortex.worker import trees
 from cortex.worker.messages import ExitRecord, StartRecord
-from cortex.worker.reuse import Reuse
+from cortex.worker.supervisor import reuse
+from cortex.worker.supervisor.reuse import Reuse
 
 
 class Jobs:
@@ -206,7 +207,7 @@ def test_a_large_record_has_a_file_of_its_own(jobs: Jobs) -> None:
 
 
 def test_a_journal_whose_jobs_are_all_removed_is_followed_by_another(jobs: Jobs) -> None:
-    removal.remove(jobs.run())
+    folders.remove(jobs.run())
     paths = [jobs.run() for _ in range(2)]
     assert all(is_told(path) for path in paths)
 
@@ -456,7 +457,7 @@ def test_a_removal_takes_nothing_of_the_next_job(
 
     removed = inode(path / "files")
     monkeypatch.setattr(trees, "remove_from", late)
-    removal.remove(path)
+    folders.remove(path)
     assert not path.exists()
     assert (begun[0] / "files" / "model").read_text() == "theirs"
 

@@ -22,7 +22,7 @@ from cortex.errors import NotFound, OutcomeUnknown, StartupError, StorageUnavail
 from cortex.spec.api import Limits
 from cortex.spec.job import JobRecord, encode
 from cortex.spec.lifecycle import Event, Wanted
-from cortex.spec.token import Scope
+from cortex.spec.tokens import Scope
 from cortex.store import Claim, Outcome, Store
 from postgresql import PASSWORD, USER, Server, server
 from unit.driver import ADDRESS, Driver, driving, eventually, sessions

@@ -14,11 +14,11 @@ from typing import NoReturn
 
 import pytest
 
-from cortex.operator.versions import HeldUp, Unusable, Versions
-from cortex.projects import building
+from cortex.objects import Files
+from cortex.operator.deploy.versions import HeldUp, Unusable, Versions
+from cortex.projects import builder
 from cortex.projects.environments import Environments
-from cortex.projects.files import Files
-from cortex.projects.kept import Projects
+from cortex.projects.repository import Projects
 from cortex.spec.api import ApiSpec, Definition, Networking
 from cortex.store import Store
 
@@ -62,7 +62,7 @@ def test_what_the_machine_lacks_for_a_moment_holds_a_version_up(
     def popen(*_: object, **__: object) -> NoReturn:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(building.subprocess, "Popen", popen)
+    monkeypatch.setattr(builder.subprocess, "Popen", popen)
     with prepared(tmp_path) as versions, pytest.raises(HeldUp, match="cannot be built now"):
         asyncio.run(versions.prepare("v1"))
 

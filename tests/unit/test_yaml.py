@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from cortex.errors import InvalidSpec
 from cortex.spec.api import Api, Compute, Definition, Dependencies, Limits, Networking
+from cortex.spec.cortex_yaml import field_lines, read_apis
 from cortex.spec.python_variables import refusal
-from cortex.spec.yaml import field_lines, read_apis
 
 MINIMAL = "- name: iris\n  kind: TaskAPI\n  definition: {path: iris.py}\n"
 FULL = """\

@@ -10,7 +10,7 @@ from cortex.cli.options import Env, Format, Output
 from cortex.cli.output import local_time, print_json, print_line, show, table
 
 if TYPE_CHECKING:
-    from cortex.client.types import AuditEntry
+    from cortex.sdk.types import AuditEntry
 
 
 def audit(
@@ -19,7 +19,7 @@ def audit(
     output: Output = Format.PRETTY,
 ) -> None:
     """Show who deployed, deleted, stopped, made and revoked tokens, and what was refused."""
-    from cortex.client import client
+    from cortex.sdk import client
 
     with client(env) as operator:
         entries = operator.audit(limit)["entries"]

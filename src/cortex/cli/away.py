@@ -37,7 +37,7 @@ def until_back(ask: Callable[[], T]) -> T:
 
 
 def _check_passing(error: CortexError) -> None:
-    from cortex.client.again import is_passing
+    from cortex.sdk.again import is_passing
 
     if not is_passing(error):
         raise error

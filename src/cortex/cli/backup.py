@@ -12,8 +12,8 @@ from cortex.cli.options import ConfigFile, DataDir, StoreUrl
 from cortex.cli.output import print_error, print_line
 
 if TYPE_CHECKING:
-    from cortex.operator.backup import Summary
-    from cortex.operator.settings import Settings
+    from cortex.operator.backup.backup import Summary
+    from cortex.operator.config.settings import Settings
 
 RunAs = Annotated[
     str | None, typer.Option(metavar="USER", help="System user that the operator's jobs run as.")
@@ -27,7 +27,7 @@ def backup(
     config: ConfigFile = None,
 ) -> None:
     """Back up the operator on this machine into one file, also while it runs."""
-    from cortex.operator.backup import back_up
+    from cortex.operator.backup.backup import back_up
 
     settings = _settings(data_dir, store, None, config)
     made = back_up(settings, file)
@@ -51,7 +51,7 @@ def restore(
     config: ConfigFile = None,
 ) -> None:
     """Restore a backup into a new data folder, where no operator runs."""
-    from cortex.operator.restore import restore as put_back
+    from cortex.operator.backup.restore import restore as put_back
 
     settings = _settings(data_dir, store, run_as, config)
     done = put_back(settings, file, replace=force)
@@ -64,7 +64,7 @@ def restore(
 def _settings(
     data_dir: Path | None, store: str | None, run_as: str | None, config: Path | None
 ) -> Settings:
-    from cortex.operator.sources import load
+    from cortex.operator.config.sources import load
 
     given = {"data_dir": data_dir, "store": store, "run_as": run_as}
     return load(given, config).configuration.settings()

@@ -24,7 +24,7 @@ def _group() -> None:
 @app.command("info")
 def info(env: Env = None, output: Output = Format.PRETTY) -> None:
     """Show the nodes, what each has, what of it is free, and their labels."""
-    from cortex.client import client
+    from cortex.sdk import client
 
     with client(env) as operator:
         told = operator.cluster_info()

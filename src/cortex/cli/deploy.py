@@ -11,7 +11,7 @@ from cortex.cli.options import Env, Format, Output, Yes
 from cortex.cli.output import hints, print_error, print_json, print_line
 
 if TYPE_CHECKING:
-    from cortex.client import DeployResult
+    from cortex.sdk import DeployResult
 
 
 def deploy(
@@ -27,7 +27,7 @@ def deploy(
     output: Output = Format.PRETTY,
 ) -> None:
     """Deploy the APIs of FILE together with the folder that it lies in."""
-    from cortex.client import client
+    from cortex.sdk import client
 
     with client(env) as operator:
         show_results(operator.deploy(file, force=True), output)

@@ -39,7 +39,7 @@ def configure(
     ] = None,
 ) -> None:
     """Add the environment NAME, or point it to another operator. The first one is the default."""
-    from cortex.client import environments
+    from cortex.sdk import environments
 
     if operator_endpoint is None:
         operator_endpoint = _ask_for_endpoint()
@@ -56,7 +56,7 @@ def configure(
 @app.command("list")
 def list_(output: Output = Format.PRETTY) -> None:
     """List the configured environments."""
-    from cortex.client import environments
+    from cortex.sdk import environments
 
     known = environments.load()
     if output.is_json:
@@ -75,7 +75,7 @@ def list_(output: Output = Format.PRETTY) -> None:
 @app.command("default")
 def default(name: Name) -> None:
     """Make NAME the environment of commands that name none."""
-    from cortex.client import environments
+    from cortex.sdk import environments
 
     environments.set_default(name)
     print_line(f"{name} is the default environment")
@@ -86,7 +86,7 @@ def rename(
     name: Name, new_name: Annotated[str, typer.Argument(metavar="NEW_NAME", help="Its new name.")]
 ) -> None:
     """Give the environment NAME another name."""
-    from cortex.client import environments
+    from cortex.sdk import environments
 
     try:
         environments.rename(name, new_name)
@@ -98,14 +98,14 @@ def rename(
 @app.command("delete")
 def delete(name: Name) -> None:
     """Forget the environment NAME; nothing happens to its operator."""
-    from cortex.client import environments
+    from cortex.sdk import environments
 
     environments.delete(name)
     print_line(f"deleted {name}")
 
 
 def _ask_for_endpoint() -> str:
-    from cortex.client.environments import LOCAL
+    from cortex.sdk.environments import LOCAL
 
     if not sys.stdin.isatty():
         raise typer.BadParameter("it is needed", param_hint="--operator-endpoint")

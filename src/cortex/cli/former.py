@@ -66,7 +66,7 @@ def refresh(
     api: ApiName, *, env: Env = None, force: Force = False, output: Output = Format.PRETTY
 ) -> None:
     """Do nothing to API: each job is a new process already."""
-    from cortex.client import client
+    from cortex.sdk import client
 
     with client(env) as operator:
         name = operator.get_api(api)["spec"]["name"]
@@ -88,8 +88,8 @@ def patch(
     output: Output = Format.PRETTY,
 ) -> None:
     """Deploy the APIs of FILE, with the folder that it lies in, where they are deployed already."""
-    from cortex.client import client
-    from cortex.client.deploys import apis_of_file
+    from cortex.sdk import client
+    from cortex.sdk.deploys import apis_of_file
 
     described = apis_of_file(file)
     with client(env) as operator:

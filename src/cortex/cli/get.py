@@ -30,7 +30,7 @@ from cortex.cli.output import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from cortex.client import ApiView, Client, JobOutline, JobView, ListedJob
+    from cortex.sdk import ApiView, Client, JobOutline, JobView, ListedJob
 
 _WATCH_S = 2.0
 
@@ -61,7 +61,7 @@ def get(
     ] = False,
 ) -> None:
     """Show all APIs, one API with its jobs, or one job."""
-    from cortex.client import client
+    from cortex.sdk import client
 
     if watch and output.is_json:
         raise typer.BadParameter("it goes with -o pretty only", param_hint="--watch")

@@ -15,7 +15,7 @@ from cortex.cli.output import print_json, print_line, print_note, show
 from cortex.errors import CortexError
 
 if TYPE_CHECKING:
-    from cortex.client import Client, JobView, SubmittedJob
+    from cortex.sdk import Client, JobView, SubmittedJob
 
 NO_SUCCESS = 3
 """The exit code for a job that was waited for and did not succeed."""
@@ -49,7 +49,7 @@ def submit(
     output: Output = Format.PRETTY,
 ) -> None:
     """Submit a job to API."""
-    from cortex.client import client
+    from cortex.sdk import client
 
     parsed = None if config is None else job_config.read(config)
     with client(env) as operator:
@@ -104,7 +104,7 @@ def logs(
     random_pod: Annotated[bool, typer.Option("--random-pod", hidden=True)] = False,
 ) -> None:
     """Print the log of JOB, or of the newest job of API, as it is written until the job ends."""
-    from cortex.client import client
+    from cortex.sdk import client
 
     with client(env) as operator:
         if job is None:
@@ -127,7 +127,7 @@ def delete(
     output: Output = Format.PRETTY,
 ) -> None:
     """Stop JOB, or delete API, which ends its running jobs as stopped."""
-    from cortex.client import client
+    from cortex.sdk import client
 
     with client(env) as operator:
         if job is not None:

@@ -45,7 +45,7 @@ def version(env: Env = None) -> None:
     if env is None:
         print_line(__version__)
         return
-    from cortex.client import client
+    from cortex.sdk import client
 
     with client(env) as operator:
         operators = operator.info()["version"]

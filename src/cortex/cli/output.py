@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-    from cortex.client import ApiView, JobOutline
+    from cortex.sdk import ApiView, JobOutline
 
 _MARK = "~~cortex~~"
 _UNLIMITED = 1_000_000

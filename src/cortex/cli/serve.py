@@ -163,7 +163,7 @@ def serve(
     import uvloop
 
     from cortex.operator.app import run
-    from cortex.operator.sources import load
+    from cortex.operator.config.sources import load
 
     effective = load(
         {

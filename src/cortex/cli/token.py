@@ -18,10 +18,10 @@ from cortex.cli.output import print_json, print_line, show, table
 from cortex.errors import StartupError
 from cortex.spec.audit import Actor
 from cortex.spec.times import rfc3339
-from cortex.spec.token import Scope, checked_name, digest, new_secret
+from cortex.spec.tokens import Scope, checked_name, digest, new_secret
 
 if TYPE_CHECKING:
-    from cortex.operator.configuration import Configuration
+    from cortex.operator.config.schema import Configuration
     from cortex.store import Store
 
 T = TypeVar("T")
@@ -101,7 +101,7 @@ def revoke(
 
 
 def _configuration(data_dir: Path | None, store: str | None, config: Path | None) -> Configuration:
-    from cortex.operator.sources import load
+    from cortex.operator.config.sources import load
 
     return load({"data_dir": data_dir, "store": store}, config).configuration
 

@@ -21,35 +21,29 @@ import cortex
 from cortex.engines.base import Engine
 from cortex.engines.local import LocalEngine
 from cortex.errors import StartupError
-from cortex.operator import admin, jobs, log_routes
-from cortex.operator.archive import Archive
-from cortex.operator.auth import Authentication
-from cortex.operator.connections import most
-from cortex.operator.context import Context, Jobs
-from cortex.operator.deploys import Deployer
-from cortex.operator.direct import Direct
-from cortex.operator.dispatcher import Dispatcher
-from cortex.operator.folder import (
-    check_whole,
-    held,
-    held_with_others,
-    make_folders,
-    namespace,
-)
-from cortex.operator.hosts import Hosts
-from cortex.operator.http import Answer, App, Error, Gate, install_error_handlers
-from cortex.operator.logs import LogWatcher
+from cortex.objects import Files
+from cortex.operator.config.settings import Settings
+from cortex.operator.data_folder import check_whole, held, held_with_others, make_folders, namespace
+from cortex.operator.data_folder_id import settle
+from cortex.operator.deploy.deployer import Deployer
+from cortex.operator.deploy.versions import Versions
+from cortex.operator.dispatch.dispatcher import Dispatcher
+from cortex.operator.ha.leadership import Terms, driven
+from cortex.operator.http.answers import Answer, App, Error, Gate, install_error_handlers
+from cortex.operator.http.auth import Authentication
+from cortex.operator.http.connections import most
+from cortex.operator.http.context import Context, Jobs
+from cortex.operator.http.fast_path import Direct
+from cortex.operator.http.hosts import Hosts
+from cortex.operator.http.refusals import Refusals
+from cortex.operator.http.routes import jobs, logs, operator
+from cortex.operator.http.views import Renderer
+from cortex.operator.logs.archive import Archive
+from cortex.operator.logs.follow import LogWatcher
 from cortex.operator.metrics import Metrics
-from cortex.operator.place import settle
-from cortex.operator.refusals import Refusals
-from cortex.operator.render import Renderer
 from cortex.operator.server import Server, prepare
-from cortex.operator.settings import Settings
-from cortex.operator.terms import Terms, driven
-from cortex.operator.versions import Versions
 from cortex.projects.environments import Environments
-from cortex.projects.files import Files
-from cortex.projects.kept import Projects
+from cortex.projects.repository import Projects
 from cortex.store import Store
 
 
@@ -78,7 +72,7 @@ def _routes(ctx: Context, deployer: Deployer) -> FastAPI:
     )
     app.state.context = ctx
     app.state.deployer = deployer
-    routers = [admin.router, jobs.router, log_routes.router]
+    routers = [operator.router, jobs.router, logs.router]
     for router in routers:
         app.include_router(router)
     install_error_handlers(app, [route for router in routers for route in router.routes])
@@ -126,7 +120,7 @@ async def opened(settings: Settings, failed: Callable[[Exception], None]) -> Asy
         stack.push_async_callback(watcher.close)
         metrics = Metrics()
         if is_shared:
-            from cortex.operator.others import Others  # an HTTP client: long to load
+            from cortex.operator.ha.peers import Others  # an HTTP client: long to load
 
             others = Others(store)
             stack.push_async_callback(others.close)

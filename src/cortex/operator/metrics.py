@@ -17,9 +17,9 @@ from prometheus_client.registry import Collector
 
 import cortex
 from cortex.engines.base import NOTHING, NodeInfo
-from cortex.operator.live import Live
-from cortex.operator.measures import TaskMeasures
-from cortex.operator.render import shown
+from cortex.operator.dispatch.live_job import Live
+from cortex.operator.http.views import shown
+from cortex.operator.task_metrics import TaskMeasures
 from cortex.spec.api import MILLI
 from cortex.spec.job import JobRecord
 from cortex.spec.lifecycle import FINAL, State, Status, Wanted

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import structlog
 
-from cortex.background import Background, in_thread
 from cortex.errors import StorageUnavailable
-from cortex.operator.context import Context
+from cortex.operator.http.context import Context
 from cortex.projects.environments import Environments
-from cortex.removal import remove
 from cortex.spec.api import DEFAULT_DEPENDENCIES, ApiSpec
 from cortex.spec.times import now_ns
+from cortex.system.background import Background, in_thread
+from cortex.system.folders import remove
 
 log = structlog.get_logger()
 

@@ -15,9 +15,9 @@ import structlog
 import uvicorn
 
 from cortex.errors import is_shortage
-from cortex.operator.connections import Connections
-from cortex.operator.http import App
-from cortex.operator.protocol import Protocol
+from cortex.operator.http.answers import App
+from cortex.operator.http.connections import Connections
+from cortex.operator.http.wire import Protocol
 
 log = structlog.get_logger()
 

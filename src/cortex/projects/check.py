@@ -13,12 +13,12 @@ from itertools import islice
 from pathlib import Path
 
 from cortex.projects import programs, tasks
+from cortex.projects.dotenv import check_variables
 from cortex.projects.requirements import read_requirements
-from cortex.projects.unread import unread
-from cortex.projects.variables import check_variables
+from cortex.projects.unsupported import unread
 from cortex.spec.api import Api, Definition
-from cortex.spec.yaml import field_lines, invalid_spec
-from cortex.spec.yaml_nodes import Mistake, did_you_mean, quoted
+from cortex.spec.cortex_yaml import field_lines, invalid_spec
+from cortex.spec.yaml_lines import Mistake, did_you_mean, quoted
 
 _MOST_FILES = 20_000
 

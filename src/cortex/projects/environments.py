@@ -22,16 +22,16 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cortex.account import Account
-from cortex.background import in_thread
-from cortex.projects import building, locks
+from cortex.projects import builder, lockfiles
 from cortex.projects.build_rules import DEFAULT_RULES, BuildRules
-from cortex.projects.building import EnvironmentFailed
-from cortex.projects.kept import Projects
+from cortex.projects.builder import EnvironmentFailed
+from cortex.projects.repository import Projects
 from cortex.projects.requirements import Requirements, read_requirements
-from cortex.removal import remove
 from cortex.spec.api import DEFAULT_DEPENDENCIES, Dependencies
 from cortex.spec.times import new_id
+from cortex.system.account import Account
+from cortex.system.background import in_thread
+from cortex.system.folders import remove
 
 _MOST_QUICK = 2
 _MOST_BUILDS = 8
@@ -70,7 +70,7 @@ class Environments:
 
     def open(self) -> None:
         """End the builds that another operator has left, before this one builds. Blocking."""
-        building.end_leftovers(self._root)
+        builder.end_leftovers(self._root)
 
     def identify(self, project: Path, dependencies: Dependencies = DEFAULT_DEPENDENCIES) -> str:
         """SHA-256 over all that decides what the environment of a project holds, which is in a folder
@@ -81,7 +81,7 @@ class Environments:
         """
         wanted = read_requirements(project, dependencies)
         content = {
-            "python": wanted.python_to_find or [sys.version, building.own_python()],
+            "python": wanted.python_to_find or [sys.version, builder.own_python()],
             "platform": [sysconfig.get_platform(), *platform.libc_ver()],
             "lines": wanted.lines,
             # The id that it is kept under: what jobs write there, as Python does, is not installed.
@@ -148,9 +148,9 @@ class Environments:
         """
         wanted = read_requirements(project, dependencies)
         python = self.ready(project, dependencies)
-        if self._projects is None or python is None or not locks.apply_to(wanted):
+        if self._projects is None or python is None or not lockfiles.apply_to(wanted):
             return
-        self._projects.keep_first_lock(project.name, locks.name(wanted), locks.held(python))
+        self._projects.keep_first_lock(project.name, lockfiles.name(wanted), lockfiles.held(python))
 
     def remove_all_but(
         self,
@@ -188,21 +188,21 @@ class Environments:
         built without and holds the same is as good."""
         plain = self.identify(project, dependencies)
         wanted = read_requirements(project, dependencies)
-        if self._projects is None or not locks.apply_to(wanted):
+        if self._projects is None or not lockfiles.apply_to(wanted):
             return plain, None
-        lock = self._projects.lock(project.name, locks.name(wanted))
+        lock = self._projects.lock(project.name, lockfiles.name(wanted))
         built = self._ready(plain)
-        if lock is None or (built is not None and locks.held(built) == lock):
+        if lock is None or (built is not None and lockfiles.held(built) == lock):
             return plain, None
-        return locks.locked(plain, lock), lock
+        return lockfiles.locked(plain, lock), lock
 
     def _identities(self, project: Path, dependencies: Dependencies) -> set[str]:
         plain = self.identify(project, dependencies)
         lock = None
         if self._projects is not None:
-            name = locks.name(read_requirements(project, dependencies))
+            name = lockfiles.name(read_requirements(project, dependencies))
             lock = self._projects.lock_here(project.name, name)
-        return {plain} if lock is None else {plain, locks.locked(plain, lock)}
+        return {plain} if lock is None else {plain, lockfiles.locked(plain, lock)}
 
     def _forget(self, identity: str, done: asyncio.Task[Path]) -> None:
         build = self._builds.get(identity)
@@ -216,14 +216,14 @@ class Environments:
         return self._root / identity[:20]
 
     def _ready(self, identity: str) -> Path | None:
-        return building.ready(self._folder(identity))
+        return builder.ready(self._folder(identity))
 
     async def _build(
         self, identity: str, project: Path, wanted: Requirements, lock: str | None
     ) -> Path:
         folder = self._folder(identity)
         async with self._place(wanted):
-            return await building.build(wanted, project, folder, self._account, lock, self.rules)
+            return await builder.build(wanted, project, folder, self._account, lock, self.rules)
 
     @asynccontextmanager
     async def _place(self, wanted: Requirements) -> AsyncIterator[None]:

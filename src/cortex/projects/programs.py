@@ -11,8 +11,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from cortex.spec.yaml_nodes import quoted
-from cortex.worker import programs
+from cortex.spec.yaml_lines import quoted
+from cortex.worker.job import exec_errors
 
 _SHELLS = {"sh", "bash", "dash", "ksh", "zsh"}
 _LARGEST = 1 << 20
@@ -26,10 +26,12 @@ def doubts(project: Path, command: list[str]) -> Iterator[str]:
     if "/" not in program:
         is_in_project = file is not None and file.is_file()
         if (is_in_project or len(program.split()) > 1) and shutil.which(program) is None:
-            yield _told(program, programs.not_found(program, is_in_project))
+            yield _told(program, exec_errors.not_found(program, is_in_project))
     elif file is not None:
         is_there = file.exists()
-        words = programs.seen(str(file)) if is_there else programs.not_found(program, is_there)
+        words = (
+            exec_errors.seen(str(file)) if is_there else exec_errors.not_found(program, is_there)
+        )
         if words is not None:
             yield _told(program, words)
     if program.rpartition("/")[2] in _SHELLS:

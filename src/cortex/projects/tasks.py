@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from cortex.spec.yaml_nodes import did_you_mean, quoted
+from cortex.spec.yaml_lines import did_you_mean, quoted
 
 _LARGEST_PARSED = 4 << 20
 _EVERYTHING = "*"

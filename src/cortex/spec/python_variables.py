@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from cortex.spec.yaml_nodes import quoted
+from cortex.spec.yaml_lines import quoted
 
 _REFUSED = {
     "PYTHONEXECUTABLE": (

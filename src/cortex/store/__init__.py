@@ -3,14 +3,14 @@
 The operator and `cortex token` call `Store`; nobody else does.
 """
 
-from cortex.store.changes import Hearer
-from cortex.store.deployments import Deployment
-from cortex.store.lease import Candidate
+from cortex.store.apis import Deployment
+from cortex.store.group.election import Candidate
+from cortex.store.group.locks import Turn
+from cortex.store.group.notifications import Hearer
 from cortex.store.sqlite import SAVED, put_back
 from cortex.store.store import JobPage, Store
-from cortex.store.submits import Claim, Replay
+from cortex.store.submissions import Claim, Replay
 from cortex.store.transitions import Facts, Outcome
-from cortex.store.turns import Turn
 
 __all__ = [
     "SAVED",

@@ -15,17 +15,18 @@ from cortex.spec.audit import UNKNOWN, Action, Actor, AuditEntry
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import SHOWN, Event, Status
 from cortex.spec.times import new_id, now_ns
-from cortex.spec.token import Scope, Token
-from cortex.store import audit, deployments, retention, sqlite, texts, tokens, turns
+from cortex.spec.tokens import Scope, Token
+from cortex.store import apis, audit, long_texts, retention, sqlite, tokens
+from cortex.store.apis import Deployment
 from cortex.store.audit import AuditPage
 from cortex.store.database import connect, migrate, read, reader
-from cortex.store.deployments import Deployment
-from cortex.store.member import session_name
-from cortex.store.operators import Operators
+from cortex.store.group import locks
+from cortex.store.group.group import Operators
+from cortex.store.group.locks import Turn
+from cortex.store.group.member import session_name
 from cortex.store.schema import IS_IN_PROGRESS, jobs
-from cortex.store.submits import Claim, Replay, Submits
+from cortex.store.submissions import Claim, Replay, Submits
 from cortex.store.transitions import BY_ID, Facts, Outcome, apply, record, whole_record
-from cortex.store.turns import Turn
 from cortex.store.writer import Writer
 
 T = TypeVar("T")
@@ -87,7 +88,7 @@ class Store:
 
     def joining(self) -> Turn:
         """Held by whoever finds out where it belongs, and joins."""
-        return Turn(self._engine if self.is_shared else None, turns.JOIN)
+        return Turn(self._engine if self.is_shared else None, locks.JOIN)
 
     # Jobs
 
@@ -160,7 +161,7 @@ class Store:
 
         def read(connection: Connection) -> JobRecord | None:
             row = BY_ID.first(connection, {"job_id": job_id})
-            return None if row is None else texts.complete(connection, whole_record(row))
+            return None if row is None else long_texts.complete(connection, whole_record(row))
 
         return await self._read(read)
 
@@ -195,7 +196,7 @@ class Store:
             Conflict: an endpoint belongs to another API.
         """
         wanted = list(specs)
-        await self._writer.run(lambda c: deployments.deploy(c, wanted, actor))
+        await self._writer.run(lambda c: apis.deploy(c, wanted, actor))
 
     async def undeploy(self, name: str, message: str, actor: Actor = UNKNOWN) -> list[JobRecord]:
         """Delete an API and stop its jobs, in one commit; the jobs that this stopped.
@@ -203,23 +204,23 @@ class Store:
         Raises:
             NotFound: it is not deployed.
         """
-        return await self._writer.run(lambda c: deployments.undeploy(c, name, message, actor))
+        return await self._writer.run(lambda c: apis.undeploy(c, name, message, actor))
 
     async def deployments(self) -> list[Deployment]:
         """All deployed APIs, by name."""
-        return await self._read(deployments.deployed)
+        return await self._read(apis.deployed)
 
     async def version(self, api_id: str) -> ApiSpec | None:
         """A version that was ever deployed, or None."""
-        return await self._read(lambda c: deployments.version(c, api_id))
+        return await self._read(lambda c: apis.version(c, api_id))
 
     async def versions(self, name: str) -> list[ApiSpec]:
         """All versions of an API, newest first."""
-        return await self._read(lambda c: deployments.versions_of(c, name))
+        return await self._read(lambda c: apis.versions_of(c, name))
 
     async def all_versions(self) -> list[ApiSpec]:
         """Every version of every API."""
-        return await self._read(deployments.all_versions)
+        return await self._read(apis.all_versions)
 
     # Tokens
 

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, RowMapping, bindparam, delete, insert, select
 from cortex.errors import Conflict, NotFound
 from cortex.spec.audit import Action, Actor, AuditEntry
 from cortex.spec.times import now_ns
-from cortex.spec.token import Scope, Token
+from cortex.spec.tokens import Scope, Token
 from cortex.store import audit
 from cortex.store.schema import tokens
 

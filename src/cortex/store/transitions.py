@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, Connection, Update, bindparam, case, func,
 
 from cortex.spec.job import JobRecord, JobSpec, encode, with_texts
 from cortex.spec.lifecycle import TRANSITIONS, Event, State, Wanted, sources
-from cortex.store import texts
+from cortex.store import long_texts
 from cortex.store.prepared import Prepared, Row, Value
 from cortex.store.schema import IS_IN_PROGRESS, jobs
 from cortex.worker.checks import NOT_KEPT, unfit
@@ -136,17 +136,17 @@ def apply(
     """
     facts = _as_text(facts)
     result = facts.get("result")
-    is_long = isinstance(result, str) and texts.is_long(result)
+    is_long = isinstance(result, str) and long_texts.is_long(result)
     values = {**facts, "result": _ELSEWHERE} if is_long else facts
     row = _STATEMENTS[event].first(connection, {"id": job_id, **values})
     if row is None:
         row = BY_ID.first(connection, {"job_id": job_id})
         return Outcome(False, None if row is None else record(row, spec))
     if event is Event.CLAIM:
-        return Outcome(True, texts.with_config(connection, whole_record(row, spec)))
+        return Outcome(True, long_texts.with_config(connection, whole_record(row, spec)))
     job = record(row, spec)
     if is_long and job.has_result:  # one that was stopped has none
-        texts.write(connection, job.seq, texts.Name.RESULT, str(result))
+        long_texts.write(connection, job.seq, long_texts.Name.RESULT, str(result))
     return Outcome(True, job)
 
 
@@ -161,7 +161,7 @@ def _as_text(facts: Facts) -> Facts:
 def record(row: Row, spec: JobSpec | None = None) -> JobRecord:
     """The job that a row of all columns holds, without a config or a result that is long."""
     job = _job(row, spec, is_whole=False)
-    if texts.is_long(job.spec.config):
+    if long_texts.is_long(job.spec.config):
         job = replace(job, spec=replace(job.spec, config=None))
     return job
 
@@ -181,7 +181,7 @@ def _job(row: Row, spec: JobSpec | None, *, is_whole: bool) -> JobRecord:
     if spec is None or spec.config is None:
         spec = _spec(spec_text)
     has_result, why = result is not None, None
-    if result == _ELSEWHERE or (not is_whole and texts.is_long(result)):
+    if result == _ELSEWHERE or (not is_whole and long_texts.is_long(result)):
         result = None
     elif result is not None and (why := _unfit(result)) is not None:
         result, has_result = None, False
@@ -205,7 +205,7 @@ def _job(row: Row, spec: JobSpec | None, *, is_whole: bool) -> JobRecord:
 
 def spec_text(spec: JobSpec) -> str:
     """What the row holds of a job's spec; the config is null where it is long."""
-    config = "null" if texts.is_long(spec.config) else spec.config
+    config = "null" if long_texts.is_long(spec.config) else spec.config
     return "".join(with_texts(spec.facts(), config=config))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 
-from cortex.worker import plain, standard
+from cortex.worker import json_encoder, standard
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ _MOST_LOAD_S = 1e6
 _NINES, _AS_NINES = b"9" * (MOST_DIGITS + 1), bytes.maketrans(b"012345678", b"999999999")
 _VALUES = {"counter": 1, "gauge": 1, "summary": 2}
 _FINITE = 1.7976931348623157e308
-_encode = plain.encoder(allow_nan=False)
+_encode = json_encoder.encoder(allow_nan=False)
 _decode, _now_ns = json.loads, time.time_ns
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 
-from cortex.worker import checks, plain, standard
+from cortex.worker import checks, json_encoder, standard
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ JOBS_FOLDER = "CORTEX_JOBS_FOLDER"
 """A variable in that block alone: which folder of jobs it is, as a copy of it may have jobs of the same ids."""
 
 
-encode = plain.encoder()
+encode = json_encoder.encoder()
 shorten = checks.shorten
 _decode = json.JSONDecoder().decode
 

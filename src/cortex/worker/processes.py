@@ -11,7 +11,7 @@ import errno
 import os
 import time
 
-from cortex.worker.bare import signal
+from cortex.worker.syscalls import signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 
-from cortex.worker import bare
+from cortex.worker import syscalls
 from cortex.worker.messages import MOST_MESSAGE
 
 TYPE_CHECKING = False
@@ -22,7 +22,7 @@ def send(sock: socket.socket, data: bytes, fds: tuple[int, ...] = ()) -> None:
     """Raises OSError if nobody gets it."""
     if len(data) <= MOST_MESSAGE:
         if fds:
-            bare.send_fds(sock, data, fds)
+            syscalls.send_fds(sock, data, fds)
         else:
             sock.send(data)
         return
@@ -30,14 +30,14 @@ def send(sock: socket.socket, data: bytes, fds: tuple[int, ...] = ()) -> None:
     try:
         with open(os.dup(memory), "wb") as file:
             file.write(data)
-        bare.send_fds(sock, _LONG, (memory, *fds))
+        syscalls.send_fds(sock, _LONG, (memory, *fds))
     finally:
         os.close(memory)
 
 
 def receive(sock: socket.socket, most_fds: int = 0) -> tuple[bytes, list[int]]:
     """The next message; an empty one at the end."""
-    data, fds = bare.receive_fds(sock, MOST_MESSAGE, most_fds + 1)
+    data, fds = syscalls.receive_fds(sock, MOST_MESSAGE, most_fds + 1)
     if data == _LONG and fds:
         with open(fds.pop(0), "rb") as file:
             file.seek(0)

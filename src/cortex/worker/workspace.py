@@ -12,10 +12,10 @@ import os
 import sys
 
 from cortex.worker import files, processes
-from cortex.worker.bare import signal
 from cortex.worker.copying import Copy
 from cortex.worker.messages import Setup
 from cortex.worker.overlay import Overlay
+from cortex.worker.syscalls import signal
 from cortex.worker.trees import remove
 
 TYPE_CHECKING = False

@@ -1,7 +1,7 @@
 """The attempts of the local engine, and what becomes of them. Owned by `engine`; fork servers and supervising
 processes tell it what they see.
 
-Each attempt is watched over by a supervising process (`cortex.worker.serving`), which says when it has
+Each attempt is watched over by a supervising process (`cortex.worker.supervisor.main`), which says when it has
 made the attempt's exit record; one that an earlier operator had is `taken_over`. What no record tells is cleared
 up first and then reported as lost.
 """
@@ -17,8 +17,6 @@ from pathlib import Path
 
 import structlog
 
-from cortex.account import Account
-from cortex.background import Background, in_thread
 from cortex.engines.base import (
     Attempt,
     CapacityFreed,
@@ -31,13 +29,15 @@ from cortex.engines.base import (
     Unreachable,
     Waits,
 )
-from cortex.engines.local import records, remains
+from cortex.engines.local import leftovers, records
+from cortex.engines.local.adopted import TakenOver
 from cortex.engines.local.backstop import Backstop
-from cortex.engines.local.ends import Ends
-from cortex.engines.local.live import Live
-from cortex.engines.local.supervisors import Supervisor
-from cortex.engines.local.taken_over import TakenOver
+from cortex.engines.local.exit_watch import Ends
+from cortex.engines.local.supervisor import Supervisor
+from cortex.engines.local.tracked import Live
 from cortex.errors import is_storage
+from cortex.system.account import Account
+from cortex.system.background import Background, in_thread
 from cortex.worker import processes
 from cortex.worker.messages import ExitRecord, Order, Reply
 
@@ -304,7 +304,7 @@ class Attempts:
         while True:
             try:
                 await self._tidy()
-                await in_thread(remains.clean, self._of(live), live.attempt.number)
+                await in_thread(leftovers.clean, self._of(live), live.attempt.number)
             except OSError as error:
                 job_id = live.job_id
                 log.warning("what is left of a job cannot be ended", job=job_id, error=str(error))

@@ -16,8 +16,8 @@ from typing import Protocol
 
 import structlog
 
-from cortex.background import Background, in_thread
-from cortex.engines.local.supervisors import signal_to
+from cortex.engines.local.supervisor import signal_to
+from cortex.system.background import Background, in_thread
 from cortex.worker import processes
 
 log = structlog.get_logger()

@@ -13,8 +13,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from cortex.account import Account
-from cortex.background import in_thread
 from cortex.engines.base import (
     Attempt,
     Capabilities,
@@ -24,16 +22,18 @@ from cortex.engines.base import (
     Report,
     Version,
 )
-from cortex.engines.local import folders, groups, limits, records, workspaces
+from cortex.engines.local import cgroup_support, cgroups, folders, records, workspaces
 from cortex.engines.local.attempts import Attempts
-from cortex.engines.local.capacity import Ledger, detect
-from cortex.engines.local.forkservers import ForkServers
-from cortex.engines.local.groups import Groups
-from cortex.engines.local.inherited import Inherited
-from cortex.engines.local.supervisors import Supervisor
+from cortex.engines.local.cgroups import Groups
+from cortex.engines.local.fork_server_pool import ForkServers
+from cortex.engines.local.machine import Ledger, detect
+from cortex.engines.local.orphans import Inherited
+from cortex.engines.local.supervisor import Supervisor
 from cortex.errors import StartupError
 from cortex.spec.api import Compute
 from cortex.spec.job import MAX_INLINE_BYTES
+from cortex.system.account import Account
+from cortex.system.background import in_thread
 from cortex.worker.messages import Order
 
 
@@ -62,7 +62,7 @@ class LocalEngine:
         self._grace_s = grace_s
         self._memory_limit = memory_limit
         self._ledger = Ledger(total or Capacity(0, 0, 0))
-        self._limits = limits.WATCHDOG
+        self._limits = cgroup_support.WATCHDOG
         self._groups = Groups()
         self._inherits = inherits
         self._inherited = Inherited(self._processes)
@@ -113,7 +113,7 @@ class LocalEngine:
         if self._sweep is not None:
             await self._sweep
         await self._groups.close()
-        await in_thread(limits.remove_places, self._root)
+        await in_thread(cgroup_support.remove_places, self._root)
 
     def refusal(self, compute: Compute) -> str | None:
         return self._ledger.refusal(compute)
@@ -209,27 +209,27 @@ class LocalEngine:
         self._handle = records.handle(self._root)
         self._ledger = Ledger(self._total or detect())
         if self._memory_limit != "watchdog":
-            self._limits = limits.probe(self._root, self._account)
-        self._groups.prefix, self._groups.account = limits.prefix(self._root), self._account
+            self._limits = cgroup_support.probe(self._root, self._account)
+        self._groups.prefix, self._groups.account = cgroup_support.prefix(self._root), self._account
         self._groups.memory, self._groups.trees = self._limits.memory, self._limits.trees
         workspaces.lay_out(self._workspaces, self._account)
         self._servers.own_folder = self._own_folder or workspaces.probe(
             self._workspaces, self._account
         )
-        return [group for group in limits.existing(self._root) if not self._is_over(group)]
+        return [group for group in cgroup_support.existing(self._root) if not self._is_over(group)]
 
     def _is_over(self, group: Path) -> bool:
         """Whether a group was that of a job that is over, and is gone now."""
         job_id, _, number = group.name.removeprefix(self._groups.prefix).rpartition("-")
         if not number.isdigit() or records.supervised(self._folder(job_id), int(number)):
             return False
-        if groups.remove(group, within_s=0):
+        if cgroups.remove(group, within_s=0):
             return True
         try:
             is_told = records.ended(self._folder(job_id), int(number)).exit is not None
         except OSError:
             return False
-        return is_told and groups.end(group)
+        return is_told and cgroups.end(group)
 
     def _order(self, attempt: Attempt) -> Order:
         spec, compute = attempt.spec, attempt.version.api.compute

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import cortex
-from cortex.account import Account, identity
 from cortex.errors import StartupError
+from cortex.system.account import Account, identity
 
 
 def lay_out(root: Path, import_dir: Path, account: Account | None) -> None:
@@ -24,7 +24,7 @@ def lay_out(root: Path, import_dir: Path, account: Account | None) -> None:
         package = Path(cortex.__file__).parent
         for each in (package, package.with_name("cortex_internal")):
             _link(import_dir / each.name, each)
-        _link(import_dir / "cortex_task.py", package / "worker" / "stand_in.py")
+        _link(import_dir / "cortex_task.py", package / "worker" / "job" / "stand_in.py")
     except OSError as error:
         raise StartupError(
             f"the data folder {root} cannot be written: {error}; choose another one"
@@ -47,7 +47,7 @@ def _check_reach(account: Account, import_dir: Path) -> None:
         StartupError: that user cannot run this Python, or cannot reach Cortex or the data folder.
     """
     code = "import sys; open(sys.argv[1]).close(); import ctypes, json, socket"
-    script = import_dir / "cortex" / "worker" / "forkserver.py"
+    script = import_dir / "cortex" / "worker" / "forkserver" / "main.py"
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-c", code, str(script)],

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cortex.account import Account
 from cortex.engines.base import Attempt
-from cortex.engines.local import remains
-from cortex.worker import beneath, checks, files, logfile, processes
+from cortex.engines.local import leftovers
+from cortex.system.account import Account
+from cortex.worker import beneath, checks, files, processes
 from cortex.worker.messages import ExitRecord, StartRecord
+from cortex.worker.supervisor import logfile
 
 HANDLE_VERSION = 1
 _MOST_LINES = 4096
@@ -65,7 +66,7 @@ def handle(root: Path | None = None, gpus: Sequence[int] = ()) -> str:
         gpus: those that it has.
     """
     held = {"gpus": list(gpus)} if gpus else {}
-    of_root = {} if root is None else {"folder": remains.identity(root)}
+    of_root = {} if root is None else {"folder": leftovers.identity(root)}
     return json.dumps({"v": HANDLE_VERSION, "boot": processes.boot_id(), **held, **of_root})
 
 
@@ -114,7 +115,7 @@ def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Foun
             return Gone(None, None, rebooted=True)
         start = _start(fd, folder.name, attempt.number)
         over, why = _exit(fd, folder.name, attempt.number)
-        copied = ran_in is not None and ran_in != remains.identity(folder.parent)
+        copied = ran_in is not None and ran_in != leftovers.identity(folder.parent)
         # The end is asked for first: its supervisor may be there still, with another job.
         if rebooted or copied or over is not None:
             forger = None if rebooted or copied else _forger(start, fd, folder.name, account)
@@ -125,10 +126,10 @@ def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Foun
                 files.create(fd, f"start.{attempt.number}", fence.dumps(), made_in=above)
             start = _start(fd, folder.name, attempt.number)
         if start is None or start.fenced:
-            if not (_is_laid_out(fd) and remains.has_begun(folder, attempt.number)):
+            if not (_is_laid_out(fd) and leftovers.has_begun(folder, attempt.number)):
                 return Fenced()
             start = StartRecord()
-        alive = _alive(start, fd, account) or _alive(remains.supervisor(fd), fd, account)
+        alive = _alive(start, fd, account) or _alive(leftovers.supervisor(fd), fd, account)
         if alive is not None:
             return alive
         over, why = _exit(fd, folder.name, attempt.number)
@@ -224,7 +225,7 @@ def _alive(
     is_its = False
     try:
         is_users = account is None or processes.owner(start.pid) == account.uid
-        is_its = is_users and remains.has_open(start.pid, folder, if_unknown=if_unknown)
+        is_its = is_users and leftovers.has_open(start.pid, folder, if_unknown=if_unknown)
     finally:
         if not is_its:
             os.close(pidfd)
@@ -240,7 +241,7 @@ def _forger(
         return None
     runs = False
     try:
-        runs = remains.runs_below(alive.start.pid, job_id)
+        runs = leftovers.runs_below(alive.start.pid, job_id)
     finally:
         if not runs:
             os.close(alive.pidfd)

@@ -14,9 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import cortex
-from cortex.account import Account
 from cortex.errors import StartupError
-from cortex.removal import remove_from
+from cortex.system.account import Account
+from cortex.system.folders import remove_from
 from cortex.worker import beneath
 from cortex.worker.workspace import COPY, OVERLAY
 

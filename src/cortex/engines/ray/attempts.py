@@ -12,7 +12,6 @@ from functools import partial
 
 import structlog
 
-from cortex.background import Background
 from cortex.engines.base import (
     Attempt,
     CapacityFreed,
@@ -25,15 +24,16 @@ from cortex.engines.base import (
     Unreachable,
     Waits,
 )
-from cortex.engines.ray.checked import checked, checked_lock, checked_piece
+from cortex.engines.ray.calls import Orders
 from cortex.engines.ray.cluster import RETRY_S, Cluster
 from cortex.engines.ray.link import LinkError, Refused
-from cortex.engines.ray.live import Live, taken_up
+from cortex.engines.ray.log_copies import Mirror
 from cortex.engines.ray.messages import Lock, LogPiece, Poll
-from cortex.engines.ray.mirror import Mirror
-from cortex.engines.ray.nodes import Node
-from cortex.engines.ray.orders import Orders
+from cortex.engines.ray.placement import Node
+from cortex.engines.ray.tracked import Live, taken_up
+from cortex.engines.ray.validation import checked, checked_lock, checked_piece
 from cortex.errors import StorageUnavailable, is_storage
+from cortex.system.background import Background
 from cortex.worker import checks
 
 log = structlog.get_logger()

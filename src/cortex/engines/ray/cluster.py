@@ -14,7 +14,7 @@ import structlog
 import cortex
 from cortex.engines.ray.link import Link, LinkError, Refused
 from cortex.engines.ray.messages import Hello, Poll
-from cortex.engines.ray.nodes import Node, Nodes
+from cortex.engines.ray.placement import Node, Nodes
 
 log = structlog.get_logger()
 
@@ -98,7 +98,7 @@ class Cluster:
             await self._link.close()
 
     async def call(self, method: str, *arguments: object, within_s: float = ANSWER_S) -> object:
-        """Ask for something in the cluster (`cortex.node.driver`).
+        """Ask for something in the cluster (`cortex.ray_node.driver`).
 
         Raises:
             LinkError: nothing is known of what came of it.
@@ -111,7 +111,7 @@ class Cluster:
     async def ask(
         self, node_id: str, method: str, *arguments: object, within_s: float = ANSWER_S
     ) -> object:
-        """Ask the agent of a node (`cortex.node.agent`). Raises what `call` does."""
+        """Ask the agent of a node (`cortex.ray_node.agent`). Raises what `call` does."""
         return await self.call(
             "ask", node_id, method, arguments, within_s, within_s=within_s + RETRY_S
         )

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from cortex.engines.base import Attempt, Capabilities, NodeInfo, Report, Version
 from cortex.engines.ray.attempts import Attempts
+from cortex.engines.ray.calls import Locks, Orders
 from cortex.engines.ray.cluster import Cluster
 from cortex.engines.ray.link import LinkError
-from cortex.engines.ray.live import handle
+from cortex.engines.ray.log_copies import Mirror
 from cortex.engines.ray.messages import DEFAULT_BUILDS, Builds
-from cortex.engines.ray.mirror import Mirror
-from cortex.engines.ray.orders import Locks, Orders
+from cortex.engines.ray.tracked import handle
 from cortex.errors import StartupError
 from cortex.spec.api import Compute
 

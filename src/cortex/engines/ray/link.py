@@ -1,4 +1,4 @@
-"""The operator's side of its link to a Ray cluster: a process of its own (`cortex.node.driver`) that is
+"""The operator's side of its link to a Ray cluster: a process of its own (`cortex.ray_node.driver`) that is
 Ray's driver. Called by the Ray engine alone.
 
 Ray ends a driver that has lost its cluster for long, and blocks one that joins a dead one: neither may
@@ -22,7 +22,7 @@ from typing import IO
 from cortex.worker.messages import shorten
 
 HEAD = struct.Struct("!IQ")
-DRIVER = "cortex.node.driver"
+DRIVER = "cortex.ray_node.driver"
 KNOCK_S = 5.0
 _STACK = re.compile(r"\(\+0x|^\s*$|^\s|^\*\*\*")
 

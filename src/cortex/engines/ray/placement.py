@@ -1,0 +1,259 @@
+"""The nodes of a cluster: which of them takes a job, and what has been taken of each. Called by the Ray
+engine alone.
+
+Ray could queue what does not fit yet, but would not say what that waits for. So a node is chosen here,
+by what Ray tells of all nodes; Ray is then asked for exactly that, and may still say no.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import count
+
+from cortex.engines.base import NOTHING, Capacity
+from cortex.engines.capacity import amounts, fits, label_words, lacking, selects
+from cortex.engines.ray.capacity_index import Shelf
+from cortex.engines.ray.messages import NodeState
+from cortex.spec.api import Compute
+
+Labels = tuple[tuple[str, tuple[str, ...]], ...]  # labels that are asked for, in order
+
+
+class Node:
+    """One node, and what jobs of this operator have taken of it."""
+
+    def __init__(self, state: NodeState, number: int, moved: Callable[[Node], None]) -> None:
+        """
+        Args:
+            moved: called when it has more or less free than before, and when its agent comes or goes.
+        """
+        self.state = state
+        self.number = number
+        self.problem: str | None = None
+        """Why its agent does not answer."""
+        self._is_ready = False
+        self._moved = moved
+        self._shares: dict[str, Capacity] = {}
+        self._own = NOTHING
+        # What others have taken, at the last look and the one before: Ray's figures lag behind ours,
+        # and one look alone may count what has just been given back as theirs.
+        self._foreign = self._before = self._of_others()
+        self.free = self._left()
+
+    @property
+    def node_id(self) -> str:
+        return self.state.node_id
+
+    @property
+    def name(self) -> str:
+        return self.state.name
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its agent answers."""
+        return self._is_ready
+
+    @is_ready.setter
+    def is_ready(self, is_ready: bool) -> None:
+        if is_ready != self._is_ready:
+            self._is_ready = is_ready
+            self._moved(self)
+
+    def see(self, state: NodeState) -> None:
+        """What Ray tells of it now."""
+        self.state = state
+        self._before, self._foreign = self._foreign, self._of_others()
+        self._count()
+
+    def add(self, job_id: str, compute: Compute) -> None:
+        self._shares[job_id] = Capacity(compute.cpu_m, compute.mem or 0, compute.gpu)
+        self._own = self._own + self._shares[job_id]
+        self._count()
+
+    def remove(self, job_id: str) -> None:
+        self._own = self._own - self._shares.pop(job_id)
+        self._count()
+
+    def _count(self) -> None:
+        free = self._left()
+        if free != self.free:
+            self.free = free
+            self._moved(self)
+
+    def _left(self) -> Capacity:
+        others = self._foreign.least(self._before)
+        return self.state.total - others - self._own
+
+    def _of_others(self) -> Capacity:
+        return (self.state.taken - self._own).most(NOTHING)
+
+
+class _Selection:
+    """The ready nodes with some labels. GPUs are left to those that want them."""
+
+    def __init__(self, wanted: Mapping[str, tuple[str, ...]]) -> None:
+        self._wanted = wanted
+        self._plain: Shelf[Node] = Shelf()
+        self._with_gpus: Shelf[Node] = Shelf()
+
+    def see(self, node: Node, *, is_there: bool) -> None:
+        self._plain.drop(node.number)
+        self._with_gpus.drop(node.number)
+        if is_there and selects(self._wanted, node.state.labels):
+            shelf = self._with_gpus if node.state.total.gpu else self._plain
+            shelf.put(node.number, node.free, node)
+
+    def best(self, compute: Compute) -> Node | None:
+        return self._plain.first(compute) or self._with_gpus.first(compute)
+
+    @property
+    def is_empty(self) -> bool:
+        return self._plain.is_empty and self._with_gpus.is_empty
+
+    @property
+    def most(self) -> Capacity:
+        shelves = [each.most for each in (self._plain, self._with_gpus) if not each.is_empty]
+        return shelves[0].most(shelves[-1])
+
+
+class Nodes:
+    """All nodes that are, and the largest of those that ever were."""
+
+    def __init__(self) -> None:
+        self.alive: dict[str, Node] = {}
+        self._numbers = count()
+        self._holders: dict[str, Node] = {}  # by job
+        self._selections: dict[Labels, _Selection] = {}
+        self._known: set[tuple[Capacity, tuple[tuple[str, str], ...]]] = set()
+        self._refusals: dict[tuple[Capacity, Labels], str | None] = {}
+        self._refused = False
+
+    @property
+    def total(self) -> Capacity:
+        return sum((node.state.total for node in self.alive.values()), NOTHING)
+
+    def update(self, states: tuple[NodeState, ...]) -> list[Node]:
+        """Take over what Ray tells; the nodes that are not there any more."""
+        told = {state.node_id: state for state in states if state.is_alive}
+        lost = [node for node_id, node in self.alive.items() if node_id not in told]
+        for node in lost:
+            del self.alive[node.node_id]
+            self._moved(node)
+        for node_id, state in told.items():
+            self._know(state)
+            if node_id in self.alive:
+                self.alive[node_id].see(state)
+            else:
+                self.alive[node_id] = Node(state, next(self._numbers), self._moved)
+        return lost
+
+    def refusal(self, compute: Compute) -> str | None:
+        """Why no node could ever take this, or None. One that is away may come back."""
+        key = _asked(compute), _wanted(compute)
+        if key not in self._refusals:
+            self._refusals[key] = self._why_never(compute)
+        return self._refusals[key]
+
+    def take(self, job_id: str, compute: Compute) -> str | None:
+        """Take a share of a node, or say what is lacking and take nothing."""
+        if job_id in self._holders:
+            return None
+        selection = self._selection(compute)
+        best = selection.best(compute)
+        if best is not None:
+            self.hold(job_id, compute, best.node_id)
+            return None
+        self._refused = True
+        if selection.is_empty:
+            return self._why_none(compute)
+        named = _named(compute)
+        return (
+            lacking(compute, selection.most, f"{{}} free on one node{named}")
+            or f"no node{named} has {amounts(compute)} free"
+        )
+
+    def hold(self, job_id: str, compute: Compute, node_id: str) -> None:
+        """Take what a recovered job has already."""
+        node = self.alive.get(node_id)
+        if node is not None and job_id not in self._holders:
+            node.add(job_id, compute)
+            self._holders[job_id] = node
+
+    def node_of(self, job_id: str) -> Node | None:
+        return self._holders.get(job_id)
+
+    def release(self, job_id: str) -> bool:
+        """Give a share back; True if somebody was refused before and may fit now."""
+        node = self._holders.pop(job_id, None)
+        if node is None:
+            return False
+        node.remove(job_id)
+        return self.freed()
+
+    def freed(self) -> bool:
+        """There may be more than before: whether somebody waits for that."""
+        refused, self._refused = self._refused, False
+        return refused
+
+    def _moved(self, node: Node) -> None:
+        is_there = node.is_ready and self.alive.get(node.node_id) is node
+        for selection in self._selections.values():
+            selection.see(node, is_there=is_there)
+
+    def _selection(self, compute: Compute) -> _Selection:
+        wanted = _wanted(compute)
+        found = self._selections.get(wanted)
+        if found is None:
+            found = self._selections[wanted] = _Selection(compute.node_labels)
+            for node in self.alive.values():
+                found.see(node, is_there=node.is_ready)
+        return found
+
+    def _know(self, state: NodeState) -> None:
+        kind = state.total, tuple(sorted(state.labels.items()))
+        if kind not in self._known:
+            self._known.add(kind)
+            self._refusals.clear()
+
+    def _why_never(self, compute: Compute) -> str | None:
+        if not self._known:
+            return None
+        there = [
+            total for total, labels in self._known if selects(compute.node_labels, dict(labels))
+        ]
+        if any(fits(compute, total) for total in there):
+            return None
+        named = _named(compute)
+        if not there:
+            return f"needs a node{named}, and there is none"
+        most = there[0]
+        for total in there:
+            most = most.most(total)
+        return (
+            lacking(compute, most, f"the largest node{named} has {{}}")
+            or f"no node{named} has {amounts(compute)}"
+        )
+
+    def _why_none(self, compute: Compute) -> str:
+        if not self.alive:
+            return "waits for a node: the cluster has none now"
+        nodes = [
+            node for node in self.alive.values() if selects(compute.node_labels, node.state.labels)
+        ]
+        if not nodes:
+            return f"waits for a node{_named(compute)}: the cluster has none now"
+        problems = {node.problem for node in nodes if node.problem}
+        words = f": {sorted(problems)[0]}" if problems else ""
+        return f"waits for a node{_named(compute)} whose agent answers{words}"
+
+
+def _asked(compute: Compute) -> Capacity:
+    return Capacity(compute.cpu_m, compute.mem or 0, compute.gpu)
+
+
+def _wanted(compute: Compute) -> Labels:
+    return tuple(sorted(compute.node_labels.items())) if compute.node_labels else ()
+
+
+def _named(compute: Compute) -> str:
+    return f" with {label_words(compute.node_labels)}" if compute.node_labels else ""

@@ -1,0 +1,1 @@
+"""Backups: one file with all that an operator cannot make again, and back."""

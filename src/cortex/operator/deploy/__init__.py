@@ -1,0 +1,1 @@
+"""Deploys: from an uploaded project to a version that takes jobs."""

@@ -1,0 +1,234 @@
+"""Deployed versions as a worker needs them: the spec, the project's files, a built environment.
+
+The dispatcher asks before it starts a job; a deploy asks ahead, so that the first job finds the
+environment built and a fork server warm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from cortex.engines.base import Version
+from cortex.errors import NotFound, StorageUnavailable, is_shortage, is_storage
+from cortex.operator.http.views import ShownSpec, shown_spec
+from cortex.projects.builder import EnvironmentFailed
+from cortex.projects.dotenv import check_variables, variables
+from cortex.projects.environments import Environments
+from cortex.projects.repository import Projects
+from cortex.spec.api import ApiSpec, Dependencies
+from cortex.spec.job import encode
+from cortex.store import Store
+from cortex.system.background import in_thread
+
+log = structlog.get_logger()
+
+_LOCK_RETRY_S = 5.0
+
+
+class Unusable(Exception):
+    """A version cannot run: its environment could not be built, or its files are gone.
+
+    Attributes:
+        reason: one line, for the job's message.
+        output: all there is to say, for the job's log.
+    """
+
+    def __init__(self, reason: str, output: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.output = output
+
+
+class HeldUp(Exception):
+    """A version cannot be made ready now, because the disk takes no writes: it may be later."""
+
+
+@dataclass
+class _Preparation:
+    task: asyncio.Task[Version] | None = None
+    waiters: int = 0
+    has_joined: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Versions:
+    """Every version that this operator has been asked for, prepared once."""
+
+    def __init__(self, store: Store, projects: Projects, environments: Environments | None) -> None:
+        """`environments` is None where the engine builds them."""
+        self._store = store
+        self._projects = projects
+        self._environments = environments
+        self._specs: dict[str, ApiSpec] = {}
+        self._shown: dict[str, ShownSpec] = {}
+        self._ready: dict[str, Version] = {}
+        self._current: dict[str, str] = {}  # by name
+        self._preparing: dict[str, _Preparation] = {}
+        self._given_up: set[asyncio.Task[Version]] = set()
+        self._locking: set[asyncio.Task[None]] = set()
+
+    async def spec(self, api_id: str) -> ApiSpec:
+        """The spec of a version that jobs are of.
+
+        Raises:
+            NotFound: they were removed meanwhile, and it with them.
+        """
+        if api_id not in self._specs:
+            found = await self._store.version(api_id)
+            if found is None:
+                raise NotFound(
+                    f"the version {api_id} was removed, and all jobs of it: they are kept for a time "
+                    "(`cortex serve --keep-jobs`)"
+                )
+            self._specs[api_id] = found
+        return self._specs[api_id]
+
+    async def shown(self, api_id: str) -> ShownSpec:
+        """The spec of a version as answers show it.
+
+        Raises:
+            NotFound: as `spec` does.
+        """
+        found = self._shown.get(api_id)
+        if found is None:
+            spec = await self.spec(api_id)
+            text = encode(shown_spec(spec))
+            found = self._shown[api_id] = ShownSpec(spec.networking.endpoint, text)
+        return found
+
+    def ready(self, api_id: str) -> Version | None:
+        """The version, if it can start jobs at once."""
+        return self._ready.get(api_id)
+
+    def deployed(self, api_name: str, api_id: str) -> None:
+        """This is the version of an API that jobs are submitted to from now on."""
+        self._current[api_name] = api_id
+
+    def ready_for(self, api_name: str) -> Version | None:
+        """The version that a job submitted now is of, if it can start jobs at once. Only the commit
+        of the submit tells for sure that it is that one."""
+        return self._ready.get(self._current.get(api_name, ""))
+
+    async def prepare(self, api_id: str) -> Version:
+        """The version once it can start jobs. A failed environment is tried again at each call. What is under way is
+        given up when nobody waits for it any more.
+
+        Raises:
+            Unusable: it cannot.
+            HeldUp: not now.
+            StorageUnavailable: its spec cannot be read now.
+        """
+        if api_id in self._ready:
+            return self._ready[api_id]
+        preparation = self._preparing.get(api_id)
+        if preparation is None:
+            preparation = self._preparing[api_id] = _Preparation()
+            work = self._prepare(api_id, preparation.has_joined.set)
+            preparation.task = asyncio.create_task(work, name=f"prepare {api_id}")
+            preparation.task.add_done_callback(lambda _: self._prepared(api_id, preparation))
+        assert preparation.task is not None
+        preparation.waiters += 1
+        try:
+            return await asyncio.shield(preparation.task)
+        finally:
+            preparation.waiters -= 1
+            if preparation.waiters == 0 and not preparation.task.done():
+                # Forgotten at once: who comes now must not join what is being given up.
+                self._preparing.pop(api_id, None)
+                preparation.task.cancel()
+                self._given_up.add(preparation.task)
+                preparation.task.add_done_callback(self._given_up.discard)
+
+    async def joined(self, api_id: str) -> None:
+        """Wait until the environment of a version that is being prepared is being built, or there is nothing to
+        build."""
+        preparation = self._preparing.get(api_id)
+        if preparation is not None:
+            await preparation.has_joined.wait()
+
+    async def describe(self, api_id: str) -> Version:
+        """The version as far as a worker that has already started needs it: nothing is built."""
+        spec = await self.spec(api_id)
+        return self._ready.get(api_id) or Version(spec, self.project(spec), Path(), {})
+
+    def project(self, spec: ApiSpec) -> Path:
+        """The folder of a version's files."""
+        return self._projects.folder(spec.project_id)
+
+    def start_over(self) -> None:
+        """Others may have cleared away what was ready, and kept more lock files."""
+        self._projects.start_over()
+        self._ready.clear()
+        self._current.clear()
+
+    def forget(self, api_id: str) -> None:
+        """A version was removed from the store."""
+        self._specs.pop(api_id, None)
+        self._shown.pop(api_id, None)
+        self._ready.pop(api_id, None)
+
+    async def close(self) -> None:
+        """Give up what is being prepared."""
+        preparing = [each.task for each in self._preparing.values() if each.task is not None]
+        tasks = [*preparing, *self._locking]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, *self._given_up, return_exceptions=True)
+
+    def _prepared(self, api_id: str, preparation: _Preparation) -> None:
+        preparation.has_joined.set()
+        if self._preparing.get(api_id) is preparation:
+            del self._preparing[api_id]
+
+    async def _prepare(self, api_id: str, joined: Callable[[], None]) -> Version:
+        spec = await self.spec(api_id)
+        project, files = self.project(spec), spec.definition.dependencies
+        try:
+            if not await in_thread(self._projects.fetch, spec.project_id):
+                raise Unusable(
+                    "the project's files are gone from where the operator keeps them; deploy it again",
+                    f"{project} does not exist\n",
+                )
+            # Jobs run there, and may have written it anew.
+            if mistakes := await in_thread(check_variables, project):
+                raise Unusable(mistakes[0], "".join(f"{mistake}\n" for mistake in mistakes))
+            built = self._environments
+            python = Path() if built is None else await built.build(project, files, joined)
+            env = {**variables(project), **spec.definition.env}
+        except EnvironmentFailed as error:
+            if error.is_for_now:
+                raise HeldUp(
+                    "the disk is full, and the environment is still to be built"
+                ) from error
+            log.warning("environment failed", api=spec.name, api_id=api_id)
+            raise Unusable(error.reason, error.output) from error
+        except OSError as error:
+            if is_storage(error) or is_shortage(error):
+                raise HeldUp(f"the environment cannot be built now: {error}") from error
+            raise Unusable(f"the environment could not be built: {error}", f"{error}\n") from error
+        except StorageUnavailable as error:
+            raise HeldUp(error.message) from error
+        self._ready[api_id] = Version(spec, project, python, env)
+        if built is not None:
+            task = asyncio.create_task(
+                self._keep_lock(built, project, files), name=f"lock {api_id}"
+            )
+            self._locking.add(task)
+            task.add_done_callback(self._locking.discard)
+        return self._ready[api_id]
+
+    async def _keep_lock(self, built: Environments, project: Path, files: Dependencies) -> None:
+        while True:
+            try:
+                await in_thread(built.keep_lock, project, files)
+            except (StorageUnavailable, OSError) as error:
+                log.warning(
+                    "a lock file is still to be kept", project=project.name, error=str(error)
+                )
+                await asyncio.sleep(_LOCK_RETRY_S)
+            else:
+                return

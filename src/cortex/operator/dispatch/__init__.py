@@ -1,0 +1,1 @@
+"""Jobs in progress: they wait, start, are watched and end here."""

@@ -1,0 +1,1 @@
+"""Several operators on one database: the leader, its peers, and what they forward to it."""

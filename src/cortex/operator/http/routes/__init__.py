@@ -1,0 +1,1 @@
+"""The routes of an operator, one module for each kind of resource."""

@@ -1,0 +1,181 @@
+"""The operator's own routes, all under `/-/`, which no API's endpoint can take; its health and its metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, File, Form, Request, UploadFile
+from pydantic import JsonValue
+from starlette.responses import Response
+
+import cortex
+from cortex.engines.base import Capacity
+from cortex.errors import InvalidSpec, NotFound
+from cortex.operator.deploy.deployer import Deployer, safe_name
+from cortex.operator.http.answers import UPLOAD_PATH, Answer, written
+from cortex.operator.http.context import actor, context
+from cortex.operator.http.routes.jobs import Cursor, Limit
+from cortex.operator.http.views import as_list
+from cortex.operator.metrics import MEDIA_TYPE
+from cortex.spec.api import MILLI
+from cortex.spec.job import with_texts
+from cortex.spec.times import rfc3339
+
+router = APIRouter(default_response_class=Answer, tags=["operator"])
+
+_MAX_CONFIG_BYTES = 1024 * 1024
+_LISTED = 50
+
+
+@router.get("/healthz")
+async def healthz() -> Answer:
+    """Whether the process answers."""
+    return Answer({"status": "ok"})
+
+
+@router.get("/readyz")
+async def readyz(request: Request) -> Answer:
+    """Whether jobs can be stored: 503 when the store takes no writes."""
+    await context(request).store.ping()
+    return Answer({"status": "ready"})
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def metrics(request: Request) -> Response:
+    """This operator's jobs, engine and process, as Prometheus reads them."""
+    ctx = context(request)
+    ctx.metrics.keep_only(set(ctx.endpoints.values()))
+    engine, live, nodes = ctx.engine.capabilities.name, ctx.jobs.live(), ctx.engine.nodes()
+    text = await asyncio.to_thread(ctx.metrics.text, engine, live, nodes)
+    return Response(text, media_type=MEDIA_TYPE)
+
+
+@router.get("/-/info")
+async def info(request: Request) -> Response:
+    """What this operator is and runs on. CPU in cores, memory in bytes."""
+    ctx = context(request)
+    if (answer := await ctx.demand_of_driver(request)) is not None:
+        return answer
+    can = ctx.engine.capabilities
+    return Answer(
+        {
+            "version": cortex.__version__,
+            "engine": can.name,
+            "capacity": _amounts(can.total),
+            "memory_limit": can.memory_limit,
+            "own_folder": can.own_folder,
+        }
+    )
+
+
+@router.get("/-/cluster")
+async def cluster(request: Request) -> Response:
+    """The machines that jobs run on, and what is free on each. CPU in cores, memory in bytes."""
+    ctx = context(request)
+    if (answer := await ctx.demand_of_driver(request)) is not None:
+        return answer
+    engine = ctx.engine
+    return Answer(
+        {
+            "engine": engine.capabilities.name,
+            "nodes": [
+                {
+                    "name": node.name,
+                    "is_ready": node.is_ready,
+                    "problem": node.problem,
+                    "total": _amounts(node.total),
+                    "free": _amounts(node.free),
+                    "labels": dict(node.labels),
+                }
+                for node in engine.nodes()
+            ],
+        }
+    )
+
+
+@router.post(UPLOAD_PATH)
+async def deploy(
+    request: Request,
+    config: Annotated[UploadFile, File(description="The cortex.yaml.")],
+    project: Annotated[UploadFile, File(description="The project, as tar.gz.")],
+    force: Annotated[bool, Form(description="Replace an API that is deployed.")] = True,
+) -> Response:
+    """Deploy every API of a cortex.yaml, all or none."""
+    ctx = context(request)
+    file = safe_name(config.filename)
+    content = await config.read(_MAX_CONFIG_BYTES + 1)
+    if len(content) > _MAX_CONFIG_BYTES:
+        raise InvalidSpec(f"{file}: over the limit of 1 MiB")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidSpec(f"{file}: not UTF-8 ({error}); save it as UTF-8") from error
+    done = await _deployer(request).deploy(
+        file=file, text=text, archive=project.file, replace=force, actor=actor(request)
+    )
+    deployed = [
+        with_texts(
+            {"message": each.message, "warnings": list[JsonValue](each.warnings), "error": ""},
+            api=await ctx.renderer.api(each.deployment, request),
+        )
+        for each in done
+    ]
+    return written(as_list(deployed))
+
+
+@router.get("/-/apis")
+async def list_apis(request: Request) -> Response:
+    """All deployed APIs with their jobs in progress and recent ones."""
+    ctx = context(request)
+    if (answer := await ctx.ask_driver(request)) is not None:
+        return answer
+    deployments = await ctx.store.deployments()
+    apis = [await ctx.renderer.api(each, request) for each in deployments]
+    return written(as_list(apis))
+
+
+@router.get("/-/apis/{name}")
+async def get_api(request: Request, name: str) -> Response:
+    """One deployed API, as a list of one."""
+    ctx = context(request)
+    if (answer := await ctx.ask_driver(request)) is not None:
+        return answer
+    for deployment in await ctx.store.deployments():
+        if deployment.name == name:
+            return written(as_list([await ctx.renderer.api(deployment, request)]))
+    raise NotFound(f"there is no API {name!r}; `cortex get` lists all")
+
+
+@router.get("/-/audit")
+async def audit(request: Request, limit: Limit = _LISTED, cursor: Cursor = None) -> Answer:
+    """Who deployed, deleted, stopped, made and revoked tokens, and which requests were refused for their
+    token; newest first."""
+    page = await context(request).store.audit(limit, cursor)
+    return Answer(
+        {
+            "entries": [
+                {"time": rfc3339(entry.time_ns), "by": entry.actor.name, **entry.facts()}
+                for entry in page.entries
+            ],
+            "next_cursor": page.next_cursor,
+        }
+    )
+
+
+@router.delete("/-/apis/{name}")
+async def delete_api(request: Request, name: str) -> Answer:
+    """Delete an API; its jobs in progress end as stopped."""
+    stopped = await _deployer(request).undeploy(name, actor(request))
+    jobs = f", and stopped {stopped} of its jobs" if stopped else ""
+    return Answer({"message": f"deleted API {name}{jobs}"})
+
+
+def _amounts(capacity: Capacity) -> dict[str, float]:
+    return {"cpu": capacity.cpu_m / MILLI, "mem": capacity.mem, "gpu": capacity.gpu}
+
+
+def _deployer(request: Request) -> Deployer:
+    deployer = request.app.state.deployer
+    assert isinstance(deployer, Deployer)
+    return deployer

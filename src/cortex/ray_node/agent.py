@@ -1,0 +1,300 @@
+"""The agent of a node: a detached actor that Ray keeps there, and starts again when it dies. It runs
+the local engine in a folder of the node, and keeps what that reports until the operator has it.
+
+Its public methods are what the Ray engine asks through the driver. Jobs do not depend on it: their
+supervising processes go on without, and it takes them up again, as an operator does on one machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+
+from ray.exceptions import RayError
+
+import cortex
+from cortex.engines.base import (
+    Attempt,
+    Capacity,
+    CapacityFreed,
+    Ended,
+    Lost,
+    NeverStarted,
+    Observation,
+    Started,
+    Version,
+)
+from cortex.engines.local import LocalEngine, leftovers, records
+from cortex.engines.ray.messages import Hello, Lock, LogPiece, NodeOrder, Poll, Refusal
+from cortex.errors import is_shortage, is_storage
+from cortex.projects.builder import EnvironmentFailed
+from cortex.ray_node import reservations
+from cortex.ray_node.logs import LogWatch, piece
+from cortex.ray_node.outbox import Seen
+from cortex.ray_node.provisions import Stock
+from cortex.ray_node.workspace import Slot
+from cortex.system.folders import remove
+from cortex.worker import processes
+from cortex.worker.supervisor import logfile
+
+_BATCH = 256 << 10
+_NO_RECORDS = "the folder of its node, with the job's records in it, is gone"
+_RETRY_S = 5.0
+_LOOK_S = 1.0  # an operator that was killed may have left a poll, which takes what wakes the next
+_PAUSE_S = 0.05  # so that a log that grows by lines is copied by pieces
+
+
+class NodeEngine(LocalEngine):
+    """The local engine of a node: what a job may take was decided elsewhere, GPUs included."""
+
+    def take(self, job_id: str, order: NodeOrder) -> None:
+        self._grace_s = order.grace_s
+        self._ledger.hold(job_id, order.api.compute, list(order.gpus))
+
+
+class Agent:
+    """One node's."""
+
+    def __init__(self, namespace: str, node_id: str, node_dir: str, total: Capacity) -> None:
+        self._slot = Slot.take(namespace, node_id, node_dir)
+        self._opening = asyncio.Lock()
+        self._engine = NodeEngine(self._slot.jobs, total)
+        self._is_open = False
+        self._stock = Stock(self._slot, self._keep)
+        self._seen = Seen()
+        self._news = asyncio.Event()  # an observation
+        self._woken = asyncio.Event()  # an observation, or a log has grown
+        self._live: dict[str, NodeOrder] = {}
+        self._begun: dict[str, Started] = {}
+        self._building: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._logs = LogWatch(self._woken.set)
+
+    async def hello(self) -> Hello:
+        await self._open()
+        return Hello(
+            version=cortex.__version__,
+            incarnation=self._seen.greet(),
+            root=self._slot.identity,
+            local_handle=records.handle(),
+            memory_limit=self._engine.capabilities.memory_limit,
+            own_folder=self._engine.capabilities.own_folder,
+            seq=self._seen.end,
+        )
+
+    async def start(self, order: NodeOrder) -> str | None:
+        """Start an attempt; "project" where its files have to be sent before."""
+        await self._open()
+        job_id = order.spec.job_id
+        self._check(order)
+        if not self._stock.folder(order.api.project_id).is_dir():
+            return "project"
+        known = self._live.get(job_id)
+        if known is not None and known.number != order.number:
+            raise RuntimeError("an earlier attempt, whose order came late, is about to end")
+        if known is None:
+            self._live[job_id] = order
+            self._building[job_id] = self._run(self._start(order, _deadline(order)))
+        return None
+
+    async def unpack(self, project_id: str, archive: bytes) -> None:
+        """Take in a project."""
+        await self._open()
+        await asyncio.to_thread(self._stock.take_in, project_id, archive)
+
+    async def stop(self, job_id: str) -> None:
+        await self._open()
+        building = self._building.pop(job_id, None)
+        if building is None:
+            self._engine.stop(job_id)
+            return
+        building.cancel()
+        await asyncio.gather(building, return_exceptions=True)
+        if job_id in self._live:
+            self._saw(NeverStarted(job_id, self._live[job_id].number))
+
+    async def recover(self, order: NodeOrder) -> None:
+        """Tell what there is of an attempt, which this agent may never have heard of."""
+        await self._open()
+        job_id = order.spec.job_id
+        self._check(order)
+        known = self._live.get(job_id)
+        if known is not None and known.number == order.number:
+            if job_id in self._begun:
+                self._keep(self._begun[job_id])
+            return
+        given_up = self._building.pop(job_id, None)
+        if given_up is not None:  # from here on log, stop and end are those of this attempt
+            given_up.cancel()
+        folder = self._slot.jobs / job_id
+        self._live[job_id] = order
+        if not folder.exists() and await asyncio.to_thread(_ended, folder, order.number):
+            self._saw(Lost(job_id, order.number, _NO_RECORDS))
+            return
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        self._logs.add(job_id, folder)
+        await self._engine.recover(self._attempt(order, Path(), _deadline(order)))
+
+    async def poll(
+        self, incarnation: str, after: int, cursors: dict[str, int], within_s: float
+    ) -> Poll:
+        """What was seen since, and how the logs have grown beyond these offsets; as soon as there is
+        any of it. Nothing under another incarnation where not all was kept that this one has not heard."""
+        if not self._seen.knows(incarnation):
+            return Poll("", after, ())
+        self._seen.heard(incarnation, after)
+        until = time.monotonic() + within_s
+        while True:
+            self._woken.clear()
+            logs = await asyncio.to_thread(self._grown, cursors)
+            left_s = until - time.monotonic()
+            if logs or self._seen.end > after or left_s <= 0:
+                break
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), min(left_s, _LOOK_S))
+            if self._seen.end == after:
+                self._news.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._news.wait(), _PAUSE_S)
+        return Poll(incarnation, self._seen.end, self._seen.since(after), logs)
+
+    async def read(self, job_id: str, offset: int, limit: int) -> LogPiece:
+        return await asyncio.to_thread(piece, self._slot.jobs / job_id, offset, _BATCH, limit)
+
+    async def forget(self, api_id: str) -> None:
+        self._engine.forget(api_id)
+
+    async def discard(self, job_ids: list[str]) -> None:
+        for job_id in job_ids:
+            if job_id not in self._live:
+                await asyncio.to_thread(remove, self._slot.jobs / job_id)
+
+    async def _open(self) -> None:
+        # Whoever asks first: Ray may have started this process again since the operator's hello.
+        async with self._opening:
+            if not self._is_open:
+                await asyncio.to_thread(self._stock.open)
+                await self._engine.open(self._saw)
+                self._logs.open()
+                self._is_open = True
+
+    def _check(self, order: NodeOrder) -> None:
+        if order.root != self._slot.identity:
+            raise Refusal(_NO_RECORDS)
+
+    async def _start(self, order: NodeOrder, deadline: float | None) -> None:
+        job_id = order.spec.job_id
+        try:
+            async with asyncio.timeout(order.left_s):
+                python = await self._stock.build(order)
+            self._begin_anew(job_id)
+        except Exception as error:  # nobody waits for this task: all of it is told
+            self._building.pop(job_id, None)
+            self._saw(self._failed(order, error))
+        else:
+            self._building.pop(job_id, None)  # from here on a stop is the engine's
+            self._engine.take(job_id, order)
+            self._engine.start(self._attempt(order, python, deadline))
+
+    def _failed(self, order: NodeOrder, error: Exception) -> Lost | NeverStarted:
+        """Why an attempt did not come to be started."""
+        job_id, number = order.spec.job_id, order.number
+        if isinstance(error, TimeoutError):
+            return NeverStarted(job_id, number)  # its deadline is the operator's again
+        if isinstance(error, EnvironmentFailed):
+            if error.is_for_now:
+                words = "its node's disk is full, and the environment not built"
+                return NeverStarted(job_id, number, words)
+            with contextlib.suppress(OSError):
+                self._begin_anew(job_id)
+                self._engine.note(job_id, error.output)
+            return Lost(job_id, number, error.reason, is_final=True)
+        reason = f"it cannot be started on its node: {error}"
+        if isinstance(error, OSError) and (is_storage(error) or is_shortage(error)):
+            return NeverStarted(job_id, number, reason)
+        return Lost(job_id, number, reason)
+
+    def _begin_anew(self, job_id: str) -> None:
+        """The operator has all that earlier attempts have written to the log."""
+        folder = self._slot.jobs / job_id
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        for name in (logfile.NAME, logfile.CUT):
+            (folder / name).unlink(missing_ok=True)
+        self._logs.add(job_id, folder)
+
+    def _attempt(self, order: NodeOrder, python: Path, deadline: float | None) -> Attempt:
+        version = Version(order.api, self._stock.folder(order.api.project_id), python, order.env)
+        return Attempt(
+            order.spec,
+            version,
+            order.number,
+            order.local_handle,
+            deadline,
+            order.losses,
+            order.lost,
+        )
+
+    def _grown(self, cursors: dict[str, int]) -> dict[str, LogPiece]:
+        found = {}
+        for job_id, offset in cursors.items():
+            order = self._live.get(
+                job_id
+            )  # of one that has ended, the rest is read once that is told
+            if order is None:
+                continue
+            here = piece(self._slot.jobs / job_id, offset, _BATCH, order.api.limits.log)
+            if here.end > offset:
+                found[job_id] = here
+        return found
+
+    def _saw(self, observation: Observation) -> None:
+        if isinstance(observation, CapacityFreed):
+            return
+        job_id = observation.job_id
+        order = self._live.get(job_id)
+        if order is None or order.number != observation.attempt:
+            return  # of one that was over before it came: the operator knows
+        if isinstance(observation, Started):
+            self._begun[job_id] = observation
+        elif isinstance(observation, Ended | Lost | NeverStarted):
+            del self._live[job_id]
+            self._begun.pop(job_id, None)
+            self._logs.remove(job_id)
+            self._run(self._let_go(order.seat))
+        self._keep(observation)
+
+    async def _let_go(self, seat: str) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(reservations.let_go, seat)
+            except RayError:
+                await asyncio.sleep(_RETRY_S)
+            else:
+                return
+
+    def _keep(self, seen: Observation | Lock) -> None:
+        self._seen.add(seen)
+        self._news.set()
+        self._woken.set()
+
+    def _run(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _deadline(order: NodeOrder) -> float | None:
+    """By this machine's monotonic clock."""
+    return None if order.left_s is None else time.monotonic() + order.left_s
+
+
+def _ended(folder: Path, attempt: int) -> bool:
+    """End a job that runs without its folder; False if it does not run, as if it never had."""
+    if not processes.with_variable("CORTEX_JOB_ID", folder.name):
+        return False
+    leftovers.clean(folder, attempt)
+    return True

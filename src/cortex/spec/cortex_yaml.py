@@ -1,0 +1,288 @@
+"""A `cortex.yaml` read: its APIs, or every mistake in it, each with its line. Pure, no I/O.
+
+The client reads it before an upload and the operator again after one. Which fields there are stands in
+the tables at the end, with the check of each (`fields`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from pydantic import JsonValue
+
+from cortex.errors import InvalidSpec
+from cortex.spec import python_variables, yaml_fields
+from cortex.spec.api import MASK, Api
+from cortex.spec.yaml_fields import Check, Report
+from cortex.spec.yaml_lines import (
+    Mistake,
+    Odd,
+    Value,
+    did_you_mean,
+    join,
+    quoted,
+    read_nodes,
+    shortened,
+)
+
+FieldLines = dict[tuple[int | str, ...], int]
+
+_LEAST_MEM = 16 << 20
+_LEAST_LOG = 64 << 10
+_MOST_GPUS = 1000
+_MOST_JOBS = 1_000_000_000
+
+
+def read_apis(text: str, file: str) -> list[Api]:
+    """The APIs of a `cortex.yaml`, in its order.
+
+    Raises:
+        InvalidSpec: the text has mistakes; the message lists every one, with `file` and its line.
+    """
+    root, mistakes = read_nodes(text)
+    report = Report(mistakes)
+    entries = _entries(root, report) if root is not None or not mistakes else []
+    if report.mistakes:
+        raise invalid_spec(file, report.mistakes)
+    return [Api.model_validate(entry) for entry in entries]
+
+
+def submitted_entries(text: str) -> list[dict[str, JsonValue]]:
+    """The entries of a `cortex.yaml` without mistakes as they are written, the values of `env` masked."""
+    root, _ = read_nodes(text)
+    found = _as_written(root) if root is not None else []
+    assert isinstance(found, list), "the text has mistakes"
+    entries = [entry for entry in found if isinstance(entry, dict)]
+    for entry in entries:
+        definition = entry.get("definition")
+        if isinstance(definition, dict) and isinstance(env := definition.get("env"), dict):
+            definition["env"] = dict.fromkeys(env, MASK)
+    return entries
+
+
+def field_lines(text: str) -> FieldLines:
+    """The line of every field of a `cortex.yaml`, as `(0, "definition", "path")` names it."""
+    root, _ = read_nodes(text)
+    found: FieldLines = {}
+    waiting: list[tuple[tuple[int | str, ...], Value]] = [] if root is None else [((), root)]
+    while waiting:
+        path, value = waiting.pop()
+        found[path] = value.line
+        if isinstance(value.data, dict):
+            waiting += [((*path, key), below) for key, below in value.data.items()]
+        elif isinstance(value.data, list):
+            waiting += [((*path, index), below) for index, below in enumerate(value.data)]
+    return found
+
+
+def invalid_spec(file: str, mistakes: Iterable[Mistake], others: Iterable[str] = ()) -> InvalidSpec:
+    """The error that lists mistakes in a `cortex.yaml` by line, then those in other files."""
+    ordered = sorted(mistakes, key=lambda mistake: mistake.line)
+    lines = [f"{file}:{mistake.line}: {mistake.text}" for mistake in ordered]
+    return InvalidSpec("\n".join(dict.fromkeys([*lines, *others])))
+
+
+@dataclass(frozen=True)
+class _Field:
+    check: Check
+    is_required: bool = False
+
+
+def _entries(root: Value | None, report: Report) -> list[dict[str, object]]:
+    listed = "a list of APIs, each of which starts with - name:"
+    if root is None or root.data is None or root.data == []:
+        report.add(root.line if root else 1, "", f"holds no API; allowed: {listed}")
+        return []
+    if not isinstance(root.data, list):
+        report.wrong(root, "", listed)
+        return []
+    seen: dict[tuple[str, str], int] = {}
+    return [_entry(value, seen, report) for value in root.data]
+
+
+def _entry(value: Value, seen: dict[tuple[str, str], int], report: Report) -> dict[str, object]:
+    entry = _API(value, "", report)
+    if not isinstance(entry, dict):
+        return {}
+    name = entry.get("name")
+    networking = {"endpoint": name, **(entry.get("networking") or {})}
+    compute = dict(entry.get("compute") or {})
+    if "cpu" in compute:
+        compute["cpu_m"] = compute.pop("cpu")
+    _check_runner(value, entry.get("definition") or {}, report)
+    is_new = _is_unique(value, "name", name, seen, report)
+    if is_new or networking["endpoint"] != name:
+        _is_unique(value, "networking.endpoint", networking["endpoint"], seen, report)
+    return {**entry, "networking": networking, "compute": compute}
+
+
+def _check_runner(value: Value, definition: Mapping[str, object], report: Report) -> None:
+    """What only a Python file can have, and what no job that runs one can have."""
+    if definition.get("command") is not None:
+        where = "definition.preload"
+        if "preload" in definition:
+            words = "goes with path alone: a command starts a program of its own, which imports by itself"
+            report.add(_line_of(value, where), where, f"{words}; remove it")
+        return
+    variables = definition.get("env")
+    for name, content in variables.items() if isinstance(variables, dict) else ():
+        where = f"definition.env.{name}"
+        refusal = python_variables.refusal(name, content) if isinstance(content, str) else None
+        if refusal is not None:
+            report.add(_line_of(value, where), where, refusal)
+
+
+def _is_unique(
+    value: Value, where: str, found: object, seen: dict[tuple[str, str], int], report: Report
+) -> bool:
+    if not isinstance(found, str):
+        return True
+    line = _line_of(value, where)
+    if (where, found) not in seen:
+        seen[where, found] = line
+        return True
+    first = seen[where, found]
+    report.add(line, where, f"{quoted(found)} is taken by the API on line {first}")
+    return False
+
+
+def _line_of(value: Value, where: str) -> int:
+    for key in where.split("."):
+        if not isinstance(value.data, dict) or key not in value.data:
+            break
+        value = value.data[key]
+    return value.line
+
+
+def _as_written(value: Value) -> JsonValue:
+    if isinstance(value.data, dict):
+        return {key: _as_written(below) for key, below in value.data.items()}
+    if isinstance(value.data, list):
+        return [_as_written(each) for each in value.data]
+    assert not isinstance(value.data, Odd), "the text has mistakes"
+    return value.data
+
+
+def _object(known: Mapping[str, _Field], *, one_of: tuple[str, ...] = ()) -> Check:
+    def check(value: Value, where: str, report: Report) -> object:
+        if not isinstance(value.data, dict):
+            report.wrong(value, where, f"an object with the fields {', '.join(known)}")
+            return None
+        parsed: dict[str, object] = {}
+        for key, below in value.data.items():
+            name = join(where, shortened(key))
+            if key not in known:
+                report.add(below.line, name, _unknown(key, where, known))
+            elif below.data is not None or known[key].is_required:
+                parsed[key] = known[key].check(below, name, report)
+        for key, field in known.items():
+            if field.is_required and key not in value.data:
+                report.add(value.line, join(where, key), "missing; it is required")
+        given = [key for key in one_of if key in parsed]
+        if one_of and len(given) != 1:
+            line = value.data[given[-1]].line if given else value.line
+            found = " and ".join(given) if given else "neither"
+            report.add(
+                line, where, f"found {found}; allowed: exactly one of {' and '.join(one_of)}"
+            )
+        return parsed
+
+    return check
+
+
+def _unknown(key: str, where: str, known: Mapping[str, _Field]) -> str:
+    instead = _CORTEX.get(join(where, key))
+    if instead is not None:
+        return f"a field of Cortex that this operator does not have; {instead}"
+    hint = _elsewhere(key, where) or did_you_mean(key, known)
+    return f"unknown field; allowed: {', '.join(known)}{hint}"
+
+
+def _elsewhere(key: str, where: str) -> str:
+    places = [f"{section}.{key}" for section, known in _SECTIONS.items() if key in known]
+    return f'; did you mean "{places[0]}"?' if places and places[0] != join(where, key) else ""
+
+
+_LEVELS = ("debug", "info", "warning", "error")
+_DEPENDENCIES = {
+    "pip": _Field(yaml_fields.project_path("a file as requirements.txt")),
+    "conda": _Field(yaml_fields.project_path("a file as conda-packages.txt")),
+    "shell": _Field(yaml_fields.project_path("a shell script")),
+}
+_SECTIONS: dict[str, dict[str, _Field]] = {
+    "definition": {
+        "path": _Field(yaml_fields.project_path("a Python file")),
+        "command": _Field(yaml_fields.command),
+        "config": _Field(yaml_fields.config),
+        "python_path": _Field(yaml_fields.project_path("a folder")),
+        "env": _Field(yaml_fields.env),
+        "log_level": _Field(yaml_fields.one_word(_LEVELS)),
+        "preload": _Field(yaml_fields.modules),
+        "dependencies": _Field(_object(_DEPENDENCIES)),
+    },
+    "networking": {"endpoint": _Field(yaml_fields.endpoint)},
+    "compute": {
+        "cpu": _Field(yaml_fields.cpu),
+        "mem": _Field(
+            yaml_fields.size(_LEAST_MEM, "16Mi at least, for no interpreter starts in less")
+        ),
+        "gpu": _Field(yaml_fields.count(0, _MOST_GPUS)),
+        "node_labels": _Field(yaml_fields.labels),
+    },
+    "limits": {
+        "max_running": _Field(yaml_fields.count(1, _MOST_JOBS)),
+        "max_waiting": _Field(yaml_fields.count(1, _MOST_JOBS)),
+        "log": _Field(yaml_fields.size(_LEAST_LOG, "64Ki at least")),
+    },
+}
+_API = _object(
+    {
+        "name": _Field(yaml_fields.name, is_required=True),
+        "kind": _Field(
+            yaml_fields.one_word(("TaskAPI",), " (no other kind is supported)"), is_required=True
+        ),
+        "definition": _Field(
+            _object(_SECTIONS["definition"], one_of=("path", "command")), is_required=True
+        ),
+        "networking": _Field(_object(_SECTIONS["networking"])),
+        "compute": _Field(_object(_SECTIONS["compute"])),
+        "limits": _Field(_object(_SECTIONS["limits"])),
+        "retries": _Field(yaml_fields.count(0, _MOST_JOBS)),
+    }
+)
+
+_NO_IMAGE = (
+    "jobs run on the machine itself, in no container: list the packages in requirements.txt, or start "
+    "the image with definition.command, such as [podman, run, --rm, IMAGE]"
+)
+_NO_SHM = "all jobs share the machine's /dev/shm, whose size is not limited here: remove it"
+_NO_INF = "there are no Inferentia chips here: use compute.gpu, or remove it"
+_NO_NODE_GROUPS = "choose nodes by their labels: compute.node_labels, such as {group: [a, b]}"
+_NO_SERVING = "it is for APIs that serve requests, and a TaskAPI runs jobs: remove it"
+# What a TaskAPI could have from v0.27 to v0.42, and what people copy from other kinds.
+_CORTEX = {
+    "pod": (
+        "write the container's command and args as definition.command, its env as definition.env, its "
+        "compute as compute; its image is not run"
+    ),
+    "image": _NO_IMAGE,
+    "node_groups": _NO_NODE_GROUPS,
+    "shm_size": _NO_SHM,
+    "predictor": "a TaskAPI has a definition: {path: FILE.py}",
+    "handler": "a TaskAPI has a definition: {path: FILE.py}",
+    "apis": _NO_SERVING,
+    "autoscaling": "limits.max_running says how many jobs run at once; remove it",
+    "update_strategy": _NO_SERVING,
+    "monitoring": "GET /metrics has the figures of all APIs; remove it",
+    "definition.image": _NO_IMAGE,
+    "definition.shm_size": _NO_SHM,
+    "definition.processes_per_replica": _NO_SERVING,
+    "definition.threads_per_process": _NO_SERVING,
+    "compute.inf": _NO_INF,
+    "compute.node_groups": _NO_NODE_GROUPS,
+    "compute.shm": _NO_SHM,
+    "compute.shm_size": _NO_SHM,
+    "networking.api_gateway": "the operator itself answers at the endpoint; remove it",
+    "networking.local_port": "`cortex serve --port` chooses the port for all APIs; remove it",
+}

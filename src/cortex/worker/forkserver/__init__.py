@@ -1,0 +1,1 @@
+"""The fork server of one deployed version: a warm interpreter that forks supervisors."""

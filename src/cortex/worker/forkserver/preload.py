@@ -1,0 +1,292 @@
+"""What a fork server imports ahead for its jobs, where `definition.preload` asks for that, and the check that it
+is harmless: a job that is forked afterwards has to find what it would have found had it imported the same.
+
+Whatever lives outside the memory of one process is not copied by a fork, or is shared by all jobs: threads,
+open files, child processes, temporary folders, shared memory and its locks. What was drawn at random once would be
+the same in all jobs. AWS Lambda SnapStart and Android's zygote list the same kinds.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import importlib
+import os
+import sys
+
+from cortex.worker import processes, standard, trees
+from cortex.worker.syscalls import signal, signal_name
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+MAX_WORDS = 1 << 16
+"""Bytes that are kept of what modules print while they are imported."""
+_HARMLESS = frozenset(
+    {
+        "PIL._imaging.clear_cache",
+        "certifi.core.exit_cacert_ctx",
+        "matplotlib._pylab_helpers.Gcf.destroy_all",
+        "pyarrow._s3fs.ensure_s3_finalized",
+    }
+)
+"""Exit handlers of libraries, which have been read: they act on nothing but the memory of their process. Those of
+Python itself do the same in every process that imports them."""
+
+
+_FORK_AWARE = frozenset({"jemalloc_bg_thd"})
+"""Threads whose library makes up for them in a forked process (jemalloc: `background_thread_postfork_child`)."""
+
+
+class Refused(Exception):
+    """A module must not be imported ahead; the text says why."""
+
+
+class Watch:
+    """Finds what an import has left behind that a fork does not copy. Made before any module is imported ahead,
+    and before what the project has of the same name takes the place of the modules that it needs itself."""
+
+    def __init__(self, project: str) -> None:
+        import random
+        import tempfile
+
+        self._project = project
+        self._random = random
+        self._tempfile = tempfile
+        self._names = _Names()
+        tempfile._name_sequence = self._names  # type: ignore[attr-defined]  # all that it makes asks this for a name
+        self._handlers: list[str] = []
+        """Those that are not Python's own."""
+        self.generators: list[object] = []
+        """Those of numpy that have been seeded by the system, as `reseed` does again."""
+        self._real_register = atexit.register
+        self._threading_register: Callable[..., object] | None = None
+        self._before = self._state()
+        atexit.register = self._register  # type: ignore[assignment]  # it takes and gives the same
+
+    def look(self) -> str | None:
+        """Why what was imported last must not be, or None."""
+        # Libraries that know of forks, such as OpenBLAS, end their threads before one and start them again
+        # in who needs them.
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+        threads = [name for name in map(_thread_name, _threads()) if name not in _FORK_AWARE]
+        if threads:
+            return f"it starts threads, {len(threads)} here, which a fork does not copy"
+        if processes.children(os.getpid()):
+            return "it starts processes, which would be shared by all jobs"
+        after = self._state()
+        written = self._written(after)
+        if written is not None:
+            return f"it writes into the project ({written}), which would be shared by all jobs"
+        for words, change in (
+            ("it leaves files or sockets open, which would be shared by all jobs", "files"),
+            (
+                "it maps memory that would be shared by all jobs (a lock of multiprocessing does)",
+                "maps",
+            ),
+            ("it makes a temporary file or folder, which would be shared by all jobs", "names"),
+            ("it changes the current folder", "folder"),
+            (
+                "it draws from or seeds the random numbers of Python: all jobs would have the same",
+                "random",
+            ),
+        ):
+            if after[change] != self._before[change]:
+                return words
+        return (
+            self._why_not_signals(after) or self._why_not_handlers() or self._why_not_generators()
+        )
+
+    def close(self) -> None:
+        """Undo what it needed."""
+        atexit.register = self._real_register
+        self._tempfile._name_sequence = None  # type: ignore[attr-defined]
+
+    def _state(self) -> dict[str, object]:
+        return {
+            "files": set(os.listdir("/proc/self/fd")),
+            "maps": set(_shared_maps()),
+            "names": self._names.count,
+            "folder": os.getcwd(),
+            "project": trees.look(self._project),
+            "random": self._random.getstate(),
+            "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
+        }
+
+    def _register(self, function: Callable[..., object], *args: object, **named: object) -> object:
+        # What Python itself has registered does the same in every process. A library may register one of its
+        # functions, shutil.rmtree say. Who compiles it to C has no frame; what imports it registers nothing.
+        name, caller = _full_name(function), str(sys._getframe(1).f_globals.get("__name__"))
+        roots = {name.partition(".")[0], caller.partition(".")[0]}
+        if name not in _HARMLESS and (not roots <= standard.NAMES or "importlib" in roots):
+            self._handlers.append(name)
+        return self._real_register(function, *args, **named)
+
+    def _written(self, after: dict[str, object]) -> str | None:
+        """A path below the project that was made, changed or removed. What is new there goes again."""
+        old, new = self._before["project"], after["project"]
+        assert isinstance(old, dict) and isinstance(new, dict)
+        changed = sorted(path for path in old.keys() | new.keys() if old.get(path) != new.get(path))
+        for path in changed:
+            if path not in old:
+                trees.remove(os.path.join(self._project, path))
+        return changed[0] if changed else None
+
+    def _why_not_signals(self, after: dict[str, object]) -> str | None:
+        old, new = self._before["signals"], after["signals"]
+        assert isinstance(old, dict) and isinstance(new, dict)
+        changed = [signal_name(number) for number in old if old[number] is not new[number]]
+        return f"it sets a handler for {', '.join(changed)}" if changed else None
+
+    def _why_not_handlers(self) -> str | None:
+        import weakref
+
+        finalizers = [each for each in list(weakref.finalize._registry) if each.atexit]  # type: ignore[attr-defined]
+        called = [found[1] for each in finalizers if (found := each.peek()) is not None]
+        for name in [*self._handlers, *map(_full_name, called)]:
+            return f"it registers the exit handler {name}, which would run at the end of every job"
+        return None
+
+    def _why_not_generators(self) -> str | None:
+        shared = getattr(sys.modules.get("numpy.random.mtrand"), "_rand", None)
+        if shared is not None and _was_used(shared):
+            return (
+                "it draws from or seeds the random numbers of numpy: all jobs would have the same"
+            )
+        self.generators = [] if shared is None else [shared]
+        # It makes another one when it finds itself in another process.
+        pid_aware = self._tempfile._RandomNameSequence  # type: ignore[attr-defined]
+        known = {id(vars(e).get("_rng")) for e in gc.get_objects() if isinstance(e, pid_aware)}
+        known |= {id(self._random._inst), id(shared)}
+        for each in gc.get_objects():
+            if id(each) in known or isinstance(each, self._random.SystemRandom):
+                continue
+            if isinstance(each, self._random.Random):
+                kind = _full_name(type(each))
+                return (
+                    f"it keeps a generator of random numbers ({kind}): all jobs would draw the same"
+                )
+            module = type(each).__module__
+            is_of_numpy = isinstance(module, str) and module.startswith("numpy.random")
+            if is_of_numpy and _is_unseeded(each):
+                self.generators.append(each)
+        return None
+
+
+class _Names:
+    """In the place of what `tempfile` takes names from: counts them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        self.count += 1
+        return os.urandom(6).hex()
+
+
+def preload(names: list[str], watch: Watch, say: Callable[[str], None]) -> bytes:
+    """Import modules in this order, and check each; what they have printed.
+
+    Args:
+        say: is told of each before it is imported.
+
+    Raises:
+        Refused: one must not be imported ahead, and neither can be undone: this process is of no more use.
+    """
+    begun = _size()
+    for name in names:
+        say(name)
+        try:
+            importlib.import_module(name)
+        except BaseException as error:  # noqa: BLE001, RUF100  # whatever it is, each job will show it
+            raise Refused(f"it cannot be imported: {type(error).__name__}: {error}") from None
+        why = watch.look()
+        if why is not None:
+            raise Refused(why)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return os.pread(2, min(_size() - begun, MAX_WORDS), begun) if _size() > begun else b""
+
+
+def forget_shadowed(roots: list[str], startup: frozenset[str]) -> None:
+    """Drop modules that a plain interpreter would take from the project, the user's `queue.py`
+    say, and that the fork server has loaded from elsewhere for its own needs."""
+    for root in roots:
+        try:
+            entries = os.listdir(root)
+        except OSError:
+            continue
+        for entry in entries:
+            name, _, suffix = entry.partition(".")
+            is_module = suffix == "py" or suffix.endswith("so")
+            if not is_module and not os.path.exists(os.path.join(root, entry, "__init__.py")):
+                continue
+            if name in sys.modules and name not in startup and name != "cortex":
+                for loaded in [m for m in sys.modules if m == name or m.startswith(name + ".")]:
+                    del sys.modules[loaded]
+
+
+def _size() -> int:
+    """Of the file that standard output and error are: the engine's, opened to be read as well."""
+    return os.fstat(2).st_size
+
+
+def _shared_maps() -> Iterator[str]:
+    with open("/proc/self/maps") as file:
+        for line in file:
+            fields = line.split(maxsplit=5)
+            if fields[1].endswith("s") and "w" in fields[1]:
+                yield line
+
+
+def _was_used(generator: object) -> bool:
+    """Whether a RandomState of numpy is no more as the system's own randomness makes one: by its position, and
+    the first word of its MT19937, which that sets to 0x80000000 (`init_by_array`)."""
+    now, new = (each.get_state(legacy=False)["state"] for each in (generator, type(generator)()))  # type: ignore[attr-defined]
+    return bool(now["pos"] != new["pos"] or now["key"][0] != new["key"][0])
+
+
+def reseed(generators: Sequence[object]) -> None:
+    """Let each draw other numbers in this process than in all that were forked beside it."""
+    for each in generators:
+        if hasattr(each, "seed"):
+            each.seed()
+        else:
+            source = each.bit_generator  # type: ignore[attr-defined]  # a Generator of numpy
+            source.state = type(source)().state
+
+
+def _is_unseeded(thing: object) -> bool:
+    """Whether it is a generator of numpy that the system's randomness has seeded. One that was made with a
+    number is the same in every process that makes it."""
+    source = getattr(thing, "bit_generator", None)
+    if source is not None:
+        entropy = getattr(getattr(source, "seed_seq", None), "entropy", None)
+        return isinstance(entropy, int) and entropy >= 1 << 64  # it gives 128 bits
+    state: object = getattr(thing, "get_state", dict)()
+    return isinstance(state, tuple) and int(state[1][0]) == 0x80000000
+
+
+def _threads() -> list[str]:
+    """All but the first."""
+    own = str(os.getpid())
+    return [thread for thread in os.listdir("/proc/self/task") if thread != own]
+
+
+def _thread_name(thread: str) -> str:
+    try:
+        with open(f"/proc/self/task/{thread}/comm") as file:
+            return file.read().strip()
+    except OSError:
+        return ""  # it ends at this moment
+
+
+def _full_name(thing: object) -> str:
+    return f"{getattr(thing, '__module__', '?')}.{getattr(thing, '__qualname__', '?')}"
