@@ -29,7 +29,7 @@ from cortex.engines.base import (
     Version,
 )
 from cortex.engines.ray.messages import NodeState
-from cortex.engines.ray.placement import Nodes
+from cortex.engines.ray.placement import Placement
 from cortex.operator import app
 from cortex.operator.config.settings import Settings
 from cortex.spec.api import MILLI, Compute
@@ -37,10 +37,10 @@ from cortex.spec.api import MILLI, Compute
 TICK_S = 0.01
 
 
-def cluster(count: int, cores: int) -> Nodes:
+def cluster(count: int, cores: int) -> Placement:
     """So many nodes, all alike, whose agents answer."""
     total = Capacity(cores * MILLI, 0, 0)
-    made = Nodes()
+    made = Placement()
     made.update(tuple(NodeState(name(n), name(n), True, total, NOTHING) for n in range(count)))
     for node in made.alive.values():
         node.is_ready = True

@@ -150,7 +150,7 @@ class Superseded(StorageUnavailable):
     kind = "operator.superseded"
 
 
-class NoDriver(CortexError):
+class NoLeader(CortexError):
     """No operator drives the jobs at this moment, and only that one could answer."""
 
     kind = "operator.no_driver"

@@ -54,7 +54,7 @@ def check_url(text: str) -> str:
     return f"{found['kind']}://{path}"
 
 
-class Files:
+class ObjectStore:
     """One store of files; names are relative to its URL, with slashes."""
 
     def __init__(self, url: str) -> None:

@@ -20,7 +20,7 @@ import pytest
 from cortex.engines.base import Capacity
 from cortex.engines.ray import RayEngine
 from cortex.engines.ray.link import LinkError, Refused
-from cortex.engines.ray.messages import NodeState, Seat
+from cortex.engines.ray.messages import NodeState, Reservation
 from cortex.projects.pack import pack_kept
 from cortex.ray_node import reservations
 from cortex.ray_node.agent import Agent
@@ -49,7 +49,7 @@ class Near(Driver):
     async def look(self) -> tuple[NodeState, ...]:
         return tuple(self.states)
 
-    async def take_seat(self, seat: Seat, within_s: float) -> tuple[int, ...]:
+    async def take_seat(self, seat: Reservation, within_s: float) -> tuple[int, ...]:
         self.seats.add(seat.name)
         return ()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from cortex.engines.base import Attempt, Engine
 from cortex.engines.ray import RayEngine
 from cortex.engines.ray.link import Link
-from cortex.engines.ray.messages import Seat
+from cortex.engines.ray.messages import Reservation
 from engines.bench import LIMIT_S, Bench, processes, until
 from engines.cluster import Cluster, cluster
 
@@ -165,7 +165,9 @@ class RayBench(Bench):
         names = [f"others:{number}" for number in range(count)]
         try:
             for name, node_id in zip(names, nodes, strict=True):
-                await link.call("take_seat", Seat(name, node_id, {"CPU": cpus}), 10, within_s=20)
+                await link.call(
+                    "take_seat", Reservation(name, node_id, {"CPU": cpus}), 10, within_s=20
+                )
             yield
         finally:
             for name in names:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cortex.worker import files
-from cortex.worker.supervisor.station import Bench
+from cortex.worker.supervisor.station import Station
 
 
 @pytest.fixture
@@ -26,15 +26,15 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def ends() -> Iterator[tuple[Bench, socket.socket]]:
+def ends() -> Iterator[tuple[Station, socket.socket]]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         signals: Any = SimpleNamespace(wake=theirs.fileno(), wake_write=-1)  # nobody signals here
         setup: Any = SimpleNamespace(path=None)
-        yield Bench(setup, signals, theirs, 0), ours
+        yield Station(setup, signals, theirs, 0), ours
 
 
-def test_an_engine_is_heard_until_it_is_gone(ends: tuple[Bench, socket.socket]) -> None:
+def test_an_engine_is_heard_until_it_is_gone(ends: tuple[Station, socket.socket]) -> None:
     bench, engine = ends
     assert bench.is_heard()
     engine.send(b"an order that waits")
@@ -44,7 +44,7 @@ def test_an_engine_is_heard_until_it_is_gone(ends: tuple[Bench, socket.socket]) 
 
 
 def test_the_last_record_that_an_engine_read_is_synced_when_it_is_gone(
-    ends: tuple[Bench, socket.socket], synced: list[str], tmp_path: Path
+    ends: tuple[Station, socket.socket], synced: list[str], tmp_path: Path
 ) -> None:
     bench, _ = ends
     for number in (1, 2):
@@ -57,7 +57,7 @@ def test_the_last_record_that_an_engine_read_is_synced_when_it_is_gone(
 
 
 def test_a_record_whose_folder_was_removed_meanwhile_is_nobodys(
-    ends: tuple[Bench, socket.socket], synced: list[str], tmp_path: Path
+    ends: tuple[Station, socket.socket], synced: list[str], tmp_path: Path
 ) -> None:
     bench, _ = ends
     bench.keep(os.open(tmp_path, os.O_RDONLY), "exit.1")

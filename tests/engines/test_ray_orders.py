@@ -17,8 +17,8 @@ from ray.exceptions import RayError
 
 from cortex.engines.base import Ended, Ending, Engine, Lost, NeverStarted, Reachable, Waits
 from cortex.engines.ray import RayEngine
-from cortex.engines.ray.log_copies import Mirror
-from cortex.engines.ray.messages import Builds, NodeOrder, Seat
+from cortex.engines.ray.log_copies import LogCopies
+from cortex.engines.ray.messages import Builds, NodeOrder, Reservation
 from cortex.engines.ray.tracked import taken_up
 from cortex.ray_node import guard, logs, reservations
 from cortex.worker import processes
@@ -147,7 +147,7 @@ def test_a_copy_that_could_not_be_begun_for_a_full_disk_is_complete_once_it_is_n
         await other.open(bench._saw)
         await ready(other)
         with monkeypatch.context() as patched:
-            patched.setattr(Mirror, "take_up", take_up)
+            patched.setattr(LogCopies, "take_up", take_up)
             await other.recover(attempt)
         bench.go()
         await bench.ended(attempt)
@@ -404,7 +404,7 @@ def test_a_seat_that_an_agent_was_killed_before_it_gave_up_is_given_up(
 def test_a_seat_of_which_nothing_is_known_is_given_up_by_whoever_drives_next(
     bench: NearBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def cut_off(seat: Seat, _: float) -> tuple[int, ...]:
+    async def cut_off(seat: Reservation, _: float) -> tuple[int, ...]:
         bench.near.seats.add(seat.name)
         bench.near.is_cut_off = True
         raise RayError("the link broke")

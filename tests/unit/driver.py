@@ -13,7 +13,7 @@ ADDRESS = "http://operator.invalid"
 
 
 class Driver:
-    """A `store.Candidate`."""
+    """A `store.LeaderCallbacks`."""
 
     def __init__(self) -> None:
         self.drives = False

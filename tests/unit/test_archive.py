@@ -11,10 +11,10 @@ from typing import NoReturn
 import pytest
 
 from cortex.engines.local import LocalEngine
-from cortex.errors import NoDriver, StorageUnavailable
-from cortex.objects import Files
+from cortex.errors import NoLeader, StorageUnavailable
+from cortex.objects import ObjectStore
 from cortex.operator.logs.archive import Archive
-from cortex.operator.logs.archived_files import Copies
+from cortex.operator.logs.archived_files import ArchivedFiles
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import State, Wanted
 from cortex.store import Store
@@ -27,14 +27,14 @@ OVER = JobRecord(1, _SPEC, State.SUCCEEDED, Wanted.RUN, attempt=1, handle=None)
 LIMIT = 1 << 20
 
 
-class Reader:
+class BodyReader:
     """An operator that does not drive."""
 
     def __init__(self, folder: Path) -> None:
         for name in ("files", "jobs", "archived"):
             (folder / name).mkdir()
         self.log = folder / "jobs" / OVER.spec.job_id / "log"
-        self.files = Files(f"file://{folder / 'files'}")
+        self.files = ObjectStore(f"file://{folder / 'files'}")
         self.store = Store(f"sqlite:///{folder / 'operator.db'}")
         engine = LocalEngine(folder / "jobs")
         self.marks = folder / "archived"
@@ -45,25 +45,25 @@ class Reader:
 
 
 @pytest.fixture
-def reader(tmp_path: Path) -> Iterator[Reader]:
-    made = Reader(tmp_path)
+def reader(tmp_path: Path) -> Iterator[BodyReader]:
+    made = BodyReader(tmp_path)
     yield made
     made.archive.end()
     made.store.close()
 
 
-def test_what_is_not_there_yet_may_be_with_whoever_drives(reader: Reader) -> None:
-    with pytest.raises(NoDriver, match="not in the store of files yet"):
+def test_what_is_not_there_yet_may_be_with_whoever_drives(reader: BodyReader) -> None:
+    with pytest.raises(NoLeader, match="not in the store of files yet"):
         reader.bring_back()
     reader.files.put("logs/1/log", b"all of it")
     reader.bring_back()
     assert reader.log.read_bytes() == b"all of it"
 
 
-def test_what_is_here_of_an_earlier_term_is_not_taken_for_all_of_it(reader: Reader) -> None:
+def test_what_is_here_of_an_earlier_term_is_not_taken_for_all_of_it(reader: BodyReader) -> None:
     reader.log.parent.mkdir()
     reader.log.write_bytes(b"all")
-    with pytest.raises(NoDriver):
+    with pytest.raises(NoLeader):
         reader.bring_back()
     reader.files.put("logs/1/log", b"all of it")
     reader.bring_back()
@@ -71,15 +71,15 @@ def test_what_is_here_of_an_earlier_term_is_not_taken_for_all_of_it(reader: Read
     assert asyncio.run(reader.archive.has("1"))
 
 
-def test_a_part_that_another_operator_removes_meanwhile_is_no_hindrance(reader: Reader) -> None:
+def test_a_part_that_another_operator_removes_meanwhile_is_no_hindrance(reader: BodyReader) -> None:
     (reader.marks / ".part-1").symlink_to("gone")
     reader.log.parent.mkdir()
-    copies = Copies(reader.files, lambda _: reader.log, reader.marks)
+    copies = ArchivedFiles(reader.files, lambda _: reader.log, reader.marks)
     assert copies.not_sent() == ["1"]
 
 
 def test_a_log_that_is_removed_while_it_is_read_leaves_no_mark(
-    reader: Reader, monkeypatch: pytest.MonkeyPatch
+    reader: BodyReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader.files.put("logs/1/log", b"all of it")
     get, is_there, may_go_on = reader.files.get, threading.Event(), threading.Event()
@@ -106,9 +106,9 @@ def test_a_log_that_is_removed_while_it_is_read_leaves_no_mark(
 
 
 def test_a_cut_log_that_cannot_be_sent_or_fetched_leaves_nothing_of_each_try(
-    reader: Reader, monkeypatch: pytest.MonkeyPatch
+    reader: BodyReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copies = Copies(reader.files, lambda _: reader.log, reader.marks)
+    copies = ArchivedFiles(reader.files, lambda _: reader.log, reader.marks)
     cut = LogCut(start=2, end=5, limit=4).dumps()
     reader.log.parent.mkdir()
     reader.log.write_bytes(b"ab\0\0\0cd")
@@ -146,7 +146,7 @@ def test_a_cut_log_that_cannot_be_sent_or_fetched_leaves_nothing_of_each_try(
     ],
 )
 def test_what_an_earlier_version_has_sent_of_a_forged_cut_is_no_error(
-    reader: Reader, cut: bytes
+    reader: BodyReader, cut: bytes
 ) -> None:
     reader.files.put("logs/1/log", b"abcd")
     reader.files.put("logs/1/log.cut", cut)

@@ -16,16 +16,16 @@ import pytest
 from cortex.errors import Busy
 from cortex.operator.http import body_reader
 from cortex.operator.http.bodies import Submitted
-from cortex.operator.http.body_reader import LARGE_BYTES, Reader
+from cortex.operator.http.body_reader import LARGE_BYTES, BodyReader
 
 CONFIG = {"text": "x" * LARGE_BYTES}
 BODY = json.dumps({"timeout": 7, "config": CONFIG}).encode()
 SAID = Submitted(7, json.dumps(CONFIG, separators=(",", ":")))
 
 
-def with_reader(work: Callable[[Reader], Awaitable[None]]) -> None:
+def with_reader(work: Callable[[BodyReader], Awaitable[None]]) -> None:
     async def main() -> None:
-        reader = Reader()
+        reader = BodyReader()
         try:
             await work(reader)
         finally:
@@ -41,7 +41,7 @@ def processes() -> list[int]:
     return [int(pid) for pid in listed.stdout.split()]
 
 
-async def read(reader: Reader, body: bytes = BODY) -> Submitted:
+async def read(reader: BodyReader, body: bytes = BODY) -> Submitted:
     parts = [body[:1000], body[1000:]]
     return await reader.read(parts, form_type=None, hashed=False)
 
@@ -57,7 +57,7 @@ def no_descriptors() -> Iterator[None]:
 
 
 def test_one_process_reads_one_after_another_and_small_ones_need_none() -> None:
-    async def work(reader: Reader) -> None:
+    async def work(reader: BodyReader) -> None:
         assert await read(reader, b'{"timeout": 7}') == Submitted(7, "{}")
         assert processes() == []
         for _ in range(3):
@@ -68,7 +68,7 @@ def test_one_process_reads_one_after_another_and_small_ones_need_none() -> None:
 
 
 def test_one_that_is_killed_while_it_waits_or_reads_is_replaced() -> None:
-    async def work(reader: Reader) -> None:
+    async def work(reader: BodyReader) -> None:
         assert await read(reader) == SAID
         os.kill(processes()[0], signal.SIGKILL)
         assert await read(reader) == SAID
@@ -85,7 +85,7 @@ def test_one_that_is_killed_while_it_waits_or_reads_is_replaced() -> None:
 
 
 def test_nothing_is_left_of_one_whose_client_has_gone() -> None:
-    async def work(reader: Reader) -> None:
+    async def work(reader: BodyReader) -> None:
         assert await read(reader) == SAID
         os.kill(processes()[0], signal.SIGSTOP)
         reading = asyncio.create_task(read(reader))
@@ -102,7 +102,7 @@ def test_nothing_is_left_of_one_whose_client_has_gone() -> None:
 
 
 def test_without_room_for_a_process_it_is_said_and_passes() -> None:
-    async def work(reader: Reader) -> None:
+    async def work(reader: BodyReader) -> None:
         await asyncio.to_thread(int)  # a thread needs descriptors of its own
         with no_descriptors(), pytest.raises(Busy, match="Too many open files"):
             await read(reader)
@@ -114,7 +114,7 @@ def test_without_room_for_a_process_it_is_said_and_passes() -> None:
 def test_one_that_has_had_nothing_to_read_for_a_time_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body_reader, "_IDLE_S", 0.05)
 
-    async def work(reader: Reader) -> None:
+    async def work(reader: BodyReader) -> None:
         assert await read(reader) == SAID
         async with asyncio.timeout(60):
             while processes():  # noqa: ASYNC110  # it is another process

@@ -13,7 +13,7 @@ import pytest
 
 import s3 as real
 from cortex.errors import StartupError, StorageUnavailable
-from cortex.objects import Files, check_url
+from cortex.objects import ObjectStore, check_url
 from s3 import S3
 from support import until
 
@@ -21,12 +21,12 @@ pytestmark = pytest.mark.xdist_group("s3")  # whose server is slow to start
 
 
 @pytest.fixture(params=["file", "s3"])
-def files(request: pytest.FixtureRequest, tmp_path: Path) -> Files:
+def files(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     if request.param == "file":
         (tmp_path / "files").mkdir()
-        return Files(f"file://{tmp_path}/files")
+        return ObjectStore(f"file://{tmp_path}/files")
     server: S3 = request.getfixturevalue("at_s3")
-    return Files(f"s3://{server.bucket()}/some/prefix")
+    return ObjectStore(f"s3://{server.bucket()}/some/prefix")
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def at_s3(s3: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
 
 
 @pytest.mark.parametrize("size", [0, 1, 9 << 20])
-def test_what_is_put_is_read_as_it_was(files: Files, tmp_path: Path, size: int) -> None:
+def test_what_is_put_is_read_as_it_was(files: ObjectStore, tmp_path: Path, size: int) -> None:
     content = os.urandom(size)
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(content)
@@ -50,7 +50,9 @@ def test_what_is_put_is_read_as_it_was(files: Files, tmp_path: Path, size: int) 
     assert files.read("a/file") == b"another"
 
 
-def test_what_is_not_there_is_nothing_and_leaves_nothing(files: Files, tmp_path: Path) -> None:
+def test_what_is_not_there_is_nothing_and_leaves_nothing(
+    files: ObjectStore, tmp_path: Path
+) -> None:
     assert files.read("none") is None
     assert not files.get("none/of/it", tmp_path / "target")
     assert not (tmp_path / "target").exists()
@@ -59,7 +61,7 @@ def test_what_is_not_there_is_nothing_and_leaves_nothing(files: Files, tmp_path:
 
 
 def test_a_folder_whose_last_file_has_just_gone_is_empty(
-    files: Files, monkeypatch: pytest.MonkeyPatch
+    files: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As s3fs answers where a deletion comes between its looks: nothing makes that happen for sure."""
     left = {f"{files._root}/a": {"type": "directory", "size": 0, "LastModified": None}}
@@ -67,7 +69,7 @@ def test_a_folder_whose_last_file_has_just_gone_is_empty(
     assert files.listed("a") == {}
 
 
-def test_files_are_listed_with_their_age_and_deleted(files: Files) -> None:
+def test_files_are_listed_with_their_age_and_deleted(files: ObjectStore) -> None:
     for name in ("a/1", "a/2", "b/1"):
         files.put(name, b"x")
     found = files.listed("a")
@@ -78,7 +80,7 @@ def test_files_are_listed_with_their_age_and_deleted(files: Files) -> None:
     assert files.read("b/1") is None
 
 
-def test_a_reader_sees_one_content_or_the_other(files: Files, tmp_path: Path) -> None:
+def test_a_reader_sees_one_content_or_the_other(files: ObjectStore, tmp_path: Path) -> None:
     contents = [bytes([number]) * (1 << 20) for number in range(4)]
     files.put("name", contents[0])
     done = threading.Event()
@@ -101,11 +103,11 @@ def test_a_reader_sees_one_content_or_the_other(files: Files, tmp_path: Path) ->
     assert set(seen) <= set(contents)
 
 
-def test_it_belongs_with_one_data_folder(files: Files) -> None:
+def test_it_belongs_with_one_data_folder(files: ObjectStore) -> None:
     assert files.owner() is None
     files.own("one")
     assert files.owner() == "one"
-    assert Files(files.url).owner() == "one"
+    assert ObjectStore(files.url).owner() == "one"
 
 
 @pytest.mark.parametrize(
@@ -140,11 +142,11 @@ def test_what_reaches_it_is_loaded_only_for_it() -> None:
 def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(StartupError, match=r"pip install 'cortex-tasks\[s3\]'"):
-        Files("s3://bucket")
+        ObjectStore("s3://bucket")
 
 
 def test_a_bucket_that_is_not_there_is_told(at_s3: S3, tmp_path: Path) -> None:
-    files = Files("s3://nothere-1/prefix")
+    files = ObjectStore("s3://nothere-1/prefix")
     for attempt in (files.owner, lambda: files.own("x")):
         with pytest.raises(StartupError, match=r"no bucket 'nothere-1'. Make it"):
             attempt()
@@ -160,7 +162,7 @@ def test_a_bucket_that_is_not_there_is_told(at_s3: S3, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_mounted_is_told(tmp_path: Path) -> None:
-    files = Files(f"file://{tmp_path}/away")
+    files = ObjectStore(f"file://{tmp_path}/away")
     for attempt in (lambda: files.read("x"), lambda: files.put("x", b"")):
         with pytest.raises(StorageUnavailable, match="away"):
             attempt()
@@ -172,10 +174,10 @@ def test_missing_credentials_are_told(at_s3: S3, monkeypatch: pytest.MonkeyPatch
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     with pytest.raises(StartupError, match="Set AWS_ACCESS_KEY_ID"):
-        Files(f"s3://{bucket}").own("x")
+        ObjectStore(f"s3://{bucket}").own("x")
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(StartupError, match="nobody"):
-        Files(f"s3://{bucket}").own("x")
+        ObjectStore(f"s3://{bucket}").own("x")
 
 
 @pytest.fixture
@@ -199,19 +201,19 @@ def test_credentials_that_are_refused_are_told(
 ) -> None:
     url = f"s3://{strict[1]}/prefix"
     with pytest.raises(StartupError, match=r"not allowed .* s3:PutObject"):
-        Files(url).own("x")
+        ObjectStore(url).own("x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StartupError, match=r"refuses the credentials .SignatureDoesNotMatch"):
-        Files(url).own("x")
+        ObjectStore(url).own("x")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIANOBODY")
     with pytest.raises(StartupError, match=r"refuses the credentials .InvalidAccessKeyId"):
-        Files(url).own("x")
+        ObjectStore(url).own("x")
 
 
 def test_a_server_that_is_away_is_told(at_s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
     with pytest.raises(StartupError, match=r"does not answer .* AWS_ENDPOINT_URL_S3"):
-        Files("s3://bucket").owner()
+        ObjectStore("s3://bucket").owner()
 
 
 def test_a_server_that_hangs_is_given_up_and_found_again(
@@ -221,10 +223,10 @@ def test_a_server_that_hangs_is_given_up_and_found_again(
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         bucket = f"s3://{server.bucket()}"
-        Files(bucket).put("x", b"x")
+        ObjectStore(bucket).put("x", b"x")
         for name in ("_ANSWER_S", "_CONNECT_S"):
             monkeypatch.setattr(f"cortex.objects.{name}", 1)
-        files = Files(bucket)
+        files = ObjectStore(bucket)
         server.freeze()
         for attempt in (
             lambda: files.put("y", b"y"),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cortex.objects import Files
+from cortex.objects import ObjectStore
 from cortex.projects import repository, trash
 from cortex.projects.environments import Environments
 from cortex.projects.repository import Projects
@@ -23,12 +23,12 @@ from unit.test_environments import wheel
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> Files:
+def files(tmp_path: Path) -> ObjectStore:
     (tmp_path / "files").mkdir()
-    return Files(f"file://{tmp_path}/files")
+    return ObjectStore(f"file://{tmp_path}/files")
 
 
-def projects(data: Path, files: Files | None) -> Projects:
+def projects(data: Path, files: ObjectStore | None) -> Projects:
     for folder in ("projects", "locks"):
         (data / folder).mkdir(parents=True, exist_ok=True)
     return Projects(data / "projects", data / "locks", files)
@@ -52,7 +52,7 @@ def taken_in(here: Projects) -> str:
         return here.take_in(incoming)
 
 
-def test_a_project_is_the_same_elsewhere(tmp_path: Path, files: Files) -> None:
+def test_a_project_is_the_same_elsewhere(tmp_path: Path, files: ObjectStore) -> None:
     here, there = projects(tmp_path / "a", files), projects(tmp_path / "b", files)
     identity = taken_in(here)
     assert taken_in(here) == identity
@@ -86,7 +86,7 @@ def test_without_a_store_of_files_a_project_is_here_or_nowhere(tmp_path: Path) -
     assert not projects(tmp_path / "b", None).fetch(identity)
 
 
-def test_many_that_fetch_at_once_have_one_whole_project(tmp_path: Path, files: Files) -> None:
+def test_many_that_fetch_at_once_have_one_whole_project(tmp_path: Path, files: ObjectStore) -> None:
     identity = taken_in(projects(tmp_path / "a", files))
     there = projects(tmp_path / "b", files)
     found = []
@@ -103,7 +103,9 @@ def test_many_that_fetch_at_once_have_one_whole_project(tmp_path: Path, files: F
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", None])
-def test_a_damaged_project_is_none(tmp_path: Path, files: Files, content: bytes | None) -> None:
+def test_a_damaged_project_is_none(
+    tmp_path: Path, files: ObjectStore, content: bytes | None
+) -> None:
     identity = taken_in(projects(tmp_path / "a", files))
     name = f"projects/{identity}/project.tar.gz"
     if content is None:  # another project's
@@ -119,7 +121,7 @@ def test_a_damaged_project_is_none(tmp_path: Path, files: Files, content: bytes 
 
 
 def test_what_the_store_of_files_lacks_is_sent_unless_it_was_changed(
-    tmp_path: Path, files: Files
+    tmp_path: Path, files: ObjectStore
 ) -> None:
     identity = taken_in(projects(tmp_path / "a", None))
     here = projects(tmp_path / "a", files)
@@ -132,7 +134,9 @@ def test_what_the_store_of_files_lacks_is_sent_unless_it_was_changed(
     assert projects(tmp_path / "b", files).fetch(identity)
 
 
-def test_a_lock_file_that_was_forgotten_here_is_had_again(tmp_path: Path, files: Files) -> None:
+def test_a_lock_file_that_was_forgotten_here_is_had_again(
+    tmp_path: Path, files: ObjectStore
+) -> None:
     here = projects(tmp_path, files)
     identity = taken_in(here)
     here.keep_lock(identity, "one.lock", "six==1.0\n")
@@ -143,7 +147,7 @@ def test_a_lock_file_that_was_forgotten_here_is_had_again(tmp_path: Path, files:
 
 
 def test_what_nothing_uses_is_forgotten_but_not_what_has_just_come(
-    tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, files: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = projects(tmp_path / "a", files)
     identity = taken_in(here)
@@ -184,7 +188,7 @@ def test_a_project_that_jobs_have_changed_is_as_it_was_when_it_is_deployed_again
     assert here.here().keys() == {identity}
 
 
-def test_half_of_an_upload_is_no_lock_file(tmp_path: Path, files: Files) -> None:
+def test_half_of_an_upload_is_no_lock_file(tmp_path: Path, files: ObjectStore) -> None:
     here = projects(tmp_path, files)
     identity = taken_in(here)
     files.put(f"projects/{identity}/project.tar.gz.1.part", b"\x1f\x8b")
@@ -194,7 +198,7 @@ def test_half_of_an_upload_is_no_lock_file(tmp_path: Path, files: Files) -> None
 
 
 def test_what_a_job_has_left_in_its_project_keeps_no_other_from_being_sent(
-    tmp_path: Path, files: Files
+    tmp_path: Path, files: ObjectStore
 ) -> None:
     identity = taken_in(projects(tmp_path, None))
     here = projects(tmp_path, files)
@@ -243,7 +247,9 @@ def test_a_project_that_comes_in_while_it_is_put_away_is_there_afterwards(
     assert here.to_remove() == []
 
 
-def test_an_environment_built_again_elsewhere_holds_the_same(tmp_path: Path, files: Files) -> None:
+def test_an_environment_built_again_elsewhere_holds_the_same(
+    tmp_path: Path, files: ObjectStore
+) -> None:
     shelf = tmp_path / "shelf"
     wheel(shelf, "tinyprobe", version="1.0")
 
@@ -274,7 +280,9 @@ def test_an_environment_built_again_elsewhere_holds_the_same(tmp_path: Path, fil
     assert version_in(free) == "2.0"
 
 
-def test_lock_files_are_had_elsewhere_and_the_first_one_stays(tmp_path: Path, files: Files) -> None:
+def test_lock_files_are_had_elsewhere_and_the_first_one_stays(
+    tmp_path: Path, files: ObjectStore
+) -> None:
     here = projects(tmp_path / "a", files)
     identity = taken_in(here)
     assert here.locks(identity) == {}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cortex.errors import StartupError
-from cortex.objects import Files
+from cortex.objects import ObjectStore
 from cortex.operator.config.settings import Ray, Settings
 from cortex.operator.data_folder_id import give_up_lost, settle
 from cortex.spec.job import JobRecord
@@ -22,7 +22,7 @@ from unit.driver import eventually, sessions
 from unit.test_store import FACTS, draft, spec
 
 
-async def started(settings: Settings, store: Store, files: Files | None) -> str:
+async def started(settings: Settings, store: Store, files: ObjectStore | None) -> str:
     place = await settle(settings, store, files)
     await give_up_lost(settings, store)
     return place
@@ -42,7 +42,7 @@ class Home:
         settings.data_dir.mkdir(exist_ok=True)
         store = Store(self.database)
         try:
-            files = Files(f"file://{self.folder}/files") if self.has_files else None
+            files = ObjectStore(f"file://{self.folder}/files") if self.has_files else None
             return asyncio.run(started(settings, store, files))
         finally:
             store.close()

@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from cortex.engines.ray.link import Link
-from cortex.engines.ray.messages import Seat
+from cortex.engines.ray.messages import Reservation
 from cortex.ray_node import driver, reservations
 
 
@@ -46,7 +46,7 @@ def test_a_seat_that_is_given_up_before_its_turn_comes_is_never_taken(
     given = threading.Event()
     taken: set[str] = set()
 
-    def take(seat: Seat, _: float) -> tuple[int, ...]:
+    def take(seat: Reservation, _: float) -> tuple[int, ...]:
         assert given.wait(60)
         taken.add(seat.name)
         return ()
@@ -57,7 +57,7 @@ def test_a_seat_that_is_given_up_before_its_turn_comes_is_never_taken(
         made = driver.Driver("namespace", "")
         first = [asyncio.create_task(made.take_seat(each, 60)) for each in seats_of(64)]
         await asyncio.sleep(0)
-        late = asyncio.create_task(made.take_seat(Seat("late", "node", {"CPU": 1}), 0.01))
+        late = asyncio.create_task(made.take_seat(Reservation("late", "node", {"CPU": 1}), 0.01))
         await asyncio.sleep(0)  # its time runs from when it asks
         await asyncio.sleep(0.02)
         given.set()
@@ -69,8 +69,8 @@ def test_a_seat_that_is_given_up_before_its_turn_comes_is_never_taken(
     asyncio.run(main())
 
 
-def seats_of(count: int) -> list[Seat]:
-    return [Seat(f"seat {number}", "node", {"CPU": 1}) for number in range(count)]
+def seats_of(count: int) -> list[Reservation]:
+    return [Reservation(f"seat {number}", "node", {"CPU": 1}) for number in range(count)]
 
 
 def test_a_link_that_is_given_up_while_its_process_starts_leaves_none(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cortex.engines.ray.log_copies import Mirror
+from cortex.engines.ray.log_copies import LogCopies
 from cortex.engines.ray.messages import Lock, LogPiece
 from cortex.engines.ray.validation import checked_lock, checked_piece
 from cortex.operator.logs.follow import Log, read
@@ -26,7 +26,7 @@ def node(tmp_path: Path) -> Path:
     return tmp_path / "node" / "job"
 
 
-def copy(node: Path, mirror: Mirror, base: int = 0) -> None:
+def copy(node: Path, mirror: LogCopies, base: int = 0) -> None:
     """As the engine does, until there is no more."""
     while True:
         offset = mirror.size("job") - base
@@ -40,7 +40,7 @@ def copy(node: Path, mirror: Mirror, base: int = 0) -> None:
 def test_a_copy_whose_beginning_was_lost_goes_on_at_its_place(
     node: Path, tmp_path: Path, lost: int
 ) -> None:
-    mirror = Mirror(tmp_path / "operator")
+    mirror = LogCopies(tmp_path / "operator")
     mirror.take_up("job", lost)
     assert mirror.size("job") == lost
     (node / "log").write_bytes(b"what came after\n" * 20)
@@ -52,7 +52,7 @@ def test_a_copy_whose_beginning_was_lost_goes_on_at_its_place(
     assert shown(mirror) == text
 
 
-def shown(mirror: Mirror) -> bytes:
+def shown(mirror: LogCopies) -> bytes:
     text, offset = b"", 0
     while (found := read(Log(mirror.path("job"), LIMIT), offset, 1 << 20)).data:
         text, offset = text + found.data, found.end
@@ -60,7 +60,7 @@ def shown(mirror: Mirror) -> bytes:
 
 
 def test_a_copy_grows_with_its_log(node: Path, tmp_path: Path) -> None:
-    mirror = Mirror(tmp_path / "copies")
+    mirror = LogCopies(tmp_path / "copies")
     mirror.prepare("job")
     copy(node, mirror)
     assert not mirror.path("job").exists()
@@ -72,7 +72,7 @@ def test_a_copy_grows_with_its_log(node: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_attempt_goes_on_where_the_first_ended(node: Path, tmp_path: Path) -> None:
-    mirror = Mirror(tmp_path / "copies")
+    mirror = LogCopies(tmp_path / "copies")
     mirror.append("job", "first")
     base = mirror.prepare("job")
     (node / "log").write_text("second\n")
@@ -92,7 +92,7 @@ def cut(node: Path, start: int, end: int) -> None:
 def test_what_a_log_has_lost_is_lost_in_the_copy_too(
     node: Path, tmp_path: Path, copied: int
 ) -> None:
-    mirror = Mirror(tmp_path / "copies")
+    mirror = LogCopies(tmp_path / "copies")
     mirror.append("job", "before")
     base = mirror.prepare("job")
     text = b"".join(b"%04d\n" % number for number in range(2000))
@@ -111,7 +111,7 @@ def test_what_a_log_has_lost_is_lost_in_the_copy_too(
 
 
 def test_the_gaps_of_two_attempts_are_one(node: Path, tmp_path: Path) -> None:
-    mirror = Mirror(tmp_path / "copies")
+    mirror = LogCopies(tmp_path / "copies")
     mirror.prepare("job")
     text = b"".join(b"%04d\n" % number for number in range(2000))
     for base in (0, len(text)):
@@ -138,7 +138,7 @@ def test_the_gaps_of_two_attempts_are_one(node: Path, tmp_path: Path) -> None:
 def test_a_job_that_writes_the_record_itself_harms_nobody(
     node: Path, tmp_path: Path, record: bytes
 ) -> None:
-    mirror = Mirror(tmp_path / "copies")
+    mirror = LogCopies(tmp_path / "copies")
     mirror.prepare("job")
     (node / "log").write_text("text\n")
     (node / "log.cut").write_bytes(record)
@@ -159,7 +159,7 @@ def test_a_link_in_the_place_of_a_log_is_not_followed(node: Path, tmp_path: Path
 def test_of_a_log_as_large_as_a_file_can_be_no_more_is_copied_than_its_limit_allows(
     node: Path, tmp_path: Path
 ) -> None:
-    mirror = Mirror(tmp_path / "copies")
+    mirror = LogCopies(tmp_path / "copies")
     mirror.prepare("job")
     (node / "log").write_text("first\n")
     os.truncate(node / "log", 1 << 43)

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from cortex.engines.base import NOTHING, Capacity
 from cortex.engines.capacity import fits
-from cortex.engines.ray.capacity_index import Shelf
+from cortex.engines.ray.capacity_index import CapacityIndex
 from cortex.engines.ray.messages import NodeState
-from cortex.engines.ray.placement import Nodes
+from cortex.engines.ray.placement import Placement
 from cortex.spec.api import Compute
 
 GIB = 1 << 30
@@ -21,8 +21,8 @@ def state(
     return NodeState(name, f"host-{name}", True, total, taken, labels or {})
 
 
-def nodes(*states: NodeState) -> Nodes:
-    made = Nodes()
+def nodes(*states: NodeState) -> Placement:
+    made = Placement()
     made.update(states)
     for node in made.alive.values():
         node.is_ready = True
@@ -82,7 +82,7 @@ def test_no_single_node_having_all_of_it_is_a_refusal() -> None:
 
 
 def test_without_a_node_that_answers_jobs_wait_and_say_so() -> None:
-    empty = Nodes()
+    empty = Placement()
     assert empty.refusal(Compute(gpu=99)) is None
     assert empty.take("1", Compute()) == "waits for a node: the cluster has none now"
     cluster = nodes(state("a", SMALL))
@@ -167,7 +167,7 @@ def _steps(draw: st.DrawFn) -> list[tuple[str, int, Capacity]]:
 def test_a_shelf_finds_what_looking_at_all_would(
     steps: list[tuple[str, int, Capacity]], wanted: tuple[int, int, int]
 ) -> None:
-    shelf: Shelf[int] = Shelf()
+    shelf: CapacityIndex[int] = CapacityIndex()
     there: dict[int, Capacity] = {}
     for what, number, free in steps:
         shelf.drop(number)

@@ -10,8 +10,8 @@ import pytest
 
 from cortex.engines.local import LocalEngine
 from cortex.operator.dispatch import admission
-from cortex.operator.dispatch.live_jobs import Board
-from cortex.store import Claim
+from cortex.operator.dispatch.live_jobs import LiveJobs
+from cortex.store import InitialClaim
 from unit.test_store import draft
 
 
@@ -24,8 +24,8 @@ def test_the_folder_of_a_job_that_there_never_was_goes(
     engine = LocalEngine(tmp_path)
 
     async def refuse() -> None:
-        board = Board(none)
-        claim = Claim("1", engine.claim(job.job_id, 1))
+        board = LiveJobs(none)
+        claim = InitialClaim("1", engine.claim(job.job_id, 1))
         for name in laid_out:
             (tmp_path / job.job_id / name).touch()
         waiting = admission.Queue(board, engine, none)

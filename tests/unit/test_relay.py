@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from chaos.proxy import proxy
 from cortex.errors import StorageUnavailable
-from cortex.operator.ha.forwarding import Relay
+from cortex.operator.ha.forwarding import LeaderProxy
 from cortex.store import Store
 from postgresql import Server
 from unit.driver import Driver, eventually
@@ -27,7 +27,7 @@ class Pair:
 
     def __init__(self, first: Store, second: Store, address: str) -> None:
         self.first, self.second, self.address = first, second, address
-        self.relay = Relay(first, lambda: False)
+        self.relay = LeaderProxy(first, lambda: False)
 
     async def change(self) -> None:
         """Let the second one drive in place of the first."""

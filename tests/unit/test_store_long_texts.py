@@ -18,7 +18,7 @@ from cortex.errors import OverWaitingBytes
 from cortex.spec.api import Limits
 from cortex.spec.job import JobRecord, JobSpec, encode
 from cortex.spec.lifecycle import Event
-from cortex.store import Claim, Store
+from cortex.store import InitialClaim, Store
 from cortex.store.schema import jobs, long_texts
 from unit.driver import driving, eventually
 from unit.test_store import ENDING, FACTS, draft, spec, with_store
@@ -127,7 +127,7 @@ def test_no_more_bytes_wait_than_may(url: str) -> None:
             with pytest.raises(OverWaitingBytes):
                 await store.submit(draft())
             api_id = first.spec.api_id
-            assert (await store.submit(long(9000), claim=Claim(api_id, "h")))[1]
+            assert (await store.submit(long(9000), claim=InitialClaim(api_id, "h")))[1]
         finally:
             await store.operators.leave()
             store.close()

@@ -23,7 +23,7 @@ from cortex.spec.api import Limits
 from cortex.spec.job import JobRecord, encode
 from cortex.spec.lifecycle import Event, Wanted
 from cortex.spec.tokens import Scope
-from cortex.store import Claim, Outcome, Store
+from cortex.store import InitialClaim, Outcome, Store
 from postgresql import PASSWORD, USER, Server, server
 from unit.driver import ADDRESS, Driver, driving, eventually, sessions
 from unit.test_store import ENDING, FACTS, draft, spec, with_store
@@ -253,7 +253,7 @@ def test_what_is_the_drivers_alone_is_not_stored_for_others(database: str) -> No
                     with pytest.raises(Superseded):
                         await second.apply(job_id, event_, facts)
             with pytest.raises(Superseded):
-                await second.submit(draft(), claim=Claim(job.spec.api_id, "handle"))
+                await second.submit(draft(), claim=InitialClaim(job.spec.api_id, "handle"))
             assert await stored(second) == [job_id]
             assert (await first.apply(job_id, Event.CLAIM, FACTS[Event.CLAIM])).taken
             assert (await second.apply(job_id, Event.STOP, FACTS[Event.STOP])).taken
@@ -456,7 +456,7 @@ def test_one_that_holds_the_lock_and_never_drives_is_put_out(
 
 
 class Told:
-    """A `store.Hearer`."""
+    """A `store.ChangeListener`."""
 
     def __init__(self) -> None:
         self.jobs: list[tuple[str, bool]] = []

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import pytest
 
-from cortex.objects import Files
+from cortex.objects import ObjectStore
 from cortex.operator.deploy.versions import HeldUp, Unusable, Versions
 from cortex.projects import builder
 from cortex.projects.environments import Environments
@@ -121,7 +121,7 @@ async def _check(tmp_path: Path) -> None:
     shelf, data = tmp_path / "shelf", tmp_path / "data"
     for folder in (shelf, data / "projects", data / "locks"):
         folder.mkdir(parents=True)
-    projects = Projects(data / "projects", data / "locks", Files(f"file://{shelf}"))
+    projects = Projects(data / "projects", data / "locks", ObjectStore(f"file://{shelf}"))
     spec = taken_in(projects)
     (data / "projects" / spec.project_id).rename(tmp_path / "taken-away")
     store = Store(f"sqlite:///{tmp_path / 'operator.db'}")

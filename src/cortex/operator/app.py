@@ -21,19 +21,19 @@ import cortex
 from cortex.engines.base import Engine
 from cortex.engines.local import LocalEngine
 from cortex.errors import StartupError
-from cortex.objects import Files
+from cortex.objects import ObjectStore
 from cortex.operator.config.settings import Settings
 from cortex.operator.data_folder import check_whole, held, held_with_others, make_folders, namespace
 from cortex.operator.data_folder_id import settle
 from cortex.operator.deploy.deployer import Deployer
 from cortex.operator.deploy.versions import Versions
 from cortex.operator.dispatch.dispatcher import Dispatcher
-from cortex.operator.ha.leadership import Terms, driven
+from cortex.operator.ha.leadership import Leadership, driven
 from cortex.operator.http.answers import Answer, App, Error, Gate, install_error_handlers
 from cortex.operator.http.auth import Authentication
 from cortex.operator.http.connections import most
 from cortex.operator.http.context import Context, Jobs
-from cortex.operator.http.fast_path import Direct
+from cortex.operator.http.fast_path import FastPath
 from cortex.operator.http.hosts import Hosts
 from cortex.operator.http.refusals import Refusals
 from cortex.operator.http.routes import jobs, logs, operator
@@ -49,7 +49,7 @@ from cortex.store import Store
 
 def create_app(ctx: Context, deployer: Deployer, refusals: Refusals) -> App:
     """The HTTP application on an operator's parts."""
-    app: App = Direct(_routes(ctx, deployer), ctx)
+    app: App = FastPath(_routes(ctx, deployer), ctx)
     hosts = None
     if ctx.settings.require_token:
         app = Authentication(app, ctx.store, refusals)
@@ -93,7 +93,7 @@ async def opened(settings: Settings, failed: Callable[[Exception], None]) -> Asy
     async with AsyncExitStack() as stack:
         make_folders(settings)
         is_shared = settings.store is not None
-        files = None if settings.files is None else Files(settings.files)
+        files = None if settings.files is None else ObjectStore(settings.files)
         projects = Projects(settings.projects, settings.locks, files)
         hold = held_with_others if is_shared else held
         stack.enter_context(hold(settings, projects.open))
@@ -120,9 +120,9 @@ async def opened(settings: Settings, failed: Callable[[Exception], None]) -> Asy
         stack.push_async_callback(watcher.close)
         metrics = Metrics()
         if is_shared:
-            from cortex.operator.ha.peers import Others  # an HTTP client: long to load
+            from cortex.operator.ha.peers import Peers  # an HTTP client: long to load
 
-            others = Others(store)
+            others = Peers(store)
             stack.push_async_callback(others.close)
             jobs: Jobs = others.jobs
         else:
@@ -139,7 +139,7 @@ async def opened(settings: Settings, failed: Callable[[Exception], None]) -> Asy
         deployer = Deployer(ctx)
         await ctx.read_endpoints()
         if is_shared:
-            terms = Terms(
+            terms = Leadership(
                 ctx, others.jobs, deployer, environments,
                 new_engine=lambda: _engine(settings, place, projects), failed=failed,
             )  # fmt: skip

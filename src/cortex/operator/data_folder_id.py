@@ -14,7 +14,7 @@ from contextlib import suppress
 import structlog
 
 from cortex.errors import StartupError, StorageUnavailable
-from cortex.objects import Files
+from cortex.objects import ObjectStore
 from cortex.operator.config.settings import Settings
 from cortex.operator.data_folder import read, write
 from cortex.operator.dispatch.live_job import ending
@@ -27,7 +27,7 @@ from cortex.worker import processes
 log = structlog.get_logger()
 
 
-async def settle(settings: Settings, store: Store, files: Files | None) -> str:
+async def settle(settings: Settings, store: Store, files: ObjectStore | None) -> str:
     """Join the operators of the database with this data folder; its id.
 
     Raises:
@@ -84,7 +84,7 @@ async def _may_try_again(store: Store, record: JobRecord) -> bool:
     return version is not None and record.losses < version.retries
 
 
-def _settle(settings: Settings, store: Store, files: Files | None) -> str:
+def _settle(settings: Settings, store: Store, files: ObjectStore | None) -> str:
     path, lost = settings.identity, settings.lost_folder
     owner = None if files is None else files.owner()
     places = store.operators.places()

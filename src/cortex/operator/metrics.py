@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 import cortex
 from cortex.engines.base import NOTHING, NodeInfo
-from cortex.operator.dispatch.live_job import Live
+from cortex.operator.dispatch.live_job import LiveJob
 from cortex.operator.http.views import shown
 from cortex.operator.task_metrics import TaskMeasures
 from cortex.spec.api import MILLI
@@ -96,7 +96,7 @@ class Metrics:
             self._measures.forget(api)
         self._apis &= apis
 
-    def text(self, engine: str, live: Iterable[Live] | None, nodes: Sequence[NodeInfo]) -> bytes:
+    def text(self, engine: str, live: Iterable[LiveJob] | None, nodes: Sequence[NodeInfo]) -> bytes:
         """All of it, to be sent as `MEDIA_TYPE`. It may take long: run it in a thread.
 
         Args:
@@ -126,12 +126,12 @@ class _Now(Collector):
         return iter(self._told)
 
 
-def _in_progress(live: Iterable[Live]) -> Gauges:
+def _in_progress(live: Iterable[LiveJob]) -> Gauges:
     jobs = Counter((each.record.spec.api_name, _phase(each)) for each in live)
     return _gauges("cortex_jobs", "Jobs in progress.", ("api", "phase"), sorted(jobs.items()))
 
 
-def _phase(live: Live) -> str:
+def _phase(live: LiveJob) -> str:
     record = live.record
     if record.wanted is Wanted.STOP:
         return "stopping"

@@ -23,7 +23,7 @@ from pathlib import Path
 import structlog
 
 from cortex.errors import InvalidProject
-from cortex.objects import Files
+from cortex.objects import ObjectStore
 from cortex.projects import trash
 from cortex.projects.lockfiles import SUFFIX
 from cortex.projects.repair import mend
@@ -42,7 +42,7 @@ _YOUNG_S = 3600
 class Projects:
     """The projects of one data folder."""
 
-    def __init__(self, root: Path, locks: Path, files: Files | None = None) -> None:
+    def __init__(self, root: Path, locks: Path, files: ObjectStore | None = None) -> None:
         self._root = root
         self._locks = locks
         self._files = files
@@ -265,7 +265,7 @@ class Projects:
             unused = [name for name, age_s in there if age_s > _YOUNG_S and _of(name) not in used]
             self._files.delete(unused)
 
-    def _send(self, files: Files, identity: str, folder: Path) -> None:
+    def _send(self, files: ObjectStore, identity: str, folder: Path) -> None:
         # Also what is there already: it is young again then, and no retention takes it away.
         with self.incoming() as archive:
             _archive(folder, archive)

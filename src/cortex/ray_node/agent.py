@@ -33,9 +33,9 @@ from cortex.errors import is_shortage, is_storage
 from cortex.projects.builder import EnvironmentFailed
 from cortex.ray_node import reservations
 from cortex.ray_node.logs import LogWatch, piece
-from cortex.ray_node.outbox import Seen
-from cortex.ray_node.provisions import Stock
-from cortex.ray_node.workspace import Slot
+from cortex.ray_node.outbox import Outbox
+from cortex.ray_node.provisions import Provisions
+from cortex.ray_node.workspace import AgentFolder
 from cortex.system.folders import remove
 from cortex.worker import processes
 from cortex.worker.supervisor import logfile
@@ -59,12 +59,12 @@ class Agent:
     """One node's."""
 
     def __init__(self, namespace: str, node_id: str, node_dir: str, total: Capacity) -> None:
-        self._slot = Slot.take(namespace, node_id, node_dir)
+        self._slot = AgentFolder.take(namespace, node_id, node_dir)
         self._opening = asyncio.Lock()
         self._engine = NodeEngine(self._slot.jobs, total)
         self._is_open = False
-        self._stock = Stock(self._slot, self._keep)
-        self._seen = Seen()
+        self._stock = Provisions(self._slot, self._keep)
+        self._seen = Outbox()
         self._news = asyncio.Event()  # an observation
         self._woken = asyncio.Event()  # an observation, or a log has grown
         self._live: dict[str, NodeOrder] = {}

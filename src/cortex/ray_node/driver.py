@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cortex.engines.base import NOTHING
 from cortex.engines.ray.link import HEAD, Answer
-from cortex.engines.ray.messages import NodeState, Refusal, Seat
+from cortex.engines.ray.messages import NodeState, Refusal, Reservation
 from cortex.errors import InvalidProject
 from cortex.projects.pack import pack_kept
 from cortex.ray_node import reservations
@@ -52,7 +52,7 @@ class Driver:
     async def look(self) -> tuple[NodeState, ...]:
         return await self._blocking(reservations.look)
 
-    async def take_seat(self, seat: Seat, within_s: float) -> tuple[int, ...]:
+    async def take_seat(self, seat: Reservation, within_s: float) -> tuple[int, ...]:
         until = time.monotonic() + within_s
         return await asyncio.get_running_loop().run_in_executor(self._takers, _take, seat, until)
 
@@ -103,7 +103,7 @@ class Driver:
         )
 
 
-def _take(seat: Seat, until: float) -> tuple[int, ...]:
+def _take(seat: Reservation, until: float) -> tuple[int, ...]:
     left_s = until - time.monotonic()
     if left_s <= 0:  # it was let go of before it was there: nobody would do so again
         raise reservations.Taken("too many wait for others to give back what its node had free")

@@ -22,7 +22,7 @@ class _Listener:
     asked: float
 
 
-class Seen:
+class Outbox:
     """Numbered as it comes."""
 
     def __init__(self) -> None:

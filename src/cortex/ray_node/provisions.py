@@ -14,13 +14,13 @@ from cortex.projects.build_rules import BuildRules
 from cortex.projects.environments import Environments
 from cortex.projects.repository import Projects
 from cortex.projects.unpack import unpack
-from cortex.ray_node.workspace import Slot
+from cortex.ray_node.workspace import AgentFolder
 
 
-class Stock:
+class Provisions:
     """One node's."""
 
-    def __init__(self, slot: Slot, tell: Callable[[Lock], None]) -> None:
+    def __init__(self, slot: AgentFolder, tell: Callable[[Lock], None]) -> None:
         """
         Args:
             tell: called with each lock file that the operator has not.

@@ -14,7 +14,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cortex.engines.base import NOTHING, Capacity
-from cortex.engines.ray.messages import NodeState, Seat
+from cortex.engines.ray.messages import NodeState, Reservation
 from cortex.spec.api import MILLI
 
 NODE_ID = "ray.io/node-id"  # a label that each node has, and no two the same
@@ -31,7 +31,7 @@ def look() -> tuple[NodeState, ...]:
     return tuple(_state(each, available) for each in states)
 
 
-def take(seat: Seat, within_s: float) -> tuple[int, ...]:
+def take(seat: Reservation, within_s: float) -> tuple[int, ...]:
     """Let Ray hold a bundle on one node; the GPUs that it gave.
 
     Raises:
@@ -58,7 +58,7 @@ def let_go(name: str) -> None:
         remove_placement_group(get_placement_group(name))
 
 
-def _gpus(group: PlacementGroup, seat: Seat, within_s: float) -> tuple[int, ...]:
+def _gpus(group: PlacementGroup, seat: Reservation, within_s: float) -> tuple[int, ...]:
     """A bundle has its own GPUs, and tells them to whatever runs in it."""
     count = seat.bundle["GPU"]
     task = ray.remote(_own_gpus).options(

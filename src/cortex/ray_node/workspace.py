@@ -24,7 +24,7 @@ _OWNER = "owner"
 _MOST = 1000
 
 
-class Slot:
+class AgentFolder:
     """One folder, which this process has to itself."""
 
     def __init__(self, root: Path, lock: IO[str], identity: str) -> None:
@@ -36,7 +36,7 @@ class Slot:
         self._lock = lock  # held while this object is
 
     @classmethod
-    def take(cls, namespace: str, node_id: str, node_dir: str) -> Slot:
+    def take(cls, namespace: str, node_id: str, node_dir: str) -> AgentFolder:
         """The slot of this node, or one that nobody has; its guard is started."""
         base = Path(node_dir or Path(platformdirs.user_data_dir("cortex"), "nodes")) / namespace
         base.mkdir(0o700, parents=True, exist_ok=True)

@@ -65,7 +65,7 @@ def is_locked(error: Exception) -> bool:
     return code is not None and code & 0xFF == sqlite3.SQLITE_BUSY
 
 
-class File:
+class DatabaseFile:
     """The files of a database that is open. Where something else, or nothing, has their names, all that is stored
     is gone as soon as this process is: it is lost then, until they are back."""
 

@@ -21,11 +21,11 @@ from cortex.store.apis import Deployment
 from cortex.store.audit import AuditPage
 from cortex.store.database import connect, migrate, read, reader
 from cortex.store.group import locks
-from cortex.store.group.group import Operators
-from cortex.store.group.locks import Turn
+from cortex.store.group.group import OperatorGroup
+from cortex.store.group.locks import DatabaseLock
 from cortex.store.group.member import session_name
 from cortex.store.schema import IS_IN_PROGRESS, jobs
-from cortex.store.submissions import Claim, Replay, Submits
+from cortex.store.submissions import InitialClaim, Replay, Submissions
 from cortex.store.transitions import BY_ID, Facts, Outcome, apply, record, whole_record
 from cortex.store.writer import Writer
 
@@ -61,14 +61,14 @@ class Store:
         self._engine = connect(url, name)
         try:
             migrate(self._engine)
-            self._file = None if self.is_shared else sqlite.File(self._engine)
+            self._file = None if self.is_shared else sqlite.DatabaseFile(self._engine)
         except StartupError:
             self._engine.dispose()
             raise
         self._reader = reader(self._engine)
         self._writer = Writer(self._engine, None if self._file is None else self._file.lost)
-        self._submits = Submits(max_waiting_bytes)
-        self.operators = Operators(self._engine, self._writer, operator_id, name)
+        self._submits = Submissions(max_waiting_bytes)
+        self.operators = OperatorGroup(self._engine, self._writer, operator_id, name)
 
     @property
     def is_shared(self) -> bool:
@@ -82,18 +82,18 @@ class Store:
         if self._file is not None:
             self._file.close()
 
-    def in_turn(self) -> Turn:
+    def in_turn(self) -> DatabaseLock:
         """Held by whoever changes which versions there are, of all operators."""
-        return Turn(self._engine if self.is_shared else None)
+        return DatabaseLock(self._engine if self.is_shared else None)
 
-    def joining(self) -> Turn:
+    def joining(self) -> DatabaseLock:
         """Held by whoever finds out where it belongs, and joins."""
-        return Turn(self._engine if self.is_shared else None, locks.JOIN)
+        return DatabaseLock(self._engine if self.is_shared else None, locks.JOIN)
 
     # Jobs
 
     async def submit(
-        self, draft: JobSpec, replay: Replay | None = None, claim: Claim | None = None
+        self, draft: JobSpec, replay: Replay | None = None, claim: InitialClaim | None = None
     ) -> tuple[JobRecord, bool]:
         """Store a job of the API's current version (`draft.api_id` is filled in here), waiting, or
         claimed at once: submit and claim are then one commit.

@@ -16,11 +16,11 @@ from cortex.store import long_texts
 from cortex.store.prepared import Prepared
 from cortex.store.schema import IS_WAITING, apis, jobs, versions
 from cortex.store.transitions import Facts, spec_text, whole_record
-from cortex.store.waiting_bytes import Room
+from cortex.store.waiting_bytes import WaitingBytes
 
 
 @dataclass(frozen=True)
-class Claim:
+class InitialClaim:
     """A claim that is made in the commit of the submit, if the job is then of this version."""
 
     api_id: str
@@ -81,15 +81,19 @@ _COUNTING = 0x636F_7274  # any number that nobody else takes
 _IN_TURN = text("SELECT pg_advisory_xact_lock(:key, hashtext(:name))")
 
 
-class Submits:
+class Submissions:
     """Called by the thread that writes alone."""
 
     def __init__(self, max_waiting_bytes: int | None = None) -> None:
-        self.room = Room(max_waiting_bytes)
+        self.room = WaitingBytes(max_waiting_bytes)
         self._limits: dict[str, Limits] = {}  # of versions, which never change
 
     def submit(
-        self, connection: Connection, draft: JobSpec, replay: Replay | None, claim: Claim | None
+        self,
+        connection: Connection,
+        draft: JobSpec,
+        replay: Replay | None,
+        claim: InitialClaim | None,
     ) -> tuple[JobRecord, bool]:
         """See `Store.submit`."""
         current = _CURRENT.first(connection, {"name": draft.api_name})
@@ -138,7 +142,7 @@ def _earlier(connection: Connection, draft: JobSpec, replay: Replay) -> JobRecor
 
 
 def _insert(
-    connection: Connection, spec: JobSpec, replay: Replay | None, claim: Claim | None
+    connection: Connection, spec: JobSpec, replay: Replay | None, claim: InitialClaim | None
 ) -> JobRecord:
     state = State.WAITING if claim is None else State.STARTING
     config = spec.config or "{}"

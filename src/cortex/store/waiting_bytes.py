@@ -1,5 +1,5 @@
 """How many bytes of config may wait, of all APIs together. Decided in the commit of the submit; called by
-`Submits`.
+`Submissions`.
 
 To add up what waits takes long where very many wait. So what it came to is known until so much was submitted
 since that it may be over: of what began to run meanwhile nothing need be known.
@@ -30,7 +30,7 @@ _PAUSE = 10
 _LONGEST_PAUSE_S = 1.0
 
 
-class Room:
+class WaitingBytes:
     """What is left of it, as it is known."""
 
     def __init__(self, most: int | None) -> None:

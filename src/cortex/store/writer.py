@@ -1,4 +1,4 @@
-"""The thread that writes, and groups commits. Called by `Store` and `Operators`, and by `Lease` to
+"""The thread that writes, and groups commits. Called by `Store` and `OperatorGroup`, and by `Election` to
 renew.
 
 Every write is a function of a connection. The writer takes all that wait, runs them in one
@@ -40,7 +40,7 @@ _OUTCOME_UNKNOWN = (
 )
 
 
-class Fence(Protocol):
+class CommitFence(Protocol):
     """What tells which commits were made, and in which term this operator drives; see `member`."""
 
     def enter(self, connection: Connection) -> int | None:
@@ -67,7 +67,7 @@ class Writer:
         self._lost = lost or _never
         self._is_lost_file = False
         self._connection: Connection | None = None
-        self.fence: Fence | None = None
+        self.fence: CommitFence | None = None
         self._unknown: _Unknown | None = None
         self._waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="store-writer", daemon=True)

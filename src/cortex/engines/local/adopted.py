@@ -14,7 +14,7 @@ from pathlib import Path
 import structlog
 
 from cortex.engines.local import leftovers
-from cortex.engines.local.exit_watch import Ends
+from cortex.engines.local.exit_watch import ExitRecordWatch
 from cortex.engines.local.supervisor import ask_to_end, collect
 from cortex.worker import processes
 
@@ -23,10 +23,12 @@ log = structlog.get_logger()
 LOOK_AGAIN_S = 0.5
 
 
-class TakenOver:
+class AdoptedSupervisor:
     """All of it happens on the event loop."""
 
-    def __init__(self, pidfd: int, record: Path, ends: Ends, over: Callable[[], None]) -> None:
+    def __init__(
+        self, pidfd: int, record: Path, ends: ExitRecordWatch, over: Callable[[], None]
+    ) -> None:
         """
         Args:
             pidfd: is closed here.

@@ -30,11 +30,11 @@ from cortex.engines.base import (
     Waits,
 )
 from cortex.engines.local import leftovers, records
-from cortex.engines.local.adopted import TakenOver
+from cortex.engines.local.adopted import AdoptedSupervisor
 from cortex.engines.local.backstop import Backstop
-from cortex.engines.local.exit_watch import Ends
-from cortex.engines.local.supervisor import Supervisor
-from cortex.engines.local.tracked import Live
+from cortex.engines.local.exit_watch import ExitRecordWatch
+from cortex.engines.local.supervisor import SupervisorHandle
+from cortex.engines.local.tracked import TrackedAttempt
 from cortex.errors import is_storage
 from cortex.system.account import Account
 from cortex.system.background import Background, in_thread
@@ -71,9 +71,9 @@ class Attempts:
         self._free = free
         self._tidy = tidy
         self._account = account
-        self._live: dict[str, Live] = {}
+        self._live: dict[str, TrackedAttempt] = {}
         self._background = Background("the local engine failed")
-        self._ends = Ends()
+        self._ends = ExitRecordWatch()
         self._backstop = Backstop(lambda: list(self._live.values()), self._background)
 
     async def close(self) -> None:
@@ -93,10 +93,14 @@ class Attempts:
         held = [live.taken_over for live in self._live.values()]
         return {processes.held(each.pidfd) for each in held if each is not None and each.pidfd >= 0}
 
-    def begin(self, attempt: Attempt, grace_s: float, supervisor: Supervisor | None = None) -> None:
+    def begin(
+        self, attempt: Attempt, grace_s: float, supervisor: SupervisorHandle | None = None
+    ) -> None:
         """One is started now, by this supervising process if it has one already."""
         start_record = self._start_of(attempt)
-        self._live[attempt.spec.job_id] = Live(attempt, start_record, supervisor, grace_s=grace_s)
+        self._live[attempt.spec.job_id] = TrackedAttempt(
+            attempt, start_record, supervisor, grace_s=grace_s
+        )
         self._backstop.watch()
 
     def wait(self, attempt: Attempt, withdraw: Callable[[Attempt], bool]) -> None:
@@ -114,7 +118,7 @@ class Attempts:
 
     async def recover(self, attempt: Attempt, grace_s: float) -> None:
         """One was claimed by an earlier operator."""
-        live = Live(attempt, self._start_of(attempt), grace_s=grace_s)
+        live = TrackedAttempt(attempt, self._start_of(attempt), grace_s=grace_s)
         self._live[attempt.spec.job_id] = live
         self._backstop.watch()
         if not await self._take_up(live):
@@ -141,7 +145,7 @@ class Attempts:
         if live is not None and not live.stop:
             self.report(Waits(order.job_id, order.attempt, reason))
 
-    def given(self, supervisor: Supervisor, order: Order) -> None:
+    def given(self, supervisor: SupervisorHandle, order: Order) -> None:
         """From a fork server: an order has got its supervising process."""
         live = self._ordered(order.job_id, order.attempt)
         if live is not None:
@@ -208,17 +212,19 @@ class Attempts:
         if live is not None:
             self._background.run(self._until_told(live))
 
-    def _ordered(self, job_id: str | None, attempt: int) -> Live | None:
+    def _ordered(self, job_id: str | None, attempt: int) -> TrackedAttempt | None:
         live = self._live.get(job_id or "")
         return live if live is not None and live.attempt.number == attempt else None
 
-    def _started(self, live: Live, start_ns: int) -> None:
+    def _started(self, live: TrackedAttempt, start_ns: int) -> None:
         if not live.has_started:
             live.has_started = True
             self.report(Started(live.job_id, live.attempt.number, start_ns))
 
-    def _take_over(self, live: Live, pidfd: int) -> None:
-        held = TakenOver(pidfd, self._exit_of(live), self._ends, lambda: self._on_over(live))
+    def _take_over(self, live: TrackedAttempt, pidfd: int) -> None:
+        held = AdoptedSupervisor(
+            pidfd, self._exit_of(live), self._ends, lambda: self._on_over(live)
+        )
         live.taken_over = held
         if live.stop:
             held.stop()
@@ -226,12 +232,12 @@ class Attempts:
             if records.ended(self._of(live), live.attempt.number).exit is not None:  # it came first
                 held.recorded()
 
-    def _on_over(self, live: Live) -> None:
+    def _on_over(self, live: TrackedAttempt) -> None:
         live.taken_over = None
         live.was_late = live.is_overdue
         self._background.run(self._conclude(live))
 
-    async def _conclude(self, live: Live) -> None:
+    async def _conclude(self, live: TrackedAttempt) -> None:
         """The supervisor is gone: say what became of the attempt, as soon as that can be told."""
         told = False
         while True:
@@ -250,11 +256,11 @@ class Attempts:
             return
         await self._until_told(live)
 
-    async def _until_told(self, live: Live) -> None:
+    async def _until_told(self, live: TrackedAttempt) -> None:
         while not await self._take_up(live):  # noqa: ASYNC110  # nothing wakes us when a folder is back
             await asyncio.sleep(RETRY_S)
 
-    async def _take_up(self, live: Live) -> bool:
+    async def _take_up(self, live: TrackedAttempt) -> bool:
         """Find out what became of an attempt, and go on from there; False if it cannot be told."""
         try:
             found = await in_thread(records.look, self._of(live), live.attempt, self._account)
@@ -270,7 +276,7 @@ class Attempts:
             await self._end(live, found)
         return True
 
-    async def _end(self, live: Live, gone: records.Gone) -> None:
+    async def _end(self, live: TrackedAttempt, gone: records.Gone) -> None:
         record = gone.exit
         if record is not None and record.ending != "lost":
             self._conclude_by(live, record)
@@ -300,7 +306,7 @@ class Attempts:
         with contextlib.suppress(OSError):
             await self._tidy()
 
-    async def _clean(self, live: Live) -> None:
+    async def _clean(self, live: TrackedAttempt) -> None:
         while True:
             try:
                 await self._tidy()
@@ -312,7 +318,7 @@ class Attempts:
             else:
                 return
 
-    def _conclude_by(self, live: Live, record: ExitRecord) -> None:
+    def _conclude_by(self, live: TrackedAttempt, record: ExitRecord) -> None:
         if live.is_forced and live.was_late and record.ending == Ending.EXITED:
             # It was seen after its deadline.
             self._settle(live, self._timed_out(live, record.start_ns))
@@ -332,7 +338,7 @@ class Attempts:
         )
         self._settle(live, last)
 
-    def _timed_out(self, live: Live, start_ns: int) -> Ended:
+    def _timed_out(self, live: TrackedAttempt, start_ns: int) -> Ended:
         """The end of one whose supervising process could not tell of it."""
         message = f"timeout of {live.attempt.spec.timeout} s passed"
         end_ns = max(start_ns, time.time_ns())
@@ -348,19 +354,19 @@ class Attempts:
             has_result=False,
         )
 
-    def _lost(self, live: Live, reason: str) -> Lost:
+    def _lost(self, live: TrackedAttempt, reason: str) -> Lost:
         return Lost(live.job_id, live.attempt.number, reason)
 
-    def _never(self, live: Live, held_up_by: str | None = None) -> NeverStarted:
+    def _never(self, live: TrackedAttempt, held_up_by: str | None = None) -> NeverStarted:
         return NeverStarted(live.job_id, live.attempt.number, held_up_by)
 
-    def _unreachable(self, live: Live, error: OSError, *, told: bool) -> bool:
+    def _unreachable(self, live: TrackedAttempt, error: OSError, *, told: bool) -> bool:
         if not told:
             reason = f"the job's folder cannot be read: {error}"
             self.report(Unreachable(live.job_id, live.attempt.number, reason))
         return True
 
-    def _settle(self, live: Live, last: Ended | Lost | NeverStarted) -> None:
+    def _settle(self, live: TrackedAttempt, last: Ended | Lost | NeverStarted) -> None:
         if self._live.get(last.job_id) is not live:
             return
         del self._live[last.job_id]
@@ -370,21 +376,21 @@ class Attempts:
         if freed:
             self.report(CapacityFreed())
 
-    def _give_up(self, live: Live, withdraw: Callable[[Attempt], bool]) -> None:
+    def _give_up(self, live: TrackedAttempt, withdraw: Callable[[Attempt], bool]) -> None:
         if withdraw(live.attempt):
             self._settle(live, self._never(live))
 
-    def _cancel(self, live: Live) -> None:
+    def _cancel(self, live: TrackedAttempt) -> None:
         if live.timer is not None:
             live.timer.cancel()
 
-    def _signal(self, live: Live) -> None:
+    def _signal(self, live: TrackedAttempt) -> None:
         if live.supervisor is not None:
             live.supervisor.stop()
         elif live.taken_over is not None:
             live.taken_over.stop()
 
-    def _let_go(self, live: Live) -> None:
+    def _let_go(self, live: TrackedAttempt) -> None:
         self._cancel(live)
         if live.taken_over is not None:
             live.taken_over.close()
@@ -393,8 +399,8 @@ class Attempts:
     def _start_of(self, attempt: Attempt) -> Path:
         return self._root / attempt.spec.job_id / f"start.{attempt.number}"
 
-    def _exit_of(self, live: Live) -> Path:
+    def _exit_of(self, live: TrackedAttempt) -> Path:
         return self._of(live) / f"exit.{live.attempt.number}"
 
-    def _of(self, live: Live) -> Path:
+    def _of(self, live: TrackedAttempt) -> Path:
         return self._root / live.job_id

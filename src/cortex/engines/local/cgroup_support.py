@@ -27,7 +27,7 @@ _FIRST_PID_NAMESPACE = 0xEFFFFFFC
 
 
 @dataclass(frozen=True)
-class Limits:
+class CgroupSupport:
     """How memory is limited (`kind`: v2, v1 or watchdog), and where groups are made."""
 
     kind: str
@@ -40,7 +40,7 @@ class Limits:
         return METHODS[self.kind]
 
 
-WATCHDOG = Limits("watchdog")
+WATCHDOG = CgroupSupport("watchdog")
 """No control groups at all."""
 
 
@@ -90,7 +90,7 @@ def _all_of(root: Path) -> list[Path]:
     return found
 
 
-def probe(root: Path, account: Account | None = None) -> Limits:
+def probe(root: Path, account: Account | None = None) -> CgroupSupport:
     """The best that works for this user, and for `account` where jobs are its: tried with a process, because rights
     are not enough to tell (a group may be writable, and moving a process into it forbidden all the same)."""
     name = prefix(root)
@@ -102,17 +102,17 @@ def probe(root: Path, account: Account | None = None) -> Limits:
     v2 = places.get("", [])
     for place in v2:
         if _works(name, account, place, place):
-            return Limits("v2", place, place)
+            return CgroupSupport("v2", place, place)
     for folder, place in zip(mounts.get("", []), v2, strict=True):
         if _delegate(folder) and _works(name, account, place, place):
-            return Limits("v2", place, place)
+            return CgroupSupport("v2", place, place)
     # Freezers first: to enter a v2 group takes 12-20 ms, and what is frozen is killed as surely.
     candidates = [*places.get("freezer", []), *v2, *places.get("pids", [])]
     trees = next((place for place in candidates if _works(name, account, place, None)), None)
     for place in places.get("memory", []):
         if _works(name, account, trees, place):
-            return Limits("v1", place, trees)
-    return Limits("watchdog", None, trees)
+            return CgroupSupport("v1", place, trees)
+    return CgroupSupport("watchdog", None, trees)
 
 
 # What a supervising process and its job do.

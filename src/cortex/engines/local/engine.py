@@ -25,10 +25,10 @@ from cortex.engines.base import (
 from cortex.engines.local import cgroup_support, cgroups, folders, records, workspaces
 from cortex.engines.local.attempts import Attempts
 from cortex.engines.local.cgroups import Groups
-from cortex.engines.local.fork_server_pool import ForkServers
+from cortex.engines.local.fork_server_pool import ForkServerPool
 from cortex.engines.local.machine import Ledger, detect
-from cortex.engines.local.orphans import Inherited
-from cortex.engines.local.supervisor import Supervisor
+from cortex.engines.local.orphans import Orphans
+from cortex.engines.local.supervisor import SupervisorHandle
 from cortex.errors import StartupError
 from cortex.spec.api import Compute
 from cortex.spec.job import MAX_INLINE_BYTES
@@ -65,14 +65,14 @@ class LocalEngine:
         self._limits = cgroup_support.WATCHDOG
         self._groups = Groups()
         self._inherits = inherits
-        self._inherited = Inherited(self._processes)
+        self._inherited = Orphans(self._processes)
         self._attempts = Attempts(self._root, self._free, self._tidy, account)
-        self._prepared: dict[str, Supervisor] = {}
+        self._prepared: dict[str, SupervisorHandle] = {}
         self._import_dir = self._root / ".import"
         self._account = account
         self._workspaces = workspaces.root_of(self._root)
         self._own_folder = own_folder
-        self._servers = ForkServers(
+        self._servers = ForkServerPool(
             self._attempts,
             self._import_dir,
             self._workspaces,

@@ -13,7 +13,7 @@ from pathlib import Path
 from asyncinotify import Inotify, Mask, Watch
 
 
-class Ends:
+class ExitRecordWatch:
     """One inotify instance for all, made when it is needed first: a user may have few (128)."""
 
     def __init__(self) -> None:

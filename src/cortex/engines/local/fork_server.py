@@ -16,9 +16,9 @@ from typing import IO
 
 from cortex.engines.base import Version
 from cortex.engines.local.cgroups import Groups, Held
-from cortex.engines.local.fork_server_health import Pulse
+from cortex.engines.local.fork_server_health import HealthCheck
 from cortex.engines.local.fork_server_process import FDS, ended, is_socket, receive, start
-from cortex.engines.local.supervisor_pool import Crew, Listener
+from cortex.engines.local.supervisor_pool import Listener, SupervisorPool
 from cortex.errors import is_shortage
 from cortex.system.account import Account, without_new_privileges
 from cortex.system.background import Background, in_thread
@@ -54,7 +54,7 @@ class ForkServer:
         """Why that must not be imported ahead, once it has said so."""
         self.is_held_up = False
         """Whether it could not start for want of what the machine may have later."""
-        self.crew = Crew(listener, ask=self._ask, drained=lambda: drained(self))
+        self.crew = SupervisorPool(listener, ask=self._ask, drained=lambda: drained(self))
         self._account = account
         self._groups = groups
         self._joining = Background("a supervising process could not be taken on")
@@ -73,7 +73,7 @@ class ForkServer:
         self._is_spoilt = False
         self._ending: asyncio.Task[None] | None = None
         self._pidfd = -1
-        self._pulse = Pulse(self)
+        self._pulse = HealthCheck(self)
 
     @property
     def is_over(self) -> bool:

@@ -47,7 +47,7 @@ class Watched(Protocol):
     def tell_waiting(self) -> None: ...
 
 
-class Pulse:
+class HealthCheck:
     """One fork server's."""
 
     def __init__(self, server: Watched) -> None:

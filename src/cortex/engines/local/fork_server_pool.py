@@ -15,8 +15,8 @@ import cortex
 from cortex.engines.base import Version
 from cortex.engines.local.cgroups import Groups
 from cortex.engines.local.fork_server import ForkServer
-from cortex.engines.local.orphans import Inherited
-from cortex.engines.local.supervisor import Supervisor
+from cortex.engines.local.orphans import Orphans
+from cortex.engines.local.supervisor import SupervisorHandle
 from cortex.engines.local.supervisor_pool import Listener
 from cortex.system.account import Account
 from cortex.system.background import Background
@@ -31,7 +31,7 @@ MOST_IDLE = 8
 OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-class ForkServers:
+class ForkServerPool:
     """All fork servers of an engine, the most recently used ones last."""
 
     def __init__(
@@ -39,7 +39,7 @@ class ForkServers:
         listener: Listener,
         import_dir: Path,
         workspaces: Path,
-        inherited: Inherited,
+        inherited: Orphans,
         account: Account | None,
         groups: Groups,
     ) -> None:
@@ -63,7 +63,7 @@ class ForkServers:
         server.tell_waiting()
         self._trim()
 
-    def prepare(self, version: Version, order: Order) -> Supervisor | None:
+    def prepare(self, version: Version, order: Order) -> SupervisorHandle | None:
         """Give an order that is held to a supervising process, if one waits for any."""
         server = self._servers.get(version.api.api_id)
         is_same = server is not None and server.version == version

@@ -26,7 +26,7 @@ LONGEST_S = 5.0
 _PAUSE_S = 0.01
 
 
-class Inherited:
+class Orphans:
     """All of the operator's process."""
 
     def __init__(self, known: Callable[[], set[int]]) -> None:

@@ -55,7 +55,7 @@ class Gone:
     """Whether it ran with another data folder, of which this one is a copy."""
 
 
-Found = Fenced | Alive | Gone
+AttemptState = Fenced | Alive | Gone
 
 
 def handle(root: Path | None = None, gpus: Sequence[int] = ()) -> str:
@@ -98,7 +98,7 @@ def held_gpus(folder: Path, attempt: Attempt) -> list[int]:
     return told if len(set(told)) == len(told) == attempt.version.api.compute.gpu else []
 
 
-def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Found:
+def look(folder: Path, attempt: Attempt, account: Account | None = None) -> AttemptState:
     """What has become of an attempt. Fences one that has not started.
 
     Args:

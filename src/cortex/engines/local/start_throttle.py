@@ -11,14 +11,14 @@ import asyncio
 import os
 from collections.abc import Callable
 
-from cortex.engines.local.supervisor import Supervisor
+from cortex.engines.local.supervisor import SupervisorHandle
 
 MOST = 3 * len(os.sched_getaffinity(0))
 LONGEST_S = 1.0
 """After which one counts as having begun: its job may have stopped it before it could say so."""
 
 
-class Starts:
+class StartThrottle:
     """Those that are under way."""
 
     def __init__(self, room: Callable[[], None]) -> None:
@@ -26,7 +26,7 @@ class Starts:
         Args:
             room: called when one that has said nothing counts no more.
         """
-        self._since: dict[Supervisor, float] = {}  # by the loop's clock, in this order
+        self._since: dict[SupervisorHandle, float] = {}  # by the loop's clock, in this order
         self._room = room
         self._timer: asyncio.TimerHandle | None = None
 
@@ -35,12 +35,12 @@ class Starts:
         """How many more may begin."""
         return MOST - len(self._since)
 
-    def begins(self, supervisor: Supervisor) -> None:
+    def begins(self, supervisor: SupervisorHandle) -> None:
         """One has got its order."""
         self._since[supervisor] = asyncio.get_running_loop().time()
         self._look_later()
 
-    def has_begun(self, supervisor: Supervisor) -> None:
+    def has_begun(self, supervisor: SupervisorHandle) -> None:
         """One has said that its job started or ended, or is gone."""
         self._since.pop(supervisor, None)
 

@@ -53,20 +53,20 @@ def collect(pidfd: int) -> None:
 class Owner(Protocol):
     """Who is told what becomes of it."""
 
-    def recorded(self, supervisor: Supervisor, reply: Reply) -> None:
+    def recorded(self, supervisor: SupervisorHandle, reply: Reply) -> None:
         """The start record of its job is made: the job has started."""
 
-    def ended(self, supervisor: Supervisor, reply: Reply) -> None:
+    def ended(self, supervisor: SupervisorHandle, reply: Reply) -> None:
         """The exit record of its job is made."""
 
     def refused(self, reply: Reply) -> None:
         """It could not begin with its job, and is about to end."""
 
-    def gone(self, supervisor: Supervisor) -> None:
+    def gone(self, supervisor: SupervisorHandle) -> None:
         """The process is gone; a job that it had is in `order`."""
 
 
-class Supervisor:
+class SupervisorHandle:
     """All of it happens on the event loop."""
 
     def __init__(self, pidfd: int, sock: socket.socket, group: Held, owner: Owner) -> None:

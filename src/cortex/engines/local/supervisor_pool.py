@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from cortex.engines.local.cgroups import Held
-from cortex.engines.local.start_throttle import Starts
-from cortex.engines.local.supervisor import Supervisor
+from cortex.engines.local.start_throttle import StartThrottle
+from cortex.engines.local.supervisor import SupervisorHandle
 from cortex.worker import processes
 from cortex.worker.messages import Order, Reply
 
@@ -26,7 +26,7 @@ class Listener(Protocol):
     def waits(self, order: Order, reason: str) -> None:
         """An order cannot be carried out yet."""
 
-    def given(self, supervisor: Supervisor, order: Order) -> None:
+    def given(self, supervisor: SupervisorHandle, order: Order) -> None:
         """A supervising process has got its order."""
 
     def recorded(self, reply: Reply) -> None:
@@ -52,7 +52,7 @@ class Listener(Protocol):
         """The order was given to nobody, for the fork server died."""
 
 
-class Crew:
+class SupervisorPool:
     """All of one fork server, whether or not that lives."""
 
     def __init__(
@@ -68,10 +68,12 @@ class Crew:
         self._ask = ask
         self._drained = drained
         self._is_retired = False
-        self._idle: list[Supervisor] = []  # the one that has just ended a job is the warmest: last
-        self._all: set[Supervisor] = set()
+        self._idle: list[
+            SupervisorHandle
+        ] = []  # the one that has just ended a job is the warmest: last
+        self._all: set[SupervisorHandle] = set()
         self._trimmer: asyncio.TimerHandle | None = None
-        self._starts = Starts(self._hand_out)
+        self._starts = StartThrottle(self._hand_out)
 
     @property
     def wanted(self) -> int:
@@ -96,7 +98,7 @@ class Crew:
         self.waiting[order.job_id] = order
         self._hand_out()
 
-    def prepare(self, order: Order) -> Supervisor | None:
+    def prepare(self, order: Order) -> SupervisorHandle | None:
         """Give an order that is held to a supervising process that has none, if there is one."""
         while self._idle:
             supervisor = self._idle.pop()
@@ -121,16 +123,16 @@ class Crew:
 
     def join(self, pidfd: int, sock: socket.socket, group: Held) -> None:
         """Another one was forked."""
-        supervisor = Supervisor(pidfd, sock, group, self)
+        supervisor = SupervisorHandle(pidfd, sock, group, self)
         self._all.add(supervisor)
         self._free(supervisor)
 
-    def recorded(self, supervisor: Supervisor, reply: Reply) -> None:
+    def recorded(self, supervisor: SupervisorHandle, reply: Reply) -> None:
         self._starts.has_begun(supervisor)
         self._listener.recorded(reply)
         self._hand_out()
 
-    def ended(self, supervisor: Supervisor, reply: Reply) -> None:
+    def ended(self, supervisor: SupervisorHandle, reply: Reply) -> None:
         self._starts.has_begun(supervisor)
         self._listener.ended(reply)
         self._free(supervisor)
@@ -138,7 +140,7 @@ class Crew:
     def refused(self, reply: Reply) -> None:
         self._listener.refused(reply)
 
-    def gone(self, supervisor: Supervisor) -> None:
+    def gone(self, supervisor: SupervisorHandle) -> None:
         self._all.discard(supervisor)
         if supervisor in self._idle:
             self._idle.remove(supervisor)
@@ -164,14 +166,14 @@ class Crew:
             if supervisor.give(order):
                 self._given(supervisor, self.take_first())
 
-    def _given(self, supervisor: Supervisor, order: Order) -> None:
+    def _given(self, supervisor: SupervisorHandle, order: Order) -> None:
         self._starts.begins(supervisor)
         self._listener.given(supervisor, order)
         if self._is_retired and not self.waiting:
             self._trim(0)
             self._drained()
 
-    def _free(self, supervisor: Supervisor) -> None:
+    def _free(self, supervisor: SupervisorHandle) -> None:
         if supervisor.is_spent or (self._is_retired and not self.waiting):
             supervisor.dismiss()
             return

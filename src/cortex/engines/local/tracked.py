@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cortex.engines.base import Attempt
-from cortex.engines.local.adopted import TakenOver
-from cortex.engines.local.supervisor import Supervisor
+from cortex.engines.local.adopted import AdoptedSupervisor
+from cortex.engines.local.supervisor import SupervisorHandle
 
 
 @dataclass(eq=False)
-class Live:
+class TrackedAttempt:
     """One of them."""
 
     attempt: Attempt
     start_record: Path
-    supervisor: Supervisor | None = None
-    taken_over: TakenOver | None = None
+    supervisor: SupervisorHandle | None = None
+    taken_over: AdoptedSupervisor | None = None
     grace_s: float = 0.0
     stop: bool = False
     stop_at: float | None = None

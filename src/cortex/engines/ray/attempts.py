@@ -24,13 +24,13 @@ from cortex.engines.base import (
     Unreachable,
     Waits,
 )
-from cortex.engines.ray.calls import Orders
+from cortex.engines.ray.calls import AgentCalls
 from cortex.engines.ray.cluster import RETRY_S, Cluster
 from cortex.engines.ray.link import LinkError, Refused
-from cortex.engines.ray.log_copies import Mirror
+from cortex.engines.ray.log_copies import LogCopies
 from cortex.engines.ray.messages import Lock, LogPiece, Poll
 from cortex.engines.ray.placement import Node
-from cortex.engines.ray.tracked import Live, taken_up
+from cortex.engines.ray.tracked import TrackedAttempt, taken_up
 from cortex.engines.ray.validation import checked, checked_lock, checked_piece
 from cortex.errors import StorageUnavailable, is_storage
 from cortex.system.background import Background
@@ -46,13 +46,13 @@ Last = Ended | Lost | NeverStarted
 class Attempts:
     """A `cluster.Listener`. All of it happens on the event loop."""
 
-    def __init__(self, cluster: Cluster, orders: Orders, mirror: Mirror) -> None:
+    def __init__(self, cluster: Cluster, orders: AgentCalls, mirror: LogCopies) -> None:
         self._cluster = cluster
         self._nodes = cluster.nodes
         self._orders = orders
         self._mirror = mirror
-        self._live: dict[str, Live] = {}
-        self._on_node: dict[str, dict[str, Live]] = {}  # the same, by node and by job
+        self._live: dict[str, TrackedAttempt] = {}
+        self._on_node: dict[str, dict[str, TrackedAttempt]] = {}  # the same, by node and by job
         # The seats, by node, of those that ended last: their agent may be killed before it gives them up.
         self._left: defaultdict[str, deque[str]] = defaultdict(partial(deque, maxlen=_LEFT))
         self._background = Background("the Ray engine failed")
@@ -175,13 +175,13 @@ class Attempts:
         for seat in self._left.pop(node.node_id, ()):
             self._background.run(self._orders.give_up(seat))
 
-    def _lose(self, live: Live, reason: str) -> None:
+    def _lose(self, live: TrackedAttempt, reason: str) -> None:
         # Where its node is gone, or what it has of it, no agent gives it up.
         self._background.run(self._orders.give_up(self._orders.seat(live)))
         if not live.ending:
             self._settle(live, live.lost(reason) if live.sent else live.never())
 
-    def _take_in(self, live: Live, seen: Observation) -> None:
+    def _take_in(self, live: TrackedAttempt, seen: Observation) -> None:
         if isinstance(seen, Started):
             self._started(live, seen)
         elif isinstance(seen, Unreachable):
@@ -192,7 +192,7 @@ class Attempts:
             live.ending = True
             self._background.run(self._finish(live, seen))
 
-    async def _copy(self, live: Live, piece: LogPiece) -> None:
+    async def _copy(self, live: TrackedAttempt, piece: LogPiece) -> None:
         try:
             piece = checked_piece(piece)
             await asyncio.to_thread(self._mirror.write, live.job_id, live.base, piece)
@@ -203,7 +203,7 @@ class Attempts:
             )  # then it is asked for again with the next poll
             await asyncio.sleep(RETRY_S)
 
-    async def _finish(self, live: Live, last: Last) -> None:
+    async def _finish(self, live: TrackedAttempt, last: Last) -> None:
         """Copy the rest of the log, and report the end. The node has told it: what happens to it now
         can take no more than a part of the log."""
         has_log = not isinstance(last, NeverStarted)  # what there is is of an earlier attempt
@@ -220,7 +220,7 @@ class Attempts:
                 break
         self._settle(live, last)
 
-    async def _begin(self, live: Live) -> None:
+    async def _begin(self, live: TrackedAttempt) -> None:
         """Get its seat, and give it to its node. What is not known to have failed is asked after."""
         try:
             gpus = await self._orders.take_seat(live)
@@ -255,14 +255,14 @@ class Attempts:
         if live.stop:
             await self._tell_stop(live)
 
-    def _is_off(self, live: Live) -> bool:
+    def _is_off(self, live: TrackedAttempt) -> bool:
         return live.stop or self._live.get(live.job_id) is not live
 
-    def _do_not_start(self, live: Live, held_up_by: str | None = None) -> None:
+    def _do_not_start(self, live: TrackedAttempt, held_up_by: str | None = None) -> None:
         self._background.run(self._orders.give_up(self._orders.seat(live)))
         self._settle(live, live.never(held_up_by))
 
-    async def _until_told(self, live: Live) -> None:
+    async def _until_told(self, live: TrackedAttempt) -> None:
         while self._live.get(live.job_id) is live and not live.ending:
             try:
                 await self._ask_after(live)
@@ -271,7 +271,7 @@ class Attempts:
             else:
                 return
 
-    async def _ask_after(self, live: Live) -> None:
+    async def _ask_after(self, live: TrackedAttempt) -> None:
         """Let its node tell what there is of an attempt; one that never came there never will run."""
         try:
             await self._orders.ask_after(live)
@@ -284,7 +284,7 @@ class Attempts:
         if live.stop:
             await self._orders.stop(live)
 
-    async def _tell_stop(self, live: Live) -> None:
+    async def _tell_stop(self, live: TrackedAttempt) -> None:
         while self._live.get(live.job_id) is live:
             try:
                 await self._orders.stop(live)
@@ -296,19 +296,19 @@ class Attempts:
             else:
                 return
 
-    def _started(self, live: Live, seen: Started) -> None:
+    def _started(self, live: TrackedAttempt, seen: Started) -> None:
         if not live.started or live.unreachable:
             live.started, live.unreachable = True, False
             with contextlib.suppress(OSError):  # what is written later finds it missing again
                 self._mirror.touch(live.job_id)  # who follows the log waits for it from now on
             self._report(seen)
 
-    def _unreachable(self, live: Live, reason: str) -> None:
+    def _unreachable(self, live: TrackedAttempt, reason: str) -> None:
         if live.sent and not live.unreachable:
             live.unreachable = True
             self._report(live.out_of_reach(reason))
 
-    def _settle(self, live: Live, last: Last) -> None:
+    def _settle(self, live: TrackedAttempt, last: Last) -> None:
         if self._live.get(live.job_id) is not live:
             return
         self._let_go(live)
@@ -319,14 +319,14 @@ class Attempts:
         if freed:
             self._report(CapacityFreed())
 
-    def _on(self, node: Node) -> list[Live]:
+    def _on(self, node: Node) -> list[TrackedAttempt]:
         return list(self._on_node.get(node.node_id, {}).values())
 
-    def _take_on(self, live: Live) -> None:
+    def _take_on(self, live: TrackedAttempt) -> None:
         self._live[live.job_id] = live
         self._on_node.setdefault(live.node_id, {})[live.job_id] = live
 
-    def _let_go(self, live: Live) -> None:
+    def _let_go(self, live: TrackedAttempt) -> None:
         del self._live[live.job_id]
         there = self._on_node[live.node_id]
         del there[live.job_id]

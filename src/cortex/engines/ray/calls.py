@@ -13,7 +13,7 @@ import structlog
 from cortex.engines.ray.cluster import ANSWER_S, RETRY_S, Cluster
 from cortex.engines.ray.link import LinkError, Refused
 from cortex.engines.ray.messages import Builds, Lock, LogPiece
-from cortex.engines.ray.tracked import Live
+from cortex.engines.ray.tracked import TrackedAttempt
 from cortex.engines.ray.validation import checked_piece
 from cortex.errors import StorageUnavailable
 
@@ -42,7 +42,7 @@ class Locks(Protocol):
         """
 
 
-class Orders:
+class AgentCalls:
     """What a method asks for, its node may have done also where it raises LinkError; where it raises
     Refused, it has not."""
 
@@ -66,7 +66,7 @@ class Orders:
         self._locks = locks
         self._builds = builds
 
-    async def take_seat(self, live: Live) -> tuple[int, ...]:
+    async def take_seat(self, live: TrackedAttempt) -> tuple[int, ...]:
         """Let Ray hold what the attempt takes; the GPUs that it gives."""
         seat = live.seat(self._namespace)
         place_s = GPUS_S if "GPU" in seat.bundle else PLACE_S
@@ -74,7 +74,7 @@ class Orders:
         assert isinstance(gpus, tuple)
         return gpus
 
-    def seat(self, live: Live) -> str:
+    def seat(self, live: TrackedAttempt) -> str:
         """The name of its seat."""
         return live.seat(self._namespace).name
 
@@ -88,7 +88,7 @@ class Orders:
             else:
                 return
 
-    async def locks(self, live: Live) -> dict[str, str]:
+    async def locks(self, live: TrackedAttempt) -> dict[str, str]:
         """The lock files of its project, by their names.
 
         Raises:
@@ -108,25 +108,27 @@ class Orders:
         except (StorageUnavailable, OSError) as error:
             log.warning("a lock file cannot be kept", project=lock.project_id, error=str(error))
 
-    async def start(self, live: Live, gpus: tuple[int, ...], locks: dict[str, str]) -> bool:
+    async def start(
+        self, live: TrackedAttempt, gpus: tuple[int, ...], locks: dict[str, str]
+    ) -> bool:
         """Give the attempt to its node; False where that lacks the project, and nothing was begun."""
         order = live.order(self._namespace, self._grace_s, gpus, locks, self._builds)
         return await self._cluster.ask(live.node_id, "start", order) != "project"
 
-    async def send_project(self, live: Live) -> None:
+    async def send_project(self, live: TrackedAttempt) -> None:
         api, project = live.attempt.version.api, live.attempt.version.project
         where = live.node_id, api.project_id, str(project)
         await self._cluster.call("send_project", *where, within_s=BUILD_S)
 
-    async def ask_after(self, live: Live) -> None:
+    async def ask_after(self, live: TrackedAttempt) -> None:
         """Let its node tell what there is of an attempt; one that never came there never will run."""
         order = live.order(self._namespace, self._grace_s)
         await self._cluster.ask(live.node_id, "recover", order)
 
-    async def stop(self, live: Live) -> None:
+    async def stop(self, live: TrackedAttempt) -> None:
         await self._cluster.ask(live.node_id, "stop", live.job_id)
 
-    async def log_from(self, live: Live, offset: int) -> LogPiece:
+    async def log_from(self, live: TrackedAttempt, offset: int) -> LogPiece:
         """A piece of the log that the node has; the empty one at its end."""
         limit = live.attempt.version.api.limits.log
         piece = await self._cluster.ask(live.node_id, "read", live.job_id, offset, limit)

@@ -12,7 +12,7 @@ from cortex.spec.api import Compute
 T = TypeVar("T")
 
 
-class Shelf(Generic[T]):
+class CapacityIndex(Generic[T]):
     """Each has a number of its own; of two that are as empty, the one with the lower number is first."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ import structlog
 import cortex
 from cortex.engines.ray.link import Link, LinkError, Refused
 from cortex.engines.ray.messages import Hello, Poll
-from cortex.engines.ray.placement import Node, Nodes
+from cortex.engines.ray.placement import Node, Placement
 
 log = structlog.get_logger()
 
@@ -59,7 +59,7 @@ class Cluster:
     """All of it happens on the event loop."""
 
     def __init__(self, address: str, namespace: str, node_dir: str | None) -> None:
-        self.nodes = Nodes()
+        self.nodes = Placement()
         self.hellos: dict[str, Hello] = {}
         self._address = address
         self._namespace = namespace

@@ -2,7 +2,7 @@
 
 On each node there is an agent, a detached actor that runs the local engine, so that a job on a node is
 what it is on one machine: records, limits, stop and recovery are the same. This side chooses nodes
-(`nodes`), lets Ray hold what a job takes (`messages.Seat`), and talks with the agents of what becomes of
+(`nodes`), lets Ray hold what a job takes (`messages.Reservation`), and talks with the agents of what becomes of
 each attempt (`attempts`).
 """
 
@@ -14,10 +14,10 @@ from pathlib import Path
 
 from cortex.engines.base import Attempt, Capabilities, NodeInfo, Report, Version
 from cortex.engines.ray.attempts import Attempts
-from cortex.engines.ray.calls import Locks, Orders
+from cortex.engines.ray.calls import AgentCalls, Locks
 from cortex.engines.ray.cluster import Cluster
 from cortex.engines.ray.link import LinkError
-from cortex.engines.ray.log_copies import Mirror
+from cortex.engines.ray.log_copies import LogCopies
 from cortex.engines.ray.messages import DEFAULT_BUILDS, Builds
 from cortex.engines.ray.tracked import handle
 from cortex.errors import StartupError
@@ -37,12 +37,12 @@ class RayEngine:
         locks: Locks | None = None,
         builds: Builds = DEFAULT_BUILDS,
     ) -> None:
-        self._mirror = Mirror(root)
+        self._mirror = LogCopies(root)
         self._root = root
         self._address = address
         self._cluster = Cluster(address, namespace, node_dir)
         self._nodes = self._cluster.nodes
-        orders = Orders(self._cluster, namespace, grace_s, locks, builds)
+        orders = AgentCalls(self._cluster, namespace, grace_s, locks, builds)
         self._attempts = Attempts(self._cluster, orders, self._mirror)
 
     @property

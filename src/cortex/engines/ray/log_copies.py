@@ -14,7 +14,7 @@ from cortex.worker.messages import LogCut
 from cortex.worker.supervisor import logfile
 
 
-class Mirror:
+class LogCopies:
     """The copies below one folder, `<root>/<job_id>/log`. A copy begins with what earlier attempts of
     the job have left, up to `base`."""
 

@@ -29,7 +29,7 @@ class Refusal(Exception):
 
 
 @dataclass(frozen=True)
-class Seat:
+class Reservation:
     """What Ray holds for an attempt while it runs: a placement group of one bundle on one node."""
 
     name: str

@@ -12,7 +12,7 @@ from itertools import count
 
 from cortex.engines.base import NOTHING, Capacity
 from cortex.engines.capacity import amounts, fits, label_words, lacking, selects
-from cortex.engines.ray.capacity_index import Shelf
+from cortex.engines.ray.capacity_index import CapacityIndex
 from cortex.engines.ray.messages import NodeState
 from cortex.spec.api import Compute
 
@@ -93,8 +93,8 @@ class _Selection:
 
     def __init__(self, wanted: Mapping[str, tuple[str, ...]]) -> None:
         self._wanted = wanted
-        self._plain: Shelf[Node] = Shelf()
-        self._with_gpus: Shelf[Node] = Shelf()
+        self._plain: CapacityIndex[Node] = CapacityIndex()
+        self._with_gpus: CapacityIndex[Node] = CapacityIndex()
 
     def see(self, node: Node, *, is_there: bool) -> None:
         self._plain.drop(node.number)
@@ -116,7 +116,7 @@ class _Selection:
         return shelves[0].most(shelves[-1])
 
 
-class Nodes:
+class Placement:
     """All nodes that are, and the largest of those that ever were."""
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from cortex.engines.base import Attempt, Lost, NeverStarted, Reachable, Unreachable
-from cortex.engines.ray.messages import DEFAULT_BUILDS, Builds, Hello, NodeOrder, Seat
+from cortex.engines.ray.messages import DEFAULT_BUILDS, Builds, Hello, NodeOrder, Reservation
 from cortex.engines.ray.placement import Node
 from cortex.spec.api import MILLI
 
@@ -15,7 +15,7 @@ HANDLE_VERSION = 1
 
 
 @dataclass
-class Live:
+class TrackedAttempt:
     """What is known of it; the handle tells where it is."""
 
     attempt: Attempt
@@ -47,14 +47,14 @@ class Live:
         deadline = self.attempt.deadline
         return None if deadline is None else deadline - time.monotonic()
 
-    def seat(self, namespace: str) -> Seat:
+    def seat(self, namespace: str) -> Reservation:
         compute = self.attempt.version.api.compute
         bundle: dict[str, float] = {"CPU": compute.cpu_m / MILLI}
         if compute.mem:
             bundle["memory"] = compute.mem
         if compute.gpu:
             bundle["GPU"] = compute.gpu
-        return Seat(f"{namespace}:{self.job_id}:{self.number}", self.node_id, bundle)
+        return Reservation(f"{namespace}:{self.job_id}:{self.number}", self.node_id, bundle)
 
     def order(
         self,
@@ -108,6 +108,6 @@ def handle(node: Node | None, hello: Hello | None, base: int) -> str:
     )
 
 
-def taken_up(attempt: Attempt) -> Live:
+def taken_up(attempt: Attempt) -> TrackedAttempt:
     told = json.loads(attempt.handle)
-    return Live(attempt, told["node"], told["root"], told["local"], told["log"])
+    return TrackedAttempt(attempt, told["node"], told["root"], told["local"], told["log"])

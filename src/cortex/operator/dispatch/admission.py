@@ -16,13 +16,13 @@ import structlog
 from cortex.engines.base import Attempt, Engine
 from cortex.errors import StorageUnavailable
 from cortex.operator.deploy.versions import HeldUp, Unusable, Versions
-from cortex.operator.dispatch.line import Line
-from cortex.operator.dispatch.live_job import Live, ending
-from cortex.operator.dispatch.live_jobs import STORAGE_RETRY_S, Board
+from cortex.operator.dispatch.line import WaitingQueue
+from cortex.operator.dispatch.live_job import LiveJob, ending
+from cortex.operator.dispatch.live_jobs import STORAGE_RETRY_S, LiveJobs
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import Event, State
 from cortex.spec.times import now_ns
-from cortex.store import Claim
+from cortex.store import InitialClaim
 
 log = structlog.get_logger()
 
@@ -33,15 +33,15 @@ _LAID_OUT_S = 5.0  # after which whoever has laid out a folder ahead has seen th
 class _Unready:
     """Jobs whose version is being made ready, by their ids."""
 
-    jobs: dict[str, Live] = field(default_factory=dict)
+    jobs: dict[str, LiveJob] = field(default_factory=dict)
     task: asyncio.Task[None] | None = None
 
 
-class Queue:
+class Admission:
     """All methods are called on the event loop."""
 
-    def __init__(self, board: Board, engine: Engine, versions: Versions) -> None:
-        self.line = Line()
+    def __init__(self, board: LiveJobs, engine: Engine, versions: Versions) -> None:
+        self.line = WaitingQueue()
         self._board = board
         self._engine = engine
         self._versions = versions
@@ -52,20 +52,20 @@ class Queue:
 
     def take_up(self, record: JobRecord) -> None:
         """A job that waits. Its config stays in the store until it starts, if it is long."""
-        live = Live(record.without_long_config())
+        live = LiveJob(record.without_long_config())
         self._board.live[record.spec.job_id] = live
         if self.watch_deadline(live):
             self.queue_up(live)
 
     def start(self, record: JobRecord) -> None:
         """A job that was claimed as it was stored."""
-        live = Live(record.without_long_config())
+        live = LiveJob(record.without_long_config())
         self._board.live[record.spec.job_id] = live
         live.version = self._versions.ready(record.spec.api_id)
         self._set_deadline(live)
         self._engine.start(attempt(live, record.spec))
 
-    def claim_ahead(self, draft: JobSpec, *, prepare: bool) -> Claim | None:
+    def claim_ahead(self, draft: JobSpec, *, prepare: bool) -> InitialClaim | None:
         """A place and a handle for a job that is about to be stored, if nobody waits before it and
         all that it needs is there.
 
@@ -90,14 +90,14 @@ class Queue:
         if prepare:
             spec = replace(draft, api_id=version.api.api_id)
             self._engine.prepare(Attempt(spec, version, 1, handle, _deadline(spec)))
-        return Claim(version.api.api_id, handle)
+        return InitialClaim(version.api.api_id, handle)
 
-    def storing(self, claim: Claim | None) -> None:
+    def storing(self, claim: InitialClaim | None) -> None:
         """A job is about to be stored, with this claim."""
         self._unplaced += int(claim is None)
 
     def stored(
-        self, draft: JobSpec, claim: Claim | None, *, is_claimed: bool, is_refused: bool
+        self, draft: JobSpec, claim: InitialClaim | None, *, is_claimed: bool, is_refused: bool
     ) -> None:
         """It was, or was not; a claim that was not made is given back.
 
@@ -112,7 +112,7 @@ class Queue:
                 self._remove(self._engine.log(draft.job_id).parent)
             self.pump()
 
-    def why_waiting(self, live: Live) -> str | None:
+    def why_waiting(self, live: LiveJob) -> str | None:
         """What a waiting job waits for, in words."""
         if live.record.state is State.STARTING:
             return live.waits_for
@@ -126,7 +126,7 @@ class Queue:
             return f"{attempts} attempts to start it came to nothing; it is tried again"
         return self._why_in_line(live)
 
-    def queue_up(self, live: Live) -> None:
+    def queue_up(self, live: LiveJob) -> None:
         """Let a waiting job join the line, once its version is ready."""
         if live.record.state is not State.WAITING or self._board.is_closed:
             return
@@ -141,7 +141,7 @@ class Queue:
             self._board.tasks.run(self._enqueue_when_ready(api_id, unready))
         unready.jobs[live.record.spec.job_id] = live
 
-    def watch_deadline(self, live: Live) -> bool:
+    def watch_deadline(self, live: LiveJob) -> bool:
         """Time a waiting job out when its deadline comes; False if that is now."""
         self._set_deadline(live)
         if live.deadline is None:
@@ -154,7 +154,7 @@ class Queue:
         live.timer = loop.call_later(left_s, self._deadline_passed, live)
         return True
 
-    def try_again(self, live: Live, held_up_by: str) -> None:
+    def try_again(self, live: LiveJob, held_up_by: str) -> None:
         """Let a waiting job wait for what the machine lacks, for as long as that takes."""
         if live.held_up_by != held_up_by:
             log.warning("job held up", job=live.record.spec.job_id, reason=held_up_by)
@@ -162,7 +162,7 @@ class Queue:
             live.changed()
         asyncio.get_running_loop().call_later(STORAGE_RETRY_S, self.queue_up, live)
 
-    def vacate(self, live: Live) -> None:
+    def vacate(self, live: LiveJob) -> None:
         """A job gives back its place, if it has one."""
         job_id = live.record.spec.job_id
         if live.version is None:
@@ -196,7 +196,7 @@ class Queue:
                 self._board.tasks.run(self._board.lose(live, refusal))
         self._blocked_by = None
 
-    def _leave_unready(self, live: Live) -> None:
+    def _leave_unready(self, live: LiveJob) -> None:
         api_id = live.record.spec.api_id
         unready = self._unready.get(api_id)
         if unready is None or unready.jobs.pop(live.record.spec.job_id, None) is None:
@@ -230,7 +230,7 @@ class Queue:
             live.changed()
             self._enqueue(live)
 
-    async def _lose_unready(self, live: Live, reason: str, output: str | None) -> None:
+    async def _lose_unready(self, live: LiveJob, reason: str, output: str | None) -> None:
         job_id = live.record.spec.job_id
         if output is not None:
             try:
@@ -239,7 +239,7 @@ class Queue:
                 log.warning("the log of a job cannot be written", job=job_id, error=str(failed))
         await self._board.lose(live, reason)
 
-    def _enqueue(self, live: Live) -> None:
+    def _enqueue(self, live: LiveJob) -> None:
         if live.record.state is State.WAITING:
             spec = live.record.spec
             self.line.join(live.record.seq, spec.job_id, spec.api_name)
@@ -247,7 +247,7 @@ class Queue:
             if self._blocked_by is None or self.line.first() == spec.job_id:
                 self.pump()
 
-    async def _launch(self, live: Live) -> None:
+    async def _launch(self, live: LiveJob) -> None:
         job_id, number = live.record.spec.job_id, live.record.attempt + 1
         try:
             handle = self._engine.claim(job_id, number)
@@ -279,19 +279,19 @@ class Queue:
         except OSError:  # it was laid out ahead, or is at this moment
             self._board.tasks.run(_remove_later(folder))
 
-    def _set_deadline(self, live: Live) -> None:
+    def _set_deadline(self, live: LiveJob) -> None:
         if live.deadline is None:  # from here on the wall clock may be set as it may
             live.deadline = _deadline(live.record.spec)
 
-    def _deadline_passed(self, live: Live) -> None:
+    def _deadline_passed(self, live: LiveJob) -> None:
         self._board.tasks.run(self._time_out_waiting(live))
 
-    async def _time_out_waiting(self, live: Live) -> None:
+    async def _time_out_waiting(self, live: LiveJob) -> None:
         if live.record.state is State.WAITING:
             message = f"timeout of {live.record.spec.timeout} s passed while it waited"
             await self._board.apply(live, Event.TIME_OUT, ending(message=message))
 
-    def _why_in_line(self, live: Live) -> str | None:
+    def _why_in_line(self, live: LiveJob) -> str | None:
         running = self.line.full(live.record.spec.api_name)
         if running is not None:
             return f"as many jobs of this API run as its limits.max_running allows, {running}"
@@ -310,7 +310,7 @@ def _deadline(spec: JobSpec) -> float | None:
     return None if deadline_ns is None else time.monotonic() + (deadline_ns - now_ns()) / 1e9
 
 
-def attempt(live: Live, spec: JobSpec) -> Attempt:
+def attempt(live: LiveJob, spec: JobSpec) -> Attempt:
     """What an engine is told of a job that was claimed; the spec with its config, if it is to be started."""
     assert live.version is not None and live.record.handle is not None
     return Attempt(

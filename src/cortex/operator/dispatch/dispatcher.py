@@ -28,10 +28,10 @@ from cortex.engines.base import (
 )
 from cortex.errors import Conflict, NotFound, OverLimit, StorageUnavailable, Superseded
 from cortex.operator.deploy.versions import Versions
-from cortex.operator.dispatch.admission import Queue, attempt
-from cortex.operator.dispatch.live_job import Live, meaning
-from cortex.operator.dispatch.live_jobs import Board
-from cortex.operator.dispatch.refresh import News
+from cortex.operator.dispatch.admission import Admission, attempt
+from cortex.operator.dispatch.live_job import LiveJob, meaning
+from cortex.operator.dispatch.live_jobs import LiveJobs
+from cortex.operator.dispatch.refresh import Refresher
 from cortex.spec.api import ApiSpec
 from cortex.spec.audit import Actor
 from cortex.spec.job import JobRecord, JobSpec
@@ -57,7 +57,7 @@ class Dispatcher:
         changed: Callable[[JobRecord, JobRecord], None] | None = None,
         measured: Callable[[str, tuple[object, ...]], None] | None = None,
     ) -> None:
-        """For `finished` and `changed` see `Board`.
+        """For `finished` and `changed` see `LiveJobs`.
 
         Args:
             measured: told of what the task of a job that has ended counted and measured, and of which API it is.
@@ -66,9 +66,9 @@ class Dispatcher:
         self._store = store
         self._engine = engine
         self._versions = versions
-        self._board = Board(store, finished, changed)
-        self._queue = Queue(self._board, engine, versions)
-        self._news = News(store, self.heard)
+        self._board = LiveJobs(store, finished, changed)
+        self._queue = Admission(self._board, engine, versions)
+        self._news = Refresher(store, self.heard)
         self._being_stored: set[str] = set()
         self._told_early: set[str] = set()  # of those: something was told of them
         self._hints: dict[str, tuple[str, ...]] = {}  # by version
@@ -82,7 +82,7 @@ class Dispatcher:
         for record in unfinished:
             if record.state is State.WAITING:
                 continue
-            live = Live(record, stop_wanted=record.wanted is Wanted.STOP)
+            live = LiveJob(record, stop_wanted=record.wanted is Wanted.STOP)
             live.version = await self._versions.describe(record.spec.api_id)
             self._board.live[record.spec.job_id] = live
             self._queue.line.occupy(record.spec.api_name, record.spec.job_id)
@@ -192,7 +192,7 @@ class Dispatcher:
 
     # What clients ask
 
-    def live(self) -> list[Live]:
+    def live(self) -> list[LiveJob]:
         """All jobs in progress."""
         return list(self._board.live.values())
 
@@ -271,10 +271,10 @@ class Dispatcher:
             case Reachable():
                 live.changed()
 
-    async def _started(self, live: Live, seen: Started) -> None:
+    async def _started(self, live: LiveJob, seen: Started) -> None:
         await self._board.apply(live, Event.START, {"start_ns": seen.start_ns})
 
-    async def _ended(self, live: Live, seen: Ended) -> None:
+    async def _ended(self, live: LiveJob, seen: Ended) -> None:
         event, message = meaning(seen)
         message = self._advise(live, seen.hints, message)
         if event is Event.LOSE and await self._tried_again(live, message or ""):
@@ -294,7 +294,7 @@ class Dispatcher:
         if record is not None and seen.measures and self._measured is not None:
             self._measured(record.spec.api_name, seen.measures)
 
-    def _advise(self, live: Live, hints: tuple[str, ...], message: str | None) -> str | None:
+    def _advise(self, live: LiveJob, hints: tuple[str, ...], message: str | None) -> str | None:
         """Keep what the users of its version should know; the first job that shows it and has nothing else to
         say tells them."""
         api_id = live.record.spec.api_id
@@ -303,11 +303,11 @@ class Dispatcher:
             self._hints[api_id] = hints
         return "; ".join(hints) if is_first and message is None else message
 
-    async def _lost(self, live: Live, seen: Lost) -> None:
+    async def _lost(self, live: LiveJob, seen: Lost) -> None:
         if seen.is_final or not await self._tried_again(live, seen.reason):
             await self._board.lose(live, seen.reason)
 
-    async def _tried_again(self, live: Live, reason: str) -> bool:
+    async def _tried_again(self, live: LiveJob, reason: str) -> bool:
         """Let a job whose attempt was lost wait for another, if its API allows that; False where this
         is its end."""
         if live.record.state not in CLAIMED:
@@ -325,7 +325,7 @@ class Dispatcher:
             self._queue.queue_up(live)
         return True
 
-    async def _never_started(self, live: Live, seen: NeverStarted) -> None:
+    async def _never_started(self, live: LiveJob, seen: NeverStarted) -> None:
         if live.stop_wanted:
             await self._board.lose(live, "stopped before it started")
             return

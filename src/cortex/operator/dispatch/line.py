@@ -7,15 +7,15 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 
-Place = tuple[int, str, str]  # the job's seq, which orders, its id, and its API
+QueueEntry = tuple[int, str, str]  # the job's seq, which orders, its id, and its API
 
 
-class Line:
+class WaitingQueue:
     """Who waits, and who has got a place to run."""
 
     def __init__(self) -> None:
-        self._waiting: list[Place] = []
-        self._aside: dict[str, list[Place]] = {}
+        self._waiting: list[QueueEntry] = []
+        self._aside: dict[str, list[QueueEntry]] = {}
         self._running: defaultdict[str, set[str]] = defaultdict(set)
         self._most: dict[str, int] = {}
 

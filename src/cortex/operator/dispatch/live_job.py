@@ -14,7 +14,7 @@ from cortex.store import Facts
 
 
 @dataclass(slots=True)
-class Live:
+class LiveJob:
     """A job in progress."""
 
     record: JobRecord

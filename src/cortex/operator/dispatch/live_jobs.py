@@ -10,7 +10,7 @@ from collections.abc import Callable
 import structlog
 
 from cortex.errors import OutcomeUnknown, StorageUnavailable, Superseded
-from cortex.operator.dispatch.live_job import Live, ending
+from cortex.operator.dispatch.live_job import LiveJob, ending
 from cortex.spec.job import JobRecord
 from cortex.spec.lifecycle import FINAL, Event
 from cortex.store import Facts, Store
@@ -21,7 +21,7 @@ log = structlog.get_logger()
 STORAGE_RETRY_S = 1.0
 
 
-class Board:
+class LiveJobs:
     """All methods are called on the event loop."""
 
     def __init__(
@@ -35,9 +35,9 @@ class Board:
             finished: told of each job whose log grows no more.
             changed: told of each job that was stored anew, as it was before and as it is now.
         """
-        self.live: dict[str, Live] = {}
+        self.live: dict[str, LiveJob] = {}
         self.tasks = Background("dispatcher failed")
-        self.over: Callable[[Live], None] = lambda _: None
+        self.over: Callable[[LiveJob], None] = lambda _: None
         """Called for each job that has reached a final state."""
         self._store = store
         self._finished = finished
@@ -56,7 +56,7 @@ class Board:
             live.changed()
         await self.tasks.close()
 
-    async def apply(self, live: Live, event: Event, facts: Facts) -> JobRecord | None:
+    async def apply(self, live: LiveJob, event: Event, facts: Facts) -> JobRecord | None:
         """Take an event of the job's current attempt, and wait for a store that takes no writes;
         the job after it, or None where it was not taken."""
         job_id = live.record.spec.job_id
@@ -76,11 +76,11 @@ class Board:
             self.see(live, outcome.job.without_long_config())
         return outcome.job if outcome.taken else None
 
-    async def lose(self, live: Live, reason: str) -> None:
+    async def lose(self, live: LiveJob, reason: str) -> None:
         """The platform fails a job."""
         await self.apply(live, Event.LOSE, ending(message=reason))
 
-    def see(self, live: Live, record: JobRecord) -> None:
+    def see(self, live: LiveJob, record: JobRecord) -> None:
         """This is the job now."""
         if self._changed is not None:
             self._changed(live.record, record)

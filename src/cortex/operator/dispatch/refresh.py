@@ -19,7 +19,7 @@ _AGAIN_S = 1.0
 _MOST = 500  # in one read
 
 
-class News:
+class Refresher:
     """All of it happens on the event loop."""
 
     def __init__(self, store: Store, heard: Callable[[JobRecord], None]) -> None:

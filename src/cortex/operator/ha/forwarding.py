@@ -16,7 +16,7 @@ import structlog
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cortex.errors import NoDriver, StorageUnavailable
+from cortex.errors import NoLeader, StorageUnavailable
 from cortex.operator.http.answers import Receive, Scope, Send
 from cortex.operator.http.views import ASKED_AT
 from cortex.store import Store
@@ -47,7 +47,7 @@ class _Driver:
     is_over: asyncio.Event
 
 
-class Relay:
+class LeaderProxy:
     """One per operator, all on the event loop."""
 
     def __init__(self, store: Store, drives: Callable[[], bool]) -> None:
@@ -91,7 +91,7 @@ class Relay:
         if self._drives():
             return None
         if _MARK in request.headers:
-            raise NoDriver("this operator does not drive the jobs any more. Try again.")
+            raise NoLeader("this operator does not drive the jobs any more. Try again.")
         asked: str | None = None
         for _ in range(_TRIES):
             driver = await self._who()
@@ -112,7 +112,7 @@ class Relay:
         """
         answer = await self.ask(request)
         if answer is None and not self._drives():
-            raise NoDriver(
+            raise NoLeader(
                 "no operator drives the jobs at this moment, and only that one could answer. Try again."
             )
         return answer
@@ -140,7 +140,7 @@ class Relay:
             over.cancel()
             sending.cancel()
         if answer.status_code in _ANSWERS or answer.status_code == or_error:
-            return Relayed(answer, driver.is_over)
+            return ForwardedAnswer(answer, driver.is_over)
         await answer.aclose()
         return None
 
@@ -184,7 +184,7 @@ class Relay:
         self._looking = None
 
 
-class Relayed(Response):
+class ForwardedAnswer(Response):
     """Another operator's answer, as it comes. One that breaks off breaks off here, too."""
 
     def __init__(self, answer: httpx.Response, is_over: asyncio.Event) -> None:

@@ -46,8 +46,8 @@ async def driven(
         yield
 
 
-class Terms:
-    """Of an operator that shares its store: a `store.Candidate`."""
+class Leadership:
+    """Of an operator that shares its store: a `store.LeaderCallbacks`."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Terms:
         self.failed = failed
 
     async def drive(self) -> None:
-        """See `store.Candidate`."""
+        """See `store.LeaderCallbacks`."""
         ctx = self._ctx
         ctx.versions.start_over()
         finished = None if ctx.archive is None else ctx.archive.finished
@@ -81,7 +81,7 @@ class Terms:
         self._jobs.driven_by(dispatcher, is_open=True)
 
     async def step_down(self) -> None:
-        """See `store.Candidate`."""
+        """See `store.LeaderCallbacks`."""
         self._jobs.driven_by(None, is_open=False)
         was_open, self._open = self._open, AsyncExitStack()
         await was_open.aclose()

@@ -10,30 +10,30 @@ import structlog
 
 from cortex.errors import StorageUnavailable
 from cortex.operator.deploy.deployer import Deployer
-from cortex.operator.ha.forwarding import Relay
+from cortex.operator.ha.forwarding import LeaderProxy
 from cortex.operator.ha.shared_jobs import SharedJobs
-from cortex.store import Candidate, Store
+from cortex.store import LeaderCallbacks, Store
 
 log = structlog.get_logger()
 
 _AGAIN_S = 1.0
 
 
-class Others:
+class Peers:
     """All of it happens on the event loop."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._apis_changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self.relay = Relay(store, lambda: self.jobs.drives)
+        self.relay = LeaderProxy(store, lambda: self.jobs.drives)
         self.jobs = SharedJobs(store, self._apis_changed.set, self.relay.driver_changed)
 
-    async def open(self, deployer: Deployer, candidate: Candidate, lease_s: float) -> None:
+    async def open(self, deployer: Deployer, candidate: LeaderCallbacks, lease_s: float) -> None:
         """Hear of all changes, and then stand for driving.
 
         Raises:
-            StartupError: as `Candidate.drive` does.
+            StartupError: as `LeaderCallbacks.drive` does.
         """
         self._task = asyncio.create_task(self._refresh(deployer), name="changed APIs")
         await self._store.operators.listen(self.jobs)

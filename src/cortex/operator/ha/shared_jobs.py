@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 
 from cortex.errors import Superseded
 from cortex.operator.dispatch.dispatcher import Dispatcher
-from cortex.operator.dispatch.live_job import Live
+from cortex.operator.dispatch.live_job import LiveJob
 from cortex.spec.api import ApiSpec
 from cortex.spec.audit import Actor
 from cortex.spec.job import JobRecord, JobSpec
@@ -23,7 +23,7 @@ from cortex.store import Facts, Outcome, Replay, Store
 
 
 class SharedJobs:
-    """All methods are called on the event loop. It is told of changes as a `store.Hearer`."""
+    """All methods are called on the event loop. It is told of changes as a `store.ChangeListener`."""
 
     def __init__(
         self, store: Store, apis_changed: Callable[[], None], driver_changed: Callable[[], None]
@@ -103,7 +103,7 @@ class SharedJobs:
         if self._dispatcher is not None:
             self._dispatcher.heard(record)
 
-    def live(self) -> list[Live] | None:
+    def live(self) -> list[LiveJob] | None:
         """All jobs in progress; None where this operator does not drive."""
         return None if self._dispatcher is None else self._dispatcher.live()
 
@@ -131,22 +131,22 @@ class SharedJobs:
     # What is told
 
     def job_changed(self, job_id: str, *, own: bool) -> None:
-        """See `store.Hearer`."""
+        """See `store.ChangeListener`."""
         for changed in self._waiting.get(job_id, ()):
             changed.set()
         if self._hears is not None and not own:
             self._hears.news(job_id)
 
     def apis_changed(self) -> None:
-        """See `store.Hearer`."""
+        """See `store.ChangeListener`."""
         self._apis_changed()
 
     def driver_changed(self) -> None:
-        """See `store.Hearer`."""
+        """See `store.ChangeListener`."""
         self._driver_changed()
 
     def all_may_have_changed(self) -> None:
-        """See `store.Hearer`."""
+        """See `store.ChangeListener`."""
         for events in self._waiting.values():
             for changed in events:
                 changed.set()

@@ -24,7 +24,7 @@ from cortex.errors import (
     ForeignOrigin,
     InvalidRequest,
     MethodNotAllowed,
-    NoDriver,
+    NoLeader,
     NotFound,
     OutcomeUnknown,
     StorageUnavailable,
@@ -33,7 +33,7 @@ from cortex.errors import (
     is_storage,
 )
 from cortex.operator.http.bodies import Submitted, not_json, wrong
-from cortex.operator.http.body_reader import Reader
+from cortex.operator.http.body_reader import BodyReader
 from cortex.operator.http.coding import CODINGS, Unpacked, coding_of
 from cortex.operator.http.hosts import Hosts, foreign
 from cortex.projects.pack import MAX_PROJECT_BYTES
@@ -243,7 +243,7 @@ def _counted(receive: Receive, limit: int) -> Receive:
 
 def _given_up(method: str) -> CortexError:
     if method in {"GET", "HEAD"}:
-        return NoDriver("the operator ends. Ask again: another one, or this one when it is back.")
+        return NoLeader("the operator ends. Ask again: another one, or this one when it is back.")
     return OutcomeUnknown(
         "the operator ends in the middle of the change: look whether it was made, before you make it again"
     )
@@ -331,7 +331,9 @@ def _methods_at(routes: Sequence[BaseRoute], request: Request) -> list[str]:
     return sorted(methods | ({"HEAD", "OPTIONS"} if "GET" in methods else {"OPTIONS"}))
 
 
-async def read_submission(request: Request, reader: Reader, *, hashed: bool = False) -> Submitted:
+async def read_submission(
+    request: Request, reader: BodyReader, *, hashed: bool = False
+) -> Submitted:
     """The body of a submit, checked.
 
     Args:

@@ -30,7 +30,7 @@ _NICE = 5  # what is small goes first
 _MAX_PROCESSES = max(1, min(4, len(os.sched_getaffinity(0)) // 2))
 
 
-class Reader:
+class BodyReader:
     """All methods are called on the event loop."""
 
     def __init__(self) -> None:

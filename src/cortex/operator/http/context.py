@@ -12,9 +12,9 @@ from cortex.engines.base import Engine
 from cortex.errors import NotFound
 from cortex.operator.config.settings import Settings
 from cortex.operator.deploy.versions import Versions
-from cortex.operator.dispatch.live_job import Live
+from cortex.operator.dispatch.live_job import LiveJob
 from cortex.operator.http.answers import Scope
-from cortex.operator.http.body_reader import Reader
+from cortex.operator.http.body_reader import BodyReader
 from cortex.operator.http.views import Known, Renderer
 from cortex.operator.logs.archive import Archive
 from cortex.operator.logs.follow import Followed, LogWatcher
@@ -23,10 +23,10 @@ from cortex.projects.repository import Projects
 from cortex.spec.api import ApiSpec
 from cortex.spec.audit import Actor
 from cortex.spec.job import JobRecord, JobSpec
-from cortex.store import Outcome, Replay, Store, Turn
+from cortex.store import DatabaseLock, Outcome, Replay, Store
 
 if TYPE_CHECKING:
-    from cortex.operator.ha.forwarding import Relay
+    from cortex.operator.ha.forwarding import LeaderProxy
 
 
 class Jobs(Known, Followed, Protocol):
@@ -37,7 +37,7 @@ class Jobs(Known, Followed, Protocol):
 
     async def stop(self, job_id: str, actor: Actor) -> Outcome: ...
 
-    def live(self) -> list[Live] | None: ...
+    def live(self) -> list[LiveJob] | None: ...
 
     def stopped(self, record: JobRecord) -> None: ...
 
@@ -62,16 +62,16 @@ class Context:
     renderer: Renderer
     watcher: LogWatcher
     projects: Projects
-    deploying: Turn
+    deploying: DatabaseLock
     """Held by whoever changes which versions there are."""
-    relay: Relay | None = None
+    relay: LeaderProxy | None = None
     """To the operator that drives, where there may be several."""
     archive: Archive | None = None
     """Where logs outlive this machine, if anywhere."""
     endpoints: dict[str, str] = field(default_factory=dict)
     """The name of the API at each endpoint that is deployed now."""
     metrics: Metrics = field(default_factory=Metrics)
-    bodies: Reader = field(default_factory=Reader)
+    bodies: BodyReader = field(default_factory=BodyReader)
     """Of submits."""
 
     async def api_at(self, endpoint: str) -> str:

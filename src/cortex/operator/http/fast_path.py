@@ -18,7 +18,7 @@ from cortex.operator.http.routes.jobs import status_at, submit_to
 _WAIT = re.compile(rb"wait=(\d{1,3}(?:\.\d{1,9})?)")
 
 
-class Direct:
+class FastPath:
     """ASGI middleware, right before the framework."""
 
     def __init__(self, app: App, ctx: Context) -> None:

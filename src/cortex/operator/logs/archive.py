@@ -21,10 +21,10 @@ from weakref import WeakValueDictionary
 import structlog
 
 from cortex.engines.base import Engine
-from cortex.errors import NoDriver, NotFound, StorageUnavailable
-from cortex.objects import Files
+from cortex.errors import NoLeader, NotFound, StorageUnavailable
+from cortex.objects import ObjectStore
 from cortex.operator.dispatch.dispatcher import Dispatcher
-from cortex.operator.logs.archived_files import Copies
+from cortex.operator.logs.archived_files import ArchivedFiles
 from cortex.spec.api import Limits
 from cortex.spec.job import JobRecord
 from cortex.store import Store
@@ -44,14 +44,14 @@ class Archive:
     """One operator's."""
 
     def __init__(
-        self, files: Files, engine: Engine, store: Store, marks: Path, *, is_apart: bool
+        self, files: ObjectStore, engine: Engine, store: Store, marks: Path, *, is_apart: bool
     ) -> None:
         """
         Args:
             marks: the folder `archived`.
             is_apart: whether other operators on the store may have data folders of their own.
         """
-        self._copies = Copies(files, engine.log, marks)
+        self._copies = ArchivedFiles(files, engine.log, marks)
         self._store = store
         self._marks = marks
         self._is_apart = is_apart
@@ -126,7 +126,7 @@ class Archive:
         await self.drop_old()
         if not is_here and record.attempt:
             if self._is_apart and not self._is_open:
-                raise NoDriver(
+                raise NoLeader(
                     f"the log of the job {job_id} is not in the store of files yet, and no operator can be "
                     "asked that drives the jobs. Try again."
                 )

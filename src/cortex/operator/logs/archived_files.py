@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from cortex.objects import Files
+from cortex.objects import ObjectStore
 from cortex.operator.logs.follow import REPLACED, Log, is_replaced, is_there, lost, opened
 from cortex.spec.times import new_id
 from cortex.worker import beneath, checks
@@ -28,11 +28,11 @@ _KEPT_S = 86_400
 _PART = ".part-"
 
 
-class Copies:
+class ArchivedFiles:
     """Of one data folder. What is about one job is done by one caller at a time. All of it blocks, and
     raises StorageUnavailable or OSError where it comes to nothing."""
 
-    def __init__(self, files: Files, path: Callable[[str], Path], marks: Path) -> None:
+    def __init__(self, files: ObjectStore, path: Callable[[str], Path], marks: Path) -> None:
         """
         Args:
             path: where the log of a job is.

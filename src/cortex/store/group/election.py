@@ -1,5 +1,5 @@
 """Which operator of a PostgreSQL database drives its jobs: one, and another as soon as that one dies or
-hangs. Opened by `Operators.campaign`.
+hangs. Opened by `OperatorGroup.campaign`.
 
 Every operator waits for a session-level advisory lock, on a session of its own. The server drops it with
 the session, so with the process, and gives it to the next at once. An operator that hangs keeps its
@@ -28,7 +28,7 @@ from cortex.errors import StorageUnavailable, Superseded
 from cortex.spec.times import now_ns
 from cortex.store import postgresql
 from cortex.store.database import read
-from cortex.store.group.member import Member
+from cortex.store.group.member import OperatorRow
 from cortex.store.writer import Writer
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ _END_SESSIONS = text(
 )
 
 
-class Candidate(Protocol):
+class LeaderCallbacks(Protocol):
     """Who drives while it holds the lease. Called on the event loop, one after the other."""
 
     async def drive(self) -> None:
@@ -96,16 +96,16 @@ class Candidate(Protocol):
         """It can never drive: the operator has to end."""
 
 
-class Lease:
+class Election:
     """All of it happens on the event loop."""
 
     def __init__(
         self,
         engine: Engine,
         name: str,
-        member: Member,
+        member: OperatorRow,
         writer: Writer,
-        candidate: Candidate,
+        candidate: LeaderCallbacks,
         length_s: float,
     ) -> None:
         """

@@ -14,16 +14,16 @@ from sqlalchemy.exc import DBAPIError
 from cortex.errors import Superseded
 from cortex.store.database import read, reader, unusable
 from cortex.store.group import member
-from cortex.store.group.election import Candidate, Lease
-from cortex.store.group.member import Member
-from cortex.store.group.notifications import Changes, Hearer
+from cortex.store.group.election import Election, LeaderCallbacks
+from cortex.store.group.member import OperatorRow
+from cortex.store.group.notifications import ChangeFeed, ChangeListener
 from cortex.store.schema import operators
 from cortex.store.writer import Write, Writer
 
 T = TypeVar("T")
 
 
-class Operators:
+class OperatorGroup:
     """`places` and `join` block, and are called before anybody is served; the others are called on the
     event loop and do not block it."""
 
@@ -37,9 +37,9 @@ class Operators:
         self._writer = writer
         self._id = operator_id
         self._name = name
-        self._member: Member | None = None
-        self._lease: Lease | None = None
-        self._changes: Changes | None = None
+        self._member: OperatorRow | None = None
+        self._lease: Election | None = None
+        self._changes: ChangeFeed | None = None
 
     @property
     def is_joined(self) -> bool:
@@ -69,7 +69,7 @@ class Operators:
             StartupError: the database belongs with another data folder, operators are there that run
                 jobs elsewhere, or it does not answer.
         """
-        joined = Member(self._id, place, runs_on, address)
+        joined = OperatorRow(self._id, place, runs_on, address)
         try:
             with self._engine.begin() as connection:
                 joined.join(connection, instead_of)
@@ -77,12 +77,12 @@ class Operators:
             raise unusable(self._engine, error) from error
         self._member = self._writer.fence = joined
 
-    async def listen(self, hearer: Hearer) -> None:
+    async def listen(self, hearer: ChangeListener) -> None:
         """Hear of what other operators change, from now on; until `leave`."""
-        self._changes = Changes(self._engine, self._name, hearer)
+        self._changes = ChangeFeed(self._engine, self._name, hearer)
         await self._changes.open()
 
-    async def campaign(self, candidate: Candidate, lease_s: float) -> None:
+    async def campaign(self, candidate: LeaderCallbacks, lease_s: float) -> None:
         """Be the one that drives, as soon as no other is; until `leave`. When this returns somebody
         does.
 
@@ -90,10 +90,10 @@ class Operators:
             lease_s: after so many seconds an operator that hangs is taken not to drive any more.
 
         Raises:
-            StartupError: as `Candidate.drive` does.
+            StartupError: as `LeaderCallbacks.drive` does.
         """
         assert self._member is not None
-        self._lease = Lease(
+        self._lease = Election(
             self._engine, self._name, self._member, self._writer, candidate, lease_s
         )
         await self._lease.open()

@@ -20,7 +20,7 @@ _LOCK = text("SELECT pg_advisory_xact_lock(:key)")
 _PATIENCE = text("SET LOCAL idle_in_transaction_session_timeout = '120s'")
 
 
-class Turn:
+class DatabaseLock:
     """An asyncio lock, and one of the database's where it has several operators."""
 
     def __init__(self, engine: Engine | None, key: int = VERSIONS) -> None:

@@ -1,4 +1,4 @@
-"""This operator among those of a PostgreSQL database: its row in `operators`. Opened by `Operators.join`.
+"""This operator among those of a PostgreSQL database: its row in `operators`. Opened by `OperatorGroup.join`.
 
 Every transaction of an operator's first writes that row, which has three uses.
 
@@ -90,7 +90,7 @@ def session_name(operator_id: str) -> str:
     return f"cortex {operator_id} pid {os.getpid()} on {socket.gethostname()}"[:63]
 
 
-class Member:
+class OperatorRow:
     """`enter` and `holds` are called by the thread that writes."""
 
     def __init__(self, operator_id: str, place: str, runs_on: str, address: str) -> None:

@@ -1,5 +1,5 @@
 """What other operators of a PostgreSQL database change, told as it is committed: LISTEN, on a session of
-its own. Opened by `Operators.listen`.
+its own. Opened by `OperatorGroup.listen`.
 
 Nothing is told that happens while the session is lost. So whoever listens is told that too, once it is
 there again, and looks at everything.
@@ -27,7 +27,7 @@ _LOOK_S = 10  # the other side of a broken network says nothing
 _PATIENCE_S = 5
 
 
-class Hearer(Protocol):
+class ChangeListener(Protocol):
     """Who is told, on the event loop: of its own changes, too."""
 
     def job_changed(self, job_id: str, *, own: bool) -> None:
@@ -47,10 +47,10 @@ class Hearer(Protocol):
         """Something may have been missed."""
 
 
-class Changes:
+class ChangeFeed:
     """All of it happens on the event loop."""
 
-    def __init__(self, engine: Engine, name: str, hearer: Hearer) -> None:
+    def __init__(self, engine: Engine, name: str, hearer: ChangeListener) -> None:
         self._engine = engine
         self._name = name
         self._hearer = hearer
@@ -58,7 +58,7 @@ class Changes:
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Begin; from here on nothing is missed that `Hearer` is not told of."""
+        """Begin; from here on nothing is missed that `ChangeListener` is not told of."""
         self._task = asyncio.create_task(self._run(), name="changes")
         listens = asyncio.create_task(self._listens.wait())
         await asyncio.wait({self._task, listens}, return_when=asyncio.FIRST_COMPLETED)

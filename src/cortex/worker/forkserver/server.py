@@ -82,7 +82,7 @@ def _fork(
     sock: socket.socket,
     setup: messages.Setup,
     slot: memoryview | None,
-    found: task.Found | None,
+    found: task.CompiledTask | None,
 ) -> int:
     reply = messages.Reply()
     # A stop may come as soon as the pidfd is sent: it waits until the process can take it.

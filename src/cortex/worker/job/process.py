@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from cortex.worker.messages import Order, Setup
-    from cortex.worker.supervisor.station import Bench
+    from cortex.worker.supervisor.station import Station
 
     Orders = socket.socket | None
     Identity = tuple[int, int]  # device and inode
     Variables = list[tuple[bytes, bytes]]
-    # Its variables, its id as `Bench.slot` shows it, and the content of job.json.
+    # Its variables, its id as `Station.slot` shows it, and the content of job.json.
     Told = tuple[Variables, bytes, dict[str, object]]
     Work = tuple[Told, int, int, int, Identity]
 
@@ -67,7 +67,7 @@ class Worker:
 
     __slots__ = ("_sock", "pid")
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Station) -> None:
         self._sock, theirs = syscalls.socketpair()
         self.pid = _fork(bench, (self._sock.fileno(),), None, theirs)
         theirs.close()
@@ -122,7 +122,7 @@ def outcome_file() -> int:
     return os.memfd_create("outcome")
 
 
-def start(bench: Bench, job: Job, others: tuple[int, ...]) -> int:
+def start(bench: Station, job: Job, others: tuple[int, ...]) -> int:
     """Fork a process that runs a job at once; its pid. The bench has looked at the task's file just now.
 
     Args:
@@ -132,7 +132,7 @@ def start(bench: Bench, job: Job, others: tuple[int, ...]) -> int:
     return _fork(bench, others, work, None)
 
 
-def _fork(bench: Bench, others: tuple[int, ...], work: Work | None, orders: Orders) -> int:
+def _fork(bench: Station, others: tuple[int, ...], work: Work | None, orders: Orders) -> int:
     """Fork a process that does this work, or the one that it hears of."""
     setup, found, slot = bench.setup, bench.found, bench.slot
     project, path = setup.project, setup.path
@@ -154,7 +154,7 @@ def _run(
     setup: Setup,
     project: str,
     path: str | None,
-    found: task.Found | None,
+    found: task.CompiledTask | None,
     slot: memoryview | None,
     supervisor: int,
     foreign: tuple[int, ...],

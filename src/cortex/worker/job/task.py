@@ -54,7 +54,7 @@ class _Unusable(Exception):
     """The file holds nothing to run; there is no traceback worth showing."""
 
 
-class Found:
+class CompiledTask:
     """The user's module, compiled, and no line of it run yet."""
 
     __slots__ = ("_fresh", "_names", "code", "made_of", "name", "roots")
@@ -98,7 +98,7 @@ class _Warm:
     """The most of a number that a job may read and write, where this process needs more; 0 where not."""
 
 
-def find(setup: Setup, path: str, before: Found | None) -> Found | None:
+def find(setup: Setup, path: str, before: CompiledTask | None) -> CompiledTask | None:
     """What all jobs of a version can be spared, done before they are forked: the module, if there is one
     that can be compiled. If not, the job shows what is wrong with it.
 
@@ -111,14 +111,14 @@ def find(setup: Setup, path: str, before: Found | None) -> Found | None:
         return None
 
 
-def still(found: Found | None, path: str | None) -> Found | None:
+def still(found: CompiledTask | None, path: str | None) -> CompiledTask | None:
     """What was found, if the file is as it was then."""
     is_same = found is not None and path is not None and found.made_of == _made_of(path)
     return found if is_same else None
 
 
 def run(
-    setup: Setup, path: str, found: Found | None, job: dict[str, object], tell: Tell
+    setup: Setup, path: str, found: CompiledTask | None, job: dict[str, object], tell: Tell
 ) -> NoReturn:
     """Run the task and everything that Python does before it exits, and exit.
 
@@ -151,7 +151,7 @@ def rehearse(setup: Setup, path: str, tell: Tell) -> None:
     """Run a task that does nothing, as `run` does, up to its end (`child.rehearse`)."""
     before = list(sys.path)
     module = types.ModuleType(_REHEARSED)
-    found = Found(module, _rehearsed.__code__, _made_of(path), user_roots(setup))
+    found = CompiledTask(module, _rehearsed.__code__, _made_of(path), user_roots(setup))
     found.renew()
     sys.path[0:0] = found.roots
     _call(setup, path, still(found, path) or found, {"config": {}}, tell)
@@ -228,7 +228,9 @@ def _is_own(root: str, name: str) -> bool:
     return os.path.isfile(f"{stem}.py") or os.path.isfile(os.path.join(stem, "__init__.py"))
 
 
-def _call(setup: Setup, path: str, found: Found | None, job: dict[str, object], tell: Tell) -> int:
+def _call(
+    setup: Setup, path: str, found: CompiledTask | None, job: dict[str, object], tell: Tell
+) -> int:
     said = Outcome()
     raised: BaseException | None = None
     try:
@@ -294,7 +296,7 @@ def _why_unusable(value: object) -> str | None:
     return None
 
 
-def _find(setup: Setup, path: str) -> Found:
+def _find(setup: Setup, path: str) -> CompiledTask:
     if not os.path.isfile(path):
         shown = os.path.relpath(path, setup.project)
         raise _Unusable(f"{shown} is not in the project (definition.path names it)")
@@ -307,7 +309,7 @@ def _find(setup: Setup, path: str) -> Found:
     assert code is not None  # nor without a source
     module = importlib.util.module_from_spec(spec)
     module.__dict__["__builtins__"] = vars(builtins)
-    return Found(module, code, made_of, user_roots(setup))
+    return CompiledTask(module, code, made_of, user_roots(setup))
 
 
 def _module_name(path: str) -> str:
@@ -340,7 +342,7 @@ def _made_of(path: str) -> object:
     return about.st_ino, about.st_size, about.st_mtime_ns
 
 
-def _load(setup: Setup, path: str, found: Found | None, said: Outcome) -> Task:
+def _load(setup: Setup, path: str, found: CompiledTask | None, said: Outcome) -> Task:
     found = found or _find(setup, path)
     begun = _clock()
     package = found.name.rpartition(".")[0]

@@ -12,7 +12,7 @@ import os
 
 from cortex.worker import processes, wire
 from cortex.worker.supervisor import watch
-from cortex.worker.supervisor.station import Bench
+from cortex.worker.supervisor.station import Station
 from cortex.worker.syscalls import signal
 
 TYPE_CHECKING = False
@@ -33,7 +33,7 @@ _OWN = (_TERM, _CHLD)
 
 
 def serve(
-    setup: Setup, sock: socket.socket, slot: memoryview | None, found: task.Found | None
+    setup: Setup, sock: socket.socket, slot: memoryview | None, found: task.CompiledTask | None
 ) -> NoReturn:
     """Never returns: it would return into the fork server, which looks for what is left of a job when
     this ends with anything but 0.
@@ -47,7 +47,7 @@ def serve(
         processes.prctl(processes.PR_SET_CHILD_SUBREAPER, 1)
         signals = Signals(for_python=setup.command is None)
         processes.close_all_but({0, 1, 2, signals.wake, signals.wake_write, sock.fileno()})
-        bench = Bench(setup, signals, sock, slot, found)
+        bench = Station(setup, signals, sock, slot, found)
         bench.prepare_early()
         while (order := _next(bench)) is not None:
             job = watch.Supervisor(bench, order)
@@ -102,7 +102,7 @@ def _on_child(*_: object) -> None:
     """The poll is woken: that is all."""
 
 
-def _next(bench: Bench) -> Order | None:
+def _next(bench: Station) -> Order | None:
     """The next order; None when there is none to come."""
     while (data := bench.hear()) == wire.READY:
         bench.get_ready()

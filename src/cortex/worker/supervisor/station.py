@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cortex.worker.supervisor.main import Signals
 
 
-class Bench:
+class Station:
     """One for each supervising process."""
 
     __slots__ = (
@@ -49,7 +49,7 @@ class Bench:
         signals: Signals,
         sock: socket.socket,
         slot: memoryview | None,
-        found: task.Found | None = None,
+        found: task.CompiledTask | None = None,
     ) -> None:
         self.setup = setup
         self.workspace = Workspace(setup)

@@ -26,7 +26,7 @@ from cortex.worker.syscalls import signal
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cortex.worker.messages import Order
-    from cortex.worker.supervisor.station import Bench
+    from cortex.worker.supervisor.station import Station
 
 WATCH_S = 0.05
 KILL_S = 5.0
@@ -45,7 +45,7 @@ TELL_START_S = 0.01
 class Supervisor:
     """One job's."""
 
-    def __init__(self, bench: Bench, order: Order) -> None:
+    def __init__(self, bench: Station, order: Order) -> None:
         self.bench = bench
         self.order = order
         self.start_ns = time.time_ns()

@@ -12,7 +12,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response, StreamingResponse
 
-from cortex.errors import NoDriver, NotFound, RangeNotSatisfiable, StorageUnavailable
+from cortex.errors import NoLeader, NotFound, RangeNotSatisfiable, StorageUnavailable
 from cortex.operator.http.answers import Receive, Scope, Send
 from cortex.operator.http.context import Context, context
 from cortex.operator.logs.follow import (
@@ -104,7 +104,7 @@ class Begun(StreamingResponse):
     again."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(NoDriver, StorageUnavailable):
+        with suppress(NoLeader, StorageUnavailable):
             await super().__call__(scope, receive, send)
 
 
@@ -172,5 +172,5 @@ async def _events(ctx: Context, record: JobRecord, log: Log, offset: int) -> Asy
         yield ": still here\n\n" if piece is None else event("log", encode(piece[1]), piece[0])
     record = await ctx.store.whole_job(job_id) or record
     if record.state in IN_PROGRESS:  # another operator drives it now, and there it goes on
-        raise NoDriver("this operator does not drive the job any more")
+        raise NoLeader("this operator does not drive the job any more")
     yield event("end", "".join(ctx.renderer.status(record)))
