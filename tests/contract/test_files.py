@@ -371,7 +371,7 @@ def test_what_is_needed_from_there_is_waited_for_and_what_is_to_be_removed_goes_
         way.shuts_at = b".lock"  # before it can be told whether there is one
         endpoint = running.deployed(probe_yaml(), files)
         job = running.submit(endpoint, config=SAY)
-        words = "it is tried again until this is over: the store of files"
+        words = "retrying until this clears: the store of files"
         until(lambda: words in running.status(endpoint, job).get("message", ""), "it says why")
         way.shuts_at = b"?delete"  # whenever that is
         way.open()

@@ -37,7 +37,7 @@ def test_no_more_run_than_may_and_other_apis_go_by(own: Operator) -> None:
     for job in (third, fourth):
         waiting = own.status(endpoint, job)
         assert waiting["worker_counts"] == {"pending": 1, "running": 0}
-        assert "as many jobs of this API run" in waiting["message"]
+        assert "running, its limits.max_running" in waiting["message"]
         assert "max_running" in waiting["message"]
     own.delete(endpoint, first)
     ends = [own.finished(endpoint, job) for job in (third, fourth)]

@@ -21,23 +21,14 @@ from cortex.worker.supervisor import logfile
 LIMIT = 1 << 20
 
 
-class Over:
-    """A job that has ended."""
-
-    def in_progress(self, job_id: str) -> bool:
-        return False
-
-    async def change(self, job_id: str) -> None:
-        return
+def no_writer() -> None:
+    """The job has ended."""
 
 
 class Running:
     """A job that runs on, and does not change."""
 
-    def in_progress(self, job_id: str) -> bool:
-        return True
-
-    async def change(self, job_id: str) -> None:
+    async def changed(self) -> None:
         await asyncio.Event().wait()
 
 
@@ -97,7 +88,7 @@ def test_a_log_that_is_removed_while_it_is_followed_ends_with_a_line_that_says_s
     async def pieces_of_it() -> list[tuple[int, str] | None]:
         pieces = []
         async with watching() as watcher:
-            async for piece in follow.follow("1", Log(log, LIMIT), 0, Over(), watcher):
+            async for piece in follow.follow(Log(log, LIMIT), 0, no_writer, watcher):
                 pieces.append(piece)
                 log.unlink(missing_ok=True)
         return pieces
@@ -123,7 +114,7 @@ def test_what_a_job_has_written_in_place_of_a_cut_is_none(tmp_path: Path, cut: b
 
     async def followed() -> list[str]:
         async with watching() as watcher:
-            pieces = follow.follow("job", Log(log, LIMIT), 0, Over(), watcher)
+            pieces = follow.follow(Log(log, LIMIT), 0, no_writer, watcher)
             return [piece[1] async for piece in pieces if piece is not None]
 
     assert follow.read(Log(log, LIMIT), 0, 10).data == b"abc"
@@ -142,7 +133,7 @@ def test_a_log_that_comes_while_it_is_looked_for_is_followed(
 
     async def pieces_of_it() -> tuple[int, str] | None:
         async with watching() as watcher:
-            pieces = follow.follow("1", Log(log, LIMIT), 0, Running(), watcher)
+            pieces = follow.follow(Log(log, LIMIT), 0, Running, watcher)
             first = asyncio.ensure_future(anext(pieces))
             while not watcher._watches:  # noqa: ASYNC110  # nobody tells of it
                 await asyncio.sleep(0.01)
@@ -160,7 +151,7 @@ def test_whoever_stops_following_leaves_nothing_that_waits(tmp_path: Path) -> No
     async def pieces_of_it() -> set[str]:
         async with watching() as watcher:
             before = asyncio.all_tasks()
-            pieces = follow.follow("1", Log(log, LIMIT), 0, Running(), watcher)
+            pieces = follow.follow(Log(log, LIMIT), 0, Running, watcher)
             await anext(pieces)
             second = asyncio.ensure_future(anext(pieces))
             while not asyncio.all_tasks() - before - {second}:  # noqa: ASYNC110  # nobody tells of it

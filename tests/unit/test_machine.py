@@ -29,8 +29,10 @@ from hypothesis.stateful import (
 
 from cortex.engines.base import Ended, Ending, Version
 from cortex.errors import StorageUnavailable
+from cortex.operator.deploy.catalogue import Catalogue
 from cortex.operator.deploy.versions import Unusable, Versions
 from cortex.operator.dispatch.dispatcher import Dispatcher
+from cortex.operator.dispatch.jobs import Jobs
 from cortex.operator.http.views import shown
 from cortex.projects.repository import Projects
 from cortex.spec.api import ApiSpec, Compute, Definition, Limits, Networking
@@ -71,9 +73,6 @@ class Environments(Versions):
         if spec is None or self.builds[spec.name] != "ready":
             return None
         return self._version(spec)
-
-    def ready_for(self, api_name: str) -> Version | None:
-        return self.ready(self._current.get(api_name, ""))
 
     async def prepare(self, api_id: str) -> Version:
         spec = await self.spec(api_id)
@@ -142,11 +141,16 @@ class Machine(RuleBasedStateMachine):
             self.store = Store(self.url)
             self.engine = ScriptedEngine(self.world, ROOM)
             self.versions = Environments(self.store, self.builds)
-            self.dispatcher = Dispatcher(self.store, self.engine, self.versions)
-            await self.engine.open(self.dispatcher.observed)
+            catalogue = Catalogue(self.store, others_deploy=False)
+            await catalogue.refresh()
+            self.dispatcher = Dispatcher(self.store, self.engine, self.versions, catalogue)
+            self.clients = Jobs(self.store, lambda: None, lambda: None)
+            self.clients.begin_term(self.dispatcher)
+            await self.engine.open(self.dispatcher.observe)
             for deployment in await self.store.deployments():
                 await self.versions.spec(deployment.spec.api_id)
             await self.dispatcher.open()
+            self.clients.dispatch_with(self.dispatcher)
 
         self.do(main())
         self.is_up = True
@@ -165,7 +169,7 @@ class Machine(RuleBasedStateMachine):
                 await asyncio.sleep(0)
             await self.store.ping()  # a write is done when one that comes after it is
             world = (sorted(self.world.ordered), sorted(self.world.running))
-            seen.append((world, sorted(self.engine.taken), len(self.dispatcher._board.tasks)))
+            seen.append((world, sorted(self.engine.taken), len(self.dispatcher.background)))
             assert len(seen) < 1000, "it comes to no rest"
 
     def crash(self, work: Coroutine[Any, Any, Any] | None, *, stored: bool = True) -> None:
@@ -212,7 +216,7 @@ class Machine(RuleBasedStateMachine):
         if name in self.deleted:
             return
         replay = None if key is None else Replay(key, "same")
-        record = self.do(self.dispatcher.submit(self.draft(name, timeout), replay))
+        record = self.do(self.clients.submit(self.draft(name, timeout), replay))
         job_id = record.spec.job_id
         known = self.keys.setdefault(f"{name} {key}", job_id) if key else job_id
         assert job_id == known, "the same key is the same job"
@@ -221,13 +225,13 @@ class Machine(RuleBasedStateMachine):
     @rule(stored=st.booleans(), name=st.sampled_from(["free", "tight"]))
     def crash_in_a_submit(self, stored: bool, name: str) -> None:
         if name not in self.deleted:
-            self.crash(self.dispatcher.submit(self.draft(name, None), None), stored=stored)
+            self.crash(self.clients.submit(self.draft(name, None), None), stored=stored)
 
     @precondition(lambda self: self.jobs)
     @rule(data=st.data())
     def stop(self, data: st.DataObject) -> None:
         job_id = data.draw(st.sampled_from(sorted(self.jobs)))
-        outcome = self.do(self.dispatcher.stop(job_id, UNKNOWN))
+        outcome = self.do(self.clients.stop(job_id, UNKNOWN))
         told = self.jobs[job_id]
         if outcome.taken:
             assert told.final is None or told.stopped
@@ -239,7 +243,7 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), stored=st.booleans())
     def crash_in_a_stop(self, data: st.DataObject, stored: bool) -> None:
         job_id = data.draw(st.sampled_from(sorted(self.jobs)))
-        self.crash(self.dispatcher.stop(job_id, UNKNOWN), stored=stored)
+        self.crash(self.clients.stop(job_id, UNKNOWN), stored=stored)
         # The client was told nothing: it looks, and what it sees then holds.
         if shown(self.record(job_id)) is Status.STOPPED:
             self.jobs[job_id].stopped = True
@@ -250,7 +254,7 @@ class Machine(RuleBasedStateMachine):
         if rare:
             return
         for record in self.do(self.store.undeploy(name, "deleted")):
-            self.dispatcher.stopped(record)
+            self.clients.stop_stored(record)
             self.jobs[record.spec.job_id].stopped = True
         self.deleted.add(name)
 
@@ -454,7 +458,7 @@ class Machine(RuleBasedStateMachine):
         for job_id, told in self.jobs.items():
             assert told.final is not None, (told, self.record(job_id))
             assert self.record(job_id).state in FINAL
-            assert not self.dispatcher.in_progress(job_id)
+            assert self.clients.find(job_id) is None
         assert self.engine.taken == set(), "all capacity is given back"
 
 

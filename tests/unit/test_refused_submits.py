@@ -1,4 +1,4 @@
-"""What a submit leaves that was claimed ahead, and refused."""
+"""What a submit leaves that was claimed early, and refused."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from cortex.engines.local import LocalEngine
-from cortex.operator.dispatch import admission
+from cortex.operator.dispatch import starter
 from cortex.operator.dispatch.live_jobs import LiveJobs
-from cortex.store import InitialClaim
+from cortex.system.background import Background
 from unit.test_store import draft
 
 
@@ -24,15 +24,14 @@ def test_the_folder_of_a_job_that_there_never_was_goes(
     engine = LocalEngine(tmp_path)
 
     async def refuse() -> None:
-        board = LiveJobs(none)
-        claim = InitialClaim("1", engine.claim(job.job_id, 1))
+        background = Background("failed")
+        starts = starter.Starter(LiveJobs(none, none), engine, none, none, background)
+        engine.claim(job.job_id, 1)
         for name in laid_out:
             (tmp_path / job.job_id / name).touch()
-        waiting = admission.Queue(board, engine, none)
-        waiting.storing(claim)
-        waiting.stored(job, claim, is_claimed=False, is_refused=True)
-        await board.tasks.finish()
+        starts.cancel_claim(job, is_refused=True)
+        await background.finish()
 
-    monkeypatch.setattr(admission, "_LAID_OUT_S", 0)
+    monkeypatch.setattr(starter, "_FOLDER_GRACE_S", 0)
     asyncio.run(refuse())
     assert not list(tmp_path.iterdir())

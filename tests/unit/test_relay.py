@@ -1,4 +1,4 @@
-"""Who is asked what only the operator that drives can tell, where that was hard to find out."""
+"""Requests that only the leader can answer are forwarded to it, also where it was hard to find out who it is."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Pair:
 
     def __init__(self, first: Store, second: Store, address: str) -> None:
         self.first, self.second, self.address = first, second, address
-        self.relay = LeaderProxy(first, lambda: False)
+        self.relay = LeaderProxy(first)
 
     async def change(self) -> None:
         """Let the second one drive in place of the first."""
@@ -39,7 +39,7 @@ class Pair:
 
     async def is_asked(self) -> bool:
         """Whether the second one is."""
-        return await self.relay.ask(Request(INFO)) is not None
+        return await self.relay.forward(Request(INFO)) is not None
 
 
 async def answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -75,7 +75,7 @@ def test_a_change_that_could_not_be_looked_at_is_looked_at_later(
         async with pair(f"{database.partition('?')[0]}?host={folder}", database) as both:
             await both.change()
             between.shut()
-            both.relay.driver_changed()
+            both.relay.leader_changed()
             with pytest.raises(StorageUnavailable):
                 await both.first.operators.driver()
             await asyncio.sleep(0.1)
@@ -101,11 +101,11 @@ def test_a_change_while_another_one_is_looked_at_is_not_missed(
                 return found
 
             monkeypatch.setattr(both.first.operators, "driver", slowly)
-            both.relay.driver_changed()
-            looking = both.relay._looking
+            both.relay.leader_changed()
+            looking = both.relay._refreshing
             await asyncio.sleep(0.2)
             await both.change()
-            both.relay.driver_changed()
+            both.relay.leader_changed()
             changed.set()
             assert looking is not None
             await looking

@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -16,9 +15,6 @@ from cortex.operator import retention
 from cortex.operator.config.settings import Keep, Settings
 from cortex.operator.data_folder import make_folders
 from cortex.operator.deploy.versions import Versions
-from cortex.operator.ha.shared_jobs import SharedJobs
-from cortex.operator.http.context import Context
-from cortex.operator.http.views import Renderer
 from cortex.operator.retention import Retention
 from cortex.projects.environments import Environments
 from cortex.projects.repository import Projects
@@ -30,21 +26,18 @@ class Parts:
     """Of an operator that keeps nothing long."""
 
     def __init__(self, folder: Path) -> None:
-        settings = Settings(folder, keep=Keep(jobs_s=0.001))
+        self.settings = settings = Settings(folder, keep=Keep(jobs_s=0.001))
         make_folders(settings)
-        none: Any = None
         self.store = Store(settings.database_url)
         self.projects = Projects(settings.projects, settings.locks)
         self.environments = Environments(settings.environments, projects=self.projects)
-        versions = Versions(self.store, self.projects, self.environments)
-        jobs = SharedJobs(self.store, lambda: None, lambda: None)
-        self.context = Context(
-            settings, self.store, LocalEngine(settings.jobs), versions, jobs,
-            Renderer(self.store, jobs), none, self.projects, self.store.in_turn(),
-        )  # fmt: skip
+        self.versions = Versions(self.store, self.projects, self.environments)
 
     def retention(self) -> Retention:
-        return Retention(self.context, self.environments)
+        return Retention(
+            self.settings, self.store, LocalEngine(self.settings.jobs), self.versions,
+            self.projects, self.environments, None, self.store.in_turn(),
+        )  # fmt: skip
 
     def project(self, content: str) -> str:
         """Take a project in, as a deploy does."""
@@ -54,12 +47,12 @@ class Parts:
             return self.projects.take_in(incoming)
 
     def here(self) -> set[str]:
-        return {folder.name for folder in self.context.settings.projects.iterdir()}
+        return {folder.name for folder in self.settings.projects.iterdir()}
 
 
 @pytest.fixture
 def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
-    monkeypatch.setattr(retention, "_SOONEST_S", 0.01)
+    monkeypatch.setattr(retention, "_MIN_INTERVAL_S", 0.01)
     made = Parts(tmp_path)
     yield made
     made.store.close()

@@ -11,8 +11,10 @@ import pytest
 
 from cortex.operator.app import create_app
 from cortex.operator.config.settings import Settings
+from cortex.operator.deploy.catalogue import Catalogue
 from cortex.operator.deploy.versions import Versions
-from cortex.operator.ha.shared_jobs import SharedJobs
+from cortex.operator.dispatch.jobs import Jobs
+from cortex.operator.ha.forwarding import LeaderProxy
 from cortex.operator.http.context import Context
 from cortex.operator.http.views import Renderer
 from cortex.projects.repository import Projects
@@ -32,16 +34,16 @@ async def remove(store: Store, job_id: str) -> None:
     await store.remove_jobs([job_id])
 
 
-class Removed(SharedJobs):
+class Removed(Jobs):
     """A job is removed right before what is asked of it is done."""
 
     async def stop(self, job_id: str, actor: Actor) -> Outcome:
         await remove(self._store, job_id)
         return await super().stop(job_id, actor)
 
-    async def next(self, job_id: str, within_s: float) -> JobRecord | None:
+    async def next_record(self, job_id: str, within_s: float) -> JobRecord | None:
         await remove(self._store, job_id)
-        return await super().next(job_id, within_s)
+        return await super().next_record(job_id, within_s)
 
 
 class RemovedVersions(Versions):
@@ -67,12 +69,14 @@ def test_a_job_that_is_removed_while_it_is_asked_for_is_not_found(
         versions = RemovedVersions(store, Projects(tmp_path, tmp_path), None)
         jobs = Removed(store, lambda: None, lambda: None)
         none: Any = None
+        catalogue = Catalogue(store, others_deploy=False)
         ctx = Context(
-            Settings(tmp_path), store, none, versions, jobs, Renderer(store, jobs), none, none,
-            store.in_turn(),
+            Settings(tmp_path), store, jobs, catalogue, versions, Renderer(store, jobs), none,
+            LeaderProxy(store),
         )  # fmt: skip
         try:
             await store.deploy([spec()])
+            await catalogue.refresh()
             job, _ = await store.submit(draft())
             app = httpx.ASGITransport(cast(Any, create_app(ctx, none, none)))
             async with httpx.AsyncClient(transport=app, base_url="http://localhost") as http:

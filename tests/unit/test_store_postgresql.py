@@ -464,16 +464,16 @@ class Told:
         self.terms = 0
         self.anything = 0
 
-    def job_changed(self, job_id: str, *, own: bool) -> None:
+    def on_job_changed(self, job_id: str, *, own: bool) -> None:
         self.jobs.append((job_id, own))
 
-    def apis_changed(self) -> None:
+    def on_apis_changed(self) -> None:
         self.apis += 1
 
-    def driver_changed(self) -> None:
+    def on_leader_changed(self) -> None:
         self.terms += 1
 
-    def all_may_have_changed(self) -> None:
+    def on_all_may_have_changed(self) -> None:
         self.anything += 1
 
 

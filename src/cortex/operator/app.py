@@ -25,14 +25,15 @@ from cortex.objects import ObjectStore
 from cortex.operator.config.settings import Settings
 from cortex.operator.data_folder import check_whole, held, held_with_others, make_folders, namespace
 from cortex.operator.data_folder_id import settle
+from cortex.operator.deploy.catalogue import Catalogue
 from cortex.operator.deploy.deployer import Deployer
 from cortex.operator.deploy.versions import Versions
-from cortex.operator.dispatch.dispatcher import Dispatcher
-from cortex.operator.ha.leadership import Leadership, driven
+from cortex.operator.ha.leadership import Leadership
+from cortex.operator.ha.peers import Peers
 from cortex.operator.http.answers import Answer, App, Error, Gate, install_error_handlers
 from cortex.operator.http.auth import Authentication
 from cortex.operator.http.connections import most
-from cortex.operator.http.context import Context, Jobs
+from cortex.operator.http.context import Context
 from cortex.operator.http.fast_path import FastPath
 from cortex.operator.http.hosts import Hosts
 from cortex.operator.http.refusals import Refusals
@@ -81,14 +82,14 @@ def _routes(ctx: Context, deployer: Deployer) -> FastAPI:
 
 @asynccontextmanager
 async def opened(settings: Settings, failed: Callable[[Exception], None]) -> AsyncIterator[App]:
-    """An operator and its application; closed at the end, jobs go on. It drives its jobs, unless another
-    operator of a store that they share does.
+    """An operator and its application; closed at the end, jobs go on. It leads from the start, unless another
+    operator on the same store is the leader.
 
     Args:
-        failed: called when this operator was to begin to drive, and never can: it has to end.
+        failed: called when this operator has become the leader and cannot lead: it has to end.
 
     Raises:
-        StartupError: the data folder, the store or the engine cannot be used; it says why.
+        StartupError: the data folder, the store or the engine cannot be used; the message says why.
     """
     async with AsyncExitStack() as stack:
         make_folders(settings)
@@ -100,53 +101,46 @@ async def opened(settings: Settings, failed: Callable[[Exception], None]) -> Asy
         check_whole(settings)
         store = Store(settings.database_url, settings.max_waiting_bytes)
         stack.callback(store.close)
-        place = await settle(settings, store, files)
+        deploy_lock = store.in_turn()
+        data_folder_id = await settle(settings, store, files)
         if settings.require_token:
             await _check_tokens(store)
-        engine = _engine(settings, place, projects)
         environments = Environments(
             settings.environments, settings.account, projects, settings.builds
         )
-        here = None if engine.capabilities.builds_environments else environments
-        versions = Versions(store, projects, here)
+        # On a cluster each node builds its own.
+        versions = Versions(store, projects, environments if settings.ray is None else None)
         stack.push_async_callback(versions.close)
         archive = None
         if files is not None:
-            is_apart = is_shared and settings.ray is not None
-            archive = Archive(files, engine, store, settings.archived, is_apart=is_apart)
+            archive = Archive(
+                files,
+                lambda job_id: settings.jobs / job_id / "log",
+                store,
+                settings.archived,
+                is_apart=is_shared and settings.ray is not None,
+            )
             stack.callback(archive.end)
         watcher = LogWatcher()
         watcher.open()
         stack.push_async_callback(watcher.close)
+        catalogue = Catalogue(store, others_deploy=is_shared)
+        await catalogue.refresh()
+        peers = Peers(store, catalogue)
+        stack.push_async_callback(peers.close)
         metrics = Metrics()
-        if is_shared:
-            from cortex.operator.ha.peers import Peers  # an HTTP client: long to load
-
-            others = Peers(store)
-            stack.push_async_callback(others.close)
-            jobs: Jobs = others.jobs
-        else:
-            finished = None if archive is None else archive.finished
-            dispatcher = Dispatcher(
-                store, engine, versions, finished, metrics.changed, metrics.measured
-            )
-            jobs = dispatcher
+        leadership = Leadership(
+            settings, store, peers.jobs, catalogue, versions, projects, environments, archive,
+            metrics, deploy_lock,
+            new_engine=lambda: _engine(settings, data_folder_id, projects), failed=failed,
+        )  # fmt: skip
+        await peers.open(leadership, settings.lease_s)
         ctx = Context(
-            settings, store, engine, versions, jobs, Renderer(store, jobs), watcher, projects,
-            store.in_turn(), others.relay if is_shared else None, archive, metrics=metrics,
+            settings, store, peers.jobs, catalogue, versions, Renderer(store, peers.jobs), watcher,
+            peers.leader, archive, metrics,
         )  # fmt: skip
         stack.callback(ctx.bodies.close)
-        deployer = Deployer(ctx)
-        await ctx.read_endpoints()
-        if is_shared:
-            terms = Leadership(
-                ctx, others.jobs, deployer, environments,
-                new_engine=lambda: _engine(settings, place, projects), failed=failed,
-            )  # fmt: skip
-            await others.open(deployer, terms, settings.lease_s)
-        else:
-            work = driven(ctx, dispatcher, deployer, environments)
-            await stack.enter_async_context(work)
+        deployer = Deployer(store, projects, catalogue, peers.jobs, deploy_lock)
         refusals = Refusals(store)
         stack.push_async_callback(refusals.close)
         yield create_app(ctx, deployer, refusals)
@@ -159,7 +153,7 @@ async def run(settings: Settings, ready: Callable[[str], None]) -> None:
         ready: called with the operator's URL once it answers.
 
     Raises:
-        StartupError: it cannot start, and why; or it cannot drive, when that came to it.
+        StartupError: it cannot start, or it has become the leader and cannot lead.
     """
     configure_logging()
     # Each running job takes two descriptors here; jobs themselves get what was there before.
@@ -167,7 +161,7 @@ async def run(settings: Settings, ready: Callable[[str], None]) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if settings.account is not None:
         os.umask(0o022)  # jobs of another user read what is unpacked here
-    settings = replace(settings, host=_known(settings.host))
+    settings = replace(settings, host=_resolvable(settings.host))
     listener = _listen(settings)
     port = listener.getsockname()[1]
     os.environ["CORTEX_OPERATOR_ENDPOINT"] = _url(
@@ -191,7 +185,7 @@ async def run(settings: Settings, ready: Callable[[str], None]) -> None:
 
 
 def configure_logging() -> None:
-    """Events to stderr: one JSON line each, or coloured words on a terminal."""
+    """Write log events to stderr: one JSON line each, or coloured text on a terminal."""
     terminal = sys.stderr.isatty()
     structlog.configure(
         processors=[
@@ -209,7 +203,7 @@ def configure_logging() -> None:
 
 
 def _asks_for_tokens(settings: Settings, listener: socket.socket) -> bool:
-    """Whoever reaches the operator can run code here: beyond this machine they have to say who they are."""
+    """Whether requests need a token: whoever can reach the operator can run code, so they do beyond this machine."""
     is_local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
     return settings.require_token or not (is_local or settings.insecure)
 
@@ -217,13 +211,13 @@ def _asks_for_tokens(settings: Settings, listener: socket.socket) -> bool:
 async def _check_tokens(store: Store) -> None:
     if not await store.tokens():
         raise StartupError(
-            "it is reached from other machines or told to require tokens, and has none yet: whoever "
-            "reaches the operator can run code here. Make one with `cortex token create NAME --scope "
-            "deploy` (and the same --data-dir), listen on localhost, or say --insecure to let everybody in."
+            "tokens are required (the operator listens beyond localhost, or --require-token is set), but "
+            "none exists. Anyone who can reach it could run code. Make one with `cortex token create NAME "
+            "--scope deploy` (and the same --data-dir), listen on localhost, or use --insecure."
         )
 
 
-def _known(host: str) -> str:
+def _resolvable(host: str) -> str:
     """The host; for `localhost` an address of this machine, where the resolver does not know that name."""
     if host != "localhost":
         return host
@@ -251,7 +245,7 @@ def _listen(settings: Settings) -> socket.socket:
 
 
 def _address(host: str, port: int) -> str:
-    """Where other operators reach this one, as far as can be told from where it listens."""
+    """The URL at which other operators reach this one, guessed from the address that it listens on."""
     if host in ("", "0.0.0.0", "::"):
         host = socket.getfqdn()
     return _url(host, port)
@@ -261,7 +255,7 @@ def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _engine(settings: Settings, place: str, projects: Projects) -> Engine:
+def _engine(settings: Settings, data_folder_id: str, projects: Projects) -> Engine:
     if settings.ray is None:
         return LocalEngine(
             settings.jobs,
@@ -276,7 +270,7 @@ def _engine(settings: Settings, place: str, projects: Projects) -> Engine:
     return RayEngine(
         settings.jobs,
         settings.ray.address,
-        namespace(settings, place),
+        namespace(settings, data_folder_id),
         settings.grace_s,
         settings.ray.node_dir,
         projects,

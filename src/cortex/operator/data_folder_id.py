@@ -17,7 +17,7 @@ from cortex.errors import StartupError, StorageUnavailable
 from cortex.objects import ObjectStore
 from cortex.operator.config.settings import Settings
 from cortex.operator.data_folder import read, write
-from cortex.operator.dispatch.live_job import ending
+from cortex.operator.dispatch.live_jobs import platform_ending
 from cortex.spec.job import JobRecord
 from cortex.spec.lifecycle import CLAIMED, Event
 from cortex.spec.times import new_id
@@ -74,7 +74,7 @@ async def _give_up(store: Store, reason: str, *, is_final: bool) -> None:
             if (await store.apply(job_id, Event.RETRY, facts, record.spec)).taken:
                 log.warning("attempt lost", job=job_id, number=number, reason=reason)
                 continue
-        facts = {"of_attempt": record.attempt, **ending(message=reason)}
+        facts = {"of_attempt": record.attempt, **platform_ending(reason)}
         await store.apply(job_id, Event.LOSE, facts, record.spec)
         log.warning("job lost", job=job_id, reason=reason)
 
@@ -103,14 +103,13 @@ def _settle(settings: Settings, store: Store, files: ObjectStore | None) -> str:
     if lost is not None and lost != own and lost in places:
         # Before the database is told: from then on nothing else says that its jobs are to be given up.
         write(settings.taken_over, lost)
-    if store.is_shared:
-        runs_on = processes.boot_id() if settings.ray is None else "ray"
-        try:
-            store.operators.join(own, runs_on, settings.advertise, instead_of=lost)
-        except StartupError:
-            if not is_marked:
-                _unmark(settings, store)
-            raise
+    runs_on = processes.boot_id() if settings.ray is None else "ray"
+    try:
+        store.operators.join(own, runs_on, settings.advertise, instead_of=lost)
+    except StartupError:
+        if not is_marked:
+            _unmark(settings, store)
+        raise
     if files is not None:
         files.own(own)
     return own

@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 import cortex
 from cortex.engines.base import NOTHING, NodeInfo
-from cortex.operator.dispatch.live_job import LiveJob
+from cortex.operator.dispatch.live_jobs import LiveJob
 from cortex.operator.http.views import shown
 from cortex.operator.task_metrics import TaskMeasures
 from cortex.spec.api import MILLI

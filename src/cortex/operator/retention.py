@@ -1,7 +1,7 @@
-"""Retention: what is kept of finished jobs and of versions that nothing uses, and for how long.
+"""Retention removes finished jobs, their logs, and versions that no job uses, after the times that are configured.
 
-A folder is removed before the row that tells of it, so that a crash in between leaves nothing behind
-that nobody knows of. One per operator, opened by the app.
+A folder is removed before its row in the store, so that a crash in between leaves no folder without a row.
+Opened by the leader.
 """
 
 from __future__ import annotations
@@ -12,11 +12,16 @@ from pathlib import Path
 
 import structlog
 
+from cortex.engines.base import Engine
 from cortex.errors import StorageUnavailable
-from cortex.operator.http.context import Context
+from cortex.operator.config.settings import Settings
+from cortex.operator.deploy.versions import Versions
+from cortex.operator.logs.archive import Archive
 from cortex.projects.environments import Environments
+from cortex.projects.repository import Projects
 from cortex.spec.api import DEFAULT_DEPENDENCIES, ApiSpec
 from cortex.spec.times import now_ns
+from cortex.store import DatabaseLock, Store
 from cortex.system.background import Background, in_thread
 from cortex.system.folders import remove
 
@@ -24,43 +29,59 @@ log = structlog.get_logger()
 
 _BATCH = 200
 _FAILED = "retention failed"
-_SOONEST_S, _LATEST_S = 1.0, 60.0
+_MIN_INTERVAL_S, _MAX_INTERVAL_S = 1.0, 60.0
 
 
 class Retention:
-    """Looks again and again for what need not be kept any longer."""
+    """Removes at regular intervals what has been kept long enough."""
 
-    def __init__(self, ctx: Context, environments: Environments) -> None:
-        self._ctx = ctx
-        self._keep = ctx.settings.keep
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        engine: Engine,
+        versions: Versions,
+        projects: Projects,
+        environments: Environments,
+        archive: Archive | None,
+        deploy_lock: DatabaseLock,
+    ) -> None:
+        self._settings = settings
+        self._keep = settings.keep
+        self._store = store
+        self._engine = engine
+        self._versions = versions
+        self._projects = projects
         self._environments = environments
+        self._archive = archive
+        self._deploy_lock = deploy_lock
         self._background = Background(_FAILED)
-        self._is_over = threading.Event()
+        self._is_closed = threading.Event()
 
     async def open(self) -> None:
         self._background.run(self._run(), "retention")
 
     async def close(self) -> None:
-        self._is_over.set()
+        self._is_closed.set()
         await self._background.close()
 
     async def _run(self) -> None:
         kept = (self._keep.jobs_s, self._keep.logs_s, self._keep.audit_s)
         ages = [age for age in kept if age is not None]
-        pause_s = max(_SOONEST_S, min([_LATEST_S, *(age / 10 for age in ages)]))
+        pause_s = max(_MIN_INTERVAL_S, min([_MAX_INTERVAL_S, *(age / 10 for age in ages)]))
         while True:
             try:
                 await self._sweep()
             except (StorageUnavailable, OSError) as error:
-                log.warning("retention has to wait", error=str(error))
-            except Exception as error:  # another round may go well
+                log.warning("retention postponed", error=str(error))
+            except Exception as error:  # the next round may succeed
                 log.error(_FAILED, exc_info=error)
             await asyncio.sleep(pause_s)
 
     async def _sweep(self) -> None:
-        store, keep = self._ctx.store, self._keep
-        if self._ctx.archive is not None:
-            await self._ctx.archive.drop_old()
+        store, keep = self._store, self._keep
+        if self._archive is not None:
+            await self._archive.drop_old()
         if keep.logs_s is not None:
             before_ns = _ago(keep.logs_s)
             while ids := await store.jobs_with_folder(before_ns, _BATCH):
@@ -75,54 +96,53 @@ class Retention:
                 await self._remove_jobs(ids)
         await store.trim_audit(None if keep.audit_s is None else _ago(keep.audit_s))
         if keep.jobs_s is not None:
-            async with self._ctx.deploying:
-                used = await self._put_versions_away(_ago(keep.jobs_s))
-            await in_thread(
-                self._remove_unused, used
-            )  # which takes long, and is nobody else's any more
+            async with self._deploy_lock:
+                used = await self._retire_versions(_ago(keep.jobs_s))
+            await in_thread(self._remove_unused, used)  # without the lock: it takes long
 
     async def _remove_jobs(self, ids: list[str]) -> None:
         await self._remove_folders(ids)
-        await self._ctx.store.remove_jobs(ids)
+        await self._store.remove_jobs(ids)
         log.info("removed jobs", count=len(ids))
 
     async def _remove_folders(self, ids: list[str]) -> None:
-        if self._ctx.archive is not None:
-            await self._ctx.archive.remove(ids)
-        folders = [self._ctx.engine.log(job_id).parent for job_id in ids]
-        self._ctx.engine.discard(ids)
+        if self._archive is not None:
+            await self._archive.remove(ids)
+        folders = [self._settings.jobs / job_id for job_id in ids]
+        self._engine.discard(ids)
         await in_thread(_remove_all, folders)
 
-    async def _put_versions_away(self, before_ns: int) -> list[ApiSpec]:
-        """Remove what is unused of versions and projects; the versions that are left."""
-        here = await in_thread(self._ctx.projects.here)  # first: what comes in again is another
-        for api_id in await self._ctx.store.remove_versions(before_ns):
-            self._ctx.versions.forget(api_id)
+    async def _retire_versions(self, before_ns: int) -> list[ApiSpec]:
+        """Remove the rows of unused versions, and move unused projects to the trash; the versions that are left."""
+        here = await in_thread(
+            self._projects.here
+        )  # first: a project that is stored again meanwhile is another
+        for api_id in await self._store.remove_versions(before_ns):
+            self._versions.forget(api_id)
             log.info("removed version", api_id=api_id)
-        left = await self._ctx.store.all_versions()
-        await in_thread(self._put_projects_away, here, {spec.project_id for spec in left})
+        left = await self._store.all_versions()
+        await in_thread(self._retire_projects, here, {spec.project_id for spec in left})
         return left
 
-    # In threads, which go on when nobody waits for them any more
-
-    def _put_projects_away(self, here: dict[str, int], used: set[str]) -> None:
+    def _retire_projects(self, here: dict[str, int], used: set[str]) -> None:
+        # In a thread, which a cancellation does not stop: hence the checks of `_is_closed`.
         for identity in here.keys() - used:
-            if self._is_over.is_set():
+            if self._is_closed.is_set():
                 return
-            self._ctx.projects.put_away(identity, here[identity])
-        self._ctx.projects.forget_all_but(used)
+            self._projects.put_away(identity, here[identity])
+        self._projects.forget_all_but(used)
 
     def _remove_unused(self, used: list[ApiSpec]) -> None:
-        for folder in self._ctx.projects.to_remove():
-            if self._is_over.is_set():
+        for folder in self._projects.to_remove():
+            if self._is_closed.is_set():
                 return
             remove(folder)
-        projects = self._ctx.projects
+        projects = self._projects
         wanted = {(folder, DEFAULT_DEPENDENCIES) for folder in projects.folders()}
         wanted |= {
             (projects.folder(spec.project_id), spec.definition.dependencies) for spec in used
         }
-        self._environments.remove_all_but(wanted, self._is_over.is_set)
+        self._environments.remove_all_but(wanted, self._is_closed.is_set)
 
 
 def _ago(seconds: float) -> int:

@@ -24,6 +24,7 @@ from cortex.store.group import locks
 from cortex.store.group.group import OperatorGroup
 from cortex.store.group.locks import DatabaseLock
 from cortex.store.group.member import session_name
+from cortex.store.group.sole import SoleOperator
 from cortex.store.schema import IS_IN_PROGRESS, jobs
 from cortex.store.submissions import InitialClaim, Replay, Submissions
 from cortex.store.transitions import BY_ID, Facts, Outcome, apply, record, whole_record
@@ -68,12 +69,22 @@ class Store:
         self._reader = reader(self._engine)
         self._writer = Writer(self._engine, None if self._file is None else self._file.lost)
         self._submits = Submissions(max_waiting_bytes)
-        self.operators = OperatorGroup(self._engine, self._writer, operator_id, name)
+        self.operators: OperatorGroup | SoleOperator = (
+            OperatorGroup(self._engine, self._writer, operator_id, name)
+            if self.is_shared
+            else SoleOperator(self._writer)
+        )
 
     @property
     def is_shared(self) -> bool:
         """Whether several operators can have it; a file is one's own as long as its folder is locked."""
         return self._engine.dialect.name != "sqlite"
+
+    @property
+    def failed_write_stores_nothing(self) -> bool:
+        """Whether it is certain after StorageUnavailable that nothing was stored. A database in a file may hold
+        the write after a crash of a machine whose disk fails."""
+        return self.is_shared
 
     def close(self) -> None:
         """Finish the writes that wait, and let go of the database."""

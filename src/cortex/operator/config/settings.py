@@ -88,6 +88,11 @@ class Settings:
     """Names, beside the machine's own, by which it may be asked where no token is."""
 
     @property
+    def engine_name(self) -> str:
+        """The name of the engine that runs the jobs."""
+        return "local" if self.ray is None else "ray"
+
+    @property
     def database_url(self) -> str:
         return database_url(self.data_dir, self.store)
 

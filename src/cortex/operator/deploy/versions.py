@@ -15,7 +15,7 @@ import structlog
 
 from cortex.engines.base import Version
 from cortex.errors import NotFound, StorageUnavailable, is_shortage, is_storage
-from cortex.operator.http.views import ShownSpec, shown_spec
+from cortex.operator.deploy.shown_specs import ShownSpec, shown_spec
 from cortex.projects.builder import EnvironmentFailed
 from cortex.projects.dotenv import check_variables, variables
 from cortex.projects.environments import Environments
@@ -27,7 +27,7 @@ from cortex.system.background import in_thread
 
 log = structlog.get_logger()
 
-_LOCK_RETRY_S = 5.0
+_RETRY_DELAY_S = 5.0
 
 
 class Unusable(Exception):
@@ -35,10 +35,10 @@ class Unusable(Exception):
 
     Attributes:
         reason: one line, for the job's message.
-        output: all there is to say, for the job's log.
+        output: the details, for the job's log; None where there are none.
     """
 
-    def __init__(self, reason: str, output: str) -> None:
+    def __init__(self, reason: str, output: str | None) -> None:
         super().__init__(reason)
         self.reason = reason
         self.output = output
@@ -66,7 +66,6 @@ class Versions:
         self._specs: dict[str, ApiSpec] = {}
         self._shown: dict[str, ShownSpec] = {}
         self._ready: dict[str, Version] = {}
-        self._current: dict[str, str] = {}  # by name
         self._preparing: dict[str, _Preparation] = {}
         self._given_up: set[asyncio.Task[Version]] = set()
         self._locking: set[asyncio.Task[None]] = set()
@@ -103,15 +102,6 @@ class Versions:
     def ready(self, api_id: str) -> Version | None:
         """The version, if it can start jobs at once."""
         return self._ready.get(api_id)
-
-    def deployed(self, api_name: str, api_id: str) -> None:
-        """This is the version of an API that jobs are submitted to from now on."""
-        self._current[api_name] = api_id
-
-    def ready_for(self, api_name: str) -> Version | None:
-        """The version that a job submitted now is of, if it can start jobs at once. Only the commit
-        of the submit tells for sure that it is that one."""
-        return self._ready.get(self._current.get(api_name, ""))
 
     async def prepare(self, api_id: str) -> Version:
         """The version once it can start jobs. A failed environment is tried again at each call. What is under way is
@@ -163,7 +153,6 @@ class Versions:
         """Others may have cleared away what was ready, and kept more lock files."""
         self._projects.start_over()
         self._ready.clear()
-        self._current.clear()
 
     def forget(self, api_id: str) -> None:
         """A version was removed from the store."""
@@ -229,6 +218,6 @@ class Versions:
                 log.warning(
                     "a lock file is still to be kept", project=project.name, error=str(error)
                 )
-                await asyncio.sleep(_LOCK_RETRY_S)
+                await asyncio.sleep(_RETRY_DELAY_S)
             else:
                 return

@@ -1,5 +1,5 @@
-"""The line in which jobs wait for a start: first in, first out, but that jobs of an API which runs as
-many as its `limits.max_running` allows step aside and hold nobody up. Used by the dispatcher alone.
+"""The waiting line: first in, first out. Jobs of an API that has as many running jobs as its
+`limits.max_running` allows are parked and block no other job. Used by `admission` alone.
 """
 
 from __future__ import annotations
@@ -7,72 +7,73 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 
-QueueEntry = tuple[int, str, str]  # the job's seq, which orders, its id, and its API
+QueueEntry = tuple[int, str, str]
+"""The job's sequence number (the order), its id, and the name of its API."""
 
 
 class WaitingQueue:
-    """Who waits, and who has got a place to run."""
+    """The jobs that wait, and for each API the jobs that run."""
 
     def __init__(self) -> None:
         self._waiting: list[QueueEntry] = []
-        self._aside: dict[str, list[QueueEntry]] = {}
+        self._parked: dict[str, list[QueueEntry]] = {}
         self._running: defaultdict[str, set[str]] = defaultdict(set)
-        self._most: dict[str, int] = {}
+        self._max_running: dict[str, int] = {}
 
-    def limit(self, api_name: str, most: int | None) -> None:
-        """Let at most so many jobs of an API run at once, whichever version they are of."""
-        if most is None:
-            self._most.pop(api_name, None)
+    def limit(self, api_name: str, max_running: int | None) -> None:
+        """Limit the running jobs of an API, of all its versions together; None lifts the limit."""
+        if max_running is None:
+            self._max_running.pop(api_name, None)
         else:
-            self._most[api_name] = most
-        for place in self._aside.pop(api_name, ()):
-            heapq.heappush(self._waiting, place)
+            self._max_running[api_name] = max_running
+        for entry in self._parked.pop(api_name, ()):
+            heapq.heappush(self._waiting, entry)
 
-    def join(self, seq: int, job_id: str, api_name: str) -> None:
-        """Wait, in the order of `seq`."""
+    def push(self, seq: int, job_id: str, api_name: str) -> None:
+        """Add a job, in the order of `seq`."""
         heapq.heappush(self._waiting, (seq, job_id, api_name))
 
     def first(self) -> str | None:
-        """The job whose turn it is."""
+        """The id of the first job; None where none waits."""
         return self._waiting[0][1] if self._waiting else None
 
-    def leave(self) -> None:
-        """The first one waits no more."""
+    def pop(self) -> None:
+        """Remove the first job."""
         _, _, api_name = heapq.heappop(self._waiting)
-        self._call_back(api_name)
+        self._unpark_one(api_name)
 
-    def step_aside(self) -> None:
-        """The first one waits until another job of its API is over."""
-        place = heapq.heappop(self._waiting)
-        heapq.heappush(self._aside.setdefault(place[2], []), place)
+    def park(self) -> None:
+        """Set the first job aside until a running job of its API has ended."""
+        entry = heapq.heappop(self._waiting)
+        heapq.heappush(self._parked.setdefault(entry[2], []), entry)
 
-    def full(self, api_name: str) -> int | None:
-        """How many jobs of an API run, if that is as many as may; else None."""
-        most = self._most.get(api_name)
+    def running_at_limit(self, api_name: str) -> int | None:
+        """The number of running jobs of an API where it has reached the limit; else None."""
+        limit = self._max_running.get(api_name)
         running = len(self._running.get(api_name, ()))
-        return running if most is not None and running >= most else None
+        return running if limit is not None and running >= limit else None
 
-    def occupy(self, api_name: str, job_id: str) -> None:
-        """Give a job a place."""
+    def admit(self, api_name: str, job_id: str) -> None:
+        """Count a job as running."""
         self._running[api_name].add(job_id)
 
-    def vacate(self, api_name: str, job_id: str) -> bool:
-        """Take a job's place back; False if it had none."""
-        places = self._running.get(api_name)
-        if places is None or job_id not in places:
+    def release(self, api_name: str, job_id: str) -> bool:
+        """Count a job as running no longer; False where it was not counted."""
+        running = self._running.get(api_name)
+        if running is None or job_id not in running:
             return False
-        places.discard(job_id)
-        if not places:
+        running.discard(job_id)
+        if not running:
             del self._running[api_name]
-        self._call_back(api_name)
+        self._unpark_one(api_name)
         return True
 
-    def _call_back(self, api_name: str) -> None:
-        """One more of those that stepped aside may try again: one at a time, for there may be many,
-        and each that leaves without taking the place calls the next."""
-        aside = self._aside.get(api_name)
-        if not aside or self.full(api_name) is not None:
+    def _unpark_one(self, api_name: str) -> None:
+        """Let one parked job try again. One at a time, for there may be many: each that is popped and not
+        admitted unparks the next."""
+        parked = self._parked.get(api_name)
+        if not parked or self.running_at_limit(api_name) is not None:
             return
-        heapq.heappush(self._waiting, heapq.heappop(aside))
-        if not aside:
-            del self._aside[api_name]
+        heapq.heappush(self._waiting, heapq.heappop(parked))
+        if not parked:
+            del self._parked[api_name]

@@ -1,95 +1,172 @@
-"""The jobs in progress, in memory as the store holds them, and their events on the way there. Used by the
-dispatcher and the queue alone.
+"""The jobs in progress, in memory as the store holds them, and the events on their way there.
+
+`LiveJobs` owns them and is the only one that adds, changes or removes one. The dispatcher alone calls its
+methods that change something; everybody else calls `find`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import structlog
 
+from cortex.engines.base import Version
 from cortex.errors import OutcomeUnknown, StorageUnavailable, Superseded
-from cortex.operator.dispatch.live_job import LiveJob, ending
 from cortex.spec.job import JobRecord
 from cortex.spec.lifecycle import FINAL, Event
+from cortex.spec.times import now_ns
 from cortex.store import Facts, Store
-from cortex.system.background import Background
 
 log = structlog.get_logger()
 
 STORAGE_RETRY_S = 1.0
 
 
+@dataclass(slots=True, eq=False)
+class LiveJob:
+    """A job in progress.
+
+    Attributes:
+        record: the job as it was stored last, without a config that is long.
+        explain: says why a waiting job waits; see `why_waiting`.
+        version: None until the job's version is ready, or described for a job that was recovered.
+        unreachable: why the engine cannot be asked about the job right now, if so.
+        blocked_by: what the machine lacks right now, while the start is retried until it has it again.
+        engine_wait: why the engine has not started the job yet that it was told to start.
+        deadline: by the monotonic clock, which the engine's processes share.
+        timer: of the deadline, while the job waits.
+    """
+
+    record: JobRecord
+    explain: Callable[[LiveJob], str | None]
+    version: Version | None = None
+    stop_wanted: bool = False
+    unreachable: str | None = None
+    blocked_by: str | None = None
+    engine_wait: str | None = None
+    deadline: float | None = None
+    timer: asyncio.TimerHandle | None = None
+    _change: asyncio.Event | None = None  # made for the first that waits: most jobs have none
+
+    @property
+    def job_id(self) -> str:
+        return self.record.spec.job_id
+
+    @property
+    def api_name(self) -> str:
+        return self.record.spec.api_name
+
+    @property
+    def why_waiting(self) -> str | None:
+        """What a waiting job waits for, in words; None where it does not wait."""
+        return self.explain(self)
+
+    @property
+    def failed_starts(self) -> int:
+        """Attempts that ended before any code of the user's ran."""
+        return self.record.attempt - self.record.losses
+
+    @property
+    def is_overdue(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    async def changed(self) -> None:
+        """Return at the next change that a client can observe."""
+        if self._change is None:
+            self._change = asyncio.Event()
+        await self._change.wait()
+
+    def notify(self) -> None:
+        """Wake all that wait in `changed`."""
+        if self._change is not None:
+            self._change.set()
+            self._change = None
+
+    def cancel_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+
+
 class LiveJobs:
     """All methods are called on the event loop."""
 
-    def __init__(
-        self,
-        store: Store,
-        finished: Callable[[str], None] | None = None,
-        changed: Callable[[JobRecord, JobRecord], None] | None = None,
-    ) -> None:
+    def __init__(self, store: Store, on_change: Callable[[JobRecord, LiveJob], None]) -> None:
         """
         Args:
-            finished: told of each job whose log grows no more.
-            changed: told of each job that was stored anew, as it was before and as it is now.
+            on_change: called after each change of a record, with the record before it.
         """
-        self.live: dict[str, LiveJob] = {}
-        self.tasks = Background("dispatcher failed")
-        self.over: Callable[[LiveJob], None] = lambda _: None
-        """Called for each job that has reached a final state."""
         self._store = store
-        self._finished = finished
-        self._changed = changed
+        self._on_change = on_change
+        self._jobs: dict[str, LiveJob] = {}
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether this operator drives no more."""
-        return self.tasks.is_closed
+    def find(self, job_id: str) -> LiveJob | None:
+        """A job in progress; None for any other."""
+        return self._jobs.get(job_id)
 
-    async def close(self) -> None:
-        """Give up what is under way; whoever waits for a change is woken."""
-        for live in self.live.values():
-            if live.timer is not None:
-                live.timer.cancel()
-            live.changed()
-        await self.tasks.close()
+    def all(self) -> list[LiveJob]:
+        """All jobs in progress."""
+        return list(self._jobs.values())
+
+    def add(self, record: JobRecord, explain: Callable[[LiveJob], str | None]) -> LiveJob:
+        """A job is in progress from now on. A long config stays in the store until the job starts."""
+        live = LiveJob(record.without_long_config(), explain)
+        self._jobs[live.job_id] = live
+        return live
+
+    def update(self, live: LiveJob, record: JobRecord) -> None:
+        """The store holds this of the job now. A job in a final state is removed."""
+        before, live.record = live.record, record
+        if record.state in FINAL:
+            self._jobs.pop(live.job_id, None)
+            live.cancel_timer()
+        self._on_change(before, live)
+        live.notify()
 
     async def apply(self, live: LiveJob, event: Event, facts: Facts) -> JobRecord | None:
-        """Take an event of the job's current attempt, and wait for a store that takes no writes;
-        the job after it, or None where it was not taken."""
-        job_id = live.record.spec.job_id
+        """Store an event of the job's current attempt. Retries for as long as the store takes no writes.
+
+        Returns:
+            The job after the event; None where the store did not take the event.
+        """
         facts = {"of_attempt": live.record.attempt, **facts}
         while True:
             try:
-                outcome = await self._store.apply(job_id, event, facts, live.record.spec)
+                outcome = await self._store.apply(live.job_id, event, facts, live.record.spec)
                 break
             except Superseded:
-                await asyncio.Event().wait()  # whoever drives now sees to it; `close` ends this
-            except (StorageUnavailable, OutcomeUnknown) as error:  # what was made is not made again
+                await asyncio.Event().wait()  # the new leader attends to it; closing ends this wait
+            except (StorageUnavailable, OutcomeUnknown) as error:  # an event is stored only once
                 log.error(
-                    "store unavailable", job=job_id, transition=event.value, error=error.message
+                    "store unavailable",
+                    job=live.job_id,
+                    transition=event.value,
+                    error=error.message,
                 )
                 await asyncio.sleep(STORAGE_RETRY_S)
         if outcome.job is not None:
-            self.see(live, outcome.job.without_long_config())
+            self.update(live, outcome.job.without_long_config())
         return outcome.job if outcome.taken else None
 
-    async def lose(self, live: LiveJob, reason: str) -> None:
+    async def fail(self, live: LiveJob, reason: str) -> None:
         """The platform fails a job."""
-        await self.apply(live, Event.LOSE, ending(message=reason))
+        await self.apply(live, Event.LOSE, platform_ending(reason))
 
-    def see(self, live: LiveJob, record: JobRecord) -> None:
-        """This is the job now."""
-        if self._changed is not None:
-            self._changed(live.record, record)
-        live.record = record
-        if record.state in FINAL:
-            self.live.pop(record.spec.job_id, None)
-            if live.timer is not None:
-                live.timer.cancel()
-            self.over(live)
-            if self._finished is not None:
-                self._finished(record.spec.job_id)
-        live.changed()
+    def close(self) -> None:
+        """Stop all timers, and wake all that wait for a change."""
+        for live in self._jobs.values():
+            live.cancel_timer()
+            live.notify()
+
+
+def platform_ending(message: str) -> Facts:
+    """The facts of an ending that the platform decides, without a report of the job's supervisor."""
+    return {
+        "start_ns": None,
+        "end_ns": now_ns(),
+        "message": message,
+        "exit_code": None,
+        "result": None,
+    }

@@ -1,5 +1,5 @@
-"""What other operators stored of jobs, read for the dispatcher as it is told of it: all that was told
-meanwhile in one read.
+"""Reads the jobs that other operators have changed, for the dispatcher: all that were reported since the last
+read, in one read.
 """
 
 from __future__ import annotations
@@ -15,68 +15,68 @@ from cortex.store import Store
 
 log = structlog.get_logger()
 
-_AGAIN_S = 1.0
-_MOST = 500  # in one read
+_RETRY_DELAY_S = 1.0
+_MAX_BATCH = 500
 
 
 class Refresher:
-    """All of it happens on the event loop."""
+    """All methods are called on the event loop."""
 
-    def __init__(self, store: Store, heard: Callable[[JobRecord], None]) -> None:
+    def __init__(self, store: Store, on_read: Callable[[JobRecord], None]) -> None:
         """
         Args:
-            heard: called with each job as it is stored, once `open` was called.
+            on_read: called with each job as the store holds it, after `open`.
         """
         self._store = store
-        self._heard = heard
-        self._told: set[str] = set()
-        self._all = False
-        self._come = asyncio.Event()
+        self._on_read = on_read
+        self._job_ids: set[str] = set()
+        self._is_all = False
+        self._requested = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def open(self) -> None:
-        """Begin to read; what was told before is not lost."""
-        self._task = asyncio.create_task(self._run(), name="news")
+        """Begin to read. Requests that were made before are carried out."""
+        self._task = asyncio.create_task(self._run(), name="refresh jobs")
 
     async def close(self) -> None:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    def tell(self, job_id: str) -> None:
-        """Something of a job changed."""
-        self._told.add(job_id)
-        self._come.set()
+    def request(self, job_id: str) -> None:
+        """Read a job again."""
+        self._job_ids.add(job_id)
+        self._requested.set()
 
-    def tell_all(self, job_ids: Iterable[str]) -> None:
-        """Anything may have changed, of these jobs and of others."""
-        self._told.update(job_ids)
-        self._all = True
-        self._come.set()
+    def request_all(self, job_ids: Iterable[str]) -> None:
+        """Read these jobs and all jobs in progress again."""
+        self._job_ids.update(job_ids)
+        self._is_all = True
+        self._requested.set()
 
     async def _run(self) -> None:
         while True:
-            await self._come.wait()
-            self._come.clear()
+            await self._requested.wait()
+            self._requested.clear()
             try:
                 await self._read()
             except StorageUnavailable as error:
-                log.warning("what other operators changed cannot be read", error=error.message)
-                self._come.set()
-                await asyncio.sleep(_AGAIN_S)
+                log.warning("cannot read what other operators changed", error=error.message)
+                self._requested.set()
+                await asyncio.sleep(_RETRY_DELAY_S)
 
     async def _read(self) -> None:
-        if self._all:
-            found = await self._store.jobs_in_progress()
-            self._all = False
-            for record in found:
-                self._heard(record)
-        while self._told:
-            some = [self._told.pop() for _ in range(min(_MOST, len(self._told)))]
+        if self._is_all:
+            records = await self._store.jobs_in_progress()
+            self._is_all = False
+            for record in records:
+                self._on_read(record)
+        while self._job_ids:
+            batch = [self._job_ids.pop() for _ in range(min(_MAX_BATCH, len(self._job_ids)))]
             try:
-                found = await self._store.jobs(some)
+                records = await self._store.jobs(batch)
             except StorageUnavailable:
-                self._told.update(some)
+                self._job_ids.update(batch)
                 raise
-            for record in found:
-                self._heard(record)
+            for record in records:
+                self._on_read(record)

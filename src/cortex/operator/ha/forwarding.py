@@ -1,17 +1,17 @@
-"""What only the operator that drives can tell, asked of it by the others: why a job waits, whether it can
-be asked after, its log as it grows, the cluster. A request goes there as it came, with its caller's token.
-Made by the app for a store that can be shared; called by the routes.
+"""Forwards to the leader what only the leader can answer: why a job waits, whether its engine can be reached, its
+log while it grows, and the cluster. A request is forwarded as it came, with its caller's token.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import importlib
 from contextlib import suppress
 from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
-import httpx
 import structlog
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,192 +20,200 @@ from cortex.errors import NoLeader, StorageUnavailable
 from cortex.operator.http.answers import Receive, Scope, Send
 from cortex.operator.http.views import ASKED_AT
 from cortex.store import Store
+from cortex.system.background import in_thread
+
+if TYPE_CHECKING:
+    import httpx
 
 log = structlog.get_logger()
 
-_MARK = "cortex-relayed"
-_PASSED_ON = ("accept", "authorization", "last-event-id", "range")
-_PASSED_BACK = ("accept-ranges", "cache-control", "content-range", "content-length", "content-type")
-_PATIENCE_S = 3.0  # until an answer begins
-_SILENCE_S = 60.0  # whoever drives says sooner that a followed log is still there
-_AGAIN_S = 1.0
-_TRIES = 2  # the second where another one drives since
+_FORWARDED = "cortex-relayed"
+_REQUEST_HEADERS = ("accept", "authorization", "last-event-id", "range")
+_RESPONSE_HEADERS = (
+    "accept-ranges",
+    "cache-control",
+    "content-range",
+    "content-length",
+    "content-type",
+)
+_RESPONSE_TIMEOUT_S = 3.0  # until a response begins
+_SILENCE_TIMEOUT_S = 60.0  # the leader sends a followed log's keep-alive more often
+_RETRY_DELAY_S = 1.0
+_MAX_TRIES = 2  # the second where the leader has changed
 _ANSWERS = {
-    httpx.codes.OK,
-    httpx.codes.PARTIAL_CONTENT,
-    httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE,
+    HTTPStatus.OK,
+    HTTPStatus.PARTIAL_CONTENT,
+    HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
 }
-_NOT_ASKED = {"wait"}  # this operator has waited itself
-_MOST = httpx.Limits(max_connections=None, max_keepalive_connections=20)
+_OWN_PARAMETERS = {"wait"}  # this operator has waited already
+_MAX_IDLE_CONNECTIONS = 20
 
 
 @dataclass
-class _Driver:
-    """Who drives, and whether that is over."""
+class _Leader:
+    """A leader's address (None for this operator, or none), and whether its term has ended."""
 
     address: str | None
-    is_over: asyncio.Event
+    has_ended: asyncio.Event
 
 
 class LeaderProxy:
-    """One per operator, all on the event loop."""
+    """One for each operator. All methods are called on the event loop."""
 
-    def __init__(self, store: Store, drives: Callable[[], bool]) -> None:
-        """
-        Args:
-            drives: whether this operator drives, so that nobody else need be asked.
-        """
+    def __init__(self, store: Store) -> None:
         self._store = store
-        self._drives = drives
-        self._driver: _Driver | None = None
-        self._is_old = False
-        self._looking: asyncio.Task[None] | None = None
-        self._http = httpx.AsyncClient(
-            timeout=httpx.Timeout(_PATIENCE_S, read=_SILENCE_S), limits=_MOST, trust_env=False
-        )
+        self._leader: _Leader | None = None
+        self._is_outdated = False
+        self._refreshing: asyncio.Task[None] | None = None
+        self._http: httpx.AsyncClient | None = None
 
     async def close(self) -> None:
-        if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.gather(self._looking, return_exceptions=True)
-        await self._http.aclose()
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            await asyncio.gather(self._refreshing, return_exceptions=True)
+        if self._http is not None:
+            await self._http.aclose()
 
-    def driver_changed(self) -> None:
-        """Another one may drive: who waits for the answer of that before waits in vain."""
-        if self._driver is None:
+    def leader_changed(self) -> None:
+        """Another operator may be the leader. Requests that wait for the earlier leader are given up."""
+        if self._leader is None:
             return
-        self._is_old = True
-        if self._looking is None:
-            self._looking = asyncio.create_task(self._look_again())
-            self._looking.add_done_callback(self._looked)
+        self._is_outdated = True
+        if self._refreshing is None:
+            self._refreshing = asyncio.create_task(self._refresh_until_current())
+            self._refreshing.add_done_callback(self._refreshed)
 
-    async def ask(self, request: Request, or_error: int | None = None) -> Response | None:
-        """The driver's answer, if it has one; None where this operator drives, or nobody can be asked.
+    async def forward(self, request: Request, or_status: int | None = None) -> Response | None:
+        """The leader's response. None where it has none, or no other operator can be reached as the leader.
+
+        The caller has checked that this operator is not the leader.
 
         Args:
-            or_error: a status that is an answer, too.
+            or_status: an error status whose response is wanted as well.
 
         Raises:
-            NoDriver: another operator took this one for the driver.
+            NoLeader: another operator has forwarded the request to this one.
         """
-        if self._drives():
-            return None
-        if _MARK in request.headers:
-            raise NoLeader("this operator does not drive the jobs any more. Try again.")
+        if _FORWARDED in request.headers:
+            raise NoLeader("this operator is not the leader any longer; retry")
         asked: str | None = None
-        for _ in range(_TRIES):
-            driver = await self._who()
-            if driver is None or driver.address in (None, asked):
+        for _ in range(_MAX_TRIES):
+            leader = await self._find()
+            if leader is None or leader.address in (None, asked):
                 return None
-            asked = driver.address
-            answer = await self._ask(driver, request, or_error)
-            if answer is not None:
-                return answer
-            await self._look()
+            asked = leader.address
+            response = await self._send(leader, request, or_status)
+            if response is not None:
+                return response
+            await self._refresh()
         return None
 
-    async def demand(self, request: Request) -> Response | None:
-        """The driver's answer; None where this operator drives.
+    async def forward_or_fail(self, request: Request) -> Response:
+        """The leader's response; the caller has checked that this operator is not the leader.
 
         Raises:
-            NoDriver: nobody can be asked now.
+            NoLeader: no leader can be reached now.
         """
-        answer = await self.ask(request)
-        if answer is None and not self._drives():
-            raise NoLeader(
-                "no operator drives the jobs at this moment, and only that one could answer. Try again."
-            )
-        return answer
+        response = await self.forward(request)
+        if response is None:
+            raise NoLeader("no leader right now, and only the leader can answer this; retry")
+        return response
 
-    async def _ask(
-        self, driver: _Driver, request: Request, or_error: int | None
+    async def _send(
+        self, leader: _Leader, request: Request, or_status: int | None
     ) -> Response | None:
+        client = await self._client()
+        import httpx
+
         sending = asyncio.ensure_future(
-            self._http.send(self._as_it_came(driver, request), stream=True)
+            client.send(_forwarded(client, leader, request), stream=True)
         )
-        over = asyncio.ensure_future(driver.is_over.wait())
+        ended = asyncio.ensure_future(leader.has_ended.wait())
         try:
             await asyncio.wait(
-                {sending, over}, timeout=_PATIENCE_S, return_when=asyncio.FIRST_COMPLETED
+                {sending, ended}, timeout=_RESPONSE_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
             )
             if not sending.done():
                 return None
-            answer = sending.result()
+            response = sending.result()
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            log.warning(
-                "the operator that drives cannot be asked", at=driver.address, error=str(error)
-            )
+            log.warning("cannot reach the leader", at=leader.address, error=str(error))
             return None
         finally:
-            over.cancel()
+            ended.cancel()
             sending.cancel()
-        if answer.status_code in _ANSWERS or answer.status_code == or_error:
-            return ForwardedAnswer(answer, driver.is_over)
-        await answer.aclose()
+        if response.status_code in _ANSWERS or response.status_code == or_status:
+            return ForwardedAnswer(response, leader.has_ended)
+        await response.aclose()
         return None
 
-    def _as_it_came(self, driver: _Driver, request: Request) -> httpx.Request:
-        query = [(n, v) for n, v in request.query_params.multi_items() if n not in _NOT_ASKED]
-        path = request.scope.get("raw_path") or request.url.path.encode()
-        url = f"{driver.address}{path.decode('latin-1').partition('?')[0]}"
-        headers = {n: request.headers[n] for n in _PASSED_ON if n in request.headers}
-        # As `Host` it has a name of its own, which it may be strict about.
-        headers |= {_MARK: "1", ASKED_AT: request.headers.get("host", "")}
-        return self._http.build_request(
-            "GET", f"{url}?{urlencode(query)}" if query else url, headers=headers
-        )
+    async def _client(self) -> httpx.AsyncClient:
+        """Made for the first request: an operator that is alone on its store needs none, and httpx takes long
+        to import."""
+        if self._http is None:
+            await in_thread(importlib.import_module, "httpx")
+            import httpx
 
-    async def _who(self) -> _Driver | None:
-        if self._driver is None:
-            await self._look()
-        return self._driver
+            self._http = httpx.AsyncClient(
+                timeout=httpx.Timeout(_RESPONSE_TIMEOUT_S, read=_SILENCE_TIMEOUT_S),
+                limits=httpx.Limits(
+                    max_connections=None, max_keepalive_connections=_MAX_IDLE_CONNECTIONS
+                ),
+                trust_env=False,
+            )
+        return self._http
 
-    async def _look_again(self) -> None:
-        while self._is_old:
-            self._is_old = False  # it changes once more, it may be, while that is read
-            if not await self._look():
-                self._is_old = True
-                await asyncio.sleep(_AGAIN_S)
+    async def _find(self) -> _Leader | None:
+        if self._leader is None:
+            await self._refresh()
+        return self._leader
 
-    async def _look(self) -> bool:
-        """Find out who drives; False where that cannot be told now."""
+    async def _refresh_until_current(self) -> None:
+        while self._is_outdated:
+            self._is_outdated = False  # set again if the leader changes during the read
+            if not await self._refresh():
+                self._is_outdated = True
+                await asyncio.sleep(_RETRY_DELAY_S)
+
+    async def _refresh(self) -> bool:
+        """Read which operator is the leader; False where the store cannot be read now."""
         try:
             address = await self._store.operators.driver()
         except StorageUnavailable:
             return False
-        if self._driver is not None and self._driver.address == address:
+        if self._leader is not None and self._leader.address == address:
             return True
-        if self._driver is not None:
-            self._driver.is_over.set()
-        self._driver = _Driver(address, asyncio.Event())
+        if self._leader is not None:
+            self._leader.has_ended.set()
+        self._leader = _Leader(address, asyncio.Event())
         return True
 
-    def _looked(self, _: asyncio.Task[None]) -> None:
-        self._looking = None
+    def _refreshed(self, _: asyncio.Task[None]) -> None:
+        self._refreshing = None
 
 
 class ForwardedAnswer(Response):
-    """Another operator's answer, as it comes. One that breaks off breaks off here, too."""
+    """The leader's response, passed on as it arrives. Where it breaks off, this one breaks off as well."""
 
-    def __init__(self, answer: httpx.Response, is_over: asyncio.Event) -> None:
+    def __init__(self, response: httpx.Response, has_ended: asyncio.Event) -> None:
         """
         Args:
-            is_over: whether nothing is to be had from there any more.
+            has_ended: set when the leader's term ends: nothing more is to be expected from it.
         """
-        kept = {n: answer.headers[n] for n in _PASSED_BACK if n in answer.headers}
-        super().__init__(None, answer.status_code, kept)
-        self._answer = answer
-        self._is_over = is_over
+        headers = {n: response.headers[n] for n in _RESPONSE_HEADERS if n in response.headers}
+        super().__init__(None, response.status_code, headers)
+        self._response = response
+        self._has_ended = has_ended
 
     def init_headers(self, headers: object = None) -> None:
-        """Just those: this one has no body of its own to tell the length of."""
+        """These headers alone: this object has no body whose length it could give."""
         given = headers if isinstance(headers, dict) else {}
         self.raw_headers = [(n.encode("latin-1"), v.encode("latin-1")) for n, v in given.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         tasks = [
             asyncio.create_task(work)
-            for work in (self._pass_on(send), _left(receive), _over(self._is_over))
+            for work in (self._pass_on(send), _disconnected(receive), _set(self._has_ended))
         ]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -213,26 +221,45 @@ class ForwardedAnswer(Response):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            with suppress(httpx.HTTPError):
-                await self._answer.aclose()
+            await self._close()
+
+    async def _close(self) -> None:
+        import httpx
+
+        with suppress(httpx.HTTPError):
+            await self._response.aclose()
 
     async def _pass_on(self, send: Send) -> None:
+        import httpx
+
         start = {"status": self.status_code, "headers": self.raw_headers}
         await send({"type": "http.response.start", **start})
         try:
-            async for piece in self._answer.aiter_raw():
+            async for piece in self._response.aiter_raw():
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
         except httpx.HTTPError as error:  # what was sent must not look complete
-            log.warning("the operator that drives broke off", error=str(error))
+            log.warning("the leader's response broke off", error=str(error))
             return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _left(receive: Receive) -> None:
-    """Until the client has gone."""
+def _forwarded(client: httpx.AsyncClient, leader: _Leader, request: Request) -> httpx.Request:
+    query = [(n, v) for n, v in request.query_params.multi_items() if n not in _OWN_PARAMETERS]
+    path = request.scope.get("raw_path") or request.url.path.encode()
+    url = f"{leader.address}{path.decode('latin-1').partition('?')[0]}"
+    headers = {n: request.headers[n] for n in _REQUEST_HEADERS if n in request.headers}
+    # The client's `Host` travels in a header of its own: the leader may check `Host`.
+    headers |= {_FORWARDED: "1", ASKED_AT: request.headers.get("host", "")}
+    return client.build_request(
+        "GET", f"{url}?{urlencode(query)}" if query else url, headers=headers
+    )
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def _over(event: asyncio.Event) -> None:
+async def _set(event: asyncio.Event) -> None:
     await event.wait()

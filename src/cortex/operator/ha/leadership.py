@@ -1,89 +1,125 @@
-"""Driving: what an operator opens to drive its jobs, and closes when it does not any more. Alone on its
-store it does so as long as it runs; of several that share one, while it is the one. Opened by the app.
+"""The leader's parts: opened when this operator becomes the leader, closed when it is the leader no longer. Jobs
+go on in between. An operator that is alone on its store leads from its start to its end.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 
 from cortex.engines.base import Engine
+from cortex.operator.config.settings import Settings
 from cortex.operator.data_folder_id import give_up_lost
-from cortex.operator.deploy.deployer import Deployer
+from cortex.operator.deploy.catalogue import Catalogue
+from cortex.operator.deploy.versions import Versions
+from cortex.operator.deploy.warming import Warmer
 from cortex.operator.dispatch.dispatcher import Dispatcher
-from cortex.operator.ha.shared_jobs import SharedJobs
-from cortex.operator.http.context import Context
+from cortex.operator.dispatch.jobs import Jobs
+from cortex.operator.logs.archive import Archive
+from cortex.operator.metrics import Metrics
 from cortex.operator.retention import Retention
 from cortex.projects.environments import Environments
+from cortex.projects.repository import Projects
+from cortex.store import DatabaseLock, Store
 from cortex.system.background import in_thread
 
 
-@asynccontextmanager
-async def driven(
-    ctx: Context, dispatcher: Dispatcher, deployer: Deployer, environments: Environments
-) -> AsyncIterator[None]:
-    """Drive the jobs of the store on the context's engine; jobs go on at the end.
-
-    Raises:
-        StartupError: the engine cannot be used; it says why.
-    """
-    async with AsyncExitStack() as stack:
-        stack.push_async_callback(ctx.engine.close)
-        await give_up_lost(ctx.settings, ctx.store)
-        await ctx.engine.open(dispatcher.observed)
-        if ctx.archive is not None:
-            stack.push_async_callback(ctx.archive.close)
-        stack.push_async_callback(dispatcher.close)
-        await in_thread(environments.open)
-        await dispatcher.open()
-        if ctx.archive is not None:
-            await ctx.archive.open(dispatcher)
-        stack.push_async_callback(deployer.close)
-        await deployer.open()
-        retention = Retention(ctx, environments)
-        stack.push_async_callback(retention.close)
-        await retention.open()
-        yield
-
-
 class Leadership:
-    """Of an operator that shares its store: a `store.LeaderCallbacks`."""
+    """A `store.LeaderCallbacks`."""
 
     def __init__(
         self,
-        ctx: Context,
-        jobs: SharedJobs,
-        deployer: Deployer,
+        settings: Settings,
+        store: Store,
+        jobs: Jobs,
+        catalogue: Catalogue,
+        versions: Versions,
+        projects: Projects,
         environments: Environments,
+        archive: Archive | None,
+        metrics: Metrics,
+        deploy_lock: DatabaseLock,
         *,
         new_engine: Callable[[], Engine],
         failed: Callable[[Exception], None],
     ) -> None:
-        self._ctx = ctx
+        """
+        Args:
+            new_engine: makes the engine of a term; an engine is opened and closed once.
+            failed: called when this operator has become the leader and cannot lead: it has to end.
+        """
+        self._settings = settings
+        self._store = store
         self._jobs = jobs
-        self._deployer = deployer
+        self._catalogue = catalogue
+        self._versions = versions
+        self._projects = projects
         self._environments = environments
+        self._archive = archive
+        self._metrics = metrics
+        self._deploy_lock = deploy_lock
         self._new_engine = new_engine
-        self._open = AsyncExitStack()
+        self._opened = AsyncExitStack()
         self.failed = failed
 
     async def drive(self) -> None:
-        """See `store.LeaderCallbacks`."""
-        ctx = self._ctx
-        ctx.versions.start_over()
-        finished = None if ctx.archive is None else ctx.archive.finished
-        dispatcher = Dispatcher(
-            ctx.store, ctx.engine, ctx.versions, finished, ctx.metrics.changed, ctx.metrics.measured
-        )
-        self._jobs.driven_by(dispatcher, is_open=False)
-        work = driven(ctx, dispatcher, self._deployer, self._environments)
-        await self._open.enter_async_context(work)
-        self._jobs.driven_by(dispatcher, is_open=True)
+        """Open the parts of a leader, in order.
+
+        Raises:
+            StartupError: the engine cannot be used; the message says why.
+        """
+        archive = self._archive
+        self._versions.start_over()
+        await self._catalogue.refresh()
+        async with AsyncExitStack() as stack:
+            engine = self._new_engine()
+            dispatcher = Dispatcher(
+                self._store,
+                engine,
+                self._versions,
+                self._catalogue,
+                on_change=self._metrics.changed,
+                on_finished=None if archive is None else archive.finished,
+                on_measures=self._metrics.measured,
+            )
+            self._jobs.begin_term(dispatcher)
+            stack.push_async_callback(engine.close)
+            await give_up_lost(self._settings, self._store)
+            await engine.open(dispatcher.observe)
+            if archive is not None:
+                stack.push_async_callback(archive.close)
+            stack.push_async_callback(dispatcher.close)
+            await in_thread(self._environments.open)
+            await dispatcher.open()
+            if archive is not None:
+                await archive.open(dispatcher)
+            warmer = Warmer(
+                self._store,
+                engine,
+                self._catalogue,
+                self._versions,
+                self._projects,
+                self._deploy_lock,
+            )
+            stack.push_async_callback(warmer.close)
+            await warmer.open()
+            retention = Retention(
+                self._settings,
+                self._store,
+                engine,
+                self._versions,
+                self._projects,
+                self._environments,
+                archive,
+                self._deploy_lock,
+            )
+            stack.push_async_callback(retention.close)
+            await retention.open()
+            self._opened = stack.pop_all()
+        self._jobs.dispatch_with(dispatcher)
 
     async def step_down(self) -> None:
-        """See `store.LeaderCallbacks`."""
-        self._jobs.driven_by(None, is_open=False)
-        was_open, self._open = self._open, AsyncExitStack()
-        await was_open.aclose()
-        # One that was closed is not opened again; until the next term it tells where logs lie.
-        self._ctx.engine = self._new_engine()
+        """Close the parts of a leader. Nothing happens where this operator is not the leader."""
+        self._jobs.end_term()
+        opened, self._opened = self._opened, AsyncExitStack()
+        await opened.aclose()

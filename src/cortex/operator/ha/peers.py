@@ -1,5 +1,5 @@
-"""The other operators on the store: what they change is heard of, and whoever drives is known. Opened by
-the app for a store that can be shared.
+"""This operator among those that share its store: it is notified of their changes, stands for election, and
+forwards to the leader what only the leader can answer. Alone on its store, it is the leader.
 """
 
 from __future__ import annotations
@@ -9,51 +9,52 @@ import asyncio
 import structlog
 
 from cortex.errors import StorageUnavailable
-from cortex.operator.deploy.deployer import Deployer
+from cortex.operator.deploy.catalogue import Catalogue
+from cortex.operator.dispatch.jobs import Jobs
 from cortex.operator.ha.forwarding import LeaderProxy
-from cortex.operator.ha.shared_jobs import SharedJobs
 from cortex.store import LeaderCallbacks, Store
 
 log = structlog.get_logger()
 
-_AGAIN_S = 1.0
+_RETRY_DELAY_S = 1.0
 
 
 class Peers:
-    """All of it happens on the event loop."""
+    """All methods are called on the event loop."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, catalogue: Catalogue) -> None:
         self._store = store
+        self._catalogue = catalogue
         self._apis_changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self.relay = LeaderProxy(store, lambda: self.jobs.drives)
-        self.jobs = SharedJobs(store, self._apis_changed.set, self.relay.driver_changed)
+        self.leader = LeaderProxy(store)
+        self.jobs = Jobs(store, self._apis_changed.set, self.leader.leader_changed)
 
-    async def open(self, deployer: Deployer, candidate: LeaderCallbacks, lease_s: float) -> None:
-        """Hear of all changes, and then stand for driving.
+    async def open(self, callbacks: LeaderCallbacks, lease_s: float) -> None:
+        """Subscribe to the changes of other operators, and stand for election.
 
         Raises:
             StartupError: as `LeaderCallbacks.drive` does.
         """
-        self._task = asyncio.create_task(self._refresh(deployer), name="changed APIs")
+        self._task = asyncio.create_task(self._refresh(), name="changed APIs")
         await self._store.operators.listen(self.jobs)
-        await self._store.operators.campaign(candidate, lease_s)
+        await self._store.operators.campaign(callbacks, lease_s)
 
     async def close(self) -> None:
-        """Stop driving, and hear nothing more."""
+        """Step down, and end all subscriptions."""
         await self._store.operators.leave()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        await self.relay.close()
+        await self.leader.close()
 
-    async def _refresh(self, deployer: Deployer) -> None:
+    async def _refresh(self) -> None:
         while True:
             await self._apis_changed.wait()
             self._apis_changed.clear()
             try:
-                await deployer.refresh()
+                await self._catalogue.refresh()
             except StorageUnavailable as error:
-                log.warning("what other operators deployed cannot be read", error=error.message)
+                log.warning("cannot read what other operators deployed", error=error.message)
                 self._apis_changed.set()
-                await asyncio.sleep(_AGAIN_S)
+                await asyncio.sleep(_RETRY_DELAY_S)

@@ -1,78 +1,53 @@
-"""What the routes work with, made once by the app."""
+"""What the routes work with. Made once by the app; used by routes alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import cast
 
 from fastapi import Request
 from starlette.responses import Response
 
 from cortex.engines.base import Engine
-from cortex.errors import NotFound
+from cortex.errors import NoLeader, NotFound
 from cortex.operator.config.settings import Settings
+from cortex.operator.deploy.catalogue import Catalogue
 from cortex.operator.deploy.versions import Versions
-from cortex.operator.dispatch.live_job import LiveJob
+from cortex.operator.dispatch.jobs import Jobs
+from cortex.operator.ha.forwarding import LeaderProxy
 from cortex.operator.http.answers import Scope
 from cortex.operator.http.body_reader import BodyReader
-from cortex.operator.http.views import Known, Renderer
+from cortex.operator.http.views import Renderer
 from cortex.operator.logs.archive import Archive
-from cortex.operator.logs.follow import Followed, LogWatcher
+from cortex.operator.logs.follow import LogWatcher
 from cortex.operator.metrics import Metrics
-from cortex.projects.repository import Projects
 from cortex.spec.api import ApiSpec
 from cortex.spec.audit import Actor
-from cortex.spec.job import JobRecord, JobSpec
-from cortex.store import DatabaseLock, Outcome, Replay, Store
-
-if TYPE_CHECKING:
-    from cortex.operator.ha.forwarding import LeaderProxy
-
-
-class Jobs(Known, Followed, Protocol):
-    """What the routes do with jobs: the dispatcher's methods, where an operator is alone on its store,
-    and `SharedJobs` where it is not."""
-
-    async def submit(self, draft: JobSpec, replay: Replay | None) -> JobRecord: ...
-
-    async def stop(self, job_id: str, actor: Actor) -> Outcome: ...
-
-    def live(self) -> list[LiveJob] | None: ...
-
-    def stopped(self, record: JobRecord) -> None: ...
-
-    def deployed(self, spec: ApiSpec) -> None: ...
-
-    def record(self, job_id: str) -> JobRecord | None: ...
-
-    async def next(self, job_id: str, within_s: float) -> JobRecord | None: ...
-
-    def heard(self, record: JobRecord) -> None: ...
+from cortex.spec.job import JobRecord
+from cortex.store import Store
 
 
 @dataclass
 class Context:
-    """One operator's parts."""
+    """The parts of one operator that its routes use.
+
+    Attributes:
+        leader: the way to the leader, where another operator is it.
+        archive: where logs outlive this machine; None where no object store is configured.
+        bodies: reads the bodies of submits.
+    """
 
     settings: Settings
     store: Store
-    engine: Engine
-    versions: Versions
     jobs: Jobs
+    catalogue: Catalogue
+    versions: Versions
     renderer: Renderer
     watcher: LogWatcher
-    projects: Projects
-    deploying: DatabaseLock
-    """Held by whoever changes which versions there are."""
-    relay: LeaderProxy | None = None
-    """To the operator that drives, where there may be several."""
+    leader: LeaderProxy
     archive: Archive | None = None
-    """Where logs outlive this machine, if anywhere."""
-    endpoints: dict[str, str] = field(default_factory=dict)
-    """The name of the API at each endpoint that is deployed now."""
     metrics: Metrics = field(default_factory=Metrics)
     bodies: BodyReader = field(default_factory=BodyReader)
-    """Of submits."""
 
     async def api_at(self, endpoint: str) -> str:
         """The name of the API at an endpoint.
@@ -80,10 +55,9 @@ class Context:
         Raises:
             NotFound: none is deployed there.
         """
-        name = self.endpoints.get(endpoint)
-        if name is None and self.store.is_shared:  # it may have been deployed elsewhere just now
-            await self.read_endpoints()
-            name = self.endpoints.get(endpoint)
+        name = self.catalogue.name_at(endpoint)
+        if name is None and await self.catalogue.refresh_if_others_deploy():
+            name = self.catalogue.name_at(endpoint)
         if name is None:
             raise NotFound(f"there is no API at /{endpoint}; `cortex get` lists all endpoints")
         return name
@@ -94,9 +68,9 @@ class Context:
         Raises:
             NotFound: none is.
         """
-        if name not in self.endpoints.values() and self.store.is_shared:
-            await self.read_endpoints()  # it may have been deployed elsewhere just now
-        if name not in self.endpoints.values():
+        if self.catalogue.find(name) is None:
+            await self.catalogue.refresh_if_others_deploy()
+        if self.catalogue.find(name) is None:
             raise NotFound(f"there is no API {name!r}; `cortex get` lists all")
 
     async def job_at(self, endpoint: str, job_id: str) -> JobRecord:
@@ -105,15 +79,15 @@ class Context:
         Raises:
             NotFound: there is none.
         """
-        record = await self._job(job_id)
+        record = await self.jobs.record(job_id)
         if record is not None:
             spec = await self.versions.spec(record.spec.api_id)
             if self._is_at(endpoint, record, spec):
                 return record
-            if self.store.is_shared:  # it may have been deployed elsewhere just now
-                await self.read_endpoints()
-                if self._is_at(endpoint, record, spec):
-                    return record
+            if await self.catalogue.refresh_if_others_deploy() and self._is_at(
+                endpoint, record, spec
+            ):
+                return record
         raise NotFound(
             f"there is no job {job_id!r} at /{endpoint}; `cortex get` lists APIs and jobs"
         )
@@ -124,49 +98,44 @@ class Context:
         Raises:
             NotFound: there is none.
         """
-        record = await self._job(job_id)
+        record = await self.jobs.record(job_id)
         if record is None or record.spec.api_name != name:
             raise NotFound(f"the API {name!r} has no job {job_id!r}; see `cortex get {name}`")
         return record
 
-    async def ask_driver(self, request: Request) -> Response | None:
-        """What the operator that drives answers; None where that is this one, or none can be asked."""
-        return None if self.relay is None else await self.relay.ask(request)
+    async def forwarded(self, request: Request, or_status: int | None = None) -> Response | None:
+        """The leader's response; None where this operator is the leader, or no leader can be reached.
 
-    async def demand_of_driver(self, request: Request) -> Response | None:
-        """What the operator that drives answers; None where that is this one.
+        Args:
+            or_status: an error status whose response is wanted as well.
+        """
+        return None if self.jobs.is_leader else await self.leader.forward(request, or_status)
+
+    async def forwarded_or_fail(self, request: Request) -> Response | None:
+        """The leader's response; None where this operator is the leader.
 
         Raises:
-            NoDriver: none can be asked now.
+            NoLeader: no leader can be reached now.
         """
-        return None if self.relay is None else await self.relay.demand(request)
+        return None if self.jobs.is_leader else await self.leader.forward_or_fail(request)
+
+    def engine(self) -> Engine:
+        """The leader's engine.
+
+        Raises:
+            NoLeader: this operator is not the leader any longer.
+        """
+        if (engine := self.jobs.engine) is None:
+            raise NoLeader("this operator is not the leader any longer; retry")
+        return engine
 
     def _is_at(self, endpoint: str, record: JobRecord, spec: ApiSpec) -> bool:
-        live = self.endpoints.get(endpoint)
-        return record.spec.api_name == live or (spec.networking.endpoint == endpoint and not live)
-
-    async def _job(self, job_id: str) -> JobRecord | None:
-        # What is in progress is known here, as it was stored last.
-        return self.jobs.record(job_id) or await self.store.job(job_id)
-
-    async def read_endpoints(self) -> None:
-        """Read the deployed endpoints, once at the start: what is stored after that is known here
-        without a read, which could fail; and when another operator may have stored something."""
-        deployments = await self.store.deployments()
-        self.endpoints = {deployment.endpoint: deployment.name for deployment in deployments}
-
-    def deployed(self, name: str, endpoint: str) -> None:
-        """The API is at this endpoint from now on, and at no other."""
-        self.undeployed(name)
-        self.endpoints[endpoint] = name
-
-    def undeployed(self, name: str) -> None:
-        """The API is at no endpoint any more."""
-        self.endpoints = {at: each for at, each in self.endpoints.items() if each != name}
+        name = self.catalogue.name_at(endpoint)
+        return record.spec.api_name == name or (spec.networking.endpoint == endpoint and not name)
 
 
 def client_address(scope: Scope) -> str | None:
-    """The address that a request comes from, as far as the server knows it."""
+    """The address that a request comes from, if the server knows it."""
     client = scope.get("client")
     return None if client is None else client[0]
 

@@ -39,7 +39,7 @@ class FastPath:
     def _handled(self, scope: Scope, receive: Receive) -> Awaitable[Response] | None:
         parts = scope["path"].removeprefix("/").split("/") if scope["type"] == "http" else [""]
         # `/tasks/<name>` can be an API, and other paths begin with what is no endpoint.
-        if "" in parts or parts[0] == "tasks" or parts[0] not in self._ctx.endpoints:
+        if "" in parts or parts[0] == "tasks" or self._ctx.catalogue.name_at(parts[0]) is None:
             return None
         if len(parts) == 1 and scope["method"] == "POST":
             for name, _ in scope["headers"]:

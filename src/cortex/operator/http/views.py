@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol
 
 from pydantic import JsonValue
 from starlette.requests import Request
 
-from cortex.spec.api import MASK, Api, ApiSpec
+from cortex.operator.deploy.shown_specs import ShownSpec, shown_spec
+from cortex.operator.dispatch.jobs import Jobs
 from cortex.spec.job import JobRecord, JobSpec, Json, encode, with_texts
 from cortex.spec.lifecycle import IN_PROGRESS, SHOWN, State, Status
 from cortex.spec.times import rfc3339
@@ -67,64 +66,18 @@ def shown(record: JobRecord, unreachable: str | None = None) -> Status:
     return status
 
 
-def shown_spec(spec: ApiSpec) -> Json:
-    """The spec of a version, with the keys that Cortex had beside ours, and without secrets: every token
-    may read it, and answers end in logs."""
-    answer = spec.model_dump(mode="json")
-    submitted = answer["submitted_api_spec"] or _submitted_entry(spec)
-    compute = submitted.get("compute")
-    written = compute.get("cpu") if isinstance(compute, dict) else None
-    answer["definition"]["env"] = dict.fromkeys(spec.definition.env, MASK)
-    answer["compute"]["cpu"] = f"{spec.compute.cpu_m}m" if written is None else str(written)
-    return {
-        **answer,
-        "id": spec.api_id,
-        # A deploy that changes nothing makes no version, so that this, too, tells one API spec.
-        "spec_id": spec.api_id,
-        "submitted_api_spec": submitted,
-    }
-
-
-def _submitted_entry(spec: ApiSpec) -> Json:
-    """The entry of a version whose own was not kept."""
-    entry = spec.model_dump(mode="json", include=set(Api.model_fields), exclude_defaults=True)
-    if spec.definition.env:
-        entry["definition"]["env"] = dict.fromkeys(spec.definition.env, MASK)
-    if "cpu_m" in entry.get("compute", {}):
-        entry["compute"]["cpu"] = f"{entry['compute'].pop('cpu_m')}m"
-    return {**entry, "kind": spec.kind}
-
-
-@dataclass(frozen=True)
-class ShownSpec:
-    """The spec of a version as answers show it."""
-
-    endpoint: str
-    text: str
-    """As JSON."""
-
-
-class Known(Protocol):
-    """What is known of a job right now, and is not stored."""
-
-    def unreachable(self, job_id: str) -> str | None: ...
-
-    def why_waiting(self, job_id: str) -> str | None: ...
-
-    def hints(self, api_id: str) -> list[str]: ...
-
-
 class Renderer:
-    """Answers made of what the store holds and what the dispatcher knows right now."""
+    """Answers made of what the store holds, and of what the leader's dispatcher holds in memory alone."""
 
-    def __init__(self, store: Store, known: Known) -> None:
+    def __init__(self, store: Store, jobs: Jobs) -> None:
         self._store = store
-        self._known = known
+        self._jobs = jobs
 
     def status(self, record: JobRecord) -> list[str]:
         """A `job_status`. A config and a result that are left out are null, and `truncated` names them."""
         spec = record.spec
-        unreachable = self._known.unreachable(spec.job_id)
+        live = self._jobs.find(spec.job_id)
+        unreachable = None if live is None else live.unreachable
         status = shown(record, unreachable)
         answer = _submitted(spec)
         answer["status"] = status.value
@@ -133,7 +86,8 @@ class Renderer:
         if status in (Status.RUNNING, Status.UNKNOWN):
             running = record.state is State.RUNNING
             answer["worker_counts"] = {"pending": int(not running), "running": int(running)}
-            message = unreachable or self._known.why_waiting(spec.job_id) or message
+            why_waiting = None if live is None else live.why_waiting
+            message = unreachable or why_waiting or message
         else:
             answer["end_time"] = rfc3339(record.end_ns or spec.created_ns)
         if message is not None:
@@ -180,7 +134,7 @@ class Renderer:
                 {"api_id": version.api_id, "last_updated": version.last_updated}
                 for version in versions
             ],
-            "hints": list[JsonValue](self._known.hints(deployment.spec.api_id)),
+            "hints": list[JsonValue](self._jobs.hints(deployment.spec.api_id)),
         }
         if len(statuses) < len(jobs):
             answer["truncated"] = ["task_job_statuses"]

@@ -20,7 +20,6 @@ from weakref import WeakValueDictionary
 
 import structlog
 
-from cortex.engines.base import Engine
 from cortex.errors import NoLeader, NotFound, StorageUnavailable
 from cortex.objects import ObjectStore
 from cortex.operator.dispatch.dispatcher import Dispatcher
@@ -44,14 +43,20 @@ class Archive:
     """One operator's."""
 
     def __init__(
-        self, files: ObjectStore, engine: Engine, store: Store, marks: Path, *, is_apart: bool
+        self,
+        files: ObjectStore,
+        log_of: Callable[[str], Path],
+        store: Store,
+        marks: Path,
+        *,
+        is_apart: bool,
     ) -> None:
         """
         Args:
             marks: the folder `archived`.
             is_apart: whether other operators on the store may have data folders of their own.
         """
-        self._copies = ArchivedFiles(files, engine.log, marks)
+        self._copies = ArchivedFiles(files, log_of, marks)
         self._store = store
         self._marks = marks
         self._is_apart = is_apart
@@ -75,7 +80,7 @@ class Archive:
         """Send logs, from now on: first what has not been sent so far. All unfinished jobs are in progress."""
         self._is_open = True
         for job_id in await self._run(self._copies.not_sent):
-            if not dispatcher.in_progress(job_id) and job_id not in self._waiting:
+            if dispatcher.live_jobs.find(job_id) is None and job_id not in self._waiting:
                 self._waiting[job_id] = None
                 self._unsure.add(job_id)
         self._more.set()

@@ -6,7 +6,7 @@ import asyncio
 import codecs
 import os
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,16 +87,14 @@ class LogWatcher:
                     follower.set()
 
 
-class Followed(Protocol):
-    """Whoever knows when a job's processes are gone."""
+class Writer(Protocol):
+    """A job in progress, whose processes may still write its log."""
 
-    def in_progress(self, job_id: str) -> bool: ...
-
-    async def change(self, job_id: str) -> None: ...
+    async def changed(self) -> None: ...
 
 
 async def follow(
-    job_id: str, log: Log, offset: int, jobs: Followed, watcher: LogWatcher
+    log: Log, offset: int, find_writer: Callable[[], Writer | None], watcher: LogWatcher
 ) -> AsyncIterator[tuple[int, str] | None]:
     """The log from a byte offset on: (offset after it, text) for each piece as it is written, None
     when nothing came for a while; it ends when the last process of the job is gone and all was
@@ -110,7 +108,7 @@ async def follow(
             grown.clear()
             watching = watching or watcher.add(path, grown)
             # Asked before reading: what is written until the end is then surely read.
-            ended = not jobs.in_progress(job_id)
+            writer = find_writer()
             while (piece := await asyncio.to_thread(read, log, offset, _CHUNK_BYTES)).data:
                 offset = piece.end
                 if piece.is_marker:
@@ -119,7 +117,7 @@ async def follow(
                 held_back = len(decoder.getstate()[0])
                 if text:
                     yield offset - held_back, text
-            if ended:
+            if writer is None:
                 if rest := decoder.decode(b"", final=True):
                     yield offset, rest
                 if offset > begun_at and not await asyncio.to_thread(is_there, path):
@@ -130,7 +128,7 @@ async def follow(
             if not watching and watcher.add(path, grown):
                 watching = True  # it came meanwhile, and nothing else need happen for long
                 continue
-            if not await _first_of(grown.wait(), jobs.change(job_id)):
+            if not await _first_of(grown.wait(), writer.changed()):
                 yield None
     finally:
         if watching:

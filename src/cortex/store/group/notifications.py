@@ -30,20 +30,20 @@ _PATIENCE_S = 5
 class ChangeListener(Protocol):
     """Who is told, on the event loop: of its own changes, too."""
 
-    def job_changed(self, job_id: str, *, own: bool) -> None:
+    def on_job_changed(self, job_id: str, *, own: bool) -> None:
         """A job was submitted, or is in another state, or wanted otherwise.
 
         Args:
             own: whether a session of the same name changed it.
         """
 
-    def apis_changed(self) -> None:
+    def on_apis_changed(self) -> None:
         """Something was deployed or deleted."""
 
-    def driver_changed(self) -> None:
+    def on_leader_changed(self) -> None:
         """Another operator drives."""
 
-    def all_may_have_changed(self) -> None:
+    def on_all_may_have_changed(self) -> None:
         """Something may have been missed."""
 
 
@@ -81,7 +81,7 @@ class ChangeFeed:
                     await session.execute(_LISTEN)
                     self._listens.set()
                     is_lost = False
-                    self._hearer.all_may_have_changed()
+                    self._hearer.on_all_may_have_changed()
                     await self._listen(session)
                 finally:
                     await session.close()
@@ -101,8 +101,8 @@ class ChangeFeed:
     def _tell(self, channel: str, payload: str) -> None:
         if channel == "cortex_jobs":
             job_id, _, name = payload.partition(" ")
-            self._hearer.job_changed(job_id, own=name == self._name)
+            self._hearer.on_job_changed(job_id, own=name == self._name)
         elif channel == "cortex_apis":
-            self._hearer.apis_changed()
+            self._hearer.on_apis_changed()
         else:
-            self._hearer.driver_changed()
+            self._hearer.on_leader_changed()

@@ -167,7 +167,7 @@ async def submit_to(
     Raises:
         CortexError: as the contract has it.
     """
-    name = ctx.endpoints.get(endpoint) or await ctx.api_at(endpoint)
+    name = ctx.catalogue.name_at(endpoint) or await ctx.api_at(endpoint)
     return await _submit(ctx, request, name, key)
 
 
@@ -200,15 +200,14 @@ async def _submit(ctx: Context, request: Request, name: str, key: str | None) ->
 async def _status(ctx: Context, request: Request, record: JobRecord, wait_s: float) -> Response:
     deadline = time.monotonic() + wait_s
     while shown(record) is Status.RUNNING and (left_s := deadline - time.monotonic()) > 0:
-        changed = await ctx.jobs.next(record.spec.job_id, left_s)
-        if changed is None:  # it has completed since it was looked at
-            if (last := await ctx.store.job(record.spec.job_id)) is None:
-                raise _removed(record)
-            record = last
-            break
+        changed = await ctx.jobs.next_record(record.spec.job_id, left_s)
+        if changed is None:
+            raise _removed(record)
         record = changed
     if shown(record) is Status.RUNNING:
-        answer = await ctx.ask_driver(request)  # why it waits, or that nobody can tell how it is
+        answer = await ctx.forwarded(
+            request
+        )  # the leader knows why it waits, and what is unreachable
         if answer is not None:
             return answer
     if is_partial(record):
@@ -229,7 +228,7 @@ async def _list(
     status: Status | None,
     cursor: int | None,
 ) -> Response:
-    if (answer := await ctx.ask_driver(request)) is not None:
+    if (answer := await ctx.forwarded(request)) is not None:
         return answer
     page = await ctx.store.list_jobs(name, limit=limit, status=status, cursor=cursor)
     statuses = ctx.renderer.listed(page.jobs)

@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import partial
 from http import HTTPStatus
 from typing import Annotated
 
@@ -58,23 +59,23 @@ async def logs_by_name(request: Request, name: str, job_id: str, offset: Offset 
 
 async def _logs(ctx: Context, request: Request, record: JobRecord, offset: int) -> Response:
     job_id = record.spec.job_id
-    if ctx.relay is not None and record.state in IN_PROGRESS:
-        if (answer := await ctx.relay.demand(request)) is not None:
+    if record.state in IN_PROGRESS:
+        if (answer := await ctx.forwarded_or_fail(request)) is not None:
             return answer
-        ctx.jobs.heard(record)  # which it may not have been told of yet
+        ctx.jobs.refresh(record)
     if not record.has_folder:
         raise NotFound(
             f"the log of the job {job_id} was removed: logs are kept for a time "
             "(`cortex serve --keep-logs`)"
         )
-    if ctx.archive is not None and not ctx.jobs.in_progress(job_id):
-        if ctx.relay is not None and not await ctx.archive.has(job_id):
-            answer = await ctx.relay.ask(request, or_error=HTTPStatus.NOT_FOUND)
+    if ctx.archive is not None and ctx.jobs.find(job_id) is None:
+        if not await ctx.archive.has(job_id):
+            answer = await ctx.forwarded(request, or_status=HTTPStatus.NOT_FOUND)
             if answer is not None:
                 return answer
         await ctx.archive.bring_back(record)
     spec = await ctx.versions.spec(record.spec.api_id)
-    log = Log(ctx.engine.log(job_id), spec.limits.log, record.losses + 1)
+    log = Log(ctx.settings.jobs / job_id / "log", spec.limits.log, record.losses + 1)
     if "text/event-stream" in request.headers.get("accept", ""):
         resumed = request.headers.get("last-event-id", "")
         start = int(resumed) if re.fullmatch(r"\d{1,18}", resumed, re.ASCII) else offset
@@ -168,9 +169,11 @@ async def _part(log: Log, start: int, end: int) -> AsyncIterator[bytes]:
 
 async def _events(ctx: Context, record: JobRecord, log: Log, offset: int) -> AsyncIterator[str]:
     job_id = record.spec.job_id
-    async for piece in follow(job_id, log, offset, ctx.jobs, ctx.watcher):
+    async for piece in follow(log, offset, partial(ctx.jobs.find, job_id), ctx.watcher):
         yield ": still here\n\n" if piece is None else event("log", encode(piece[1]), piece[0])
     record = await ctx.store.whole_job(job_id) or record
-    if record.state in IN_PROGRESS:  # another operator drives it now, and there it goes on
-        raise NoLeader("this operator does not drive the job any more")
+    if (
+        record.state in IN_PROGRESS
+    ):  # another operator is the leader now, and has the rest of the log
+        raise NoLeader("this operator is not the leader any longer; retry")
     yield event("end", "".join(ctx.renderer.status(record)))

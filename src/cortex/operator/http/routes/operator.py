@@ -45,9 +45,11 @@ async def readyz(request: Request) -> Answer:
 async def metrics(request: Request) -> Response:
     """This operator's jobs, engine and process, as Prometheus reads them."""
     ctx = context(request)
-    ctx.metrics.keep_only(set(ctx.endpoints.values()))
-    engine, live, nodes = ctx.engine.capabilities.name, ctx.jobs.live(), ctx.engine.nodes()
-    text = await asyncio.to_thread(ctx.metrics.text, engine, live, nodes)
+    ctx.metrics.keep_only({api.name for api in ctx.catalogue.all()})
+    live_jobs, engine = ctx.jobs.all_live(), ctx.jobs.engine
+    nodes = () if engine is None else engine.nodes()
+    name = ctx.settings.engine_name
+    text = await asyncio.to_thread(ctx.metrics.text, name, live_jobs, nodes)
     return Response(text, media_type=MEDIA_TYPE)
 
 
@@ -55,16 +57,16 @@ async def metrics(request: Request) -> Response:
 async def info(request: Request) -> Response:
     """What this operator is and runs on. CPU in cores, memory in bytes."""
     ctx = context(request)
-    if (answer := await ctx.demand_of_driver(request)) is not None:
+    if (answer := await ctx.forwarded_or_fail(request)) is not None:
         return answer
-    can = ctx.engine.capabilities
+    capabilities = ctx.engine().capabilities
     return Answer(
         {
             "version": cortex.__version__,
-            "engine": can.name,
-            "capacity": _amounts(can.total),
-            "memory_limit": can.memory_limit,
-            "own_folder": can.own_folder,
+            "engine": capabilities.name,
+            "capacity": _amounts(capabilities.total),
+            "memory_limit": capabilities.memory_limit,
+            "own_folder": capabilities.own_folder,
         }
     )
 
@@ -73,9 +75,9 @@ async def info(request: Request) -> Response:
 async def cluster(request: Request) -> Response:
     """The machines that jobs run on, and what is free on each. CPU in cores, memory in bytes."""
     ctx = context(request)
-    if (answer := await ctx.demand_of_driver(request)) is not None:
+    if (answer := await ctx.forwarded_or_fail(request)) is not None:
         return answer
-    engine = ctx.engine
+    engine = ctx.engine()
     return Answer(
         {
             "engine": engine.capabilities.name,
@@ -128,7 +130,7 @@ async def deploy(
 async def list_apis(request: Request) -> Response:
     """All deployed APIs with their jobs in progress and recent ones."""
     ctx = context(request)
-    if (answer := await ctx.ask_driver(request)) is not None:
+    if (answer := await ctx.forwarded(request)) is not None:
         return answer
     deployments = await ctx.store.deployments()
     apis = [await ctx.renderer.api(each, request) for each in deployments]
@@ -139,7 +141,7 @@ async def list_apis(request: Request) -> Response:
 async def get_api(request: Request, name: str) -> Response:
     """One deployed API, as a list of one."""
     ctx = context(request)
-    if (answer := await ctx.ask_driver(request)) is not None:
+    if (answer := await ctx.forwarded(request)) is not None:
         return answer
     for deployment in await ctx.store.deployments():
         if deployment.name == name:

@@ -1,0 +1,113 @@
+"""The leader's work after a deploy: each version that is deployed now is made ready and gets a warm fork server,
+and the object store gets the projects that it lacks. Opened by `ha.leadership`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+
+import structlog
+
+from cortex.engines.base import Engine
+from cortex.errors import StorageUnavailable
+from cortex.operator.deploy.catalogue import Catalogue, DeployedApi
+from cortex.operator.deploy.versions import HeldUp, Unusable, Versions
+from cortex.projects.repository import Projects
+from cortex.store import DatabaseLock, Store
+from cortex.system.background import Background
+
+log = structlog.get_logger()
+
+_RETRY_DELAY_S = 10.0
+
+
+class Warmer:
+    """One for each term of a leader. All methods are called on the event loop."""
+
+    def __init__(
+        self,
+        store: Store,
+        engine: Engine,
+        catalogue: Catalogue,
+        versions: Versions,
+        projects: Projects,
+        deploy_lock: DatabaseLock,
+    ) -> None:
+        self._store = store
+        self._engine = engine
+        self._catalogue = catalogue
+        self._versions = versions
+        self._projects = projects
+        self._deploy_lock = deploy_lock
+        self._background = Background("post-deploy task failed")
+        self._warming: dict[str, asyncio.Task[None]] = {}  # by version
+
+    async def open(self) -> None:
+        """Warm what is deployed now and what will be, and send the object store what it lacks."""
+        used = {spec.project_id for spec in await self._store.all_versions()}
+        self._background.run(self._send_missing(used), "send missing projects")
+        self._catalogue.subscribe(self)
+        for api in self._catalogue.all():
+            self.api_deployed(api, None)
+
+    async def close(self) -> None:
+        """Stop all of it."""
+        self._catalogue.unsubscribe(self)
+        await self._background.close()
+
+    def api_deployed(self, api: DeployedApi, before: DeployedApi | None) -> None:
+        """See `CatalogueListener`."""
+        if before is not None and before.api_id == api.api_id:
+            return
+        if before is not None:
+            self._engine.forget(before.api_id)
+        self._background.run(self._warm(api.api_id), f"warm {api.api_id}")
+        if before is not None:
+            self._background.run(
+                self._supersede(before.api_id, api.api_id), f"supersede {before.api_id}"
+            )
+
+    def api_removed(self, name: str, api_ids: Collection[str]) -> None:
+        """See `CatalogueListener`."""
+        for api_id in api_ids:
+            self._engine.forget(api_id)
+            self._stop_warming(api_id)
+
+    def _stop_warming(self, api_id: str) -> None:
+        """Cancel a build that no job waits for."""
+        if (warming := self._warming.pop(api_id, None)) is not None:
+            warming.cancel()
+
+    async def _supersede(self, before: str, after: str) -> None:
+        # Where both have the same requirements, the later version goes on with the build of the earlier one.
+        await self._versions.joined(after)
+        self._stop_warming(before)
+
+    async def _warm(self, api_id: str) -> None:
+        warming = asyncio.current_task()
+        if warming is None or all(api.api_id != api_id for api in self._catalogue.all()):
+            return
+        self._warming[api_id] = warming
+        try:
+            version = await self._versions.prepare(api_id)
+            async with self._deploy_lock:  # a version of an API that is being deleted is not warmed
+                current = await self._store.deployments()
+                if any(deployment.spec.api_id == api_id for deployment in current):
+                    self._engine.warm(version)
+        except Unusable as error:  # each of its jobs reports the reason in its log
+            log.warning("not ready for jobs", api_id=api_id, reason=error.reason)
+        except (HeldUp, StorageUnavailable) as error:  # the first job makes another attempt
+            log.warning("not ready for jobs yet", api_id=api_id, reason=str(error))
+        finally:
+            self._warming.pop(api_id, None)
+
+    async def _send_missing(self, used: set[str]) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(self._projects.send_missing, used)
+            except (StorageUnavailable, OSError) as error:
+                log.warning("cannot send projects to the object store yet", error=str(error))
+                await asyncio.sleep(_RETRY_DELAY_S)
+            else:
+                return

@@ -1,0 +1,241 @@
+"""The way of a waiting job to its start: its version is made ready, it joins the queue, it is claimed, and the
+engine starts it. Carries out the decisions of `Admission`. Used by the dispatcher alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import structlog
+
+from cortex.engines.base import Attempt, Engine, Version
+from cortex.operator.deploy.catalogue import Catalogue
+from cortex.operator.deploy.versions import Versions
+from cortex.operator.dispatch.admission import Admission, Refuse, Start, Wait
+from cortex.operator.dispatch.awaited_versions import AwaitedVersions, Blocked, VersionResult
+from cortex.operator.dispatch.live_jobs import (
+    STORAGE_RETRY_S,
+    LiveJob,
+    LiveJobs,
+    platform_ending,
+)
+from cortex.spec.job import JobRecord, JobSpec
+from cortex.spec.lifecycle import Event, State
+from cortex.spec.times import now_ns
+from cortex.store import InitialClaim
+from cortex.system.background import Background
+
+log = structlog.get_logger()
+
+_FOLDER_GRACE_S = (
+    5.0  # for a supervisor that may still be preparing the folder of a cancelled claim
+)
+
+
+class Starter:
+    """All methods are called on the event loop."""
+
+    def __init__(
+        self,
+        live_jobs: LiveJobs,
+        engine: Engine,
+        versions: Versions,
+        catalogue: Catalogue,
+        background: Background,
+    ) -> None:
+        self.admission = Admission(live_jobs, engine)
+        self._live_jobs = live_jobs
+        self._engine = engine
+        self._versions = versions
+        self._catalogue = catalogue
+        self._background = background
+        self._awaited = AwaitedVersions(versions, background, self._version_resolved)
+
+    def add_waiting(self, record: JobRecord) -> None:
+        """Take up a job that waits."""
+        live = self._live_jobs.add(record, self.admission.why_waiting)
+        if self.watch_deadline(live):
+            self.enqueue(live)
+
+    def enqueue(self, live: LiveJob) -> None:
+        """Let a waiting job join the queue once its version is ready."""
+        if live.record.state is not State.WAITING or self._background.is_closed:
+            return
+        live.version = self._versions.ready(live.record.spec.api_id)
+        if live.version is None:
+            self._awaited.add(live)
+        elif self.admission.enqueue(live):
+            self.schedule()
+
+    def enqueue_later(self, live: LiveJob, blocked_by: str) -> None:
+        """Retry a waiting job until the machine has again what it lacks."""
+        if live.blocked_by != blocked_by:
+            log.warning("job held up", job=live.job_id, reason=blocked_by)
+            live.blocked_by = blocked_by
+            live.notify()
+        asyncio.get_running_loop().call_later(STORAGE_RETRY_S, self.enqueue, live)
+
+    def _version_resolved(self, jobs: list[LiveJob], result: VersionResult) -> None:
+        for live in jobs:
+            match result:
+                case Blocked(reason):
+                    self.enqueue_later(live, reason)
+                case Version():
+                    live.version = result
+                    live.notify()
+                    if live.record.state is State.WAITING and self.admission.enqueue(live):
+                        self.schedule()
+                case _:
+                    self._background.run(self._fail_unusable(live, result.reason, result.output))
+
+    async def _fail_unusable(self, live: LiveJob, reason: str, output: str | None) -> None:
+        if output is not None:
+            try:
+                self._engine.note(live.job_id, output)
+            except OSError as error:
+                log.warning("cannot write the log of a job", job=live.job_id, error=str(error))
+        await self._live_jobs.fail(live, reason)
+
+    def schedule(self) -> None:
+        """Carry out admission's decisions until no job can start."""
+        while not self._background.is_closed:
+            match self.admission.decide():
+                case Start(live):
+                    self._background.run(self._launch(live))
+                case Refuse(live, reason):
+                    self._background.run(self._live_jobs.fail(live, reason))
+                case Wait():
+                    return
+
+    async def _launch(self, live: LiveJob) -> None:
+        job_id, number = live.job_id, live.record.attempt + 1
+        try:
+            handle = self._engine.claim(job_id, number)
+        except OSError as error:
+            self._cancel(live.api_name, job_id)
+            self.enqueue_later(live, f"the job's folder cannot be made: {error}")
+            return
+        record = await self._live_jobs.apply(live, Event.CLAIM, {"handle": handle})
+        if record is None:  # it was stopped, or its deadline has passed
+            self._cancel(live.api_name, job_id)
+            return
+        live.blocked_by = None
+        live.cancel_timer()  # from here on the supervisor watches the deadline
+        if live.stop_wanted:
+            self._engine.release(job_id)
+            await self._live_jobs.fail(live, "stopped before it started")
+            return
+        self._engine.start(attempt_of(live, record.spec))
+
+    def _cancel(self, api_name: str, job_id: str) -> None:
+        self.admission.cancel(api_name, job_id)
+        self.schedule()
+
+    def claim_early(self, draft: JobSpec, *, prestart: bool) -> InitialClaim | None:
+        """Reserve what a job needs that is about to be stored, and make its handle; None where it has to wait.
+
+        Args:
+            prestart: whether to use the time of the store's commit: this job is going to be stored, most
+                likely, and no other is being stored now.
+        """
+        api = self._catalogue.find(draft.api_name)
+        version = None if api is None else self._versions.ready(api.api_id)
+        if version is None:
+            return None
+        if not self.admission.try_claim(draft.api_name, draft.job_id, version.api.compute):
+            return None
+        try:
+            handle = self._engine.claim(draft.job_id, 1)
+        except OSError:  # the job waits until its folder can be made, and says so
+            self._cancel(draft.api_name, draft.job_id)
+            return None
+        if prestart:
+            spec = replace(draft, api_id=version.api.api_id)
+            self._engine.prepare(Attempt(spec, version, 1, handle, _deadline(spec)))
+        return InitialClaim(version.api.api_id, handle)
+
+    def cancel_claim(self, draft: JobSpec, *, is_refused: bool) -> None:
+        """The claim was not stored.
+
+        Args:
+            is_refused: whether it is certain that the job was not stored either.
+        """
+        if is_refused:
+            self._remove_folder(self._engine.log(draft.job_id).parent)
+        self._cancel(draft.api_name, draft.job_id)
+
+    def start_claimed(self, record: JobRecord) -> None:
+        """Start a job that was claimed while it was stored."""
+        live = self._live_jobs.add(record, self.admission.why_waiting)
+        live.version = self._versions.ready(record.spec.api_id)
+        self._set_deadline(live)
+        self._engine.start(attempt_of(live, record.spec))
+
+    def _remove_folder(self, folder: Path) -> None:
+        """Remove the folder of a job that was not stored: retention does not know of it."""
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            return
+        except OSError:  # a supervisor has prepared it, or is preparing it
+            self._background.run(_remove_later(folder))
+
+    def watch_deadline(self, live: LiveJob) -> bool:
+        """Time a waiting job out at its deadline; False if the deadline has passed."""
+        self._set_deadline(live)
+        if live.deadline is None:
+            return True
+        left_s = live.deadline - time.monotonic()
+        if left_s <= 0:
+            self._deadline_passed(live)
+            return False
+        loop = asyncio.get_running_loop()
+        live.timer = loop.call_later(left_s, self._deadline_passed, live)
+        return True
+
+    def _set_deadline(self, live: LiveJob) -> None:
+        if live.deadline is None:  # once: from here on a change of the wall clock does not matter
+            live.deadline = _deadline(live.record.spec)
+
+    def _deadline_passed(self, live: LiveJob) -> None:
+        self._background.run(self._time_out(live))
+
+    async def _time_out(self, live: LiveJob) -> None:
+        if live.record.state is State.WAITING:
+            message = f"timeout of {live.record.spec.timeout} s passed while it waited"
+            await self._live_jobs.apply(live, Event.TIME_OUT, platform_ending(message))
+
+    def release(self, live: LiveJob) -> None:
+        """A job runs or waits no longer: others may start."""
+        if live.version is None:
+            self._awaited.discard(live)
+        if self.admission.release(live):
+            self.schedule()
+
+
+async def _remove_later(folder: Path) -> None:
+    await asyncio.sleep(_FOLDER_GRACE_S)
+    await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+
+def _deadline(spec: JobSpec) -> float | None:
+    deadline_ns = spec.deadline_ns
+    return None if deadline_ns is None else time.monotonic() + (deadline_ns - now_ns()) / 1e9
+
+
+def attempt_of(live: LiveJob, spec: JobSpec) -> Attempt:
+    """A claimed job as the engine knows it; `spec` has the config where the job is to be started."""
+    assert live.version is not None and live.record.handle is not None
+    return Attempt(
+        spec,
+        live.version,
+        live.record.attempt,
+        live.record.handle,
+        live.deadline,
+        live.record.losses,
+        live.record.message if live.record.losses else None,
+    )

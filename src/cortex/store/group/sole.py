@@ -1,0 +1,58 @@
+"""An operator that is alone on its store: it is elected as soon as it stands. It has the interface of
+`OperatorGroup`. Made by `Store` for a database that no other operator can open.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from cortex.store.group.election import LeaderCallbacks
+from cortex.store.group.notifications import ChangeListener
+from cortex.store.writer import Write, Writer
+
+T = TypeVar("T")
+
+
+class SoleOperator:
+    """See `OperatorGroup` for each method."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+        self._callbacks: LeaderCallbacks | None = None
+
+    @property
+    def is_joined(self) -> bool:
+        """False: it has no row of its own."""
+        return False
+
+    def places(self) -> set[str]:
+        """No database belongs with a data folder that it lies in."""
+        return set()
+
+    def join(self, place: str, runs_on: str, address: str, instead_of: str | None = None) -> None:
+        """There is nobody to join."""
+
+    async def listen(self, hearer: ChangeListener) -> None:
+        """There are no changes of others."""
+
+    async def campaign(self, candidate: LeaderCallbacks, lease_s: float) -> None:
+        """Lead at once.
+
+        Raises:
+            StartupError: as `LeaderCallbacks.drive` does.
+        """
+        self._callbacks = candidate
+        await candidate.drive()
+
+    async def leave(self) -> None:
+        """Step down."""
+        if self._callbacks is not None:
+            await self._callbacks.step_down()
+
+    async def driver(self) -> str | None:
+        """None: no other operator leads."""
+        return None
+
+    async def as_driver(self, write: Write[T]) -> T:
+        """Run a write of the leader."""
+        return await self._writer.run(write)
