@@ -250,17 +250,31 @@ def with_variable(name: str, value: str) -> dict[int, int]:
         OSError: it cannot be told, for want of descriptors or memory.
     """
     wanted = f"{name}={value}".encode()
+    return _with_environ(lambda entries: wanted in entries)
+
+
+def with_variable_below(name: str, folder: str) -> dict[int, int]:
+    """All processes in whose environment block this variable is a path below a folder: pid: start ticks.
+
+    Raises:
+        OSError: descriptors or memory are short.
+    """
+    start = f"{name}={folder}/".encode()
+    return _with_environ(lambda entries: any(entry.startswith(start) for entry in entries))
+
+
+def _with_environ(matches: Callable[[list[bytes]], bool]) -> dict[int, int]:
     found = {}
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
         try:
             with open(f"/proc/{entry}/environ", "rb") as file:
-                holds = wanted in file.read().split(b"\0")
+                is_match = matches(file.read().split(b"\0"))
         except OSError as error:
             _raise_shortage(error)
             continue
-        ticks = living(entry) if holds else None
+        ticks = living(entry) if is_match else None
         if ticks is not None:
             found[int(entry)] = ticks
     return found
