@@ -82,7 +82,9 @@ def test_what_is_no_mistake_is_a_warning_of_the_first_api_that_it_is_about(
     for done in ("created", "warned is unchanged"):
         first, second, third = shared.deploy(yaml, files).json()
         (about_pipfile,) = first["warnings"]
-        assert about_pipfile.startswith("Pipfile is not read; put what jobs need into requirements")
+        assert about_pipfile.startswith(
+            "Pipfile is not read; list the packages that jobs need in requirements"
+        )
         lines = first["message"].split("\n")
         assert lines[0].startswith(done)
         assert lines[1:] == [f"warning: {about_pipfile}"]

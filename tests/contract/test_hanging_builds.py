@@ -50,7 +50,7 @@ def test_a_build_over_its_time_limit_fails_the_jobs_that_wait_for_it(tmp_path: P
         assert done["status"] == "status_unexpected_error"
         assert "not built within 2.5 s" in done["message"]
         assert "--build-timeout" in done["message"]
-        assert "was ended: it took longer than 2.5 s" in own.log_of(endpoint, done)
+        assert "timed out: it took longer than 2.5 s" in own.log_of(endpoint, done)
         build.ended()
 
 

@@ -21,7 +21,7 @@ from cortex.engines.base import Capacity
 from cortex.engines.ray import RayEngine
 from cortex.engines.ray.link import LinkError, Refused
 from cortex.engines.ray.messages import NodeState, Reservation
-from cortex.projects.pack import pack_kept
+from cortex.projects.pack import pack_stored
 from cortex.ray_node import reservations
 from cortex.ray_node.agent import Agent
 from cortex.ray_node.driver import Driver, answer
@@ -58,7 +58,7 @@ class Near(Driver):
 
     async def send_project(self, node_id: str, project_id: str, folder: str) -> None:
         packed = io.BytesIO()
-        pack_kept(Path(folder), packed)
+        pack_stored(Path(folder), packed)
         await self.ask(node_id, "unpack", (project_id, packed.getvalue()), 60)
 
     async def ask(

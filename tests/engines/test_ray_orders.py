@@ -166,7 +166,7 @@ def test_lock_files_that_cannot_be_read_hold_a_job_up(bench: NearBench) -> None:
         def locks(self, _: str) -> dict[str, str]:
             raise FULL
 
-        def keep_first_lock(self, *_: str) -> None:
+        def save_lockfile_if_absent(self, *_: str) -> None:
             """It keeps none."""
 
     bench.locks = Locks()

@@ -17,7 +17,7 @@ from cortex.operator.http.answers import read_submission
 from cortex.operator.http.bodies import Submitted
 from cortex.operator.http.body_reader import BodyReader
 from cortex.projects.check import check_files
-from cortex.projects.dotenv import variables
+from cortex.projects.dotenv import read_variables
 from cortex.projects.unpack import project_id, unpack
 from cortex.spec.cortex_yaml import field_lines, read_apis
 from cortex.spec.quantities import near_size, read_bytes, read_cpu_m
@@ -161,7 +161,7 @@ def _project(rng: random.Random, folder: Path) -> None:
     except InvalidSpec as error:
         assert str(folder) not in error.message, error.message
     try:
-        variables(project)
+        read_variables(project)
     except InvalidProject as error:
         assert error.message
 

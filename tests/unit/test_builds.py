@@ -111,20 +111,20 @@ def test_a_build_that_takes_too_long_is_ended_with_all_that_it_has_started(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hanging = Hanging(tmp_path, "print('about to hang', flush=True)\n")
-    is_late = builder._is_late
+    timed_out = builder._timed_out
 
     async def late(process: subprocess.Popen[bytes], lifeline: int, timeout_s: float) -> bool:
         assert timeout_s == 1234
         await hanging.begun()
-        return await is_late(process, lifeline, 0.01)
+        return await timed_out(process, lifeline, 0.01)
 
-    monkeypatch.setattr(builder, "_is_late", late)
-    with pytest.raises(EnvironmentFailed, match="uv pip install was ended after 1234 s") as raised:
+    monkeypatch.setattr(builder, "_timed_out", late)
+    with pytest.raises(EnvironmentFailed, match="uv pip install timed out after 1234 s") as raised:
         run(Environments(root, rules=BuildRules(timeout_s=1234)).build(hanging.project))
     assert not any(map(lives, hanging.pids()))
     assert "not built within 1234 s" in raised.value.reason
     assert "--build-timeout" in raised.value.reason
-    assert "uv pip install was ended" in raised.value.output
+    assert "uv pip install timed out" in raised.value.output
     assert left_in(root) == []
 
 
@@ -147,7 +147,7 @@ def test_a_build_has_no_time_limit_while_it_waits_for_others(root: Path, tmp_pat
 def test_slow_builds_make_room_for_others(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(environments, "_QUICK_S", 0.05)
+    monkeypatch.setattr(environments, "_QUICK_BUILD_S", 0.05)
 
     async def main() -> None:
         made = Environments(root, rules=ENDLESS)
@@ -188,7 +188,7 @@ def test_a_build_ends_with_its_operator(root: Path, tmp_path: Path, how: signal.
         operator.send_signal(how)
         operator.wait()
     until(lambda: not any(map(lives, hanging.pids())), "the build gone")
-    assert Environments(root).ready(hanging.project) is None
+    assert Environments(root).built_python(hanging.project) is None
 
 
 @pytest.mark.parametrize("by", ["the next build", "the next operator"])
@@ -212,7 +212,7 @@ def test_what_is_left_of_a_build_whose_supervisor_was_killed_too_is_ended(
     operator.wait()
     assert lives(pid)
     if by == "the next operator":
-        Environments(root).open()
+        Environments(root).end_leftover_builds()
         assert not lives(pid)
         return
     go.touch()
@@ -233,7 +233,7 @@ def test_a_build_that_kills_its_supervisor_fails_and_leaves_nothing(
         "os.kill(pid, signal.SIGKILL)\nhang()\n"
     )
     mine = laid_out(tmp_path / "p", code)
-    with pytest.raises(EnvironmentFailed, match="uv pip install was ended with its supervisor"):
+    with pytest.raises(EnvironmentFailed, match="the supervisor of uv pip install was killed"):
         run(Environments(root).build(mine))
     assert not lives(int(own.read_text()))
     assert left_in(root) == []
@@ -243,7 +243,7 @@ def test_a_build_that_kills_its_supervisor_fails_and_leaves_nothing(
 def test_a_build_that_stops_its_supervisor_is_ended_all_the_same(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str
 ) -> None:
-    monkeypatch.setattr(builder, "_END_S", 1.0 if again else 30.0)
+    monkeypatch.setattr(builder, "_END_TIMEOUT_S", 1.0 if again else 30.0)
     own = tmp_path / "own"
     stop = "    os.kill(pid, signal.SIGSTOP)\n"
     code = (
@@ -385,7 +385,7 @@ def test_the_variables_that_builds_find_are_documented() -> None:
     ]
     named = set(re.findall(r"`(\w+)`", page)) | {*re.findall(r"`(\w+)…`", page)}
     names = build_rules._NAMES | build_rules._PROXIES | {*build_rules._PREFIXES}
-    assert names | {build_rules._OF_THE_HOME} <= named
+    assert names | {build_rules._OWN_FOLDERS} <= named
 
 
 def test_an_account_has_folders_of_its_own() -> None:
@@ -399,14 +399,14 @@ def test_links_in_an_environment_are_not_followed(root: Path, tmp_path: Path) ->
     python = run(made.build(tmp_path / "p"))
     packages = next((python.parents[1] / "lib").glob("python*")) / "site-packages"
     (packages / "one-1.0.dist-info").mkdir(parents=True)
-    assert lockfiles.held(python) == "one==1.0\n"
+    assert lockfiles.installed_versions(python) == "one==1.0\n"
     packages.rename(tmp_path / "elsewhere")
     packages.symlink_to(tmp_path / "elsewhere")
-    assert lockfiles.held(python) == ""
-    assert made.ready(tmp_path / "p") == python
+    assert lockfiles.installed_versions(python) == ""
+    assert made.built_python(tmp_path / "p") == python
     python.parent.rename(tmp_path / "bin")
     python.parent.symlink_to(tmp_path / "bin")
-    assert made.ready(tmp_path / "p") is None
+    assert made.built_python(tmp_path / "p") is None
 
 
 def test_an_environment_whose_python_is_gone_is_none(root: Path, tmp_path: Path) -> None:
@@ -416,14 +416,14 @@ def test_an_environment_whose_python_is_gone_is_none(root: Path, tmp_path: Path)
     for target in ("/nowhere/python", "python", "../bin/python", "python4"):
         python.unlink()
         python.symlink_to(target)
-        assert made.ready(tmp_path / "p") is None
+        assert made.built_python(tmp_path / "p") is None
 
 
 def test_only_the_end_of_a_build_s_words_is_read(root: Path, tmp_path: Path) -> None:
     code = "print('x' * (1 << 20), flush=True)\nraise SystemExit('the end')\n"
     with pytest.raises(EnvironmentFailed) as raised:
         run(Environments(root).build(laid_out(tmp_path / "p", code)))
-    assert len(raised.value.output) <= builder._MOST_OUTPUT
+    assert len(raised.value.output) <= builder._MAX_OUTPUT
     assert "the end" in raised.value.output
 
 

@@ -446,7 +446,7 @@ def test_what_was_left_out_of_an_upload_is_a_warning(connect: Connect, tmp_path:
         with Stub({"POST /-/apis": answer(sent)}) as stub, connect(stub.url) as client:
             (done,) = client.deploy(tmp_path / "cortex.yaml")
         *before, told = done["warnings"]
-        assert told.startswith("left out of the upload: venv/ (a virtual environment); where jobs")
+        assert told.startswith("left out of the upload: venv/ (a virtual environment); if jobs")
         assert before == sent[0].get("warnings", [])
         assert done["message"] == f"{sent[0]['message']}\nwarning: {told}"
 

@@ -147,9 +147,9 @@ async def test_a_project_without_requirements_gets_a_plain_shared_environment(
     environments = Environments(root)
     one = project(tmp_path / "one", requirements__txt="# none\n")
     other = project(tmp_path / "other", pyproject__toml='[project]\nname = "x"\nversion = "1"\n')
-    assert environments.ready(one) is None
+    assert environments.built_python(one) is None
     python = await environments.build(one)
-    assert environments.ready(one) == environments.ready(other) == python
+    assert environments.built_python(one) == environments.built_python(other) == python
     assert run(python, "import sys; print(*sys.version_info[:3])") == "{} {} {}".format(
         *sys.version_info
     )
@@ -164,10 +164,10 @@ async def test_requirements_are_installed_once_and_found_by_a_new_operator(
     first = with_wheel(tmp_path / "p")
     python = await Environments(root).build(first)
     assert run(python, "import tinyprobe; print(tinyprobe.VALUE)") == "1"
-    assert Environments(root).ready(first) == python
+    assert Environments(root).built_python(first) == python
     assert await Environments(root).build(first) == python
     changed = with_wheel(tmp_path / "q", value=2)
-    assert Environments(root).ready(changed) is None
+    assert Environments(root).built_python(changed) is None
 
 
 def test_what_a_job_runs_in_stays_though_an_operator_of_another_python_wants_it_no_more(
@@ -183,11 +183,11 @@ def test_what_a_job_runs_in_stays_though_an_operator_of_another_python_wants_it_
         monkeypatch.setattr(sys, "version", "another")
         upgraded = Environments(root)
         for _ in range(2):
-            upgraded.remove_all_but([(mine, DEFAULT_DEPENDENCIES)])
+            upgraded.remove_unused([(mine, DEFAULT_DEPENDENCIES)])
             assert run(python, "import tinyprobe; print(tinyprobe.VALUE)") == "1"
     finally:
         job.communicate()
-    upgraded.remove_all_but([(mine, DEFAULT_DEPENDENCIES)])
+    upgraded.remove_unused([(mine, DEFAULT_DEPENDENCIES)])
     assert not python.exists()
 
 
@@ -199,8 +199,8 @@ async def test_what_jobs_write_into_the_project_leaves_its_environment(
     python = await environments.build(mine)
     project(mine / "__pycache__", task__pyc="")
     for _ in range(2):
-        environments.remove_all_but([(mine, DEFAULT_DEPENDENCIES)])
-    assert environments.ready(mine) == python
+        environments.remove_unused([(mine, DEFAULT_DEPENDENCIES)])
+    assert environments.built_python(mine) == python
     assert python.exists()
 
 
@@ -242,7 +242,7 @@ async def test_what_cannot_be_resolved_fails_with_the_resolver_s_words(
         ) as raised:
             await environments.build(mine)
         assert "no-such-package-cortex-probe" in raised.value.output
-        assert environments.ready(mine) is None
+        assert environments.built_python(mine) is None
     assert left_in(root) == []
 
 
@@ -307,7 +307,7 @@ async def test_a_cancelled_build_leaves_no_process_and_no_environment(
     with pytest.raises(asyncio.CancelledError):
         await caller
     assert gone(slow.pids()[0])
-    assert environments.ready(slow.project) is None
+    assert environments.built_python(slow.project) is None
     assert left_in(root) == []
     slow.go.touch()
     assert (await environments.build(slow.project)).exists()
@@ -344,7 +344,7 @@ async def test_a_build_that_is_given_up_at_its_very_end_does_not_undo_the_next_o
     marked.clear()
     go_on.set()
     assert await asyncio.to_thread(marked.wait, PATIENCE_S)
-    assert environments.ready(mine) == python
+    assert environments.built_python(mine) == python
 
 
 @in_loop
@@ -362,14 +362,14 @@ async def test_a_build_that_was_killed_with_its_operator_is_built_again(
     operator.kill()
     await operator.wait()
     environments = Environments(root)
-    assert environments.ready(slow.project) is None
+    assert environments.built_python(slow.project) is None
     assert gone(slow.pids()[0])  # though nothing lets it go on
     again = asyncio.create_task(environments.build(slow.project))
     await slow.started(2)
     slow.go.touch()
     python = await again
     assert run(python, "import slowprobe; print(slowprobe.VALUE)") == "7"
-    assert environments.ready(slow.project) == python
+    assert environments.built_python(slow.project) == python
 
 
 @in_loop
@@ -379,7 +379,7 @@ async def test_an_environment_whose_interpreter_is_gone_is_built_again(
     mine, environments = with_wheel(tmp_path / "p"), Environments(root)
     python = await environments.build(mine)
     python.unlink()
-    assert environments.ready(mine) is None
+    assert environments.built_python(mine) is None
     assert run(await environments.build(mine), "import tinyprobe; print(1)") == "1"
 
 
@@ -450,15 +450,17 @@ async def test_two_apis_of_a_project_have_the_environments_that_their_files_ask_
 ) -> None:
     mine = project(with_wheel(tmp_path / "p"), gpu__txt=f"./{wheel(tmp_path / 'p', 'other')}\n")
     gpu = Dependencies(pip="gpu.txt")
-    assert lockfiles.name(read_requirements(mine, gpu)) != lockfiles.name(read_requirements(mine))
+    assert lockfiles.file_name(read_requirements(mine, gpu)) != lockfiles.file_name(
+        read_requirements(mine)
+    )
     assert Environments(root).identify(mine, gpu) != Environments(root).identify(mine)
     python = await Environments(root).build(mine, gpu)
     assert run(python, "import other; print(other.VALUE)") == "1"
     for _ in range(2):
         environments = Environments(root)
-        environments.remove_all_but([(mine, DEFAULT_DEPENDENCIES), (mine, gpu)])
-        assert environments.ready(mine, gpu) == python
-    environments.remove_all_but([(mine, DEFAULT_DEPENDENCIES)])
+        environments.remove_unused([(mine, DEFAULT_DEPENDENCIES), (mine, gpu)])
+        assert environments.built_python(mine, gpu) == python
+    environments.remove_unused([(mine, DEFAULT_DEPENDENCIES)])
     assert not python.exists()
 
 

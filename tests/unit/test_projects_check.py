@@ -8,7 +8,7 @@ import pytest
 
 from cortex.errors import InvalidProject, InvalidSpec
 from cortex.projects.check import check_files
-from cortex.projects.dotenv import check_variables, variables
+from cortex.projects.dotenv import check_variables, read_variables
 from cortex.projects.requirements import MIN_PYTHON, is_local, read_requirements, satisfies
 from cortex.spec.api import Dependencies
 from cortex.spec.cortex_yaml import read_apis
@@ -92,7 +92,7 @@ def test_files_that_define_a_task(source: str, tmp_path: Path) -> None:
         ("async def task(c): ...\n", 'the task in "a.py" is async; define def task(config)'),
         (
             "def task(c):\n    print(1)\n    for i in c:\n        yield i\n",
-            'the task in "a.py" is a generator (line 4 has yield), of which a call runs nothing',
+            'the task in "a.py" is a generator (line 4 has yield), and calling a generator',
         ),
         ("def task(c):\n    x = yield from c\n", "is a generator (line 2 has yield)"),
         ("async def task(c):\n    yield 1\n", "is a generator (line 2 has yield)"),
@@ -183,7 +183,7 @@ def pyproject(requires: str) -> str:
 
 
 def requirement_mistakes(project: Path) -> list[str]:
-    return read_requirements(project).mistakes
+    return read_requirements(project).errors
 
 
 def test_a_command_needs_no_file(tmp_path: Path) -> None:
@@ -205,22 +205,25 @@ PROJECT = "[project]\nname = 'x'\nversion = '1'\ndependencies = ['six']\n"
     [
         (
             {"pyproject.toml": POETRY},
-            "[tool.poetry.dependencies] of pyproject.toml is not read; put what jobs need into requirements.txt or the dependencies of [project], for example by `poetry export -o requirements.txt`",
+            "[tool.poetry.dependencies] of pyproject.toml is not read; list the packages that jobs need in requirements.txt or in the dependencies of [project], for example by `poetry export -o requirements.txt`",
         ),
         ({"pyproject.toml": "[tool.pixi.dependencies]\nx = '*'\n"}, "[tool.pixi.dependencies] of"),
         (
             {"pyproject.toml": "[tool.flit.metadata]\nrequires = ['x']\n"},
-            "[tool.flit.metadata.requires] of pyproject.toml is not read; put what jobs need into",
+            "[tool.flit.metadata.requires] of pyproject.toml is not read; list the packages that jobs",
         ),
         (
             {"Pipfile": "[packages]\n"},
-            "Pipfile is not read; put what jobs need into requirements.t",
+            "Pipfile is not read; list the packages that jobs need in requirements.t",
         ),
         (
             {"environment.yml": "dependencies: [numpy]\n"},
-            "environment.yml is not read; put what jo",
+            "environment.yml is not read; list the packages that jo",
         ),
-        ({"requirements.in": "six\n"}, "requirements.in is not read; put what jobs need into requ"),
+        (
+            {"requirements.in": "six\n"},
+            "requirements.in is not read; list the packages that jobs need in requ",
+        ),
         (
             {"setup.py": "setup(install_requires=['x'])\n"},
             "install_requires of setup.py is not read",
@@ -228,35 +231,35 @@ PROJECT = "[project]\nname = 'x'\nversion = '1'\ndependencies = ['six']\n"
         ({"setup.cfg": "[options]\ninstall_requires =\n  x\n"}, "install_requires of setup.cfg is"),
         (
             {"requirements/prod.txt": "six\n"},
-            "requirements/prod.txt is not read; name it: definition.dependencies: {pip: requirements/prod.txt}",
+            "requirements/prod.txt is not read; to install it, set definition.dependencies: {pip: requirements/prod.txt}",
         ),
         (
             {"requirements.in": "six\n", "conda-packages.txt": "pip=24\n"},
-            "requirements.in is not read; put what jobs need into requirements.txt, for example by",
+            "requirements.in is not read; list the packages that jobs need in requirements.txt, for example by",
         ),
         (
             {"latest.requirements.txt": "six\n"},
-            "latest.requirements.txt is not read; name it: definition.dependencies: {pip: latest.r",
+            "latest.requirements.txt is not read; to install it, set definition.dependencies: {pip: latest.r",
         ),
         (
             {"app/requirements.txt": "six\n"},
-            "app/requirements.txt is not read; name it: definition",
+            "app/requirements.txt is not read; to install it, set definition",
         ),
         (
             {"requirements-gpu.txt": "six\n"},
-            "requirements-gpu.txt is not read; name it: definition",
+            "requirements-gpu.txt is not read; to install it, set definition",
         ),
         (
             {"dependencies.sh": "apt-get install -y tree\n", "requirements.txt": "six\n"},
-            "dependencies.sh is not run: environments are of Python's packages alone; install on the",
+            "dependencies.sh is not run, because environments contain Python packages only; install on the",
         ),
         (
             {"uv.lock": "version = 1\n", "pyproject.toml": PROJECT},
-            "uv.lock is not read, and the first build of the environment chooses versions anew; for its versions: `uv export -o requirements.txt`",
+            "uv.lock is not read: the first build of the environment resolves versions again; to keep these versions, use `uv export -o requirements.txt`",
         ),
         (
             {"a.py": '# /// script\n# dependencies = [\n#   "six",\n# ]\n# ///\n' + TASK},
-            "the dependencies in the comment `# /// script` of a.py are not read; put what jobs need",
+            "the dependencies in the comment `# /// script` of a.py are not read; list the packages that jobs need",
         ),
     ],
 )
@@ -305,7 +308,7 @@ def test_odd_files_are_read_in_no_time(tmp_path: Path) -> None:
 def test_a_script_that_an_api_names_for_its_packages_is_named(tmp_path: Path) -> None:
     write(tmp_path, {"a.py": TASK, "gpu.sh": "apt-get\n", "dependencies.sh": "apt-get\n"})
     (found,) = warnings(tmp_path, "path: a.py, dependencies: {shell: gpu.sh}")
-    assert found.startswith("gpu.sh is not run: ")
+    assert found.startswith("gpu.sh is not run, ")
 
 
 @pytest.mark.parametrize(
@@ -327,9 +330,9 @@ def test_a_script_that_an_api_names_for_its_packages_is_named(tmp_path: Path) ->
         ("[python a.py]", '"python a.py" would not run: no program has that name; write each word'),
         (
             "[sh, windows.sh]",
-            '"windows.sh" has the line ends of Windows, which a shell takes for a p',
+            '"windows.sh" has Windows line endings, which a shell reads as part',
         ),
-        ("[/bin/bash, -eu, ./windows.sh]", '"./windows.sh" has the line ends of Windows, which a'),
+        ("[/bin/bash, -eu, ./windows.sh]", '"./windows.sh" has Windows line endings, which a'),
     ],
 )
 def test_a_program_of_the_project_that_would_not_run_is_a_warning(
@@ -377,25 +380,31 @@ def test_a_variable_of_python_in_env_is_refused_where_a_file_is_run(tmp_path: Pa
 def test_variables_are_read_as_they_are_written(tmp_path: Path) -> None:
     text = "\ufeffA=1\n# c\n\nexport B='x y' # c\nC=\"l1\\nl2\"\nD=$A ${A}\nE=\nA=2\n"
     write(tmp_path, {".env": text})
-    assert variables(tmp_path) == {"A": "2", "B": "x y", "C": "l1\nl2", "D": "$A ${A}", "E": ""}
+    assert read_variables(tmp_path) == {
+        "A": "2",
+        "B": "x y",
+        "C": "l1\nl2",
+        "D": "$A ${A}",
+        "E": "",
+    }
     assert check_variables(tmp_path) == []
-    assert variables(tmp_path / "nowhere") == {}
+    assert read_variables(tmp_path / "nowhere") == {}
 
 
 def test_mistakes_in_variables_have_lines_and_show_no_values(tmp_path: Path) -> None:
     text = "A=1\n\nNOVALUE\nKEY='hush\nCORTEX_X=1\nB=\0\na-b=1\n= 5\n"
     found = check_variables(write(tmp_path, {".env": text}))
     joined = "\n".join(found)
-    assert ".env:3: is no NAME=value; put a value of several lines in quotes" in found
-    assert ".env:4: cannot be read; allowed: NAME=value, one to a line" in found
-    assert ".env:5: CORTEX_X: names that start with CORTEX_ are reserved" in found
-    assert ".env:6: B: holds a NUL character" in found
+    assert ".env:3: is not NAME=value; put a value of several lines in quotes" in found
+    assert ".env:4: cannot be read; allowed: NAME=value, one per line" in found
+    assert ".env:5: CORTEX_X: names that start with CORTEX_ are reserved; choose another" in found
+    assert ".env:6: B: the value contains a NUL character; remove it" in found
     assert '.env:7: found the name "a-b"; allowed: letters' in joined
     assert "hush" not in joined
     write(tmp_path, {".env": b"A=\xff\n"})
     assert check_variables(tmp_path) == [".env: not UTF-8 text; save it as UTF-8"]
     with pytest.raises(InvalidProject):
-        variables(tmp_path)
+        read_variables(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -423,7 +432,7 @@ def test_conda_packages_as_far_as_uv_goes(
     text: str, python: str | None, pip: str | None, tmp_path: Path
 ) -> None:
     wanted = read_requirements(write(tmp_path, {"conda-packages.txt": text}))
-    assert (wanted.python, wanted.pip, wanted.mistakes) == (python, pip, [])
+    assert (wanted.python, wanted.pip, wanted.errors) == (python, pip, [])
 
 
 @pytest.mark.parametrize(
@@ -443,32 +452,32 @@ def test_conda_packages_as_far_as_uv_goes(
         ),
         (
             "pytorch-cuda=12.1",
-            "conda packages are not installed, and PyPI has none of this name; wh",
+            "conda packages are not installed, and PyPI has no package of this name; remove the line: wh",
         ),
         (
             "cudatoolkit=11.8",
-            "conda packages are not installed, and PyPI has none of this name; wheel",
+            "conda packages are not installed, and PyPI has no package of this name; remove the line: wheel",
         ),
         (
             "_libgcc_mutex=0.1=main",
-            "conda packages are not installed, and PyPI has none of this name",
+            "conda packages are not installed, and PyPI has no package of this name",
         ),
         (
             "libgdal",
-            "conda packages are not installed, and PyPI has none of this name; remove the li",
+            "conda packages are not installed, and PyPI has no package of this name; remove the line if",
         ),
-        ("python=three", "no version of python that can be read; allowed: python=3.11, or a range"),
+        ("python=three", "the version of python cannot be read; allowed: python=3.11, or a range"),
         (
             "python=3.10|3.11",
-            "no version of python that can be read; allowed: python=3.11, or a ra",
+            "the version of python cannot be read; allowed: python=3.11, or a ra",
         ),
         (
             "python=>3.11",
-            "no version of python that can be read; allowed: python=3.11, or a range s",
+            "the version of python cannot be read; allowed: python=3.11, or a range s",
         ),
         (
             "pip>=x",
-            "no version of pip that can be read; allowed: pip=24, or a range such as pip>=24",
+            "the version of pip cannot be read; allowed: pip=24, or a range such as pip>=24",
         ),
         ("- numpy", "cannot be read; allowed: a line such as python=3.11"),
         ("@EXPLICIT", "cannot be read; allowed: a line such as python=3.11"),
@@ -478,14 +487,14 @@ def test_any_other_line_is_a_mistake(line: str, told: str, tmp_path: Path) -> No
     write(tmp_path, {"conda-packages.txt": f"python=3.11\n\n{line}\n"})
     (found,) = requirement_mistakes(tmp_path)
     assert found.startswith(f"conda-packages.txt:3: {line}: {told}")
-    assert "none of this name" not in found or "requirements.txt" not in found
+    assert "no package of this name" not in found or "requirements.txt" not in found
 
 
 def test_of_a_whole_export_the_first_lines_are_told(tmp_path: Path) -> None:
     exported = "".join(f"package-{number}=1.0=0\n" for number in range(200))
     found = requirement_mistakes(write(tmp_path, {"conda-packages.txt": exported}))
     assert len(found) == 11
-    assert found[-1] == "conda-packages.txt: 190 more lines are no requirements of python or pip"
+    assert found[-1] == "conda-packages.txt: 190 more lines request neither python nor pip"
 
 
 @pytest.mark.parametrize(
@@ -513,7 +522,7 @@ def test_other_pythons_are_left_to_uv_which_takes_none_that_is_too_old(
     asked: str, tmp_path: Path
 ) -> None:
     wanted = read_requirements(write(tmp_path, {"conda-packages.txt": asked}))
-    assert wanted.mistakes == []
+    assert wanted.errors == []
     expected = {"python=3.9": "3.9", "python<3.11": f"<3.11,>={MIN_PYTHON}", "python=4": "4"}
     assert wanted.python_for_uv == expected.get(asked)
 
@@ -531,7 +540,7 @@ def test_the_files_that_an_api_names_are_read_instead(tmp_path: Path) -> None:
     )
     named = Dependencies(pip="./gpu/reqs.txt", conda="gpu/conda.txt")
     wanted = read_requirements(tmp_path, named)
-    assert (wanted.arguments, wanted.python, wanted.mistakes) == (
+    assert (wanted.arguments, wanted.python, wanted.errors) == (
         ["-r", "gpu/reqs.txt"],
         "3.12",
         [],
@@ -543,7 +552,7 @@ def test_the_files_that_an_api_names_are_read_instead(tmp_path: Path) -> None:
 def test_an_environment_yml_cannot_be_named(tmp_path: Path) -> None:
     write(tmp_path, {"environment.yml": "name: x\ndependencies: [python=3.11]\n"})
     wanted = read_requirements(tmp_path, Dependencies(conda="environment.yml"))
-    (told,) = wanted.mistakes
+    (told,) = wanted.errors
     assert told.startswith(
         "environment.yml: a YAML file of conda is not read; write its python and"
     )
@@ -560,7 +569,7 @@ def test_files_that_an_api_names_have_to_be_there(tmp_path: Path) -> None:
         'cortex.yaml:6: definition.dependencies.pip: "requirements.txt" is not in the project; allowed: a file; did you mean "gpu/requirements.txt"?',
         'cortex.yaml:7: definition.dependencies.conda: "gpu" is a folder; allowed: a file',
         'cortex.yaml:8: definition.dependencies.shell: "install.sh" is not in the project; allowed: a file',
-        "r.txt:1: -r no.txt: there is no file no.txt",
+        "r.txt:1: -r no.txt: the project has no file no.txt",
     ]
 
 
@@ -569,35 +578,35 @@ def test_files_that_an_api_names_have_to_be_there(tmp_path: Path) -> None:
     [
         (
             {"conda-packages.txt": "python=3.11\npython=3.12\n"},
-            "conda-packages.txt:2: python=3.12: python is given twice",
+            "conda-packages.txt:2: python=3.12: python is given twice, with different versions",
         ),
         ({"conda-packages.txt": b"\xff"}, "conda-packages.txt: not UTF-8 text"),
         ({"requirements.txt": "six\n".encode("utf-16")}, "requirements.txt: not UTF-8 text"),
         (
             {"requirements.txt": "six\n-r a.txt", "a.txt": "-c no.txt"},
-            "a.txt:1: -c no.txt: there is no file no.txt",
+            "a.txt:1: -c no.txt: the project has no file no.txt",
         ),
         (
             {"requirements.txt": "a \\\n  b\n--requirement=/etc/x"},
             "requirements.txt:3: --requirement=/etc/x: leaves",
         ),
-        ({"pyproject.toml": "[project]\nname = \n"}, "pyproject.toml:2: cannot be read as TOML"),
+        ({"pyproject.toml": "[project]\nname = \n"}, "pyproject.toml:2: is not valid TOML"),
         ({"pyproject.toml": b"\xff"}, "pyproject.toml: not UTF-8 text"),
-        ({"pyproject.toml": "project = 1"}, "pyproject.toml: project: allowed: a table"),
+        ({"pyproject.toml": "project = 1"}, "pyproject.toml: project: found 1; allowed: a table"),
         (
             {"pyproject.toml": "[project]\ndependencies = 'six'"},
-            "pyproject.toml: project.dependencies: allowed",
+            "pyproject.toml: project.dependencies: found 'six'; allowed",
         ),
         (
             {"pyproject.toml": "[project]\nrequires-python = 3"},
-            "pyproject.toml: project.requires-python: allowed",
+            "pyproject.toml: project.requires-python: found 3; allowed",
         ),
         ({"requirements.txt": "-r " + "n" * 300}, "requirements.txt:1: -r nnn"),
         ({"requirements.txt": "-r a\0b"}, "requirements.txt:1: -r a\0b: leaves"),
-        ({"pyproject.toml": "a = " + "[" * 5000}, "pyproject.toml: cannot be read as TOML: nested"),
+        ({"pyproject.toml": "a = " + "[" * 5000}, "pyproject.toml: is not valid TOML: nested"),
         (
             {"pyproject.toml": "a = " + "9" * 5000},
-            "pyproject.toml: cannot be read as TOML: Exceeds",
+            "pyproject.toml: is not valid TOML: Exceeds",
         ),
     ],
     ids=range(14),
@@ -674,6 +683,6 @@ def test_requires_python(specifier: str, expected: bool) -> None:
 def test_a_line_of_a_secret_that_goes_over_several_is_not_shown(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("KEY=-----BEGIN KEY-----\nMIIEvQ/IBADAN+Bg\n-----END KEY-----\n")
     assert check_variables(tmp_path) == [
-        ".env:2: is no NAME=value; put a value of several lines in quotes",
-        ".env:3: cannot be read; allowed: NAME=value, one to a line",
+        ".env:2: is not NAME=value; put a value of several lines in quotes",
+        ".env:3: cannot be read; allowed: NAME=value, one per line",
     ]

@@ -13,8 +13,8 @@ import pytest
 
 from cortex.errors import InvalidProject
 from cortex.projects import pack as packing
-from cortex.projects.ignored import IGNORE_FILE, Chosen
-from cortex.projects.pack import PackSummary, pack, pack_kept
+from cortex.projects.ignored import IGNORE_FILE, UploadFiles
+from cortex.projects.pack import PackSummary, pack, pack_stored
 from cortex.projects.unpack import project_id, unpack
 from support import by_its_owner
 
@@ -107,7 +107,7 @@ def test_environments_and_caches_of_tools_are_left_out_and_named(tmp_path: Path)
     assert told.startswith(
         "left out of the upload: .env/ (a virtual environment), conda/ (a conda environment), "
         "linked (a virtual environment), made/ (a virtual environment), my env/ (a virtual environment) "
-        "and 3 more; where jobs need it, a line such as !.env/ in .cortexignore brings it back"
+        "and 3 more; if jobs need it, add a line such as !.env/ to .cortexignore"
     )
     assert (
         left_out(write(tmp_path / "q", {"a.py": "", ".git/x": "", "__pycache__/a.pyc": ""})) is None
@@ -161,7 +161,7 @@ def test_of_a_folder_that_is_an_environment_itself_the_rest_is_packed(tmp_path: 
     project = write(tmp_path / "p", {"a.py": "", "src/b.py": "", "src/bin/c": ""})
     assert names(project) == ["a.py", "pyvenv.cfg", "src/b.py", "src/bin/c"]
     told = left_out(project) or ""
-    assert "bin/ (a virtual environment, which the project's own folder is)" in told
+    assert "bin/ (part of a virtual environment: the project's own folder is one)" in told
 
 
 def test_what_was_brought_back_once_is_packed_again_without_choosing(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_what_was_brought_back_once_is_packed_again_without_choosing(tmp_path: P
     write(tmp_path / "t", {"__pycache__/a.pyc": ""})
     os.mkfifo(tmp_path / "t/pipe")
     out = io.BytesIO()
-    pack_kept(tmp_path / "t", out)
+    pack_stored(tmp_path / "t", out)
     out.seek(0)
     unpack(out, tmp_path / "again")
     assert project_id(tmp_path / "again") == identity
@@ -273,7 +273,7 @@ def test_too_many_files_name_the_folder_that_holds_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "MAX_PROJECT_FILES", 5)
-    monkeypatch.setattr(packing, "_MAX_WEIGHED", 7)
+    monkeypatch.setattr(packing, "_MAX_MEASURED", 7)
     sized(tmp_path / "z.bin", 1)
     write(tmp_path, {f"data/f{n}": "" for n in range(9)})
     message = refused(tmp_path)
@@ -318,7 +318,7 @@ def test_a_file_that_vanishes_or_changes_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = write(tmp_path, {"a": "12"})
-    seen = packing._entries(project, Chosen(project))
+    seen = packing._entries(project, UploadFiles(project))
     monkeypatch.setattr(packing, "_entries", lambda *_: seen)
     (project / "a").write_text("123")
     assert "a changed while it was packed" in refused(project)

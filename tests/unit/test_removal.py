@@ -44,7 +44,7 @@ class Parts:
         with self.projects.incoming() as incoming:
             incoming.mkdir()
             (incoming / "a.py").write_text(content)
-            return self.projects.take_in(incoming)
+            return self.projects.add_project(incoming)
 
     def here(self) -> set[str]:
         return {folder.name for folder in self.settings.projects.iterdir()}
@@ -93,14 +93,15 @@ def test_a_removal_that_goes_on_when_it_is_over_stops_at_the_next_project(
 ) -> None:
     for number in range(3):
         parts.project(str(number))
-    put_away, is_at_it, may_go_on = parts.projects.put_away, threading.Event(), threading.Event()
+    move_to_trash = parts.projects.move_to_trash
+    is_at_it, may_go_on = threading.Event(), threading.Event()
 
-    def put_away_slowly(identity: str, came: int) -> None:
+    def move_slowly(identity: str, came: int) -> None:
         is_at_it.set()
         assert may_go_on.wait(30)
-        put_away(identity, came)
+        move_to_trash(identity, came)
 
-    monkeypatch.setattr(parts.projects, "put_away", put_away_slowly)
+    monkeypatch.setattr(parts.projects, "move_to_trash", move_slowly)
 
     async def main() -> None:
         removal = parts.retention()
@@ -118,7 +119,7 @@ def test_a_project_that_another_operator_deploys_at_that_moment_stays(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     identity, other = parts.project("x = 1"), parts.project("x = 2")
-    parts.projects.keep_lock(identity, "one.lock", "six==1.0\n")
+    parts.projects.save_lockfile(identity, "one.lock", "six==1.0\n")
     all_versions = parts.store.all_versions
 
     async def main() -> None:

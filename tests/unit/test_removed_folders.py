@@ -46,7 +46,7 @@ def by_the_next_owner_of_its_slot(root: Path) -> None:
 
 
 def as_an_environment(root: Path) -> None:
-    Environments(root / "jobs").remove_all_but([])
+    Environments(root / "jobs").remove_unused([])
 
 
 @pytest.mark.parametrize(

@@ -49,17 +49,17 @@ def lay_out(folder: Path) -> None:
 def taken_in(here: Projects) -> str:
     with here.incoming() as incoming:
         lay_out(incoming)
-        return here.take_in(incoming)
+        return here.add_project(incoming)
 
 
 def test_a_project_is_the_same_elsewhere(tmp_path: Path, files: ObjectStore) -> None:
     here, there = projects(tmp_path / "a", files), projects(tmp_path / "b", files)
     identity = taken_in(here)
     assert taken_in(here) == identity
-    assert there.fetch(identity)
+    assert there.ensure_local(identity)
     assert project_id(there.folder(identity)) == identity
     assert {path.name for path in (tmp_path / "b" / "projects").iterdir()} == {identity}
-    assert not there.fetch("0" * 64)
+    assert not there.ensure_local("0" * 64)
 
 
 def test_a_project_that_was_taken_in_is_on_the_disk_under_its_name(
@@ -80,10 +80,10 @@ def test_a_project_that_was_taken_in_is_on_the_disk_under_its_name(
 def test_without_a_store_of_files_a_project_is_here_or_nowhere(tmp_path: Path) -> None:
     here = projects(tmp_path, None)
     identity = taken_in(here)
-    assert here.fetch(identity)
-    here.send_missing({identity})
-    here.forget_all_but(set())
-    assert not projects(tmp_path / "b", None).fetch(identity)
+    assert here.ensure_local(identity)
+    here.upload_missing({identity})
+    here.prune_unused(set())
+    assert not projects(tmp_path / "b", None).ensure_local(identity)
 
 
 def test_many_that_fetch_at_once_have_one_whole_project(tmp_path: Path, files: ObjectStore) -> None:
@@ -91,7 +91,8 @@ def test_many_that_fetch_at_once_have_one_whole_project(tmp_path: Path, files: O
     there = projects(tmp_path / "b", files)
     found = []
     threads = [
-        threading.Thread(target=lambda: found.append(there.fetch(identity))) for _ in range(8)
+        threading.Thread(target=lambda: found.append(there.ensure_local(identity)))
+        for _ in range(8)
     ]
     for thread in threads:
         thread.start()
@@ -112,11 +113,11 @@ def test_a_damaged_project_is_none(
         with (other := projects(tmp_path / "c", files)).incoming() as incoming:
             incoming.mkdir()
             (incoming / "x").touch()
-            content = files.read(f"projects/{other.take_in(incoming)}/project.tar.gz")
+            content = files.read(f"projects/{other.add_project(incoming)}/project.tar.gz")
     assert content is not None
     files.put(name, content)
     there = projects(tmp_path / "b", files)
-    assert not there.fetch(identity)
+    assert not there.ensure_local(identity)
     assert not list((tmp_path / "b" / "projects").iterdir())
 
 
@@ -126,12 +127,12 @@ def test_what_the_store_of_files_lacks_is_sent_unless_it_was_changed(
     identity = taken_in(projects(tmp_path / "a", None))
     here = projects(tmp_path / "a", files)
     (here.folder(identity) / "script").write_text("changed")
-    here.send_missing({identity})
+    here.upload_missing({identity})
     assert files.listed("projects") == {}
     (here.folder(identity) / "script").write_text("#!")
     (here.folder(identity) / "__pycache__").mkdir()
-    here.send_missing({identity, "elsewhere"})
-    assert projects(tmp_path / "b", files).fetch(identity)
+    here.upload_missing({identity, "elsewhere"})
+    assert projects(tmp_path / "b", files).ensure_local(identity)
 
 
 def test_a_lock_file_that_was_forgotten_here_is_had_again(
@@ -139,9 +140,9 @@ def test_a_lock_file_that_was_forgotten_here_is_had_again(
 ) -> None:
     here = projects(tmp_path, files)
     identity = taken_in(here)
-    here.keep_lock(identity, "one.lock", "six==1.0\n")
+    here.save_lockfile(identity, "one.lock", "six==1.0\n")
     assert here.locks(identity) == {"one.lock": "six==1.0\n"}
-    here.forget_all_but(set())
+    here.prune_unused(set())
     assert taken_in(here) == identity  # it is deployed again, and its lock file still young
     assert here.locks(identity) == {"one.lock": "six==1.0\n"}
 
@@ -151,13 +152,13 @@ def test_what_nothing_uses_is_forgotten_but_not_what_has_just_come(
 ) -> None:
     here = projects(tmp_path / "a", files)
     identity = taken_in(here)
-    here.keep_lock(identity, "lock", "x==1\n")
-    here.forget_all_but(set())
+    here.save_lockfile(identity, "lock", "x==1\n")
+    here.prune_unused(set())
     assert len(files.listed("projects")) == 2
-    monkeypatch.setattr(repository, "_YOUNG_S", -60)
-    here.forget_all_but({identity})
+    monkeypatch.setattr(repository, "_MIN_AGE_S", -60)
+    here.prune_unused({identity})
     assert len(files.listed("projects")) == 2
-    here.forget_all_but(set())
+    here.prune_unused(set())
     assert files.listed("projects") == {}
 
 
@@ -185,7 +186,7 @@ def test_a_project_that_jobs_have_changed_is_as_it_was_when_it_is_deployed_again
     assert list(outside.iterdir()) == []
     (folder / "output").unlink()
     assert project_id(folder) == identity
-    assert here.here().keys() == {identity}
+    assert here.last_used().keys() == {identity}
 
 
 def test_half_of_an_upload_is_no_lock_file(tmp_path: Path, files: ObjectStore) -> None:
@@ -206,11 +207,11 @@ def test_what_a_job_has_left_in_its_project_keeps_no_other_from_being_sent(
     (here.folder(identity) / "gone").symlink_to("nowhere")
     with socket.socket(socket.AF_UNIX) as bound, contextlib.chdir(here.folder(identity)):
         bound.bind("socket")
-    here.send_missing({identity})
+    here.upload_missing({identity})
     assert files.listed("projects") == {}  # it is another one, with that link in it
     (here.folder(identity) / "gone").unlink()
-    here.send_missing({identity})
-    assert projects(tmp_path / "b", files).fetch(identity)
+    here.upload_missing({identity})
+    assert projects(tmp_path / "b", files).ensure_local(identity)
 
 
 def test_a_project_that_comes_in_while_it_is_put_away_is_there_afterwards(
@@ -218,8 +219,8 @@ def test_a_project_that_comes_in_while_it_is_put_away_is_there_afterwards(
 ) -> None:
     here = projects(tmp_path, None)
     identity = taken_in(here)
-    came = here.here()[identity]
-    touched = trash.touched
+    came = here.last_used()[identity]
+    last_used_ns = trash.last_used_ns
     for moment in range(3):  # before the first look, before the move, before the second look
         looks = 0
 
@@ -227,24 +228,24 @@ def test_a_project_that_comes_in_while_it_is_put_away_is_there_afterwards(
             nonlocal looks
             looks += 1
             if looks > 2:
-                return touched(folder)
+                return last_used_ns(folder)
             if (looks, moment) in {(1, 0), (2, 2)}:
                 taken_in(here)
-            seen = touched(folder)
+            seen = last_used_ns(folder)
             if (looks, moment) == (1, 1):
                 taken_in(here)
             return seen
 
         with monkeypatch.context() as slow:
-            slow.setattr(trash, "touched", look)
-            here.put_away(identity, came)
+            slow.setattr(trash, "last_used_ns", look)
+            here.move_to_trash(identity, came)
         assert project_id(here.folder(identity)) == identity
-        came = here.here()[identity]
-    here.put_away(identity, came)
+        came = here.last_used()[identity]
+    here.move_to_trash(identity, came)
     assert not here.folder(identity).exists()
     assert taken_in(here) == identity
-    here.open()
-    assert here.to_remove() == []
+    here.remove_leftovers()
+    assert here.trashed_folders() == []
 
 
 def test_an_environment_built_again_elsewhere_holds_the_same(
@@ -259,7 +260,7 @@ def test_an_environment_built_again_elsewhere_holds_the_same(
             incoming.mkdir()
             lines = f"--no-index\n--find-links {shelf}\ntinyprobe\n"
             (incoming / "requirements.txt").write_text(lines)
-            return here, here.take_in(incoming)
+            return here, here.add_project(incoming)
 
     here, identity = deployed(tmp_path / "a")
     first = built(Environments(tmp_path / "a" / "envs", projects=here), here.folder(identity))
@@ -269,12 +270,12 @@ def test_an_environment_built_again_elsewhere_holds_the_same(
     again = built(Environments(tmp_path / "a" / "envs", projects=here), here.folder(identity))
     assert again == first
     there = projects(tmp_path / "b", files)
-    assert there.fetch(identity)
+    assert there.ensure_local(identity)
     environments = Environments(tmp_path / "b" / "envs", projects=there)
     locked = built(environments, there.folder(identity))
     assert version_in(locked) == "1.0"
-    environments.remove_all_but([(there.folder(identity), DEFAULT_DEPENDENCIES)])
-    assert environments.ready(there.folder(identity)) == locked
+    environments.remove_unused([(there.folder(identity), DEFAULT_DEPENDENCIES)])
+    assert environments.built_python(there.folder(identity)) == locked
     # Another project that wants the same has what there is when it is built.
     free = built(Environments(tmp_path / "c" / "envs"), there.folder(identity))
     assert version_in(free) == "2.0"
@@ -286,17 +287,17 @@ def test_lock_files_are_had_elsewhere_and_the_first_one_stays(
     here = projects(tmp_path / "a", files)
     identity = taken_in(here)
     assert here.locks(identity) == {}
-    here.keep_first_lock(identity, "one.lock", "x==1\n")
-    here.keep_first_lock(identity, "one.lock", "x==2\n")
+    here.save_lockfile_if_absent(identity, "one.lock", "x==1\n")
+    here.save_lockfile_if_absent(identity, "one.lock", "x==2\n")
     there = projects(tmp_path / "b", files)
     assert there.locks(identity) == here.locks(identity) == {"one.lock": "x==1\n"}
-    there.keep_first_lock(identity, "one.lock", "x==2\n")
+    there.save_lockfile_if_absent(identity, "one.lock", "x==2\n")
     assert there.locks(identity) == {"one.lock": "x==1\n"}
 
 
 def built(environments: Environments, project: Path) -> Path:
     python = asyncio.run(environments.build(project))
-    environments.keep_lock(project)
+    environments.pin_versions(project)
     return python
 
 

@@ -31,7 +31,7 @@ def test_a_version_is_held_up_while_its_files_cannot_be_had(tmp_path: Path) -> N
     ("written", "reason"),
     [
         (b"\xff\xfe", ".env: not UTF-8 text; save it as UTF-8"),
-        (b"A=x\0y\n", ".env:1: A: holds a NUL character"),
+        (b"A=x\0y\n", ".env:1: A: the value contains a NUL character; remove it"),
     ],
 )
 def test_a_version_whose_variables_a_job_has_spoilt_is_told_so(
@@ -105,7 +105,7 @@ def taken_in(projects: Projects) -> ApiSpec:
     with projects.incoming() as incoming:
         incoming.mkdir()
         (incoming / "task.py").write_text("def task(config): pass\n")
-        identity = projects.take_in(incoming)
+        identity = projects.add_project(incoming)
     return ApiSpec(
         name="a",
         kind="TaskAPI",

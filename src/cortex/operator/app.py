@@ -97,7 +97,7 @@ async def opened(settings: Settings, failed: Callable[[Exception], None]) -> Asy
         files = None if settings.files is None else ObjectStore(settings.files)
         projects = Projects(settings.projects, settings.locks, files)
         hold = held_with_others if is_shared else held
-        stack.enter_context(hold(settings, projects.open))
+        stack.enter_context(hold(settings, projects.remove_leftovers))
         check_whole(settings)
         store = Store(settings.database_url, settings.max_waiting_bytes)
         stack.callback(store.close)

@@ -115,7 +115,7 @@ class Retention:
     async def _retire_versions(self, before_ns: int) -> list[ApiSpec]:
         """Remove the rows of unused versions, and move unused projects to the trash; the versions that are left."""
         here = await in_thread(
-            self._projects.here
+            self._projects.last_used
         )  # first: a project that is stored again meanwhile is another
         for api_id in await self._store.remove_versions(before_ns):
             self._versions.forget(api_id)
@@ -129,20 +129,20 @@ class Retention:
         for identity in here.keys() - used:
             if self._is_closed.is_set():
                 return
-            self._projects.put_away(identity, here[identity])
-        self._projects.forget_all_but(used)
+            self._projects.move_to_trash(identity, here[identity])
+        self._projects.prune_unused(used)
 
     def _remove_unused(self, used: list[ApiSpec]) -> None:
-        for folder in self._projects.to_remove():
+        for folder in self._projects.trashed_folders():
             if self._is_closed.is_set():
                 return
             remove(folder)
         projects = self._projects
-        wanted = {(folder, DEFAULT_DEPENDENCIES) for folder in projects.folders()}
+        wanted = {(folder, DEFAULT_DEPENDENCIES) for folder in projects.local_folders()}
         wanted |= {
             (projects.folder(spec.project_id), spec.definition.dependencies) for spec in used
         }
-        self._environments.remove_all_but(wanted, self._is_closed.is_set)
+        self._environments.remove_unused(wanted, self._is_closed.is_set)
 
 
 def _ago(seconds: float) -> int:

@@ -1,1 +1,3 @@
-"""A project - the folder of a `cortex.yaml` - packed, unpacked, checked, and its environment built."""
+"""A project is the folder of a `cortex.yaml`: packing, unpacking, checking and storing it, and
+building its environment.
+"""

@@ -1,11 +1,14 @@
-"""The supervisor of one build, a process of its own: `python -I -S build_supervisor.py PLAN`. Started by `building`.
+"""The supervisor of one build, a process of its own: `python -I -S build_supervisor.py PLAN`.
+Started by `builder`.
 
-Its standard input is a pipe from the operator: when that is closed, by the operator or by its end, the build is
-over. All that the steps have started then ends with it, also what has left their sessions, cleared its environment
-or ignores signals: a process whose parent has ended becomes a child of this one.
+Its standard input is a pipe from the operator. When the operator closes the pipe or exits, the
+supervisor ends the build with every process that the steps have started, including those that left
+their sessions, cleared their environment or ignore signals: a process whose parent has exited
+becomes a child of the supervisor.
 
-Where builds run as another user this process has the operator's rights, so that the build cannot signal it. It touches
-no path that this user may change: each step is a child, which becomes the user first.
+For builds as another user the supervisor has the operator's rights, so that the build cannot signal
+it. It touches no path that this user may change: each step is a child process, which becomes the
+user first.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import sys
 import time
 from contextlib import suppress
 
-if __name__ == "__main__":  # without site-packages, where this one may lie
+if __name__ == "__main__":  # -S leaves out site-packages, where this package may be installed
     _cortex = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     sys.path.append(os.path.dirname(_cortex))
 
@@ -28,8 +31,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-_GONE_S = 5.0
-"""What a disk that does not answer keeps from ending is left behind when nothing else has ended for so long."""
+_END_TIMEOUT_S = 5.0
+"""After so long without an exit, the processes that remain are abandoned: a disk that does not
+answer keeps them from exiting."""
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _DEFAULT = (*_IGNORED, signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD)
 
@@ -39,68 +43,77 @@ def main(plan: dict[str, Any]) -> None:
     os.set_inheritable(report, False)
     processes.prctl(processes.PR_SET_NO_NEW_PRIVS, 1)
     processes.prctl(processes.PR_SET_CHILD_SUBREAPER, 1)
-    for ignored in _IGNORED:  # the operator decides, and a service's end is its end
+    for ignored in _IGNORED:  # the operator ends builds; a service manager ends the operator
         signal.signal(ignored, signal.SIG_IGN)
-    woken, wake = os.pipe()
-    os.set_blocking(woken, False)
-    os.set_blocking(wake, False)
+    wakeup, wakeup_end = os.pipe()
+    os.set_blocking(wakeup, False)
+    os.set_blocking(wakeup_end, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(wake)
+    signal.set_wakeup_fd(wakeup_end)
     try:
         for number, step in enumerate(plan["steps"]):
             os.write(report, f"{number}\n".encode())
-            status = _wait(_begin(plan, step), woken)
+            status = _wait(_start(plan, step), wakeup)
             if status != 0:
                 break
         _end_all()
         if status is not None:
-            _wait(_begin(plan, {"remove": plan["temporary"]}), woken)
+            _wait(_start(plan, {"remove": plan["temporary"]}), wakeup)
             os.write(report, f"{number} {status}\n".encode())
     finally:
         _end_all()
 
 
-def _wait(step: int, woken: int) -> int | None:
-    """The exit code of a step, as `subprocess` has it; None when the operator has let go of the build."""
+def _wait(step: int, wakeup: int) -> int | None:
+    """Wait for a step.
+
+    Args:
+        step: its pid.
+        wakeup: a pipe that becomes readable when a child exits.
+
+    Returns:
+        Its exit code as in `subprocess`; None if the operator has closed the pipe.
+    """
     poller = select.poll()
     poller.register(sys.stdin.fileno(), select.POLLIN)
-    poller.register(woken, select.POLLIN)
+    poller.register(wakeup, select.POLLIN)
     while True:
-        found = None
+        code = None
         with suppress(ChildProcessError):
-            while (ended := os.waitpid(-1, os.WNOHANG))[0] != 0:
-                if ended[0] == step:
-                    found = os.waitstatus_to_exitcode(ended[1])
-        if found is not None:
-            return found
-        if any(fd != woken for fd, _ in poller.poll()):
+            while (exited := os.waitpid(-1, os.WNOHANG))[0] != 0:
+                if exited[0] == step:
+                    code = os.waitstatus_to_exitcode(exited[1])
+        if code is not None:
+            return code
+        if any(fd != wakeup for fd, _ in poller.poll()):
             return None
         with suppress(BlockingIOError):
-            os.read(woken, 4096)
+            os.read(wakeup, 4096)
 
 
-def _begin(plan: dict[str, Any], step: dict[str, Any]) -> int:
+def _start(plan: dict[str, Any], step: dict[str, Any]) -> int:
+    """The pid of a new process that runs the step."""
     pid = os.fork()
-    return pid or _child(plan, step)
+    return pid or _run_step(plan, step)
 
 
-def _child(plan: dict[str, Any], step: dict[str, Any]) -> NoReturn:
+def _run_step(plan: dict[str, Any], step: dict[str, Any]) -> NoReturn:
     code = 1
     try:
         signal.set_wakeup_fd(-1)
         for number in _DEFAULT:
             signal.signal(number, signal.SIG_DFL)
         os.setsid()
-        nothing = os.open(os.devnull, os.O_RDWR)
-        os.dup2(nothing, 0)
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
         processes.close_all_but({0, 1, 2})
         if plan["user"] is not None:
             os.setgroups(plan["groups"])
             os.setresgid(*[plan["group"]] * 3)
             os.setresuid(*[plan["user"]] * 3)
-        # Once it has become the user: that resets it.
+        # After the change of user, which resets this setting.
         processes.prctl(processes.PR_SET_PDEATHSIG, signal.SIGKILL)
-        # From here on it has the rights of the user, whose folders it works in.
+        # From here on the process has the rights of the user whose folders it works in.
         if "copy" in step:
             os.mkdir(plan["temporary"], 0o700)
             if step["copy"] is not None:
@@ -133,12 +146,13 @@ def _remove(folder: str) -> None:
 
 
 def _end_all() -> None:
-    until = time.monotonic() + _GONE_S
-    while time.monotonic() < until:
+    """End every process below this one, and collect them."""
+    deadline = time.monotonic() + _END_TIMEOUT_S
+    while time.monotonic() < deadline:
         processes.end(lambda: processes.walk(os.getpid()))
         try:
             while os.waitpid(-1, os.WNOHANG)[0] != 0:
-                until = time.monotonic() + _GONE_S
+                deadline = time.monotonic() + _END_TIMEOUT_S
         except ChildProcessError:
             return
         time.sleep(0.002)

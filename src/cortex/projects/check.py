@@ -1,6 +1,7 @@
-"""The check of an unpacked project against its APIs: all mistakes at once, and the warnings, before a job runs.
+"""Checks an unpacked project against its APIs before a job runs, and reports all errors and
+warnings at once.
 
-The operator calls it at deploy. Nothing of the project is run: Python files are only parsed.
+The operator calls it at deploy. It runs nothing of the project: Python files are parsed only.
 """
 
 from __future__ import annotations
@@ -15,35 +16,37 @@ from pathlib import Path
 from cortex.projects import programs, tasks
 from cortex.projects.dotenv import check_variables
 from cortex.projects.requirements import read_requirements
-from cortex.projects.unsupported import unread
+from cortex.projects.unsupported import unsupported_files
 from cortex.spec.api import Api, Definition
 from cortex.spec.cortex_yaml import field_lines, invalid_spec
 from cortex.spec.yaml_lines import Mistake, did_you_mean, quoted
 
-_MOST_FILES = 20_000
+_MAX_FILES = 20_000
 
 
 def check_files(apis: list[Api], project: Path, file: str, text: str) -> list[list[str]]:
-    """Check that the project holds what its APIs name, and that its own files can be read.
+    """Check that the project contains the files that its APIs name, and that its own files can be
+    read.
 
     Args:
-        file, text: the `cortex.yaml` that the APIs were read from, for the lines in messages.
+        file, text: the `cortex.yaml` that defines the APIs, for the lines in messages.
 
     Returns:
-        The warnings of each API: the project can be deployed, but may not do what its author expects.
+        The warnings of each API: the project can be deployed, but may not do what its author
+            expects.
 
     Raises:
-        InvalidSpec: with every mistake, each with its file and line.
+        InvalidSpec: with every error, each with its file and line.
     """
     lines = field_lines(text)
     mistakes: list[Mistake] = []
     others: list[str] = []
     for index, api in enumerate(apis):
-        for field, told in _field_mistakes(project, api.definition):
+        for field, error in _field_errors(project, api.definition):
             line = lines.get((index, "definition", *field), lines.get((index,), 1))
-            mistakes.append(Mistake(line, f"definition.{'.'.join(field)}: {told}"))
-        others += _syntax_mistakes(project, api.definition)
-        others += read_requirements(project, api.definition.dependencies).mistakes
+            mistakes.append(Mistake(line, f"definition.{'.'.join(field)}: {error}"))
+        others += _syntax_errors(project, api.definition)
+        others += read_requirements(project, api.definition.dependencies).errors
     has_path = any(api.definition.path is not None for api in apis)
     others += check_variables(project, has_path=has_path)
     if mistakes or others:
@@ -51,29 +54,30 @@ def check_files(apis: list[Api], project: Path, file: str, text: str) -> list[li
     return [_warnings(project, api.definition) for api in apis]
 
 
-def _field_mistakes(project: Path, definition: Definition) -> Iterator[tuple[tuple[str, ...], str]]:
+def _field_errors(project: Path, definition: Definition) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The errors of fields that name files, each with its field."""
     if definition.path is not None:
-        for told in _path_mistakes(project, definition.path):
-            yield ("path",), told
+        for error in _path_errors(project, definition.path):
+            yield ("path",), error
     if definition.python_path is not None:
-        for told in _folder_mistakes(project, definition.python_path):
-            yield ("python_path",), told
+        for error in _folder_errors(project, definition.python_path):
+            yield ("python_path",), error
     for kind, path in definition.dependencies:
         if path is not None:
-            for told in _dependency_mistakes(project, path):
-                yield ("dependencies", kind), told
+            for error in _dependency_errors(project, path):
+                yield ("dependencies", kind), error
 
 
 def _warnings(project: Path, definition: Definition) -> list[str]:
-    wanted = read_requirements(project, definition.dependencies)
+    requirements = read_requirements(project, definition.dependencies)
     command = definition.command
     return [
-        *unread(project, definition, wanted),
-        *(() if command is None else programs.doubts(project, command)),
+        *unsupported_files(project, definition, requirements),
+        *(() if command is None else programs.command_warnings(project, command)),
     ]
 
 
-def _path_mistakes(project: Path, path: str) -> Iterator[str]:
+def _path_errors(project: Path, path: str) -> Iterator[str]:
     file = _inside(project, path)
     if file is None or not file.is_file():
         hint = _near(path, (name for name in _files(project) if name.endswith(".py")))
@@ -84,23 +88,23 @@ def _path_mistakes(project: Path, path: str) -> Iterator[str]:
     else:
         module = tasks.parse(file)
         if isinstance(module, ast.Module):
-            yield from tasks.mistakes(module, path)
+            yield from tasks.task_errors(module, path)
 
 
-def _syntax_mistakes(project: Path, definition: Definition) -> Iterator[str]:
+def _syntax_errors(project: Path, definition: Definition) -> Iterator[str]:
     path = definition.path or ""
     file = _inside(project, path)
     if file is None or file.suffix != ".py" or not file.is_file():
         return
     error = tasks.parse(file)
-    wanted = read_requirements(project, definition.dependencies)
-    # Another version of Python has another syntax.
-    if isinstance(error, SyntaxError) and wanted.python_to_find is None:
+    requirements = read_requirements(project, definition.dependencies)
+    # The syntax of another version of Python may differ.
+    if isinstance(error, SyntaxError) and requirements.python_to_find is None:
         shown = f": {quoted(error.text.strip())}" if error.text else ""
         yield f"{posixpath.normpath(path)}:{error.lineno or 1}: {error.msg}{shown}"
 
 
-def _folder_mistakes(project: Path, path: str) -> Iterator[str]:
+def _folder_errors(project: Path, path: str) -> Iterator[str]:
     folder = _inside(project, path)
     if folder is None or not folder.is_dir():
         hint = _near(path, {posixpath.dirname(name) for name in _files(project)} - {""})
@@ -108,7 +112,7 @@ def _folder_mistakes(project: Path, path: str) -> Iterator[str]:
         yield f"{quoted(path)} {found}; allowed: a folder{hint}"
 
 
-def _dependency_mistakes(project: Path, path: str) -> Iterator[str]:
+def _dependency_errors(project: Path, path: str) -> Iterator[str]:
     file = _inside(project, path)
     if file is None or not file.is_file():
         found = "is a folder" if file is not None and file.is_dir() else "is not in the project"
@@ -116,13 +120,15 @@ def _dependency_mistakes(project: Path, path: str) -> Iterator[str]:
 
 
 def _inside(project: Path, path: str) -> Path | None:
+    """The real path of a file in the project; None for a path outside, and for a name that is not
+    possible."""
     root = Path(os.path.realpath(project))
     real = Path(os.path.realpath(root / path))
-    return real if real.is_relative_to(root) and _can_be(real) else None
+    return real if real.is_relative_to(root) and _is_possible(real) else None
 
 
-def _can_be(path: Path) -> bool:
-    """Whether the file system can hold such a name."""
+def _is_possible(path: Path) -> bool:
+    """Whether the file system accepts the name: it may be too long."""
     try:
         path.exists()
     except OSError:
@@ -136,11 +142,11 @@ def _files(project: Path) -> Iterable[str]:
         for parent, _, names in os.walk(project)
         for name in names
     )
-    return islice(found, _MOST_FILES)
+    return islice(found, _MAX_FILES)
 
 
 def _near(path: str, candidates: Iterable[str]) -> str:
-    """A candidate of the same name elsewhere, else one that is spelled nearly so."""
+    """A hint: a candidate of the same name in another folder, else one with a similar spelling."""
     known = sorted(candidates)
     normal = posixpath.normpath(path)
     same = [c for c in known if posixpath.basename(c) == posixpath.basename(normal)]

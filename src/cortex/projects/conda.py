@@ -1,7 +1,8 @@
-"""A conda-packages.txt as far as uv goes: its lines for python and pip. Any other line is a mistake in words.
-Called by `requirements`.
+"""Reads the part of a conda-packages.txt that uv can satisfy: the lines for python and pip. Any
+other line is an error with advice. Called by `requirements`.
 
-A line is as `conda list --export` writes it, or as people do: [channel::]package[version][=build].
+A line has the format of `conda list --export`, or one written by hand:
+[channel::]package[version][=build].
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ _NUMBER = r"\d{1,9}(?:\.\d{1,9}){0,3}"
 _PREFIX = re.compile(rf"(?:==?)?\s*({_NUMBER})(?:\.?\*)?(?:\s*=\s*[\w.*]+|\s+[\w.*]+)?", re.ASCII)
 _CLAUSE = re.compile(rf"\s*(>=|<=|!=|~=|==|[=<>])\s*({_NUMBER})(\.\*)?\s*", re.ASCII)
 _BRACKETS = re.compile(r"\[version=(['\"]?)(?P<version>[^'\"\]]*)\1\]")
-_SHOWN = 60
-_MAX_TOLD = 10
+_MAX_SHOWN = 60
+_MAX_REPORTED = 10
 
-# What PyPI calls otherwise.
+# Packages with another name on PyPI.
 _ON_PYPI = {
     "faiss": "faiss-cpu",
     "matplotlib-base": "matplotlib",
@@ -41,53 +42,60 @@ _NOT_ON_PYPI = re.compile(
 
 
 @dataclass(frozen=True)
-class Found:
-    """The versions that the lines ask for: None without a line, "" for any version, 3.11 for every 3.11, else a
-    specifier of PEP 440."""
+class CondaPackages:
+    """The versions that the lines request: None without a line, "" for any version, 3.11 for every
+    3.11, else a specifier of PEP 440."""
 
     python: str | None
     pip: str | None
-    mistakes: list[str]
+    errors: list[str]
 
 
-def read(text: str, file: str) -> Found:
-    """What a conda-packages.txt asks for, and its mistakes, each with its line. Its name may be another one."""
+def read_packages(text: str, file: str) -> CondaPackages:
+    """The versions that a conda-packages.txt requests, and its errors, each with its line.
+
+    Args:
+        file: its name in the project, for messages.
+    """
     if file.endswith((".yml", ".yaml")):
-        instead = "write its python and pip as lines of a conda-packages.txt, the rest into requirements.txt"
-        return Found(None, None, [f"{file}: a YAML file of conda is not read; {instead}"])
-    found: dict[str, str] = {}
-    mistakes: list[str] = []
+        advice = (
+            "write its python and pip as lines of a conda-packages.txt, the rest into "
+            "requirements.txt"
+        )
+        return CondaPackages(None, None, [f"{file}: a YAML file of conda is not read; {advice}"])
+    versions: dict[str, str] = {}
+    errors: list[str] = []
     for number, raw in enumerate(text.splitlines(), start=1):
         line = raw.partition("#")[0].strip()
-        for told in _take(line, found) if line else ():
-            mistakes.append(f"{file}:{number}: {line[:_SHOWN]}: {told}")
-    if len(mistakes) > _MAX_TOLD:
-        more = len(mistakes) - _MAX_TOLD
-        mistakes[_MAX_TOLD:] = [f"{file}: {more} more lines are no requirements of python or pip"]
-    return Found(found.get("python"), found.get("pip"), mistakes)
+        for message in _parse_line(line, versions) if line else ():
+            errors.append(f"{file}:{number}: {line[:_MAX_SHOWN]}: {message}")
+    if len(errors) > _MAX_REPORTED:
+        more = len(errors) - _MAX_REPORTED
+        errors[_MAX_REPORTED:] = [f"{file}: {more} more lines request neither python nor pip"]
+    return CondaPackages(versions.get("python"), versions.get("pip"), errors)
 
 
-def _take(line: str, found: dict[str, str]) -> Iterator[str]:
-    """Take in one line, or tell what is wrong with it."""
+def _parse_line(line: str, versions: dict[str, str]) -> Iterator[str]:
+    """Add the version of one line to `versions`, or yield the line's error."""
     matched = _LINE.fullmatch(line)
     if matched is None:
         yield "cannot be read; allowed: a line such as python=3.11"
         return
     name = matched["name"].lower()
     if name not in {"python", "pip"}:
-        yield _refusal(name)
+        yield _advice(name)
         return
     version = _version(matched["rest"].strip())
     if version is None:
         example = "3.11" if name == "python" else "24"
         yield (
-            f"no version of {name} that can be read; allowed: {name}={example}, "
+            f"the version of {name} cannot be read; allowed: {name}={example}, "
             f"or a range such as {name}>={example}"
         )
-    elif found.get(name, version) != version:
-        yield f"{name} is given twice"
+    elif versions.get(name, version) != version:
+        yield f"{name} is given twice, with different versions; remove one line"
     else:
-        found[name] = version
+        versions[name] = version
 
 
 def _version(rest: str) -> str | None:
@@ -104,25 +112,31 @@ def _version(rest: str) -> str | None:
     return ",".join(_clause(each[1], each[2], each[3] or "") for each in clauses if each)
 
 
-def _clause(operator: str, number: str, any_below: str) -> str:
-    """A clause of conda as a clause of PEP 440: `=3.11` and `==3.11` mean all of 3.11, and `>=3.9.*` means `>=3.9`."""
+def _clause(operator: str, number: str, wildcard: str) -> str:
+    """A clause of conda as a clause of PEP 440: `=3.11` and `==3.11` mean every 3.11, and `>=3.9.*`
+    means `>=3.9`.
+
+    Args:
+        wildcard: ".*" or "".
+    """
     if operator in {"=", "=="}:
         return f"=={number}.*"
-    return f"{operator}{number}{any_below if operator == '!=' else ''}"
+    return f"{operator}{number}{wildcard if operator == '!=' else ''}"
 
 
-def _refusal(name: str) -> str:
-    words = "conda packages are not installed"
+def _advice(name: str) -> str:
+    """The error of a line that requests another package, and what to do about it."""
+    problem = "conda packages are not installed"
     if name in _ON_PYPI:
-        return f"{words}; put {_ON_PYPI[name]} into requirements.txt, which is its name on PyPI"
+        return f"{problem}; put {_ON_PYPI[name]} into requirements.txt, which is its name on PyPI"
     if _CUDA.fullmatch(name):
         return (
-            f"{words}, and PyPI has none of this name; wheels such as torch and tensorflow[and-cuda] bring "
-            "their own CUDA libraries: remove the line"
+            f"{problem}, and PyPI has no package of this name; remove the line: wheels such as "
+            "torch and tensorflow[and-cuda] contain their own CUDA libraries"
         )
     if _NOT_ON_PYPI.fullmatch(name):
         return (
-            f"{words}, and PyPI has none of this name; remove the line where a wheel brings what it needs, "
-            "or install it on the machine"
+            f"{problem}, and PyPI has no package of this name; remove the line if a wheel contains "
+            "the package, or install it on the machine"
         )
-    return f"{words}; if PyPI has {name}, put it into requirements.txt"
+    return f"{problem}; if PyPI has {name}, put it into requirements.txt"

@@ -1,8 +1,9 @@
-"""The files of a folder that an upload leaves out: those that `.cortexignore` excludes, dot-files, byte code,
-environments and caches of tools. Called by `pack`.
+"""Selects the files of an upload. Excluded are files that match `.cortexignore`, dot-files, byte
+code, environments and caches of tools. Called by `pack`.
 
-`.cortexignore` brings an environment, a cache or a dot-file back with a line such as `!node_modules/`. The last part
-of the line has to be a name: `!*/` stands in many files, and does not mean the environments.
+A line such as `!node_modules/` in `.cortexignore` includes an environment, a cache or a dot-file
+again. The last part of the line must be a name: `!*/` is a common line, and does not refer to
+environments.
 """
 
 from __future__ import annotations
@@ -21,98 +22,104 @@ IGNORE_FILE = ".cortexignore"
 _BYTE_CODE = (".pyc", ".pyo")
 _PYCACHE = "__pycache__"
 _VENV = "a virtual environment"
-_VENV_MARKS = ("pyvenv.cfg", "bin/activate")  # the second of those that old tools made
+_VENV_MARKS = ("pyvenv.cfg", "bin/activate")  # old tools wrote the second one only
 _CACHE = "the cache of a tool"
 _CACHES = (".tox", ".nox", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis")
-_NAMED = {"node_modules": "packages of Node", **dict.fromkeys(_CACHES, _CACHE)}
-# Where the project's folder itself was made a virtual environment.
-_OF_ROOT_VENV = {"bin", "include", "lib", "lib64"}
-_BACK = re.compile(r"!(?P<pattern>(?:.*/)?[^/*?\[\\]+/?)\s*")
+_EXCLUDED = {"node_modules": "packages of Node", **dict.fromkeys(_CACHES, _CACHE)}
+# Excluded if the project's own folder is a virtual environment.
+_ROOT_VENV_FOLDERS = {"bin", "include", "lib", "lib64"}
+_INCLUDE = re.compile(r"!(?P<pattern>(?:.*/)?[^/*?\[\\]+/?)\s*")
 _MAX_NAMED = 5
 
 
-class Everything:
-    """Chooses all files of a project that was unpacked, but byte code, sockets and pipes that its jobs left there."""
+class StoredFiles:
+    """Selects all files of an unpacked project, except byte code, sockets, pipes and devices that
+    its jobs have made."""
 
-    def take(self, name: str, entry: os.DirEntry[str]) -> bool:
+    def includes(self, name: str, entry: os.DirEntry[str]) -> bool:
         """Whether a file or folder belongs to the project."""
         mode = entry.stat(follow_symlinks=False).st_mode
         is_usual = stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)
         return is_usual and entry.name != _PYCACHE
 
 
-class Chosen:
-    """Chooses the files of a folder that are uploaded."""
+class UploadFiles:
+    """Selects the files of a folder to upload."""
 
     def __init__(self, root: Path) -> None:
         """
         Raises:
-            InvalidProject: it is no folder, or its `.cortexignore` cannot be read.
+            InvalidProject: `root` is not a folder, or its `.cortexignore` cannot be read.
         """
         if not root.is_dir():
             raise InvalidProject(f"{root} is not a folder")
         lines = _lines(root / IGNORE_FILE)
-        back = [found["pattern"] for line in lines if (found := _BACK.fullmatch(line))]
+        includes = [found["pattern"] for line in lines if (found := _INCLUDE.fullmatch(line))]
         self._ignored = GitIgnoreSpec.from_lines(lines)
-        self._back = GitIgnoreSpec.from_lines(back)
+        self._included = GitIgnoreSpec.from_lines(includes)
         self._is_venv = (root / "pyvenv.cfg").is_file()
         self._left_out: list[tuple[str, str]] = []
 
-    def take(self, name: str, entry: os.DirEntry[str]) -> bool:
-        """Whether a file or folder belongs to the project. The caller asks for nothing inside a folder that does not."""
+    def includes(self, name: str, entry: os.DirEntry[str]) -> bool:
+        """Whether a file or folder belongs to the project. The caller does not enter a folder that
+        does not."""
         path = f"{name}/" if entry.is_dir(follow_symlinks=False) else name
         if self._verdict(path) is True:
             return False
-        why = self._why_left_out(name, entry)
-        if why is None or self._back.match_file(path):
+        kind = self._excluded_kind(name, entry)
+        if kind is None or self._included.match_file(path):
             return True
-        if why:
-            self._left_out.append((path, why))
+        if kind:
+            self._left_out.append((path, kind))
         return False
 
     def left_out(self) -> str | None:
-        """The environments and caches that were left out, in words; None where there are none."""
+        """A message that names the environments and caches that were left out; None if there are
+        none."""
         if not self._left_out:
             return None
         found = sorted(self._left_out, key=lambda each: each[1] == _CACHE)
-        shown = [f"{path} ({why})" for path, why in found[:_MAX_NAMED]]
+        shown = [f"{path} ({kind})" for path, kind in found[:_MAX_NAMED]]
         more = len(found) - len(shown)
         rest = f" and {more} more" if more > 0 else ""
         first = found[0][0]
         return (
-            f"left out of the upload: {', '.join(shown)}{rest}; where jobs need it, a line such as !{first} "
-            f"in {IGNORE_FILE} brings it back"
+            f"left out of the upload: {', '.join(shown)}{rest}; if jobs need it, add a line such as "
+            f"!{first} to {IGNORE_FILE}"
         )
 
     def _verdict(self, path: str) -> bool | None:
-        """The verdict of `.cortexignore` on a path, as git has it: True excludes the path, False brings it back, None
-        is no verdict. Only patterns of the path itself count, since the caller enters no excluded folder.
-        `GitIgnoreSpec.match_file` is for single paths: patterns of the folders above count there."""
+        """The verdict of `.cortexignore` on a path, by the rules of git: True excludes the path,
+        False includes it, None is no verdict. Only patterns that match the path itself count,
+        because the caller enters no excluded folder. `GitIgnoreSpec.match_file` differs: it also
+        counts patterns that match a folder above."""
         for pattern in reversed(self._ignored.patterns):
             found = None if pattern.include is None else pattern.match_file(path)
-            if found is not None and _is_of(path, found.match):
+            if found is not None and _names_path(path, found.match):
                 return pattern.include
         return None
 
-    def _why_left_out(self, name: str, entry: os.DirEntry[str]) -> str | None:
-        """What a file or folder is that no project needs, "" for dot-files and byte code; None for the others."""
-        if os.path.isdir(entry.path):  # noqa: PTH112  # also for a link that cannot be followed
-            if entry.name in _NAMED:
-                return _NAMED[entry.name]
+    def _excluded_kind(self, name: str, entry: os.DirEntry[str]) -> str | None:
+        """The kind of a file or folder that no project needs, for the message: "" for dot-files and
+        byte code, which it does not name; None for files and folders that belong to the project."""
+        # False for a link that cannot be followed, where `entry.is_dir` raises an error.
+        if os.path.isdir(entry.path):  # noqa: PTH112
+            if entry.name in _EXCLUDED:
+                return _EXCLUDED[entry.name]
             if any(os.path.isfile(f"{entry.path}/{mark}") for mark in _VENV_MARKS):  # noqa: PTH113
                 return _VENV
             if os.path.isdir(f"{entry.path}/conda-meta"):  # noqa: PTH112
                 return "a conda environment"
-            if self._is_venv and name in _OF_ROOT_VENV:
-                return f"{_VENV}, which the project's own folder is"
+            if self._is_venv and name in _ROOT_VENV_FOLDERS:
+                return f"part of {_VENV}: the project's own folder is one"
         is_hidden = entry.name.startswith(".") and name != ".env"
-        is_made = entry.name == _PYCACHE or entry.name.endswith(_BYTE_CODE)
-        return "" if is_hidden or is_made else None
+        is_byte_code = entry.name == _PYCACHE or entry.name.endswith(_BYTE_CODE)
+        return "" if is_hidden or is_byte_code else None
 
 
-def _is_of(path: str, match: re.Match[str]) -> bool:
-    """Whether a pattern names a path itself, not a folder above it: a group of the pattern ends where its folder
-    does."""
+def _names_path(path: str, match: re.Match[str]) -> bool:
+    """Whether a pattern matches the path itself and not a folder above it: the pattern's group ends
+    where the matched folder does."""
     group = match.lastindex
     return group is None or any(
         each.lastindex is None or each.end(group) == len(path) for each in match.re.finditer(path)

@@ -1,7 +1,8 @@
-"""A project's folder as a gzip tar stream: what the client uploads.
+"""Packs a project's folder as a gzip tar stream: the client's upload.
 
-All files but those that `ignored` leaves out. The same files give the same bytes. Sizes are summed before
-anything is read, so that a `cortex.yaml` that lies in a home folder by accident is refused soon.
+The archive contains all files that `ignored` does not exclude. The same files give the same bytes.
+Sizes are summed before any file is read, so that a `cortex.yaml` in a home folder by accident is
+refused soon.
 """
 
 from __future__ import annotations
@@ -18,25 +19,27 @@ from pathlib import Path
 from typing import IO
 
 from cortex.errors import InvalidProject
-from cortex.projects.ignored import IGNORE_FILE, Chosen, Everything
+from cortex.projects.ignored import IGNORE_FILE, StoredFiles, UploadFiles
 
 MAX_PROJECT_BYTES = 100 << 20
 MAX_PROJECT_FILES = 20_000
-_MOST_SHOWN = 20
-# Of a project over the limits, as many more are weighed to name what is large in it.
-_MAX_WEIGHED = 20_000
+_MAX_SHOWN = 20
+# In a project over the limits so many more files are measured, to name the largest.
+_MAX_MEASURED = 20_000
 _MAX_NAMED = 5
-_IS_MOST, _IS_MUCH = 0.5, 0.2
+_MAIN_SHARE, _LARGE_SHARE = 0.5, 0.2
 
 
 @dataclass(frozen=True)
 class PackSummary:
-    """What was packed: how many files and links, and the sum of their sizes; and what was left out that its author
-    may miss, in words."""
+    """A packed project."""
 
     files: int
+    """The number of files and links."""
     bytes: int
+    """The sum of their sizes."""
     left_out: str | None = None
+    """A message that names the environments and caches that were left out."""
 
 
 @dataclass(frozen=True)
@@ -57,25 +60,25 @@ def pack(folder: Path, out: IO[bytes]) -> PackSummary:
     Raises:
         InvalidProject: it is too large, a link leaves it, or something in it cannot be packed.
     """
-    with _refusals():
-        chosen = Chosen(folder)
-        files, size = _pack(folder, chosen, out)
-    return PackSummary(files, size, chosen.left_out())
+    with _file_errors():
+        selection = UploadFiles(folder)
+        files, size = _pack(folder, selection, out)
+    return PackSummary(files, size, selection.left_out())
 
 
-def pack_kept(folder: Path, out: IO[bytes]) -> None:
-    """Write a project to `out` that was packed and unpacked before: nothing is chosen again.
+def pack_stored(folder: Path, out: IO[bytes]) -> None:
+    """Write a project to `out` that was unpacked from an upload: no file is excluded again.
 
     Raises:
         InvalidProject: as `pack` does.
     """
-    with _refusals():
-        _pack(folder, Everything(), out)
+    with _file_errors():
+        _pack(folder, StoredFiles(), out)
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
-    """What the project's own files cause, as errors of ours."""
+def _file_errors() -> Iterator[None]:
+    """Turn errors about the project's files into InvalidProject."""
     try:
         yield
     except OSError as error:
@@ -84,8 +87,8 @@ def _refusals() -> Iterator[None]:
         raise InvalidProject(f"{os.fsdecode(error.filename)}: {error.strerror}") from error
 
 
-def _pack(folder: Path, rules: Chosen | Everything, out: IO[bytes]) -> tuple[int, int]:
-    entries = _entries(folder, rules)
+def _pack(folder: Path, selection: UploadFiles | StoredFiles, out: IO[bytes]) -> tuple[int, int]:
+    entries = _entries(folder, selection)
     with (
         gzip.GzipFile(filename="", mode="wb", fileobj=out, mtime=0) as zipped,
         tarfile.open(fileobj=zipped, mode="w|", format=tarfile.PAX_FORMAT) as tar,
@@ -113,40 +116,42 @@ def _write(entry: _Entry, tar: tarfile.TarFile) -> None:
             tar.addfile(member, file)
 
 
-def _entries(folder: Path, rules: Chosen | Everything) -> list[_Entry]:
+def _entries(folder: Path, selection: UploadFiles | StoredFiles) -> list[_Entry]:
     root = Path(os.path.realpath(folder))
     entries: list[_Entry] = []
-    mistakes: list[str] = []
+    errors: list[str] = []
     total = 0
-    found = _walk(root, rules)
+    found = _walk(root, selection)
     for path, name, info in found:
         target = None
         if stat.S_ISLNK(info.st_mode):
             target = _target(root, path)
             if target is None:
-                mistakes.append(f"{name}: a link to {path.readlink()}, outside of the project")
+                errors.append(f"{name}: a link to {path.readlink()}, outside of the project")
         elif not (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)):
-            mistakes.append(f"{name}: {_kind(info.st_mode)}, which cannot be packed")
+            errors.append(f"{name}: {_kind(info.st_mode)}, which cannot be packed")
         entries.append(_Entry(path, name, info, target))
         total += entries[-1].size
         if total > MAX_PROJECT_BYTES or len(entries) > MAX_PROJECT_FILES:
             rest: list[_Entry] = []
-            with suppress(OSError):  # the project is refused in any case
-                rest += (_Entry(*each) for each in islice(found, _MAX_WEIGHED))
+            with suppress(OSError):  # the project is refused anyway
+                rest += (_Entry(*each) for each in islice(found, _MAX_MEASURED))
             raise InvalidProject(_too_large(folder, [*entries, *rest], total))
-        if len(mistakes) == _MOST_SHOWN:
+        if len(errors) == _MAX_SHOWN:
             break
-    if mistakes:
+    if errors:
         advice = f"remove them, or list them in {IGNORE_FILE}"
-        raise InvalidProject("\n".join([*mistakes, f"({advice})"]))
+        raise InvalidProject("\n".join([*errors, f"({advice})"]))
     return entries
 
 
-def _walk(root: Path, rules: Chosen | Everything) -> Iterator[tuple[Path, str, os.stat_result]]:
-    """Everything that belongs to the project, sorted, a folder before what is in it."""
-    waiting = [("", root)]
-    while waiting:
-        prefix, folder = waiting.pop()
+def _walk(
+    root: Path, selection: UploadFiles | StoredFiles
+) -> Iterator[tuple[Path, str, os.stat_result]]:
+    """The project's files, links and folders, sorted, a folder before its content."""
+    pending = [("", root)]
+    while pending:
+        prefix, folder = pending.pop()
         if prefix:
             yield folder, prefix[:-1], folder.lstat()
         below: list[tuple[str, Path]] = []
@@ -154,30 +159,31 @@ def _walk(root: Path, rules: Chosen | Everything) -> Iterator[tuple[Path, str, o
             found = sorted(scanned, key=lambda entry: os.fsencode(entry.name))
         for entry in found:
             name = prefix + entry.name
-            if not rules.take(name, entry):
+            if not selection.includes(name, entry):
                 continue
             if entry.is_dir(follow_symlinks=False):
                 below.append((f"{name}/", folder / entry.name))
             else:
                 yield folder / entry.name, name, entry.stat(follow_symlinks=False)
-        waiting += reversed(below)
+        pending += reversed(below)
 
 
 def _target(root: Path, link: Path) -> str | None:
-    """Where a link points, relative and by a way inside the project; None if that is outside."""
+    """The target of a link as a relative path that does not leave the project; None for a target
+    outside."""
     real = Path(os.path.realpath(link))
     if not real.is_relative_to(root):
         return None
     target = str(link.readlink())
-    within = os.path.normpath(link.parent.relative_to(root) / target)
-    if not Path(target).is_absolute() and within.split("/")[0] != "..":
+    normal = os.path.normpath(link.parent.relative_to(root) / target)
+    if not Path(target).is_absolute() and normal.split("/")[0] != "..":
         return target
     return os.path.relpath(real, os.path.realpath(link.parent))
 
 
 def _kind(mode: int) -> str:
     kinds = ((stat.S_ISSOCK, "a socket"), (stat.S_ISFIFO, "a named pipe"))
-    return next((word for is_kind, word in kinds if is_kind(mode)), "a device")
+    return next((name for is_kind, name in kinds if is_kind(mode)), "a device")
 
 
 def _too_large(folder: Path, entries: list[_Entry], total: int) -> str:
@@ -186,46 +192,47 @@ def _too_large(folder: Path, entries: list[_Entry], total: int) -> str:
     limits = f"{MAX_PROJECT_BYTES >> 20} MiB or {MAX_PROJECT_FILES:,} files"
     example = "".join(f"\n  /{name}" for name, _, _ in named)
     return (
-        f"the project in {folder.absolute()} has over {limits}; the largest in it:{listed}\n"
-        f"list what jobs do not need in {IGNORE_FILE} beside cortex.yaml (the syntax of .gitignore), for "
-        f"example:{example}\n"
-        "or move cortex.yaml into a folder of its own; large data belongs to where jobs read it from"
+        f"the project in {folder.absolute()} is over {limits}; the largest in it:{listed}\n"
+        f"list what jobs do not need in {IGNORE_FILE} beside cortex.yaml (the syntax of .gitignore), "
+        f"for example:{example}\n"
+        "or move cortex.yaml into a folder of its own; store large data where jobs can read it from"
     )
 
 
 def _largest(entries: list[_Entry], *, by_size: bool) -> list[tuple[str, int, int]]:
-    """The names of what takes most, with its bytes and its number of files. A folder stands for what is in it, but
-    where it is most of the project and something in it is much of the folder."""
-    weights: dict[str, tuple[int, int]] = {}
+    """The largest files and folders, each with its bytes and its number of files. A folder is
+    replaced by its content if it makes up most of the project and something in it makes up much of
+    the folder."""
+    sizes: dict[str, tuple[int, int]] = {}
     folders = {f"{entry.name}/" for entry in entries if stat.S_ISDIR(entry.info.st_mode)}
     below: dict[str, set[str]] = {}
     for entry in entries:
         child = entry.name
         if f"{child}/" in folders:
             continue
-        weights[child] = (entry.size, 1)
+        sizes[child] = (entry.size, 1)
         while child:
             head = child.removesuffix("/").rpartition("/")[0]
             parent = f"{head}/" if head else ""
             below.setdefault(parent, set()).add(child)
-            size, files = weights.get(parent, (0, 0))
-            weights[parent] = (size + entry.size, files + 1)
+            size, files = sizes.get(parent, (0, 0))
+            sizes[parent] = (size + entry.size, files + 1)
             child = parent
 
-    def weight(name: str) -> int:
-        return weights[name][0 if by_size else 1]
+    def measure(name: str) -> int:
+        return sizes[name][0 if by_size else 1]
 
-    def is_opened(name: str) -> bool:
-        is_most = name in below and weight(name) >= _IS_MOST * weight("")
-        return is_most and max(map(weight, below[name])) >= _IS_MUCH * weight(name)
+    def is_expanded(name: str) -> bool:
+        is_main = name in below and measure(name) >= _MAIN_SHARE * measure("")
+        return is_main and max(map(measure, below[name])) >= _LARGE_SHARE * measure(name)
 
     names = below.get("", set())
-    while opened := {name for name in names if is_opened(name)}:
-        names = (names - opened).union(*(below[name] for name in opened))
-    largest = sorted(names, key=lambda name: (-weight(name), name))[:_MAX_NAMED]
-    return [(name, *weights[name]) for name in largest]
+    while expanded := {name for name in names if is_expanded(name)}:
+        names = (names - expanded).union(*(below[name] for name in expanded))
+    largest = sorted(names, key=lambda name: (-measure(name), name))[:_MAX_NAMED]
+    return [(name, *sizes[name]) for name in largest]
 
 
 def _amount(size: int, files: int) -> str:
-    many = f", {files:,} files" if files > 1 else ""
-    return f"{size / (1 << 20):.1f} MiB{many}"
+    count = f", {files:,} files" if files > 1 else ""
+    return f"{size / (1 << 20):.1f} MiB{count}"

@@ -1,6 +1,6 @@
-"""The checks of a command whose program or script lies in the project. Called by `check`.
+"""Checks a command whose program or script is a file of the project. Called by `check`.
 
-Their results are warnings: only the machine of the job decides whether a program runs.
+The results are warnings: only the job's machine decides whether a program runs.
 """
 
 from __future__ import annotations
@@ -15,48 +15,52 @@ from cortex.spec.yaml_lines import quoted
 from cortex.worker.job import exec_errors
 
 _SHELLS = {"sh", "bash", "dash", "ksh", "zsh"}
-_LARGEST = 1 << 20
-_LONGEST = 255
+_MAX_SCRIPT_BYTES = 1 << 20
+_MAX_NAME_BYTES = 255
 
 
-def doubts(project: Path, command: list[str]) -> Iterator[str]:
-    """The reasons why a command would probably not run."""
+def command_warnings(project: Path, command: list[str]) -> Iterator[str]:
+    """The reasons why a command would probably fail to start."""
     program = command[0]
     file = _inside(project, program)
     if "/" not in program:
         is_in_project = file is not None and file.is_file()
         if (is_in_project or len(program.split()) > 1) and shutil.which(program) is None:
-            yield _told(program, exec_errors.not_found(program, is_in_project))
+            yield _warning(program, exec_errors.not_found(program, is_in_project))
     elif file is not None:
-        is_there = file.exists()
-        words = (
-            exec_errors.seen(str(file)) if is_there else exec_errors.not_found(program, is_there)
-        )
-        if words is not None:
-            yield _told(program, words)
+        exists = file.exists()
+        reason = exec_errors.seen(str(file)) if exists else exec_errors.not_found(program, exists)
+        if reason is not None:
+            yield _warning(program, reason)
     if program.rpartition("/")[2] in _SHELLS:
-        yield from _script(project, command[1:])
+        yield from _script_warnings(project, command[1:])
 
 
-def _script(project: Path, arguments: list[str]) -> Iterator[str]:
-    """The check of the script that a shell gets as its first argument."""
+def _script_warnings(project: Path, arguments: list[str]) -> Iterator[str]:
+    """The warnings about the script that a shell gets as its first argument."""
     name = next((each for each in arguments if not each.startswith(("-", "+"))), None)
     file = None if name is None or "-c" in arguments else _inside(project, name)
-    if name is None or file is None or not file.is_file() or file.stat().st_size > _LARGEST:
+    if (
+        name is None
+        or file is None
+        or not file.is_file()
+        or file.stat().st_size > _MAX_SCRIPT_BYTES
+    ):
         return
     if b"\r\n" in file.read_bytes():
         yield (
-            f"definition.command: {quoted(name)} has the line ends of Windows, which a shell takes for "
-            f"a part of its commands; save it with those of Unix, as dos2unix {name} does"
+            f"definition.command: {quoted(name)} has Windows line endings, which a shell reads "
+            f"as part of each command; save it with Unix line endings, as dos2unix {name} does"
         )
 
 
 def _inside(project: Path, name: str) -> Path | None:
-    """A path in the project; None for a path outside, and for a name that no file can have."""
+    """A path in the project; None for a path outside, and for a name that is too long for a
+    file."""
     normal = posixpath.normpath(name)
-    is_long = len(os.fsencode(name)) > _LONGEST
-    return None if is_long or normal.startswith(("/", "..")) else project / normal
+    is_too_long = len(os.fsencode(name)) > _MAX_NAME_BYTES
+    return None if is_too_long or normal.startswith(("/", "..")) else project / normal
 
 
-def _told(program: str, words: str) -> str:
-    return f"definition.command: {quoted(program)} would not run: {words}"
+def _warning(program: str, reason: str) -> str:
+    return f"definition.command: {quoted(program)} would not run: {reason}"

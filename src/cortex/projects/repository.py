@@ -1,11 +1,12 @@
-"""The projects that an operator has: each a folder under its id, and a copy in the store of files where
-there is one. Beside a project lie its lock files: what its environment held when it was first built.
+"""The operator's projects: each is a folder named after its id, with a copy in the object store if
+one is configured. The lock files of a project record what its environment contained when it was
+first built.
 
-    <data folder>/projects/<id>/            and  <files>/projects/<id>/project.tar.gz
-    <data folder>/locks/<id>/<name>         and  <files>/projects/<id>/<name>
+    <data folder>/projects/<id>/            and  <object store>/projects/<id>/project.tar.gz
+    <data folder>/locks/<id>/<name>         and  <object store>/projects/<id>/<name>
 
-Called by deploys, versions, environments and retention; all methods block, and may be called in any
-thread.
+Called by the operator's deploys, versions, retention and backups, by `environments`, and by the
+agents on a cluster's nodes. All methods block, and any thread may call them.
 """
 
 from __future__ import annotations
@@ -26,101 +27,106 @@ from cortex.errors import InvalidProject
 from cortex.objects import ObjectStore
 from cortex.projects import trash
 from cortex.projects.lockfiles import SUFFIX
-from cortex.projects.repair import mend
+from cortex.projects.repair import restore_files
 from cortex.projects.unpack import project_id, unpack
 from cortex.spec.times import new_id
 
 log = structlog.get_logger()
 
 _INCOMING = ".incoming-"
-_ABOVE = "projects"
+_OBJECTS = "projects"
 _ARCHIVE = "project.tar.gz"
-# What was stored just now may be of a deploy that is not acknowledged yet.
-_YOUNG_S = 3600
+# A younger object may belong to a deploy that is not acknowledged yet.
+_MIN_AGE_S = 3600
 
 
 class Projects:
     """The projects of one data folder."""
 
-    def __init__(self, root: Path, locks: Path, files: ObjectStore | None = None) -> None:
+    def __init__(self, root: Path, locks: Path, objects: ObjectStore | None = None) -> None:
         self._root = root
         self._locks = locks
-        self._files = files
-        self._keeping = threading.Lock()
-        self._looked: set[str] = set()  # projects all of whose lock files are here
+        self._objects = objects
+        self._saving = threading.Lock()
+        self._locks_fetched: set[str] = set()
+        """The projects whose lock files have all been fetched from the object store."""
 
     def folder(self, identity: str) -> Path:
-        """Where a project's files are, as far as they are here."""
+        """The folder of a project's files, whether or not they are on this machine."""
         return self._root / identity
 
-    def open(self) -> None:
-        """Remove what was cut off."""
-        for leftover in (*self._root.glob(f"{_INCOMING}*"), *self.to_remove()):
+    def remove_leftovers(self) -> None:
+        """Remove what an interrupted operator has left: incoming files and trash."""
+        for leftover in (*self._root.glob(f"{_INCOMING}*"), *self.trashed_folders()):
             _remove(leftover)
 
-    def start_over(self) -> None:
-        """Another operator may have kept lock files since."""
-        self._looked.clear()
+    def reset_cache(self) -> None:
+        """Look for lock files in the object store again: another operator may have added some."""
+        self._locks_fetched.clear()
 
     @contextmanager
     def incoming(self) -> Iterator[Path]:
-        """A place for what comes in; gone afterwards, unless it was taken in."""
-        place = self._root / f"{_INCOMING}{new_id()}"
+        """A path for an incoming file or folder, which is removed afterwards unless it was moved
+        away."""
+        path = self._root / f"{_INCOMING}{new_id()}"
         try:
-            yield place
+            yield path
         finally:
-            _remove(place)
+            _remove(path)
 
-    def take_in(self, incoming: Path) -> str:
-        """Keep a project that came in; its id. It is durable when this returns.
+    def add_project(self, incoming: Path) -> str:
+        """Store a new project. It is durable when this returns.
+
+        Args:
+            incoming: the folder of its files; it is moved.
+
+        Returns:
+            The project's id.
 
         Raises:
-            StorageUnavailable: it is not kept, for the store of files takes nothing now.
+            StorageUnavailable: the project is not stored, because the object store cannot be
+                written.
         """
         identity = project_id(incoming)
-        if self._files is not None:
-            self._send(self._files, identity, incoming)
-        self.place(identity, incoming)
+        if self._objects is not None:
+            self._upload(self._objects, identity, incoming)
+        self.install_files(identity, incoming)
         return identity
 
-    def place(self, identity: str, incoming: Path) -> None:
-        """Let what came in be a project's files. Durable when it returns."""
-        if trash.touch(self.folder(identity)):
-            if mended := mend(self.folder(identity), incoming):
-                log.warning(
-                    "a project was changed after its deploy", project=identity, mended=mended
-                )
-                os.sync()
-                trash.touch(
-                    self.folder(identity)
-                )  # jobs that begin from now on see what was mended
+    def install_files(self, identity: str, incoming: Path) -> None:
+        """Make an incoming folder the files of a project. They are durable when this returns."""
+        if trash.mark_used(self.folder(identity)):
+            self._restore(identity, incoming)
         else:
-            # Of thousands of small files that is cheaper at one stroke than one by one.
+            # One sync of the disk is cheaper than one for each of thousands of small files.
             os.sync()
             try:
                 incoming.rename(self.folder(identity))
             except OSError:
-                if not self.folder(identity).is_dir():  # another fetch was quicker
+                if not self.folder(identity).is_dir():  # another thread has installed it
                     raise
-        # An acknowledged deploy survives power loss, wherever the database is that tells of it.
+        # An acknowledged deploy survives a power failure, wherever the database is that records it.
         fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
 
-    def fetch(self, identity: str) -> bool:
-        """Bring a project here from the store of files; whether it is here now.
+    def ensure_local(self, identity: str) -> bool:
+        """Fetch a project from the object store unless it is on this machine.
+
+        Returns:
+            Whether it is on this machine now.
 
         Raises:
-            StorageUnavailable: that cannot be told now.
+            StorageUnavailable: the object store cannot be read now.
         """
         if self.folder(identity).is_dir():
             return True
-        if self._files is None:
+        if self._objects is None:
             return False
         with self.incoming() as archive, self.incoming() as folder:
-            if not self._files.get(f"{_ABOVE}/{identity}/{_ARCHIVE}", archive):
+            if not self._objects.get(f"{_OBJECTS}/{identity}/{_ARCHIVE}", archive):
                 return False
             try:
                 with archive.open("rb") as content:
@@ -129,149 +135,177 @@ class Projects:
             except InvalidProject:
                 is_whole = False
             if not is_whole:
-                log.error("a project in the store of files is damaged", project=identity)
+                log.error("a project in the object store is damaged", project=identity)
                 return False
-            self.place(identity, folder)
+            self.install_files(identity, folder)
         log.info("project fetched", project=identity)
         return True
 
-    def send_missing(self, used: set[str]) -> None:
-        """Send the store of files what it has not: it may be younger than the projects.
+    def upload_missing(self, used: set[str]) -> None:
+        """Upload the projects that the object store lacks: it may have been configured after their
+        deploys.
+
+        Args:
+            used: the ids of the projects to upload.
 
         Raises:
-            StorageUnavailable: some may be missing there.
+            StorageUnavailable: the object store may lack some still.
         """
-        if self._files is None:
+        if self._objects is None:
             return
-        there = self._files.listed(_ABOVE)
+        stored = self._objects.listed(_OBJECTS)
         for identity in used:
-            folder, name = self.folder(identity), f"{_ABOVE}/{identity}/{_ARCHIVE}"
-            if name in there or not folder.is_dir():
+            folder, name = self.folder(identity), f"{_OBJECTS}/{identity}/{_ARCHIVE}"
+            if name in stored or not folder.is_dir():
                 continue
             with self.incoming() as copy, self.incoming() as archive:
                 if self.pack(identity, copy, archive):
-                    self._files.put(name, archive)
+                    self._objects.put(name, archive)
                 else:
                     log.error("a project was changed after its deploy", project=identity)
 
     def pack(self, identity: str, copy: Path, archive: Path) -> bool:
-        """Pack a project that is here into an archive, which `unpack` takes; whether it is as it was deployed.
+        """Pack a project that is on this machine into an archive that `unpack` accepts.
 
         Args:
-            copy: a place for a copy of it.
+            copy: a path for a temporary copy of the project.
+
+        Returns:
+            Whether the project is as it was deployed.
 
         Raises:
-            OSError: it is not here, or not any more.
+            OSError: the project is not on this machine, or is being removed.
         """
-        # Python has written there since; whatever else did has spoiled it.
+        # Python has written byte code there since. Any other change makes it a different project.
         try:
-            shutil.copytree(self.folder(identity), copy, symlinks=True, ignore=_no_part)
-        except (
-            shutil.Error
-        ) as error:  # what it tells is a list of files that went away meanwhile, say
+            shutil.copytree(self.folder(identity), copy, symlinks=True, ignore=_not_in_project)
+        except shutil.Error as error:  # its argument is a list, for example of removed files
             raise OSError(str(error)) from error
         _archive(copy, archive)
         return project_id(copy) == identity
 
     def locks(self, identity: str) -> dict[str, str]:
-        """All lock files of a project, by their names.
+        """All lock files of a project, by name.
 
         Raises:
-            StorageUnavailable: that cannot be told now.
+            StorageUnavailable: the object store cannot be read now.
         """
-        if self._files is not None and identity not in self._looked:
-            above = f"{_ABOVE}/{identity}/"
-            for path in self._files.listed(above):
+        if self._objects is not None and identity not in self._locks_fetched:
+            folder = f"{_OBJECTS}/{identity}/"
+            for path in self._objects.listed(folder):
                 if path.endswith(SUFFIX):
-                    self.lock(identity, path.removeprefix(above))
-            self._looked.add(identity)
+                    self.lockfile(identity, path.removeprefix(folder))
+            self._locks_fetched.add(identity)
         try:
             files = list((self._locks / identity).iterdir())
         except FileNotFoundError:
             return {}
         return {file.name: file.read_text("utf-8") for file in files if file.suffix == SUFFIX}
 
-    def lock(self, identity: str, name: str) -> str | None:
-        """A lock file of a project, if it has it.
+    def lockfile(self, identity: str, name: str) -> str | None:
+        """The content of a project's lock file; None if there is none.
 
         Raises:
-            StorageUnavailable: that cannot be told now.
+            StorageUnavailable: the object store cannot be read now.
         """
-        here = self.lock_here(identity, name)
-        if here is not None or self._files is None:
-            return here
-        found = self._files.read(f"{_ABOVE}/{identity}/{name}")
-        if found is None:
+        local = self.local_lockfile(identity, name)
+        if local is not None or self._objects is None:
+            return local
+        data = self._objects.read(f"{_OBJECTS}/{identity}/{name}")
+        if data is None:
             return None
-        text = found.decode("utf-8", "replace")
-        self._write_lock(identity, name, text)
+        text = data.decode("utf-8", "replace")
+        self._write_lockfile(identity, name, text)
         return text
 
-    def lock_here(self, identity: str, name: str) -> str | None:
-        """A lock file of a project, if it is on this machine."""
+    def local_lockfile(self, identity: str, name: str) -> str | None:
+        """The content of a project's lock file if it is on this machine."""
         try:
             return (self._locks / identity / name).read_text("utf-8")
         except FileNotFoundError:
             return None
 
-    def keep_lock(self, identity: str, name: str, text: str) -> None:
-        """Keep a lock file with a project.
+    def save_lockfile(self, identity: str, name: str, text: str) -> None:
+        """Store a lock file of a project.
 
         Raises:
-            StorageUnavailable: it is not kept.
+            StorageUnavailable: it is not stored.
         """
-        if self._files is not None:
-            self._files.put(f"{_ABOVE}/{identity}/{name}", text.encode())
-        self._write_lock(identity, name, text)
+        if self._objects is not None:
+            self._objects.put(f"{_OBJECTS}/{identity}/{name}", text.encode())
+        self._write_lockfile(identity, name, text)
 
-    def keep_first_lock(self, identity: str, name: str, text: str) -> None:
-        """Keep a lock file with a project that has none of that name.
+    def save_lockfile_if_absent(self, identity: str, name: str, text: str) -> None:
+        """Store a lock file of a project, unless it has one of that name.
 
         Raises:
-            StorageUnavailable: it is not kept.
+            StorageUnavailable: it is not stored.
         """
-        with self._keeping:
-            if self.lock(identity, name) is None:
-                self.keep_lock(identity, name, text)
+        with self._saving:
+            if self.lockfile(identity, name) is None:
+                self.save_lockfile(identity, name, text)
 
-    def here(self) -> dict[str, int]:
-        """The projects that are here, each with when it came in last."""
-        return {folder.name: trash.touched(folder) for folder in self.folders()}
+    def last_used(self) -> dict[str, int]:
+        """The projects on this machine, each with the time of its last deploy or fetch, for
+        `move_to_trash`."""
+        return {folder.name: trash.last_used_ns(folder) for folder in self.local_folders()}
 
-    def folders(self) -> list[Path]:
-        """The folders of all that are here."""
+    def local_folders(self) -> list[Path]:
+        """The folders of all projects on this machine."""
         return [path for path in self._root.iterdir() if not path.name.startswith(".")]
 
-    def put_away(self, identity: str, came: int) -> None:
-        """Put a project away that nothing uses, unless it has come in again since."""
-        trash.put_away(self.folder(identity), came)
+    def move_to_trash(self, identity: str, used_ns: int) -> None:
+        """Move an unused project to the trash, unless it has been deployed or fetched again.
 
-    def to_remove(self) -> list[Path]:
-        """The folders that were put away."""
-        return trash.to_remove(self._root)
+        Args:
+            used_ns: its time from `last_used`, read before the project was found to be unused.
+        """
+        trash.move_if_unused(self.folder(identity), used_ns)
 
-    def forget_all_but(self, used: set[str]) -> None:
-        """Remove what is kept of projects that nothing uses and that are not here any more.
+    def trashed_folders(self) -> list[Path]:
+        """The projects in the trash; the caller deletes them."""
+        return trash.trashed_folders(self._root)
+
+    def prune_unused(self, used: set[str]) -> None:
+        """Delete the lock files and the objects of unused projects that are not on this machine.
+
+        Args:
+            used: the ids of the projects that some version uses.
 
         Raises:
-            StorageUnavailable: some may be left in the store of files.
+            StorageUnavailable: the object store may contain some still.
         """
-        self._looked &= used
+        self._locks_fetched &= used
         for folder in self._locks.iterdir():
             if folder.name not in used and not self.folder(folder.name).exists():
                 shutil.rmtree(folder, ignore_errors=True)
-        if self._files is not None:
-            there = self._files.listed(_ABOVE).items()
-            unused = [name for name, age_s in there if age_s > _YOUNG_S and _of(name) not in used]
-            self._files.delete(unused)
+        if self._objects is not None:
+            ages = self._objects.listed(_OBJECTS).items()
+            self._objects.delete(
+                [
+                    name
+                    for name, age_s in ages
+                    if age_s > _MIN_AGE_S and _project_of(name) not in used
+                ]
+            )
 
-    def _send(self, files: ObjectStore, identity: str, folder: Path) -> None:
-        # Also what is there already: it is young again then, and no retention takes it away.
+    def _restore(self, identity: str, incoming: Path) -> None:
+        restored = restore_files(self.folder(identity), incoming)
+        if restored:
+            log.warning(
+                "a project was changed after its deploy", project=identity, restored=restored
+            )
+            os.sync()
+            # Jobs that start from now on find the restored files.
+            trash.mark_used(self.folder(identity))
+
+    def _upload(self, objects: ObjectStore, identity: str, folder: Path) -> None:
+        # An object that exists is uploaded again: its age starts anew, and no retention deletes it.
         with self.incoming() as archive:
             _archive(folder, archive)
-            files.put(f"{_ABOVE}/{identity}/{_ARCHIVE}", archive)
+            objects.put(f"{_OBJECTS}/{identity}/{_ARCHIVE}", archive)
 
-    def _write_lock(self, identity: str, name: str, text: str) -> None:
+    def _write_lockfile(self, identity: str, name: str, text: str) -> None:
         path = self._locks / identity / name
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{new_id()}")
@@ -279,17 +313,17 @@ class Projects:
         part.rename(path)
 
 
-def _no_part(folder: str, names: list[str]) -> set[str]:
-    """What of a folder is no part of its project: what Python keeps there, and what is no file, for which
-    copying would wait or fail."""
+def _not_in_project(folder: str, names: list[str]) -> set[str]:
+    """The names in a folder that are no part of the project: Python's byte code, and pipes, sockets
+    and devices, on which copying would block or fail."""
     modes = {name: Path(folder, name).lstat().st_mode for name in names}
     kinds = (stat.S_ISREG, stat.S_ISDIR, stat.S_ISLNK)
-    odd = {name for name, mode in modes.items() if not any(is_kind(mode) for is_kind in kinds)}
-    return odd | ({"__pycache__"} & set(names))
+    special = {name for name, mode in modes.items() if not any(is_kind(mode) for is_kind in kinds)}
+    return special | ({"__pycache__"} & set(names))
 
 
 def _archive(folder: Path, target: Path) -> None:
-    """All of a folder, as `unpack` takes it."""
+    """Write all of a folder to an archive that `unpack` accepts."""
     with (
         target.open("wb") as file,
         gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as zipped,
@@ -297,21 +331,22 @@ def _archive(folder: Path, target: Path) -> None:
     ):
         for parent, folders, names in os.walk(folder):
             links = [name for name in folders if Path(parent, name).is_symlink()]
-            # Folders are made with what is in them; only empty ones have to be told.
+            # `unpack` makes the folder of each file; only an empty folder needs an entry.
             itself = [] if folders or names or parent == str(folder) else [""]
             for name in (*itself, *links, *names):
                 path = Path(parent, name)
-                tar.add(path, str(path.relative_to(folder)), recursive=False, filter=_plain)
+                tar.add(path, str(path.relative_to(folder)), recursive=False, filter=_anonymous)
 
 
-def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
+def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """The entry without its owner and time, so that equal projects give equal archives."""
     member.uid = member.gid = member.mtime = 0
     member.uname = member.gname = ""
     return member
 
 
-def _of(name: str) -> str:
-    """The project that a file in the store of files belongs to."""
+def _project_of(name: str) -> str:
+    """The id of the project that an object belongs to."""
     return name.split("/")[1]
 
 

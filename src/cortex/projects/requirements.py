@@ -1,6 +1,7 @@
-"""What a project asks of its environment: requirements.txt, pyproject.toml, conda-packages.txt.
+"""The requirements of a project's environment: requirements.txt, pyproject.toml,
+conda-packages.txt.
 
-`building` installs what is read here; `check` tells the mistakes at deploy.
+`builder` installs what this module reads; `check` reports the errors at deploy.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from packaging.specifiers import SpecifierSet
 
 from cortex.projects import conda
 from cortex.spec.api import DEFAULT_DEPENDENCIES, Dependencies
+from cortex.spec.yaml_lines import shortened
 
 REQUIREMENTS = "requirements.txt"
 PYPROJECT = "pyproject.toml"
@@ -27,17 +29,18 @@ UV_TOML = "uv.toml"
 _INCLUDE = re.compile(r"(?:-[rc]\s*=?|--(?:requirement|constraint)[\s=])\s*(\S.*)")
 _LOCAL_OPTION = re.compile(r"(?:-[ef]\s*=?|--(?:editable|find-links)[\s=])\s*(\S.*)")
 _ARCHIVES = (".whl", ".tar.gz", ".zip")
-# What the worker's code runs on.
+# The worker's code needs it.
 _MIN_MINOR = 9
 MIN_PYTHON = f"3.{_MIN_MINOR}"
 _TOO_OLD = [(2, 7, 18), *((3, minor, patch) for minor in range(_MIN_MINOR) for patch in range(25))]
-_LONGEST_SPECIFIER = 200
+_MAX_SPECIFIER_LENGTH = 200
 _RECENT = [(3, minor, patch) for minor in range(_MIN_MINOR, 20) for patch in range(30)]
 
 
 @dataclass
 class Requirements:
-    """What the project's files say, and the mistakes in them; filled while they are read."""
+    """The content of the project's files and the errors in them; filled while the files are
+    read."""
 
     pip_file: str = REQUIREMENTS
     conda_file: str = CONDA
@@ -45,93 +48,106 @@ class Requirements:
     requires_python: str | None = None
     pip: str | None = None
     arguments: list[str] = field(default_factory=list)
+    """The arguments of `uv pip install`."""
     lines: list[tuple[str, str]] = field(default_factory=list)
+    """The lines that decide what is installed, each with the name of its file."""
     is_local: bool = False
-    mistakes: list[str] = field(default_factory=list)
+    """Whether a requirement is installed from the project's own folder."""
+    errors: list[str] = field(default_factory=list)
 
     @property
     def python_to_find(self) -> str | None:
-        """The Python that uv has to find, None where the operator's own will do."""
+        """The version of Python that uv must find; None if the operator's own satisfies the
+        project."""
         own = sys.version_info[:3]
         if self.python and self.python[0].isdigit():
-            asked = tuple(int(part) for part in self.python.split("."))
-            return None if own[: len(asked)] == asked else self.python
+            version = tuple(int(part) for part in self.python.split("."))
+            return None if own[: len(version)] == version else self.python
         requires = self.python or self.requires_python
         return None if not requires or satisfies(own, requires) else requires
 
     @property
     def python_for_uv(self) -> str | None:
-        """The same as uv is asked for it, which takes no older one than jobs can run on."""
-        asked = self.python_to_find
-        return asked if asked is None or asked[0].isdigit() else f"{asked},>={MIN_PYTHON}"
+        """The same for `uv --python`: a range excludes versions that are too old for jobs."""
+        version = self.python_to_find
+        return version if version is None or version[0].isdigit() else f"{version},>={MIN_PYTHON}"
 
 
 def read_requirements(
     project: Path, dependencies: Dependencies = DEFAULT_DEPENDENCIES
 ) -> Requirements:
-    """Everything that decides what is installed: `arguments` of `uv pip install`, the `lines` that
-    they stand for, and whether some of it lies in the project itself (`is_local`)."""
-    wanted = Requirements(
+    """Read everything that decides what the project's environment contains.
+
+    Args:
+        dependencies: the project's files that list the requirements.
+    """
+    requirements = Requirements(
         pip_file=posixpath.normpath(dependencies.pip or REQUIREMENTS),
         conda_file=posixpath.normpath(dependencies.conda or CONDA),
     )
-    found = conda.read(_text(project, wanted.conda_file, wanted), wanted.conda_file)
-    wanted.python, wanted.pip = found.python, found.pip
-    wanted.mistakes += found.mistakes
-    _requirements(project, wanted)
-    _pyproject(project, wanted)
-    _check_python(wanted)
-    if wanted.pip is not None:
-        is_prefix = wanted.pip[:1].isdigit()
-        wanted.arguments.append(f"pip=={wanted.pip}.*" if is_prefix else f"pip{wanted.pip}")
-        wanted.lines.append(("pip", wanted.pip))
-    text = _text(project, UV_TOML, wanted)
-    if text and wanted.arguments:
-        wanted.lines.append((UV_TOML, text))
-    return wanted
+    text = _text(project, requirements.conda_file, requirements)
+    found = conda.read_packages(text, requirements.conda_file)
+    requirements.python, requirements.pip = found.python, found.pip
+    requirements.errors += found.errors
+    _read_requirements_txt(project, requirements)
+    _read_pyproject(project, requirements)
+    _check_python(requirements)
+    if requirements.pip is not None:
+        is_prefix = requirements.pip[:1].isdigit()
+        requirements.arguments.append(
+            f"pip=={requirements.pip}.*" if is_prefix else f"pip{requirements.pip}"
+        )
+        requirements.lines.append(("pip", requirements.pip))
+    text = _text(project, UV_TOML, requirements)
+    if text and requirements.arguments:
+        requirements.lines.append((UV_TOML, text))
+    return requirements
 
 
-def _text(project: Path, name: str, wanted: Requirements) -> str:
+def _text(project: Path, name: str, requirements: Requirements) -> str:
     inside = _inside(project, name)
     if inside is None or not _is_file(project / inside):
         return ""
     try:
         return (project / inside).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
-        wanted.mistakes.append(f"{name}: not UTF-8 text; save it as UTF-8")
+        requirements.errors.append(f"{name}: not UTF-8 text; save it as UTF-8")
         return ""
 
 
-def _requirements(project: Path, wanted: Requirements) -> None:
-    waiting, seen = [wanted.pip_file], {wanted.pip_file}
+def _read_requirements_txt(project: Path, requirements: Requirements) -> None:
+    pending, seen = [requirements.pip_file], {requirements.pip_file}
     found: list[tuple[str, str]] = []
-    while waiting:
-        name = waiting.pop(0)
-        for number, line in _logical_lines(_text(project, name, wanted)):
+    while pending:
+        name = pending.pop(0)
+        for number, line in _logical_lines(_text(project, name, requirements)):
             found.append((name, line))
             include = _INCLUDE.fullmatch(line)
             if include is None:
-                wanted.is_local |= is_local(line)
+                requirements.is_local |= is_local(line)
                 continue
             path = include[1].strip("'\"")
             if "://" in path:
                 continue
             inside = _inside(project, posixpath.join(posixpath.dirname(name), path))
             if inside is None:
-                told = "leaves the project; allowed: a file inside it"
-                wanted.mistakes.append(f"{name}:{number}: {line[:60]}: {told}")
+                message = "leaves the project; allowed: a file inside it"
+                requirements.errors.append(f"{name}:{number}: {line[:60]}: {message}")
             elif not _is_file(project / inside):
-                wanted.mistakes.append(f"{name}:{number}: {line[:60]}: there is no file {inside}")
+                requirements.errors.append(
+                    f"{name}:{number}: {line[:60]}: the project has no file {inside}"
+                )
             elif inside not in seen:
                 seen.add(inside)
-                waiting.append(inside)
+                pending.append(inside)
     if found:
-        wanted.arguments += ["-r", wanted.pip_file]
-        wanted.lines += found
+        requirements.arguments += ["-r", requirements.pip_file]
+        requirements.lines += found
 
 
 def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Lines without comments, those that a backslash continues joined; with the number of the first."""
+    """The lines without comments, each with its number. A backslash at the end joins a line with
+    the next."""
     pending, start = "", 0
     for number, raw in enumerate([*text.splitlines(), ""], start=1):
         start = start if pending else number
@@ -147,7 +163,7 @@ def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # longer than any file's name
+    except OSError:  # the name is too long for a file
         return False
 
 
@@ -162,7 +178,8 @@ def _inside(project: Path, path: str) -> str | None:
 
 
 def is_local(line: str) -> bool:
-    """Whether a requirement is installed from a path, whose content then decides, too."""
+    """Whether a line installs from a path, so that the content of that path is part of the
+    requirements."""
     option = _LOCAL_OPTION.fullmatch(line)
     target = option[1] if option else line.partition(" @ ")[2] or line
     target = target.partition(";")[0].strip().strip("'\"")
@@ -174,62 +191,72 @@ def is_local(line: str) -> bool:
     return option is not None or path.startswith(".") or "/" in path or path.endswith(_ARCHIVES)
 
 
-def _pyproject(project: Path, wanted: Requirements) -> None:
-    text = _text(project, PYPROJECT, wanted)
+def _read_pyproject(project: Path, requirements: Requirements) -> None:
+    text = _text(project, PYPROJECT, requirements)
     try:
         data = tomllib.loads(text)
     except RecursionError:
-        wanted.mistakes.append(f"{PYPROJECT}: cannot be read as TOML: nested too deeply")
+        requirements.errors.append(f"{PYPROJECT}: is not valid TOML: nested too deeply")
         return
-    except ValueError as error:  # of a number with too many digits, too
+    except ValueError as error:  # a TOMLDecodeError, or a number with too many digits
         line = re.search(r"at line (\d+)", str(error))
-        place = f"{PYPROJECT}:{line[1]}" if line else PYPROJECT
-        wanted.mistakes.append(f"{place}: cannot be read as TOML: {error}")
+        position = f"{PYPROJECT}:{line[1]}" if line else PYPROJECT
+        requirements.errors.append(f"{position}: is not valid TOML: {error}")
         return
     table = data.get("project", {})
     uv_table = data.get("tool", {}).get("uv", {}) if isinstance(data.get("tool", {}), dict) else {}
     if not isinstance(table, dict):
-        wanted.mistakes.append(f"{PYPROJECT}: project: allowed: a table")
+        requirements.errors.append(f"{PYPROJECT}: project: {_found(table)}; allowed: a table")
         return
     requires, dynamic = table.get("requires-python"), table.get("dynamic", [])
     dependencies = table.get("dependencies", [])
     if requires is not None and not isinstance(requires, str):
-        wanted.mistakes.append(f"{PYPROJECT}: project.requires-python: allowed: a string")
+        requirements.errors.append(
+            f"{PYPROJECT}: project.requires-python: {_found(requires)}; allowed: a string"
+        )
         requires = None
     if not isinstance(dependencies, list) or not all(isinstance(d, str) for d in dependencies):
-        wanted.mistakes.append(f"{PYPROJECT}: project.dependencies: allowed: a list of strings")
+        requirements.errors.append(
+            f"{PYPROJECT}: project.dependencies: {_found(dependencies)}; allowed: a list of strings"
+        )
         return
-    wanted.requires_python = requires
+    requirements.requires_python = requires
     is_dynamic = isinstance(dynamic, list) and "dependencies" in dynamic
     if dependencies or is_dynamic:
-        wanted.arguments += ["-r", PYPROJECT]
-        wanted.lines += [(PYPROJECT, dependency) for dependency in dependencies]
-        wanted.is_local |= is_dynamic or any(map(is_local, dependencies))
-    if uv_table and (wanted.arguments or wanted.pip is not None):
-        # Indexes and sources: they decide what a name stands for, and a source can be a folder.
-        wanted.lines.append((f"{PYPROJECT} tool.uv", repr(uv_table)))
-        wanted.is_local |= "'path':" in repr(uv_table) or "'workspace':" in repr(uv_table)
+        requirements.arguments += ["-r", PYPROJECT]
+        requirements.lines += [(PYPROJECT, dependency) for dependency in dependencies]
+        requirements.is_local |= is_dynamic or any(map(is_local, dependencies))
+    if uv_table and (requirements.arguments or requirements.pip is not None):
+        # Indexes and sources decide which package a name means, and a source can be a folder.
+        requirements.lines.append((f"{PYPROJECT} tool.uv", repr(uv_table)))
+        requirements.is_local |= "'path':" in repr(uv_table) or "'workspace':" in repr(uv_table)
+
+
+def _found(value: object) -> str:
+    return f"found {shortened(repr(value))}"
 
 
 def satisfies(version: tuple[int, ...], specifier: str) -> bool:
-    """Whether a version of Python is one that `requires-python` allows; False where it is unclear."""
+    """Whether `requires-python` allows a version of Python; False for a specifier that is not
+    valid."""
     try:
         allowed = SpecifierSet(specifier)
         return allowed.contains(".".join(map(str, version)), prereleases=True)
-    except ValueError:  # uv says what is wrong with it
+    except ValueError:  # uv reports the error
         return False
 
 
-def _check_python(wanted: Requirements) -> None:
-    asked = wanted.python_to_find
-    if asked is None or len(asked) > _LONGEST_SPECIFIER:
+def _check_python(requirements: Requirements) -> None:
+    """Report a request for a Python that is too old for jobs."""
+    version = requirements.python_to_find
+    if version is None or len(version) > _MAX_SPECIFIER_LENGTH:
         return
-    specifier = f"=={asked}.*" if asked[0].isdigit() else asked
+    specifier = f"=={version}.*" if version[0].isdigit() else version
     if not any(satisfies(each, specifier) for each in _TOO_OLD):
         return
     if not any(satisfies(each, specifier) for each in _RECENT):
-        file = wanted.conda_file if wanted.python else PYPROJECT
-        wanted.mistakes.append(
-            f"{file}: found Python {asked}; allowed: {MIN_PYTHON} or later, "
+        file = requirements.conda_file if requirements.python else PYPROJECT
+        requirements.errors.append(
+            f"{file}: found Python {version}; allowed: {MIN_PYTHON} or later, "
             f"such as python={sys.version_info[0]}.{sys.version_info[1]}, which the operator has"
         )

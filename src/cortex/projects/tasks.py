@@ -1,5 +1,5 @@
-"""The checks of a task's file: it defines a task, and a job can call that. The file is parsed and never run. Called
-by `check`.
+"""Checks a task's file: it must define a task that a job can call. The file is parsed and never
+run. Called by `check`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from pathlib import Path
 
 from cortex.spec.yaml_lines import did_you_mean, quoted
 
-_LARGEST_PARSED = 4 << 20
+_MAX_PARSED_BYTES = 4 << 20
 _EVERYTHING = "*"
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
-# With these a module may define again whatever it has defined.
+# With these a module can rebind any of its names.
 _REBIND = {"exec", "globals", "setattr", "vars"}
 
 
 def parse(file: Path) -> ast.Module | SyntaxError | None:
-    """The tree of a Python file, or its error; None for a file that is too large or too deep to be parsed here."""
-    if file.stat().st_size > _LARGEST_PARSED:
+    """The syntax tree of a Python file, or its error; None for a file that is too large or too deep
+    to parse."""
+    if file.stat().st_size > _MAX_PARSED_BYTES:
         return None
     try:
         with warnings.catch_warnings():
@@ -34,7 +35,7 @@ def parse(file: Path) -> ast.Module | SyntaxError | None:
         return None
 
 
-def mistakes(module: ast.Module, path: str) -> Iterator[str]:
+def task_errors(module: ast.Module, path: str) -> Iterator[str]:
     """The reasons why no job could call the task of a file, as far as the source shows them."""
     names = list(_names(module.body))
     if not {"Task", "task", _EVERYTHING} & set(names):
@@ -47,23 +48,24 @@ def mistakes(module: ast.Module, path: str) -> Iterator[str]:
     called = _called(module, names)
     if called is None:
         return
-    what = "task" if called.name == "task" else "__call__ of the class Task"
-    found = next(
-        (node for node in _own(called) if isinstance(node, ast.Yield | ast.YieldFrom)), None
+    name = "task" if called.name == "task" else "__call__ of the class Task"
+    generator = next(
+        (node for node in _own_nodes(called) if isinstance(node, ast.Yield | ast.YieldFrom)), None
     )
-    if found is not None:
+    if generator is not None:
         yield (
-            f"the {what} in {quoted(path)} is a generator (line {found.lineno} has yield), of which a call "
-            "runs nothing; return the result, and print what shows the progress"
+            f"the {name} in {quoted(path)} is a generator (line {generator.lineno} has yield), and "
+            "calling a generator runs none of its code; return the result, and print progress"
         )
     elif isinstance(called, ast.AsyncFunctionDef):
-        instead = "task(config)" if called.name == "task" else "__call__(self, config)"
-        yield f"the {what} in {quoted(path)} is async; define def {instead} and call asyncio.run"
+        signature = "task(config)" if called.name == "task" else "__call__(self, config)"
+        yield f"the {name} in {quoted(path)} is async; define def {signature} and call asyncio.run"
 
 
 def _called(module: ast.Module, names: list[str]) -> _Function | None:
-    """The function that a job calls, if the file leaves no doubt: one def, without decorators, and no other binding
-    of its name. Decorated, inherited and assigned functions show their kind at run time."""
+    """The function that a job calls; None unless the source makes it certain: one def, without
+    decorators, and no other binding of its name. The kind of a decorated, inherited or assigned
+    function is known at run time only."""
     name = "Task" if "Task" in names else "task"
     if _EVERYTHING in names or names.count(name) != 1 or _may_rebind(module, name):
         return None
@@ -95,21 +97,21 @@ def _may_rebind(module: ast.Module, name: str) -> bool:
     return False
 
 
-def _own(function: _Function) -> Iterator[ast.AST]:
-    """The nodes of a function, without those of the functions and classes inside it."""
-    waiting: list[ast.AST] = list(function.body)
-    while waiting:
-        node = waiting.pop()
+def _own_nodes(function: _Function) -> Iterator[ast.AST]:
+    """The nodes of a function, without the nodes of functions and classes inside it."""
+    pending: list[ast.AST] = list(function.body)
+    while pending:
+        node = pending.pop()
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
             yield node
-            waiting += ast.iter_child_nodes(node)
+            pending += ast.iter_child_nodes(node)
 
 
 def _names(body: list[ast.stmt]) -> Iterator[str]:
-    """The names that statements define, those in its ifs, tries and withs included."""
-    waiting = list(body)  # of a thousand elifs each lies within the one before
-    while waiting:
-        node = waiting.pop()
+    """The names that statements define, including the statements inside if, try, with and match."""
+    pending = list(body)  # no recursion: of a thousand elifs each is inside the one before
+    while pending:
+        node = pending.pop()
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield node.name
             continue
@@ -119,6 +121,6 @@ def _names(body: list[ast.stmt]) -> Iterator[str]:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             yield from (n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name))
         for field in ("body", "orelse", "finalbody"):
-            waiting += getattr(node, field, [])
+            pending += getattr(node, field, [])
         for inner in (*getattr(node, "handlers", []), *getattr(node, "cases", [])):
-            waiting += inner.body
+            pending += inner.body

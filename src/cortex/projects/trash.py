@@ -1,9 +1,10 @@
-"""Folders that are put away, to be removed, while somebody who finds one there may come to count on it. Called
-by `kept`.
+"""Two-phase removal of folders that others may be about to use: rename a folder to trash, then
+delete the trash. Called by `repository` and `environments`.
 
-Two operators that share a folder take turns. One that hung may go on when its turn is long over, so neither
-relies on the turn alone: whoever counts on a folder touches it first, and whoever puts it away looks whether
-it is as it was when nothing used it.
+Operators that share a data folder take turns by a lock of the database. An operator that hung may
+continue after its lock has expired, so the lock alone does not exclude it. Therefore every user of
+a project's folder first updates the folder's modification time, and `move_if_unused` renames the
+folder only while that time is what it was when the folder was found to be unused.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from pathlib import Path
 
 from cortex.spec.times import new_id
 
-_GONE = ".gone-"
+_PREFIX = ".gone-"
 
 
-def touch(folder: Path) -> bool:
-    """Count on a folder from now on; False where it is not there."""
+def mark_used(folder: Path) -> bool:
+    """Record a use of a folder as its modification time.
+
+    Returns:
+        Whether the folder exists.
+    """
     now_ns = time.time_ns()
     try:
         os.utime(folder, ns=(now_ns, now_ns))
@@ -28,25 +33,39 @@ def touch(folder: Path) -> bool:
     return True
 
 
-def touched(folder: Path) -> int:
-    """When somebody did so last; -1 where it is not there."""
+def last_used_ns(folder: Path) -> int:
+    """The time of the last `mark_used`; -1 if the folder does not exist."""
     try:
         return folder.stat().st_mtime_ns
     except FileNotFoundError:
         return -1
 
 
-def put_away(folder: Path, when: int) -> None:
-    """Put a folder away at one stroke, unless somebody has counted on it since."""
-    gone = folder.with_name(f"{_GONE}{folder.name}-{new_id()}")
-    if touched(folder) != when:
+def move(folder: Path) -> Path:
+    """Rename a folder to trash, which is atomic.
+
+    Returns:
+        The folder's path in the trash.
+    """
+    trashed = folder.with_name(f"{_PREFIX}{folder.name}-{new_id()}")
+    folder.rename(trashed)
+    return trashed
+
+
+def move_if_unused(folder: Path, used_ns: int) -> None:
+    """Rename a folder to trash, unless it has been used since.
+
+    Args:
+        used_ns: its `last_used_ns`, read before the folder was found to be unused.
+    """
+    if last_used_ns(folder) != used_ns:
         return
-    folder.rename(gone)
-    if touched(gone) != when:  # right in between
-        with suppress(OSError):  # another has come in its place
-            gone.rename(folder)
+    trashed = move(folder)
+    if last_used_ns(trashed) != used_ns:  # used between the check and the rename
+        with suppress(OSError):  # a new folder has the name already
+            trashed.rename(folder)
 
 
-def to_remove(root: Path) -> list[Path]:
-    """What was put away, by anybody."""
-    return list(root.glob(f"{_GONE}*"))
+def trashed_folders(root: Path) -> list[Path]:
+    """The trash in a folder, whichever operator moved it there."""
+    return list(root.glob(f"{_PREFIX}*"))

@@ -1,7 +1,8 @@
-"""An uploaded project unpacked, and its identity. The archive may come from anyone.
+"""Unpacks an uploaded project, and computes its identity. Anyone may have made the archive.
 
-Files are written before any link exists, so nothing is ever written through one; the links are made
-last and must stay inside. What the stream may hold is bounded while it is read.
+All files are written before any link is made, so that nothing is written through a link. The links
+are made last and must stay inside of the project. The amount of data is limited while the stream is
+read.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from cortex.errors import InvalidProject
 from cortex.projects.pack import MAX_PROJECT_BYTES, MAX_PROJECT_FILES
 
 _CHUNK = 1 << 20
-_MOST_HEADER = 1 << 20
-_MOST_OVERHEAD = 64 << 20
-_LONGEST_TARGET = 1024
-# What makes, walks and removes folders calls itself for each level.
-_DEEPEST = 100
-# Failures that the names in an archive cause, not the machine.
-_ITS_FAULT = {
+_MAX_HEADER_BYTES = 1 << 20
+_MAX_OVERHEAD_BYTES = 64 << 20
+_MAX_TARGET_LENGTH = 1024
+# The functions that make, walk and remove folders recurse once per level.
+_MAX_DEPTH = 100
+# Errors that the names in an archive cause, and not the machine.
+_ARCHIVE_ERRORS = {
     errno.EEXIST,
     errno.EINVAL,
     errno.EISDIR,
@@ -40,10 +41,15 @@ _ITS_FAULT = {
 
 
 def unpack(archive: IO[bytes], target: Path) -> None:
-    """Unpack what `pack` wrote into `target`, which is made; on failure nothing is left in it.
+    """Unpack an archive that `pack` has written. After a failure nothing is left.
+
+    Args:
+        target: the folder to unpack into: a new one, or an empty one.
 
     Raises:
-        InvalidProject: it is no such archive, is too large, or holds what may not be in a project.
+        InvalidProject: the archive is damaged, is too large, or contains what a project may not
+            contain.
+        FileExistsError: the target is not empty.
     """
     existed = target.exists()
     target.mkdir(parents=True, exist_ok=True)
@@ -89,43 +95,46 @@ def _below(folder: Path) -> Iterator[Path]:
             yield Path(parent, name)
 
 
-class Bounded:
-    """Reads the archive, and no more than a well-formed one has at that place and in all."""
+class BoundedReader:
+    """Reads the decompressed archive, limited to the size that a well-formed one has: for each
+    member and in total."""
 
-    def __init__(self, archive: IO[bytes], most: int | None) -> None:
+    def __init__(self, archive: IO[bytes], max_bytes: int | None) -> None:
         """
         Args:
-            most: bytes in all; None where somebody else looks after that.
+            max_bytes: the limit in total; None if the caller limits it.
         """
         self._file = gzip.GzipFile(fileobj=archive, mode="rb")
-        self._total = float("inf") if most is None else most
-        self._step = 0
+        self._total_left = float("inf") if max_bytes is None else max_bytes
+        self._member_left = 0
 
     def expect(self, size: int) -> None:
-        """Before the next member is read: its header, or its content of `size`, may follow."""
-        self._step = size + _MOST_HEADER
+        """Set the limit for the next reads: a header, and a content of `size` bytes."""
+        self._member_left = size + _MAX_HEADER_BYTES
 
     def finish(self) -> None:
-        """Read the padding and the checksum at the end, which tar does not."""
+        """Read the padding and the checksum at the end, which `tarfile` does not read."""
         self.expect(0)
         while self.read(_CHUNK):
             pass
 
     def read(self, size: int) -> bytes:
         data = self._file.read(size)
-        self._step -= len(data)
-        self._total -= len(data)
-        if self._step < 0 or self._total < 0:
-            raise InvalidProject("the archive holds more than it says; pack the project again")
+        self._member_left -= len(data)
+        self._total_left -= len(data)
+        if self._member_left < 0 or self._total_left < 0:
+            raise InvalidProject(
+                "the archive contains more data than its headers declare; pack the project again"
+            )
         return data
 
 
 def _unpack(archive: IO[bytes], target: Path) -> None:
-    source = Bounded(archive, MAX_PROJECT_BYTES + _MOST_OVERHEAD)
+    source = BoundedReader(archive, MAX_PROJECT_BYTES + _MAX_OVERHEAD_BYTES)
     source.expect(0)
     links: list[tuple[Path, str]] = []
     left, count = MAX_PROJECT_BYTES, 0
-    with tarfile.open(fileobj=source, mode="r|") as tar:  # type: ignore[call-overload]  # it only reads
+    with tarfile.open(fileobj=source, mode="r|") as tar:  # type: ignore[call-overload]  # tarfile calls only its `read`
         while True:
             source.expect(0)
             member = tar.next()
@@ -138,7 +147,7 @@ def _unpack(archive: IO[bytes], target: Path) -> None:
             if left < 0:
                 raise InvalidProject(f"the project is over {MAX_PROJECT_BYTES >> 20} MiB")
             source.expect(member.size)
-            _take(tar, member, target, links)
+            _extract(tar, member, target, links)
     source.finish()
     for path, linked in links:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,10 +155,10 @@ def _unpack(archive: IO[bytes], target: Path) -> None:
     _check_links(target, [path for path, _ in links])
 
 
-def _take(
+def _extract(
     tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, links: list[tuple[Path, str]]
 ) -> None:
-    path = _place(member, target)
+    path = _path_of(member, target)
     if member.isdir():
         path.mkdir(parents=True, exist_ok=True)
     elif member.issym():
@@ -162,12 +171,12 @@ def _take(
         raise InvalidProject(f"{member.name!r} is neither a file, a folder nor a symbolic link")
 
 
-def _place(member: tarfile.TarInfo, target: Path) -> Path:
+def _path_of(member: tarfile.TarInfo, target: Path) -> Path:
     parts = member.name.rstrip("/").split("/")
     if member.name.startswith("/") or ".." in parts or "\0" in member.name:
         raise InvalidProject(f"{member.name!r} leaves the project")
-    if len(parts) > _DEEPEST:
-        raise InvalidProject(f"{member.name[:200]!r} lies over {_DEEPEST} folders deep")
+    if len(parts) > _MAX_DEPTH:
+        raise InvalidProject(f"{member.name[:200]!r} is over {_MAX_DEPTH} folders deep")
     return target.joinpath(*parts)
 
 
@@ -175,12 +184,13 @@ def _check_target(member: tarfile.TarInfo) -> None:
     linked = member.linkname
     within = os.path.normpath(os.path.join(os.path.dirname(member.name), linked))  # noqa: PTH118, PTH120
     leaves = linked.startswith("/") or within.split("/")[0] == ".."
-    if leaves or not linked or "\0" in linked or len(linked) > _LONGEST_TARGET:
+    if leaves or not linked or "\0" in linked or len(linked) > _MAX_TARGET_LENGTH:
         raise InvalidProject(f"the link {member.name!r} to {linked[:200]!r} leaves the project")
 
 
 def _check_links(target: Path, links: list[Path]) -> None:
-    """Now that all are there: a link through other links may leave, too."""
+    """Check all links once they exist: a link that leads through other links may leave the
+    project."""
     root = Path(os.path.realpath(target))
     for link in links:
         try:
@@ -195,8 +205,8 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
     content = tar.extractfile(member)
     mode = 0o755 if member.mode & stat.S_IXUSR else 0o644
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(path, flags, mode), "wb") as file:  # noqa: PTH123  # a descriptor
-        os.fchmod(file.fileno(), mode)  # whatever the umask
+    with open(os.open(path, flags, mode), "wb") as file:  # noqa: PTH123  # opens a descriptor
+        os.fchmod(file.fileno(), mode)  # the umask may have reduced it
         while content is not None and (chunk := content.read(_CHUNK)):
             file.write(chunk)
         if file.tell() != member.size:
@@ -204,14 +214,14 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
 
 
 def _refusal(error: BaseException) -> InvalidProject | None:
-    """What the client is told, or None where it is not the archive's fault."""
+    """The error for the client if the archive caused this one, else None."""
     if isinstance(error, tarfile.TarError | gzip.BadGzipFile | EOFError | zlib.error):
         return InvalidProject(f"the project is not a complete gzip tar archive ({error})")
     if isinstance(error, ValueError | OverflowError):
         return InvalidProject(f"the project's archive cannot be read ({error})")
-    if isinstance(error, OSError) and error.errno in _ITS_FAULT:
+    if isinstance(error, OSError) and error.errno in _ARCHIVE_ERRORS:
         name = os.fsdecode(error.filename or "").rsplit("/", 1)[-1][:200]
         return InvalidProject(
-            f"the project's archive holds an impossible file {name!r}: {error.strerror}"
+            f"the project's archive contains a file that cannot be made, {name!r}: {error.strerror}"
         )
     return None

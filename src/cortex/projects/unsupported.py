@@ -1,4 +1,6 @@
-"""The files of dependencies that no environment is made of. A deploy names them. Called by `check`."""
+"""Finds files that list dependencies in a format that no environment is built from, so that a
+deploy warns about them. Called by `check`.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,11 @@ from cortex.spec.yaml_lines import shortened
 
 SHELL = "dependencies.sh"
 
-_LARGEST = 1 << 20
+_MAX_READ_BYTES = 1 << 20
 _MAX_FOLDERS = 1000
 _MAX_NAMED = 3
-_INSTEAD = f"put what jobs need into {REQUIREMENTS}"
-# Tables of pyproject.toml that tools other than uv and pip read, and what exports them.
+_ADVICE = f"list the packages that jobs need in {REQUIREMENTS}"
+# Tables of pyproject.toml for tools other than uv and pip, each with the command that exports it.
 _TABLES = {
     ("tool", "poetry", "dependencies"): "poetry export -o requirements.txt",
     ("tool", "flit", "metadata", "requires"): "",
@@ -28,7 +30,7 @@ _TABLES = {
     ("tool", "pixi", "pypi-dependencies"): "",
     ("tool", "hatch", "envs", "default", "dependencies"): "",
 }
-# Files, where neither requirements.txt nor pyproject.toml names a requirement.
+# Files that matter if neither requirements.txt nor pyproject.toml lists a requirement.
 _OTHERS = {
     "Pipfile": "pipenv requirements > requirements.txt",
     "environment.yml": "",
@@ -38,7 +40,7 @@ _OTHERS = {
     "pixi.toml": "",
     "requirements.in": "uv pip compile requirements.in -o requirements.txt",
 }
-# Files of exact versions, where no requirements.txt is read.
+# Files of exact versions that matter if no requirements.txt is read.
 _LOCKS = {
     "uv.lock": "uv export -o requirements.txt",
     "poetry.lock": "poetry export -o requirements.txt",
@@ -47,45 +49,47 @@ _LOCKS = {
     "pylock.toml": "",
 }
 _REQUIREMENTS = re.compile(r"requirements[-\w.]*\.txt|\w[-\w.]*[-_.]requirements\.txt")
-_FOR_OTHERS = re.compile(r"(?:^|[-_./])(?:dev|docs?|examples?|lint|tests?)(?:[-_./]|$)")
+_NOT_FOR_JOBS = re.compile(r"(?:^|[-_./])(?:dev|docs?|examples?|lint|tests?)(?:[-_./]|$)")
 _INLINE = re.compile(r"^# dependencies\s*=\s*\[\s*(?:#\s*)?[^\]\s#]", re.MULTILINE)
 
 
-def unread(project: Path, definition: Definition, wanted: Requirements) -> Iterator[str]:
-    """The files of a project that name dependencies and are not read, each with what to do.
+def unsupported_files(
+    project: Path, definition: Definition, requirements: Requirements
+) -> Iterator[str]:
+    """A warning for each file of a project that lists dependencies and is not read, with advice.
 
     Args:
-        wanted: the requirements that are read.
+        requirements: the requirements that are read.
     """
-    yield from _shell(project, definition)
-    has_pip_file = (project / wanted.pip_file).is_file()
-    if "-r" in wanted.arguments:
-        for name in () if has_pip_file else _there(project, _LOCKS):
-            words = (
-                f"{name} is not read, and the first build of the environment chooses versions anew"
+    yield from _shell_script(project, definition)
+    has_pip_file = (project / requirements.pip_file).is_file()
+    if "-r" in requirements.arguments:
+        for name in () if has_pip_file else _existing(project, _LOCKS):
+            problem = (
+                f"{name} is not read: the first build of the environment resolves versions again"
             )
-            yield words + _export(_LOCKS[name], "; for its versions: ")
+            yield problem + _export(_LOCKS[name], "; to keep these versions, use ")
         return
     if not has_pip_file:
-        yield from _elsewhere(project)
+        yield from _other_requirements(project)
     yield from _tables(project)
-    for name in _there(project, _OTHERS):
-        yield f"{name} is not read; {_INSTEAD}{_export(_OTHERS[name])}"
-    yield from _setup(project)
+    for name in _existing(project, _OTHERS):
+        yield f"{name} is not read; {_ADVICE}{_export(_OTHERS[name])}"
+    yield from _setup_files(project)
     yield from _inline(project, definition.path)
 
 
-def _shell(project: Path, definition: Definition) -> Iterator[str]:
+def _shell_script(project: Path, definition: Definition) -> Iterator[str]:
     name = definition.dependencies.shell or SHELL
     if _text(project / name).strip():
         yield (
-            f"{name} is not run: environments are of Python's packages alone; install on the machine what it "
-            "installs, or let definition.command run it first"
+            f"{name} is not run, because environments contain Python packages only; install on the "
+            "machine what it installs, or run it first in definition.command"
         )
 
 
-def _elsewhere(project: Path) -> Iterator[str]:
-    """Files like requirements.txt that have another name or place."""
+def _other_requirements(project: Path) -> Iterator[str]:
+    """Files like requirements.txt with another name or in another folder."""
     folders = (Path(folder) for folder, _, _ in islice(os.walk(project), _MAX_FOLDERS))
     names = [
         path.relative_to(project).as_posix()
@@ -93,16 +97,16 @@ def _elsewhere(project: Path) -> Iterator[str]:
         for path in folder.glob("*.txt")
         if _REQUIREMENTS.fullmatch(path.name) or folder.name == "requirements"
     ]
-    for name in sorted(name for name in names if not _FOR_OTHERS.search(name))[:_MAX_NAMED]:
+    for name in sorted(name for name in names if not _NOT_FOR_JOBS.search(name))[:_MAX_NAMED]:
         shown = shortened(name)
-        yield f"{shown} is not read; name it: definition.dependencies: {{pip: {shown}}}"
+        yield f"{shown} is not read; to install it, set definition.dependencies: {{pip: {shown}}}"
 
 
 def _tables(project: Path) -> Iterator[str]:
     try:
         data: object = tomllib.loads(_text(project / PYPROJECT))
     except (ValueError, RecursionError):
-        return  # a mistake, which is told as one
+        return  # `requirements` reports the error
     for keys, command in _TABLES.items():
         table = data
         for key in keys:
@@ -110,45 +114,42 @@ def _tables(project: Path) -> Iterator[str]:
         if isinstance(table, dict):
             table = table.keys() - {"python"}
         if isinstance(table, list | set) and table:
-            shown = f"[{'.'.join(keys)}] of {PYPROJECT}"
-            project_table = (
-                f"put what jobs need into {REQUIREMENTS} or the dependencies of [project]"
-            )
-            yield f"{shown} is not read; {project_table}{_export(command)}"
+            advice = f"{_ADVICE} or in the dependencies of [project]{_export(command)}"
+            yield f"[{'.'.join(keys)}] of {PYPROJECT} is not read; {advice}"
 
 
-def _setup(project: Path) -> Iterator[str]:
-    instead = f"write a line with . into {REQUIREMENTS}, which installs the project"
+def _setup_files(project: Path) -> Iterator[str]:
+    advice = f"add the line . to {REQUIREMENTS}, which installs the project"
     if re.search(r"\binstall_requires\b", _text(project / "setup.py")):
-        yield f"install_requires of setup.py is not read; {instead}"
+        yield f"install_requires of setup.py is not read; {advice}"
     parser = configparser.ConfigParser(interpolation=None, strict=False)
     try:
         parser.read_string(_text(project / "setup.cfg"))
     except configparser.Error:
         return
     if parser.get("options", "install_requires", fallback="").strip():
-        yield f"install_requires of setup.cfg is not read; {instead}"
+        yield f"install_requires of setup.cfg is not read; {advice}"
 
 
 def _inline(project: Path, path: str | None) -> Iterator[str]:
     text = _text(project / path) if path is not None else ""
     block = text.partition("\n# /// script")[2] if not text.startswith("# /// script") else text
     if _INLINE.search(block.partition("\n# ///\n")[0]):
-        yield f"the dependencies in the comment `# /// script` of {path} are not read; {_INSTEAD}"
+        yield f"the dependencies in the comment `# /// script` of {path} are not read; {_ADVICE}"
 
 
-def _there(project: Path, names: dict[str, str]) -> Iterator[str]:
+def _existing(project: Path, names: dict[str, str]) -> Iterator[str]:
     return (name for name in names if (project / name).is_file())
 
 
-def _export(command: str, words: str = ", for example by ") -> str:
-    return f"{words}`{command}`" if command else ""
+def _export(command: str, purpose: str = ", for example by ") -> str:
+    return f"{purpose}`{command}`" if command else ""
 
 
 def _text(path: Path) -> str:
-    """The beginning of a file, "" for a file that cannot be read."""
+    """The start of a file; "" if it cannot be read."""
     try:
         with path.open("rb") as file:
-            return file.read(_LARGEST).decode("utf-8-sig", "replace")
+            return file.read(_MAX_READ_BYTES).decode("utf-8-sig", "replace")
     except OSError:
         return ""

@@ -205,7 +205,7 @@ class Agent:
         if isinstance(error, TimeoutError):
             return NeverStarted(job_id, number)  # its deadline is the operator's again
         if isinstance(error, EnvironmentFailed):
-            if error.is_for_now:
+            if error.is_temporary:
                 words = "its node's disk is full, and the environment not built"
                 return NeverStarted(job_id, number, words)
             with contextlib.suppress(OSError):

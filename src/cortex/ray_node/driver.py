@@ -29,7 +29,7 @@ from cortex.engines.base import NOTHING
 from cortex.engines.ray.link import HEAD, Answer
 from cortex.engines.ray.messages import NodeState, Refusal, Reservation
 from cortex.errors import InvalidProject
-from cortex.projects.pack import pack_kept
+from cortex.projects.pack import pack_stored
 from cortex.ray_node import reservations
 from cortex.ray_node.agent import Agent
 from cortex.worker.messages import shorten
@@ -68,7 +68,7 @@ class Driver:
 
     async def send_project(self, node_id: str, project_id: str, folder: str) -> None:
         packed = io.BytesIO()
-        await self._blocking(pack_kept, Path(folder), packed)
+        await self._blocking(pack_stored, Path(folder), packed)
         agent = await self._agent(node_id)
         # Through the object store: it may be too large for an argument.
         reference = await self._blocking(ray.put, packed.getvalue())

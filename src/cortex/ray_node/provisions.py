@@ -31,8 +31,8 @@ class Provisions:
 
     def open(self) -> None:
         """Remove and end what was cut off. Blocking."""
-        self._projects.open()
-        self._environments.open()
+        self._projects.remove_leftovers()
+        self._environments.end_leftover_builds()
 
     def folder(self, project_id: str) -> Path:
         """Where a project's files are, as far as they are here."""
@@ -46,7 +46,7 @@ class Provisions:
         """
         with self._projects.incoming() as incoming:
             unpack(io.BytesIO(archive), incoming)
-            self._projects.place(project_id, incoming)
+            self._projects.install_files(project_id, incoming)
 
     async def build(self, order: NodeOrder) -> Path:
         """The interpreter of the environment, by the operator's lock files; what it has not, it is told.
@@ -56,14 +56,14 @@ class Provisions:
         """
         identity = order.api.project_id
         for name, text in order.locks.items():
-            if self._projects.lock_here(identity, name) != text:
-                await asyncio.to_thread(self._projects.keep_lock, identity, name, text)
+            if self._projects.local_lockfile(identity, name) != text:
+                await asyncio.to_thread(self._projects.save_lockfile, identity, name, text)
         rules = BuildRules(order.builds.timeout_s, order.builds.variables)
         self._environments.rules = rules
         project = self.folder(identity)
         files = order.api.definition.dependencies
         python = await self._environments.build(project, files)
-        await asyncio.to_thread(self._environments.keep_lock, project, files)
+        await asyncio.to_thread(self._environments.pin_versions, project, files)
         for name, text in self._projects.locks(identity).items():
             if name not in order.locks:
                 self._tell(Lock(identity, name, text))

@@ -34,7 +34,7 @@ class Locks(Protocol):
             StorageUnavailable, OSError: that cannot be told now.
         """
 
-    def keep_first_lock(self, identity: str, name: str, text: str) -> None:
+    def save_lockfile_if_absent(self, identity: str, name: str, text: str) -> None:
         """Keep one, if there is none of that name.
 
         Raises:
@@ -103,7 +103,7 @@ class AgentCalls:
         if self._locks is None:
             return
         try:
-            keep = self._locks.keep_first_lock
+            keep = self._locks.save_lockfile_if_absent
             await asyncio.to_thread(keep, lock.project_id, lock.name, lock.text)
         except (StorageUnavailable, OSError) as error:
             log.warning("a lock file cannot be kept", project=lock.project_id, error=str(error))

@@ -26,7 +26,7 @@ from cortex.errors import CortexError, StartupError
 from cortex.operator.backup.backup import DATABASES, END, MANIFEST, Manifest, Summary
 from cortex.operator.config.settings import DATABASE, Settings
 from cortex.operator.data_folder import held, write
-from cortex.projects.unpack import Bounded, project_id, unpack
+from cortex.projects.unpack import BoundedReader, project_id, unpack
 from cortex.store import snapshot
 from cortex.worker import checks, processes
 from cortex.worker.messages import JOBS_FOLDER, LogCut
@@ -165,7 +165,7 @@ class _Unpacked:
         for name in ("projects", "locks", "jobs"):
             (self._root / name).mkdir()
         is_whole = False
-        source = Bounded(archive, None)
+        source = BoundedReader(archive, None)
         source.expect(0)
         with tarfile.open(fileobj=source, mode="r|") as tar:  # type: ignore[call-overload]  # it only reads
             while (member := tar.next()) is not None:

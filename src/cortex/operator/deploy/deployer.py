@@ -143,7 +143,7 @@ class Deployer:
             with suppress(IsADirectoryError):
                 (incoming / file).unlink(missing_ok=True)
             warnings = _each_once(check_files(apis, incoming, file, text))
-            return self._projects.take_in(incoming), warnings
+            return self._projects.add_project(incoming), warnings
 
 
 def _each_once(warnings: list[list[str]]) -> list[list[str]]:

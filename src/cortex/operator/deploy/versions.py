@@ -17,7 +17,7 @@ from cortex.engines.base import Version
 from cortex.errors import NotFound, StorageUnavailable, is_shortage, is_storage
 from cortex.operator.deploy.shown_specs import ShownSpec, shown_spec
 from cortex.projects.builder import EnvironmentFailed
-from cortex.projects.dotenv import check_variables, variables
+from cortex.projects.dotenv import check_variables, read_variables
 from cortex.projects.environments import Environments
 from cortex.projects.repository import Projects
 from cortex.spec.api import ApiSpec, Dependencies
@@ -151,7 +151,7 @@ class Versions:
 
     def start_over(self) -> None:
         """Others may have cleared away what was ready, and kept more lock files."""
-        self._projects.start_over()
+        self._projects.reset_cache()
         self._ready.clear()
 
     def forget(self, api_id: str) -> None:
@@ -177,7 +177,7 @@ class Versions:
         spec = await self.spec(api_id)
         project, files = self.project(spec), spec.definition.dependencies
         try:
-            if not await in_thread(self._projects.fetch, spec.project_id):
+            if not await in_thread(self._projects.ensure_local, spec.project_id):
                 raise Unusable(
                     "the project's files are gone from where the operator keeps them; deploy it again",
                     f"{project} does not exist\n",
@@ -187,9 +187,9 @@ class Versions:
                 raise Unusable(mistakes[0], "".join(f"{mistake}\n" for mistake in mistakes))
             built = self._environments
             python = Path() if built is None else await built.build(project, files, joined)
-            env = {**variables(project), **spec.definition.env}
+            env = {**read_variables(project), **spec.definition.env}
         except EnvironmentFailed as error:
-            if error.is_for_now:
+            if error.is_temporary:
                 raise HeldUp(
                     "the disk is full, and the environment is still to be built"
                 ) from error
@@ -213,7 +213,7 @@ class Versions:
     async def _keep_lock(self, built: Environments, project: Path, files: Dependencies) -> None:
         while True:
             try:
-                await in_thread(built.keep_lock, project, files)
+                await in_thread(built.pin_versions, project, files)
             except (StorageUnavailable, OSError) as error:
                 log.warning(
                     "a lock file is still to be kept", project=project.name, error=str(error)

@@ -105,7 +105,7 @@ class Warmer:
     async def _send_missing(self, used: set[str]) -> None:
         while True:
             try:
-                await asyncio.to_thread(self._projects.send_missing, used)
+                await asyncio.to_thread(self._projects.upload_missing, used)
             except (StorageUnavailable, OSError) as error:
                 log.warning("cannot send projects to the object store yet", error=str(error))
                 await asyncio.sleep(_RETRY_DELAY_S)

@@ -89,7 +89,7 @@ class Leadership:
             if archive is not None:
                 stack.push_async_callback(archive.close)
             stack.push_async_callback(dispatcher.close)
-            await in_thread(self._environments.open)
+            await in_thread(self._environments.end_leftover_builds)
             await dispatcher.open()
             if archive is not None:
                 await archive.open(dispatcher)
