@@ -137,7 +137,7 @@ def test_watching_on_a_terminal_says_once_that_the_operator_is_gone_and_goes_on(
     try:
         seen = shown(mine, "running")
         own.kill()
-        seen += shown(mine, "when it answers again")
+        seen += shown(mine, "until the operator answers")
         asked = way.refused
         until(lambda: way.refused > asked, "asked again while nobody was there")
         own.start()
@@ -148,7 +148,7 @@ def test_watching_on_a_terminal_says_once_that_the_operator_is_gone_and_goes_on(
     finally:
         watching.kill()
         os.close(mine)
-    assert seen.count("when it answers again") == 1
+    assert seen.count("until the operator answers") == 1
 
 
 def shown(terminal: int, words: str) -> str:

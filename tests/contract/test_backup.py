@@ -307,7 +307,9 @@ def test_a_project_that_is_gone_is_told(own: Operator, tmp_path: Path) -> None:
     assert f"{project.name} was changed" in run("restore", file, "--data-dir", tmp_path / "other")
     assert (tmp_path / "other" / "projects" / project.name / "probe.py").read_text() == "changed"
     shutil.rmtree(project)
-    assert f"{project.name} is deployed and not" in run("backup", file, "--data-dir", own.data_dir)
+    assert f"{project.name} is deployed but missing from the data folder" in run(
+        "backup", file, "--data-dir", own.data_dir
+    )
 
 
 def test_with_a_store_of_files_the_old_folder_has_to_be_given_up(tmp_path: Path) -> None:

@@ -135,9 +135,9 @@ def test_watching_a_job_ends_with_it(stub: Stub, capsys: pytest.CaptureFixture[s
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """No time passes in a wait, nor between two looks."""
-    monkeypatch.setattr("cortex.cli.jobs._WAIT_S", 0)
-    monkeypatch.setattr("cortex.cli.get._WATCH_S", 0)
-    monkeypatch.setattr("cortex.cli.away._PAUSE_S", 0)
+    monkeypatch.setattr("cortex.cli.jobs._LONG_POLL_S", 0)
+    monkeypatch.setattr("cortex.cli.get._POLL_INTERVAL_S", 0)
+    monkeypatch.setattr("cortex.cli.waiting._RETRY_DELAY_S", 0)
 
 
 FULL = answer({"kind": "storage.unavailable", "message": "the disk is full"}, 503)
@@ -156,7 +156,7 @@ def check_twice_away(told: str) -> None:
     assert "the connection to the operator" in first
     assert second == "the disk is full"
     assert rest == [on, back]
-    assert (on, back) == ("This goes on when it answers again.", "The operator answers again.")
+    assert (on, back) == ("Retrying until the operator answers.", "The operator answers again.")
 
 
 @pytest.mark.usefixtures("impatient")
@@ -187,7 +187,7 @@ def test_watching_ends_with_what_does_not_pass_and_where_it_cannot_begin(
 def test_submit_waits_for_the_end_and_shows_it(
     stub: Stub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cortex.cli.jobs._WAIT_S", 3600)
+    monkeypatch.setattr("cortex.cli.jobs._LONG_POLL_S", 3600)
     path = f"GET /-/apis/iris/jobs/{JOB}"
     stub.answers[f"{path}?wait=20.0"] = [answer(job_view(RUNNING)), stub.answers[path]]
     assert run(["get", "iris", JOB]) == 0
@@ -271,9 +271,9 @@ def test_a_config_may_begin_with_a_byte_order_mark(mark: bytes, stub: Stub, fold
         (b"", "is empty"),
         (b"\xef\xbb\xbf \n", "is empty"),
         (b"[1]", "must be a JSON object"),
-        (b"{'a': 1}", "it is no JSON"),
+        (b"{'a': 1}", "it is not JSON"),
         (b'{"a": 1} {"b": 2}', "Extra data"),
-        (b'{"a": -Infinity}', "-Infinity is no number"),
+        (b'{"a": -Infinity}', "-Infinity is not a number"),
         (b'{"a": 1e999}', "1e999 is too large"),
         (b'{"a": ' + b"9" * 5000 + b"}", "5000 digits"),
         (b'{"a": "' + b"x" * (10 << 20) + b'"}', "over 10 MiB"),
@@ -320,7 +320,7 @@ def test_submit_sends_its_key(stub: Stub) -> None:
     ("command", "words"),
     [
         (["submit", "iris", "--config", "[1]"], "must be a JSON object"),
-        (["submit", "iris", "--config", "{"], "it is no JSON"),
+        (["submit", "iris", "--config", "{"], "it is not JSON"),
         (["submit", "iris", "--config", '{"x": NaN}'], "NaN"),
         (["submit", "iris", "--config", "@/none"], "cannot be read"),
         (["submit", "iris", "--timeout", "0"], "--timeout"),

@@ -1,4 +1,5 @@
-"""`cortex audit`: who changed what, and which requests were refused for their token."""
+"""`cortex audit`: the changes that users made, and the requests that were refused because of their
+token."""
 
 from __future__ import annotations
 

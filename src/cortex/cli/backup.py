@@ -1,5 +1,8 @@
-"""`cortex backup` and `cortex restore`: all that an operator has, in one file. The commands work on its data folder and its
-store, as `cortex token` does: a backup also while it runs, a restore while it does not."""
+"""`cortex backup` and `cortex restore`: all of an operator's data in one file.
+
+The commands work directly on the operator's data folder and store, as `cortex token` does. A backup
+may be made while the operator runs; for a restore it must not run.
+"""
 
 from __future__ import annotations
 
@@ -30,23 +33,26 @@ def backup(
     from cortex.operator.backup.backup import back_up
 
     settings = _settings(data_dir, store, None, config)
-    made = back_up(settings, file)
+    summary = back_up(settings, file)
     if settings.files is None:
-        for identity in made.missing:
+        for identity in summary.missing:
             print_error(
-                f"the project {identity} is deployed and not in the data folder: it is not in the backup"
+                f"the project {identity} is deployed but missing from the data folder, so the "
+                "backup lacks it; deploy it again"
             )
-    _warn_of_changed(made)
-    print_line(f"backed up {_words(made)} in {file}")
+    _warn_of_changed(summary)
+    print_line(f"backed up {_counts(summary)} in {file}")
 
 
 def restore(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `cortex backup` has made.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A file that `cortex backup` has made.")
+    ],
     data_dir: DataDir = None,
     store: StoreUrl = None,
     run_as: RunAs = None,
     force: Annotated[
-        bool, typer.Option("--force", "-f", help="Put aside what the data folder has.")
+        bool, typer.Option("--force", "-f", help="Move existing data aside first.")
     ] = False,
     config: ConfigFile = None,
 ) -> None:
@@ -54,11 +60,11 @@ def restore(
     from cortex.operator.backup.restore import restore as put_back
 
     settings = _settings(data_dir, store, run_as, config)
-    done = put_back(settings, file, replace=force)
-    _warn_of_changed(done)
-    if done.aside is not None:
-        print_line(f"what was there is in {done.aside}")
-    print_line(f"restored {_words(done)} into {settings.data_dir}")
+    summary = put_back(settings, file, replace=force)
+    _warn_of_changed(summary)
+    if summary.aside is not None:
+        print_line(f"the previous data is in {summary.aside}")
+    print_line(f"restored {_counts(summary)} into {settings.data_dir}")
 
 
 def _settings(
@@ -72,8 +78,10 @@ def _settings(
 
 def _warn_of_changed(summary: Summary) -> None:
     for identity in summary.changed:
-        print_error(f"the project {identity} was changed after its deploy, and is as it was found")
+        print_error(
+            f"the project {identity} was changed after its deploy; the backup has it as changed"
+        )
 
 
-def _words(summary: Summary) -> str:
+def _counts(summary: Summary) -> str:
     return f"{summary.jobs:,} jobs, {summary.projects:,} projects and {summary.logs:,} logs"

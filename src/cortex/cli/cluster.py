@@ -12,28 +12,28 @@ from cortex.cli.output import print_json, print_line, show, table
 _GIB = 1 << 30
 
 app = typer.Typer(
-    help="Look at the machines that jobs run on.", no_args_is_help=True, rich_markup_mode=None
+    help="Show the machines that jobs run on.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
 @app.callback()
 def _group() -> None:
-    """A group of its own, though it has one command so far."""
+    """Without a callback typer would make the only command the group itself."""
 
 
 @app.command("info")
 def info(env: Env = None, output: Output = Format.PRETTY) -> None:
-    """Show the nodes, what each has, what of it is free, and their labels."""
+    """Show each node with its total and free resources and its labels."""
     from cortex.sdk import client
 
     with client(env) as operator:
-        told = operator.cluster_info()
+        cluster = operator.cluster_info()
     if output.is_json:
-        print_json(told, output)
+        print_json(cluster, output)
         return
-    nodes = cast("list[dict[str, Any]]", told["nodes"])
+    nodes = cast("list[dict[str, Any]]", cluster["nodes"])
     if not nodes:
-        print_line(f"the engine ({told['engine']}) has no node now")
+        print_line(f"the engine ({cluster['engine']}) has no nodes now")
         return
     columns = ("node", "state", "CPU free", "memory free", "GPUs free")
     if any(node["labels"] for node in nodes):

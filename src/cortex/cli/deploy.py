@@ -1,4 +1,4 @@
-"""`cortex deploy`: the APIs of a file, and the project around it, to the operator."""
+"""`cortex deploy`: sends the APIs of a file, and the project folder around it, to the operator."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ def deploy(
     *,
     env: Env = None,
     force: Annotated[
-        bool, typer.Option("--force", "-f", help="For old scripts: a deploy always replaces.")
+        bool,
+        typer.Option("--force", "-f", help="No effect, for old scripts: a deploy always replaces."),
     ] = False,
     yes: Yes = False,
     output: Output = Format.PRETTY,
 ) -> None:
-    """Deploy the APIs of FILE together with the folder that it lies in."""
+    """Deploy the APIs of FILE together with its folder."""
     from cortex.sdk import client
 
     with client(env) as operator:
@@ -34,10 +35,10 @@ def deploy(
 
 
 def show_results(results: list[DeployResult], output: Format) -> None:
-    """Print what a deploy did with each API.
+    """Print the result of a deploy for each API.
 
     Raises:
-        typer.Exit: one was not deployed.
+        typer.Exit: an API was not deployed.
     """
     if output.is_json:
         print_json(results, output)

@@ -1,4 +1,4 @@
-"""`cortex env`: which operators this machine knows by name."""
+"""`cortex env`: the named operators that commands on this machine can use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cortex.cli.output import print_json, print_line, show, table
 from cortex.errors import InvalidRequest
 
 app = typer.Typer(
-    help="Configure the operators that the command talks to.",
+    help="Configure the operators that commands use.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -25,20 +25,19 @@ def configure(
     name: Name,
     operator_endpoint: Annotated[
         str | None,
-        typer.Option(
-            "--operator-endpoint", "-o", metavar="URL", help="Where the operator answers."
-        ),
+        typer.Option("--operator-endpoint", "-o", metavar="URL", help="URL of the operator."),
     ] = None,
     token: Annotated[
         str | None,
         typer.Option(
             metavar="TOKEN",
-            help="Token to send; - reads it from standard input. One that is stored is kept as long "
-            "as the endpoint stays the same.",
+            help="Token to send; - reads it from standard input. Without this option a stored "
+            "token is kept if the endpoint stays the same.",
         ),
     ] = None,
 ) -> None:
-    """Add the environment NAME, or point it to another operator. The first one is the default."""
+    """Add the environment NAME, or change its operator. The first environment becomes the
+    default."""
     from cortex.sdk import environments
 
     if operator_endpoint is None:
@@ -74,7 +73,7 @@ def list_(output: Output = Format.PRETTY) -> None:
 
 @app.command("default")
 def default(name: Name) -> None:
-    """Make NAME the environment of commands that name none."""
+    """Make NAME the environment of commands without --env."""
     from cortex.sdk import environments
 
     environments.set_default(name)
@@ -97,7 +96,7 @@ def rename(
 
 @app.command("delete")
 def delete(name: Name) -> None:
-    """Forget the environment NAME; nothing happens to its operator."""
+    """Delete the environment NAME. Its operator is not affected."""
     from cortex.sdk import environments
 
     environments.delete(name)
@@ -108,6 +107,6 @@ def _ask_for_endpoint() -> str:
     from cortex.sdk.environments import LOCAL
 
     if not sys.stdin.isatty():
-        raise typer.BadParameter("it is needed", param_hint="--operator-endpoint")
+        raise typer.BadParameter("missing; pass the URL", param_hint="--operator-endpoint")
     answer: str = typer.prompt("operator endpoint", default=LOCAL.operator_endpoint, err=True)
     return answer

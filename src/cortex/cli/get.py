@@ -1,4 +1,5 @@
-"""`cortex get`: all APIs, one API, or one job, which other commands show as well."""
+"""`cortex get`: shows all APIs, one API, or one job. `submit --wait` shows a job in the same
+way."""
 
 from __future__ import annotations
 
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cortex.cli.away import until_back
 from cortex.cli.options import Env, Format, OptionalJobId, Output
 from cortex.cli.output import (
     ago,
@@ -23,25 +23,28 @@ from cortex.cli.output import (
     print_json,
     print_line,
     show,
-    status_words,
+    status_text,
     table,
 )
+from cortex.cli.waiting import retry_until_available
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from cortex.sdk import ApiView, Client, JobOutline, JobView, ListedJob
 
-_WATCH_S = 2.0
+_POLL_INTERVAL_S = 2.0
 
 
 @dataclass(frozen=True)
 class _Page:
-    """An answer, how people see it, and whether it will never change again."""
+    """An answer of the operator to show."""
 
     answer: object
     body: Callable[[], RenderableType]
-    final: bool = False
+    """Makes the output for people."""
+    is_final: bool = False
+    """Whether the answer cannot change any more."""
 
 
 def get(
@@ -55,16 +58,14 @@ def get(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", hidden=True)] = False,
     watch: Annotated[
         bool,
-        typer.Option(
-            "--watch", "-w", help="Show it again as it changes, until Ctrl-C or the job's end."
-        ),
+        typer.Option("--watch", "-w", help="Refresh the output until Ctrl-C or the job's end."),
     ] = False,
 ) -> None:
     """Show all APIs, one API with its jobs, or one job."""
     from cortex.sdk import client
 
     if watch and output.is_json:
-        raise typer.BadParameter("it goes with -o pretty only", param_hint="--watch")
+        raise typer.BadParameter("possible with -o pretty only", param_hint="--watch")
     with client(env) as operator:
         page = _page(operator, api, job)
         if output.is_json:
@@ -75,14 +76,14 @@ def get(
             show(page.body())
 
 
-def one_job(view: JobView) -> RenderableType:
-    """A job for people."""
+def job_details(view: JobView) -> RenderableType:
+    """The output for people that shows a job."""
     job = view["job_status"]
     pairs: list[tuple[str, RenderableType]] = [
         ("job", job["job_id"]),
         ("api", job["api_name"]),
         ("version", job["api_id"]),
-        ("status", status_words(job)),
+        ("status", status_text(job)),
     ]
     if job.get("message"):
         pairs.append(("message", job.get("message") or ""))
@@ -101,28 +102,28 @@ def one_job(view: JobView) -> RenderableType:
     return fields([*pairs, ("endpoint", view["endpoint"])])
 
 
-def _watch(page: _Page, again: Callable[[], _Page]) -> None:
+def _watch(page: _Page, refresh: Callable[[], _Page]) -> None:
     from rich.live import Live
 
     if not sys.stdout.isatty():
         while True:
             show(page.body())
             sys.stdout.flush()
-            if page.final:
+            if page.is_final:
                 return
-            time.sleep(_WATCH_S)
+            time.sleep(_POLL_INTERVAL_S)
             print_line("")
-            page = until_back(again)
-    # What is said on stderr stands above the page, unless it goes elsewhere.
+            page = retry_until_available(refresh)
+    # Notes on stderr appear above the page, if stderr is the terminal.
     with Live(
         page.body(),
         console=console(),
         auto_refresh=False,
         redirect_stderr=sys.stderr.isatty(),
     ) as live:
-        while not page.final:
-            time.sleep(_WATCH_S)
-            page = until_back(again)
+        while not page.is_final:
+            time.sleep(_POLL_INTERVAL_S)
+            page = retry_until_available(refresh)
             live.update(page.body(), refresh=True)
 
 
@@ -134,12 +135,12 @@ def _page(operator: Client, api: str | None, job: str | None) -> _Page:
         one = operator.get_api(api)
         return _Page([one], lambda: _one_api(one))
     view = operator.get_job(api, job)
-    return _Page(view, lambda: one_job(view), final="end_time" in view["job_status"])
+    return _Page(view, lambda: job_details(view), is_final="end_time" in view["job_status"])
 
 
 def _all_apis(apis: list[ApiView], operator: Client) -> RenderableType:
     if not apis:
-        return f"no APIs are deployed at {operator.operator_endpoint}: `cortex deploy FILE` does it"
+        return f"no APIs are deployed at {operator.operator_endpoint}; run `cortex deploy FILE`"
     rows = [
         (
             operator.name,
@@ -172,16 +173,16 @@ def _one_api(api: ApiView) -> RenderableType:
         ("version", "last updated"),
         [(v["api_id"], ago(v["last_updated"])) for v in api["api_versions"]],
     )
-    advice = hints(api)
-    told: list[RenderableType] = ["", *advice] if advice else []
-    return Group(head, *told, "", _jobs(api["task_job_statuses"]), "", versions)
+    lines = hints(api)
+    advice: list[RenderableType] = ["", *lines] if lines else []
+    return Group(head, *advice, "", _jobs(api["task_job_statuses"]), "", versions)
 
 
 def _jobs(jobs: list[ListedJob]) -> RenderableType:
     if not jobs:
-        return "no jobs were submitted yet"
+        return "no jobs have been submitted yet"
     rows = [
-        (job["job_id"], status_words(job), ago(job["created_time"]), duration(job), job["api_id"])
+        (job["job_id"], status_text(job), ago(job["created_time"]), duration(job), job["api_id"])
         for job in jobs
     ]
     return table(("job", "status", "submitted", "duration", "version"), rows)

@@ -1,8 +1,8 @@
-"""The `cortex` command: its groups put together, and the one place where errors are printed.
+"""The `cortex` command: puts the command groups together, and is the only place that prints errors.
 
-Exit codes: 0, 1 for what went wrong, 2 for a command that was not understood, 3 for a job that was waited for and
-did not succeed, 130 for Ctrl-C.
-Modules that take long to load are imported by the commands that need them.
+Exit codes: 0, 1 for an error, 2 for a command line that is not valid, 3 for a job that `submit
+--wait` waited for and that did not succeed, 130 for Ctrl-C. Modules that take long to load are
+imported by the commands that need them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from cortex import __version__
-from cortex.cli import cluster, env, former, streams, token
+from cortex.cli import cluster, env, legacy, streams, token
 from cortex.cli.audit import audit
 from cortex.cli.backup import backup, restore
 from cortex.cli.deploy import deploy
@@ -25,8 +25,8 @@ from cortex.cli.output import print_error, print_line
 from cortex.cli.serve import serve
 from cortex.errors import CortexError
 
-# httpx loads a command of its own, and with it what draws on terminals, which takes as long as all else of httpx. What
-# is None here the import system takes not to be there.
+# httpx imports its own command line, and with it rich, which takes as long as the rest of httpx.
+# The import system treats a module that is None here as missing.
 sys.modules["httpx._main"] = None  # type: ignore[assignment]
 
 app = typer.Typer(
@@ -34,7 +34,8 @@ app = typer.Typer(
     help="Your Python function, command or script behind a URL.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    # Plain: boxes would break a message into lines at the width of a terminal that may not be there.
+    # Without markup, because boxes would wrap messages at a terminal's width, and there may be no
+    # terminal.
     rich_markup_mode=None,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
@@ -48,12 +49,12 @@ def version(env: Env = None) -> None:
     from cortex.sdk import client
 
     with client(env) as operator:
-        operators = operator.info()["version"]
-    print_line(f"cli version: {__version__}\noperator version: {operators}")
+        operator_version = operator.info()["version"]
+    print_line(f"cli version: {__version__}\noperator version: {operator_version}")
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         print_line(__version__)
         raise typer.Exit
 
@@ -84,25 +85,25 @@ app.add_typer(token.app, name="token")
 app.command("backup")(backup)
 app.command("restore")(restore)
 app.command("version")(version)
-former.add_to(app, cluster.app)
+legacy.add_to(app, cluster.app)
 
 
 def main() -> None:
-    """Run the command that the process was started with, and end the process."""
-    streams.settle()
+    """Run the command of this process's arguments, and exit."""
+    streams.set_up()
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
     """Run one command, and return its exit code."""
     for stream in (sys.stdout, sys.stderr):
-        # A log may hold what the locale's encoding does not: it is shown escaped then.
+        # A log may contain characters that the locale's encoding lacks: escape them.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         code = _run(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has gone, as `head` does
+    except BrokenPipeError:  # the reader has exited, as `head` does
         streams.discard_output()
         return 1
     except streams.OutputError as error:

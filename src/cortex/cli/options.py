@@ -1,4 +1,4 @@
-"""Options that several commands share, so that they mean and read the same everywhere."""
+"""Options and arguments that several commands share, with the same meaning and help text."""
 
 from __future__ import annotations
 
@@ -12,54 +12,59 @@ from cortex.errors import CortexError
 
 
 class BadValue(CortexError):
-    """The value of an option cannot be used: one line about it, without the command's usage, and exit code 2."""
+    """The value of an option is not valid. The command prints one line without its usage, and exits
+    with code 2."""
 
     kind = "client.bad_value"
     http_status = 400
 
 
 class Format(StrEnum):
-    """How a command prints its answer."""
+    """The output format of a command."""
 
     PRETTY = "pretty"
     JSON = "json"
     MIXED = "mixed"
-    """JSON in base64 between marks, as Cortex's Python clients before v0.31 find it among other output."""
+    """JSON in base64 between markers, by which Cortex's Python clients before v0.31 find it among
+    other output."""
 
     @property
     def is_json(self) -> bool:
-        """Whether programs read the answer."""
+        """Whether the output is for programs."""
         return self is not Format.PRETTY
 
 
 Env = Annotated[
     str | None,
-    typer.Option("--env", "-e", metavar="NAME", help="Environment to use, else the default one."),
+    typer.Option(
+        "--env", "-e", metavar="NAME", help="Environment to use instead of the default one."
+    ),
 ]
 Output = Annotated[
     Format,
     typer.Option(
         "--output",
         "-o",
-        help="For people, or the operator's answer as JSON; mixed is for Python clients of Cortex before v0.31.",
+        help="pretty for people, json for the operator's answer as JSON; mixed is for Python "
+        "clients of Cortex before v0.31.",
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Do it without asking.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Answer every question with yes.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Do not ask for confirmation.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Answer yes to every question.")]
 ApiName = Annotated[str, typer.Argument(metavar="API", help="Name of a deployed API.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job.")]
 OptionalJobId = Annotated[str | None, typer.Argument(metavar="JOB", help="Id of a job.")]
 
-# Of the operator itself
+# Options of the operator itself
 DataDir = Annotated[
-    Path | None, typer.Option(help="Where an operator keeps jobs, projects and logs.")
+    Path | None, typer.Option(help="Folder of the operator's jobs, projects and logs.")
 ]
 StoreUrl = Annotated[
     str | None,
     typer.Option(
-        metavar="URL", help="postgresql://USER@HOST/DATABASE; else a file in the data folder."
+        metavar="URL", help="postgresql://USER@HOST/DATABASE; default: a file in the data folder."
     ),
 ]
 ConfigFile = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="The operator's settings, as YAML.")
+    Path | None, typer.Option(metavar="FILE", help="YAML file of the operator's settings.")
 ]

@@ -1,6 +1,6 @@
-"""What commands print: JSON for programs, tables for people, errors for both.
+"""The output of commands: JSON for programs, tables for people, errors for both.
 
-Where stdout is no terminal, there are no colours, and nothing is cut or folded to a width.
+If stdout is not a terminal, there are no colours, and no text is cut or folded to a width.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
     from cortex.sdk import ApiView, JobOutline
 
-_MARK = "~~cortex~~"
+_MARKER = "~~cortex~~"
 _UNLIMITED = 1_000_000
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_COPIED = frozenset({"job", "version", "endpoint", "operator endpoint"})
-_WORDS = {"status_worker_oom": "out of memory"}
+_COPYABLE = frozenset({"job", "version", "endpoint", "operator endpoint"})
+_STATUS_TEXTS = {"status_worker_oom": "out of memory"}
 _STYLES = {
     "status_running": "cyan",
     "status_succeeded": "green",
@@ -37,32 +37,32 @@ _STYLES = {
 
 
 def print_json(answer: object, output: Format) -> None:
-    """The operator's answer, and nothing else, on stdout."""
+    """Print the operator's answer, and nothing else, on stdout."""
     if output is Format.MIXED:
         encoded = base64.b64encode(json.dumps(answer).encode()).decode()
-        print_line(f"{_MARK}{encoded}{_MARK}")
+        print_line(f"{_MARKER}{encoded}{_MARKER}")
     else:
         print_line(json.dumps(answer, indent=2, ensure_ascii=False))
 
 
 def print_line(text: str) -> None:
-    """A line on stdout, as it is."""
+    """Print a line on stdout, unchanged."""
     sys.stdout.write(f"{text}\n")
 
 
 def print_error(message: str) -> None:
-    """What went wrong, on stderr."""
+    """Print an error on stderr."""
     sys.stderr.write(f"error: {message}\n")
 
 
 def print_note(text: str) -> None:
-    """What happens meanwhile, on stderr, where it is seen at once."""
+    """Print a note about the progress on stderr, at once."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
 def show(body: RenderableType) -> None:
-    """A table or text for people on stdout."""
+    """Print a table or text for people on stdout."""
     screen = console()
     if sys.stdout.isatty():
         screen.print(body, crop=False)
@@ -74,7 +74,7 @@ def show(body: RenderableType) -> None:
 
 
 def console() -> Console:
-    """The console on stdout. Text that came from users is never taken for markup."""
+    """The console on stdout. It does not interpret markup, because texts may come from users."""
     from rich.console import Console
 
     terminal = sys.stdout.isatty()
@@ -89,17 +89,17 @@ def console() -> Console:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[RenderableType]]) -> Table:
-    """A table without lines. What does not fit a narrow terminal is folded, but for what is there
-    to be copied: that is left to the terminal."""
+    """A table without lines. Cells are folded to a narrow terminal, except in columns of values
+    that people copy: the terminal wraps those."""
     from rich.table import Table
 
     cells = list(rows)
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for index, heading in enumerate(headings):
-        whole = max((len(str(row[index])) for row in cells), default=0)
-        copied = heading in _COPIED
+        width = max((len(str(row[index])) for row in cells), default=0)
+        is_copyable = heading in _COPYABLE
         made.add_column(
-            heading, overflow="fold", no_wrap=copied, min_width=whole if copied else None
+            heading, overflow="fold", no_wrap=is_copyable, min_width=width if is_copyable else None
         )
     for row in cells:
         made.add_row(*(visible(cell) if isinstance(cell, str) else cell for cell in row))
@@ -107,7 +107,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[RenderableType]]) -> 
 
 
 def fields(pairs: Iterable[tuple[str, RenderableType]]) -> Table:
-    """Names and values, one pair a line."""
+    """A table of names and values, one pair per line."""
     from rich.table import Table
 
     made = Table.grid(padding=(0, 2, 0, 0))
@@ -119,39 +119,39 @@ def fields(pairs: Iterable[tuple[str, RenderableType]]) -> Table:
 
 
 def visible(text: str) -> str:
-    """Text from a job with its control characters shown: they must not reach the terminal."""
+    """Text from a job with its control characters escaped: they must not reach the terminal."""
     return _CONTROL.sub(lambda found: repr(found.group())[1:-1], text)
 
 
 def hints(api: ApiView) -> list[str]:
-    """What the operator advises about an API, each in one line."""
+    """The operator's advice about an API, each piece in one line."""
     return [visible(" ".join(hint.split())) for hint in api.get("hints", [])]
 
 
-def status_words(job: JobOutline) -> RenderableType:
-    """A job's status for people."""
+def status_text(job: JobOutline) -> RenderableType:
+    """A job's status for people, coloured."""
     from rich.text import Text
 
     status = job["status"]
-    words = _WORDS.get(status, status.removeprefix("status_").replace("_", " "))
+    shown = _STATUS_TEXTS.get(status, status.removeprefix("status_").replace("_", " "))
     counts = job.get("worker_counts", {})
     if status == "status_running" and counts.get("pending") and not counts.get("running"):
-        words += " (waiting)"
-    return Text(words, style=_STYLES.get(status, "red"))
+        shown += " (waiting)"
+    return Text(shown, style=_STYLES.get(status, "red"))
 
 
 def ago(time: str) -> str:
-    """How long ago that was: `3m12s ago`."""
+    """The time since then: `3m12s ago`."""
     return f"{_span((datetime.now(UTC) - parse_rfc3339(time)).total_seconds())} ago"
 
 
 def local_time(time: str) -> str:
-    """That time on the clock of this machine."""
+    """The time in this machine's time zone."""
     return parse_rfc3339(time).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
 def duration(job: JobOutline) -> str:
-    """How long the job ran, or has been running."""
+    """The duration of a job, up to now if it has not ended."""
     end = job.get("end_time")
     until = parse_rfc3339(end) if end else datetime.now(UTC)
     seconds = (until - parse_rfc3339(job["start_time"])).total_seconds()

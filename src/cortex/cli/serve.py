@@ -1,4 +1,4 @@
-"""`cortex serve`: the operator. What it needs is imported only when the command runs."""
+"""`cortex serve`: runs the operator. The command imports the operator when it runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cortex.cli.options import ConfigFile, DataDir, StoreUrl
 
 
 class EngineName(StrEnum):
-    """The engines that an operator can drive."""
+    """The engines that an operator can use."""
 
     LOCAL = "local"
     RAY = "ray"
@@ -33,14 +33,14 @@ def serve(
         str | None,
         typer.Option(
             metavar="URL",
-            help="Where other operators on the store reach this one.",
+            help="URL at which other operators on the store reach this one.",
             show_default="as it listens",
         ),
     ] = None,
     lease: Annotated[
         float | None,
         typer.Option(
-            help="Seconds after which another operator takes over from one that hangs.",
+            help="Seconds after which another operator takes over from a leader that hangs.",
             show_default="10",
         ),
     ] = None,
@@ -48,19 +48,19 @@ def serve(
         str | None,
         typer.Option(
             metavar="URL",
-            help="s3://BUCKET/PREFIX for projects and the logs of finished jobs; else the data folder.",
+            help="s3://BUCKET/PREFIX for projects and archived logs; default: the data folder.",
         ),
     ] = None,
     lost_folder: Annotated[
         str | None,
         typer.Option(
             metavar="ID",
-            help="A data folder that is lost for good; jobs that ran on its machine end.",
+            help="Id of a data folder that is lost for good; the jobs of its machine end.",
         ),
     ] = None,
-    cpu: Annotated[float | None, typer.Option(help="Cores that jobs may take.")] = None,
-    mem: Annotated[str | None, typer.Option(help="Memory that jobs may take, as 16Gi.")] = None,
-    gpu: Annotated[int | None, typer.Option(help="GPUs that jobs may take.")] = None,
+    cpu: Annotated[float | None, typer.Option(help="Cores that jobs may use.")] = None,
+    mem: Annotated[str | None, typer.Option(help="Memory that jobs may use, such as 16Gi.")] = None,
+    gpu: Annotated[int | None, typer.Option(help="GPUs that jobs may use.")] = None,
     grace: Annotated[
         float | None,
         typer.Option(
@@ -70,12 +70,15 @@ def serve(
     build_timeout: Annotated[
         float | None,
         typer.Option(
-            help="Seconds after which the build of an environment is ended.", show_default="1800"
+            help="Seconds after which the operator ends the build of an environment.",
+            show_default="1800",
         ),
     ] = None,
     build_env: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Variable of the operator's that builds find, too."),
+        typer.Option(
+            metavar="NAME", help="Variable of the operator's environment that builds get as well."
+        ),
     ] = None,
     engine: Annotated[
         EngineName | None,
@@ -87,77 +90,79 @@ def serve(
         str | None,
         typer.Option(
             metavar="HOST:PORT",
-            help="The Ray cluster, of which this machine runs a node; auto finds it.",
+            help="The Ray cluster, with a node on this machine; auto finds it.",
         ),
     ] = None,
     ray_node_dir: Annotated[
         str | None,
         typer.Option(
-            metavar="FOLDER", help="Where Ray's nodes keep projects, environments and jobs."
+            metavar="FOLDER", help="Folder on Ray's nodes for projects, environments and jobs."
         ),
     ] = None,
     run_as: Annotated[
         str | None,
         typer.Option(
-            metavar="USER", help="System user that jobs run as; the operator has to be root."
+            metavar="USER", help="System user that jobs run as; the operator must run as root."
         ),
     ] = None,
     keep_jobs: Annotated[
         float | None,
-        typer.Option(help="Days that finished jobs are kept; 0 is for ever.", show_default="90"),
+        typer.Option(help="Days to keep finished jobs; 0 is for ever.", show_default="90"),
     ] = None,
     keep_logs: Annotated[
         float | None,
         typer.Option(
-            help="Days that the logs and files of finished jobs are kept; 0 is for ever.",
+            help="Days to keep the logs and files of finished jobs; 0 is for ever.",
             show_default="30",
         ),
     ] = None,
     keep_count: Annotated[
-        int | None, typer.Option(help="Finished jobs kept of each API, the newest.")
+        int | None, typer.Option(help="Number of finished jobs to keep for each API, the newest.")
     ] = None,
     keep_audit: Annotated[
         float | None,
-        typer.Option(help="Days that the audit is kept; 0 is for ever.", show_default="365"),
+        typer.Option(help="Days to keep the audit; 0 is for ever.", show_default="365"),
     ] = None,
     max_waiting_bytes: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Bytes of config of all jobs that wait; a submit beyond is refused.",
+            help="Limit for the config of all waiting jobs; a submit beyond it is refused.",
             show_default="1Gi",
         ),
     ] = None,
     require_token: Annotated[
         bool | None,
-        typer.Option(help="Ask for tokens on this machine too; beyond it they always are."),
+        typer.Option(
+            help="Require tokens on this machine as well; for other machines they always are."
+        ),
     ] = None,
     insecure: Annotated[
         bool | None,
-        typer.Option(help="Ask nobody for a token: whoever reaches it can run code."),
+        typer.Option(help="Require no tokens: anyone who can reach the operator can run code."),
     ] = None,
     allow_origin: Annotated[
         list[str] | None,
-        typer.Option(metavar="ORIGIN", help="Origin of pages that may call the operator."),
+        typer.Option(metavar="ORIGIN", help="Origin of web pages that may call the operator."),
     ] = None,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Name by which the operator may be asked without tokens, beside the machine's own.",
+            help="Another host name that requests without tokens may use for the operator.",
         ),
     ] = None,
     config: ConfigFile = None,
     show_config: Annotated[
-        bool, typer.Option("--show-config", help="Print the configuration, and end.")
+        bool, typer.Option("--show-config", help="Print the configuration and exit.")
     ] = False,
 ) -> None:
-    """Run the operator. SIGTERM ends it; its jobs go on, and it finds them again.
+    """Run the operator. SIGTERM ends it; its jobs continue, and the next start recovers them.
 
-    Every option can be given by an environment variable too, as CORTEX_SERVE_KEEP_JOBS, or in a YAML
-    file, as keep_jobs.
+    Every option can also be set by an environment variable, such as CORTEX_SERVE_KEEP_JOBS, or in a
+    YAML file, as keep_jobs.
     """
-    gc.disable()  # until all is loaded: what is looked through again and again meanwhile stays
+    gc.disable()  # until all modules are loaded: collections would scan objects that all stay
     import asyncio
 
     import uvloop
@@ -209,5 +214,5 @@ def _announce(url: str) -> None:
     try:
         sys.stdout.write(f"Cortex operator listening on {url}\n")
         sys.stdout.flush()
-    except OSError:  # a service's output may be closed: its jobs matter more
+    except OSError:  # a service's output may be closed, which must not stop the operator
         streams.discard_output()

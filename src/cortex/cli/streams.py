@@ -1,7 +1,7 @@
-"""Standard input, output and error of the command, each of which may be closed, full or without a reader.
+"""Standard input, output and error of the command. Each may be closed, full or without a reader.
 
-What cannot be written on standard output is an error of the command. What cannot be written on standard
-error is dropped: nowhere is left to report it.
+A failed write to standard output is an error of the command. A failed write to standard error is
+dropped: there is no place left to report it.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ class OutputError(OSError):
     """Standard output cannot be written."""
 
 
-def settle() -> None:
-    """Make the streams usable. Called once, when the process begins."""
-    # Else the first file or connection that is opened gets the number of a closed stream. To write on a
-    # file that is open for reading fails as on a closed one.
+def set_up() -> None:
+    """Make the streams usable. Called once, at the start of the process."""
+    # Otherwise the next file or connection would get the number of a closed stream. A write to a
+    # file that is open for reading fails as a write to a closed one does.
     for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         if not _is_open(number):
             os.open(os.devnull, mode)
     if sys.stdin is None:
-        sys.stdin = open(0, closefd=False)  # noqa: SIM115  # for as long as the process lives
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115  # until the process exits
     sys.stdout = _text(_Output(1, "w", closefd=False), sys.stdout)
     sys.stderr = _text(_Errors(2, "w", closefd=False), sys.stderr)
 
 
 def discard_output() -> None:
-    """Send what is and what will be written on standard output nowhere, so that it fails no more."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+    """Discard what is buffered for standard output and all further writes, which cannot fail any
+    more."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 class _Output(io.FileIO):
@@ -52,7 +53,7 @@ class _Output(io.FileIO):
 
     def _write(self, data: Buffer) -> int:
         while True:
-            # A program at the other end of a pipe or terminal may have made it one that does not block.
+            # Another program that shares the pipe or terminal may have made it non-blocking.
             written: int | None = super().write(data)
             if written is not None:
                 return written
@@ -75,12 +76,13 @@ def _is_open(number: int) -> bool:
     return True
 
 
-def _text(raw: io.FileIO, before: TextIO | None) -> io.TextIOWrapper:
-    was = before if isinstance(before, io.TextIOWrapper) else None
+def _text(raw: io.FileIO, original: TextIO | None) -> io.TextIOWrapper:
+    """A text stream with the encoding and buffering of the original one."""
+    known = original if isinstance(original, io.TextIOWrapper) else None
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
-        encoding=was.encoding if was else None,
+        encoding=known.encoding if known else None,
         errors="backslashreplace",
-        line_buffering=was.line_buffering if was else False,
-        write_through=was.write_through if was else False,
+        line_buffering=known.line_buffering if known else False,
+        write_through=known.write_through if known else False,
     )

@@ -1,6 +1,8 @@
-"""`cortex token`: who may talk to an operator. The commands work on its store, in its data folder or in
-PostgreSQL: whoever can write there is its administrator. An operator that runs heeds a change with the
-next request.
+"""`cortex token`: makes and revokes the tokens of an operator.
+
+The commands work directly on the operator's store, in its data folder or in PostgreSQL: anyone who
+can write there administers the operator. A running operator applies a change from the next request
+on.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Whose token it is, or what for.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the token's user or purpose.")]
 
 
 @app.command("create")
@@ -41,7 +43,8 @@ def create(
     scope: Annotated[
         Scope,
         typer.Option(
-            help="read; submit (and stop jobs); deploy (and delete APIs): each with the former."
+            help="read; submit (and stop jobs); deploy (and delete APIs). Each includes the one "
+            "before."
         ),
     ],
     data_dir: DataDir = None,
@@ -49,7 +52,7 @@ def create(
     config: ConfigFile = None,
     output: Output = Format.PRETTY,
 ) -> None:
-    """Make a token and print it: it is not kept, and cannot be shown again."""
+    """Make a token and print it. It is not stored, and cannot be shown again."""
     secret = new_secret()
     checked_name(name)
     configuration = _configuration(data_dir, store, config)
@@ -71,19 +74,19 @@ def list_(
     output: Output = Format.PRETTY,
 ) -> None:
     """List the tokens, without their secrets."""
-    found = _with_store(_configuration(data_dir, store, config), lambda opened: opened.tokens())
+    tokens = _with_store(_configuration(data_dir, store, config), lambda opened: opened.tokens())
     if output.is_json:
         print_json(
             [
                 {"name": t.name, "scope": t.scope.value, "created_time": rfc3339(t.created_ns)}
-                for t in found
+                for t in tokens
             ],
             output,
         )
-    elif not found:
+    elif not tokens:
         print_line("there are no tokens; make one with `cortex token create NAME --scope SCOPE`")
     else:
-        rows = [(t.name, t.scope.value, rfc3339(t.created_ns)[:19] + "Z") for t in found]
+        rows = [(t.name, t.scope.value, rfc3339(t.created_ns)[:19] + "Z") for t in tokens]
         show(table(("token", "scope", "created"), rows))
 
 
@@ -94,7 +97,7 @@ def revoke(
     store: StoreUrl = None,
     config: ConfigFile = None,
 ) -> None:
-    """Revoke a token: what it is sent with is refused from then on."""
+    """Revoke a token: requests with it are refused from then on."""
     configuration = _configuration(data_dir, store, config)
     _with_store(configuration, lambda opened: opened.revoke_token(name, _actor()))
     print_line(f"revoked {name}")
@@ -107,10 +110,10 @@ def _configuration(data_dir: Path | None, store: str | None, config: Path | None
 
 
 def _actor() -> Actor:
-    """The system user that runs the command: `sudo` tells who that is behind root."""
+    """The system user that runs the command; for `sudo` the user who called it."""
     try:
         name = os.environ.get("SUDO_USER") or getpass.getuser()
-    except (KeyError, OSError):  # a user id without an entry, as in containers
+    except (KeyError, OSError):  # a user id without an entry, as in a container
         name = f"uid {os.getuid()}"
     return Actor(name)
 
@@ -121,7 +124,9 @@ def _make_folder(configuration: Configuration) -> None:
         if configuration.store is None:
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StartupError(f"the data folder {folder} cannot be made: {error}") from error
+        raise StartupError(
+            f"cannot make the data folder {folder}: {error}. Choose another with --data-dir"
+        ) from error
 
 
 def _with_store(configuration: Configuration, work: Callable[[Store], Awaitable[T]]) -> T:
@@ -132,8 +137,8 @@ def _with_store(configuration: Configuration, work: Callable[[Store], Awaitable[
     folder = configuration.data_dir.absolute()
     if configuration.store is None and not folder.is_dir():
         raise StartupError(
-            f"there is no operator's data in {folder}; name it with --data-dir, or its database with "
-            "--store"
+            f"no operator's data in {folder}; name the data folder with --data-dir, or the "
+            "database with --store"
         )
 
     async def main() -> T:

@@ -122,8 +122,8 @@ class Environments:
             StorageUnavailable: the project's lock file cannot be read now.
         """
         requirements = await in_thread(read_requirements, project, dependencies)
-        # Even if it has been built: an earlier version of Cortex accepted a Python that is too old for
-        # jobs.
+        # Even if it has been built: an earlier version of Cortex accepted a Python that is too old
+        # for jobs.
         if requirements.errors:
             output = "".join(f"{error}\n" for error in requirements.errors)
             raise EnvironmentFailed(requirements.errors[0], output)

@@ -1,5 +1,5 @@
-"""Commands of Cortex that do something else here, or for which nothing is left to do: scripts that call them
-go on, or are told what to do instead.
+"""Commands of the original Cortex that differ here or have no use: scripts that call them continue
+to work, or get an error that says what to do instead.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from cortex.errors import CortexError, InvalidProject
 
 
 class Shell(StrEnum):
-    """Those whose completion can be set up."""
+    """The shells with completion."""
 
     BASH = "bash"
     ZSH = "zsh"
     FISH = "fish"
 
 
-_COMPLETE = "_CORTEX_COMPLETE"  # typer reads it, by the name of the command
-_NO_CLUSTER = (
-    "An operator runs where `cortex serve` is started: on this machine, or on a Ray cluster with "
-    "--engine ray; docs/ray.md tells how."
+_COMPLETE = "_CORTEX_COMPLETE"  # typer derives this variable from the name of the command
+_HOW_TO_SERVE = (
+    "Start the operator with `cortex serve`: on this machine, or with --engine ray on a Ray "
+    "cluster (docs/ray.md)."
 )
-_INSTEAD = {
-    "up": f"no cluster is made here. {_NO_CLUSTER}",
-    "down": "no cluster was made here. Stop the operator that `cortex serve` runs; its data folder stays.",
-    "configure": f"no cluster was made here. {_NO_CLUSTER} Its settings: docs/configuration.md.",
-    "scale": "no cluster was made here. Ray's own autoscaler starts and stops nodes: docs/ray.md.",
-    "export": "what is deployed is not exported: keep cortex.yaml and its project. "
+_NO_CLUSTER = "this version of Cortex does not manage clusters."
+_ADVICE = {
+    "up": f"{_NO_CLUSTER} {_HOW_TO_SERVE}",
+    "down": f"{_NO_CLUSTER} Stop the operator that `cortex serve` runs; its data folder stays.",
+    "configure": f"{_NO_CLUSTER} {_HOW_TO_SERVE} Its settings: docs/configuration.md.",
+    "scale": f"{_NO_CLUSTER} Ray's own autoscaler starts and stops nodes: docs/ray.md.",
+    "export": "APIs cannot be exported: keep cortex.yaml and its project. "
     "`cortex get API -o json` shows each API as it is deployed.",
-    "health": "an operator tells its health itself: GET /healthz and /readyz; `cortex cluster info` "
+    "health": "the operator reports its health at GET /healthz and /readyz; `cortex cluster info` "
     "shows its machines.",
 }
 
@@ -51,26 +52,29 @@ def add_to(app: typer.Typer, cluster: typer.Typer) -> None:
     _refuse(
         app,
         "prepare-debug",
-        "no container is made to debug in. A task is plain Python: "
+        "jobs do not run in containers. A task is plain Python: "
         "`python -c 'import task; task.task({})'` in the project's folder runs it as a job does.",
     )
-    for name, words in _INSTEAD.items():
-        _refuse(cluster, name, words)
+    for name, advice in _ADVICE.items():
+        _refuse(cluster, name, advice)
     gcp = typer.Typer(hidden=True, rich_markup_mode=None)
     for name in ("up", "info", "down"):
-        _refuse(gcp, name, f"no cluster is made here. {_NO_CLUSTER}")
+        _refuse(gcp, name, f"{_NO_CLUSTER} {_HOW_TO_SERVE}")
     app.add_typer(gcp, name="cluster-gcp")
 
 
 def refresh(
     api: ApiName, *, env: Env = None, force: Force = False, output: Output = Format.PRETTY
 ) -> None:
-    """Do nothing to API: each job is a new process already."""
+    """Do nothing: each job of API is a new process."""
     from cortex.sdk import client
 
     with client(env) as operator:
         name = operator.get_api(api)["spec"]["name"]
-    message = f"{name} has nothing to restart: each job is a new process. `cortex deploy` brings changed files"
+    message = (
+        f"{name} has nothing to restart, because each job is a new process; to send changed files, "
+        "run `cortex deploy`"
+    )
     if output.is_json:
         print_json({"message": message}, output)
     else:
@@ -87,19 +91,19 @@ def patch(
     yes: Yes = False,
     output: Output = Format.PRETTY,
 ) -> None:
-    """Deploy the APIs of FILE, with the folder that it lies in, where they are deployed already."""
+    """Deploy the APIs of FILE again, together with its folder."""
     from cortex.sdk import client
     from cortex.sdk.deploys import apis_of_file
 
-    described = apis_of_file(file)
+    apis = apis_of_file(file)
     with client(env) as operator:
-        for api in described:
+        for api in apis:
             operator.get_api(api.name)
             path = api.definition.path
             if path is not None and not (file.parent / path).is_file():
                 raise InvalidProject(
-                    f"{file}: {path}, which {api.name} runs, is not in the folder of {file.name}. A patch "
-                    "sends the project again: run `cortex deploy` in the project's folder"
+                    f"{file}: {path}, which {api.name} runs, is not in the folder of {file.name}. "
+                    "A patch sends the whole project: run `cortex deploy` in the project's folder"
                 )
         show_results(operator.deploy(file, force=True), output)
 
@@ -107,7 +111,7 @@ def patch(
 def completion(
     shell: Annotated[Shell, typer.Argument(metavar="SHELL", help="bash, zsh or fish.")],
 ) -> None:
-    """Print the completion of a shell: `source <(cortex completion bash)` in ~/.bashrc."""
+    """Print the completion script of a shell: `source <(cortex completion bash)` in ~/.bashrc."""
     from cortex.cli.main import app
 
     os.environ[_COMPLETE] = f"source_{shell.value}"
@@ -117,13 +121,15 @@ def completion(
         del os.environ[_COMPLETE]
 
 
-def _refuse(app: typer.Typer, name: str, words: str) -> None:
-    def command() -> None:
-        raise CortexError(f"cortex {name}: {words}", kind="client.no_such_command")
+def _refuse(app: typer.Typer, name: str, advice: str) -> None:
+    """Add a command that accepts any arguments and fails with advice."""
 
-    command.__doc__ = f"Not here: {words}"
-    anything = {"ignore_unknown_options": True, "allow_extra_args": True}
+    def command() -> None:
+        raise CortexError(f"cortex {name}: {advice}", kind="client.no_such_command")
+
+    command.__doc__ = f"Not available: {advice}"
+    any_arguments = {"ignore_unknown_options": True, "allow_extra_args": True}
     register: Callable[[Callable[[], None]], object] = app.command(
-        name, hidden=True, context_settings=anything
+        name, hidden=True, context_settings=any_arguments
     )
     register(command)
