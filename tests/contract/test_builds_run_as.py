@@ -1,5 +1,5 @@
-"""Builds of environments with `cortex serve --run-as`, whose code is hostile: they reach nothing of root's, and end when
-the operator wants it or ends. The operator has to be root for that, as it is where these tests are meant to run.
+"""Builds of environments with `cortex serve --run-as`, whose code is hostile: they reach no file of root's, and end when
+the operator cancels them or exits. These tests need to run as root.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from cortex.projects.environments import Environments
 from cortex.projects.requirements import read_requirements
 from cortex.spec.api import DEFAULT_DEPENDENCIES, Dependencies
 
-# A build ends when all that anybody has written on the machine is on the disk.
+# A build calls sync(2), which waits for all data that the machine has yet to write.
 PATIENCE_S = 300
 
 
@@ -37,7 +37,7 @@ def in_loop(test: Callable[..., Coroutine[object, object, None]]) -> Callable[..
 
 
 def wheel(folder: Path, name: str = "tinyprobe", value: int = 1, version: str = "1.0") -> str:
-    """A wheel of one module, as little as uv takes; its file name."""
+    """Write a wheel of one module, the minimum that uv accepts; return its file name."""
     file = f"{name}-{version}-py3-none-any.whl"
     info = f"{name}-{version}.dist-info"
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def with_wheel(folder: Path, value: int = 1) -> Path:
     return project(folder, requirements__txt=f"./{name}\n")
 
 
-# A package whose build (by a backend in the project) writes its pid and does as it is told.
+# A package whose build backend, in the project, writes its pid and waits for the file `go`.
 BACKEND = """
 import os, pathlib, subprocess, sys, time, zipfile
 HERE = pathlib.Path(__file__).resolve().parent
@@ -88,7 +88,7 @@ def build_wheel(directory, config_settings=None, metadata_directory=None):
 
 
 class Slow:
-    """A project whose environment takes until `go` is written; `log` has a line per build."""
+    """A project whose environment is not built until `go` exists; `log` has a line per build."""
 
     def __init__(self, folder: Path, *, number: int = 0) -> None:
         self.log, self.go = folder / f"log{number}", folder / f"go{number}"

@@ -1,4 +1,4 @@
-"""`check_files` and what it asks: every mistake of a project, at deploy, with its line."""
+"""`check_files` and the checks that it calls: a deploy reports every error of a project, with its line."""
 
 from __future__ import annotations
 

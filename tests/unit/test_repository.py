@@ -1,4 +1,5 @@
-"""Projects and their lock files, kept in a store of files and had from it elsewhere."""
+"""Projects and their lock files: stored in the object store, and fetched from it by another
+machine."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def projects(data: Path, files: ObjectStore | None) -> Projects:
 
 
 def lay_out(folder: Path) -> None:
-    """A project with one of all that can be in one."""
+    """A project with one entry of each kind that a project can contain."""
     (folder / "deep" / "er").mkdir(parents=True)
     (folder / "empty" / "within").mkdir(parents=True)
     (folder / "deep" / "er" / ".hidden").write_text("x")

@@ -84,8 +84,8 @@ class UploadFiles:
         rest = f" and {more} more" if more > 0 else ""
         first = found[0][0]
         return (
-            f"left out of the upload: {', '.join(shown)}{rest}; if jobs need it, add a line such as "
-            f"!{first} to {IGNORE_FILE}"
+            f"left out of the upload: {', '.join(shown)}{rest}; if jobs need it, add a line such "
+            f"as !{first} to {IGNORE_FILE}"
         )
 
     def _verdict(self, path: str) -> bool | None:

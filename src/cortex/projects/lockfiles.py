@@ -1,5 +1,6 @@
 """Lock files: the exact versions that an environment contained when it was first built, as
-constraints for later builds. Called by `environments` and `builder`; `repository` stores them.
+constraints for later builds. Called by `environments`; `builder` installs by them, and `repository`
+stores them.
 """
 
 from __future__ import annotations

@@ -193,8 +193,8 @@ def _too_large(folder: Path, entries: list[_Entry], total: int) -> str:
     example = "".join(f"\n  /{name}" for name, _, _ in named)
     return (
         f"the project in {folder.absolute()} is over {limits}; the largest in it:{listed}\n"
-        f"list what jobs do not need in {IGNORE_FILE} beside cortex.yaml (the syntax of .gitignore), "
-        f"for example:{example}\n"
+        f"list what jobs do not need in {IGNORE_FILE} beside cortex.yaml (the syntax of "
+        f".gitignore), for example:{example}\n"
         "or move cortex.yaml into a folder of its own; store large data where jobs can read it from"
     )
 

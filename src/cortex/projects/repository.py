@@ -267,7 +267,8 @@ class Projects:
         return trash.trashed_folders(self._root)
 
     def prune_unused(self, used: set[str]) -> None:
-        """Delete the lock files and the objects of unused projects that are not on this machine.
+        """Delete the lock files of unused projects that are not on this machine, and the objects of
+        unused projects.
 
         Args:
             used: the ids of the projects that some version uses.

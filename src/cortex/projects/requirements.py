@@ -29,7 +29,7 @@ UV_TOML = "uv.toml"
 _INCLUDE = re.compile(r"(?:-[rc]\s*=?|--(?:requirement|constraint)[\s=])\s*(\S.*)")
 _LOCAL_OPTION = re.compile(r"(?:-[ef]\s*=?|--(?:editable|find-links)[\s=])\s*(\S.*)")
 _ARCHIVES = (".whl", ".tar.gz", ".zip")
-# The worker's code needs it.
+# The minor version of Python 3 that the worker's code needs.
 _MIN_MINOR = 9
 MIN_PYTHON = f"3.{_MIN_MINOR}"
 _TOO_OLD = [(2, 7, 18), *((3, minor, patch) for minor in range(_MIN_MINOR) for patch in range(25))]

@@ -1,10 +1,11 @@
-"""Two-phase removal of folders that others may be about to use: rename a folder to trash, then
-delete the trash. Called by `repository` and `environments`.
+"""Two-phase removal of folders: rename a folder to trash, then delete the trash. Called by
+`repository` and `environments`.
 
 Operators that share a data folder take turns by a lock of the database. An operator that hung may
-continue after its lock has expired, so the lock alone does not exclude it. Therefore every user of
-a project's folder first updates the folder's modification time, and `move_if_unused` renames the
-folder only while that time is what it was when the folder was found to be unused.
+continue after it has lost the lock, so the lock alone does not protect a project's folder.
+Therefore each deploy or fetch of a project first updates the modification time of its folder, and
+`move_if_unused` renames the folder only if that time is still what it was before the project was
+found to be unused.
 """
 
 from __future__ import annotations

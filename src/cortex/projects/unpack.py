@@ -134,7 +134,7 @@ def _unpack(archive: IO[bytes], target: Path) -> None:
     source.expect(0)
     links: list[tuple[Path, str]] = []
     left, count = MAX_PROJECT_BYTES, 0
-    with tarfile.open(fileobj=source, mode="r|") as tar:  # type: ignore[call-overload]  # tarfile calls only its `read`
+    with tarfile.open(fileobj=source, mode="r|") as tar:  # type: ignore[call-overload]  # it only reads
         while True:
             source.expect(0)
             member = tar.next()
