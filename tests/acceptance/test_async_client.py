@@ -37,8 +37,8 @@ def test_jobs_are_submitted_and_waited_for_at_once(shared: Operator, probe: str)
 def test_waits_do_not_hold_up_what_ends_them(
     shared: Operator, probe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cortex.sdk.transport_async._MOST_THAT_WAIT", 1)
-    monkeypatch.setattr("cortex.sdk.transport_async._MOST_AT_ONCE", 1)
+    monkeypatch.setattr("cortex.sdk.transport_async._MAX_WAITING_REQUESTS", 1)
+    monkeypatch.setattr("cortex.sdk.transport_async._MAX_REQUESTS", 1)
 
     async def test() -> None:
         async with cortex.AsyncClient(shared.url) as client:

@@ -327,7 +327,7 @@ def test_submit_sends_its_key(stub: Stub) -> None:
         (["submit"], "API"),
         (["get", "-o", "xml"], "xml"),
         (["gte"], "gte"),
-        (["env", "configure", "x", "--operator-endpoint", "nowhere"], "no operator endpoint"),
+        (["env", "configure", "x", "--operator-endpoint", "nowhere"], "not an operator's URL"),
         (["env", "configure", "x"], "--operator-endpoint"),
         (["delete", "iris"], "pass --force"),
     ],

@@ -127,7 +127,7 @@ def test_an_environment_is_configured_and_renamed(
     assert listed["default_environment"] == "live"
     assert [each["name"] for each in listed["environments"]] == ["live", "a"]
     assert run(["env", "rename", "live", "a"]) == 2
-    assert "there is an environment 'a' already" in capsys.readouterr().err
+    assert "an environment 'a' already exists" in capsys.readouterr().err
     assert run(["env", "rename", "live", "a b"]) == 2
     assert run(["env", "rename", "nope", "b"]) == 1
     assert "no environment 'nope'" in capsys.readouterr().err

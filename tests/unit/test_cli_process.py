@@ -189,7 +189,7 @@ def test_without_any_stream_a_command_does_its_work(operator: Stub, env: dict[st
 def test_a_token_is_not_read_from_a_stdin_that_is_closed(env: dict[str, str]) -> None:
     done = redirected("env configure z --operator-endpoint http://z:1 --token -", "<&-", env)
     assert done.returncode == 2
-    assert b"that is no token" in done.stderr
+    assert b"the token is invalid" in done.stderr
 
 
 def test_a_pipe_that_does_not_block_gets_everything(operator: Stub, env: dict[str, str]) -> None:

@@ -168,12 +168,12 @@ def test_no_proxy_names_hosts_domains_and_networks(
     [
         ("http://proxy.lan:port", "port"),
         ("http://proxy.lan:99999", "ort out of range"),
-        ("socks4://proxy.lan", "socks4:// is not known; http, https, socks5, socks5h are"),
-        ("ftp://proxy.lan", "ftp:// is not known"),
-        ("http://", "it names no host"),
+        ("socks4://proxy.lan", "socks4:// is not supported; use http, https, socks5, socks5h"),
+        ("ftp://proxy.lan", "ftp:// is not supported"),
+        ("http://", "it has no host"),
         ("http://[::1", "IPv6"),
-        ("http://a proxy", "it names no host"),
-        (":3128", "it names no host"),
+        ("http://a proxy", "it has no host"),
+        (":3128", "it has no host"),
         ("http://me:geheim@proxy.lan:port", "'proxy.lan:port'"),
     ],
 )
@@ -281,8 +281,8 @@ def test_a_socks_proxy_is_spoken_to_as_one(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_proxy_that_speaks_no_socks_is_told() -> None:
     endpoint = Endpoint("http://jobs.lan:8888", proxy=Proxy("socks5", "proxy.lan", 1080))
     with (
-        pytest.raises(OperatorUnreachable, match=r"socks5://proxy.lan:1080.*speaks no SOCKS"),
-        pool.reporting(endpoint, 1.0),
+        pytest.raises(OperatorUnreachable, match=r"socks5://proxy.lan:1080.*does not speak SOCKS"),
+        pool.translated_errors(endpoint, 1.0),
     ):
         raise ProtocolError("Malformed reply")
 
@@ -290,7 +290,7 @@ def test_a_proxy_that_speaks_no_socks_is_told() -> None:
 def test_a_task_tells_which_proxies_it_can_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:9")
     monkeypatch.setenv("CORTEX_JOB_ID", "j1")
-    with pytest.raises(CortexError, match="cannot be used in a task: http:// proxies can"):
+    with pytest.raises(CortexError, match="cannot be used in a task; use an http:// proxy"):
         Client("http://jobs.lan:8888")
 
 

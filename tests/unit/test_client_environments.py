@@ -75,7 +75,7 @@ def test_an_unknown_name_is_told_with_the_known_ones(act) -> None:
     ],
 )
 def test_an_endpoint_must_be_a_url(url: str, folder: Path) -> None:
-    with pytest.raises(InvalidRequest, match="is no operator endpoint") as raised:
+    with pytest.raises(InvalidRequest, match="is not an operator's URL") as raised:
         environments.configure("x", url)
     assert "secret" not in raised.value.message
     assert not folder.exists()
@@ -83,7 +83,7 @@ def test_an_endpoint_must_be_a_url(url: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "-x", "a b", "a/b", "a\n"])
 def test_a_name_must_be_one(name: str) -> None:
-    with pytest.raises(InvalidRequest, match="no name for an environment"):
+    with pytest.raises(InvalidRequest, match="not a valid name for an environment"):
         environments.configure(name, "http://host")
 
 
@@ -175,7 +175,7 @@ def test_a_token_is_kept_for_its_endpoint_alone_and_for_its_owner_alone(folder: 
 
 @pytest.mark.parametrize("token", ["", "two words", "new\nline", "é", "x" * 513])
 def test_what_cannot_be_sent_is_no_token(folder: Path, token: str) -> None:
-    with pytest.raises(InvalidRequest, match="no token") as raised:
+    with pytest.raises(InvalidRequest, match="token is invalid") as raised:
         environments.configure("far", "https://one.example", token)
     assert not token or token not in raised.value.message
 
@@ -195,7 +195,7 @@ def test_the_variables_operator_is_the_one_that_no_name_asks_for(
     monkeypatch.setenv("CORTEX_OPERATOR_ENDPOINT", "http://prod:1")
     assert environments.token_of(environments.resolve(None)) == "secret"
     monkeypatch.setenv("CORTEX_OPERATOR_ENDPOINT", "jobs:8888")
-    with pytest.raises(InvalidRequest, match=r"\$CORTEX_OPERATOR_ENDPOINT: 'jobs:8888' is no"):
+    with pytest.raises(InvalidRequest, match=r"\$CORTEX_OPERATOR_ENDPOINT: 'jobs:8888' is not"):
         environments.resolve(None)
     monkeypatch.setenv("CORTEX_OPERATOR_ENDPOINT", "")
     assert environments.resolve(None).name == "prod"

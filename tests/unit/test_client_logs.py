@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from awaited import Connect
 from cortex.errors import CortexError, NotFound, OperatorUnreachable
-from cortex.sdk.logs import PAUSES_S, Event, Parser, follow, follow_async
+from cortex.sdk.logs import RECONNECT_DELAYS_S, Event, Parser, follow, follow_async
 
 END = b'event: end\ndata: {"status": "status_succeeded"}\n\n'
 
@@ -117,7 +117,7 @@ def test_a_log_goes_on_after_the_last_event_that_arrived(follow: Follow) -> None
     paused: list[float] = []
     assert "".join(follow(connect, pause=paused.append)) == "onetwothree"
     assert connect.asked == [None, "3", "3", "9"]
-    assert paused == [PAUSES_S[0], PAUSES_S[1], PAUSES_S[0]]
+    assert paused == [RECONNECT_DELAYS_S[0], RECONNECT_DELAYS_S[1], RECONNECT_DELAYS_S[0]]
 
 
 @both
@@ -128,11 +128,11 @@ def test_an_operator_that_was_never_there_is_not_waited_for(follow: Follow) -> N
 
 @both
 def test_an_operator_that_stays_away_is_given_up(follow: Follow) -> None:
-    away = [OperatorUnreachable("away")] * (len(PAUSES_S) + 1)
+    away = [OperatorUnreachable("away")] * (len(RECONNECT_DELAYS_S) + 1)
     connect = Scripted([log(1, "x")], *away)
     with pytest.raises(OperatorUnreachable):
         list(follow(connect, pause=lambda _: None))
-    assert len(connect.asked) == 1 + len(PAUSES_S)
+    assert len(connect.asked) == 1 + len(RECONNECT_DELAYS_S)
 
 
 @both

@@ -8,7 +8,7 @@ from collections.abc import ItemsView
 import pytest
 
 from cortex.errors import InvalidRequest
-from cortex.sdk import submission
+from cortex.sdk.exchange import submit_body
 
 
 def test_a_config_is_made_json_once() -> None:
@@ -20,7 +20,7 @@ def test_a_config_is_made_json_once() -> None:
             made += 1
             return super().items()
 
-    body = submission.body({"large": Large(x=1)}, 3)  # type: ignore[dict-item]  # a kind of dict
+    body = submit_body({"large": Large(x=1)}, 3)  # type: ignore[dict-item]  # a kind of dict
     assert json.loads(body) == {"config": {"large": {"x": 1}}, "timeout": 3}
     assert made == 1
 
@@ -37,10 +37,10 @@ def test_a_config_is_made_json_once() -> None:
 def test_it_is_as_short_as_json_can_be(
     config: dict[str, object] | None, timeout: int | None, body: bytes
 ) -> None:
-    assert submission.body(config, timeout) == body  # type: ignore[arg-type]  # it is JSON
+    assert submit_body(config, timeout) == body  # type: ignore[arg-type]  # it is JSON
 
 
 @pytest.mark.parametrize("value", [float("nan"), {1, 2}, b"", {(1,): 1}])
 def test_what_is_no_json_is_refused(value: object) -> None:
-    with pytest.raises(InvalidRequest, match="config holds something that is no JSON"):
-        submission.body({"x": value}, None)  # type: ignore[dict-item]  # that is the point
+    with pytest.raises(InvalidRequest, match="config cannot be written as JSON"):
+        submit_body({"x": value}, None)  # type: ignore[dict-item]  # that is the point

@@ -196,7 +196,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> Callable[[], float]:
         paused_s += seconds
 
     on_pause(monkeypatch, pause)
-    for module in ("again", "calls", "submission"):
+    for module in ("calls", "exchange"):
         monkeypatch.setattr(f"cortex.sdk.{module}.monotonic", lambda: paused_s)
     return lambda: paused_s
 
@@ -343,7 +343,7 @@ def test_a_submit_that_stays_unanswered_tells_the_key(
 def test_a_request_that_is_taken_and_not_answered_in_time_is_unanswered(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cortex.sdk.calls.ANSWER_S", 0.1)
+    monkeypatch.setattr("cortex.sdk.calls.RESPONSE_TIMEOUT_S", 0.1)
     with (
         socket.create_server(("127.0.0.1", 0)) as mute,
         connect(f"http://127.0.0.1:{mute.getsockname()[1]}") as client,
@@ -540,7 +540,7 @@ class NeedsArguments:
     ("task", "words"),
     [
         (NoCall, "no method __call__"),
-        (NeedsArguments, "cannot be made without arguments"),
+        (NeedsArguments, "needs arguments"),
         (lambda: None, "must take one argument"),
         (3, "it must be a function"),
     ],
@@ -593,7 +593,7 @@ def test_create_api_takes_exactly_one_source(connect: Connect, tmp_path: Path) -
             client.create_api(SPEC, project_dir=tmp_path / "none")
         with pytest.raises(InvalidProject, match="must be a list of strings"):
             client.create_api(SPEC, task=Tripler, requirements="six")
-        with pytest.raises(InvalidSpec, match="no JSON"):
+        with pytest.raises(InvalidSpec, match="as JSON"):
             client.create_api({**SPEC, "definition": {"config": {"x": object()}}}, task=Tripler)
 
 
@@ -655,7 +655,7 @@ def test_a_spec_that_is_no_json_is_not_sent(connect: Connect, config, tmp_path: 
     with (
         Stub({}) as stub,
         connect(stub.url) as client,
-        pytest.raises(InvalidSpec, match="api_spec holds something that is no JSON"),
+        pytest.raises(InvalidSpec, match="api_spec cannot be written as JSON"),
     ):
         client.create_api(spec, project_dir=tmp_path)
     assert stub.requests == []

@@ -39,7 +39,7 @@ def retry_until_available(request: Callable[[], T]) -> T:
 
 
 def _raise_permanent(error: CortexError) -> None:
-    from cortex.sdk.again import is_passing
+    from cortex.sdk.exchange import is_transient
 
-    if not is_passing(error):
+    if not is_transient(error):
         raise error

@@ -1,4 +1,4 @@
-"""`AsyncClient`: what `Client` is, for programs of asyncio."""
+"""`AsyncClient`: the client for asyncio, with the methods of `Client`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from cortex.sdk import calls, deploys, environments, logs
-from cortex.sdk.base import OfOperator
+from cortex.sdk.endpoint import EndpointHolder
 
 try:
     from cortex.sdk.transport_async import AsyncTransport
-except ModuleNotFoundError as error:  # in a task
+except ModuleNotFoundError as error:  # a task's environment may lack httpx
     raise ModuleNotFoundError(
-        f"cortex.AsyncClient needs the package {error.name}, and this environment does not have it: add "
+        f"cortex.AsyncClient needs the package {error.name}, which this environment lacks; add "
         f"{error.name} to requirements.txt, or use cortex.client()",
         name=error.name,
     ) from error
@@ -39,27 +39,38 @@ if TYPE_CHECKING:
     )
 
 
-class AsyncClient(OfOperator):
-    """A client of one operator for asyncio: `Client`'s methods, to be awaited, with the same arguments,
-    answers and errors.
+class AsyncClient(EndpointHolder):
+    """A client of one operator for asyncio. The tasks of one event loop may share it.
 
-    It keeps connections: use it in an `async with` block, or await `aclose()`. It may be shared by the
-    tasks of one event loop, and what waits in it may be cancelled.
+    It has the methods of `Client` as coroutines, with the same arguments, results and errors. A
+    task that awaits one may be cancelled. The client has a pool of connections: use it in an `async
+    with` block, or await `aclose()`.
     """
 
     def __init__(self, operator_endpoint: str, *, name: str = "", token: str | None = None) -> None:
         super().__init__(operator_endpoint, name=name, token=token)
-        self._operator = AsyncTransport(self._endpoint)
+        self._transport = AsyncTransport(self._endpoint)
 
     @classmethod
     def of_environment(cls, env: str | None = None) -> Self:
-        """A client of the named environment, or of the default one, as `cortex.client()` finds it."""
-        found = environments.resolve(env)
-        return cls(found.operator_endpoint, name=found.name, token=environments.token_of(found))
+        """Make a client of a configured environment, by the rules of `cortex.client()`.
+
+        Args:
+            env: the environment's name; by default the operator of $CORTEX_OPERATOR_ENDPOINT, or
+                else the default environment.
+
+        Raises:
+            UnknownEnvironment: there is no such environment, or no default.
+            CortexError: the environments file, or the environment's proxy or certificates are
+                invalid.
+        """
+        environment = environments.resolve(env)
+        token = environments.token_of(environment)
+        return cls(environment.operator_endpoint, name=environment.name, token=token)
 
     async def aclose(self) -> None:
-        """Close its connections."""
-        await self._operator.aclose()
+        """Close the connections. A second call does nothing."""
+        await self._transport.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -73,17 +84,32 @@ class AsyncClient(OfOperator):
         await self.aclose()
 
     async def info(self) -> dict[str, JsonValue]:
-        """The operator's version and how it is set up."""
-        return await self._operator.run(calls.told("/-/info"))
+        """Get the operator's version and configuration.
+
+        Returns:
+            The operator's JSON.
+        """
+        return await self._transport.run(calls.get_object("/-/info"))
 
     async def cluster_info(self) -> dict[str, JsonValue]:
-        """The machines that jobs run on, and what is free on each."""
-        return await self._operator.run(calls.told("/-/cluster"))
+        """List the machines that run jobs, with the free capacity of each.
+
+        Returns:
+            The operator's JSON.
+        """
+        return await self._transport.run(calls.get_object("/-/cluster"))
 
     async def audit(self, limit: int | None = None, cursor: int | None = None) -> AuditPage:
-        """A page of the audit, newest first: who deployed, deleted, stopped, made and revoked tokens,
-        and which requests were refused. It needs a token of the scope `deploy`."""
-        return await self._operator.run(calls.audit(limit, cursor))
+        """Get a page of the audit log, newest first. See `Client.audit`.
+
+        Args:
+            limit: the number of entries; by default the operator's.
+            cursor: `next_cursor` of the previous page; by default the first page.
+
+        Raises:
+            Forbidden: the token lacks the scope `deploy`.
+        """
+        return await self._transport.run(calls.audit(limit, cursor))
 
     async def create_api(
         self,
@@ -96,14 +122,17 @@ class AsyncClient(OfOperator):
         conda_packages: Sequence[str] | None = None,
         wait: bool = False,
     ) -> list[DeployResult]:
-        """Deploy what `api_spec` describes with a task or a folder; see `Client.create_api`. It is packed
-        in a thread."""
+        """Deploy the APIs that `api_spec` describes, with either a task or a project folder.
+
+        A thread packs the project. The arguments, results and errors are those of
+        `Client.create_api`.
+        """
         packages = deploys.Packages(requirements or (), conda_packages or ())
-        with deploys.room() as packed:
+        with deploys.temporary_archive() as archive:
             upload = await asyncio.to_thread(
-                deploys.of_api_spec, packed, api_spec, task, packages, project_dir, force=force
+                deploys.upload_of_spec, archive, api_spec, task, packages, project_dir, force=force
             )
-            return await self._operator.run(calls.create_api(upload))
+            return await self._transport.run(calls.create_api(upload))
 
     async def deploy(
         self,
@@ -113,44 +142,79 @@ class AsyncClient(OfOperator):
         project_dir: str | Path | None = None,
         wait: bool = False,
     ) -> list[DeployResult]:
-        """Deploy every API of a cortex.yaml with the project in its folder, or an entry of one; see
-        `Client.deploy`. It is packed in a thread."""
+        """Deploy every API of a cortex.yaml, with the project in its folder.
+
+        A thread packs the project. The arguments, results and errors are those of `Client.deploy`.
+        """
         if isinstance(file, Mapping):
             return await self.create_api(file, project_dir=project_dir, force=force)
-        deploys.check_alone(project_dir)
-        with deploys.room() as packed:
-            upload = await asyncio.to_thread(deploys.of_file, packed, file, force=force)
-            return await self._operator.run(calls.deploy(upload))
+        deploys.check_no_project_dir(project_dir)
+        with deploys.temporary_archive() as archive:
+            upload = await asyncio.to_thread(deploys.upload_of_file, archive, file, force=force)
+            return await self._transport.run(calls.deploy(upload))
 
     async def list_apis(self) -> list[ApiView]:
-        """Every deployed API."""
-        return await self._operator.run(calls.list_apis())
+        """List the deployed APIs.
+
+        Returns:
+            The spec, endpoint, jobs and versions of each.
+        """
+        return await self._transport.run(calls.list_apis())
 
     async def get_api(self, api_name: str) -> ApiView:
-        """One deployed API: its spec, endpoint, jobs and versions."""
-        return await self._operator.run(calls.get_api(api_name))
+        """Get a deployed API.
+
+        Returns:
+            Its spec, endpoint, jobs and versions.
+
+        Raises:
+            NotFound: there is no such API.
+        """
+        return await self._transport.run(calls.get_api(api_name))
 
     async def delete_api(self, api_name: str, keep_cache: bool = False) -> Message:
-        """Delete an API; its running jobs end as stopped. See `Client.delete_api`."""
-        return await self._operator.run(calls.delete_api(api_name))
+        """Delete an API. The operator stops its jobs in progress.
+
+        Args:
+            api_name: the API.
+            keep_cache: accepted for programs written for Cortex, and ignored: nothing is cached.
+
+        Raises:
+            NotFound: there is no such API.
+        """
+        return await self._transport.run(calls.delete_api(api_name))
 
     async def submit_job(
         self,
         api_name: str,
         config: Mapping[str, JsonValue] | None = None,
-        timeout: int | None = None,  # noqa: ASYNC109  # of the job
+        timeout: int | None = None,  # noqa: ASYNC109  # the job's
         *,
         idempotency_key: str | None = None,
     ) -> SubmittedJob:
-        """Submit a job, which is one job however often its answer is lost; see `Client.submit_job`."""
-        return await self._operator.run(
+        """Submit a job, and repeat the submit while the response is lost.
+
+        The arguments, results and errors are those of `Client.submit_job`.
+        """
+        return await self._transport.run(
             calls.submit_job(api_name, config, timeout, idempotency_key)
         )
 
     async def get_job(self, api_name: str, job_id: str, wait: float | None = None) -> JobView:
-        """A job's status; with `wait`, as soon as it has ended, or after that many seconds; see
-        `Client.get_job`."""
-        return await self._operator.run(calls.get_job(api_name, job_id, wait))
+        """Get a job, at once or after it has ended. See `Client.get_job`.
+
+        Args:
+            api_name: the API of the job.
+            job_id: the job.
+            wait: seconds to wait for the job's end; by default the method returns at once.
+
+        Returns:
+            The job, ended or not: after `wait` seconds it may still be in progress.
+
+        Raises:
+            NotFound: there is no such job.
+        """
+        return await self._transport.run(calls.get_job(api_name, job_id, wait))
 
     async def list_jobs(
         self,
@@ -159,31 +223,71 @@ class AsyncClient(OfOperator):
         limit: int | None = None,
         cursor: int | None = None,
     ) -> JobPage:
-        """A page of the API's jobs, newest first; see `Client.list_jobs`."""
-        return await self._operator.run(calls.list_jobs(api_name, status, limit, cursor))
+        """List the jobs of an API, newest first, page by page.
+
+        Args:
+            api_name: the API.
+            status: list the jobs with this status only.
+            limit: the number of jobs in a page; by default the operator's.
+            cursor: `next_cursor` of the previous page; by default the first page.
+
+        Raises:
+            NotFound: there is no such API.
+        """
+        return await self._transport.run(calls.list_jobs(api_name, status, limit, cursor))
 
     async def newest_job(self, api_name: str) -> ListedJob:
-        """The newest job of an API."""
-        return await self._operator.run(calls.newest_job(api_name))
+        """Get the newest job of an API.
+
+        Raises:
+            NotFound: there is no such API, or it has no jobs.
+        """
+        return await self._transport.run(calls.newest_job(api_name))
 
     async def stop_job(self, api_name: str, job_id: str, keep_cache: bool = False) -> Message:
-        """Stop a job. From then on its status is `status_stopped`. See `Client.stop_job`."""
-        return await self._operator.run(calls.stop_job(api_name, job_id))
+        """Stop a job. From now on its status is `status_stopped`.
+
+        Args:
+            api_name: the API of the job.
+            job_id: the job.
+            keep_cache: accepted for programs written for Cortex, and ignored: nothing is cached.
+
+        Raises:
+            NotFound: there is no such job.
+            Conflict: the job has ended already.
+        """
+        return await self._transport.run(calls.stop_job(api_name, job_id))
 
     async def read_job_logs(self, api_name: str, job_id: str) -> AsyncGenerator[str, None]:
-        """The job's log as text, from its beginning as far as it is written by now."""
-        async with self._operator.stream(calls.log(api_name, job_id), calls.TEXT) as answer:
-            async for text in answer.aiter_text():
+        """Read the log of a job as written up to now.
+
+        Returns:
+            The text in pieces.
+
+        Raises:
+            NotFound: there is no such job. The iteration raises it.
+        """
+        async with self._transport.stream(calls.read_log(api_name, job_id), calls.TEXT) as response:
+            async for text in response.aiter_text():
                 yield text
 
     def stream_job_logs(self, api_name: str, job_id: str) -> AsyncGenerator[str, None]:
-        """The job's log as text, as it is written, until the job has ended; see
-        `Client.stream_job_logs`. Who leaves it earlier closes it, as `contextlib.aclosing` does."""
+        """Follow the log of a job from its beginning until the job has ended.
+
+        The client reconnects after a broken connection, and the text continues where it stopped.
+
+        Returns:
+            The text in pieces. To leave the iteration early, close it: `contextlib.aclosing`.
+
+        Raises:
+            NotFound: there is no such job. The iteration raises it.
+            OperatorUnreachable: the operator stayed away. The iteration raises it.
+        """
 
         @asynccontextmanager
         async def connect(last_event_id: str | None) -> AsyncIterator[AsyncIterable[bytes]]:
-            request = calls.followed_log(api_name, job_id, last_event_id)
-            async with self._operator.stream(request, calls.EVENTS) as answer:
-                yield answer.aiter_bytes()
+            request = calls.follow_log(api_name, job_id, last_event_id)
+            async with self._transport.stream(request, calls.EVENTS) as response:
+                yield response.aiter_bytes()
 
         return logs.follow_async(connect, pause=asyncio.sleep)

@@ -1,5 +1,4 @@
-"""Everything that can be asked of an operator, each as an exchange: what `Client` and `AsyncClient` have as
-methods is these."""
+"""The calls of `Client` and `AsyncClient`, each as an exchange or a request without I/O."""
 
 from __future__ import annotations
 
@@ -8,9 +7,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, cast
 
 from cortex.errors import CortexError, NotFound
-from cortex.sdk import submission
-from cortex.sdk.again import until_answered
-from cortex.sdk.exchange import ANSWER_S, Request, segment
+from cortex.sdk import exchange
+from cortex.sdk.exchange import RESPONSE_TIMEOUT_S, Request, path_segment, retry_until
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -31,24 +29,27 @@ if TYPE_CHECKING:
 EVENTS = "text/event-stream"
 TEXT = "text/plain"
 
-_STREAM_SILENCE_S = 60.0
-_WAIT_SLICE_S = 20.0
+_STREAM_TIMEOUT_S = 60.0
+_MAX_WAIT_PER_REQUEST_S = 20.0
 
 
-def told(path: str) -> Exchange[dict[str, JsonValue]]:
-    """What the operator tells of itself there."""
+def get_object(path: str) -> Exchange[dict[str, JsonValue]]:
+    """The JSON object that a GET of `path` returns."""
     return cast("dict[str, JsonValue]", (yield Request("GET", path)))
 
 
 def audit(limit: int | None, cursor: int | None) -> Exchange[AuditPage]:
-    """A page of the audit."""
-    asked = {"limit": limit, "cursor": cursor}
-    params = {name: value for name, value in asked.items() if value is not None}
+    """A page of the audit log."""
+    params = _given({"limit": limit, "cursor": cursor})
     return cast("AuditPage", (yield Request("GET", "/-/audit", params=params)))
 
 
 def deploy(upload: Upload) -> Exchange[list[DeployResult]]:
-    """What became of each API of an upload. The first one has the warning of what was left out of it."""
+    """Send an upload.
+
+    Returns:
+        The result of each API. The first one has the warning about what the upload left out.
+    """
     results = cast("list[DeployResult]", (yield upload.request))
     if upload.left_out is not None and results:
         first = results[0]
@@ -58,10 +59,10 @@ def deploy(upload: Upload) -> Exchange[list[DeployResult]]:
 
 
 def create_api(upload: Upload) -> Exchange[list[DeployResult]]:
-    """The same.
+    """Send an upload all of whose APIs must be deployed.
 
     Raises:
-        CortexError: an API of it was not deployed.
+        CortexError: one of the APIs was not deployed.
     """
     results = yield from deploy(upload)
     errors = [result["error"] for result in results if result["error"]]
@@ -91,24 +92,25 @@ def submit_job(
     timeout: int | None,
     idempotency_key: str | None,
 ) -> Exchange[SubmittedJob]:
-    """Submit a job, again where the answer was lost."""
-    content = submission.body(config, timeout)
-    answer = yield from submission.submitted(_jobs_path(api_name), content, idempotency_key)
-    return cast("SubmittedJob", answer)
+    """Submit a job; repeat the submit while its response is lost."""
+    content = exchange.submit_body(config, timeout)
+    response = yield from exchange.submit(_jobs_path(api_name), content, idempotency_key)
+    return cast("SubmittedJob", response)
 
 
 def get_job(api_name: str, job_id: str, wait: float | None) -> Exchange[JobView]:
-    """A job's status; with `wait`, as soon as it has ended, or after that many seconds."""
+    """A job; with `wait`, as soon as it has ended, or after that many seconds."""
     deadline = monotonic() + (wait or 0.0)
     path = _job_path(api_name, job_id)
 
-    def ask() -> Request:
-        left_s = min(_WAIT_SLICE_S, max(0.0, deadline - monotonic()))
-        params = {"wait": round(left_s, 3)} if left_s else None
-        return Request("GET", path, params=params, answer_s=ANSWER_S + left_s)
+    def new_request() -> Request:
+        wait_s = min(_MAX_WAIT_PER_REQUEST_S, max(0.0, deadline - monotonic()))
+        params = {"wait": round(wait_s, 3)} if wait_s else None
+        timeout_s = RESPONSE_TIMEOUT_S + wait_s
+        return Request("GET", path, params=params, response_timeout_s=timeout_s)
 
     while True:
-        job = cast("JobView", (yield from until_answered(ask, deadline)))
+        job = cast("JobView", (yield from retry_until(deadline, new_request)))
         if "end_time" in job["job_status"] or monotonic() >= deadline:
             return job
 
@@ -117,8 +119,7 @@ def list_jobs(
     api_name: str, status: str | None, limit: int | None, cursor: int | None
 ) -> Exchange[JobPage]:
     """A page of the API's jobs."""
-    asked = {"status": status, "limit": limit, "cursor": cursor}
-    params = {name: value for name, value in asked.items() if value is not None}
+    params = _given({"status": status, "limit": limit, "cursor": cursor})
     return cast("JobPage", (yield Request("GET", _jobs_path(api_name), params=params)))
 
 
@@ -126,7 +127,7 @@ def newest_job(api_name: str) -> Exchange[ListedJob]:
     """The newest job of an API.
 
     Raises:
-        NotFound: it has none.
+        NotFound: the API has no jobs.
     """
     page = yield from list_jobs(api_name, None, 1, None)
     if not page["job_statuses"]:
@@ -139,26 +140,30 @@ def stop_job(api_name: str, job_id: str) -> Exchange[Message]:
     return cast("Message", (yield Request("DELETE", _job_path(api_name, job_id))))
 
 
-def log(api_name: str, job_id: str) -> Request:
-    """The stream of a job's log as far as it is written, which is `TEXT`."""
-    return _log(api_name, job_id, {"Accept": TEXT})
+def read_log(api_name: str, job_id: str) -> Request:
+    """The request for the `TEXT` of a job's log as written up to now."""
+    return _log_request(api_name, job_id, {"Accept": TEXT})
 
 
-def followed_log(api_name: str, job_id: str, last_event_id: str | None) -> Request:
-    """The stream of a job's log after an event, or from its beginning, which is `EVENTS`."""
+def follow_log(api_name: str, job_id: str, last_event_id: str | None) -> Request:
+    """The request for the `EVENTS` of a job's log after an event; None is from the beginning."""
     headers = {"Accept": EVENTS, "Accept-Encoding": "identity"}
     if last_event_id is not None:
         headers["Last-Event-ID"] = last_event_id
-    return _log(api_name, job_id, headers)
+    return _log_request(api_name, job_id, headers)
 
 
-def _log(api_name: str, job_id: str, headers: Mapping[str, str]) -> Request:
+def _log_request(api_name: str, job_id: str, headers: Mapping[str, str]) -> Request:
     path = f"{_job_path(api_name, job_id)}/logs"
-    return Request("GET", path, headers=headers, answer_s=_STREAM_SILENCE_S)
+    return Request("GET", path, headers=headers, response_timeout_s=_STREAM_TIMEOUT_S)
+
+
+def _given(params: Mapping[str, str | int | None]) -> dict[str, str | float]:
+    return {name: value for name, value in params.items() if value is not None}
 
 
 def _api_path(api_name: str) -> str:
-    return f"/-/apis/{segment(api_name)}"
+    return f"/-/apis/{path_segment(api_name)}"
 
 
 def _jobs_path(api_name: str) -> str:
@@ -166,4 +171,4 @@ def _jobs_path(api_name: str) -> str:
 
 
 def _job_path(api_name: str, job_id: str) -> str:
-    return f"{_jobs_path(api_name)}/{segment(job_id)}"
+    return f"{_jobs_path(api_name)}/{path_segment(job_id)}"

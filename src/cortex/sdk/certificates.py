@@ -1,5 +1,7 @@
-"""The certificate authorities that a connection to an operator trusts: those of $SSL_CERT_FILE and
-$SSL_CERT_DIR where they are set. Standard library alone.
+"""The certificate authorities that a connection to an operator trusts.
+
+$SSL_CERT_FILE and $SSL_CERT_DIR name them. Standard library alone: a task's client uses it in the
+user's environment.
 """
 
 from __future__ import annotations
@@ -11,18 +13,21 @@ from pathlib import Path
 from cortex.errors import CortexError
 
 
-def trusted() -> ssl.SSLContext | None:
-    """A context that checks certificates by the authorities of the environment; None where it names none.
+def environment_context() -> ssl.SSLContext | None:
+    """A context that trusts the authorities of $SSL_CERT_FILE and $SSL_CERT_DIR.
+
+    Returns:
+        The context; None where neither variable is set.
 
     Raises:
-        CortexError: what the environment names holds no certificates.
+        CortexError: a variable names something without certificates.
     """
     file = os.environ.get("SSL_CERT_FILE") or None
     folder = os.environ.get("SSL_CERT_DIR") or None
     if file is None and folder is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    # Several folders are separated as in $PATH, and those that are missing are passed over, as OpenSSL does.
+    # As in OpenSSL, the folders are separated as in $PATH, and missing ones are ignored.
     folders = [each for each in (folder or "").split(os.pathsep) if each and Path(each).is_dir()]
     for each in folders:
         context.load_verify_locations(capath=each)
@@ -30,21 +35,23 @@ def trusted() -> ssl.SSLContext | None:
         try:
             context.load_verify_locations(cafile=file)
         except OSError as error:  # ssl.SSLError is one
-            raise _mistake("SSL_CERT_FILE", file, error.strerror or str(error)) from error
+            raise _no_certificates("SSL_CERT_FILE", file, error.strerror or str(error)) from error
     elif not folders:
-        raise _mistake("SSL_CERT_DIR", folder or "", "it is no folder")
+        raise _no_certificates("SSL_CERT_DIR", folder or "", "it is not a folder")
     return context
 
 
-def unused() -> ssl.SSLContext:
-    """A context for connections that are not encrypted: to load all authorities takes longer than many a
-    request."""
+def empty_context() -> ssl.SSLContext:
+    """A context that trusts no authority, for connections without encryption.
+
+    Loading the default authorities takes longer than many requests.
+    """
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
-def _mistake(variable: str, value: str, why: str) -> CortexError:
+def _no_certificates(variable: str, value: str, why: str) -> CortexError:
     return CortexError(
-        f"${variable} is {value!r}, which holds no certificates ({why}). Name a file of certificates in "
-        "PEM format, or a folder of them with $SSL_CERT_DIR, or unset it",
+        f"${variable} is {value!r}, which holds no certificates ({why}). Set $SSL_CERT_FILE to a "
+        "file of certificates in PEM format, or $SSL_CERT_DIR to a folder of them, or unset it",
         kind="client.certificates",
     )

@@ -1,7 +1,9 @@
-"""The environments file: which operators this user knows by name, and which one is meant by default.
+"""The environments file: the operators that the user has configured by name, and the default one.
 
-A change is a new file put in place of the old one, so a reader never sees half of it. A file that
-cannot be read is reported and left alone: it is the user's, and may hold what took work to enter.
+A change replaces the file atomically: a reader never finds half of it. A file that cannot be read
+is reported and left unchanged: it is the user's, and may have entries that took work.
+
+Standard library alone: a task's client uses it in the user's environment.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ _TOKEN = re.compile(r"[!-~]{1,512}")
 
 @dataclass(frozen=True)
 class Environment:
-    """An operator under a name."""
+    """An operator with a name."""
 
     name: str
     operator_endpoint: str
@@ -35,13 +37,17 @@ class Environment:
 
 @dataclass(frozen=True)
 class Environments:
-    """Everything that the file holds."""
+    """The content of the environments file."""
 
     default: str | None = None
     all: tuple[Environment, ...] = ()
 
     def named(self, name: str) -> Environment:
-        """The environment `name`; UnknownEnvironment tells which ones there are."""
+        """The environment `name`.
+
+        Raises:
+            UnknownEnvironment: there is none; the message lists the configured environments.
+        """
         for environment in self.all:
             if environment.name == name:
                 return environment
@@ -52,7 +58,7 @@ class Environments:
         )
 
     def as_json(self) -> EnvironmentList:
-        """What `cortex env list -o json` prints: no tokens."""
+        """The output of `cortex env list -o json`, which has no tokens."""
         entries = [{"name": e.name, "operator_endpoint": e.operator_endpoint} for e in self.all]
         return cast(
             "EnvironmentList", {"default_environment": self.default, "environments": entries}
@@ -63,19 +69,25 @@ LOCAL = Environment("local", "http://localhost:8888")
 
 
 def path() -> Path:
-    """Where the file lies, whether or not it exists."""
+    """The path of the environments file, which may not exist."""
     folder = os.environ.get("CORTEX_CLI_CONFIG_DIR") or _user_folder()
     return Path(folder).expanduser() / "environments.json"
 
 
 def in_task() -> bool:
-    """Whether this is a process of a job: it runs in the user's environment, which need not have what this
-    package depends on."""
+    """Whether this process belongs to a job.
+
+    A job runs in the user's environment, which may lack the dependencies of this package.
+    """
     return "CORTEX_JOB_ID" in os.environ
 
 
 def load() -> Environments:
-    """What is configured; empty when nothing was yet."""
+    """Read the environments file; without a file, there are no environments.
+
+    Raises:
+        CortexError: the file cannot be read.
+    """
     file = path()
     try:
         text = file.read_text("utf-8")
@@ -90,8 +102,16 @@ def load() -> Environments:
 
 
 def resolve(name: str | None) -> Environment:
-    """The environment that a command means: the named one, else the operator of
-    $CORTEX_OPERATOR_ENDPOINT, else the default one."""
+    """The environment to use.
+
+    Args:
+        name: the environment's name; by default the operator of $CORTEX_OPERATOR_ENDPOINT, or else
+            the default environment.
+
+    Raises:
+        UnknownEnvironment: there is no such environment, or no default.
+        CortexError: $CORTEX_OPERATOR_ENDPOINT is invalid, or the file cannot be read.
+    """
     environments = load()
     endpoint = os.environ.get("CORTEX_OPERATOR_ENDPOINT")
     if name is None and endpoint:
@@ -99,8 +119,8 @@ def resolve(name: str | None) -> Environment:
             endpoint = checked_endpoint(endpoint)
         except InvalidRequest as error:
             raise InvalidRequest(f"$CORTEX_OPERATOR_ENDPOINT: {error.message}") from error
-        same = (e for e in environments.all if e.operator_endpoint == endpoint)
-        return next(same, Environment("", endpoint))
+        matches = (e for e in environments.all if e.operator_endpoint == endpoint)
+        return next(matches, Environment("", endpoint))
     if not environments.all and name in (None, LOCAL.name):
         return LOCAL
     if name is not None:
@@ -109,34 +129,49 @@ def resolve(name: str | None) -> Environment:
         known = ", ".join(e.name for e in environments.all)
         raise UnknownEnvironment(
             f"no environment is the default (configured: {known}); "
-            "name one with --env, or choose with `cortex env default NAME`"
+            "choose one with --env NAME, or set the default with `cortex env default NAME`"
         )
     return environments.named(environments.default)
 
 
 def token_of(environment: Environment) -> str | None:
-    """The token to send to it: $CORTEX_TOKEN goes before its own."""
+    """The token to send to an environment. $CORTEX_TOKEN overrides the stored token."""
     return os.environ.get("CORTEX_TOKEN") or environment.token
 
 
 def configure(name: str, operator_endpoint: str, token: str | None = None) -> Environment:
-    """Add an environment, or point it elsewhere. The first one becomes the default. A token that was
-    stored is kept only for the endpoint that it was given for."""
+    """Add or change an environment. The first environment becomes the default.
+
+    Args:
+        name: the environment's name.
+        operator_endpoint: the operator's URL.
+        token: without it, the stored token stays if the URL is the same. It is never sent to
+            another host.
+
+    Raises:
+        InvalidRequest: the name, the URL or the token is invalid.
+        CortexError: the file cannot be read or written.
+    """
     _check_name(name)
     endpoint = checked_endpoint(operator_endpoint)
-    before = load()
+    current = load()
     if token is None:
-        kept = (e.token for e in before.all if (e.name, e.operator_endpoint) == (name, endpoint))
-        token = next(kept, None)
+        stored = (e.token for e in current.all if (e.name, e.operator_endpoint) == (name, endpoint))
+        token = next(stored, None)
     environment = Environment(name, endpoint, None if token is None else checked_token(token))
-    others = tuple(e for e in before.all if e.name != name)
-    default = before.default if others or before.default else name
+    others = tuple(e for e in current.all if e.name != name)
+    default = current.default if others or current.default else name
     _save(Environments(default, (*others, environment)))
     return environment
 
 
 def set_default(name: str) -> Environment:
-    """Make an environment the one that commands mean when they name none."""
+    """Make an environment the default.
+
+    Raises:
+        UnknownEnvironment: there is no such environment.
+        CortexError: the file cannot be read or written.
+    """
     environments = load()
     environment = environments.named(name)
     _save(replace(environments, default=name))
@@ -144,23 +179,30 @@ def set_default(name: str) -> Environment:
 
 
 def rename(name: str, new_name: str) -> None:
-    """Give an environment another name.
+    """Rename an environment.
 
     Raises:
-        InvalidRequest: the new name is none, or another environment's.
+        UnknownEnvironment: there is no environment `name`.
+        InvalidRequest: the new name is invalid, or another environment has it.
+        CortexError: the file cannot be read or written.
     """
     environments = load()
     environments.named(name)
     _check_name(new_name)
     if new_name != name and any(e.name == new_name for e in environments.all):
-        raise InvalidRequest(f"there is an environment {new_name!r} already; delete it first")
+        raise InvalidRequest(f"an environment {new_name!r} already exists; delete it first")
     default = new_name if environments.default == name else environments.default
     renamed = (replace(e, name=new_name) if e.name == name else e for e in environments.all)
     _save(Environments(default, tuple(renamed)))
 
 
 def delete(name: str) -> None:
-    """Forget an environment; when it was the default, no other takes its place."""
+    """Remove an environment. After the default environment is removed, there is no default.
+
+    Raises:
+        UnknownEnvironment: there is no such environment.
+        CortexError: the file cannot be read or written.
+    """
     environments = load()
     environments.named(name)
     default = None if environments.default == name else environments.default
@@ -168,21 +210,30 @@ def delete(name: str) -> None:
 
 
 def checked_endpoint(url: str) -> str:
-    """An operator's URL without its last slash; InvalidRequest when it is none."""
+    """An operator's URL, without a trailing slash.
+
+    Raises:
+        InvalidRequest: the URL is invalid. The message does not show a password in it.
+    """
     problem = _endpoint_problem(url)
     if problem:
-        shown = re.sub("(?<=//).*@", "***@", url)  # a password
+        shown = re.sub("(?<=//).*@", "***@", url)  # without a password
         raise InvalidRequest(
-            f"{shown!r} is no operator endpoint: {problem}; it looks like {LOCAL.operator_endpoint}"
+            f"{shown!r} is not an operator's URL: {problem}; write it as in "
+            f"{LOCAL.operator_endpoint}"
         )
     return url.rstrip("/")
 
 
 def checked_token(token: str) -> str:
-    """A token that can be sent; InvalidRequest when it cannot, without showing it."""
+    """A token that can be sent in a header.
+
+    Raises:
+        InvalidRequest: the token cannot be sent. The message does not show it.
+    """
     if not _TOKEN.fullmatch(token):
         raise InvalidRequest(
-            "that is no token: it has letters, digits and signs of ASCII, and no spaces"
+            "the token is invalid; a token has 1 to 512 printable ASCII characters, without spaces"
         )
     return token
 
@@ -190,7 +241,7 @@ def checked_token(token: str) -> str:
 def _user_folder() -> str:
     try:
         from platformdirs import user_config_dir
-    except ModuleNotFoundError:  # in a task, which runs where platformdirs would say this
+    except ModuleNotFoundError:  # in a task, which runs on Linux: platformdirs' folder there
         return f"{os.environ.get('XDG_CONFIG_HOME') or '~/.config'}/cortex"
     return user_config_dir("cortex")
 
@@ -198,8 +249,8 @@ def _user_folder() -> str:
 def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise InvalidRequest(
-            f"{name!r} is no name for an environment: "
-            "letters, digits, '.', '_' and '-' are allowed, starting with a letter or digit"
+            f"{name!r} is not a valid name for an environment; use letters, digits, '.', '_' and "
+            "'-', starting with a letter or digit"
         )
 
 
@@ -212,9 +263,9 @@ def _endpoint_problem(url: str) -> str | None:
     if parts.scheme not in ("http", "https") or "://" not in url:
         return "it must start with http:// or https://"
     if not host or re.search(r"\s", url):
-        return "it names no host"
+        return "it has no host"
     if parts.query or parts.fragment or parts.username is not None:
-        return "a user, a query or a fragment has no place in it"
+        return "it must not have a user, a query or a fragment"
     return None
 
 
@@ -244,10 +295,10 @@ def _save(environments: Environments) -> None:
     content = environments.as_json()
     entries = [
         {**entry, **({"token": e.token} if e.token else {})}
-        for e, entry in zip(environments.all, content["environments"])  # noqa: B905  # made of them
+        for e, entry in zip(environments.all, content["environments"])  # noqa: B905  # equal lengths
     ]
-    # The file is made anew for its owner alone, as it may hold tokens. A link, as keepers of dot-files
-    # make it, stays one: what it points to is replaced.
+    # NamedTemporaryFile makes a file that only its owner can read, as it may hold tokens. A
+    # symbolic link, which dotfile managers make, stays one: its target is replaced.
     file = path().resolve()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

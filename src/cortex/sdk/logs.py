@@ -1,4 +1,4 @@
-"""Following a job's log: Server-Sent Events, taken up again where they broke off."""
+"""Follows a job's log over Server-Sent Events, and reconnects after the last event received."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     Connect = Callable[[str | None], AbstractContextManager[Iterable[bytes]]]
     AsyncConnect = Callable[[str | None], AbstractAsyncContextManager[AsyncIterable[bytes]]]
 
-# An operator that restarts is back within these; their sum is how long one may be away.
-PAUSES_S = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0)
+# Long enough for an operator's restart. The sum is the longest outage that a stream survives.
+RECONNECT_DELAYS_S = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0)
 
 
 @dataclass(frozen=True)
 class Event:
-    """One event; a comment, which keeps the connection alive, is an event named `:`."""
+    """One event. A comment, which keeps the connection alive, is an event named `:`."""
 
     name: str
     id: str
@@ -37,56 +37,61 @@ class Event:
 
 
 def follow(connect: Connect, *, pause: Callable[[float], None] = time.sleep) -> Iterator[str]:
-    """The log's text from its beginning, as it is written, until the job has ended.
+    """The log's text from its beginning, as the job writes it, until the job has ended.
 
-    `connect` opens the stream after a given event. Until it has worked once, its failure is final;
-    from then on the stream is resumed after the last event that arrived.
+    Args:
+        connect: opens the stream after the event of the given id; None is from the beginning.
+        pause: waits for a number of seconds.
+
+    Raises:
+        CortexError: the first connection failed; or a later one did, with a permanent error or for
+            longer than all of `RECONNECT_DELAYS_S`.
     """
-    log = _Followed()
+    log = _LogCursor()
     while True:
         try:
             with connect(log.last_id) as chunks:
-                log.begin()
+                log.start_stream()
                 for chunk in chunks:
-                    yield from log.read(chunk)
+                    yield from log.parse(chunk)
                     if log.has_ended:
                         return
-            broken = None
+            failure = None
         except CortexError as error:
-            broken = error
-        pause(log.pause_s(broken))
+            failure = error
+        pause(log.reconnect_delay_s(failure))
 
 
 async def follow_async(
     connect: AsyncConnect, *, pause: Callable[[float], Awaitable[None]]
 ) -> AsyncGenerator[str, None]:
-    """As `follow`, with asyncio's way to pause, which nobody else is to load."""
-    log = _Followed()
+    """`follow` for asyncio. The caller passes `pause`: this module must not load asyncio."""
+    log = _LogCursor()
     while True:
         try:
             async with connect(log.last_id) as chunks:
-                log.begin()
+                log.start_stream()
                 async for chunk in chunks:
-                    for text in log.read(chunk):
+                    for text in log.parse(chunk):
                         yield text
                     if log.has_ended:
                         return
-            broken = None
+            failure = None
         except CortexError as error:
-            broken = error
-        await pause(log.pause_s(broken))
+            failure = error
+        await pause(log.reconnect_delay_s(failure))
 
 
 class Parser:
-    """The events in a stream of bytes. One that the stream breaks off within is dropped."""
+    """The events in a stream of bytes. An event that the end of the stream cuts off is dropped."""
 
     def __init__(self) -> None:
         self._rest = b""
         self._name, self._id, self._data = "message", "", list[str]()
 
     def events(self, chunk: bytes) -> Iterator[Event]:
-        """Those that these bytes complete."""
-        # Not `str.splitlines`: it would split data at U+2028 and its like, which end no line here.
+        """The events that a chunk of the stream completes."""
+        # `str.splitlines` would also split at U+2028 and other characters that may occur in data.
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         for line in lines:
             event = self._event(line.removesuffix(b"\r").decode("utf-8", "replace"))
@@ -95,9 +100,9 @@ class Parser:
 
     def _event(self, line: str) -> Event | None:
         if not line:
-            whole = Event(self._name, self._id, "\n".join(self._data)) if self._data else None
+            event = Event(self._name, self._id, "\n".join(self._data)) if self._data else None
             self._name, self._data = "message", []
-            return whole
+            return event
         field, _, value = line.partition(":")
         value = value.removeprefix(" ")
         if field == "":
@@ -111,26 +116,26 @@ class Parser:
         return None
 
 
-class _Followed:
-    """How far a log was read, and for how long its stream is sought again."""
+class _LogCursor:
+    """The position in a log that is followed, and the delays left until its stream is given up."""
 
     def __init__(self) -> None:
         self.last_id: str | None = None
         self.has_ended = False
         self._parser = Parser()
-        self._has_begun = False
-        self._pauses: Iterator[float] = iter(())
+        self._was_connected = False
+        self._delays: Iterator[float] = iter(())
 
-    def begin(self) -> None:
-        """A stream begins, after `last_id`."""
-        if not self._has_begun:
-            self._has_begun, self._pauses = True, iter(PAUSES_S)
+    def start_stream(self) -> None:
+        """Note a new connection, whose stream begins after `last_id`."""
+        if not self._was_connected:
+            self._was_connected, self._delays = True, iter(RECONNECT_DELAYS_S)
         self._parser = Parser()
 
-    def read(self, chunk: bytes) -> Iterator[str]:
-        """The text in these bytes of the stream."""
+    def parse(self, chunk: bytes) -> Iterator[str]:
+        """The log's text in a chunk of the stream."""
         for event in self._parser.events(chunk):
-            self._pauses = iter(PAUSES_S)
+            self._delays = iter(RECONNECT_DELAYS_S)
             if event.name == "end":
                 self.has_ended = True
                 return
@@ -138,15 +143,19 @@ class _Followed:
                 self.last_id = event.id
                 yield json.loads(event.data)
 
-    def pause_s(self, broken: CortexError | None) -> float:
-        """The time until the stream is sought again, after it ended or an error broke it.
+    def reconnect_delay_s(self, failure: CortexError | None) -> float:
+        """The delay before the next connection.
+
+        Args:
+            failure: the error that broke the stream; None where the stream ended before the log
+                did.
 
         Raises:
-            CortexError: it is not: the error will not pass, or the operator was away for too long.
+            CortexError: the failure is permanent, or no delay is left.
         """
-        if broken is None:
-            broken = OperatorUnreachable("the stream of the job's log broke off")
-        pause_s = next(self._pauses, None)
-        if broken.http_status < 500 or pause_s is None:
-            raise broken
-        return pause_s
+        if failure is None:
+            failure = OperatorUnreachable("the stream of the job's log ended before the job did")
+        delay_s = next(self._delays, None)
+        if failure.http_status < 500 or delay_s is None:
+            raise failure
+        return delay_s

@@ -1,4 +1,4 @@
-"""Connections of httpx to one operator: what both transports over httpx share."""
+"""The settings, requests and errors of an httpx pool, for `transport` and `transport_async`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TypedDict
 
 import httpx
 
-from cortex.sdk.certificates import trusted, unused
-from cortex.sdk.endpoint import CONNECT_S, Answer, Endpoint
+from cortex.sdk.certificates import empty_context, environment_context
+from cortex.sdk.endpoint import CONNECT_TIMEOUT_S, Endpoint, ResponseHead
 from cortex.sdk.exchange import Request
 
 
 class Settings(TypedDict):
-    """Those of a pool of connections, which `httpx.Client` and `httpx.AsyncClient` take."""
+    """Arguments that `httpx.Client` and `httpx.AsyncClient` share."""
 
     base_url: str
     headers: dict[str, str]
@@ -26,32 +26,33 @@ class Settings(TypedDict):
 
 
 def settings(endpoint: Endpoint) -> Settings:
-    """How connections to it are made.
+    """The settings of a pool of connections to an operator.
 
     Raises:
         CortexError: the certificates that the environment names cannot be read.
     """
     urls = [endpoint.url, *([endpoint.proxy.url] if endpoint.proxy else [])]
     is_encrypted = any(url.lower().startswith("https:") for url in urls)
-    authorities = trusted() if is_encrypted else unused()
-    verify = authorities or httpx.create_ssl_context(trust_env=False)
+    context = environment_context() if is_encrypted else empty_context()
+    verify = context or httpx.create_ssl_context(trust_env=False)
     return {
         "base_url": endpoint.url,
         "headers": endpoint.headers,
-        # The environment's proxies and certificates are read here: httpx raises what is no CortexError.
+        # `proxies` and `certificates` read the environment: httpx would raise errors of its own.
         "trust_env": False,
         "proxy": _proxy(endpoint, verify),
         "verify": verify,
-        # Kept shorter than a server's own (uvicorn: 5 s), else a request can meet a closing connection.
-        # As many as are asked for: who waits for one here may wait behind those that wait for jobs.
+        # Shorter than a server's keep-alive (uvicorn: 5 s): the server must not close a connection
+        # that the pool is about to use. Connections are unlimited: a request that waited for a free
+        # one could wait behind requests that wait for jobs.
         "limits": httpx.Limits(
             max_connections=None, max_keepalive_connections=20, keepalive_expiry=2.0
         ),
     }
 
 
-def built(request: Request, pool: httpx.Client | httpx.AsyncClient) -> httpx.Request:
-    """A request as it is sent over a pool of connections."""
+def build(request: Request, pool: httpx.Client | httpx.AsyncClient) -> httpx.Request:
+    """The request as httpx sends it."""
     return pool.build_request(
         request.method,
         request.path,
@@ -60,13 +61,13 @@ def built(request: Request, pool: httpx.Client | httpx.AsyncClient) -> httpx.Req
         content=request.content,
         data=request.data,
         files=request.files,
-        timeout=httpx.Timeout(request.answer_s, connect=CONNECT_S),
+        timeout=httpx.Timeout(request.response_timeout_s, connect=CONNECT_TIMEOUT_S),
     )
 
 
-def answer(response: httpx.Response) -> Answer:
-    """What a response says before its body."""
-    return Answer(
+def head_of(response: httpx.Response) -> ResponseHead:
+    """The response without its body."""
+    return ResponseHead(
         str(response.request.url),
         response.status_code,
         response.reason_phrase,
@@ -75,31 +76,37 @@ def answer(response: httpx.Response) -> Answer:
 
 
 @contextmanager
-def reporting(endpoint: Endpoint, answer_s: float) -> Iterator[None]:
-    """Raise what a connection says as an error of this tree."""
+def translated_errors(endpoint: Endpoint, timeout_s: float) -> Iterator[None]:
+    """Raise the errors of httpx as a CortexError.
+
+    Args:
+        endpoint: the operator's.
+        timeout_s: the response timeout of the request, for the message.
+    """
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
-        raise endpoint.unreachable(str(error)) from error
+        raise endpoint.not_connected(str(error)) from error
     except httpx.TimeoutException as error:
-        raise endpoint.unanswered(answer_s) from error
+        raise endpoint.timed_out(timeout_s) from error
     except httpx.TransportError as error:
-        raise endpoint.broken(str(error) or type(error).__name__) from error
+        raise endpoint.disconnected(str(error) or type(error).__name__) from error
     except Exception as error:
-        # What a proxy answers that speaks no SOCKS. To import its class takes longer than a request.
+        # socksio raises it for a response that is not SOCKS, and httpx lets it through. Importing
+        # its class takes longer than a request.
         if type(error).__module__ != "socksio.exceptions":
             raise
-        raise endpoint.unreachable(f"the proxy speaks no SOCKS: {error}") from error
+        raise endpoint.not_connected(f"the proxy does not speak SOCKS: {error}") from error
     else:
-        endpoint.answered()
+        endpoint.mark_reached()
 
 
 def _proxy(endpoint: Endpoint, verify: ssl.SSLContext) -> httpx.Proxy | None:
-    found = endpoint.proxy
-    if found is None:
+    proxy = endpoint.proxy
+    if proxy is None:
         return None
-    # An empty password is one that the proxy is sent.
-    user = None if found.username is None else (found.username, found.password or "")
+    # A user without a password has an empty one, which httpx sends.
+    user = None if proxy.username is None else (proxy.username, proxy.password or "")
     return httpx.Proxy(
-        found.url, auth=user, ssl_context=verify if found.scheme == "https" else None
+        proxy.url, auth=user, ssl_context=verify if proxy.scheme == "https" else None
     )

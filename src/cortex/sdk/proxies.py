@@ -1,4 +1,4 @@
-"""The proxy that the environment names for an operator's URL, as curl, requests and Go's programs find it.
+"""The environment's proxy for an operator's URL, by the rules of curl, requests and Go.
 
 Standard library alone: a task's client uses it in the user's environment.
 """
@@ -20,7 +20,7 @@ _DEFAULT_PORTS = {"http": 80, "https": 443, "socks5": 1080, "socks5h": 1080}
 
 @dataclass(frozen=True)
 class Proxy:
-    """A proxy, and the user that it knows."""
+    """A proxy, with the credentials to send to it."""
 
     scheme: str
     host: str
@@ -30,48 +30,47 @@ class Proxy:
 
     @property
     def url(self) -> str:
-        """Its URL, without the user."""
+        """The proxy's URL, without the credentials."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.scheme}://{host}:{self.port}"
 
 
 def proxy_of(url: str) -> Proxy | None:
-    """The proxy through which a URL is reached, or None: it is reached without.
+    """The proxy to use for a URL; None for a direct connection.
 
     Raises:
-        CortexError: what the environment holds is no proxy.
+        CortexError: the environment names an invalid proxy.
     """
     parts = urlsplit(url)
     host = (parts.hostname or "").rstrip(".")
     if is_this_machine(host):
         return None
-    found = {name: value.strip() for name, value in getproxies().items()}
-    kind = next((kind for kind in (parts.scheme, "all") if found.get(kind)), None)
+    values = {name: value.strip() for name, value in getproxies().items()}
+    kind = next((kind for kind in (parts.scheme, "all") if values.get(kind)), None)
     port = parts.port or _DEFAULT_PORTS[parts.scheme]
-    if kind is None or _is_exempt(host, port, found.get("no", "")):
+    if kind is None or _is_exempt(host, port, values.get("no", "")):
         return None
-    return _parsed(found[kind], kind)
+    return _parse_proxy(values[kind], kind)
 
 
 def is_this_machine(host: str) -> bool:
-    """Whether a host is this machine, which is never reached through a proxy."""
+    """Whether a host is this machine, which no proxy can reach."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     address = _address(host)
-    # To connect to an address that stands for all of a machine's own reaches this machine.
+    # A connection to 0.0.0.0 or [::] reaches this machine.
     return address is not None and (address.is_loopback or address.is_unspecified)
 
 
 def _is_exempt(host: str, port: int, no_proxy: str) -> bool:
-    if not getproxies_environment() and proxy_bypass(
-        host
-    ):  # the system's own, on macOS and Windows
+    # Without variables, macOS and Windows have exemptions of their own.
+    if not getproxies_environment() and proxy_bypass(host):
         return True
-    return any(_names(entry, host, port) for entry in re.split(r"[,\s]+", no_proxy.lower()))
+    return any(_matches(entry, host, port) for entry in re.split(r"[,\s]+", no_proxy.lower()))
 
 
-def _names(entry: str, host: str, port: int) -> bool:
-    """Whether an entry of NO_PROXY names a host: its name or address, a domain, a network, or *."""
+def _matches(entry: str, host: str, port: int) -> bool:
+    """Whether an entry of NO_PROXY (a name, address, domain, network, or *) covers a host."""
     if entry in ("", "*"):
         return entry == "*"
     address = _address(host)
@@ -92,11 +91,11 @@ def _names(entry: str, host: str, port: int) -> bool:
 
 
 def _host_and_port(entry: str) -> tuple[str, int | None]:
-    if _address(entry) is not None:  # of IPv6, without brackets and a port
+    if _address(entry) is not None:  # an IPv6 address has no brackets here, and no port
         return entry, None
-    found = re.fullmatch(r"\[?(.*?)\]?(?::(\d{1,5}))?", entry)
-    assert found is not None  # it matches everything that is one line
-    return found[1], int(found[2]) if found[2] else None
+    match = re.fullmatch(r"\[?(.*?)\]?(?::(\d{1,5}))?", entry)
+    assert match is not None  # the pattern matches every text of one line
+    return match[1], int(match[2]) if match[2] else None
 
 
 def _address(host: str) -> IPv4Address | IPv6Address | None:
@@ -106,16 +105,18 @@ def _address(host: str) -> IPv4Address | IPv6Address | None:
         return None
 
 
-def _parsed(value: str, kind: str) -> Proxy:
+def _parse_proxy(value: str, kind: str) -> Proxy:
     try:
         parts = urlsplit(value if "://" in value else f"http://{value}")
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise _mistake(value, kind, str(error)) from error
+        raise _invalid_proxy(value, kind, str(error)) from error
     if parts.scheme not in _SCHEMES:
-        raise _mistake(value, kind, f"{parts.scheme}:// is not known; {', '.join(_SCHEMES)} are")
+        raise _invalid_proxy(
+            value, kind, f"{parts.scheme}:// is not supported; use {', '.join(_SCHEMES)}"
+        )
     if not host or re.search(r"\s", value):
-        raise _mistake(value, kind, "it names no host")
+        raise _invalid_proxy(value, kind, "it has no host")
     return Proxy(
         parts.scheme,
         host,
@@ -125,11 +126,11 @@ def _parsed(value: str, kind: str) -> Proxy:
     )
 
 
-def _mistake(value: str, kind: str, why: str) -> CortexError:
-    # What stands before the @ is a password.
+def _invalid_proxy(value: str, kind: str, why: str) -> CortexError:
+    # The part before the @ has the password.
     shown = value.rpartition("@")[2]
     return CortexError(
-        f"the proxy {shown!r} that {_variable(kind)} names cannot be used: {why}. Correct it, as in "
+        f"{_variable(kind)} names an invalid proxy {shown!r}: {why}. Write it as in "
         "http://proxy.lan:3128, or list the operator's host in NO_PROXY",
         kind="client.proxy",
     )

@@ -1,6 +1,8 @@
-"""Whether a call is a statement. Cortex's client printed a log where it was called, and returned nothing:
-`client.stream_job_logs(api, job)`. Here the same call returns the log's text, to iterate over, and a caller
-that drops it has asked for the former.
+"""Recognizes a call whose result is dropped.
+
+In Cortex's own client, `client.stream_job_logs(api, job)` printed the log and returned nothing.
+Here the call returns the log's text, to iterate over. A caller that drops the result expects the
+former.
 """
 
 from __future__ import annotations
@@ -13,13 +15,20 @@ if TYPE_CHECKING:
 
 
 def is_statement(caller: FrameType) -> bool:
-    """Whether a frame drops the result of the call that it makes now, or leaves it to an interactive
-    interpreter to show."""
+    """Whether the call in progress is a statement of its own.
+
+    Args:
+        caller: the frame that makes the call.
+
+    Returns:
+        Whether the frame drops the result, or passes it to the display of an interactive
+        interpreter.
+    """
     instructions = dis.get_instructions(caller.f_code)
     following = next((each for each in instructions if each.offset > caller.f_lasti), None)
     if following is None:
         return False
     return following.opname in ("POP_TOP", "PRINT_EXPR") or (
-        # Python 3.12 and later
+        # since Python 3.12
         following.opname == "CALL_INTRINSIC_1" and following.argrepr == "INTRINSIC_PRINT"
     )

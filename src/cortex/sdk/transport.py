@@ -1,6 +1,6 @@
-"""Exchanges with one operator over HTTP, and streams from it, the blocking way. `transport_async` is asyncio's.
+"""Runs exchanges and opens streams over HTTP with httpx, blocking. `transport_async` is its twin.
 
-Used by `sync` alone. All that is raised is a CortexError.
+`sync` uses it. Every failure is raised as a CortexError.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import httpx
 from cortex.errors import CortexError
 from cortex.sdk import pool
 from cortex.sdk.endpoint import Endpoint
-from cortex.sdk.exchange import Course, Pause, Request, T
+from cortex.sdk.exchange import Pause, Request, RunningExchange, T
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -32,32 +32,43 @@ class Transport:
         self.close = self._pool.close
 
     def run(self, exchange: Exchange[T]) -> T:
-        """Carry out an exchange; its result."""
-        course = Course(exchange)
-        while course.asked is not None:
-            course.go_on(self._done(course.asked))
-        return course.result
+        """Run an exchange.
+
+        Returns:
+            The exchange's result.
+
+        Raises:
+            CortexError: the exchange has failed.
+        """
+        running = RunningExchange(exchange)
+        while running.step is not None:
+            running.resume(self._outcome_of(running.step))
+        return running.result
 
     @contextmanager
     def stream(self, request: Request, media_type: str) -> Iterator[httpx.Response]:
-        """An answer of this type whose body is still to be read."""
+        """Send a request, and leave the body of its response to the caller.
+
+        Raises:
+            CortexError: the request failed, or the response has another content type.
+        """
         with (
-            pool.reporting(self._endpoint, request.answer_s),
-            closing(self._pool.send(pool.built(request, self._pool), stream=True)) as response,
+            pool.translated_errors(self._endpoint, request.response_timeout_s),
+            closing(self._pool.send(pool.build(request, self._pool), stream=True)) as response,
         ):
             if not response.is_success:
                 response.read()
-                raise self._endpoint.error(pool.answer(response), response.content)
-            self._endpoint.check_type(pool.answer(response), media_type)
+                raise self._endpoint.error_of(pool.head_of(response), response.content)
+            self._endpoint.check_content_type(pool.head_of(response), media_type)
             yield response
 
-    def _done(self, asked: Request | Pause) -> JsonValue | CortexError:
-        if isinstance(asked, Pause):
-            sleep(asked.seconds)
+    def _outcome_of(self, step: Request | Pause) -> JsonValue | CortexError:
+        if isinstance(step, Pause):
+            sleep(step.seconds)
             return None
         try:
-            with pool.reporting(self._endpoint, asked.answer_s):
-                response = self._pool.send(pool.built(asked, self._pool))
-            return self._endpoint.json(pool.answer(response), response.content)
+            with pool.translated_errors(self._endpoint, step.response_timeout_s):
+                response = self._pool.send(pool.build(step, self._pool))
+            return self._endpoint.parse_json(pool.head_of(response), response.content)
         except CortexError as error:
             return error

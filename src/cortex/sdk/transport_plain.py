@@ -1,7 +1,7 @@
-"""Exchanges with one operator over HTTP, and streams from it, by the standard library alone: for clients in
-tasks, which run in the user's environment, where httpx need not be. All that is raised is a CortexError.
+"""Runs exchanges and opens streams over HTTP with the standard library alone.
 
-Each request has a connection of its own.
+A client in a task uses it: a task runs in the user's environment, which may lack httpx. Each
+request has a connection of its own. Every failure is raised as a CortexError.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlencode, urlsplit
 
 from cortex.errors import CortexError
-from cortex.sdk.certificates import trusted
-from cortex.sdk.endpoint import CONNECT_S, Answer, Endpoint
-from cortex.sdk.exchange import Course, Pause, Request, T
+from cortex.sdk.certificates import environment_context
+from cortex.sdk.endpoint import CONNECT_TIMEOUT_S, Endpoint, ResponseHead
+from cortex.sdk.exchange import Pause, Request, RunningExchange, T
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -39,83 +39,100 @@ class PlainTransport:
     def __init__(self, endpoint: Endpoint) -> None:
         if endpoint.proxy is not None and endpoint.proxy.scheme != "http":
             raise CortexError(
-                f"the proxy {endpoint.proxy.url} cannot be used in a task: http:// proxies can. List the "
-                "operator's host in NO_PROXY, or name another proxy",
+                f"the proxy {endpoint.proxy.url} cannot be used in a task; use an http:// proxy, or "
+                "list the operator's host in NO_PROXY",
                 kind="client.proxy",
             )
         self._endpoint = endpoint
         self._url = urlsplit(endpoint.url)
         self._context = (
-            (trusted() or ssl.create_default_context()) if self._url.scheme == "https" else None
+            (environment_context() or ssl.create_default_context())
+            if self._url.scheme == "https"
+            else None
         )
 
     def close(self) -> None:
-        """Nothing is kept open."""
+        """Do nothing: no connection stays open between requests."""
 
     def run(self, exchange: Exchange[T]) -> T:
-        """Carry out an exchange; its result."""
-        course = Course(exchange)
-        while course.asked is not None:
-            course.go_on(self._done(course.asked))
-        return course.result
+        """Run an exchange.
+
+        Returns:
+            The exchange's result.
+
+        Raises:
+            CortexError: the exchange has failed.
+        """
+        running = RunningExchange(exchange)
+        while running.step is not None:
+            running.resume(self._outcome_of(running.step))
+        return running.result
 
     @contextmanager
     def stream(self, request: Request, media_type: str) -> Iterator[PlainStream]:
-        """An answer of this type whose body is still to be read."""
-        with closing(self._connection()) as connection, self._reporting(request.answer_s):
-            answer, response = self._sent(connection, request)
+        """Send a request, and leave the body of its response to the caller.
+
+        Raises:
+            CortexError: the request failed, or the response has another content type.
+        """
+        timeout_s = request.response_timeout_s
+        with closing(self._connect()) as connection, self._translated_errors(timeout_s):
+            head, response = self._send(connection, request)
             with closing(response):
-                if not answer.is_success:
-                    raise self._endpoint.error(answer, response.read())
-                self._endpoint.check_type(answer, media_type)
+                if not head.is_success:
+                    raise self._endpoint.error_of(head, response.read())
+                self._endpoint.check_content_type(head, media_type)
                 yield PlainStream(response)
 
-    def _done(self, asked: Request | Pause) -> JsonValue | CortexError:
-        if isinstance(asked, Pause):
-            sleep(asked.seconds)
+    def _outcome_of(self, step: Request | Pause) -> JsonValue | CortexError:
+        if isinstance(step, Pause):
+            sleep(step.seconds)
             return None
         try:
-            with closing(self._connection()) as connection:
-                with self._reporting(asked.answer_s):
-                    answer, response = self._sent(connection, asked)
-                    with closing(response):  # a connection that ends with its answer does not do so
+            with closing(self._connect()) as connection:
+                with self._translated_errors(step.response_timeout_s):
+                    head, response = self._send(connection, step)
+                    # Closing the connection does not close a response that ends with it.
+                    with closing(response):
                         body = response.read()
-                return self._endpoint.json(answer, body)
+                return self._endpoint.parse_json(head, body)
         except CortexError as error:
             return error
 
-    def _connection(self) -> http.client.HTTPConnection:
-        """A connection to the operator, or to the proxy on the way there.
+    def _connect(self) -> http.client.HTTPConnection:
+        """Connect to the operator, or to its proxy.
 
         Raises:
-            CortexError: nothing answers there.
+            CortexError: the connection was not established.
         """
         proxy, host, port = self._endpoint.proxy, self._url.hostname or "", self._url.port
-        to = (host, port) if proxy is None else (proxy.host, proxy.port)
+        address = (host, port) if proxy is None else (proxy.host, proxy.port)
+        tunnel_responses: list[http.client.HTTPResponse] = []
         connection: http.client.HTTPConnection
         if self._context is None:
-            connection = http.client.HTTPConnection(*to, timeout=CONNECT_S)
+            connection = http.client.HTTPConnection(*address, timeout=CONNECT_TIMEOUT_S)
         else:
-            connection = http.client.HTTPSConnection(*to, timeout=CONNECT_S, context=self._context)
+            connection = http.client.HTTPSConnection(
+                *address, timeout=CONNECT_TIMEOUT_S, context=self._context
+            )
             if proxy is not None:
                 connection.set_tunnel(host, port, headers=self._proxy_headers())
-        refusals: list[http.client.HTTPResponse] = []
-        if proxy is not None:
-            connection.response_class = _collected(refusals)  # type: ignore[assignment]  # it makes one
+                recorded = _recorded_responses(tunnel_responses)
+                connection.response_class = recorded  # type: ignore[assignment]  # a factory
         try:
             connection.connect()
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            for (
-                refusal
-            ) in refusals:  # before 3.12 the answer of a proxy that refuses a tunnel stays open
-                refusal.close()
-            raise self._endpoint.unreachable(str(error)) from error
+            # Before Python 3.12, http.client does not close the response of a proxy that refuses
+            # a tunnel, and the response keeps the socket open.
+            for response in tunnel_responses:
+                response.close()
+            raise self._endpoint.not_connected(str(error)) from error
         return connection
 
-    def _sent(
+    def _send(
         self, connection: http.client.HTTPConnection, request: Request
-    ) -> tuple[Answer, http.client.HTTPResponse]:
+    ) -> tuple[ResponseHead, http.client.HTTPResponse]:
         path = f"{self._url.path}{request.path}"
         if request.params:
             path += f"?{urlencode(request.params)}"
@@ -125,40 +142,42 @@ class PlainTransport:
         if self._endpoint.proxy is not None and self._context is None:
             target = url
             headers.update(self._proxy_headers())
-        body, more = _body(request)
-        connection.sock.settimeout(request.answer_s)
-        connection.request(request.method, target, body=body, headers={**headers, **more})
+        body, body_headers = _encode_body(request)
+        headers.update(body_headers)
+        connection.sock.settimeout(request.response_timeout_s)
+        connection.request(request.method, target, body=body, headers=headers)
         response = connection.getresponse()
         media_type = response.headers.get("content-type", "")
-        return Answer(url, response.status, response.reason, media_type), response
+        return ResponseHead(url, response.status, response.reason, media_type), response
 
     def _proxy_headers(self) -> dict[str, str]:
         proxy = self._endpoint.proxy
         if proxy is None or proxy.username is None:
             return {}
-        user = base64.b64encode(f"{proxy.username}:{proxy.password or ''}".encode()).decode()
-        return {"Proxy-Authorization": f"Basic {user}"}
+        credentials = f"{proxy.username}:{proxy.password or ''}"
+        return {"Proxy-Authorization": f"Basic {base64.b64encode(credentials.encode()).decode()}"}
 
     @contextmanager
-    def _reporting(self, answer_s: float) -> Iterator[None]:
+    def _translated_errors(self, timeout_s: float) -> Iterator[None]:
+        """Raise the errors of a connection as a CortexError."""
         try:
             yield
-        except socket.timeout as error:  # noqa: UP041  # which was no TimeoutError before Python 3.10
-            raise self._endpoint.unanswered(answer_s) from error
+        except socket.timeout as error:  # noqa: UP041  # not a TimeoutError before Python 3.10
+            raise self._endpoint.timed_out(timeout_s) from error
         except (OSError, http.client.HTTPException) as error:
-            raise self._endpoint.broken(str(error) or type(error).__name__) from error
+            raise self._endpoint.disconnected(str(error) or type(error).__name__) from error
         else:
-            self._endpoint.answered()
+            self._endpoint.mark_reached()
 
 
 class PlainStream:
-    """The body of an answer, as it arrives."""
+    """The body of a response, read as it arrives."""
 
     def __init__(self, response: http.client.HTTPResponse) -> None:
         self._response = response
 
     def iter_bytes(self) -> Iterator[bytes]:
-        """Its bytes."""
+        """The body's bytes, in chunks."""
         while True:
             chunk = self._response.read1(_CHUNK_BYTES)
             if not chunk:
@@ -166,48 +185,48 @@ class PlainStream:
             yield chunk
 
     def iter_text(self) -> Iterator[str]:
-        """Its text, in UTF-8."""
+        """The body's text, decoded as UTF-8."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for chunk in self.iter_bytes():
             yield decoder.decode(chunk)
         yield decoder.decode(b"", True)
 
 
-def _collected(
-    made: list[http.client.HTTPResponse],
+def _recorded_responses(
+    responses: list[http.client.HTTPResponse],
 ) -> Callable[..., http.client.HTTPResponse]:
-    """What makes answers, and keeps them in this list."""
+    """A factory of responses that appends each of them to the list."""
 
-    def response(*arguments: Any, **named: Any) -> http.client.HTTPResponse:
-        made.append(http.client.HTTPResponse(*arguments, **named))
-        return made[-1]
+    def new_response(*arguments: Any, **named: Any) -> http.client.HTTPResponse:
+        responses.append(http.client.HTTPResponse(*arguments, **named))
+        return responses[-1]
 
-    return response
+    return new_response
 
 
-def _body(request: Request) -> tuple[bytes | Iterable[bytes] | None, dict[str, str]]:
-    """A request's body, and the headers that describe it."""
+def _encode_body(request: Request) -> tuple[bytes | Iterable[bytes] | None, dict[str, str]]:
+    """The body of a request, and the headers that describe it."""
     if request.files is None:
         return request.content, {}
     boundary = uuid.uuid4().hex
     pieces: list[bytes | IO[bytes]] = [
-        _head(boundary, f'name="{name}"') + b"\r\n" + value.encode() + b"\r\n"
+        _part_head(boundary, f'name="{name}"') + b"\r\n" + value.encode() + b"\r\n"
         for name, value in (request.data or {}).items()
     ]
     for name, (filename, content, media_type) in request.files.items():
-        # As browsers write the name of a file.
-        shown = filename.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
-        head = _head(boundary, f'name="{name}"; filename="{shown}"')
+        # The HTML standard's encoding of a file name in multipart/form-data.
+        quoted = filename.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
+        head = _part_head(boundary, f'name="{name}"; filename="{quoted}"')
         pieces += [head + f"Content-Type: {media_type}\r\n\r\n".encode(), content, b"\r\n"]
     pieces.append(f"--{boundary}--\r\n".encode())
     headers = {
         "Content-Type": f"multipart/form-data; boundary={boundary}",
         "Content-Length": str(sum(map(_length, pieces))),
     }
-    return _flow(pieces), headers
+    return _chunks(pieces), headers
 
 
-def _head(boundary: str, disposition: str) -> bytes:
+def _part_head(boundary: str, disposition: str) -> bytes:
     lines = f"--{boundary}\r\nContent-Disposition: form-data; {disposition}\r\n"
     return lines.encode("utf-8", "surrogateescape")
 
@@ -220,7 +239,7 @@ def _length(piece: bytes | IO[bytes]) -> int:
     return end - begin
 
 
-def _flow(pieces: list[bytes | IO[bytes]]) -> Iterator[bytes]:
+def _chunks(pieces: list[bytes | IO[bytes]]) -> Iterator[bytes]:
     for piece in pieces:
         if isinstance(piece, bytes):
             yield piece

@@ -1,4 +1,4 @@
-"""What the client returns: the operator's JSON as it came, with its fields named for type checkers."""
+"""The types of the client's results: the operator's JSON, unchanged, with typed fields."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class SubmittedJob(TypedDict):
-    """A job as its submission answers."""
+    """A job, as the response to its submit."""
 
     job_id: str
     api_name: str
@@ -26,7 +26,7 @@ class SubmittedJob(TypedDict):
 
 
 class JobOutline(TypedDict):
-    """What became of a job so far; all but its config."""
+    """A job's state, without its config."""
 
     job_id: str
     api_name: str
@@ -45,20 +45,23 @@ class JobOutline(TypedDict):
 
 
 class JobStatus(JobOutline):
-    """A job and what became of it so far."""
+    """A job's state and its config."""
 
     config: Json
 
 
 class ListedJob(JobOutline):
-    """A job in a list: a long `config` or `result` is None, and `truncated` names it. `get_job` has all."""
+    """A job in a list. A long `config` or `result` is None, and `truncated` names the field.
+
+    `get_job` returns them complete.
+    """
 
     config: Json | None
     truncated: NotRequired[list[Literal["config", "result"]]]
 
 
 class JobView(TypedDict):
-    """A job, where it is reached, and the version of the API that it runs."""
+    """A job, its URL, and the spec of its API's version."""
 
     job_status: JobStatus
     endpoint: str
@@ -66,7 +69,7 @@ class JobView(TypedDict):
 
 
 class JobPage(TypedDict):
-    """Jobs of an API, newest first; `next_cursor` leads to the next page, and is None on the last."""
+    """A page of an API's jobs, newest first. `next_cursor` is None on the last page."""
 
     job_statuses: list[ListedJob]
     next_cursor: int | None
@@ -80,7 +83,7 @@ class ApiVersion(TypedDict):
 
 
 class ApiView(TypedDict):
-    """A deployed API: jobs in progress come first in `task_job_statuses`, then the most recent."""
+    """A deployed API. `task_job_statuses` has the jobs in progress, then the newest ended jobs."""
 
     spec: Json
     endpoint: str
@@ -91,8 +94,10 @@ class ApiView(TypedDict):
 
 
 class DeployResult(TypedDict):
-    """What a deploy did with one API of its file; `error` is empty when it worked. `message` holds the
-    warnings, each in a line of its own."""
+    """The result of a deploy for one API.
+
+    `error` is empty on success. `message` has each warning on a line of its own.
+    """
 
     api: ApiView | None
     message: str
@@ -101,8 +106,11 @@ class DeployResult(TypedDict):
 
 
 class AuditEntry(TypedDict):
-    """What was done or refused: `by` is a token's name, and of a command on the store the system user;
-    `count` equal refusals are one entry."""
+    """An action or a refused request.
+
+    `by` is the name of a token; for a command that works on the store, it is the system user. Equal
+    refusals make one entry, and `count` is their number.
+    """
 
     time: str
     action: str
@@ -116,14 +124,14 @@ class AuditEntry(TypedDict):
 
 
 class AuditPage(TypedDict):
-    """Entries of the audit, newest first; `next_cursor` leads to the next page, and is None on the last."""
+    """A page of the audit log, newest first. `next_cursor` is None on the last page."""
 
     entries: list[AuditEntry]
     next_cursor: int | None
 
 
 class Message(TypedDict):
-    """What was done, in words."""
+    """A message about what the operator did."""
 
     message: str
 
