@@ -105,7 +105,7 @@ class SimulatedEngine:
 
     async def recover(self, attempt: Attempt) -> None:
         job_id, node = attempt.spec.job_id, json.loads(attempt.handle)["node"]
-        self._nodes.hold(job_id, attempt.version.api.compute, node)
+        self._nodes.reserve_recovered(job_id, attempt.version.api.compute, node)
         self._running[job_id] = Started(job_id, attempt.number, time.time_ns())
 
     def warm(self, version: Version) -> None: ...

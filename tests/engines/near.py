@@ -104,10 +104,10 @@ class NearLink:
         self._near = near
         self.gone = asyncio.Event()
 
-    async def call(self, method: str, *arguments: object, within_s: float) -> object:
+    async def call(self, method: str, *arguments: object, timeout_s: float) -> object:
         if self._near.is_cut_off:
             raise LinkError("cut off")
-        told = await asyncio.wait_for(answer(self._near, method, arguments), within_s)
+        told = await asyncio.wait_for(answer(self._near, method, arguments), timeout_s)
         if told.unreachable is not None:
             raise LinkError(told.unreachable)
         if told.refused is not None:
@@ -129,12 +129,12 @@ class NearBench(Bench):
     def made(self) -> RayEngine:
         engine = RayEngine(self.root, "near:1", NAMESPACE, self.grace_s, str(self.root), self.locks)
 
-        async def joined() -> NearLink:
+        async def open_link() -> NearLink:
             if self.near.is_cut_off:
                 raise LinkError("cut off")
             return NearLink(self.near)
 
-        engine._cluster._joined = joined  # type: ignore[assignment,method-assign]  # instead of Ray
+        engine._cluster._open_link = open_link  # type: ignore[assignment,method-assign]  # instead of Ray
         return engine
 
     @contextlib.asynccontextmanager

@@ -87,7 +87,7 @@ class RayBench(Bench):
     def run(self, scenario: Callable[[Engine], Awaitable[None]]) -> None:
         engine = self.shared.engine
         attempts = engine._attempts
-        attempts._report, attempts._orders._grace_s = self._saw, self.grace_s
+        attempts._report, attempts._calls._grace_s = self._saw, self.grace_s
 
         async def main() -> None:
             await scenario(engine)
@@ -152,7 +152,7 @@ class RayBench(Bench):
     async def taken(self, engine: Engine) -> list[int]:
         """What Ray counts as taken of each node, in thousandths of a core."""
         assert isinstance(engine, RayEngine)
-        states = await engine._cluster.call("look")
+        states = await engine._cluster.call_driver("look")
         assert isinstance(states, tuple)
         return [state.taken.cpu_m for state in states if state.is_alive]
 
@@ -166,12 +166,12 @@ class RayBench(Bench):
         try:
             for name, node_id in zip(names, nodes, strict=True):
                 await link.call(
-                    "take_seat", Reservation(name, node_id, {"CPU": cpus}), 10, within_s=20
+                    "take_seat", Reservation(name, node_id, {"CPU": cpus}), 10, timeout_s=20
                 )
             yield
         finally:
             for name in names:
-                await link.call("let_go", name, within_s=20)
+                await link.call("let_go", name, timeout_s=20)
             await link.close()
 
     @contextlib.contextmanager

@@ -36,7 +36,7 @@ HOLDS_UP = """
 def test_a_job_that_holds_up_its_supervisor_is_ended(
     local_bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, "_LONGEST_S", 0.5)
+    monkeypatch.setattr(guard, "_STOP_TIMEOUT_S", 0.5)
 
     async def scenario(engine: LocalEngine) -> None:
         attempt = local_bench.attempt(HOLDS_UP)

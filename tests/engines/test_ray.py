@@ -115,7 +115,7 @@ def test_what_others_take_of_the_cluster_is_waited_for(ray_bench: RayBench) -> N
 def test_what_ray_does_not_give_is_tried_again_later(
     ray_bench: RayBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calls, "PLACE_S", 0.5)
+    monkeypatch.setattr(calls, "RESERVATION_TIMEOUT_S", 0.5)
 
     async def scenario(engine: Engine) -> None:
         attempt = ray_bench.sleeper()
@@ -124,7 +124,7 @@ def test_what_ray_does_not_give_is_tried_again_later(
             attempt = await ray_bench.begin(engine, attempt)
             never = await ray_bench.last(attempt)
             assert isinstance(never, NeverStarted)
-            assert never.held_up_by == "others took what its node had free"
+            assert never.held_up_by == "others have taken the free capacity of its node"
         ray_bench.go()
         job_id, compute = attempt.spec.job_id, attempt.version.api.compute
         number, last = 1, never
@@ -318,7 +318,7 @@ def test_a_node_of_another_version_says_so(
             await until(lambda: all(node.problem for node in engine.nodes()))
             waits = engine.reserve("job", Compute())
             assert waits is not None
-            assert "install the same on both" in waits
+            assert "install the same version on both" in waits
         finally:
             await engine.close()
 
@@ -337,7 +337,7 @@ def test_a_cluster_that_is_not_there_is_told_at_the_start(tmp_path: Path) -> Non
 def test_a_cluster_that_hangs_is_given_up_after_a_time(
     ray_bench: RayBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_cluster, "JOIN_S", 4)
+    monkeypatch.setattr(ray_cluster, "JOIN_TIMEOUT_S", 4)
 
     async def main() -> None:
         engine = RayEngine(tmp_path / "jobs", ray_bench.shared.cluster.address, "nobody")

@@ -19,7 +19,7 @@ from cortex.engines.base import Ended, Ending, Engine, Lost, NeverStarted, Reach
 from cortex.engines.ray import RayEngine
 from cortex.engines.ray.log_copies import LogCopies
 from cortex.engines.ray.messages import Builds, NodeOrder, Reservation
-from cortex.engines.ray.tracked import taken_up
+from cortex.engines.ray.tracked import TrackedAttempt
 from cortex.ray_node import guard, logs, reservations
 from cortex.worker import processes
 from engines.bench import LIMIT_S, until
@@ -114,7 +114,7 @@ def test_a_node_keeps_to_the_operators_rules_for_builds(
 
     async def scenario(engine: Engine) -> None:
         assert isinstance(engine, RayEngine)
-        engine._attempts._orders._builds = Builds(0.001, frozenset({"NAMED"}))
+        engine._attempts._calls._builds = Builds(0.001, frozenset({"NAMED"}))
         attempt = bench.attempt("def task(config): pass")
         lost = await bench.last(await bench.begin(engine, attempt))
         assert isinstance(lost, Lost)
@@ -293,7 +293,8 @@ def test_an_order_that_was_given_up_while_it_was_built_is_in_no_later_ones_way(
         assert engine.reserve(job_id, api.compute) is None
         attempt = replace(attempt, handle=engine.claim(job_id, 1))
         orders = [
-            taken_up(replace(attempt, number=number)).order(NAMESPACE, 5) for number in (1, 2, 3)
+            TrackedAttempt.of(replace(attempt, number=number)).node_order(NAMESPACE, 5)
+            for number in (1, 2, 3)
         ]
         await bench.near.send_project("node-a", api.project_id, str(bench.project))
         agent = bench.near.agent
@@ -466,7 +467,7 @@ def test_what_a_node_tells_and_what_cannot_be_is_a_lost_attempt(
         bench.near.agent._keep(replace(end, **changed))  # type: ignore[arg-type]  # that is what is tried
         last = await bench.last(attempt)
         assert isinstance(last, Lost)
-        assert last.reason.startswith("what its node told of it is not valid: ")
+        assert last.reason.startswith("its node sent an invalid observation: ")
         bench.near.agent._engine.stop(job_id)
         await until(lambda: job_id not in bench.near.agent._live)  # type: ignore[union-attr]  # it is there
 

@@ -22,8 +22,8 @@ def test_seats_that_are_waited_for_hold_nothing_else_up(monkeypatch: pytest.Monk
         assert given.wait(60)
         return ()
 
-    monkeypatch.setattr(reservations, "take", take)
-    monkeypatch.setattr(reservations, "look", lambda: ())
+    monkeypatch.setattr(reservations, "reserve", take)
+    monkeypatch.setattr(reservations, "node_states", lambda: ())
     monkeypatch.setattr(reservations, "let_go", lambda name: None)
 
     async def main() -> None:
@@ -51,7 +51,7 @@ def test_a_seat_that_is_given_up_before_its_turn_comes_is_never_taken(
         taken.add(seat.name)
         return ()
 
-    monkeypatch.setattr(reservations, "take", take)
+    monkeypatch.setattr(reservations, "reserve", take)
 
     async def main() -> None:
         made = driver.Driver("namespace", "")

@@ -10,7 +10,7 @@ import pytest
 
 from cortex.engines.ray.log_copies import LogCopies
 from cortex.engines.ray.messages import Lock, LogPiece
-from cortex.engines.ray.validation import checked_lock, checked_piece
+from cortex.engines.ray.validation import checked_lock_file, checked_log_piece
 from cortex.operator.logs.follow import Log, read
 from cortex.ray_node.logs import piece
 from cortex.worker.checks import Invalid
@@ -182,14 +182,14 @@ def odd_pieces() -> list[object]:
 @pytest.mark.parametrize("number", range(len(odd_pieces())))
 def test_a_piece_that_is_none_is_refused(number: int) -> None:
     with pytest.raises(Invalid):
-        checked_piece(odd_pieces()[number])
+        checked_log_piece(odd_pieces()[number])
     sound = LogPiece(3, b"abc", 9, None)
-    assert checked_piece(sound) is sound
+    assert checked_log_piece(sound) is sound
 
 
 def test_a_lock_file_gets_a_name_of_its_own_alone() -> None:
     lock = Lock("ab12", "linux-x86_64-3.11.lock", "a==1\n")
-    assert checked_lock(lock) == lock
+    assert checked_lock_file(lock) == lock
     odd = [
         {"project_id": "../x"}, {"project_id": "a/b"}, {"project_id": 1}, {"name": "../x.lock"},
         {"name": "x"}, {"name": ".lock"}, {"name": "a/b.lock"}, {"name": None}, {"text": 1},
@@ -197,5 +197,5 @@ def test_a_lock_file_gets_a_name_of_its_own_alone() -> None:
     ]  # fmt: skip
     for changed in odd:
         with pytest.raises(Invalid):
-            checked_lock(replace(lock, **changed))  # type: ignore[arg-type]  # that is what is tried
-    assert checked_lock(replace(lock, text="\ud800")).text == "\\ud800"
+            checked_lock_file(replace(lock, **changed))  # type: ignore[arg-type]  # that is what is tried
+    assert checked_lock_file(replace(lock, text="\ud800")).text == "\\ud800"

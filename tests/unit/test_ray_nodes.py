@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 from cortex.engines.base import NOTHING, Capacity
 from cortex.engines.capacity import fits
-from cortex.engines.ray.capacity_index import CapacityIndex
 from cortex.engines.ray.messages import NodeState
-from cortex.engines.ray.placement import Placement
+from cortex.engines.ray.placement import CapacityIndex, Placement
 from cortex.spec.api import Compute
 
 GIB = 1 << 30
@@ -59,10 +58,10 @@ def test_what_is_asked_for_must_be_free_on_one_node() -> None:
 def test_only_who_was_told_to_wait_is_told_of_more() -> None:
     cluster = nodes(state("a", SMALL))
     assert cluster.take("1", Compute(cpu_m=2000)) is None
-    assert not cluster.freed()
+    assert not cluster.clear_refused()
     assert cluster.take("2", Compute(cpu_m=2000)) == "needs 2 CPU, 0 free on one node"
-    assert cluster.freed()
-    assert not cluster.freed()
+    assert cluster.clear_refused()
+    assert not cluster.clear_refused()
 
 
 def test_what_no_node_ever_had_is_refused_and_what_a_lost_one_had_is_waited_for() -> None:
@@ -107,8 +106,8 @@ def test_what_others_take_counts_once_it_was_seen_twice() -> None:
 def test_a_recovered_job_counts_even_beyond_what_there_is() -> None:
     cluster = nodes(state("a", SMALL))
     for number in range(3):
-        cluster.hold(str(number), Compute(cpu_m=1000), "a")
-    cluster.hold("elsewhere", Compute(cpu_m=1000), "gone")
+        cluster.reserve_recovered(str(number), Compute(cpu_m=1000), "a")
+    cluster.reserve_recovered("elsewhere", Compute(cpu_m=1000), "gone")
     assert cluster.alive["a"].free.cpu_m == -1000
     assert cluster.take("4", Compute(cpu_m=1)) == "needs 0.001 CPU, 0 free on one node"
     assert cluster.node_of("elsewhere") is None
@@ -164,22 +163,22 @@ def _steps(draw: st.DrawFn) -> list[tuple[str, int, Capacity]]:
 # A busy machine may stand still.
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(steps=_steps(), wanted=st.tuples(*[st.integers(0, 5)] * 3))
-def test_a_shelf_finds_what_looking_at_all_would(
+def test_a_capacity_index_finds_the_node_that_a_search_of_all_nodes_would(
     steps: list[tuple[str, int, Capacity]], wanted: tuple[int, int, int]
 ) -> None:
-    shelf: CapacityIndex[int] = CapacityIndex()
+    index: CapacityIndex[int] = CapacityIndex()
     there: dict[int, Capacity] = {}
     for what, number, free in steps:
-        shelf.drop(number)
+        index.discard(number)
         there.pop(number, None)
         if what == "put":
-            shelf.put(number, free, number)
+            index.add(number, free, number)
             there[number] = free
     compute = Compute(cpu_m=wanted[0], mem=wanted[1], gpu=wanted[2])
     enough = [(-free.cpu_m, number) for number, free in there.items() if fits(compute, free)]
-    assert shelf.first(compute) == (min(enough)[1] if enough else None)
+    assert index.emptiest_for(compute) == (min(enough)[1] if enough else None)
     most = Capacity(0, 0, 0)
     for free in there.values():
         most = most.most(free)
-    assert shelf.most == most
-    assert shelf.is_empty == (not there)
+    assert index.max_free == most
+    assert index.is_empty == (not there)

@@ -42,7 +42,7 @@ def by_an_agent(root: Path) -> None:
 
 
 def by_the_next_owner_of_its_slot(root: Path) -> None:
-    workspace._find(root.parent, "node")
+    workspace._find_or_create(root.parent, "node")
 
 
 def as_an_environment(root: Path) -> None:

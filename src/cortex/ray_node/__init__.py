@@ -1,5 +1,6 @@
-"""What a Ray cluster runs for an operator: the process that is Ray's driver, and an agent on each node,
-which joins the local engine and the building of environments as an operator does on one machine.
+"""The processes in a Ray cluster: Ray's driver, and an agent on each node.
 
-All that imports Ray is in here; the engine (`cortex.engines.ray`) reaches it by a socket.
+An agent combines the local engine with the building of environments, as an operator does on one
+machine. Only this package imports Ray; the engine (`cortex.engines.ray`) reaches it through a
+socket.
 """

@@ -1,7 +1,8 @@
-"""Ray's driver, in a process of its own: `python -m cortex.ray_node.driver FD ADDRESS NAMESPACE NODE_DIR`.
-The Ray engine's link starts it and sends it requests through the inherited socket; it ends with that.
+"""Ray's driver, a process: `python -m cortex.ray_node.driver FD ADDRESS NAMESPACE NODE_DIR`.
 
-It holds nothing: agents are detached actors, seats detached placement groups, both found by name.
+The Ray engine's link starts it, and sends requests through the inherited socket. The process ends
+when the socket closes. It has no state: agents are detached actors, and reservations are detached
+placement groups. Ray finds both by name.
 """
 
 from __future__ import annotations
@@ -35,55 +36,62 @@ from cortex.ray_node.agent import Agent
 from cortex.worker.messages import shorten
 
 T = TypeVar("T")
-_THREADS = 64
+_MAX_THREADS = 64
 
 
 class Driver:
-    """Carries out requests; the names of its public methods are those of the requests."""
+    """Carries out the requests, each of which names a public method."""
 
     def __init__(self, namespace: str, node_dir: str) -> None:
         self._namespace = namespace
         self._node_dir = node_dir
         self._agents: dict[str, ActorHandle[Agent]] = {}
-        self._threads = ThreadPoolExecutor(_THREADS)
-        # Their own: others may have taken what seats wait for, and a look that has to wait breaks the link.
-        self._takers = ThreadPoolExecutor(_THREADS)
+        self._threads = ThreadPoolExecutor(_MAX_THREADS)
+        # Reservations have threads of their own: they may wait for capacity that others have taken,
+        # and the link would break if `look` waited behind them.
+        self._reservation_threads = ThreadPoolExecutor(_MAX_THREADS)
 
     async def look(self) -> tuple[NodeState, ...]:
-        return await self._blocking(reservations.look)
+        """The nodes of the cluster."""
+        return await self._in_thread(reservations.node_states)
 
     async def take_seat(self, seat: Reservation, within_s: float) -> tuple[int, ...]:
-        until = time.monotonic() + within_s
-        return await asyncio.get_running_loop().run_in_executor(self._takers, _take, seat, until)
+        """Make a reservation; its GPUs."""
+        deadline = time.monotonic() + within_s
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._reservation_threads, _reserve, seat, deadline)
 
     async def let_go(self, name: str) -> None:
-        await self._blocking(reservations.let_go, name)
+        """Release a reservation."""
+        await self._in_thread(reservations.let_go, name)
 
     async def ask(
         self, node_id: str, method: str, arguments: tuple[object, ...], within_s: float
     ) -> object:
+        """Call a method of a node's agent."""
         agent = await self._agent(node_id)
         call = getattr(agent, method).remote(*arguments)
         return await asyncio.wait_for(call, within_s)
 
     async def send_project(self, node_id: str, project_id: str, folder: str) -> None:
-        packed = io.BytesIO()
-        await self._blocking(pack_stored, Path(folder), packed)
+        """Pack a project, and send it to a node's agent."""
+        archive = io.BytesIO()
+        await self._in_thread(pack_stored, Path(folder), archive)
         agent = await self._agent(node_id)
-        # Through the object store: it may be too large for an argument.
-        reference = await self._blocking(ray.put, packed.getvalue())
+        # Ray's object store takes it: it may be too large for an argument.
+        reference = await self._in_thread(ray.put, archive.getvalue())
         await agent.unpack.remote(project_id, reference)
 
     def forget_agent(self, node_id: str) -> None:
-        """The next request looks for it again, and makes one if it is dead for good."""
+        """Drop a dead agent. The next request finds it restarted, or makes another."""
         self._agents.pop(node_id, None)
 
     async def _agent(self, node_id: str) -> Any:
         if node_id not in self._agents:
-            self._agents[node_id] = await self._blocking(self._find_or_make, node_id)
+            self._agents[node_id] = await self._in_thread(self._find_or_create_agent, node_id)
         return self._agents[node_id]
 
-    def _find_or_make(self, node_id: str) -> Any:
+    def _find_or_create_agent(self, node_id: str) -> Any:
         remote = ray.remote(Agent).options(
             name=f"cortex-agent-{node_id}",
             namespace=self._namespace,
@@ -93,25 +101,26 @@ class Driver:
             num_cpus=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
         )
-        found = (state.total for state in reservations.look() if state.node_id == node_id)
-        total = next(found, NOTHING)
+        states = reservations.node_states()
+        total = next((state.total for state in states if state.node_id == node_id), NOTHING)
         return remote.remote(self._namespace, node_id, self._node_dir, total)
 
-    async def _blocking(self, work: Callable[..., T], *arguments: object) -> T:
+    async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(
             self._threads, partial(work, *arguments)
         )
 
 
-def _take(seat: Reservation, until: float) -> tuple[int, ...]:
-    left_s = until - time.monotonic()
-    if left_s <= 0:  # it was let go of before it was there: nobody would do so again
-        raise reservations.Taken("too many wait for others to give back what its node had free")
-    return reservations.take(seat, left_s)
+def _reserve(reservation: Reservation, deadline: float) -> tuple[int, ...]:
+    remaining_s = deadline - time.monotonic()
+    # The operator has released this reservation already, and would not release it again.
+    if remaining_s <= 0:
+        raise reservations.Taken("too many reservations wait for capacity that others have taken")
+    return reservations.reserve(reservation, remaining_s)
 
 
 async def answer(driver: Driver, method: str, arguments: tuple[object, ...]) -> Answer:
-    """What came of a request, in words where it failed."""
+    """Carry out a request; the response, with the reason of a failure."""
     work: Callable[..., Awaitable[object]] = getattr(driver, method)
     try:
         return Answer(await work(*arguments))
@@ -119,8 +128,8 @@ async def answer(driver: Driver, method: str, arguments: tuple[object, ...]) -> 
         return _unreachable("its agent does not answer", error)
     except RayActorError as error:
         driver.forget_agent(str(arguments[0]))
-        return _unreachable("its agent is gone", error)
-    except Exception as error:  # whatever it is, nobody knows what was done
+        return _unreachable("its agent has died", error)
+    except Exception as error:  # after any other exception, the outcome is unknown
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(cause, Refusal | reservations.Taken | InvalidProject):
             return Answer(refused=str(cause))
@@ -132,7 +141,11 @@ def _unreachable(what: str, why: Exception) -> Answer:
 
 
 async def serve(sock: socket.socket, driver: Driver) -> None:
-    """Answer requests until the operator's end closes."""
+    """Answer requests until the operator closes its end.
+
+    Raises:
+        IncompleteReadError, ConnectionError: the operator has closed its end.
+    """
     reader, writer = await asyncio.open_connection(sock=sock)
     tasks: set[asyncio.Task[None]] = set()
 
@@ -148,8 +161,8 @@ async def serve(sock: socket.socket, driver: Driver) -> None:
         task.add_done_callback(tasks.discard)
 
 
-def _send(writer: asyncio.StreamWriter, number: int, told: Answer) -> None:
-    data = pickle.dumps(told)
+def _send(writer: asyncio.StreamWriter, number: int, response: Answer) -> None:
+    data = pickle.dumps(response)
     writer.write(HEAD.pack(len(data), number) + data)
 
 
@@ -163,16 +176,16 @@ def main() -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except Exception as error:  # told to the operator, whatever it is
+    except Exception as error:  # the operator reports any of them
         data = pickle.dumps(Answer(unreachable=shorten(str(error), 300)))
         sock.sendall(HEAD.pack(len(data), 0) + data)
         os._exit(1)
     try:
         asyncio.run(serve(sock, Driver(namespace, node_dir)))
     except (asyncio.IncompleteReadError, ConnectionError):
-        pass  # the operator is gone
+        pass  # the operator has closed its end
     finally:
-        os._exit(0)  # no thread that waits for Ray may hold it up
+        os._exit(0)  # threads that wait for Ray must not delay the exit
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The guard of a node: a process that waits for the end of the raylet, and then ends what jobs are left
-there. An agent starts it, as `python -I guard.py <slot's folder> <raylet's pid>`; one for each slot.
+"""The guard of a node: a process that ends the node's jobs after the end of the raylet.
 
-When the raylet is gone the cluster has lost the node, and takes its jobs to have ended. Their
-supervising processes depend on nobody, which is what lets them outlive an agent: here it is too much.
+An agent starts it as `python -I guard.py <agent's folder> <raylet's pid>`, one for each folder.
+After the end of its raylet, the cluster has lost the node, and the operator reports its jobs as
+lost. Their supervisors depend on no other process, so that they survive the end of an agent. Here,
+they must end.
 """
 
 from __future__ import annotations
@@ -18,40 +19,50 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-if not __package__:  # in isolation, where this package need not be installed
+if not __package__:  # run with -I, where this package may not be importable
     sys.path.append(str(Path(__file__).parents[2]))
 
 from cortex.worker import processes
 
 LOCK = "guard.lock"
 AGENT_LOCK = "lock"
-_LONGEST_S = 60.0
-_IS_SUPERVISOR = b"CORTEX_JOB_ID=-"  # as its fork server was started; jobs have their ids there
+_STOP_TIMEOUT_S = 60.0
+# The fork server starts with this variable, and its supervisors have it. Jobs have their ids there.
+_SUPERVISOR_VARIABLE = b"CORTEX_JOB_ID=-"
 
 
 def end_all(jobs: Path) -> None:
-    """Ask all supervising processes of a folder to stop their jobs, which they do with the grace that
-    they were given; kill them if that takes too long."""
-    told = (_supervisor(record) for record in jobs.glob("*/start.*"))
-    # A job may have spoilt its record.
-    held = [fd for fd in (*told, *_found(jobs)) if fd is not None]
-    for fd in held:
+    """End all jobs of a folder.
+
+    Their supervisors receive SIGTERM, and stop the jobs with the grace period that each has. After
+    `_STOP_TIMEOUT_S`, the guard kills them with their jobs.
+
+    Args:
+        jobs: the folder of the jobs' folders.
+    """
+    recorded = (_supervisor_of(record) for record in jobs.glob("*/start.*"))
+    # A job may have overwritten its record.
+    pidfds = [fd for fd in (*recorded, *_running_supervisors(jobs)) if fd is not None]
+    for fd in pidfds:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(fd, signal.SIGTERM)
-            signal.pidfd_send_signal(fd, signal.SIGCONT)  # its job may have stopped it
-    until = time.monotonic() + _LONGEST_S
-    for fd in held:
+            signal.pidfd_send_signal(fd, signal.SIGCONT)  # the job may have stopped its supervisor
+    deadline = time.monotonic() + _STOP_TIMEOUT_S
+    for fd in pidfds:
         poller = select.poll()
         poller.register(fd, select.POLLIN)
-        if not poller.poll(max(0, until - time.monotonic()) * 1000):
+        if not poller.poll(max(0, deadline - time.monotonic()) * 1000):
             with contextlib.suppress(OSError):
                 processes.end_from_below(fd)
         os.close(fd)
 
 
 def _end_agent(root: Path) -> None:
-    """Else it would tell the operator that jobs were stopped, whose node was lost. It is about to end
-    anyway, and is there as long as it holds its lock."""
+    """Kill the agent, and wait for its end.
+
+    Ray is about to end it. Until then, it would report the jobs as stopped, but their node is lost.
+    The agent has the lock while it is alive.
+    """
     with (root / AGENT_LOCK).open("r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,15 +72,15 @@ def _end_agent(root: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX)
 
 
-def _supervisor(record: Path) -> int | None:
-    """A pidfd of the supervising process that made this start record, if it still has that job."""
+def _supervisor_of(record: Path) -> int | None:
+    """A pidfd of the supervisor that wrote this start record; None if it has ended."""
     try:
-        about = json.loads(record.read_bytes())
-        pid, ticks = int(about["pid"]), int(about["ticks"])
-        # A folder that machines share holds processes of the others, too.
+        content = json.loads(record.read_bytes())
+        pid, ticks = int(content["pid"]), int(content["ticks"])
+        # In a folder that machines share, a record may be of a process on another machine.
         if (
             not pid
-            or about["boot"] != _boot()
+            or content["boot"] != _boot()
             or record.with_name(record.name.replace("start", "exit")).exists()
         ):
             return None
@@ -86,20 +97,20 @@ def _supervisor(record: Path) -> int | None:
     return None
 
 
-def _found(jobs: Path) -> Iterator[int | None]:
-    """Pidfds of the supervising processes that have the folder of a job open."""
-    above = f"{jobs.resolve()}/"
+def _running_supervisors(jobs: Path) -> Iterator[int | None]:
+    """Pidfds of the supervisors that have the folder of a job open."""
+    prefix = f"{jobs.resolve()}/"
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
             pid = int(process.name)
             fd = os.pidfd_open(pid)
             try:
-                is_one = _IS_SUPERVISOR in (process / "environ").read_bytes() and any(
-                    str(path.readlink()).startswith(above) for path in (process / "fd").iterdir()
+                is_supervisor = _SUPERVISOR_VARIABLE in (process / "environ").read_bytes() and any(
+                    str(path.readlink()).startswith(prefix) for path in (process / "fd").iterdir()
                 )
             except OSError:
-                is_one = False
-            if is_one:
+                is_supervisor = False
+            if is_supervisor:
                 yield fd
             else:
                 os.close(fd)
@@ -110,7 +121,7 @@ def _boot() -> str:
 
 
 def main() -> None:
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whatever Ray's workers block
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # Ray's workers block signals
     root, raylet = Path(sys.argv[1]), int(sys.argv[2])
     try:
         fd = os.pidfd_open(raylet)
@@ -120,7 +131,7 @@ def main() -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return  # there is one
+        return  # the folder has a guard already
     if os.fork():
         os._exit(0)
     os.setsid()

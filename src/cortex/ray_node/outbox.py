@@ -1,7 +1,8 @@
-"""What an agent has seen, until whoever asks for it has it. Called by the agent.
+"""The observations of an agent, which it keeps until each operator has received them.
 
-Each operator that says hello hears all of it from then on, whatever others have heard: one that was
-superseded may not know that yet, and would else take the news from the one that drives.
+Each operator that says hello receives all observations from then on, whatever others have received.
+A superseded operator may not know yet that it is one: it must not take observations away from the
+leader.
 """
 
 from __future__ import annotations
@@ -13,54 +14,61 @@ from dataclasses import dataclass
 from cortex.engines.base import Observation
 from cortex.engines.ray.messages import Lock
 
-_FORGET_S = 120.0  # who has not asked for as long was killed, or says hello again
+# An operator that has not polled for so long was killed, or will say hello again.
+_LISTENER_TIMEOUT_S = 120.0
 
 
 @dataclass
 class _Listener:
     seq: int
-    asked: float
+    last_poll: float
 
 
 class Outbox:
-    """Numbered as it comes."""
+    """The observations and lock files, numbered in the order of their arrival."""
 
     def __init__(self) -> None:
-        self._kept: list[Observation | Lock] = []
-        self._first = 0  # the number of the first that is kept
+        self._entries: list[Observation | Lock] = []
+        self._first = 0  # the number of the first entry of `_entries`
         self._listeners: dict[str, _Listener] = {}
 
     @property
     def end(self) -> int:
-        """The number of what comes next."""
-        return self._first + len(self._kept)
+        """The number of the next entry."""
+        return self._first + len(self._entries)
 
-    def add(self, seen: Observation | Lock) -> None:
-        self._kept.append(seen)
+    def add(self, entry: Observation | Lock) -> None:
+        self._entries.append(entry)
 
     def greet(self) -> str:
-        """Somebody hears all from now on; the name under which it asks."""
+        """Add an operator, which receives all entries from now on.
+
+        Returns:
+            The name of its session.
+        """
         name = uuid.uuid4().hex
         self._listeners[name] = _Listener(self.end, time.monotonic())
         return name
 
     def knows(self, name: str) -> bool:
-        """Whether all has been kept for this one; it is, for a while more."""
+        """Whether the session still exists. It then lasts for another `_LISTENER_TIMEOUT_S`."""
         if name in self._listeners:
-            self._listeners[name].asked = time.monotonic()
+            self._listeners[name].last_poll = time.monotonic()
         return name in self._listeners
 
     def heard(self, name: str, seq: int) -> None:
-        """It has what was before this number."""
+        """Acknowledge the entries before a number; drop those that every operator has received."""
         self._listeners[name].seq = seq
-        before = time.monotonic() - _FORGET_S
+        oldest = time.monotonic() - _LISTENER_TIMEOUT_S
         self._listeners = {
-            each: listener for each, listener in self._listeners.items() if listener.asked > before
+            each: listener
+            for each, listener in self._listeners.items()
+            if listener.last_poll > oldest
         }
-        least = min(listener.seq for listener in self._listeners.values())
-        del self._kept[: max(0, least - self._first)]
-        self._first = max(self._first, least)
+        received = min(listener.seq for listener in self._listeners.values())
+        del self._entries[: max(0, received - self._first)]
+        self._first = max(self._first, received)
 
     def since(self, seq: int) -> tuple[Observation | Lock, ...]:
-        """All from this number on."""
-        return tuple(self._kept[max(0, seq - self._first) :])
+        """The entries from a number on."""
+        return tuple(self._entries[max(0, seq - self._first) :])

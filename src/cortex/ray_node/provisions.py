@@ -1,6 +1,4 @@
-"""What jobs of a version need of their node: the project's files, and the environment by its lock files. Made
-by the agent, whose slot keeps it.
-"""
+"""The projects and environments on a node, which jobs need. The agent calls it."""
 
 from __future__ import annotations
 
@@ -18,41 +16,47 @@ from cortex.ray_node.workspace import AgentFolder
 
 
 class Provisions:
-    """One node's."""
+    """The projects and environments of one node."""
 
-    def __init__(self, slot: AgentFolder, tell: Callable[[Lock], None]) -> None:
+    def __init__(self, folder: AgentFolder, on_new_lock: Callable[[Lock], None]) -> None:
         """
         Args:
-            tell: called with each lock file that the operator has not.
+            folder: the agent's.
+            on_new_lock: called with each lock file that the operator lacks.
         """
-        self._projects = Projects(slot.projects, slot.locks)
-        self._environments = Environments(slot.environments, projects=self._projects)
-        self._tell = tell
+        self._projects = Projects(folder.projects, folder.locks)
+        self._environments = Environments(folder.environments, projects=self._projects)
+        self._on_new_lock = on_new_lock
 
     def open(self) -> None:
-        """Remove and end what was cut off. Blocking."""
+        """Clean up after an agent that was killed. Blocking."""
         self._projects.remove_leftovers()
         self._environments.end_leftover_builds()
 
     def folder(self, project_id: str) -> Path:
-        """Where a project's files are, as far as they are here."""
+        """The folder of a project, which exists if the node has the project."""
         return self._projects.folder(project_id)
 
     def take_in(self, project_id: str, archive: bytes) -> None:
-        """Keep a project, as it was sent. Two that come at once are the same. Blocking.
+        """Store a project. Concurrent calls with the same project are harmless. Blocking.
 
         Raises:
-            InvalidProject: it is none.
+            InvalidProject: the archive is invalid.
         """
         with self._projects.incoming() as incoming:
             unpack(io.BytesIO(archive), incoming)
             self._projects.install_files(project_id, incoming)
 
     async def build(self, order: NodeOrder) -> Path:
-        """The interpreter of the environment, by the operator's lock files; what it has not, it is told.
+        """Build the environment of a job from the operator's lock files.
+
+        `on_new_lock` receives each lock file that the operator lacks.
+
+        Returns:
+            The environment's interpreter.
 
         Raises:
-            EnvironmentFailed: it cannot be built.
+            EnvironmentFailed: the environment cannot be built.
         """
         identity = order.api.project_id
         for name, text in order.locks.items():
@@ -66,5 +70,5 @@ class Provisions:
         await asyncio.to_thread(self._environments.pin_versions, project, files)
         for name, text in self._projects.locks(identity).items():
             if name not in order.locks:
-                self._tell(Lock(identity, name, text))
+                self._on_new_lock(Lock(identity, name, text))
         return python

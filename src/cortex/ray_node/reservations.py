@@ -1,5 +1,6 @@
-"""What Ray is asked of a cluster as a whole: its nodes, and placement groups that hold what a job takes
-while it runs. Called by the driver in threads, for all of it blocks; and by agents, to give back.
+"""Ray's nodes, and its placement groups, which reserve what a job takes while it runs.
+
+All functions block: the driver calls them in threads. Agents call `let_go`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ import contextlib
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node  # there is no public call for it
+from ray._private.state import available_resources_per_node  # Ray has no public function for it
 from ray.util import get_placement_group, placement_group, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -17,74 +18,77 @@ from cortex.engines.base import NOTHING, Capacity
 from cortex.engines.ray.messages import NodeState, Reservation
 from cortex.spec.api import MILLI
 
-NODE_ID = "ray.io/node-id"  # a label that each node has, and no two the same
+NODE_ID = "ray.io/node-id"  # a label that each node has, with a unique value
 
 
 class Taken(Exception):
-    """Ray did not give what was there a moment ago."""
+    """Ray refuses a reservation of capacity that was free a moment ago."""
 
 
-def look() -> tuple[NodeState, ...]:
+def node_states() -> tuple[NodeState, ...]:
     """All nodes, and what is taken of each."""
     states = ray.nodes()  # type: ignore[no-untyped-call]  # Ray types a part of itself
-    available = available_resources_per_node()  # type: ignore[no-untyped-call]  # likewise
+    available = available_resources_per_node()  # type: ignore[no-untyped-call]  # the same
     return tuple(_state(each, available) for each in states)
 
 
-def take(seat: Reservation, within_s: float) -> tuple[int, ...]:
-    """Let Ray hold a bundle on one node; the GPUs that it gave.
+def reserve(reservation: Reservation, timeout_s: float) -> tuple[int, ...]:
+    """Reserve a bundle on one node.
+
+    Returns:
+        The GPUs of the bundle.
 
     Raises:
-        Taken: it does not give it now. It may yet: the caller lets go of it.
+        Taken: Ray has not reserved it in time. It may do so later: the caller must call `let_go`.
     """
     group = placement_group(
-        [seat.bundle],
-        name=seat.name,
+        [reservation.bundle],
+        name=reservation.name,
         lifetime="detached",
-        bundle_label_selector=[{NODE_ID: seat.node_id}],
+        bundle_label_selector=[{NODE_ID: reservation.node_id}],
     )
-    if not group.wait(within_s):
-        raise Taken("others took what its node had free")
-    return _gpus(group, seat, within_s) if seat.bundle.get("GPU") else ()
+    if not group.wait(timeout_s):
+        raise Taken("others have taken the free capacity of its node")
+    return _gpus_of(group, reservation, timeout_s) if reservation.bundle.get("GPU") else ()
 
 
 def let_go(name: str) -> None:
-    """Give a seat back. Harmless for one that is gone.
+    """Release a reservation, if it exists.
 
     Raises:
-        RayError: the cluster cannot be asked now.
+        RayError: the cluster does not answer.
     """
-    with contextlib.suppress(ValueError):  # there is none of that name
+    with contextlib.suppress(ValueError):  # there is no placement group of that name
         remove_placement_group(get_placement_group(name))
 
 
-def _gpus(group: PlacementGroup, seat: Reservation, within_s: float) -> tuple[int, ...]:
-    """A bundle has its own GPUs, and tells them to whatever runs in it."""
-    count = seat.bundle["GPU"]
+def _gpus_of(group: PlacementGroup, reservation: Reservation, timeout_s: float) -> tuple[int, ...]:
+    """The GPUs of a bundle, which Ray reveals only to a task that runs in it."""
+    count = reservation.bundle["GPU"]
     task = ray.remote(_own_gpus).options(
         num_cpus=0,
         num_gpus=count,
         scheduling_strategy=PlacementGroupSchedulingStrategy(group),
     )
     try:
-        found = ray.get(task.remote(), timeout=within_s)
+        gpu_ids = ray.get(task.remote(), timeout=timeout_s)
     except ray.exceptions.RayError as error:
-        raise Taken(f"its GPUs could not be told: {error}") from error
-    return tuple(int(each) for each in found)
+        raise Taken(f"Ray did not report the reserved GPUs: {error}") from error
+    return tuple(int(gpu_id) for gpu_id in gpu_ids)
 
 
 def _own_gpus() -> list[Any]:
     return list(ray.get_gpu_ids())
 
 
-def _state(told: dict[str, Any], available: dict[str, dict[str, float]]) -> NodeState:
-    node_id = told["NodeID"]
-    name = told["NodeManagerHostname"] or told["NodeManagerAddress"]
-    if not told["Alive"]:
+def _state(fields: dict[str, Any], available: dict[str, dict[str, float]]) -> NodeState:
+    node_id = fields["NodeID"]
+    name = fields["NodeManagerHostname"] or fields["NodeManagerAddress"]
+    if not fields["Alive"]:
         return NodeState(node_id, name, False, NOTHING, NOTHING)
-    total = _capacity(told["Resources"])
+    total = _capacity(fields["Resources"])
     free = _capacity(available[node_id]) if node_id in available else total
-    labels = {key: value for key, value in told["Labels"].items() if key != NODE_ID}
+    labels = {key: value for key, value in fields["Labels"].items() if key != NODE_ID}
     return NodeState(node_id, name, True, total, total - free, labels)
 
 

@@ -1,8 +1,7 @@
-"""The folder of an agent on its node: `<node dir>/<namespace>/<slot>/`, with projects, environments
-and jobs. Called by the agent, once.
+"""The folder of an agent: `<node dir>/<namespace>/<number>/`, with projects, environments and jobs.
 
-Another raylet on the same machine has another slot. One that a raylet that is gone has left is used
-again, for its projects and environments; what is left of its jobs is ended and removed.
+Each raylet on a machine has a folder of its own. When a raylet has ended, another raylet reuses its
+folder with the projects and environments. The leftovers of its jobs are ended and removed.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from cortex.ray_node import guard
 from cortex.system.folders import remove
 
 _OWNER = "owner"
-_MOST = 1000
+_MAX_FOLDERS = 1000
 
 
 class AgentFolder:
-    """One folder, which this process has to itself."""
+    """A folder that this process has locked."""
 
     def __init__(self, root: Path, lock: IO[str], identity: str) -> None:
         self.projects = root / "projects"
@@ -33,35 +32,44 @@ class AgentFolder:
         self.environments = root / "environments"
         self.jobs = root / "jobs"
         self.identity = identity
-        self._lock = lock  # held while this object is
+        self._lock = lock  # closing it would release the lock
 
     @classmethod
     def take(cls, namespace: str, node_id: str, node_dir: str) -> AgentFolder:
-        """The slot of this node, or one that nobody has; its guard is started."""
+        """Lock the folder of this node, or a free one, and start its guard.
+
+        Args:
+            namespace: the operator's.
+            node_id: the node's.
+            node_dir: the parent of all folders; empty for the default.
+
+        Raises:
+            RuntimeError: another agent has the folder of this node, or no folder is free.
+        """
         base = Path(node_dir or Path(platformdirs.user_data_dir("cortex"), "nodes")) / namespace
         base.mkdir(0o700, parents=True, exist_ok=True)
-        with (base / "lock").open("w") as all_of_them:
-            fcntl.flock(all_of_them, fcntl.LOCK_EX)
-            root, lock, identity = _find(base, node_id)
-            slot = cls(root, lock, identity)
-            for folder in (slot.projects, slot.locks, slot.environments, slot.jobs):
-                folder.mkdir(exist_ok=True)
-            # In here: another agent that looks whether this node is alive locks what the guard does.
+        with (base / "lock").open("w") as base_lock:
+            fcntl.flock(base_lock, fcntl.LOCK_EX)
+            root, lock, identity = _find_or_create(base, node_id)
+            folder = cls(root, lock, identity)
+            for each in (folder.projects, folder.locks, folder.environments, folder.jobs):
+                each.mkdir(exist_ok=True)
+            # Within the lock: an agent that calls `_is_alive` takes the guard's lock for a moment.
             _start_guard(root)
-        return slot
+        return folder
 
 
-def _find(base: Path, node_id: str) -> tuple[Path, IO[str], str]:
-    roots = [base / str(number) for number in range(_MOST)]
+def _find_or_create(base: Path, node_id: str) -> tuple[Path, IO[str], str]:
+    roots = [base / str(number) for number in range(_MAX_FOLDERS)]
     owners = {root: _owner(root) for root in roots if root.is_dir()}
     own = next((root for root, (owner, _) in owners.items() if owner == node_id), None)
     if own is not None:
-        return own, _locked(own), owners[own][1]
+        return own, _lock_for_agent(own), owners[own][1]
     free = next((root for root in roots if root not in owners or not _is_alive(root)), None)
     if free is None:
-        raise RuntimeError(f"all folders below {base} are taken")
+        raise RuntimeError(f"all {_MAX_FOLDERS} folders below {base} are in use")
     free.mkdir(0o700, exist_ok=True)
-    lock = _locked(free)
+    lock = _lock_for_agent(free)
     guard.end_all(free / "jobs")
     remove(free / "jobs")
     identity = uuid.uuid4().hex
@@ -78,7 +86,7 @@ def _owner(root: Path) -> tuple[str, str]:
 
 
 def _is_alive(root: Path) -> bool:
-    """Whether the raylet whose folder this is still there: its guard is."""
+    """Whether the raylet of this folder is alive: its guard then has its lock."""
     try:
         with (root / guard.LOCK).open("r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,13 +97,13 @@ def _is_alive(root: Path) -> bool:
     return False
 
 
-def _locked(root: Path) -> IO[str]:
+def _lock_for_agent(root: Path) -> IO[str]:
     file = (root / guard.AGENT_LOCK).open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         with file:
-            raise RuntimeError(f"another agent works in {root}") from None
+            raise RuntimeError(f"another agent uses {root}") from None
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
@@ -103,7 +111,7 @@ def _locked(root: Path) -> IO[str]:
 
 
 def _start_guard(root: Path) -> None:
-    """It has to outlive this process, whose children Ray ends with it: so it is nobody's child."""
+    """Start the guard. It forks away from this process, whose children Ray would end with it."""
     raylet = os.environ.get("RAY_RAYLET_PID") or str(os.getppid())
     subprocess.run(
         [sys.executable, "-I", guard.__file__, str(root), raylet],

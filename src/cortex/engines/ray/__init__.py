@@ -1,5 +1,7 @@
-"""The engine of a Ray cluster: an agent on each node runs jobs as the local engine does, and Ray holds
-what each of them takes. Nothing here imports Ray: that is done by a process of its own (`cortex.ray_node`).
+"""The engine of a Ray cluster.
+
+An agent on each node runs jobs with the local engine, and Ray reserves what each job takes. Nothing
+here imports Ray: a separate process does (`cortex.ray_node.driver`).
 """
 
 from __future__ import annotations

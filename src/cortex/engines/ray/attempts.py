@@ -1,6 +1,7 @@
-"""The attempts that run on a cluster, and what becomes of each: its end is reported once, whatever its node
-tells or does not tell. Called by the Ray engine; the cluster tells it of nodes, and of what their agents
-have seen.
+"""The attempts that run on a cluster. The engine reports the end of each exactly once.
+
+That holds whatever a node reports or fails to report. The Ray engine calls it. `cluster` notifies
+it of nodes, and of the observations of their agents.
 """
 
 from __future__ import annotations
@@ -25,79 +26,87 @@ from cortex.engines.base import (
     Waits,
 )
 from cortex.engines.ray.calls import AgentCalls
-from cortex.engines.ray.cluster import RETRY_S, Cluster
+from cortex.engines.ray.cluster import RETRY_DELAY_S, Cluster
 from cortex.engines.ray.link import LinkError, Refused
 from cortex.engines.ray.log_copies import LogCopies
 from cortex.engines.ray.messages import Lock, LogPiece, Poll
 from cortex.engines.ray.placement import Node
-from cortex.engines.ray.tracked import TrackedAttempt, taken_up
-from cortex.engines.ray.validation import checked, checked_lock, checked_piece
+from cortex.engines.ray.tracked import TrackedAttempt
+from cortex.engines.ray.validation import (
+    checked_lock_file,
+    checked_log_piece,
+    checked_observation,
+)
 from cortex.errors import StorageUnavailable, is_storage
 from cortex.system.background import Background
 from cortex.worker import checks
 
 log = structlog.get_logger()
 
-_LEFT = 100
+_MAX_ENDED_RESERVATIONS = 100
 
-Last = Ended | Lost | NeverStarted
+Final = Ended | Lost | NeverStarted
 
 
 class Attempts:
-    """A `cluster.Listener`. All of it happens on the event loop."""
+    """A `cluster.ClusterListener`, on the event loop."""
 
-    def __init__(self, cluster: Cluster, orders: AgentCalls, mirror: LogCopies) -> None:
+    def __init__(self, cluster: Cluster, calls: AgentCalls, log_copies: LogCopies) -> None:
         self._cluster = cluster
         self._nodes = cluster.nodes
-        self._orders = orders
-        self._mirror = mirror
-        self._live: dict[str, TrackedAttempt] = {}
-        self._on_node: dict[str, dict[str, TrackedAttempt]] = {}  # the same, by node and by job
-        # The seats, by node, of those that ended last: their agent may be killed before it gives them up.
-        self._left: defaultdict[str, deque[str]] = defaultdict(partial(deque, maxlen=_LEFT))
+        self._calls = calls
+        self._log_copies = log_copies
+        self._tracked: dict[str, TrackedAttempt] = {}
+        self._by_node: dict[str, dict[str, TrackedAttempt]] = {}  # the same, by node and by job
+        # The reservations of the attempts that ended last, by node. The agent releases them, but it
+        # may be killed before it does.
+        self._ended_reservations: defaultdict[str, deque[str]] = defaultdict(
+            partial(deque, maxlen=_MAX_ENDED_RESERVATIONS)
+        )
         self._background = Background("the Ray engine failed")
         self._report: Report = lambda _: None
 
     def open(self, report: Report) -> None:
-        """Report there, from now on."""
+        """Send observations to `report` from now on."""
         self._report = report
 
     async def close(self) -> None:
-        """Let go of all; what runs goes on."""
+        """Stop tracking attempts. Their jobs continue."""
         await self._background.close()
-        self._live.clear()
-        self._on_node.clear()
+        self._tracked.clear()
+        self._by_node.clear()
 
     def start(self, attempt: Attempt) -> None:
         """See `Engine.start`."""
-        live = taken_up(attempt)
-        self._take_on(live)
-        self._background.run(self._begin(live))
+        tracked = TrackedAttempt.of(attempt)
+        self._track(tracked)
+        self._background.run(self._start(tracked))
 
     def stop(self, job_id: str) -> None:
         """See `Engine.stop`."""
-        live = self._live.get(job_id)
-        if live is not None and not live.stop:
-            live.stop = True
-            if live.sent:
-                self._background.run(self._tell_stop(live))
+        tracked = self._tracked.get(job_id)
+        if tracked is not None and not tracked.stop_requested:
+            tracked.stop_requested = True
+            if tracked.is_sent:
+                self._background.run(self._send_stop(tracked))
 
     def recover(self, attempt: Attempt) -> None:
         """See `Engine.recover`."""
-        live = taken_up(attempt)
-        live.sent = True
-        self._take_on(live)
-        # A full disk: what is copied later finds it missing again.
+        tracked = TrackedAttempt.of(attempt)
+        tracked.is_sent = True
+        self._track(tracked)
+        # The disk may be full. Copying a piece of the log prepares the copy again.
         with contextlib.suppress(OSError):
-            self._mirror.take_up(live.job_id, live.base)
-        self._nodes.hold(live.job_id, attempt.version.api.compute, live.node_id)
-        node = self._nodes.alive.get(live.node_id)
+            self._log_copies.take_up(tracked.job_id, tracked.log_base)
+        compute = attempt.version.api.compute
+        self._nodes.reserve_recovered(tracked.job_id, compute, tracked.node_id)
+        node = self._nodes.alive.get(tracked.node_id)
         if node is None and self._cluster.is_joined:
-            self._lose(live, "its node is not in the cluster any more")
+            self._lose(tracked, "its node is no longer in the cluster")
         elif node is None or not node.is_ready:
-            pass  # it is asked after as soon as there is somebody to ask
+            pass  # `on_agent_reachable` recovers it, or `on_nodes_refreshed` finds its node lost
         else:
-            self._background.run(self._until_told(live))
+            self._background.run(self._recover_with_retries(tracked))
 
     def release(self, job_id: str) -> None:
         """See `Engine.release`."""
@@ -105,230 +114,247 @@ class Attempts:
             self._report(CapacityFreed())
 
     def tell_all(self, method: str, *arguments: object) -> None:
-        """A hint to all nodes."""
+        """Send a hint to all nodes."""
         for node_id in self._cluster.hellos:
-            self._background.run(self._orders.hint(node_id, method, *arguments))
+            self._background.run(self._calls.hint(node_id, method, *arguments))
 
-    # What the cluster tells
+    def on_nodes_refreshed(self) -> None:
+        for tracked in list(self._tracked.values()):
+            if tracked.node_id not in self._nodes.alive:
+                self._lose(tracked, "its node is no longer in the cluster")
 
-    def looked(self) -> None:
-        for live in list(self._live.values()):
-            if live.node_id not in self._nodes.alive:
-                self._lose(live, "its node is not in the cluster any more")
+    def on_node_lost(self, node: Node) -> None:
+        """Lose the attempts on the node, whose guard ends their jobs."""
+        self._release_ended_reservations(node)
+        for tracked in self._tracked_on(node):
+            self._lose(tracked, f"the node {node.name} was lost")
 
-    def lost(self, node: Node) -> None:
-        """What ran there is lost with it: the node's guard ends what is left of that."""
-        self._give_up_left(node)
-        for live in self._on(node):
-            self._lose(live, f"the node {node.name} was lost")
+    async def on_agent_reachable(self, node: Node) -> None:
+        self._release_ended_reservations(node)
+        for tracked in self._tracked_on(node):
+            if tracked.is_sent and not tracked.is_ending:
+                await self._recover(tracked)
 
-    async def reached(self, node: Node) -> None:
-        self._give_up_left(node)
-        for live in self._on(node):
-            if live.sent and not live.ending:
-                await self._ask_after(live)
+    def on_agent_unreachable(self, node: Node, reason: str) -> None:
+        for tracked in self._tracked_on(node):
+            self._mark_unreachable(tracked, reason)
 
-    def out_of_reach(self, node: Node, reason: str) -> None:
-        for live in self._on(node):
-            self._unreachable(live, reason)
-
-    def cursors(self, node: Node) -> dict[str, int]:
-        # Until it has started, the log that its node has is that of an earlier attempt.
+    def log_cursors(self, node: Node) -> dict[str, int]:
+        # Until an attempt has started, the node's log is that of an earlier attempt.
         return {
-            live.job_id: self._mirror.offset(live.job_id, live.base)
-            for live in self._on(node)
-            if live.started and not live.ending and live.copied
+            tracked.job_id: self._log_copies.offset(tracked.job_id, tracked.log_base)
+            for tracked in self._tracked_on(node)
+            if tracked.has_started and not tracked.is_ending and tracked.is_log_copied
         }
 
-    async def told(self, node: Node, poll: Poll) -> None:
-        there = self._on_node.get(node.node_id, {})
+    async def on_poll(self, node: Node, poll: Poll) -> None:
+        on_node = self._by_node.get(node.node_id, {})
         for job_id, piece in poll.logs.items():
-            live = there.get(job_id)
-            if live is not None and not live.ending:
-                await self._copy(live, piece)
-        for seen in poll.seen:
-            if isinstance(seen, CapacityFreed):
+            tracked = on_node.get(job_id)
+            if tracked is not None and not tracked.is_ending:
+                await self._copy_log(tracked, piece)
+        for observation in poll.seen:
+            if isinstance(observation, CapacityFreed):
                 continue
-            if isinstance(seen, Lock):
-                self._keep_lock(seen)
+            if isinstance(observation, Lock):
+                self._store_lock_file(observation)
                 continue
-            live = there.get(seen.job_id)
-            if live is not None and live.number == seen.attempt:
+            tracked = on_node.get(observation.job_id)
+            if tracked is not None and tracked.number == observation.attempt:
                 try:
-                    self._take_in(live, checked(seen))
+                    self._process(tracked, checked_observation(observation))
                 except checks.Invalid as error:
-                    self._lose(live, f"what its node told of it is not valid: {error}")
+                    self._lose(tracked, f"its node sent an invalid observation: {error}")
 
-    def _keep_lock(self, lock: Lock) -> None:
-        try:
-            self._background.run(self._orders.keep_lock(checked_lock(lock)))
-        except checks.Invalid as error:
-            log.warning("a node's lock file is not kept", reason=str(error))
-
-    def freed(self) -> None:
-        if self._nodes.freed():
+    def on_capacity_changed(self) -> None:
+        if self._nodes.clear_refused():
             self._report(CapacityFreed())
 
-    # One attempt
-
-    def _give_up_left(self, node: Node) -> None:
-        for seat in self._left.pop(node.node_id, ()):
-            self._background.run(self._orders.give_up(seat))
-
-    def _lose(self, live: TrackedAttempt, reason: str) -> None:
-        # Where its node is gone, or what it has of it, no agent gives it up.
-        self._background.run(self._orders.give_up(self._orders.seat(live)))
-        if not live.ending:
-            self._settle(live, live.lost(reason) if live.sent else live.never())
-
-    def _take_in(self, live: TrackedAttempt, seen: Observation) -> None:
-        if isinstance(seen, Started):
-            self._started(live, seen)
-        elif isinstance(seen, Unreachable):
-            self._unreachable(live, seen.reason)
-        elif isinstance(seen, Waits):
-            self._report(seen)
-        elif isinstance(seen, Ended | Lost | NeverStarted) and not live.ending:
-            live.ending = True
-            self._background.run(self._finish(live, seen))
-
-    async def _copy(self, live: TrackedAttempt, piece: LogPiece) -> None:
+    def _store_lock_file(self, lock: Lock) -> None:
         try:
-            piece = checked_piece(piece)
-            await asyncio.to_thread(self._mirror.write, live.job_id, live.base, piece)
-        except (OSError, checks.Invalid) as error:
-            log.warning("a log cannot be copied", job=live.job_id, error=str(error))
-            live.copied = isinstance(error, OSError) and is_storage(
-                error
-            )  # then it is asked for again with the next poll
-            await asyncio.sleep(RETRY_S)
+            self._background.run(self._calls.store_lock_file(checked_lock_file(lock)))
+        except checks.Invalid as error:
+            log.warning("ignored a node's invalid lock file", reason=str(error))
 
-    async def _finish(self, live: TrackedAttempt, last: Last) -> None:
-        """Copy the rest of the log, and report the end. The node has told it: what happens to it now
-        can take no more than a part of the log."""
-        has_log = not isinstance(last, NeverStarted)  # what there is is of an earlier attempt
-        while has_log and live.node_id in self._nodes.alive and live.copied:
-            offset = self._mirror.offset(live.job_id, live.base)
+    def _release_ended_reservations(self, node: Node) -> None:
+        for name in self._ended_reservations.pop(node.node_id, ()):
+            self._background.run(self._calls.release_reservation(name))
+
+    def _release_reservation(self, tracked: TrackedAttempt) -> None:
+        name = self._calls.reservation_name(tracked)
+        self._background.run(self._calls.release_reservation(name))
+
+    def _lose(self, tracked: TrackedAttempt, reason: str) -> None:
+        # Where the node or its record of the attempt is lost, no agent releases the reservation.
+        self._release_reservation(tracked)
+        if not tracked.is_ending:
+            final = tracked.lost(reason) if tracked.is_sent else tracked.never_started()
+            self._finish(tracked, final)
+
+    def _process(self, tracked: TrackedAttempt, observation: Observation) -> None:
+        if isinstance(observation, Started):
+            self._mark_started(tracked, observation)
+        elif isinstance(observation, Unreachable):
+            self._mark_unreachable(tracked, observation.reason)
+        elif isinstance(observation, Waits):
+            self._report(observation)
+        elif isinstance(observation, Ended | Lost | NeverStarted) and not tracked.is_ending:
+            tracked.is_ending = True
+            self._background.run(self._copy_rest_and_finish(tracked, observation))
+
+    async def _copy_log(self, tracked: TrackedAttempt, piece: LogPiece) -> None:
+        try:
+            piece = checked_log_piece(piece)
+            copies = self._log_copies
+            await asyncio.to_thread(copies.write, tracked.job_id, tracked.log_base, piece)
+        except (OSError, checks.Invalid) as error:
+            log.warning("cannot copy a log", job=tracked.job_id, error=str(error))
+            # After a failure of the storage, the next poll requests the same piece.
+            tracked.is_log_copied = isinstance(error, OSError) and is_storage(error)
+            await asyncio.sleep(RETRY_DELAY_S)
+
+    async def _copy_rest_and_finish(self, tracked: TrackedAttempt, final: Final) -> None:
+        """Copy the rest of the log, and report the end.
+
+        The node has reported the end already: if the node is lost now, only the rest of the log is.
+        """
+        has_log = not isinstance(final, NeverStarted)  # else the log is an earlier attempt's
+        while has_log and tracked.node_id in self._nodes.alive and tracked.is_log_copied:
+            offset = self._log_copies.offset(tracked.job_id, tracked.log_base)
             try:
-                piece = await self._orders.log_from(live, offset)
+                piece = await self._calls.read_log(tracked, offset)
                 if piece.end == offset:
                     break
-                await self._copy(live, piece)
+                await self._copy_log(tracked, piece)
             except LinkError:
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(RETRY_DELAY_S)
             except checks.Invalid:
                 break
-        self._settle(live, last)
+        self._finish(tracked, final)
 
-    async def _begin(self, live: TrackedAttempt) -> None:
-        """Get its seat, and give it to its node. What is not known to have failed is asked after."""
+    async def _start(self, tracked: TrackedAttempt) -> None:
+        """Reserve capacity, and send the order to the node.
+
+        After a failure with an unknown outcome, the node is asked for the state of the attempt.
+        """
         try:
-            gpus = await self._orders.take_seat(live)
-            locks = await self._orders.locks(live)
+            gpus = await self._calls.reserve(tracked)
+            locks = await self._calls.lock_files(tracked)
         except (LinkError, Refused, StorageUnavailable, OSError) as error:
-            # First: it may be there or yet come, and once this is told no operator looks for it.
+            # Ray may have made the reservation, or make it later. Release it before the report:
+            # after that, no operator looks for it.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(live.left_s):
-                    await self._orders.give_up(self._orders.seat(live))
-            self._do_not_start(live, str(error))
+                async with asyncio.timeout(tracked.remaining_s):
+                    name = self._calls.reservation_name(tracked)
+                    await self._calls.release_reservation(name)
+            self._abandon(tracked, str(error))
             return
-        if self._is_off(live):
-            self._do_not_start(live)
+        if self._is_cancelled(tracked):
+            self._abandon(tracked)
             return
-        live.sent = True
+        tracked.is_sent = True
         try:
-            while not await self._orders.start(live, gpus, locks):
-                live.sent = False
-                await self._orders.send_project(live)
-                if self._is_off(live):
-                    self._do_not_start(live)
+            while not await self._calls.start(tracked, gpus, locks):
+                tracked.is_sent = False
+                await self._calls.send_project(tracked)
+                if self._is_cancelled(tracked):
+                    self._abandon(tracked)
                     return
-                live.sent = True
+                tracked.is_sent = True
         except Refused as error:
-            self._do_not_start(live, str(error))
+            self._abandon(tracked, str(error))
         except LinkError as error:
-            if not live.sent:
-                self._do_not_start(live, str(error))
+            if not tracked.is_sent:
+                self._abandon(tracked, str(error))
                 return
-            self._unreachable(live, str(error))
-            await self._until_told(live)
-        if live.stop:
-            await self._tell_stop(live)
+            self._mark_unreachable(tracked, str(error))
+            await self._recover_with_retries(tracked)
+        if tracked.stop_requested:
+            await self._send_stop(tracked)
 
-    def _is_off(self, live: TrackedAttempt) -> bool:
-        return live.stop or self._live.get(live.job_id) is not live
+    def _is_cancelled(self, tracked: TrackedAttempt) -> bool:
+        return tracked.stop_requested or self._tracked.get(tracked.job_id) is not tracked
 
-    def _do_not_start(self, live: TrackedAttempt, held_up_by: str | None = None) -> None:
-        self._background.run(self._orders.give_up(self._orders.seat(live)))
-        self._settle(live, live.never(held_up_by))
+    def _abandon(self, tracked: TrackedAttempt, held_up_by: str | None = None) -> None:
+        """Report that the attempt has not started."""
+        self._release_reservation(tracked)
+        self._finish(tracked, tracked.never_started(held_up_by))
 
-    async def _until_told(self, live: TrackedAttempt) -> None:
-        while self._live.get(live.job_id) is live and not live.ending:
+    async def _recover_with_retries(self, tracked: TrackedAttempt) -> None:
+        while self._tracked.get(tracked.job_id) is tracked and not tracked.is_ending:
             try:
-                await self._ask_after(live)
+                await self._recover(tracked)
             except LinkError:
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(RETRY_DELAY_S)
             else:
                 return
 
-    async def _ask_after(self, live: TrackedAttempt) -> None:
-        """Let its node tell what there is of an attempt; one that never came there never will run."""
+    async def _recover(self, tracked: TrackedAttempt) -> None:
+        """Make the node report the state of the attempt, and fence an attempt that it never got.
+
+        Raises:
+            LinkError: the node does not answer.
+        """
         try:
-            await self._orders.ask_after(live)
+            await self._calls.recover(tracked)
         except Refused as error:
-            self._lose(live, str(error))
+            self._lose(tracked, str(error))
             return
-        if live.unreachable:
-            live.unreachable = False
-            self._report(live.reachable())
-        if live.stop:
-            await self._orders.stop(live)
+        if tracked.is_unreachable:
+            tracked.is_unreachable = False
+            self._report(tracked.reachable())
+        if tracked.stop_requested:
+            await self._calls.stop(tracked)
 
-    async def _tell_stop(self, live: TrackedAttempt) -> None:
-        while self._live.get(live.job_id) is live:
+    async def _send_stop(self, tracked: TrackedAttempt) -> None:
+        while self._tracked.get(tracked.job_id) is tracked:
             try:
-                await self._orders.stop(live)
+                await self._calls.stop(tracked)
             except LinkError:
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(RETRY_DELAY_S)
             except Refused as error:
-                log.warning("a job cannot be stopped", job=live.job_id, error=str(error))
+                log.warning("cannot stop a job", job=tracked.job_id, error=str(error))
                 return
             else:
                 return
 
-    def _started(self, live: TrackedAttempt, seen: Started) -> None:
-        if not live.started or live.unreachable:
-            live.started, live.unreachable = True, False
-            with contextlib.suppress(OSError):  # what is written later finds it missing again
-                self._mirror.touch(live.job_id)  # who follows the log waits for it from now on
-            self._report(seen)
+    def _mark_started(self, tracked: TrackedAttempt, started: Started) -> None:
+        if not tracked.has_started or tracked.is_unreachable:
+            tracked.has_started, tracked.is_unreachable = True, False
+            # Followers of the log wait for this file. Copying a piece creates it as well, in case
+            # the disk is full now.
+            with contextlib.suppress(OSError):
+                self._log_copies.touch(tracked.job_id)
+            self._report(started)
 
-    def _unreachable(self, live: TrackedAttempt, reason: str) -> None:
-        if live.sent and not live.unreachable:
-            live.unreachable = True
-            self._report(live.out_of_reach(reason))
+    def _mark_unreachable(self, tracked: TrackedAttempt, reason: str) -> None:
+        if tracked.is_sent and not tracked.is_unreachable:
+            tracked.is_unreachable = True
+            self._report(tracked.unreachable(reason))
 
-    def _settle(self, live: TrackedAttempt, last: Last) -> None:
-        if self._live.get(live.job_id) is not live:
+    def _finish(self, tracked: TrackedAttempt, final: Final) -> None:
+        """Report the end of an attempt, unless another report came first."""
+        if self._tracked.get(tracked.job_id) is not tracked:
             return
-        self._let_go(live)
-        if live.node_id in self._nodes.alive:
-            self._left[live.node_id].append(self._orders.seat(live))
-        freed = self._nodes.release(live.job_id)
-        self._report(last)
+        self._untrack(tracked)
+        if tracked.node_id in self._nodes.alive:
+            name = self._calls.reservation_name(tracked)
+            self._ended_reservations[tracked.node_id].append(name)
+        freed = self._nodes.release(tracked.job_id)
+        self._report(final)
         if freed:
             self._report(CapacityFreed())
 
-    def _on(self, node: Node) -> list[TrackedAttempt]:
-        return list(self._on_node.get(node.node_id, {}).values())
+    def _tracked_on(self, node: Node) -> list[TrackedAttempt]:
+        return list(self._by_node.get(node.node_id, {}).values())
 
-    def _take_on(self, live: TrackedAttempt) -> None:
-        self._live[live.job_id] = live
-        self._on_node.setdefault(live.node_id, {})[live.job_id] = live
+    def _track(self, tracked: TrackedAttempt) -> None:
+        self._tracked[tracked.job_id] = tracked
+        self._by_node.setdefault(tracked.node_id, {})[tracked.job_id] = tracked
 
-    def _let_go(self, live: TrackedAttempt) -> None:
-        del self._live[live.job_id]
-        there = self._on_node[live.node_id]
-        del there[live.job_id]
-        if not there:
-            del self._on_node[live.node_id]
+    def _untrack(self, tracked: TrackedAttempt) -> None:
+        del self._tracked[tracked.job_id]
+        on_node = self._by_node[tracked.node_id]
+        del on_node[tracked.job_id]
+        if not on_node:
+            del self._by_node[tracked.node_id]

@@ -1,5 +1,6 @@
-"""What is asked of Ray and of a node for one attempt: a seat, the start, news, the stop, the rest of its log.
-Called by `attempts`, which decides what follows from the answers.
+"""The requests for one attempt: to Ray for its reservation, and to the agent of its node.
+
+`attempts` makes them, and decides what follows.
 """
 
 from __future__ import annotations
@@ -10,41 +11,45 @@ from typing import Protocol
 
 import structlog
 
-from cortex.engines.ray.cluster import ANSWER_S, RETRY_S, Cluster
+from cortex.engines.ray.cluster import RESPONSE_TIMEOUT_S, RETRY_DELAY_S, Cluster
 from cortex.engines.ray.link import LinkError, Refused
 from cortex.engines.ray.messages import Builds, Lock, LogPiece
 from cortex.engines.ray.tracked import TrackedAttempt
-from cortex.engines.ray.validation import checked_piece
+from cortex.engines.ray.validation import checked_log_piece
 from cortex.errors import StorageUnavailable
 
 log = structlog.get_logger()
 
-BUILD_S = 300.0  # a project travels
-PLACE_S = 5.0
-GPUS_S = 30.0  # which GPUs they are is told by a process of Ray's, which has to start first
+SEND_PROJECT_TIMEOUT_S = 300.0
+RESERVATION_TIMEOUT_S = 5.0
+# Ray reports the GPUs of a reservation through a task in it, whose process has to start first.
+GPU_RESERVATION_TIMEOUT_S = 30.0
 
 
 class Locks(Protocol):
-    """Who keeps the lock files of projects. Its methods block."""
+    """The store of the projects' lock files. Its methods block."""
 
     def locks(self, identity: str) -> dict[str, str]:
-        """All of a project, by their names.
+        """The lock files of a project, by name.
 
         Raises:
-            StorageUnavailable, OSError: that cannot be told now.
+            StorageUnavailable, OSError: the store cannot be read now.
         """
 
     def save_lockfile_if_absent(self, identity: str, name: str, text: str) -> None:
-        """Keep one, if there is none of that name.
+        """Store a lock file, unless the project has one of that name.
 
         Raises:
-            StorageUnavailable, OSError: it is not kept.
+            StorageUnavailable, OSError: the store cannot be written now.
         """
 
 
 class AgentCalls:
-    """What a method asks for, its node may have done also where it raises LinkError; where it raises
-    Refused, it has not."""
+    """The requests of the Ray engine.
+
+    Where a method raises LinkError, the request may have been carried out or not. Where it raises
+    Refused, the request was not carried out.
+    """
 
     def __init__(
         self,
@@ -56,9 +61,11 @@ class AgentCalls:
     ) -> None:
         """
         Args:
-            namespace: of this operator's seats.
-            grace_s: between SIGTERM and SIGKILL.
-            locks: None where nobody keeps any.
+            cluster: reaches Ray and the agents.
+            namespace: prefixes the names of this operator's reservations.
+            grace_s: the seconds between SIGTERM and SIGKILL.
+            locks: stores lock files; None stores none.
+            builds: limits builds of environments on nodes.
         """
         self._cluster = cluster
         self._namespace = namespace
@@ -66,75 +73,95 @@ class AgentCalls:
         self._locks = locks
         self._builds = builds
 
-    async def take_seat(self, live: TrackedAttempt) -> tuple[int, ...]:
-        """Let Ray hold what the attempt takes; the GPUs that it gives."""
-        seat = live.seat(self._namespace)
-        place_s = GPUS_S if "GPU" in seat.bundle else PLACE_S
-        gpus = await self._cluster.call("take_seat", seat, place_s, within_s=place_s + ANSWER_S)
+    async def reserve(self, tracked: TrackedAttempt) -> tuple[int, ...]:
+        """Reserve what the attempt takes on its node.
+
+        Returns:
+            The GPUs of the reservation.
+        """
+        reservation = tracked.reservation(self._namespace)
+        has_gpus = "GPU" in reservation.bundle
+        timeout_s = GPU_RESERVATION_TIMEOUT_S if has_gpus else RESERVATION_TIMEOUT_S
+        gpus = await self._cluster.call_driver(
+            "take_seat", reservation, timeout_s, timeout_s=timeout_s + RESPONSE_TIMEOUT_S
+        )
         assert isinstance(gpus, tuple)
         return gpus
 
-    def seat(self, live: TrackedAttempt) -> str:
-        """The name of its seat."""
-        return live.seat(self._namespace).name
+    def reservation_name(self, tracked: TrackedAttempt) -> str:
+        return tracked.reservation(self._namespace).name
 
-    async def give_up(self, seat: str) -> None:
-        """Harmless for one that was given up. Returns once Ray knows it."""
+    async def release_reservation(self, name: str) -> None:
+        """Release a reservation, and retry until Ray has done it. A second release does nothing."""
         while True:
             try:
-                await self._cluster.call("let_go", seat)
+                await self._cluster.call_driver("let_go", name)
             except LinkError:
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(RETRY_DELAY_S)
             else:
                 return
 
-    async def locks(self, live: TrackedAttempt) -> dict[str, str]:
-        """The lock files of its project, by their names.
+    async def lock_files(self, tracked: TrackedAttempt) -> dict[str, str]:
+        """The lock files of the attempt's project, by name.
 
         Raises:
-            StorageUnavailable, OSError: they cannot be told now.
+            StorageUnavailable, OSError: the store cannot be read now.
         """
         if self._locks is None:
             return {}
-        return await asyncio.to_thread(self._locks.locks, live.attempt.version.api.project_id)
+        return await asyncio.to_thread(self._locks.locks, tracked.attempt.version.api.project_id)
 
-    async def keep_lock(self, lock: Lock) -> None:
-        """Keep what a node has told, if it can be kept now: with the next job it is told again."""
+    async def store_lock_file(self, lock: Lock) -> None:
+        """Store a lock file from a node. After a failure, the node sends it with the next job."""
         if self._locks is None:
             return
         try:
-            keep = self._locks.save_lockfile_if_absent
-            await asyncio.to_thread(keep, lock.project_id, lock.name, lock.text)
+            store = self._locks.save_lockfile_if_absent
+            await asyncio.to_thread(store, lock.project_id, lock.name, lock.text)
         except (StorageUnavailable, OSError) as error:
-            log.warning("a lock file cannot be kept", project=lock.project_id, error=str(error))
+            log.warning("cannot store a lock file", project=lock.project_id, error=str(error))
 
     async def start(
-        self, live: TrackedAttempt, gpus: tuple[int, ...], locks: dict[str, str]
+        self, tracked: TrackedAttempt, gpus: tuple[int, ...], locks: dict[str, str]
     ) -> bool:
-        """Give the attempt to its node; False where that lacks the project, and nothing was begun."""
-        order = live.order(self._namespace, self._grace_s, gpus, locks, self._builds)
-        return await self._cluster.ask(live.node_id, "start", order) != "project"
+        """Order the node to start the attempt.
 
-    async def send_project(self, live: TrackedAttempt) -> None:
-        api, project = live.attempt.version.api, live.attempt.version.project
-        where = live.node_id, api.project_id, str(project)
-        await self._cluster.call("send_project", *where, within_s=BUILD_S)
+        Returns:
+            Whether the node has accepted it; False where it lacks the project.
+        """
+        order = tracked.node_order(self._namespace, self._grace_s, gpus, locks, self._builds)
+        return await self._cluster.call_agent(tracked.node_id, "start", order) != "project"
 
-    async def ask_after(self, live: TrackedAttempt) -> None:
-        """Let its node tell what there is of an attempt; one that never came there never will run."""
-        order = live.order(self._namespace, self._grace_s)
-        await self._cluster.ask(live.node_id, "recover", order)
+    async def send_project(self, tracked: TrackedAttempt) -> None:
+        """Send the project of the attempt to its node."""
+        api, project = tracked.attempt.version.api, tracked.attempt.version.project
+        arguments = tracked.node_id, api.project_id, str(project)
+        await self._cluster.call_driver(
+            "send_project", *arguments, timeout_s=SEND_PROJECT_TIMEOUT_S
+        )
 
-    async def stop(self, live: TrackedAttempt) -> None:
-        await self._cluster.ask(live.node_id, "stop", live.job_id)
+    async def recover(self, tracked: TrackedAttempt) -> None:
+        """Make the node report the state of the attempt, and fence an attempt that it never got."""
+        order = tracked.node_order(self._namespace, self._grace_s)
+        await self._cluster.call_agent(tracked.node_id, "recover", order)
 
-    async def log_from(self, live: TrackedAttempt, offset: int) -> LogPiece:
-        """A piece of the log that the node has; the empty one at its end."""
-        limit = live.attempt.version.api.limits.log
-        piece = await self._cluster.ask(live.node_id, "read", live.job_id, offset, limit)
-        return checked_piece(piece)
+    async def stop(self, tracked: TrackedAttempt) -> None:
+        """Order the node to stop the attempt."""
+        await self._cluster.call_agent(tracked.node_id, "stop", tracked.job_id)
+
+    async def read_log(self, tracked: TrackedAttempt, offset: int) -> LogPiece:
+        """A piece of the node's log from an offset on; an empty piece at the end of the log.
+
+        Raises:
+            checks.Invalid: the node sent an invalid piece.
+        """
+        limit = tracked.attempt.version.api.limits.log
+        piece = await self._cluster.call_agent(
+            tracked.node_id, "read", tracked.job_id, offset, limit
+        )
+        return checked_log_piece(piece)
 
     async def hint(self, node_id: str, method: str, *arguments: object) -> None:
-        """Tell a node something that need not reach it."""
+        """Send a node a hint, which may get lost."""
         with contextlib.suppress(LinkError, Refused):
-            await self._cluster.ask(node_id, method, *arguments)
+            await self._cluster.call_agent(node_id, method, *arguments)

@@ -1,6 +1,7 @@
-"""The cluster as the operator has it: joined through a link that is replaced when it breaks, looked at
-every second, and an agent attended to on each node. Called by the Ray engine, whose
-`attempts` listen.
+"""The operator's view of the cluster: a link to Ray, and a session with the agent of each node.
+
+The link is replaced when it breaks, and the nodes are refreshed every second. `attempts` listens,
+and the Ray engine calls it.
 """
 
 from __future__ import annotations
@@ -18,45 +19,45 @@ from cortex.engines.ray.placement import Node, Placement
 
 log = structlog.get_logger()
 
-JOIN_S = 30.0
-LOOK_S = 1.0
-ANSWER_S = 10.0
-HELLO_S = 60.0  # a cold node loads Python and this package first
-POLL_S = 10.0
-RETRY_S = 1.0
+JOIN_TIMEOUT_S = 30.0
+REFRESH_INTERVAL_S = 1.0
+RESPONSE_TIMEOUT_S = 10.0
+HELLO_TIMEOUT_S = 60.0  # a cold node loads Python and this package first
+POLL_TIMEOUT_S = 10.0
+RETRY_DELAY_S = 1.0
 
 
-class Listener(Protocol):
-    """Who is told what becomes of nodes, and what their agents have seen."""
+class ClusterListener(Protocol):
+    """Receives changes of the nodes, and the observations of their agents."""
 
-    def looked(self) -> None:
-        """The nodes that are there now are known."""
+    def on_nodes_refreshed(self) -> None:
+        """The list of alive nodes is up to date."""
 
-    def lost(self, node: Node) -> None:
-        """A node is not there any more."""
+    def on_node_lost(self, node: Node) -> None:
+        """A node has left the cluster."""
 
-    async def reached(self, node: Node) -> None:
+    async def on_agent_reachable(self, node: Node) -> None:
         """The agent of a node answers, for the first time or again.
 
         Raises:
-            LinkError: it does not any more.
+            LinkError: the agent has stopped answering meanwhile.
         """
 
-    def out_of_reach(self, node: Node, reason: str) -> None:
+    def on_agent_unreachable(self, node: Node, reason: str) -> None:
         """The agent of a node does not answer."""
 
-    def cursors(self, node: Node) -> dict[str, int]:
-        """The offsets from which on the logs of a node's jobs are wanted."""
+    def log_cursors(self, node: Node) -> dict[str, int]:
+        """The offsets from which on to read the logs of a node's jobs, by job."""
 
-    async def told(self, node: Node, poll: Poll) -> None:
-        """What the agent of a node has seen."""
+    async def on_poll(self, node: Node, poll: Poll) -> None:
+        """The agent of a node has answered a poll."""
 
-    def freed(self) -> None:
-        """There may be more to take than before."""
+    def on_capacity_changed(self) -> None:
+        """More capacity may be free than before."""
 
 
 class Cluster:
-    """All of it happens on the event loop."""
+    """The cluster, on the event loop."""
 
     def __init__(self, address: str, namespace: str, node_dir: str | None) -> None:
         self.nodes = Placement()
@@ -64,163 +65,174 @@ class Cluster:
         self._address = address
         self._namespace = namespace
         self._node_dir = node_dir
-        self._listener: Listener  # given to `open`
+        self._listener: ClusterListener  # set by `open`
         self._link: Link | None = None
-        self._keeping: asyncio.Task[None] | None = None
-        self._attending: dict[str, asyncio.Task[None]] = {}
+        self._link_task: asyncio.Task[None] | None = None
+        self._agent_tasks: dict[str, asyncio.Task[None]] = {}
 
     @property
     def is_joined(self) -> bool:
         return self._link is not None and not self._link.gone.is_set()
 
-    async def open(self, listener: Listener) -> None:
-        """Join the cluster, and look at it.
+    async def open(self, listener: ClusterListener) -> None:
+        """Join the cluster, and read its nodes.
 
         Raises:
-            LinkError: it cannot be joined, and why.
+            LinkError: the cluster cannot be joined; the message says why.
         """
         self._listener = listener
-        self._link = await self._joined()
+        self._link = await self._open_link()
         try:
-            await self._look(self._link)
+            await self._refresh(self._link)
         except LinkError:
             await self._link.close()
             raise
-        self._keeping = asyncio.create_task(self._keep_joined(), name="ray cluster")
+        self._link_task = asyncio.create_task(self._maintain_link(), name="ray cluster")
 
     async def close(self) -> None:
-        """Let go of it; what agents and jobs do goes on."""
-        tasks = [*self._attending.values(), *([self._keeping] if self._keeping else [])]
+        """Leave the cluster. Agents and jobs continue."""
+        tasks = [*self._agent_tasks.values(), *([self._link_task] if self._link_task else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._link is not None:
             await self._link.close()
 
-    async def call(self, method: str, *arguments: object, within_s: float = ANSWER_S) -> object:
-        """Ask for something in the cluster (`cortex.ray_node.driver`).
+    async def call_driver(
+        self, method: str, *arguments: object, timeout_s: float = RESPONSE_TIMEOUT_S
+    ) -> object:
+        """Call a method of the Ray driver (`cortex.ray_node.driver`).
 
         Raises:
-            LinkError: nothing is known of what came of it.
-            Refused: it was not done.
+            LinkError: the outcome is unknown.
+            Refused: the request was not carried out.
         """
         if self._link is None:
             raise LinkError(f"the Ray cluster at {self._address} cannot be reached")
-        return await self._link.call(method, *arguments, within_s=within_s)
+        return await self._link.call(method, *arguments, timeout_s=timeout_s)
 
-    async def ask(
-        self, node_id: str, method: str, *arguments: object, within_s: float = ANSWER_S
+    async def call_agent(
+        self,
+        node_id: str,
+        method: str,
+        *arguments: object,
+        timeout_s: float = RESPONSE_TIMEOUT_S,
     ) -> object:
-        """Ask the agent of a node (`cortex.ray_node.agent`). Raises what `call` does."""
-        return await self.call(
-            "ask", node_id, method, arguments, within_s, within_s=within_s + RETRY_S
+        """Call a method of a node's agent (`cortex.ray_node.agent`); see `call_driver`."""
+        return await self.call_driver(
+            "ask", node_id, method, arguments, timeout_s, timeout_s=timeout_s + RETRY_DELAY_S
         )
 
-    async def _joined(self) -> Link:
+    async def _open_link(self) -> Link:
         link = Link(self._address, self._namespace, self._node_dir)
-        await link.open(JOIN_S)
+        await link.open(JOIN_TIMEOUT_S)
         return link
 
-    async def _keep_joined(self) -> None:
-        """Look at the cluster again and again, and join it anew whenever that fails."""
+    async def _maintain_link(self) -> None:
+        """Refresh the nodes at an interval, and replace the link when that fails."""
         while True:
             try:
                 if self._link is None:
-                    self._link = await self._joined()
-                await self._look(self._link)
+                    self._link = await self._open_link()
+                await self._refresh(self._link)
             except LinkError as error:
                 if self._link is not None:
-                    log.warning("ray cluster out of reach", address=self._address, error=str(error))
+                    log.warning("ray cluster unreachable", address=self._address, error=str(error))
                     await self._link.close()
                     self._link = None
-                    await self._unattend(str(error))
-                await asyncio.sleep(RETRY_S)
+                    await self._end_agent_sessions(str(error))
+                await asyncio.sleep(RETRY_DELAY_S)
                 continue
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._link.gone.wait(), LOOK_S)
+                await asyncio.wait_for(self._link.gone.wait(), REFRESH_INTERVAL_S)
 
-    async def _look(self, link: Link) -> None:
+    async def _refresh(self, link: Link) -> None:
         before = {node_id: node.free for node_id, node in self.nodes.alive.items()}
-        states = await link.call("look", within_s=ANSWER_S)
+        states = await link.call("look", timeout_s=RESPONSE_TIMEOUT_S)
         assert isinstance(states, tuple)
         lost = self.nodes.update(states)
         for node in lost:
-            self._lose(node)
-        self._listener.looked()
+            self._remove(node)
+        self._listener.on_nodes_refreshed()
         for node_id, node in self.nodes.alive.items():
-            if node_id not in self._attending:
-                task = asyncio.create_task(self._attend(node), name=f"ray node {node_id}")
-                self._attending[node_id] = task
-        # Where a node is lost, a job that waits may wait for something else from now on.
+            if node_id not in self._agent_tasks:
+                task = asyncio.create_task(
+                    self._run_agent_session(node), name=f"ray node {node_id}"
+                )
+                self._agent_tasks[node_id] = task
+        # The loss of a node may change the reason why a job waits.
         if lost or any(node.free != before.get(each) for each, node in self.nodes.alive.items()):
-            self._listener.freed()
+            self._listener.on_capacity_changed()
 
-    def _lose(self, node: Node) -> None:
+    def _remove(self, node: Node) -> None:
         log.warning("ray node lost", node=node.name, node_id=node.node_id)
         self.hellos.pop(node.node_id, None)
-        task = self._attending.pop(node.node_id, None)
+        task = self._agent_tasks.pop(node.node_id, None)
         if task is not None:
             task.cancel()
-        self._listener.lost(node)
+        self._listener.on_node_lost(node)
 
-    async def _unattend(self, reason: str) -> None:
-        tasks = list(self._attending.values())
-        self._attending.clear()
+    async def _end_agent_sessions(self, reason: str) -> None:
+        tasks = list(self._agent_tasks.values())
+        self._agent_tasks.clear()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for node in self.nodes.alive.values():
-            self._out_of_reach(node, reason)
+            self._mark_unreachable(node, reason)
 
-    async def _attend(self, node: Node) -> None:
-        """Take in what a node's agent has to tell, for as long as the node is there."""
+    async def _run_agent_session(self, node: Node) -> None:
+        """Receive the observations of a node's agent while the node is alive."""
         while True:
             try:
                 hello = await self._greet(node)
-                await self._listener.reached(node)
+                await self._listener.on_agent_reachable(node)
                 node.is_ready, node.problem = True, None
-                self._listener.freed()
-                await self._listen(node, hello)
+                self._listener.on_capacity_changed()
+                await self._poll_agent(node, hello)
             except (LinkError, Refused) as error:
-                self._out_of_reach(node, str(error))
+                self._mark_unreachable(node, str(error))
             except Exception as error:
-                log.exception("ray node cannot be attended to", node=node.name)
-                self._out_of_reach(node, repr(error))
-            await asyncio.sleep(RETRY_S)
+                log.exception("lost contact with node agent", node=node.name)
+                self._mark_unreachable(node, repr(error))
+            await asyncio.sleep(RETRY_DELAY_S)
 
     async def _greet(self, node: Node) -> Hello:
-        hello = await self.ask(node.node_id, "hello", within_s=HELLO_S)
+        hello = await self.call_agent(node.node_id, "hello", timeout_s=HELLO_TIMEOUT_S)
         assert isinstance(hello, Hello)
         if hello.version != cortex.__version__:
             raise Refused(
-                f"{node.name} has version {hello.version} of cortex-tasks, and the operator "
-                f"{cortex.__version__}: install the same on both"
+                f"{node.name} has version {hello.version} of cortex-tasks, but the operator has "
+                f"{cortex.__version__}; install the same version on both"
             )
         self.hellos[node.node_id] = hello
         return hello
 
-    async def _listen(self, node: Node, hello: Hello) -> None:
-        """Until the agent has not kept all that was not heard yet: it has to be asked after everything."""
+    async def _poll_agent(self, node: Node, hello: Hello) -> None:
+        """Poll the agent until it has dropped observations that this operator has not received.
+
+        After that, every attempt on the node has to be recovered.
+        """
         seq = hello.seq
         while True:
-            cursors = self._listener.cursors(node)
-            poll = await self.ask(
+            cursors = self._listener.log_cursors(node)
+            poll = await self.call_agent(
                 node.node_id,
                 "poll",
                 hello.incarnation,
                 seq,
                 cursors,
-                POLL_S,
-                within_s=POLL_S + ANSWER_S,
+                POLL_TIMEOUT_S,
+                timeout_s=POLL_TIMEOUT_S + RESPONSE_TIMEOUT_S,
             )
             assert isinstance(poll, Poll)
             if poll.incarnation != hello.incarnation:
                 return
             seq = poll.seq
-            await self._listener.told(node, poll)
+            await self._listener.on_poll(node, poll)
 
-    def _out_of_reach(self, node: Node, reason: str) -> None:
+    def _mark_unreachable(self, node: Node, reason: str) -> None:
         if node.problem != reason:
-            log.warning("ray node out of reach", node=node.name, reason=reason)
+            log.warning("ray node unreachable", node=node.name, reason=reason)
         node.is_ready, node.problem = False, reason
-        self._listener.out_of_reach(node, reason)
+        self._listener.on_agent_unreachable(node, reason)

@@ -1,8 +1,8 @@
-"""The operator's side of its link to a Ray cluster: a process of its own (`cortex.ray_node.driver`) that is
-Ray's driver. Called by the Ray engine alone.
+"""The operator's link to a Ray cluster: a process of its own is Ray's driver.
 
-Ray ends a driver that has lost its cluster for long, and blocks one that joins a dead one: neither may
-happen to the operator. Such a process is replaced; the agents and the jobs know nothing of it.
+Its code is `cortex.ray_node.driver`. Ray ends a driver that has been without its cluster for long,
+and blocks a driver that joins a dead cluster. Neither may happen to the operator. `cluster`
+replaces such a process; agents and jobs do not depend on it.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from cortex.worker.messages import shorten
 
 HEAD = struct.Struct("!IQ")
 DRIVER = "cortex.ray_node.driver"
-KNOCK_S = 5.0
-_STACK = re.compile(r"\(\+0x|^\s*$|^\s|^\*\*\*")
+CONNECT_TIMEOUT_S = 5.0
+_STACK_LINE = re.compile(r"\(\+0x|^\s*$|^\s|^\*\*\*")
 
 
 class LinkError(Exception):
-    """The cluster, or a node of it, cannot be asked now: whether it did what it was asked is not known."""
+    """The cluster or a node does not answer. The outcome of the request is unknown."""
 
 
 class Refused(Exception):
-    """A node has been asked, and did not do it."""
+    """A node has answered that it has not carried out the request."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the driver says to a request."""
+    """The driver's response to a request: a value, or the reason of a LinkError or a Refused."""
 
     value: object = None
     unreachable: str | None = None
@@ -45,7 +45,7 @@ class Answer:
 
 
 class Link:
-    """One driver process from start to end. All of it happens on the event loop."""
+    """One driver process, from its start to its end, on the event loop."""
 
     def __init__(self, address: str, namespace: str, node_dir: str | None) -> None:
         self._address = address
@@ -53,40 +53,41 @@ class Link:
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reader_task: asyncio.Task[None] | None = None
-        self._waiting: dict[int, asyncio.Future[Answer]] = {}
-        self._next = 1
-        self._errors: IO[bytes] | None = None
+        self._pending: dict[int, asyncio.Future[Answer]] = {}
+        self._next_number = 1
+        self._output: IO[bytes] | None = None
         self.gone = asyncio.Event()
 
-    async def open(self, within_s: float) -> None:
+    async def open(self, timeout_s: float) -> None:
         """Start the process, and wait until it has joined the cluster.
 
         Raises:
-            LinkError: it has not within this time, and why; the process is gone.
+            LinkError: the process has not joined in time, and has been ended; the message says why.
         """
-        await self._knock()
+        await self._check_address()
         ours, theirs = socket.socketpair()
         joined: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting[0] = joined
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed in close()
+        self._pending[0] = joined
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115  # closed in close()
         try:
             reader, self._writer = await asyncio.open_connection(sock=ours)
             self._process = await asyncio.to_thread(self._popen, theirs)
         except OSError as error:
             ours.close()
             await self.close()
-            raise LinkError(f"the process that talks to Ray cannot be started: {error}") from error
+            raise LinkError(f"cannot start the process of the Ray driver: {error}") from error
         except BaseException:
-            await self.close()  # it ends by itself, should it come to be: its socket is closed
+            # If the thread still starts the process, it ends by itself: its socket is closed.
+            await self.close()
             raise
         finally:
             theirs.close()
         self._reader_task = asyncio.create_task(self._read(reader), name="ray link")
         try:
-            answer = await asyncio.wait_for(joined, within_s)
+            answer = await asyncio.wait_for(joined, timeout_s)
         except TimeoutError:
             await self.close()
-            raise LinkError(f"it did not answer within {within_s:g} s") from None
+            raise LinkError(f"it did not answer within {timeout_s:g} s") from None
         except BaseException:
             await self.close()
             raise
@@ -94,26 +95,27 @@ class Link:
             await self.close()
             raise LinkError(answer.unreachable)
 
-    async def call(self, method: str, *arguments: object, within_s: float) -> object:
-        """Let the driver do something in the cluster.
+    async def call(self, method: str, *arguments: object, timeout_s: float) -> object:
+        """Call a method of the driver.
 
         Raises:
-            LinkError: nothing is known of what came of it.
-            Refused: it was not done.
+            LinkError: the outcome is unknown.
+            Refused: the request was not carried out.
         """
         if self._writer is None or self.gone.is_set():
             raise LinkError(f"the Ray cluster at {self._address} cannot be reached")
-        number, self._next = self._next, self._next + 1
+        number = self._next_number
+        self._next_number += 1
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = future
+        self._pending[number] = future
         try:
             data = pickle.dumps((method, arguments))
             self._writer.write(HEAD.pack(len(data), number) + data)
-            answer = await asyncio.wait_for(future, within_s)
+            answer = await asyncio.wait_for(future, timeout_s)
         except TimeoutError:
-            raise LinkError(f"no answer from the Ray cluster within {within_s:g} s") from None
+            raise LinkError(f"the Ray cluster did not answer within {timeout_s:g} s") from None
         finally:
-            self._waiting.pop(number, None)
+            self._pending.pop(number, None)
         if answer.unreachable is not None:
             raise LinkError(answer.unreachable)
         if answer.refused is not None:
@@ -121,31 +123,31 @@ class Link:
         return answer.value
 
     async def close(self) -> None:
-        """End the process, and wait until it is gone. What agents do goes on."""
+        """Kill the process, and wait for its end. Agents continue."""
         self.gone.set()
         if self._writer is not None:
             self._writer.close()
             self._writer = None
         if self._process is not None:
-            self._process.kill()  # it holds nothing
+            self._process.kill()  # it has no state to save
             await asyncio.to_thread(self._process.wait)
         if self._reader_task is not None and self._reader_task is not asyncio.current_task():
             self._reader_task.cancel()
             await asyncio.gather(self._reader_task, return_exceptions=True)
-        self._give_up("the link to the Ray cluster was closed")
-        if self._errors is not None:
-            self._errors.close()
-            self._errors = None
+        self._fail_pending("the link to the Ray cluster was closed")
+        if self._output is not None:
+            self._output.close()
+            self._output = None
 
-    async def _knock(self) -> None:
-        """Ray tries for long where nothing answers at all.
+    async def _check_address(self) -> None:
+        """Check that the address accepts connections: Ray would retry for long.
 
         Raises:
-            LinkError: nothing does.
+            LinkError: nothing answers there.
         """
         host, _, port = self._address.rpartition(":")
         try:
-            async with asyncio.timeout(KNOCK_S):
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
         except (OSError, TimeoutError) as error:
             raise LinkError(f"nothing answers there ({str(error) or 'no answer'})") from error
@@ -155,8 +157,8 @@ class Link:
         return subprocess.Popen(
             [sys.executable, "-m", DRIVER, str(theirs.fileno()), *self._arguments],
             stdin=subprocess.DEVNULL,
-            stdout=self._errors,
-            stderr=self._errors,
+            stdout=self._output,
+            stderr=self._output,
             pass_fds=[theirs.fileno()],
             start_new_session=True,
         )
@@ -166,23 +168,23 @@ class Link:
             while True:
                 length, number = HEAD.unpack(await reader.readexactly(HEAD.size))
                 answer = pickle.loads(await reader.readexactly(length))
-                future = self._waiting.get(number)
+                future = self._pending.get(number)
                 if future is not None and not future.done():
                     future.set_result(answer)
         except (asyncio.IncompleteReadError, ConnectionError):
             self.gone.set()
-            self._give_up(f"the link to the Ray cluster broke: {self._last_words()}")
+            self._fail_pending(f"the link to the Ray cluster broke: {self._last_output()}")
 
-    def _give_up(self, reason: str) -> None:
-        for future in self._waiting.values():
+    def _fail_pending(self, reason: str) -> None:
+        for future in self._pending.values():
             if not future.done():
                 future.set_result(Answer(unreachable=reason))
 
-    def _last_words(self) -> str:
-        if self._errors is None:
-            return "it was closed"
-        end = self._errors.seek(0, os.SEEK_END)
-        self._errors.seek(max(0, end - 16000))
-        text = self._errors.read().decode("utf-8", "replace")
-        lines = [line for line in text.splitlines() if not _STACK.search(line)]
-        return shorten(lines[-1], 300) if lines else "its process ended without a word"
+    def _last_output(self) -> str:
+        if self._output is None:
+            return "the link was closed"
+        end = self._output.seek(0, os.SEEK_END)
+        self._output.seek(max(0, end - 16000))
+        text = self._output.read().decode("utf-8", "replace")
+        lines = [line for line in text.splitlines() if not _STACK_LINE.search(line)]
+        return shorten(lines[-1], 300) if lines else "its process ended without a message"

@@ -1,5 +1,8 @@
-"""What the Ray engine, its link to the cluster and the agents on the nodes tell one another. Plain data
-that is pickled; all of them are of the same version of this package, which the agents check.
+"""The messages between the Ray engine, the driver and the agents: plain data, which is pickled.
+
+All of them must run the same version of this package. The operator compares it with
+`Hello.version`; an agent of an older version must still be able to read and write the messages up
+to that point.
 """
 
 from __future__ import annotations
@@ -13,24 +16,24 @@ from cortex.spec.job import JobSpec
 
 @dataclass(frozen=True)
 class NodeState:
-    """A node as Ray knows it."""
+    """A node, by Ray's figures."""
 
     node_id: str
     name: str
     is_alive: bool
     total: Capacity
     taken: Capacity
-    """By whomever: jobs of this operator, and others."""
+    """Taken by this operator's jobs and by others."""
     labels: dict[str, str] = field(default_factory=dict)
 
 
 class Refusal(Exception):
-    """An agent does not do what it was asked, and never will; the message says why."""
+    """An agent refuses a request for good; the message says why."""
 
 
 @dataclass(frozen=True)
 class Reservation:
-    """What Ray holds for an attempt while it runs: a placement group of one bundle on one node."""
+    """What Ray reserves for an attempt: a placement group of one bundle on one node."""
 
     name: str
     node_id: str
@@ -39,14 +42,14 @@ class Reservation:
 
 @dataclass(frozen=True)
 class Hello:
-    """What an agent says of itself when it is asked first."""
+    """An agent's answer to an operator that begins a session."""
 
     version: str
     incarnation: str
-    """Another for each hello: what the agent sees from then on is kept until whoever said it has it, or
-    the agent's process is gone."""
+    """Identifies the session. The agent's process keeps its observations from here on until the
+    operator has received them."""
     root: str
-    """Another when the node's folder, and the records in it, are not those that were there before."""
+    """Identifies the node's folder. A new folder, without the earlier records, has another."""
     local_handle: str
     memory_limit: str
     own_folder: str
@@ -55,11 +58,11 @@ class Hello:
 
 @dataclass(frozen=True)
 class Builds:
-    """What nodes let builds of environments do."""
+    """The limits of the builds of environments on nodes."""
 
     timeout_s: float = 1800
     variables: frozenset[str] = frozenset()
-    """Names of those of a node that builds find beside the ones that all do."""
+    """Names of variables of the node that builds inherit, beside the usual ones."""
 
 
 DEFAULT_BUILDS = Builds()
@@ -67,7 +70,7 @@ DEFAULT_BUILDS = Builds()
 
 @dataclass(frozen=True)
 class NodeOrder:
-    """An attempt, as a node is told of it."""
+    """The order to a node to start or recover an attempt."""
 
     spec: JobSpec
     api: ApiSpec
@@ -77,19 +80,20 @@ class NodeOrder:
     local_handle: str
     grace_s: float
     left_s: float | None
-    """Until its deadline: no two machines' clocks can be compared."""
+    """The seconds until the deadline: the clocks of two machines cannot be compared."""
     seat: str
+    """The name of the attempt's reservation."""
     gpus: tuple[int, ...] = ()
     losses: int = 0
     lost: str | None = None
     locks: dict[str, str] = field(default_factory=dict)
-    """The lock files of its project, by their names."""
+    """The lock files of the project, by name."""
     builds: Builds = DEFAULT_BUILDS
 
 
 @dataclass(frozen=True)
 class Lock:
-    """A lock file that a node has made of what it built."""
+    """A lock file that a node has made from the environment that it built."""
 
     project_id: str
     name: str
@@ -98,18 +102,18 @@ class Lock:
 
 @dataclass(frozen=True)
 class LogPiece:
-    """Bytes of a job's log from an offset on, and its `log.cut`, if there is one that can be true."""
+    """Bytes of a job's log from an offset on, and the `log.cut` record, if it is plausible."""
 
     offset: int
     data: bytes
     end: int
-    """The offset to ask for next: beyond the data where a part was cut out of the file."""
+    """The offset of the next piece. It is beyond the data where a gap follows."""
     cut: bytes | None
 
 
 @dataclass(frozen=True)
 class Poll:
-    """What has happened on a node since it was asked before."""
+    """The observations of an agent since the last poll, and the new pieces of logs."""
 
     incarnation: str
     seq: int

@@ -1,44 +1,49 @@
-"""The nodes of a cluster: which of them takes a job, and what has been taken of each. Called by the Ray
-engine alone.
+"""The placement of jobs on the nodes of a cluster. The Ray engine uses it.
 
-Ray could queue what does not fit yet, but would not say what that waits for. So a node is chosen here,
-by what Ray tells of all nodes; Ray is then asked for exactly that, and may still say no.
+Ray could queue a job that does not fit yet, but would not say why the job waits. The operator
+therefore chooses a node, by Ray's figures for all nodes, and requests a reservation on that node.
+Ray may still refuse the reservation.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Callable, Mapping
 from itertools import count
+from typing import Generic, TypeVar
 
 from cortex.engines.base import NOTHING, Capacity
 from cortex.engines.capacity import amounts, fits, label_words, lacking, selects
-from cortex.engines.ray.capacity_index import CapacityIndex
 from cortex.engines.ray.messages import NodeState
 from cortex.spec.api import Compute
 
-Labels = tuple[tuple[str, tuple[str, ...]], ...]  # labels that are asked for, in order
+Labels = tuple[tuple[str, tuple[str, ...]], ...]  # the labels that a job requires, sorted
+
+T = TypeVar("T")
 
 
 class Node:
-    """One node, and what jobs of this operator have taken of it."""
+    """One node, and what this operator's jobs take of it."""
 
-    def __init__(self, state: NodeState, number: int, moved: Callable[[Node], None]) -> None:
+    def __init__(self, state: NodeState, number: int, on_change: Callable[[Node], None]) -> None:
         """
         Args:
-            moved: called when it has more or less free than before, and when its agent comes or goes.
+            state: Ray's figures.
+            number: orders the nodes in a `CapacityIndex`.
+            on_change: called when the free capacity changes, and when `is_ready` does.
         """
         self.state = state
         self.number = number
         self.problem: str | None = None
-        """Why its agent does not answer."""
+        """Why the agent does not answer."""
         self._is_ready = False
-        self._moved = moved
+        self._on_change = on_change
         self._shares: dict[str, Capacity] = {}
         self._own = NOTHING
-        # What others have taken, at the last look and the one before: Ray's figures lag behind ours,
-        # and one look alone may count what has just been given back as theirs.
-        self._foreign = self._before = self._of_others()
-        self.free = self._left()
+        # What others take, by Ray's last two updates. Ray's figures lag behind this operator's own:
+        # a single update may count capacity that this operator has just released.
+        self._others = self._previous_others = self._taken_by_others()
+        self.free = self._compute_free()
 
     @property
     def node_id(self) -> str:
@@ -50,210 +55,284 @@ class Node:
 
     @property
     def is_ready(self) -> bool:
-        """Whether its agent answers."""
+        """Whether the agent answers."""
         return self._is_ready
 
     @is_ready.setter
     def is_ready(self, is_ready: bool) -> None:
         if is_ready != self._is_ready:
             self._is_ready = is_ready
-            self._moved(self)
+            self._on_change(self)
 
-    def see(self, state: NodeState) -> None:
-        """What Ray tells of it now."""
+    def update(self, state: NodeState) -> None:
+        """Apply an update of Ray's figures."""
         self.state = state
-        self._before, self._foreign = self._foreign, self._of_others()
-        self._count()
+        self._previous_others, self._others = self._others, self._taken_by_others()
+        self._update_free()
 
     def add(self, job_id: str, compute: Compute) -> None:
-        self._shares[job_id] = Capacity(compute.cpu_m, compute.mem or 0, compute.gpu)
+        """Count a job's share as taken."""
+        self._shares[job_id] = _capacity_of(compute)
         self._own = self._own + self._shares[job_id]
-        self._count()
+        self._update_free()
 
     def remove(self, job_id: str) -> None:
+        """Count a job's share as free."""
         self._own = self._own - self._shares.pop(job_id)
-        self._count()
+        self._update_free()
 
-    def _count(self) -> None:
-        free = self._left()
+    def _update_free(self) -> None:
+        free = self._compute_free()
         if free != self.free:
             self.free = free
-            self._moved(self)
+            self._on_change(self)
 
-    def _left(self) -> Capacity:
-        others = self._foreign.least(self._before)
+    def _compute_free(self) -> Capacity:
+        others = self._others.least(self._previous_others)
         return self.state.total - others - self._own
 
-    def _of_others(self) -> Capacity:
+    def _taken_by_others(self) -> Capacity:
         return (self.state.taken - self._own).most(NOTHING)
 
 
-class _Selection:
-    """The ready nodes with some labels. GPUs are left to those that want them."""
+class CapacityIndex(Generic[T]):
+    """Nodes sorted by free capacity: a search among a thousand nodes examines few of them.
 
-    def __init__(self, wanted: Mapping[str, tuple[str, ...]]) -> None:
-        self._wanted = wanted
-        self._plain: CapacityIndex[Node] = CapacityIndex()
-        self._with_gpus: CapacityIndex[Node] = CapacityIndex()
+    Each node has a unique number. Of two nodes with as many free cores, the lower number comes
+    first.
+    """
 
-    def see(self, node: Node, *, is_there: bool) -> None:
-        self._plain.drop(node.number)
-        self._with_gpus.drop(node.number)
-        if is_there and selects(self._wanted, node.state.labels):
-            shelf = self._with_gpus if node.state.total.gpu else self._plain
-            shelf.put(node.number, node.free, node)
+    def __init__(self) -> None:
+        self._free: dict[int, tuple[Capacity, T]] = {}
+        # Sorted by cores, which jobs use up first.
+        self._emptiest_first: list[tuple[int, int]] = []
+        self._mem: list[int] = []
+        self._gpu: list[int] = []
 
-    def best(self, compute: Compute) -> Node | None:
-        return self._plain.first(compute) or self._with_gpus.first(compute)
+    def add(self, number: int, free: Capacity, node: T) -> None:
+        """Add a node that the index does not contain."""
+        self._free[number] = free, node
+        insort(self._emptiest_first, (-free.cpu_m, number))
+        insort(self._mem, free.mem)
+        insort(self._gpu, free.gpu)
+
+    def discard(self, number: int) -> None:
+        """Remove a node, if the index contains it."""
+        if number in self._free:
+            free, _ = self._free.pop(number)
+            for values, value in ((self._mem, free.mem), (self._gpu, free.gpu)):
+                del values[bisect_left(values, value)]
+            position = bisect_left(self._emptiest_first, (-free.cpu_m, number))
+            del self._emptiest_first[position]
+
+    def emptiest_for(self, compute: Compute) -> T | None:
+        """The node with the most free cores on which `compute` fits, or None."""
+        if not self._free or not fits(compute, self.max_free):
+            return None
+        for cpu_m, number in self._emptiest_first:
+            if -cpu_m < compute.cpu_m:
+                return None
+            free, node = self._free[number]
+            if fits(compute, free):
+                return node
+        return None
 
     @property
     def is_empty(self) -> bool:
-        return self._plain.is_empty and self._with_gpus.is_empty
+        return not self._free
 
     @property
-    def most(self) -> Capacity:
-        shelves = [each.most for each in (self._plain, self._with_gpus) if not each.is_empty]
-        return shelves[0].most(shelves[-1])
+    def max_free(self) -> Capacity:
+        """The largest free amount of each resource, not necessarily on the same node."""
+        if not self._free:
+            return NOTHING
+        return Capacity(-self._emptiest_first[0][0], self._mem[-1], self._gpu[-1])
+
+
+class _LabelIndex:
+    """The ready nodes with certain labels. Jobs without GPUs prefer nodes without GPUs."""
+
+    def __init__(self, labels: Mapping[str, tuple[str, ...]]) -> None:
+        self._labels = labels
+        self._without_gpus: CapacityIndex[Node] = CapacityIndex()
+        self._with_gpus: CapacityIndex[Node] = CapacityIndex()
+
+    def update(self, node: Node, *, is_available: bool) -> None:
+        """Index a node by its present free capacity, or remove one that is not available."""
+        self._without_gpus.discard(node.number)
+        self._with_gpus.discard(node.number)
+        if is_available and selects(self._labels, node.state.labels):
+            index = self._with_gpus if node.state.total.gpu else self._without_gpus
+            index.add(node.number, node.free, node)
+
+    def node_for(self, compute: Compute) -> Node | None:
+        """The best node for a job, or None."""
+        return self._without_gpus.emptiest_for(compute) or self._with_gpus.emptiest_for(compute)
+
+    @property
+    def is_empty(self) -> bool:
+        return self._without_gpus.is_empty and self._with_gpus.is_empty
+
+    @property
+    def max_free(self) -> Capacity:
+        """See `CapacityIndex.max_free`; the index must not be empty."""
+        indexes = (self._without_gpus, self._with_gpus)
+        free = [index.max_free for index in indexes if not index.is_empty]
+        return free[0].most(free[-1])
 
 
 class Placement:
-    """All nodes that are, and the largest of those that ever were."""
+    """The alive nodes, the jobs placed on them, and every size of node that there ever was."""
 
     def __init__(self) -> None:
         self.alive: dict[str, Node] = {}
         self._numbers = count()
-        self._holders: dict[str, Node] = {}  # by job
-        self._selections: dict[Labels, _Selection] = {}
-        self._known: set[tuple[Capacity, tuple[tuple[str, str], ...]]] = set()
+        self._placed: dict[str, Node] = {}  # by job
+        self._indexes: dict[Labels, _LabelIndex] = {}
+        # The total capacity and the labels of all nodes, lost ones included.
+        self._kinds: set[tuple[Capacity, tuple[tuple[str, str], ...]]] = set()
         self._refusals: dict[tuple[Capacity, Labels], str | None] = {}
-        self._refused = False
+        self._has_refused = False
 
     @property
     def total(self) -> Capacity:
         return sum((node.state.total for node in self.alive.values()), NOTHING)
 
     def update(self, states: tuple[NodeState, ...]) -> list[Node]:
-        """Take over what Ray tells; the nodes that are not there any more."""
-        told = {state.node_id: state for state in states if state.is_alive}
-        lost = [node for node_id, node in self.alive.items() if node_id not in told]
+        """Apply Ray's figures.
+
+        Returns:
+            The nodes that have left the cluster.
+        """
+        states_by_id = {state.node_id: state for state in states if state.is_alive}
+        lost = [node for node_id, node in self.alive.items() if node_id not in states_by_id]
         for node in lost:
             del self.alive[node.node_id]
-            self._moved(node)
-        for node_id, state in told.items():
-            self._know(state)
+            self._update_indexes(node)
+        for node_id, state in states_by_id.items():
+            self._add_kind(state)
             if node_id in self.alive:
-                self.alive[node_id].see(state)
+                self.alive[node_id].update(state)
             else:
-                self.alive[node_id] = Node(state, next(self._numbers), self._moved)
+                self.alive[node_id] = Node(state, next(self._numbers), self._update_indexes)
         return lost
 
     def refusal(self, compute: Compute) -> str | None:
-        """Why no node could ever take this, or None. One that is away may come back."""
-        key = _asked(compute), _wanted(compute)
+        """Why no node could ever run this job, or None. Lost nodes count, as they may come back."""
+        key = _capacity_of(compute), _labels_of(compute)
         if key not in self._refusals:
-            self._refusals[key] = self._why_never(compute)
+            self._refusals[key] = self._permanent_refusal(compute)
         return self._refusals[key]
 
     def take(self, job_id: str, compute: Compute) -> str | None:
-        """Take a share of a node, or say what is lacking and take nothing."""
-        if job_id in self._holders:
+        """Place a job on a node.
+
+        Returns:
+            None if the job is placed; else what is lacking.
+        """
+        if job_id in self._placed:
             return None
-        selection = self._selection(compute)
-        best = selection.best(compute)
-        if best is not None:
-            self.hold(job_id, compute, best.node_id)
+        index = self._index_for(compute)
+        node = index.node_for(compute)
+        if node is not None:
+            self.reserve_recovered(job_id, compute, node.node_id)
             return None
-        self._refused = True
-        if selection.is_empty:
-            return self._why_none(compute)
-        named = _named(compute)
+        self._has_refused = True
+        if index.is_empty:
+            return self._why_no_node(compute)
+        labels = _label_suffix(compute)
         return (
-            lacking(compute, selection.most, f"{{}} free on one node{named}")
-            or f"no node{named} has {amounts(compute)} free"
+            lacking(compute, index.max_free, f"{{}} free on one node{labels}")
+            or f"no node{labels} has {amounts(compute)} free"
         )
 
-    def hold(self, job_id: str, compute: Compute, node_id: str) -> None:
-        """Take what a recovered job has already."""
+    def reserve_recovered(self, job_id: str, compute: Compute, node_id: str) -> None:
+        """Place a job on the node that already runs it, even beyond the node's capacity."""
         node = self.alive.get(node_id)
-        if node is not None and job_id not in self._holders:
+        if node is not None and job_id not in self._placed:
             node.add(job_id, compute)
-            self._holders[job_id] = node
+            self._placed[job_id] = node
 
     def node_of(self, job_id: str) -> Node | None:
-        return self._holders.get(job_id)
+        return self._placed.get(job_id)
 
     def release(self, job_id: str) -> bool:
-        """Give a share back; True if somebody was refused before and may fit now."""
-        node = self._holders.pop(job_id, None)
+        """Free a job's share.
+
+        Returns:
+            Whether a job was refused before, and may fit now.
+        """
+        node = self._placed.pop(job_id, None)
         if node is None:
             return False
         node.remove(job_id)
-        return self.freed()
+        return self.clear_refused()
 
-    def freed(self) -> bool:
-        """There may be more than before: whether somebody waits for that."""
-        refused, self._refused = self._refused, False
-        return refused
+    def clear_refused(self) -> bool:
+        """Whether `take` has refused a job since the last call, which may fit now."""
+        has_refused, self._has_refused = self._has_refused, False
+        return has_refused
 
-    def _moved(self, node: Node) -> None:
-        is_there = node.is_ready and self.alive.get(node.node_id) is node
-        for selection in self._selections.values():
-            selection.see(node, is_there=is_there)
+    def _update_indexes(self, node: Node) -> None:
+        is_available = node.is_ready and self.alive.get(node.node_id) is node
+        for index in self._indexes.values():
+            index.update(node, is_available=is_available)
 
-    def _selection(self, compute: Compute) -> _Selection:
-        wanted = _wanted(compute)
-        found = self._selections.get(wanted)
-        if found is None:
-            found = self._selections[wanted] = _Selection(compute.node_labels)
+    def _index_for(self, compute: Compute) -> _LabelIndex:
+        labels = _labels_of(compute)
+        index = self._indexes.get(labels)
+        if index is None:
+            index = self._indexes[labels] = _LabelIndex(compute.node_labels)
             for node in self.alive.values():
-                found.see(node, is_there=node.is_ready)
-        return found
+                index.update(node, is_available=node.is_ready)
+        return index
 
-    def _know(self, state: NodeState) -> None:
+    def _add_kind(self, state: NodeState) -> None:
         kind = state.total, tuple(sorted(state.labels.items()))
-        if kind not in self._known:
-            self._known.add(kind)
+        if kind not in self._kinds:
+            self._kinds.add(kind)
             self._refusals.clear()
 
-    def _why_never(self, compute: Compute) -> str | None:
-        if not self._known:
+    def _permanent_refusal(self, compute: Compute) -> str | None:
+        if not self._kinds:
             return None
-        there = [
-            total for total, labels in self._known if selects(compute.node_labels, dict(labels))
+        totals = [
+            total for total, labels in self._kinds if selects(compute.node_labels, dict(labels))
         ]
-        if any(fits(compute, total) for total in there):
+        if any(fits(compute, total) for total in totals):
             return None
-        named = _named(compute)
-        if not there:
-            return f"needs a node{named}, and there is none"
-        most = there[0]
-        for total in there:
-            most = most.most(total)
+        labels = _label_suffix(compute)
+        if not totals:
+            return f"needs a node{labels}, and there is none"
+        largest = totals[0]
+        for total in totals:
+            largest = largest.most(total)
         return (
-            lacking(compute, most, f"the largest node{named} has {{}}")
-            or f"no node{named} has {amounts(compute)}"
+            lacking(compute, largest, f"the largest node{labels} has {{}}")
+            or f"no node{labels} has {amounts(compute)}"
         )
 
-    def _why_none(self, compute: Compute) -> str:
+    def _why_no_node(self, compute: Compute) -> str:
+        labels = _label_suffix(compute)
         if not self.alive:
             return "waits for a node: the cluster has none now"
         nodes = [
             node for node in self.alive.values() if selects(compute.node_labels, node.state.labels)
         ]
         if not nodes:
-            return f"waits for a node{_named(compute)}: the cluster has none now"
+            return f"waits for a node{labels}: the cluster has none now"
         problems = {node.problem for node in nodes if node.problem}
-        words = f": {sorted(problems)[0]}" if problems else ""
-        return f"waits for a node{_named(compute)} whose agent answers{words}"
+        problem = f": {sorted(problems)[0]}" if problems else ""
+        return f"waits for a node{labels} whose agent answers{problem}"
 
 
-def _asked(compute: Compute) -> Capacity:
+def _capacity_of(compute: Compute) -> Capacity:
     return Capacity(compute.cpu_m, compute.mem or 0, compute.gpu)
 
 
-def _wanted(compute: Compute) -> Labels:
+def _labels_of(compute: Compute) -> Labels:
     return tuple(sorted(compute.node_labels.items())) if compute.node_labels else ()
 
 
-def _named(compute: Compute) -> str:
+def _label_suffix(compute: Compute) -> str:
     return f" with {label_words(compute.node_labels)}" if compute.node_labels else ""

@@ -1,4 +1,4 @@
-"""One attempt that the Ray engine drives, from its start or recovery until its end is reported."""
+"""The state of one attempt, from its start or recovery until the engine has reported its end."""
 
 from __future__ import annotations
 
@@ -16,22 +16,29 @@ HANDLE_VERSION = 1
 
 @dataclass
 class TrackedAttempt:
-    """What is known of it; the handle tells where it is."""
+    """An attempt, its node (which the handle names), and the operator's knowledge of its state."""
 
     attempt: Attempt
     node_id: str
     root: str
     local_handle: str
-    base: int
-    """Where its log begins in the operator's copy."""
-    sent: bool = False
-    """Whether its node may know of it."""
-    stop: bool = False
-    started: bool = False
-    unreachable: bool = False
-    ending: bool = False
-    copied: bool = True
-    """Whether its log is; one that is larger than any file here cannot be."""
+    log_base: int
+    """The offset in the operator's copy of the job's log at which the attempt's own log begins."""
+    is_sent: bool = False
+    """Whether the order may have reached the node."""
+    stop_requested: bool = False
+    has_started: bool = False
+    is_unreachable: bool = False
+    is_ending: bool = False
+    """Whether the node has reported the end; the rest of the log may still have to be copied."""
+    is_log_copied: bool = True
+    """Whether the log is copied. A log that exceeds the largest file on this machine is not."""
+
+    @classmethod
+    def of(cls, attempt: Attempt) -> TrackedAttempt:
+        """Track an attempt; its handle says where it runs."""
+        content = json.loads(attempt.handle)
+        return cls(attempt, content["node"], content["root"], content["local"], content["log"])
 
     @property
     def job_id(self) -> str:
@@ -42,12 +49,13 @@ class TrackedAttempt:
         return self.attempt.number
 
     @property
-    def left_s(self) -> float | None:
-        """Until its deadline, if it has one."""
+    def remaining_s(self) -> float | None:
+        """The seconds until the deadline; None without a deadline."""
         deadline = self.attempt.deadline
         return None if deadline is None else deadline - time.monotonic()
 
-    def seat(self, namespace: str) -> Reservation:
+    def reservation(self, namespace: str) -> Reservation:
+        """The reservation of what the attempt takes on its node."""
         compute = self.attempt.version.api.compute
         bundle: dict[str, float] = {"CPU": compute.cpu_m / MILLI}
         if compute.mem:
@@ -56,7 +64,7 @@ class TrackedAttempt:
             bundle["GPU"] = compute.gpu
         return Reservation(f"{namespace}:{self.job_id}:{self.number}", self.node_id, bundle)
 
-    def order(
+    def node_order(
         self,
         namespace: str,
         grace_s: float,
@@ -64,7 +72,7 @@ class TrackedAttempt:
         locks: dict[str, str] | None = None,
         builds: Builds = DEFAULT_BUILDS,
     ) -> NodeOrder:
-        """It, as its node is told of it now."""
+        """The order to the node, with the time that remains at this moment."""
         attempt = self.attempt
         return NodeOrder(
             spec=attempt.spec,
@@ -74,8 +82,8 @@ class TrackedAttempt:
             root=self.root,
             local_handle=self.local_handle,
             grace_s=grace_s,
-            left_s=self.left_s,
-            seat=self.seat(namespace).name,
+            left_s=self.remaining_s,
+            seat=self.reservation(namespace).name,
             gpus=gpus,
             losses=attempt.losses,
             lost=attempt.lost,
@@ -86,28 +94,24 @@ class TrackedAttempt:
     def lost(self, reason: str) -> Lost:
         return Lost(self.job_id, self.number, reason)
 
-    def never(self, held_up_by: str | None = None) -> NeverStarted:
+    def never_started(self, held_up_by: str | None = None) -> NeverStarted:
         return NeverStarted(self.job_id, self.number, held_up_by)
 
     def reachable(self) -> Reachable:
         return Reachable(self.job_id, self.number)
 
-    def out_of_reach(self, reason: str) -> Unreachable:
+    def unreachable(self, reason: str) -> Unreachable:
         return Unreachable(self.job_id, self.number, reason)
 
 
-def handle(node: Node | None, hello: Hello | None, base: int) -> str:
+def handle(node: Node | None, hello: Hello | None, log_base: int) -> str:
+    """The handle of an attempt on a node, as `Engine.claim` returns it."""
     return json.dumps(
         {
             "v": HANDLE_VERSION,
             "node": "" if node is None else node.node_id,
             "root": "" if hello is None else hello.root,
             "local": "" if hello is None else hello.local_handle,
-            "log": base,
+            "log": log_base,
         }
     )
-
-
-def taken_up(attempt: Attempt) -> TrackedAttempt:
-    told = json.loads(attempt.handle)
-    return TrackedAttempt(attempt, told["node"], told["root"], told["local"], told["log"])

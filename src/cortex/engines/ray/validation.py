@@ -1,5 +1,6 @@
-"""What a node tells, looked at before it is believed: jobs run beside its agent, as the same user. Called by
-`attempts` and `orders`.
+"""Validates the messages of nodes, which a job could forge: it runs as the user of the agent.
+
+`attempts` and `calls` use it.
 """
 
 from __future__ import annotations
@@ -21,92 +22,93 @@ from cortex.engines.ray.messages import Lock, LogPiece
 from cortex.worker import checks
 from cortex.worker.messages import ExitRecord, StartRecord, shorten
 
-_MOST_LOCK = 1 << 22
-_PROJECT = re.compile(r"[0-9a-z]{1,128}", re.ASCII)
-_LOCK = re.compile(r"[\w-][\w.-]{0,200}\.lock", re.ASCII)
+_MAX_LOCK_FILE_BYTES = 1 << 22
+_PROJECT_ID = re.compile(r"[0-9a-z]{1,128}", re.ASCII)
+_LOCK_FILE_NAME = re.compile(r"[\w-][\w.-]{0,200}\.lock", re.ASCII)
 
 
-def checked(seen: object) -> Observation:
-    """What a node says of one attempt, as it can be stored and shown.
-
-    Raises:
-        checks.Invalid: that cannot be.
-    """
-    if isinstance(seen, Started):
-        start = StartRecord.of({"attempt": seen.attempt, "start_ns": seen.start_ns})
-        return replace(seen, start_ns=start.start_ns)
-    if isinstance(seen, Ended):
-        return _ended(seen)
-    if isinstance(seen, Lost | Unreachable | Waits):
-        return replace(seen, reason=_words(seen.reason))
-    if isinstance(seen, NeverStarted):
-        held_up_by = None if seen.held_up_by is None else _words(seen.held_up_by)
-        return replace(seen, held_up_by=held_up_by)
-    raise checks.Invalid(f"a {type(seen).__name__} is nothing that a node tells")
-
-
-def checked_lock(lock: Lock) -> Lock:
-    """A lock file that can be kept under its name.
+def checked_observation(observation: object) -> Observation:
+    """An observation of one attempt, with values that can be stored and shown.
 
     Raises:
-        checks.Invalid: it is none.
+        checks.Invalid: a value is invalid, or nodes do not report such an observation.
     """
-    if not isinstance(lock.project_id, str) or not _PROJECT.fullmatch(lock.project_id):
-        raise checks.Invalid("it is of no project")
-    if not isinstance(lock.name, str) or not _LOCK.fullmatch(lock.name):
-        raise checks.Invalid("it has no name of a lock file")
-    if not isinstance(lock.text, str) or len(lock.text) > _MOST_LOCK:
-        raise checks.Invalid("its text is none, or too long")
+    if isinstance(observation, Started):
+        start = StartRecord.of({"attempt": observation.attempt, "start_ns": observation.start_ns})
+        return replace(observation, start_ns=start.start_ns)
+    if isinstance(observation, Ended):
+        return _checked_end(observation)
+    if isinstance(observation, Lost | Unreachable | Waits):
+        return replace(observation, reason=_checked_reason(observation.reason))
+    if isinstance(observation, NeverStarted):
+        held_up_by = observation.held_up_by
+        held_up_by = None if held_up_by is None else _checked_reason(held_up_by)
+        return replace(observation, held_up_by=held_up_by)
+    raise checks.Invalid(f"nodes do not report a {type(observation).__name__}")
+
+
+def checked_lock_file(lock: Lock) -> Lock:
+    """A lock file whose name can be used as a file name.
+
+    Raises:
+        checks.Invalid: the project, the name or the text is invalid.
+    """
+    if not isinstance(lock.project_id, str) or not _PROJECT_ID.fullmatch(lock.project_id):
+        raise checks.Invalid("the project id is invalid")
+    if not isinstance(lock.name, str) or not _LOCK_FILE_NAME.fullmatch(lock.name):
+        raise checks.Invalid("the name of the lock file is invalid")
+    if not isinstance(lock.text, str) or len(lock.text) > _MAX_LOCK_FILE_BYTES:
+        raise checks.Invalid("the text is not a string, or too long")
     return replace(lock, text=lock.text.encode("utf-8", "backslashreplace").decode())
 
 
-def checked_piece(piece: object) -> LogPiece:
+def checked_log_piece(piece: object) -> LogPiece:
     """A piece of a log that can be written to a file.
 
     Raises:
-        checks.Invalid: it is none.
+        checks.Invalid: the piece is invalid.
     """
     if not isinstance(piece, LogPiece) or not isinstance(piece.data, bytes):
-        raise checks.Invalid("it is no piece of a log")
+        raise checks.Invalid("the message is not a piece of a log")
     offsets = (piece.offset, piece.end)
     if any(type(offset) is not int for offset in offsets):
-        raise checks.Invalid("its offsets are no numbers")
+        raise checks.Invalid("an offset in the log is not an integer")
     if not 0 <= piece.offset <= piece.offset + len(piece.data) <= piece.end <= checks.MOST_FILE:
-        raise checks.Invalid("no log has such offsets")
+        raise checks.Invalid("an offset in the log is out of range")
     return piece
 
 
-def _ended(seen: Ended) -> Ended:
-    if not isinstance(seen.hints, tuple) or not isinstance(seen.measures, tuple):
-        raise checks.Invalid("its hints or measures are no lists")
+def _checked_end(end: Ended) -> Ended:
+    if not isinstance(end.hints, tuple) or not isinstance(end.measures, tuple):
+        raise checks.Invalid("hints or measures are not a tuple")
     record = ExitRecord.of(
         {
-            "attempt": seen.attempt,
-            "ending": seen.ending,
-            "exit_code": seen.exit_code,
-            "start_ns": seen.start_ns,
-            "end_ns": seen.end_ns,
-            "message": seen.message,
-            "result": seen.result,
-            "has_result": seen.has_result,
-            "hints": list(seen.hints),
-            "measures": list(seen.measures),
+            "attempt": end.attempt,
+            "ending": end.ending,
+            "exit_code": end.exit_code,
+            "start_ns": end.start_ns,
+            "end_ns": end.end_ns,
+            "message": end.message,
+            "result": end.result,
+            "has_result": end.has_result,
+            "hints": list(end.hints),
+            "measures": list(end.measures),
         }
     )
     return replace(
-        seen,
+        end,
         ending=Ending(record.ending),
         start_ns=record.start_ns,
         end_ns=record.end_ns,
         message=record.message,
-        result=record.result,  # type: ignore[arg-type]  # it can be JSON, as was checked
+        result=record.result,  # type: ignore[arg-type]  # ExitRecord.of checks that it is JSON
         has_result=record.has_result,
         hints=tuple(record.hints),
         measures=tuple(record.measures),
     )
 
 
-def _words(reason: object) -> str:
+def _checked_reason(reason: object) -> str:
     if not isinstance(reason, str):
-        raise checks.Invalid("it gives no reason in words")
+        raise checks.Invalid("the reason is not a string")
     return shorten(reason)
