@@ -1,8 +1,10 @@
-"""The agent of a node: a detached actor that Ray keeps there, and starts again when it dies. It runs
-the local engine in a folder of the node, and keeps what that reports until the operator has it.
+"""The agent of a node: a detached actor, which Ray restarts when it dies.
 
-Its public methods are what the Ray engine asks through the driver. Jobs do not depend on it: their
-supervising processes go on without, and it takes them up again, as an operator does on one machine.
+It runs the local engine in a folder of the node, and keeps the engine's observations until the
+operator has received them. The Ray engine calls its public methods through the driver, by name.
+
+Jobs do not depend on the agent: their supervisors continue without it, and a restarted agent
+recovers them as an operator does on one machine.
 """
 
 from __future__ import annotations
@@ -43,12 +45,14 @@ from cortex.worker.supervisor import logfile
 _BATCH = 256 << 10
 _NO_RECORDS = "the folder of its node, with the job's records in it, is gone"
 _RETRY_S = 5.0
-_LOOK_S = 1.0  # an operator that was killed may have left a poll, which takes what wakes the next
-_PAUSE_S = 0.05  # so that a log that grows by lines is copied by pieces
+# A poll of an operator that was killed may still run, and consume the event that wakes the next
+# poll.
+_LOOK_S = 1.0
+_PAUSE_S = 0.05  # collects the lines of a growing log into one piece
 
 
 class NodeEngine(LocalEngine):
-    """The local engine of a node: what a job may take was decided elsewhere, GPUs included."""
+    """The local engine of a node. The operator and Ray assign capacity and GPUs to each job."""
 
     def take(self, job_id: str, order: NodeOrder) -> None:
         self._grace_s = order.grace_s
@@ -56,7 +60,7 @@ class NodeEngine(LocalEngine):
 
 
 class Agent:
-    """One node's."""
+    """The agent of one node."""
 
     def __init__(self, namespace: str, node_id: str, node_dir: str, total: Capacity) -> None:
         self._slot = AgentFolder.take(namespace, node_id, node_dir)
@@ -65,8 +69,8 @@ class Agent:
         self._is_open = False
         self._stock = Provisions(self._slot, self._keep)
         self._seen = Outbox()
-        self._news = asyncio.Event()  # an observation
-        self._woken = asyncio.Event()  # an observation, or a log has grown
+        self._news = asyncio.Event()  # set by each observation
+        self._woken = asyncio.Event()  # set by each observation, and when a log grows
         self._live: dict[str, NodeOrder] = {}
         self._begun: dict[str, Started] = {}
         self._building: dict[str, asyncio.Task[None]] = {}
@@ -86,7 +90,16 @@ class Agent:
         )
 
     async def start(self, order: NodeOrder) -> str | None:
-        """Start an attempt; "project" where its files have to be sent before."""
+        """Start an attempt.
+
+        Returns:
+            None; or "project" if the node lacks the project, which has to be sent first.
+
+        Raises:
+            Refusal: the node's folder is not the one that the order names.
+            RuntimeError: an earlier attempt of the job has not ended yet. The operator
+                then calls `recover`.
+        """
         await self._open()
         job_id = order.spec.job_id
         self._check(order)
@@ -101,7 +114,7 @@ class Agent:
         return None
 
     async def unpack(self, project_id: str, archive: bytes) -> None:
-        """Take in a project."""
+        """Store a project."""
         await self._open()
         await asyncio.to_thread(self._stock.take_in, project_id, archive)
 
@@ -117,7 +130,11 @@ class Agent:
             self._saw(NeverStarted(job_id, self._live[job_id].number))
 
     async def recover(self, order: NodeOrder) -> None:
-        """Tell what there is of an attempt, which this agent may never have heard of."""
+        """Report the state of an attempt. An attempt that never reached the node is fenced.
+
+        Raises:
+            Refusal: the node's folder is not the one that the order names.
+        """
         await self._open()
         job_id = order.spec.job_id
         self._check(order)
@@ -127,7 +144,7 @@ class Agent:
                 self._keep(self._begun[job_id])
             return
         given_up = self._building.pop(job_id, None)
-        if given_up is not None:  # from here on log, stop and end are those of this attempt
+        if given_up is not None:  # from here on, log, stop and end belong to this attempt
             given_up.cancel()
         folder = self._slot.jobs / job_id
         self._live[job_id] = order
@@ -141,8 +158,18 @@ class Agent:
     async def poll(
         self, incarnation: str, after: int, cursors: dict[str, int], within_s: float
     ) -> Poll:
-        """What was seen since, and how the logs have grown beyond these offsets; as soon as there is
-        any of it. Nothing under another incarnation where not all was kept that this one has not heard."""
+        """Wait for observations, or for new pieces of logs.
+
+        Args:
+            incarnation: the session, from `hello`.
+            after: the number of the first observation that the operator has not received.
+            cursors: the offsets in the logs from which on to read, by job.
+            within_s: how long to wait.
+
+        Returns:
+            The observations and pieces. A Poll without an incarnation says that the session has
+            ended.
+        """
         if not self._seen.knows(incarnation):
             return Poll("", after, ())
         self._seen.heard(incarnation, after)
@@ -173,7 +200,8 @@ class Agent:
                 await asyncio.to_thread(remove, self._slot.jobs / job_id)
 
     async def _open(self) -> None:
-        # Whoever asks first: Ray may have started this process again since the operator's hello.
+        # Each method may be the first: Ray may have restarted this process since the operator's
+        # hello.
         async with self._opening:
             if not self._is_open:
                 await asyncio.to_thread(self._stock.open)
@@ -191,19 +219,19 @@ class Agent:
             async with asyncio.timeout(order.left_s):
                 python = await self._stock.build(order)
             self._begin_anew(job_id)
-        except Exception as error:  # nobody waits for this task: all of it is told
+        except Exception as error:  # no caller awaits this task: every failure is reported
             self._building.pop(job_id, None)
             self._saw(self._failed(order, error))
         else:
-            self._building.pop(job_id, None)  # from here on a stop is the engine's
+            self._building.pop(job_id, None)  # from here on, the engine handles a stop
             self._engine.take(job_id, order)
             self._engine.start(self._attempt(order, python, deadline))
 
     def _failed(self, order: NodeOrder, error: Exception) -> Lost | NeverStarted:
-        """Why an attempt did not come to be started."""
+        """The observation for a failure before the start of an attempt."""
         job_id, number = order.spec.job_id, order.number
         if isinstance(error, TimeoutError):
-            return NeverStarted(job_id, number)  # its deadline is the operator's again
+            return NeverStarted(job_id, number)  # the operator applies the deadline
         if isinstance(error, EnvironmentFailed):
             if error.is_temporary:
                 words = "its node's disk is full, and the environment not built"
@@ -218,7 +246,7 @@ class Agent:
         return Lost(job_id, number, reason)
 
     def _begin_anew(self, job_id: str) -> None:
-        """The operator has all that earlier attempts have written to the log."""
+        """Begin a new log. The operator has copied all output of earlier attempts."""
         folder = self._slot.jobs / job_id
         folder.mkdir(0o700, parents=True, exist_ok=True)
         for name in (logfile.NAME, logfile.CUT):
@@ -240,9 +268,7 @@ class Agent:
     def _grown(self, cursors: dict[str, int]) -> dict[str, LogPiece]:
         found = {}
         for job_id, offset in cursors.items():
-            order = self._live.get(
-                job_id
-            )  # of one that has ended, the rest is read once that is told
+            order = self._live.get(job_id)  # after the report of an end, the operator calls `read`
             if order is None:
                 continue
             here = piece(self._slot.jobs / job_id, offset, _BATCH, order.api.limits.log)
@@ -256,7 +282,7 @@ class Agent:
         job_id = observation.job_id
         order = self._live.get(job_id)
         if order is None or order.number != observation.attempt:
-            return  # of one that was over before it came: the operator knows
+            return  # an earlier attempt's, whose end the operator knows
         if isinstance(observation, Started):
             self._begun[job_id] = observation
         elif isinstance(observation, Ended | Lost | NeverStarted):
@@ -288,12 +314,16 @@ class Agent:
 
 
 def _deadline(order: NodeOrder) -> float | None:
-    """By this machine's monotonic clock."""
+    """The deadline by this machine's monotonic clock."""
     return None if order.left_s is None else time.monotonic() + order.left_s
 
 
 def _ended(folder: Path, attempt: int) -> bool:
-    """End a job that runs without its folder; False if it does not run, as if it never had."""
+    """End a job whose folder is lost.
+
+    Returns:
+        Whether the job was running.
+    """
     if not processes.with_variable("CORTEX_JOB_ID", folder.name):
         return False
     leftovers.clean(folder, attempt)

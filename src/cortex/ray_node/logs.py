@@ -1,6 +1,4 @@
-"""Jobs' logs on a node: read in pieces, and watched so that what is written is told at once. Called by
-the agent.
-"""
+"""Reads the logs of a node's jobs in pieces, and watches them for new output. For the agent."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ _CHANGES = Mask.MODIFY | Mask.CREATE
 
 
 class LogWatch:
-    """Tells whenever a log in the jobs' folders grows."""
+    """Calls `grown` whenever a log in one of the added folders grows."""
 
     def __init__(self, grown: Callable[[], object]) -> None:
         self._grown = grown
@@ -29,19 +27,19 @@ class LogWatch:
         self._task: asyncio.Task[None] | None = None
 
     def open(self) -> None:
-        with contextlib.suppress(OSError):  # the user has too many: logs are looked at now and then
+        with contextlib.suppress(OSError):  # the user's limit: the agent then polls the logs
             self._inotify = Inotify()
             self._task = asyncio.create_task(self._watch(self._inotify))
 
     def add(self, job_id: str, folder: Path) -> None:
         if self._inotify is not None and job_id not in self._watches:
-            with contextlib.suppress(OSError):  # there are too many: it is looked at now and then
+            with contextlib.suppress(OSError):  # the user's limit: the agent then polls the log
                 self._watches[job_id] = self._inotify.add_watch(folder, _CHANGES)
 
     def remove(self, job_id: str) -> None:
         watch = self._watches.pop(job_id, None)
         if watch is not None and self._inotify is not None:
-            with contextlib.suppress(OSError):  # the folder is gone, and its watch with it
+            with contextlib.suppress(OSError):  # the folder was removed, which removes its watch
                 self._inotify.rm_watch(watch)
 
     async def _watch(self, inotify: Inotify) -> None:
@@ -51,10 +49,14 @@ class LogWatch:
 
 
 def piece(folder: Path, offset: int, most: int, limit: int) -> LogPiece:
-    """Up to `most` bytes of a job's log from an offset on. The job may have put something else in its
-    place, which is not followed.
+    """A piece of a job's log from an offset on; empty where there is no log.
+
+    The job may have replaced its log by a link or another kind of file, which is not opened.
 
     Args:
+        folder: the job's.
+        offset: in the log.
+        most: the maximum length of the piece in bytes.
         limit: the `limits.log` of the API's version.
     """
     nothing = LogPiece(offset, b"", offset, None)
@@ -68,7 +70,7 @@ def piece(folder: Path, offset: int, most: int, limit: int) -> LogPiece:
             return nothing
         try:
             data = os.pread(fd, max(0, min(most, os.fstat(fd).st_size - offset)), offset)
-            # Asked after reading: what is being cut meanwhile reads as zeros.
+            # Read after the data: a part that the supervisor cuts out meanwhile reads as zeros.
             record = files.read(folder_fd, logfile.CUT)
             gone = logfile.lost(record, os.fstat(fd).st_size, limit)
         finally:

@@ -1,9 +1,8 @@
-"""The engine protocol on a Ray cluster. Called by the dispatcher (and by `tests/engines`).
+"""The engine protocol on a Ray cluster. The dispatcher calls it, and so does `tests/engines`.
 
-On each node there is an agent, a detached actor that runs the local engine, so that a job on a node is
-what it is on one machine: records, limits, stop and recovery are the same. This side chooses nodes
-(`nodes`), lets Ray hold what a job takes (`messages.Reservation`), and talks with the agents of what becomes of
-each attempt (`attempts`).
+An agent on each node, a detached actor, runs the local engine: records, limits, stop and recovery are
+those of a single machine. The operator's side chooses nodes (`placement`), makes Ray reserve what a
+job takes (`messages.Reservation`), and follows each attempt through the agents (`attempts`).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from cortex.spec.api import Compute
 
 
 class RayEngine:
-    """Runs jobs on the nodes of a cluster; `root` holds the operator's copies of their logs."""
+    """Runs jobs on the nodes of a cluster. `root` contains the operator's copies of their logs."""
 
     def __init__(
         self,
@@ -91,7 +90,7 @@ class RayEngine:
         return handle(node, hello, self._mirror.prepare(job_id))
 
     def prepare(self, attempt: Attempt) -> None:
-        """A node is told when the attempt is stored: the way there is what takes long."""
+        """Do nothing: the order to the node takes longest, and has to wait for the store."""
 
     def start(self, attempt: Attempt) -> None:
         self._attempts.start(attempt)
@@ -103,7 +102,7 @@ class RayEngine:
         self._attempts.recover(attempt)
 
     def warm(self, version: Version) -> None:
-        """A node is chosen with the job: there is none to warm before."""
+        """Do nothing: a node is chosen for each job, and which one is not known before."""
 
     def forget(self, api_id: str) -> None:
         self._attempts.tell_all("forget", api_id)
@@ -132,5 +131,5 @@ class RayEngine:
 
 
 def _of_all(methods: Iterable[str]) -> str:
-    """What the nodes that have said hello do, each way once."""
+    """The different methods of the nodes whose agents have answered."""
     return ", ".join(sorted(set(methods))) or "each node's own"

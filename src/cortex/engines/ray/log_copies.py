@@ -1,5 +1,7 @@
-"""Jobs' logs as the operator has them: copies that grow while the nodes' own do, so that a log is read,
-followed and kept in the same way wherever its job ran, and outlives its node. Called by the Ray engine.
+"""The operator's copies of the logs on nodes, which grow with the originals.
+
+A log is therefore read, followed and archived in the same way wherever its job ran, and it outlives
+its node. The Ray engine calls it.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from cortex.worker.supervisor import logfile
 
 
 class LogCopies:
-    """The copies below one folder, `<root>/<job_id>/log`. A copy begins with what earlier attempts of
-    the job have left, up to `base`."""
+    """The copies below one folder, `<root>/<job_id>/log`.
+
+    A copy begins with the output of the job's earlier attempts, up to the offset `base`.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
@@ -31,16 +35,23 @@ class LogCopies:
             return 0
 
     def offset(self, job_id: str, base: int) -> int:
-        """Where in the node's log the copy has to go on. One that could not be taken up has nothing of it."""
+        """The offset in the node's log of the next piece to copy.
+
+        It is 0 if the copy is shorter than `base`, as after a failed `take_up`.
+        """
         return max(0, self.size(job_id) - base)
 
     def prepare(self, job_id: str) -> int:
-        """Make the folder of a job; the size of what there is of its log."""
+        """Make the folder of a job; return the size of the copy."""
         self.path(job_id).parent.mkdir(0o700, parents=True, exist_ok=True)
         return self.size(job_id)
 
     def take_up(self, job_id: str, base: int) -> None:
-        """Go on with a copy whose beginning, up to `base`, may be lost with another machine."""
+        """Continue a copy.
+
+        Its beginning, up to `base`, may be lost with the machine of an earlier operator. A message
+        of the same length then replaces it.
+        """
         size = self.prepare(job_id)
         if size < base:
             room = base - size - 1
@@ -54,10 +65,10 @@ class LogCopies:
         self.path(job_id).touch()
 
     def write(self, job_id: str, base: int, piece: LogPiece) -> None:
-        """Take over a piece, at the place that it has in the node's log. Blocking and short.
+        """Write a piece at its offset in the node's log. Blocks for a short time.
 
         Raises:
-            OSError: the disk takes nothing now; the same piece may be written again.
+            OSError: the disk cannot be written now; the caller may write the same piece again.
         """
         self.take_up(job_id, base)
         if piece.cut is not None:
@@ -67,7 +78,7 @@ class LogCopies:
             file.seek(base + piece.offset)
             file.write(piece.data)
             if piece.end > piece.offset + len(piece.data):
-                file.truncate(base + piece.end)  # a hole, as the node's own log has there
+                file.truncate(base + piece.end)  # the node's log has a gap there
 
     def append(self, job_id: str, text: str) -> None:
         self.prepare(job_id)
@@ -80,7 +91,7 @@ class LogCopies:
         try:
             known = files.read(folder, logfile.CUT)
             start = base + cut.start
-            if known:  # one gap is all that a log has: that of an earlier attempt grows
+            if known:  # a log has one gap: that of an earlier attempt grows
                 with contextlib.suppress(checks.Invalid):
                     start = min(start, LogCut.loads(known).start)
             moved = LogCut(start=start, end=base + cut.end, limit=cut.limit).dumps()
