@@ -55,23 +55,25 @@ class Driver:
         """The nodes of the cluster."""
         return await self._in_thread(reservations.node_states)
 
-    async def take_seat(self, seat: Reservation, within_s: float) -> tuple[int, ...]:
+    async def take_seat(self, reservation: Reservation, timeout_s: float) -> tuple[int, ...]:
         """Make a reservation; its GPUs."""
-        deadline = time.monotonic() + within_s
+        deadline = time.monotonic() + timeout_s
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._reservation_threads, _reserve, seat, deadline)
+        return await loop.run_in_executor(
+            self._reservation_threads, _reserve, reservation, deadline
+        )
 
     async def let_go(self, name: str) -> None:
         """Release a reservation."""
         await self._in_thread(reservations.let_go, name)
 
     async def ask(
-        self, node_id: str, method: str, arguments: tuple[object, ...], within_s: float
+        self, node_id: str, method: str, arguments: tuple[object, ...], timeout_s: float
     ) -> object:
         """Call a method of a node's agent."""
         agent = await self._agent(node_id)
         call = getattr(agent, method).remote(*arguments)
-        return await asyncio.wait_for(call, within_s)
+        return await asyncio.wait_for(call, timeout_s)
 
     async def send_project(self, node_id: str, project_id: str, folder: str) -> None:
         """Pack a project, and send it to a node's agent."""

@@ -1,7 +1,7 @@
 """The attempts that run on a cluster. The engine reports the end of each exactly once.
 
-That holds whatever a node reports or fails to report. The Ray engine calls it. `cluster` notifies
-it of nodes, and of the observations of their agents.
+It does so even if the node reports an end twice, late or never. The Ray engine calls this module.
+`cluster` notifies it of nodes, and of the observations of their agents.
 """
 
 from __future__ import annotations
