@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 SPEC = JobSpec(job_id="1", api_name="a", api_id="1", config="{}", created_ns=1)
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "examples").rglob("*.md")),
 ]
@@ -32,6 +33,17 @@ def test_every_link_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_every_path_that_a_page_for_contributors_names_exists(page: str) -> None:
+    text = (ROOT / page).read_text()
+    named = re.findall(r"`([\w./-]+/|[\w./-]+\.(?:py|md|toml|yaml))`", text)
+    paths = {path for path in named if path not in ("cortex.yaml", "src/")}
+    assert len(paths) > 15
+    roots = [ROOT, ROOT / "src" / "cortex"]
+    missing = {path for path in paths if not any((root / path).exists() for root in roots)}
+    assert missing == set()
 
 
 def test_every_status_and_error_is_documented() -> None:
