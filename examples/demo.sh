@@ -1,6 +1,6 @@
 #!/bin/sh
-# A whole round on this machine: operator, deploy, job, log, status and result, and all is gone again.
-# `cortex` must be on the PATH; `make demo` sees to that.
+# A complete round on this machine: operator, deploy, job, log, status and result. Everything is removed at the end.
+# `cortex` must be on the PATH; `make demo` puts it there.
 set -eu
 
 examples=$(cd "$(dirname "$0")" && pwd)

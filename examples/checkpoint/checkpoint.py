@@ -1,4 +1,4 @@
-"""Works in steps for a minute. When it is stopped, it saves how far it got, to go on from there."""
+"""Works in steps for a minute. When the job is stopped, it saves a checkpoint, from which the next job resumes."""
 
 import json
 import os
@@ -15,7 +15,7 @@ class Task:
         signal.signal(signal.SIGTERM, self.on_sigterm)
 
     def on_sigterm(self, signum, frame):
-        # Only a note: a handler interrupts the work anywhere, half-way through a step as well.
+        # Only set a flag: a handler can interrupt the work in the middle of a step.
         self.stop = True
 
     def __call__(self, config):

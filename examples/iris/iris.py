@@ -1,4 +1,4 @@
-"""Trains a classifier of iris flowers, and keeps it as a file."""
+"""Trains a classifier of iris flowers, and saves it to a file."""
 
 import os
 from pathlib import Path

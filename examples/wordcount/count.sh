@@ -1,5 +1,5 @@
 #!/bin/sh
-# Counts the words of a text: all of them into a file, the ten most frequent into the log.
+# Counts the words of a text: writes all counts to a file, and the ten most frequent words to the log.
 set -eu
 
 text=$1
