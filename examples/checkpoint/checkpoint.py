@@ -35,7 +35,7 @@ def resume(checkpoint):
     if checkpoint is None:
         return 0, 1.0
     saved = json.loads(Path(checkpoint).read_text())
-    logger.info(f"going on after step {saved['steps']}")
+    logger.info(f"resuming after step {saved['steps']}")
     return saved["steps"], saved["loss"]
 
 

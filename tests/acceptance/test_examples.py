@@ -60,7 +60,7 @@ def test_checkpoint_saves_when_stopped_and_resumes(patient: Operator) -> None:
     )
     done = patient.finished(endpoint, again)
     assert (done["status"], done["result"]["steps"]) == ("status_succeeded", steps + 3)
-    assert f"going on after step {steps}" in patient.log_of(endpoint, again)
+    assert f"resuming after step {steps}" in patient.log_of(endpoint, again)
 
 
 @pytest.mark.parametrize("example", ["iris", "wordcount", "checkpoint"])

@@ -77,7 +77,9 @@ def test_every_promise_names_a_test_that_exists(page: str) -> None:
 
 def test_every_variable_that_a_deploy_refuses_is_documented() -> None:
     text = (ROOT / "docs" / "guide.md").read_text()
-    table = text[text.index("### Variables of Python's own") : text.index("### What a deploy checks")]
+    table = text[
+        text.index("### Variables of Python's own") : text.index("### What a deploy checks")
+    ]
     by_treatment: dict[str, set[str]] = {}
     for names, treatment in re.findall(r"^\| (`PYTHON[^|]*) \| ([^|]*) \|", table, re.MULTILINE):
         by_treatment.setdefault(treatment, set()).update(re.findall(r"`(\w+)`", names))
