@@ -1,5 +1,6 @@
-"""Writes what was measured into docs/performance.md, between the marks, from the kept results:
-`make bench-pictures`. The words around it are written by hand.
+"""Writes the measured figures of results.json into docs/performance.md, between the two marks.
+
+`make bench-pictures` runs it. The text around the marks is written by hand.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ BEGIN, END = "<!-- made by benchmarks/page.py -->\n", "<!-- end -->\n"
 
 
 def measured(results: Results) -> str:
-    """The made part of the page."""
+    """The generated part of the page."""
     lines = ["", ", ".join(f"{what} {value}" for what, value in results.about.items()) + ".", ""]
     lines += ["## Targets", "", *table(targets.HEAD, [v.cells for v in targets.verdicts(results)])]
     for picture, (title, members) in PICTURES.items():
@@ -31,13 +32,13 @@ def measured(results: Results) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A table of Markdown."""
+    """A Markdown table."""
     rule = ["---"] * len(head)
     return [*(f"| {' | '.join(row)} |" for row in (head, rule, *rows)), ""]
 
 
 def page(text: str, results: Results) -> str:
-    """The page with its made part made anew."""
+    """The page with its generated part replaced."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}{measured(results)}\n{END}{after}"

@@ -59,22 +59,22 @@ class Verdict:
 HEAD = ["target", "bound", "measured", "min … max", "met"]
 
 TARGETS = [
-    Target("no-op jobs/s, of RQ's", 4, "end-to-end", beside="RQ", is_least=True),
-    Target("no-op jobs/s, of Ray Jobs'", 200, "end-to-end", beside="Ray Jobs", is_least=True),
+    Target("no-op jobs/s, compared with RQ", 4, "end-to-end", beside="RQ", is_least=True),
+    Target("no-op jobs/s, compared with Ray Jobs", 200, "end-to-end", beside="Ray Jobs", is_least=True),
     Target(
-        "no-op jobs/s, of the supervised forks on the same cores",
+        "no-op jobs/s, compared with supervised forks on the same cores",
         0.4, "end-to-end", beside=ALL_CORES, is_least=True,
     ),
     Target("submit to first line, p50, idle", 3, "first-line-p50"),
-    Target("submit to first line, p50, of RQ's", 0.5, "first-line-p50", beside="RQ"),
-    Target("stop to gone", 20, "stop"),
-    Target("submits/s, of the echo endpoint's", 0.5, "submit", beside=ECHO, is_least=True),
-    Target("submits/s, of RQ's behind FastAPI", 2, "submit", beside="RQ", is_least=True),
-    Target("memory when idle, in all", 120, "idle-memory"),
-    Target("memory of each running job beyond its own", 6, "crowd-memory"),
+    Target("submit to first line, p50, compared with RQ", 0.5, "first-line-p50", beside="RQ"),
+    Target("stop to exit", 20, "stop"),
+    Target("submits/s, compared with the echo endpoint", 0.5, "submit", beside=ECHO, is_least=True),
+    Target("submits/s, compared with RQ behind FastAPI", 2, "submit", beside="RQ", is_least=True),
+    Target("memory when idle, all processes", 120, "idle-memory"),
+    Target("memory of each running job beyond its own process", 6, "crowd-memory"),
     *(
         Target(
-            f"{KINDS[figure].title.lower()}: {MANY}, of {FEW}",
+            f"{KINDS[figure].title.lower()}: {MANY} compared with {FEW}",
             1 / FLAT if KINDS[figure].more_is_better else FLAT,
             figure, subject=MANY, beside=FEW, is_least=KINDS[figure].more_is_better,
         )

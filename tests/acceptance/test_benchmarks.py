@@ -37,7 +37,7 @@ def test_it_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert all(value > 0 for value in figures["aged-first-line"]["subjects"]["ours"])
     assert len(figures["aged-end-to-end"]["subjects"]) == 3
     assert len(figures["stored-status"]["subjects"]) == 2
-    assert "submits/s, of the echo endpoint's" in done.stdout
+    assert "submits/s, compared with the echo endpoint" in done.stdout
     until(lambda: not processes_with(str(mark)), "all processes gone")
     assert list(mark.iterdir()) == []
 
