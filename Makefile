@@ -1,4 +1,4 @@
-# `make demo` and `make test` are all that a fresh machine needs: both set up first.
+# On a fresh machine, run `make demo` or `make test`: both set up first.
 PYTHON ?= python3.11
 VENV := .venv
 UV := $(VENV)/bin/uv
@@ -8,9 +8,9 @@ RUN := $(VENV)/bin
 
 setup: $(VENV)/.ready
 
-# What the tests need and Python's packages do not have: libfaketime sets an operator's clock, PostgreSQL's
-# server is a store, systemd checks its unit, curl is a client, openssl makes certificates, strace tells and
-# delays what an operator does.
+# System packages that the tests need: libfaketime sets an operator's clock, PostgreSQL's server is a store,
+# systemd checks the unit, curl is a client, openssl makes certificates, strace records and delays an operator's
+# system calls.
 PACKAGES := $(if $(wildcard /usr/lib/*/faketime/libfaketimeMT.so.1),,faketime) \
 	$(if $(wildcard /usr/lib/postgresql/*/bin/initdb),,postgresql) \
 	$(if $(shell command -v systemd-analyze),,systemd) \
@@ -31,10 +31,10 @@ $(VENV)/.ready: pyproject.toml uv.lock
 demo: setup
 	PATH="$(CURDIR)/$(RUN):$$PATH" sh examples/demo.sh
 
-# Each test process would compile all tests again.
+# With this variable set, each test process would compile all tests again.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Ray's processes miss their own time limits beside other tests on two cores.
+# On two cores, Ray's processes exceed their own time limits beside other tests.
 test: setup $(VENV)/.packages
 	$(RUN)/pytest -n 4 -m "not ray and not fidelity"
 	$(RUN)/pytest -n 1 -m ray
@@ -55,7 +55,7 @@ docs: setup
 bench: setup
 	$(RUN)/python benchmarks/run.py
 
-# The peers have an environment of their own, for which nobody waits who does not measure them.
+# The peers have an environment of their own: only `make bench-peers` needs its installation.
 PEERS := .venv-peers
 
 $(PEERS)/.ready: pyproject.toml uv.lock | $(VENV)/.ready
@@ -85,7 +85,7 @@ chaos: setup
 fuzz: setup
 	$(RUN)/python tests/fuzz/fuzz.py
 
-# Libraries as people use them, which take minutes to install and seconds to import: in an environment of their own.
+# Widely used libraries, which take minutes to install and seconds to import, have an environment of their own.
 FIDELITY := .venv-fidelity
 
 $(FIDELITY)/.ready: pyproject.toml uv.lock | $(VENV)/.ready
