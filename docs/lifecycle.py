@@ -1,5 +1,7 @@
-"""Writes the diagram and the tables of lifecycle.md from the tables that the code runs on: `make docs`.
-A test fails while the page is not what this makes."""
+"""Writes the diagram and the tables of lifecycle.md from the tables that the code uses: `make docs`.
+
+A test fails if the page differs from the output of this program.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,14 @@ BEGIN, END = "<!-- made by lifecycle.py -->\n", "<!-- end -->\n"
 
 
 def transitions() -> list[tuple[State, Event, State]]:
-    """All of them, in the order in which the states and events are written down."""
+    """All transitions, in the order in which the states and events are defined."""
     states, events = list(State), list(Event)
     found = [(source, event, target) for (source, event), target in TRANSITIONS.items()]
     return sorted(found, key=lambda t: (states.index(t[0]), events.index(t[1])))
 
 
 def diagram() -> str:
-    """Every transition, those between the same two states on one arrow."""
+    """A diagram of every transition; one arrow has all events between two states."""
     arrows: dict[tuple[State, State], list[str]] = {}
     for source, event, target in transitions():
         arrows.setdefault((source, target), []).append(event)
@@ -31,24 +33,24 @@ def diagram() -> str:
 
 
 def tables() -> str:
-    """Which event leads where, and what is shown."""
+    """The tables of the transitions and of the statuses."""
     taken = [f"| {source} | {event} | {target} |" for source, event, target in transitions()]
     shown = sorted(
         f"| {state} | {wanted} | {status} |" for (state, wanted), status in SHOWN.items()
     )
     return "\n".join(
         [
-            "## Which event leads where", "",
+            "## Transitions", "",
             "| observed | event | then observed |", "| --- | --- | --- |", *taken, "",
-            "`stop` on a job that an engine has already been told of changes what is wanted, not what is observed:",
-            "its processes are still ending. What they end as is stored too, and no longer shown.", "",
-            "## What is shown", "", "| observed | wanted | status |", "| --- | --- | --- |", *shown, "",
+            "`stop` on a job that an engine already has changes the wanted state, not the observed one: the job's",
+            "processes are still ending. How they end is stored, and no longer shown.", "",
+            "## The status that users see", "", "| observed | wanted | status |", "| --- | --- | --- |", *shown, "",
         ]
     )  # fmt: skip
 
 
 def page(text: str) -> str:
-    """The page with its made part made anew."""
+    """The page with its generated part replaced."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{diagram()}\n{tables()}\n{END}{after}"
