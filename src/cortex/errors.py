@@ -1,12 +1,37 @@
-"""One tree of errors: what happened, which HTTP status it is, and what to do next.
+"""Every error of the platform: what happened, its HTTP status, and what the user can do about it.
 
-Raised where a fact is known, turned into HTTP by the operator, back into these classes by the
-client, and printed by the command. `kind` is stable: programs may compare it.
+The code raises an error where it knows the fact, the operator turns it into HTTP, the client turns
+the answer back into the same class, and the command prints it. `kind` is stable: programs may
+compare it.
+
+- CortexError
+  - InvalidRequest
+  - InvalidSpec
+  - InvalidProject
+  - Unauthorized
+  - Forbidden
+  - ForeignOrigin
+  - RequestTimeout
+  - ForeignHost
+  - NotFound
+  - MethodNotAllowed
+  - Conflict
+  - TooLarge
+  - UnsupportedMediaType
+  - RangeNotSatisfiable
+  - OverLimit
+    - OverWaitingBytes
+  - StorageUnavailable
+    - Superseded
+  - NoLeader
+  - Busy
+  - OutcomeUnknown
+  - OperatorUnreachable
+  - UnknownEnvironment
+  - StartupError
 """
 
 from __future__ import annotations
-
-import errno
 
 
 class CortexError(Exception):
@@ -15,7 +40,7 @@ class CortexError(Exception):
     kind = "internal"
     http_status = 500
     retry_after_s: int | None = None
-    """When the same request may well be taken; None where nothing says that it ever will."""
+    """Seconds after which a retry may succeed; None where retrying is not known to help."""
 
     def __init__(self, message: str, *, kind: str | None = None) -> None:
         super().__init__(message)
@@ -25,21 +50,21 @@ class CortexError(Exception):
 
 
 class InvalidRequest(CortexError):
-    """The request is not one that the contract allows."""
+    """The contract does not allow this request."""
 
     kind = "request.invalid"
     http_status = 400
 
 
 class InvalidSpec(CortexError):
-    """The file that describes the APIs has mistakes; the message lists all of them."""
+    """The `cortex.yaml` has mistakes; the message lists all of them, each with its line."""
 
     kind = "spec.invalid"
     http_status = 400
 
 
 class InvalidProject(CortexError):
-    """The uploaded project cannot be taken as it is."""
+    """The uploaded project cannot be deployed as it is."""
 
     kind = "project.invalid"
     http_status = 400
@@ -53,77 +78,77 @@ class Unauthorized(CortexError):
 
 
 class Forbidden(CortexError):
-    """The token is right, and its scope is too small for this."""
+    """The token is valid, but its scope does not allow this request."""
 
     kind = "auth.forbidden"
     http_status = 403
 
 
 class ForeignOrigin(CortexError):
-    """A browser sent this request on behalf of a page from elsewhere."""
+    """A browser sent this request for a page of another origin."""
 
     kind = "request.foreign_origin"
     http_status = 403
 
 
 class RequestTimeout(CortexError):
-    """The request did not come whole, or only too slowly."""
+    """The request did not arrive completely, or arrived too slowly."""
 
     kind = "request.timeout"
     http_status = 408
 
 
 class ForeignHost(CortexError):
-    """The request names a host that this operator, which asks for no token, is not known as."""
+    """The `Host` header is none of the operator's names; checked where no token is required."""
 
     kind = "request.foreign_host"
     http_status = 421
 
 
 class NotFound(CortexError):
-    """There is no such API, job or page."""
+    """There is no such API, job, token or page."""
 
     kind = "not_found"
     http_status = 404
 
 
 class MethodNotAllowed(CortexError):
-    """The page exists, the method does not."""
+    """The page exists, but does not support this method."""
 
     kind = "request.method_not_allowed"
     http_status = 405
 
 
 class Conflict(CortexError):
-    """The request contradicts what is already so."""
+    """The request contradicts what is already stored."""
 
     kind = "conflict"
     http_status = 409
 
 
 class TooLarge(CortexError):
-    """The body is over the limit."""
+    """The body is larger than the limit."""
 
     kind = "request.too_large"
     http_status = 413
 
 
 class UnsupportedMediaType(CortexError):
-    """The body's Content-Type is not one that is read here."""
+    """The operator cannot read a body of this Content-Type here."""
 
     kind = "request.unsupported_media_type"
     http_status = 415
 
 
 class RangeNotSatisfiable(CortexError):
-    """The range begins beyond the end of what there is."""
+    """The range begins after the end of the content."""
 
     kind = "request.range_not_satisfiable"
     http_status = 416
 
 
 class OverLimit(CortexError):
-    """The API has as many jobs waiting as its `limits.max_waiting` allows; nothing was stored."""
+    """The API already has `limits.max_waiting` waiting jobs; nothing was stored."""
 
     kind = "limit.max_waiting"
     http_status = 429
@@ -131,13 +156,13 @@ class OverLimit(CortexError):
 
 
 class OverWaitingBytes(OverLimit):
-    """Jobs with as many bytes of config wait as may, of all APIs together; nothing was stored."""
+    """The configs of all waiting jobs together reach `max_waiting_bytes`; nothing was stored."""
 
     kind = "limit.max_waiting_bytes"
 
 
 class StorageUnavailable(CortexError):
-    """The store or its disk cannot take writes right now; nothing was stored."""
+    """The store or its disk does not accept writes at the moment; nothing was stored."""
 
     kind = "storage.unavailable"
     http_status = 503
@@ -145,13 +170,13 @@ class StorageUnavailable(CortexError):
 
 
 class Superseded(StorageUnavailable):
-    """Another operator drives the jobs: what is the driver's alone is not stored for this one."""
+    """Another operator is the leader, and only the leader may make this change; nothing was stored."""
 
     kind = "operator.superseded"
 
 
 class NoLeader(CortexError):
-    """No operator drives the jobs at this moment, and only that one could answer."""
+    """There is no leader at the moment, and only the leader can answer this."""
 
     kind = "operator.no_driver"
     http_status = 503
@@ -159,7 +184,7 @@ class NoLeader(CortexError):
 
 
 class Busy(CortexError):
-    """The operator's machine has no room for this request now; nothing was stored."""
+    """The operator's machine is short of resources for this request; nothing was stored."""
 
     kind = "operator.busy"
     http_status = 503
@@ -167,21 +192,21 @@ class Busy(CortexError):
 
 
 class OutcomeUnknown(CortexError):
-    """The connection to the store was lost while it stored a change: whether it did is not known."""
+    """The connection to the store broke during a commit: the change may or may not be stored."""
 
     kind = "operator.outcome_unknown"
     http_status = 503
 
 
 class OperatorUnreachable(CortexError):
-    """The operator does not answer at the environment's endpoint."""
+    """No operator answers at the environment's endpoint."""
 
     kind = "client.operator_unreachable"
     http_status = 503
     is_unanswered = False
-    """Whether the request was sent and no answer came: what it asked for may have been done."""
+    """Whether the request was sent but not answered: the operator may have carried it out."""
     was_there = True
-    """Whether the client that asked has ever had a connection: else the endpoint may be mistyped."""
+    """Whether this client ever connected to the endpoint; if not, the endpoint may be mistyped."""
 
 
 class UnknownEnvironment(CortexError):
@@ -192,32 +217,16 @@ class UnknownEnvironment(CortexError):
 
 
 class StartupError(CortexError):
-    """The operator cannot start as it is configured."""
+    """The operator cannot start with this configuration."""
 
     kind = "operator.startup"
     http_status = 500
 
 
-# What a disk says that may say something else later: it is full, over a quota, read-only, failing.
-_LATER = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
-# What a machine has none of for now: processes and threads, descriptors, memory.
-_SHORT = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
-
-
-def is_shortage(error: OSError) -> bool:
-    """Whether the machine lacks something now that it may have later."""
-    return error.errno in _SHORT
-
-
-def is_storage(error: OSError) -> bool:
-    """Whether this is a disk that cannot take what is written to it now, and may take it later."""
-    return error.errno in _LATER
-
-
 def from_response(http_status: int, kind: str, message: str) -> CortexError:
-    """The error that an operator's answer stands for, as the class that was raised there.
+    """Turn an operator's answer back into the class of error that the operator raised.
 
-    A kind that this version does not know becomes the class of the same HTTP status, else the root.
+    A kind that this version does not know becomes a class of the same HTTP status, else the root.
     """
     classes = _tree(CortexError)
     by_kind = next((c for c in classes if c.kind == kind), None)

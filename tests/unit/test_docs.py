@@ -57,6 +57,16 @@ def test_every_status_and_error_is_documented() -> None:
         assert f"`{word}`" in text, word
 
 
+def test_the_docstring_of_the_errors_shows_the_whole_tree() -> None:
+    def lines(error: type[errors.CortexError], depth: int = 0) -> list[str]:
+        children = [c for c in error.__subclasses__() if c.__module__ == errors.__name__]
+        below = [line for child in children for line in lines(child, depth + 1)]
+        return [f"{'  ' * depth}- {error.__name__}", *below]
+
+    shown = [line for line in (errors.__doc__ or "").splitlines() if line.lstrip().startswith("- ")]
+    assert shown == lines(errors.CortexError)
+
+
 def test_every_metric_is_documented_and_no_other() -> None:
     record = JobRecord(1, SPEC, State.WAITING, Wanted.RUN, attempt=0, handle=None)
     live = [LiveJob(record, lambda _: None)]

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 import structlog
 import uvicorn
 
-from cortex.errors import is_shortage
 from cortex.operator.http.answers import App
 from cortex.operator.http.connections import Connections
 from cortex.operator.http.wire import Protocol
+from cortex.system.oserrors import is_shortage
 
 log = structlog.get_logger()
 

@@ -31,7 +31,6 @@ from cortex.engines.base import (
 )
 from cortex.engines.local import LocalEngine, leftovers, records
 from cortex.engines.ray.messages import Hello, Lock, LogPiece, NodeOrder, Poll, Refusal
-from cortex.errors import is_shortage, is_storage
 from cortex.projects.builder import EnvironmentFailed
 from cortex.ray_node import reservations
 from cortex.ray_node.logs import LogWatch, piece
@@ -39,6 +38,7 @@ from cortex.ray_node.outbox import Outbox
 from cortex.ray_node.provisions import Provisions
 from cortex.ray_node.workspace import AgentFolder
 from cortex.system.folders import remove
+from cortex.system.oserrors import is_shortage, is_storage
 from cortex.worker import processes
 from cortex.worker.supervisor import logfile
 

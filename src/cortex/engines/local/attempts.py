@@ -35,9 +35,9 @@ from cortex.engines.local.backstop import Backstop
 from cortex.engines.local.exit_watch import ExitRecordWatch
 from cortex.engines.local.supervisor import SupervisorHandle
 from cortex.engines.local.tracked import TrackedAttempt
-from cortex.errors import is_storage
 from cortex.system.account import Account
 from cortex.system.background import Background, in_thread
+from cortex.system.oserrors import is_storage
 from cortex.worker import processes
 from cortex.worker.messages import ExitRecord, Order, Reply
 

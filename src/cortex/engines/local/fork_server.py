@@ -19,9 +19,9 @@ from cortex.engines.local.cgroups import Groups, Held
 from cortex.engines.local.fork_server_health import HealthCheck
 from cortex.engines.local.fork_server_process import FDS, ended, is_socket, receive, start
 from cortex.engines.local.supervisor_pool import Listener, SupervisorPool
-from cortex.errors import is_shortage
 from cortex.system.account import Account, without_new_privileges
 from cortex.system.background import Background, in_thread
+from cortex.system.oserrors import is_shortage
 from cortex.worker import checks, processes
 from cortex.worker.messages import Reply, Setup, shorten
 

@@ -37,8 +37,9 @@ from cortex.engines.ray.validation import (
     checked_log_piece,
     checked_observation,
 )
-from cortex.errors import StorageUnavailable, is_storage
+from cortex.errors import StorageUnavailable
 from cortex.system.background import Background
+from cortex.system.oserrors import is_storage
 from cortex.worker import checks
 
 log = structlog.get_logger()

@@ -14,7 +14,7 @@ from pathlib import Path
 import structlog
 
 from cortex.engines.base import Version
-from cortex.errors import NotFound, StorageUnavailable, is_shortage, is_storage
+from cortex.errors import NotFound, StorageUnavailable
 from cortex.operator.deploy.shown_specs import ShownSpec, shown_spec
 from cortex.projects.builder import EnvironmentFailed
 from cortex.projects.dotenv import check_variables, read_variables
@@ -24,6 +24,7 @@ from cortex.spec.api import ApiSpec, Dependencies
 from cortex.spec.job import encode
 from cortex.store import Store
 from cortex.system.background import in_thread
+from cortex.system.oserrors import is_shortage, is_storage
 
 log = structlog.get_logger()
 

@@ -30,7 +30,6 @@ from cortex.errors import (
     StorageUnavailable,
     TooLarge,
     UnsupportedMediaType,
-    is_storage,
 )
 from cortex.operator.http.bodies import Submitted, not_json, wrong
 from cortex.operator.http.body_reader import BodyReader
@@ -39,6 +38,7 @@ from cortex.operator.http.hosts import Hosts, foreign
 from cortex.projects.pack import MAX_PROJECT_BYTES
 from cortex.spec.api import RESERVED_ENDPOINTS
 from cortex.spec.job import encode
+from cortex.system.oserrors import is_storage
 
 log = structlog.get_logger()
 
