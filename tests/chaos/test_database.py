@@ -176,7 +176,7 @@ def refused(folder: Path, *options: str) -> str:
 def test_a_store_that_cannot_be_used_is_told_at_the_start(tmp_path: Path, database: str) -> None:
     data = tmp_path / "data"
     assert "authentication failed" in refused(data, "--store", database.replace("%3A", "x"))
-    assert "no database of that kind" in refused(data, "--store", "mysql://u:pw@h/d")
+    assert "'mysql' is not a supported database" in refused(data, "--store", "mysql://u:pw@h/d")
 
 
 def test_tokens_are_made_in_the_same_store_however_that_is_named(

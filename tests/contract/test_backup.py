@@ -232,7 +232,7 @@ def _project(name: str, link: str) -> bytes:
         (_manifest(store="postgresql"), "PostgreSQL: say --store"),
         (_manifest(store="x"), "no backup"),
         (_manifest(created=1), "no backup"),
-        (lambda found: {**found, "operator.db": b"no database" * 1000}, "no operator's database"),
+        (lambda found: {**found, "operator.db": b"no database" * 1000}, "the database in it cannot be read"),
         (lambda found: {**found, "operator.db": found["operator.db"][:8192]}, "database"),
         (lambda found: {"hello": b"x"}, "no backup"),
     ],
@@ -337,7 +337,7 @@ def test_with_a_store_of_files_the_old_folder_has_to_be_given_up(tmp_path: Path)
 
 def test_where_there_is_nothing_to_back_up_that_is_told(tmp_path: Path) -> None:
     file = tmp_path / "backup.tar.gz"
-    assert "no operator's database" in run("backup", file, "--data-dir", tmp_path / "x", code=1)
+    assert "there is no database" in run("backup", file, "--data-dir", tmp_path / "x", code=1)
     assert not file.exists()
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "operator.db").write_bytes(b"no database" * 1000)
@@ -360,10 +360,10 @@ def test_postgresql_is_backed_up_by_its_own_programs(
         of_one = ("--data-dir", one.data_dir, "--store", database)
         nothing = tmp_path / "nothing"
         nothing.mkdir()
-        assert "pg_dump is not there" in run("backup", file, *of_one, code=1, PATH=str(nothing))
+        assert "pg_dump is not installed" in run("backup", file, *of_one, code=1, PATH=str(nothing))
         assert not file.exists()
         run("backup", file, *of_one)
-        assert "in use by an operator" in run(
+        assert "an operator uses the database" in run(
             "restore", file, "--data-dir", other_data, "--store", database, "--force", code=1
         )
         assert not other_data.exists()

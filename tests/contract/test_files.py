@@ -206,7 +206,7 @@ def test_a_folder_that_may_still_run_jobs_is_given_up_only_when_it_is_named(
     assert f"belongs with another data folder, {identity}" in told
     # The first one is not dead after all, and is kept out.
     told = refused(moved.first.data_dir, *moved.options)
-    assert "belongs with another data folder" in told
+    assert "belongs to another data folder" in told
 
 
 def test_a_log_that_one_operator_archived_any_other_has(

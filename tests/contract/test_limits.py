@@ -87,7 +87,7 @@ def test_a_submit_beyond_max_waiting_is_refused_and_stores_nothing(own: Operator
     kept = own.http.post(endpoint, json={}, headers={"Idempotency-Key": "k"}).json()
     own.submit(endpoint)
     message = refused(own, endpoint)
-    assert "as many jobs of 'probe' wait" in message
+    assert "'probe' already has 2 waiting jobs (limits.max_waiting)" in message
     refused(own, endpoint, **{"Idempotency-Key": "new"})
     assert len(own.http.get(endpoint).json()["job_statuses"]) == 3
     # A submit that was taken before is answered as it was: it adds no job.

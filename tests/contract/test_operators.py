@@ -297,7 +297,7 @@ def test_a_driver_that_hangs_is_superseded_and_goes_on_without_driving(
     assert [hung.status(at(hung), job) for job in (asleep, *told)] == ended
     assert hung.status(at(hung), long)["status"] == "status_stopped"
     assert hung.run(at(hung))["status"] == "status_succeeded"
-    until(lambda: "goes on without" in hung.log.read_text(), "it has noticed")
+    until(lambda: "this operator steps down" in hung.log.read_text(), "it has noticed")
     assert driver(database, others) is not None
     for each in others:  # and it may drive again when its turn comes
         each.kill()
@@ -377,7 +377,7 @@ def test_a_token_means_the_same_at_all(tmp_path: Path, database: str) -> None:
 
 def test_what_does_not_go_together_is_refused(tmp_path: Path, database: str) -> None:
     with operators(tmp_path, 1, "--store", database, "--cpu", "1") as (running,):
-        assert "belongs with another data folder" in refused(
+        assert "belongs to another data folder" in refused(
             tmp_path / "elsewhere", "--store", database
         )
         assert "in use by another operator" in refused(running.data_dir)

@@ -212,7 +212,7 @@ def test_the_token_commands(tmp_path: Path) -> None:
     made = json.loads(cortex("token", "create", "ci", "--scope", "submit", *data, "-o", "json"))
     assert made.keys() == {"name", "scope", "token"}
     assert re.fullmatch(r"ctx_[\w-]{43}", made["token"])
-    assert "there is a token 'ci'" in cortex(
+    assert "token 'ci' already exists" in cortex(
         "token", "create", "ci", "--scope", "read", *data, code=1
     )
     assert "no name for a token" in cortex(

@@ -21,7 +21,7 @@ class Driver:
         self.refuses: Exception | None = None
         self.failures: list[Exception] = []
 
-    async def drive(self) -> None:
+    async def lead(self) -> None:
         if self.refuses is not None:
             raise self.refuses
         self.drives = True
@@ -30,7 +30,7 @@ class Driver:
     async def step_down(self) -> None:
         self.drives = False
 
-    def failed(self, error: Exception) -> None:
+    def on_failure(self, error: Exception) -> None:
         self.failures.append(error)
 
 
@@ -56,5 +56,5 @@ async def driving(store: Store, driver: Driver | None = None, *, lease_s: float 
     driver = driver or Driver()
     if store.is_shared:
         store.operators.join("here", "this machine", ADDRESS)
-        await store.operators.campaign(driver, lease_s)
+        await store.operators.join_election(driver, lease_s)
     return driver

@@ -34,7 +34,7 @@ class Pair:
         await self.first.operators.leave()
         self.second.operators.join("here", "this machine", self.address)
         second = Driver()
-        await self.second.operators.campaign(second, 30)
+        await self.second.operators.join_election(second, 30)
         await eventually(lambda: second.drives)  # the session of the first may end late
 
     async def is_asked(self) -> bool:
@@ -57,7 +57,7 @@ async def pair(first_url: str, second_url: str) -> AsyncIterator[Pair]:
     made = Pair(first, second, f"http://{host}:{port}")
     try:
         first.operators.join("here", "this machine", "http://operator.invalid")
-        await first.operators.campaign(Driver(), 30)
+        await first.operators.join_election(Driver(), 30)
         assert not await made.is_asked()
         yield made
     finally:
@@ -77,7 +77,7 @@ def test_a_change_that_could_not_be_looked_at_is_looked_at_later(
             between.shut()
             both.relay.leader_changed()
             with pytest.raises(StorageUnavailable):
-                await both.first.operators.driver()
+                await both.first.operators.leader()
             await asyncio.sleep(0.1)
             between.open()
             async with asyncio.timeout(60):
@@ -93,10 +93,10 @@ def test_a_change_while_another_one_is_looked_at_is_not_missed(
 ) -> None:
     async def work() -> None:
         async with pair(database, database) as both:
-            driver, changed = both.first.operators.driver, asyncio.Event()
+            leader, changed = both.first.operators.leader, asyncio.Event()
 
             async def slowly() -> str | None:
-                found = await driver()
+                found = await leader()
                 await changed.wait()
                 return found
 

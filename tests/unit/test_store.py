@@ -21,6 +21,7 @@ from cortex.spec.lifecycle import FINAL, SHOWN, TRANSITIONS, Event, State, Statu
 from cortex.spec.times import new_id, now_ns, rfc3339
 from cortex.store import Facts, Replay, Store
 from cortex.store.database import connect, migrate
+from cortex.store.group import locks
 from cortex.store.schema import REVISION, metadata
 from unit.driver import Driver, driving, eventually
 
@@ -107,6 +108,39 @@ def test_the_store_takes_exactly_the_events_of_the_table(
             assert outcome.job is not None and outcome.job.state is expected
 
     with_store(url, work)
+
+
+@pytest.mark.parametrize("name", ["deploy_lock", "join_lock"])
+def test_a_lock_of_the_store_excludes_however_it_is_reached(url: str, name: str) -> None:
+    async def work(store: Store) -> None:
+        inside = 0
+
+        async def use() -> None:
+            nonlocal inside
+            async with getattr(store, name):
+                inside += 1
+                assert inside == 1
+                await asyncio.sleep(0.01)
+                inside -= 1
+
+        await asyncio.gather(*(use() for _ in range(5)))
+        async with store.deploy_lock, store.join_lock:  # neither excludes the other
+            pass
+
+    with_store(url, work)
+
+
+def test_the_keys_of_advisory_locks_differ_and_stay_the_same_for_all_versions() -> None:
+    keys = {name: key for name, key in vars(locks).items() if name.endswith("_LOCK")}
+    assert len(set(keys.values())) == len(keys)
+    assert keys == {
+        "LEADER_LOCK": 0x636F_7274_6578,
+        "DEPLOY_LOCK": 0x6_36F7_2746_5780,
+        "JOIN_LOCK": 0x6_36F7_2746_5781,
+        "MIGRATION_LOCK": 0x63_6F72_7465_7800,
+        "WAITING_JOBS_LOCK": 0x636F_7274,
+        "WAITING_BYTES_LOCK": 0x636F_7275,
+    }
 
 
 def test_words_that_are_no_text_are_stored_as_escapes(url: str) -> None:

@@ -24,6 +24,7 @@ from cortex.spec.job import JobRecord, encode
 from cortex.spec.lifecycle import Event, Wanted
 from cortex.spec.tokens import Scope
 from cortex.store import InitialClaim, Outcome, Store
+from cortex.store.group.locks import LEADER_LOCK
 from postgresql import PASSWORD, USER, Server, server
 from unit.driver import ADDRESS, Driver, driving, eventually, sessions
 from unit.test_store import ENDING, FACTS, draft, spec, with_store
@@ -119,7 +120,7 @@ def test_a_command_says_so_when_it_cannot_tell(postgresql: Server, database: str
     async def main() -> None:
         store = Store(through(between, database))
         between.cut = "after"
-        with pytest.raises(OutcomeUnknown, match="look whether"):
+        with pytest.raises(OutcomeUnknown, match="check before repeating it"):
             await store.create_token("ci", Scope.READ, "digest")
         assert [token.name for token in await store.tokens()] == ["ci"]
         store.close()
@@ -163,7 +164,7 @@ def test_a_server_that_ends_all_sessions_is_not_noticed(postgresql: Server, data
             assert await store.job(job.spec.job_id) == job  # on a connection that is kept
             with postgresql.connected() as connection:
                 connection.execute(end, [name])
-            async with store.in_turn():
+            async with store.deploy_lock:
                 pass
         await eventually(lambda: lock_of(postgresql, name))
 
@@ -232,8 +233,8 @@ def test_of_several_one_drives_and_the_next_as_soon_as_it_leaves(database: str) 
             standing(database) as (third, three),
         ):
             assert (one.drives, two.drives, three.drives) == (True, False, False)
-            assert await first.operators.driver() is None
-            assert await second.operators.driver() == await third.operators.driver() == ADDRESS
+            assert await first.operators.leader() is None
+            assert await second.operators.leader() == await third.operators.leader() == ADDRESS
             await first.operators.leave()
             await eventually(lambda: two.drives or three.drives)
             assert not one.drives
@@ -267,7 +268,7 @@ def test_a_database_belongs_with_one_data_folder(database: str) -> None:
         if is_right:
             store.operators.join(place, "this machine", ADDRESS)
         else:
-            with pytest.raises(StartupError, match="belongs with another data folder"):
+            with pytest.raises(StartupError, match="belongs to another data folder"):
                 store.operators.join(place, "this machine", ADDRESS)
         store.close()
 
@@ -286,12 +287,12 @@ def test_an_operator_of_a_folder_that_was_given_up_for_lost_stores_nothing_when_
         store.operators.join("there", "another machine", ADDRESS, instead_of="here")
         between.open()
         await eventually(lambda: not driver.drives)
-        with pytest.raises(Superseded, match="given up for lost"):
+        with pytest.raises(Superseded, match="was declared lost"):
             await away.submit(draft())
-        with pytest.raises(Superseded, match="given up for lost"):
+        with pytest.raises(Superseded, match="was declared lost"):
             await away.apply(job.spec.job_id, Event.STOP, FACTS[Event.STOP])
         assert await stored(store) == [job.spec.job_id]
-        assert store.operators.places() == {"there"}
+        assert store.operators.data_folder_ids() == {"there"}
         await away.operators.leave()
         away.close()
         await store.submit(draft())
@@ -444,7 +445,7 @@ def test_one_that_holds_the_lock_and_never_drives_is_put_out(
 
     async def main() -> None:
         stray = psycopg.connect(database, application_name="cortex stray")
-        stray.execute("SELECT pg_advisory_lock(%s)", [0x636F_7274_6578])
+        stray.execute("SELECT pg_advisory_lock(%s)", [LEADER_LOCK])
         async with standing(database, lease_s=1) as (_, driver):
             await eventually(lambda: driver.drives)
         stray.close()
@@ -481,7 +482,7 @@ def test_every_change_is_told_to_all_as_it_is_committed(database: str) -> None:
     async def main() -> None:
         told = Told()
         first = Store(database)
-        await first.operators.listen(told)
+        await first.operators.subscribe(told)
         assert told.anything == 1
         await driving(first)
         await eventually(lambda: told.terms == 1)
@@ -497,7 +498,7 @@ def test_every_change_is_told_to_all_as_it_is_committed(database: str) -> None:
             assert told.jobs == [(job_id, own) for own in (False, True, False, True)]
             await second.undeploy("a", "deleted")
             await eventually(lambda: told.apis == 2)
-            await first.folders_gone([job_id])
+            await first.note_removed_folders([job_id])
             await first.remove_jobs([job_id])
             await first.ping()
             assert len(told.jobs) == 4
@@ -514,7 +515,7 @@ def test_whoever_could_not_hear_looks_at_everything(postgresql: Server, database
     async def main() -> None:
         told = Told()
         store = Store(database)
-        await store.operators.listen(told)
+        await store.operators.subscribe(told)
         with postgresql.connected() as connection:
             connection.execute(end, [name])
         await eventually(lambda: told.anything == 2)
@@ -527,20 +528,20 @@ def test_whoever_could_not_hear_looks_at_everything(postgresql: Server, database
     asyncio.run(main())
 
 
-# Whose turn it is to deploy
+# The lock for deploys
 
 
 def test_one_at_a_time_changes_which_versions_there_are(database: str) -> None:
     async def main() -> None:
         first, second = Store(database), Store(database)
-        here, there = first.in_turn(), second.in_turn()
+        here, there = first.deploy_lock, second.deploy_lock
         async with here:
             waiting = asyncio.create_task(there.__aenter__())
             await asyncio.sleep(0.2)
             assert not waiting.done()
         await waiting
         await there.__aexit__()
-        async with here:  # whoever gives up does not keep it
+        async with here:  # a waiter that is cancelled does not get it later
             waiting = asyncio.create_task(there.__aenter__())
             await asyncio.sleep(0.2)
             waiting.cancel()
@@ -552,19 +553,19 @@ def test_one_at_a_time_changes_which_versions_there_are(database: str) -> None:
     asyncio.run(main())
 
 
-def test_no_turn_is_given_while_the_server_is_down(own: Server) -> None:
+def test_the_lock_is_not_acquired_while_the_server_is_down(own: Server) -> None:
     async def main() -> None:
         store = Store(own.url(own.create()))
-        turn = store.in_turn()
+        lock = store.deploy_lock
         own.kill()
         with pytest.raises(StorageUnavailable):
-            async with turn:
-                pytest.fail("nobody can have it")
+            async with lock:
+                pytest.fail("the lock was acquired")
         own.start()
-        async with turn:
+        async with lock:
             own.kill()  # what was done with it is done
         own.start()
-        async with turn:
+        async with lock:
             pass
         store.close()
 

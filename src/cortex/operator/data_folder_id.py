@@ -36,7 +36,7 @@ async def settle(settings: Settings, store: Store, files: ObjectStore | None) ->
     """
     try:
         # Whoever comes at the same time finds what the first one has made.
-        async with store.joining():
+        async with store.join_lock:
             return _settle(settings, store, files)
     except StorageUnavailable as error:
         raise StartupError(error.message) from error
@@ -87,7 +87,7 @@ async def _may_try_again(store: Store, record: JobRecord) -> bool:
 def _settle(settings: Settings, store: Store, files: ObjectStore | None) -> str:
     path, lost = settings.identity, settings.lost_folder
     owner = None if files is None else files.owner()
-    places = store.operators.places()
+    places = store.operators.data_folder_ids()
     own = read(path)
     if own is None:
         is_all_elsewhere = settings.ray is not None and owner is not None and owner in places
@@ -119,5 +119,5 @@ def _unmark(settings: Settings, store: Store) -> None:
     """It did not take a lost folder's place, as far as that can be told: no jobs are to be given up, least of
     all those that this folder has of another database."""
     with suppress(StorageUnavailable):
-        if settings.lost_folder in store.operators.places():
+        if settings.lost_folder in store.operators.data_folder_ids():
             settings.taken_over.unlink(missing_ok=True)

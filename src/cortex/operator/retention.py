@@ -86,7 +86,7 @@ class Retention:
             before_ns = _ago(keep.logs_s)
             while ids := await store.jobs_with_folder(before_ns, _BATCH):
                 await self._remove_folders(ids)
-                await store.folders_gone(ids)
+                await store.note_removed_folders(ids)
         if keep.jobs_s is not None:
             before_ns = _ago(keep.jobs_s)
             while ids := await store.jobs_ended(before_ns, _BATCH):

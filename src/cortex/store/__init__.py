@@ -1,6 +1,6 @@
-"""The only place that knows SQL: the schema, its migrations, and the guarded transitions.
+"""The only package with SQL: the schema, its migrations, and the guarded transitions.
 
-The operator and `cortex token` call `Store`; nobody else does.
+Only the operator and `cortex token` call `Store`.
 """
 
 from cortex.store.apis import Deployment

@@ -1,4 +1,7 @@
-"""APIs and their versions in the database. Called by `Store`; each function is one short read or write."""
+"""APIs and their versions in the database.
+
+Called by `Store`; each function is one short read or write.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from cortex.store.transitions import STOP_ALL, record
 
 @dataclass(frozen=True)
 class Deployment:
-    """An API as it is deployed: its current version."""
+    """A deployed API and its current version."""
 
     name: str
     endpoint: str
@@ -30,16 +33,14 @@ def deploy(connection: Connection, specs: Iterable[ApiSpec], actor: Actor) -> No
     """Make these the current versions of their APIs.
 
     Raises:
-        Conflict: an endpoint belongs to another API.
+        Conflict: another API has the endpoint.
     """
     for spec in specs:
         endpoint = spec.networking.endpoint
-        taken_by = connection.execute(
-            select(apis.c.name).where(apis.c.endpoint == endpoint)
-        ).scalar()
-        if taken_by not in (None, spec.name):
+        owner = connection.execute(select(apis.c.name).where(apis.c.endpoint == endpoint)).scalar()
+        if owner not in (None, spec.name):
             raise Conflict(
-                f"the endpoint {endpoint!r} belongs to the API {taken_by!r}; choose another "
+                f"the endpoint {endpoint!r} belongs to the API {owner!r}; choose another "
                 f"networking.endpoint for {spec.name!r}"
             )
         created_ns = now_ns()
@@ -52,28 +53,28 @@ def deploy(connection: Connection, specs: Iterable[ApiSpec], actor: Actor) -> No
             )
         )
         values = {"endpoint": endpoint, "api_id": spec.api_id}
-        # The row stays the same one: a submit that waits for this finds it.
+        # Updated in place: a submit that waits for this row's lock then finds it.
         changed = connection.execute(update(apis).where(apis.c.name == spec.name).values(values))
         if changed.rowcount == 0:
             connection.execute(insert(apis).values(name=spec.name, **values))
-        words = f"version {spec.api_id}"
-        entry = AuditEntry(Action.DEPLOY, actor, created_ns, api_name=spec.name, message=words)
+        message = f"version {spec.api_id}"
+        entry = AuditEntry(Action.DEPLOY, actor, created_ns, api_name=spec.name, message=message)
         audit.add(connection, [entry])
 
 
-def undeploy(connection: Connection, name: str, message: str, actor: Actor) -> list[JobRecord]:
-    """Delete an API and stop its jobs; the jobs that this stopped.
+def undeploy(connection: Connection, name: str, why: str, actor: Actor) -> list[JobRecord]:
+    """Delete an API and stop its jobs; the stopped jobs.
 
     Raises:
-        NotFound: it is not deployed.
+        NotFound: the API is not deployed.
     """
     if connection.execute(delete(apis).where(apis.c.name == name)).rowcount == 0:
         raise NotFound(f"there is no API {name!r}; see `cortex get`")
     end_ns = now_ns()
-    rows = connection.execute(STOP_ALL, {"of_api": name, "end_ns": end_ns, "message": message})
+    rows = connection.execute(STOP_ALL, {"of_api": name, "end_ns": end_ns, "message": why})
     stopped = sorted(map(record, rows), key=lambda job: job.seq)
-    words = f"stopped {len(stopped)} of its jobs"
-    entry = AuditEntry(Action.DELETE, actor, end_ns, api_name=name, message=words)
+    message = f"stopped {len(stopped)} of its jobs"
+    entry = AuditEntry(Action.DELETE, actor, end_ns, api_name=name, message=message)
     audit.add(connection, [entry])
     return stopped
 

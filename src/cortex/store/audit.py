@@ -1,5 +1,6 @@
-"""The audit in the database. An entry is written in the transaction of the change that it is about.
-Called by `Store` and by what changes APIs, jobs and tokens.
+"""The audit in the database. The transaction of a change writes the entry about it.
+
+Called by `Store`, and by the functions that change APIs, jobs and tokens.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from cortex.spec.audit import Action, Actor, AuditEntry
 from cortex.store.schema import audit
 
 MAX_REFUSALS = 100_000
-"""Anybody can cause them without a token: older ones are removed before their time."""
+"""How many entries of refused requests are kept: anyone can cause them, without any token."""
 
 
 @dataclass(frozen=True)
 class AuditPage:
-    """Some entries, newest first, and the cursor of the next page (None: there is none)."""
+    """Some entries, newest first, and the cursor of the next page (None: this is the last page)."""
 
     entries: list[AuditEntry]
     next_cursor: int | None
@@ -57,10 +58,10 @@ def page(connection: Connection, limit: int, cursor: int | None) -> AuditPage:
 
 
 def remove(connection: Connection, before_ns: int | None) -> int:
-    """Remove the entries from before a time, and all but the newest refusals; their number.
+    """Remove entries from before a time, and all but the newest refusals; how many were removed.
 
     Args:
-        before_ns: None keeps entries of any age.
+        before_ns: None removes no entry for its age.
     """
     refusals = audit.c.action == Action.REFUSE
     newest = select(audit.c.seq).where(refusals).order_by(audit.c.seq.desc())

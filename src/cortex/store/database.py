@@ -1,5 +1,6 @@
-"""The database: how it is reached, its migrations, and reads. Called by `Store`; what is written goes
-through `writer`.
+"""The database: its connections, its migrations, and reads.
+
+Called by `Store`. Writes go through `writer`.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ T = TypeVar("T")
 
 
 def connect(url: str, name: str = "cortex") -> Engine:
-    """An engine on the database at an SQLAlchemy URL, or at a PostgreSQL one as users write it.
+    """An engine for the database at a PostgreSQL URL as users write it, or at `sqlite:///PATH`.
 
     Args:
-        name: of its sessions, where a server has any.
+        name: of the engine's sessions on a server.
 
     Raises:
-        StartupError: it is no such URL, or the file cannot be made.
+        StartupError: the URL is invalid, or the file cannot be created.
     """
     if url.startswith("sqlite:"):
         return sqlite.connect(url)
@@ -38,10 +39,10 @@ def connect(url: str, name: str = "cortex") -> Engine:
 
 
 def migrate(engine: Engine) -> None:
-    """Bring the schema to this version's.
+    """Upgrade the schema to this version's.
 
     Raises:
-        StartupError: the database cannot be read or written, or is newer than this version.
+        StartupError: the database cannot be used, or a newer version has upgraded it.
     """
     is_shared = engine.dialect.name == "postgresql"
     try:
@@ -56,7 +57,7 @@ def migrate(engine: Engine) -> None:
 
 
 def _is_current(connection: Connection) -> bool:
-    """Whether there is nothing to migrate, as at nearly every start: what does it takes long to load."""
+    """Whether the schema is current, as at nearly every start: Alembic takes long to import."""
     if not inspect(connection).has_table("alembic_version"):
         return False
     found = connection.execute(text("SELECT version_num FROM alembic_version")).scalars().all()
@@ -75,27 +76,30 @@ def _upgrade(connection: Connection) -> None:
         command.upgrade(config, "head")
     except CommandError as error:
         raise StartupError(
-            f"the database {_name(connection.engine)} was made by another version: {error}. "
-            "Start the newest version that was used with it."
+            f"the database {_name(connection.engine)} belongs to another version of Cortex: "
+            f"{error}. Start the newest version that has used this database."
         ) from error
 
 
 def unusable(engine: Engine, error: DBAPIError) -> StartupError:
-    """What an error of the database means at the start."""
+    """The StartupError for a database error while the operator starts."""
     advice = sqlite.ADVICE if engine.dialect.name == "sqlite" else postgresql.ADVICE
     return StartupError(f"the database {_name(engine)} cannot be used: {words(error)}. {advice}")
 
 
 def reader(engine: Engine) -> Engine:
-    """The same database for reads. Each is one statement, or does not need its statements to agree: a
-    server need not be told where it begins and ends."""
+    """The engine for reads, without transactions on a server.
+
+    A read is one statement, or its statements need no common snapshot, so BEGIN and COMMIT would
+    only cost round trips.
+    """
     if engine.dialect.name == "sqlite":
         return engine
     return engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
 def read(engine: Engine, work: Callable[[Connection], T]) -> T:
-    """Run a read; on a new connection where the one that was kept turns out to be lost.
+    """Run a read; once more, on a new connection, if the pooled one turns out to be lost.
 
     Raises:
         StorageUnavailable: the database does not answer.
@@ -107,17 +111,17 @@ def read(engine: Engine, work: Callable[[Connection], T]) -> T:
         except DBAPIError as error:
             if not error.connection_invalidated:
                 raise
-            engine.dispose()  # the pool may hold others that were lost likewise
+            engine.dispose()  # the pool's other connections may be lost as well
             with engine.connect() as connection:
                 return work(connection)
     except DBAPIError as error:
         raise StorageUnavailable(
-            f"the store cannot be read now: {words(error)}. Try again later."
+            f"the store cannot be read: {words(error)}; try again later"
         ) from error
 
 
 def words(error: DBAPIError) -> str:
-    """What the database says, in one line."""
+    """The message of the database, in one line."""
     return " ".join(str(error.orig).split())
 
 

@@ -1,5 +1,7 @@
-"""Configs and results that are too long for a job's row: every change of a job writes its row anew, and a list
-reads many. Called by `submits`, `transitions` and `Store`.
+"""Configs and results that are too long for a job's row.
+
+Every change of a job writes its whole row again, and a list of jobs reads many rows. Called by
+`submissions`, `transitions` and `Store`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from cortex.store.schema import long_texts
 
 
 class Name(StrEnum):
-    """What a job has of it, once each."""
+    """Which text of a job; a job has at most one of each."""
 
     CONFIG = "config"
     RESULT = "result"
@@ -34,12 +36,12 @@ _TEXT = Prepared(
 
 
 def is_long(text: str | None) -> bool:
-    """Whether a text is not kept in the job's row."""
+    """Whether a text is too long for the job's row."""
     return text is not None and len(text) > MAX_INLINE_BYTES
 
 
 def write(connection: Connection, seq: int, name: Name, text: str) -> None:
-    """Store a long text of a job that has none of this name."""
+    """Store a long text of a job that has none of this name yet."""
     _INSERT.first(connection, {"seq": seq, "name": name.value, "text": text})
 
 

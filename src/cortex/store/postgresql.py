@@ -1,5 +1,6 @@
-"""What is PostgreSQL's own: the settings of a session that make a commit durable and a lost connection
-known, and what a server has to be. Called by `store.database`, `writer`, `lease` and `changes`.
+"""PostgreSQL: session settings for durable commits and lost connections, and checks of the server.
+
+Called by `store.database`, `writer`, and `group.election` and `group.notifications`.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, text
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from cortex.errors import StartupError
+from cortex.store.group.locks import MIGRATION_LOCK
 from cortex.store.url import shown
 
 if TYPE_CHECKING:
     import psycopg
 
 ADVICE = (
-    "Check that the server runs, that user, password and database are right, and that the database "
-    "is the user's own."
+    "Check that the server is running, that the user, password and database are right, and that "
+    "the user owns the database."
 )
 
-_CONNECTIONS = 5, 35  # kept, and opened beside them where more are asked for at once: one a thread
-# libpq's: whoever is on the other side of a broken network is given up after about a minute.
+# Open connections that the pool keeps, and how many more it opens at need: each thread uses one.
+_POOL_SIZE, _MAX_OVERFLOW = 5, 35
+# Parameters of libpq: a connection over a broken network fails after about a minute.
 _NETWORK = {
     "connect_timeout": "5",
     "keepalives_idle": "30",
@@ -29,9 +32,9 @@ _NETWORK = {
     "keepalives_count": "3",
     "tcp_user_timeout": "60000",
 }
-# Where a setting of the administrator's is stronger than `on` it stays. The other side gives up on us
-# likewise: a transaction that is left open holds the row that tells of its commit, and a session that
-# is left the lock that tells who drives.
+# A `synchronous_commit` of the administrator's that is stronger than `on` stays. The timeouts make
+# the server give up a lost client: an open transaction would keep its operator's row locked, and a
+# lost session the leader lock.
 _SESSION = """
 SELECT set_config('synchronous_commit', 'on', false)
     WHERE current_setting('synchronous_commit') IN ('off', 'local', 'remote_write');
@@ -40,27 +43,25 @@ SELECT set_config('idle_in_transaction_session_timeout', '30s', false),
     set_config('tcp_keepalives_interval', '10', false),
     set_config('tcp_keepalives_count', '3', false);
 """
-_MIGRATING = 0x636F_7274_6578 << 8  # any number that nobody else takes
-_CONFLICTS = {"40P01", "40001", "23505"}  # deadlock, serialisation, a key that is there already
+_CONFLICTS = {"40P01", "40001", "23505"}  # deadlock, serialization failure, unique violation
 _SERVER = text("SELECT current_setting('fsync'), pg_is_in_recovery()")
 
 
 def connect(url: URL, name: str) -> Engine:
-    """An engine on the database at a URL, whose sessions have a name. Nothing is connected yet."""
-    kept, more = _CONNECTIONS
+    """An engine for the database at a URL, whose sessions have this name. It connects later."""
     engine = create_engine(
         url,
         connect_args=_options(url, name),
-        pool_size=kept,
-        max_overflow=more,
-        hide_parameters=True,  # an error ends in a log
+        pool_size=_POOL_SIZE,
+        max_overflow=_MAX_OVERFLOW,
+        hide_parameters=True,  # errors are logged
     )
-    event.listen(engine, "connect", _set_up, insert=True)  # before SQLAlchemy asks for anything
+    event.listen(engine, "connect", _set_up, insert=True)  # before SQLAlchemy's own first query
     return engine
 
 
 async def session(engine: Engine, name: str) -> psycopg.AsyncConnection:
-    """A session of its own, to wait in: for a lock, or for what others tell.
+    """A session outside the pool, to wait in for a lock or for notifications.
 
     Raises:
         psycopg.Error: the server does not answer.
@@ -77,41 +78,44 @@ def _options(url: URL, name: str) -> dict[str, str]:
 
 
 def check(connection: Connection) -> None:
-    """Refuse a server that what was acknowledged is not safe with.
+    """Refuse a server on which acknowledged commits are not safe.
 
     Raises:
-        StartupError: it is none that can be used, and why.
+        StartupError: the server is a standby, or runs without fsync.
     """
     fsync, is_standby = connection.execute(_SERVER).one()
-    where = f"the database {shown(connection.engine.url)} cannot be used:"
+    problem = f"the database {shown(connection.engine.url)} cannot be used:"
     if is_standby:
         raise StartupError(
-            f"{where} its server is a standby, which takes no writes; name the primary"
+            f"{problem} its server is a standby, which accepts no writes; use the primary server"
         )
     if fsync != "on":
         raise StartupError(
-            f"{where} its server runs with fsync = off, so a crash of its machine loses what was "
-            "acknowledged. Set it with `ALTER SYSTEM SET fsync = on; SELECT pg_reload_conf();` there."
+            f"{problem} its server runs with fsync = off, so a crash of its machine loses "
+            "acknowledged data. Run `ALTER SYSTEM SET fsync = on; SELECT pg_reload_conf();` on the "
+            "server."
         )
 
 
 def is_conflict(error: Exception) -> bool:
-    """Whether another operator's transaction was in the way: the same may well be taken if it is tried
-    again. One that stored the same Idempotency-Key meanwhile is found then."""
+    """Whether the write conflicted with another operator's transaction: a retry may succeed.
+
+    A retried submit finds the job that the other operator stored with the same Idempotency-Key.
+    """
     state = getattr(getattr(error, "orig", None), "sqlstate", None)
     return state in _CONFLICTS
 
 
 def lock_migrations(connection: Connection) -> None:
-    """Let one at a time migrate; until the transaction ends."""
-    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATING})
+    """Let one operator at a time migrate; the lock lasts until the transaction ends."""
+    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
 
 
 def _set_up(connection: psycopg.Connection, _: ConnectionPoolEntry) -> None:
     from psycopg.types.string import StrDumper
 
     class Text(StrDumper):
-        """PostgreSQL's text holds any character but NUL."""
+        """PostgreSQL's text can hold any character except NUL."""
 
         def dump(self, obj: str) -> bytes | bytearray | memoryview | None:
             return super().dump(obj.replace("\0", "\ufffd"))
@@ -119,8 +123,8 @@ def _set_up(connection: psycopg.Connection, _: ConnectionPoolEntry) -> None:
     encoding = connection.info.parameter_status("server_encoding")
     if encoding != "UTF8":
         raise StartupError(
-            f"the database {connection.info.dbname} cannot be used: its encoding is {encoding}. Make "
-            "another with `createdb --encoding=UTF8 --template=template0`."
+            f"the database {connection.info.dbname} cannot be used: its encoding is {encoding}, "
+            "not UTF8. Create another with `createdb --encoding=UTF8 --template=template0`."
         )
     connection.adapters.register_dumper(str, Text)
     connection.execute(_SESSION)

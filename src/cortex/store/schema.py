@@ -1,4 +1,4 @@
-"""The tables. `migrations/` makes them; a test holds the two together."""
+"""The tables. `migrations/` creates them; a test checks that both describe the same schema."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sqlalchemy import (
 from cortex.spec.lifecycle import IN_PROGRESS, State
 
 REVISION = "0008"
-"""The newest migration, which makes these tables."""
+"""The newest migration, which results in these tables."""
 
 metadata = MetaData()
 
@@ -46,7 +46,7 @@ apis = Table(
 jobs = Table(
     "jobs",
     metadata,
-    # SQLite gives only INTEGER PRIMARY KEY a rowid of its own; there it holds 64 bits too.
+    # In SQLite only an INTEGER PRIMARY KEY is the rowid, which has 64 bits.
     Column("seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
     Column("job_id", String(64), nullable=False, unique=True),
     Column("api_name", String(63), nullable=False),
@@ -69,7 +69,7 @@ jobs = Table(
     Column("config_bytes", BigInteger, nullable=False, server_default="0"),
     UniqueConstraint("api_name", "idempotency_key", name="jobs_idempotency"),
     Index("jobs_of_api", "api_name", "seq"),
-    # Without it the database would look through all jobs before it lets a version go.
+    # Without it, deleting a version would scan all jobs for its foreign key.
     Index("jobs_of_version", "api_id"),
 )
 
@@ -112,7 +112,7 @@ audit = Table(
     Index("audit_by_action", "action", "seq"),
 )
 
-# The operators of a database that can have several, one of which drives the jobs: see `member`.
+# The operators of a PostgreSQL database, one of which is the leader: see `group.member`.
 operators = Table(
     "operators",
     metadata,
@@ -126,8 +126,8 @@ operators = Table(
     Column("until_ns", BigInteger),
 )
 
-# The conditions of the partial indexes, spelled out, so that planners can prove that one applies: a
-# query has to use the same.
+# The conditions of the partial indexes, as text with literals. A query must use the same condition,
+# so that the planner can prove that the index applies.
 _names = ", ".join(f"'{state}'" for state in sorted(IN_PROGRESS))
 IS_IN_PROGRESS = text(f"state IN ({_names})")
 IS_FINISHED = text(f"state NOT IN ({_names})")
@@ -144,7 +144,7 @@ Index(
 Index(
     "jobs_waiting",
     jobs.c.api_name,
-    jobs.c.config_bytes,  # what counts them and what adds them up reads the index alone
+    jobs.c.config_bytes,  # so that counting and adding up read the index alone
     sqlite_where=IS_WAITING,
     postgresql_where=IS_WAITING,
 )

@@ -1,8 +1,8 @@
-"""The database as it is at one moment, in a file, and back again. Called by backup and restore, which open no store:
-the database of an older version stays as it is.
+"""Copies of a whole database: taking, reading and restoring one. Called by backup and restore.
 
-A file is copied by SQLite itself, and a PostgreSQL database by its own programs `pg_dump` and `pg_restore`; neither
-keeps an operator from writing meanwhile.
+They open no `Store`, which would upgrade the schema: the database of an older version stays as it
+is. SQLite itself copies a file; `pg_dump` and `pg_restore` copy a PostgreSQL database. Operators
+can write while a copy is taken.
 """
 
 from __future__ import annotations
@@ -28,26 +28,29 @@ from cortex.store.database import connect, unusable, words
 from cortex.store.schema import REVISION
 from cortex.store.url import shown
 
-_OPERATORS = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'cortex %' AND datname = current_database()"
+_OPERATORS = (
+    "SELECT count(*) FROM pg_stat_activity "
+    "WHERE application_name LIKE 'cortex %' AND datname = current_database()"
+)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is kept beside a database, as it tells of that."""
+    """Which files outside the database belong to it, according to the database."""
 
     revision: str
-    """Of its tables."""
+    """The revision of its tables."""
     projects: dict[str, bool]
-    """By their ids: whether an API or a job in progress needs it."""
+    """Whether an API or a job in progress needs a project, by project id."""
     logs: dict[str, int]
-    """By the jobs' ids: the bytes that are kept of each."""
+    """The maximum bytes of a job's log, by job id."""
 
 
 def take(url: str, target: Path) -> Snapshot:
-    """Copy a database into a file, which is made.
+    """Copy a database into a new file.
 
     Raises:
-        StartupError: there is no operator's database, or it cannot be read.
+        StartupError: the database is missing, is not an operator's, or cannot be read.
     """
     if _is_file(url):
         _copy_file(_path(url), target)
@@ -64,10 +67,10 @@ def take(url: str, target: Path) -> Snapshot:
 
 
 def read(path: Path) -> Snapshot:
-    """What the copy of a file tells, which may have come from anywhere.
+    """Read and check the copy of an SQLite database, which may come from an untrusted source.
 
     Raises:
-        StartupError: it is no whole database of an operator's, or of a version that is newer than this one.
+        StartupError: the file is damaged, no operator's database, or made by a newer version.
     """
     engine = create_engine(
         "sqlite://",
@@ -81,8 +84,8 @@ def read(path: Path) -> Snapshot:
             _check_is_operators(connection, str(path))
             found = _read(connection)
     except (SQLAlchemyError, ValueError, KeyError, TypeError) as error:
-        told = words(error) if isinstance(error, DBAPIError) else repr(error)
-        raise StartupError(f"it holds no operator's database that can be read: {told}") from error
+        reason = words(error) if isinstance(error, DBAPIError) else repr(error)
+        raise StartupError(f"the database in it cannot be read: {reason}") from error
     finally:
         engine.dispose()
     check_revision(found.revision)
@@ -90,51 +93,53 @@ def read(path: Path) -> Snapshot:
 
 
 def check_revision(revision: str) -> None:
-    """Whether this version can use tables of a revision.
+    """Check that this version can use tables of this revision.
 
     Raises:
         StartupError: a newer version made them.
     """
     if not revision.isdigit() or revision > REVISION:
         raise StartupError(
-            f"it was made by a newer version, whose tables are of revision {revision!r}; those of this one are "
-            f"of {REVISION}. Restore it with the version that made it."
+            f"a newer version made it: its tables have revision {revision!r}, those of this "
+            f"version {REVISION!r}. Restore it with the version that made it."
         )
 
 
 def check_is_free(url: str) -> None:
-    """Whether a PostgreSQL database holds nothing of an operator's.
+    """Check that a PostgreSQL database has no operator's data.
 
     Raises:
-        StartupError: it does, or cannot be asked.
+        StartupError: it has, or the database does not answer.
     """
     with _connected(url) as engine, engine.connect() as connection:
         if inspect(connection).has_table("alembic_version"):
             raise StartupError(
-                f"the database {shown(engine.url)} has an operator's data: name an empty one with --store, or "
-                "say --force to replace what it has"
+                f"the database {shown(engine.url)} has an operator's data: name an empty one with "
+                "--store, or add --force to replace the data"
             )
 
 
 def check_is_unused(url: str) -> None:
-    """Whether no operator is on a PostgreSQL database.
+    """Check that no operator is connected to a PostgreSQL database.
 
     Raises:
-        StartupError: one is, or it cannot be asked.
+        StartupError: one is, or the database does not answer.
     """
     with _connected(url) as engine, engine.connect() as connection:
         if connection.execute(text(_OPERATORS)).scalar_one():
             raise StartupError(
-                f"the database {shown(engine.url)} is in use by an operator: stop it"
+                f"an operator uses the database {shown(engine.url)}: stop the operator first"
             )
 
 
 def put_back(url: str, source: Path) -> None:
-    """Make a PostgreSQL database what a snapshot of one was, all or nothing. Which operators there were is left out:
-    those of the database that it was taken of may go on.
+    """Replace the content of a PostgreSQL database by a snapshot, in one transaction.
+
+    The table of operators is emptied, for the operators of the snapshot's database may still run on
+    that database.
 
     Raises:
-        StartupError: it cannot be done, and why.
+        StartupError: the snapshot cannot be restored, and why.
     """
     with _connected(url) as engine:
         options = [
@@ -152,7 +157,7 @@ def put_back(url: str, source: Path) -> None:
 
 @contextmanager
 def _connected(url: str) -> Iterator[Engine]:
-    """An engine on a PostgreSQL database.
+    """An engine for a PostgreSQL database.
 
     Raises:
         StartupError: the database cannot be used, and why.
@@ -177,7 +182,8 @@ def _path(url: str) -> Path:
 def _copy_file(path: Path, target: Path) -> None:
     if not path.is_file():
         raise StartupError(
-            f"there is no operator's database {path}; name its folder with --data-dir, or its database with --store"
+            f"there is no database {path}; name the data folder with --data-dir, or the database "
+            "with --store"
         )
     try:
         with closing(sqlite.opened(path)) as source:
@@ -188,7 +194,7 @@ def _copy_file(path: Path, target: Path) -> None:
 
 def _check_is_operators(connection: Connection, name: str) -> None:
     if not inspect(connection).has_table("alembic_version"):
-        raise StartupError(f"{name} is no operator's database")
+        raise StartupError(f"{name} is not an operator's database")
 
 
 def _read(connection: Connection) -> Snapshot:
@@ -217,10 +223,12 @@ def _read(connection: Connection) -> Snapshot:
 
 
 def _run(program: str, url: URL, *arguments: str) -> None:
-    """Run one of PostgreSQL's own programs on a database. Arguments can be read by everybody: the password is none.
+    """Run one of PostgreSQL's own programs on a database.
+
+    The password goes into the environment: every user of the machine can read the arguments.
 
     Raises:
-        StartupError: it is not there, or failed, and what it said.
+        StartupError: the program is not installed, or failed, and what it printed.
     """
     secrets = {"PGPASSWORD": str(url.password)} if url.password is not None else {}
     if "password" in url.query:
@@ -239,8 +247,9 @@ def _run(program: str, url: URL, *arguments: str) -> None:
         )
     except FileNotFoundError as error:
         raise StartupError(
-            f"{program} is not there: install PostgreSQL's client programs, of the server's version or a later one"
+            f"{program} is not installed: install PostgreSQL's client programs, of the server's "
+            "version or a later one"
         ) from error
     if done.returncode != 0:
-        said = " ".join(done.stderr.split()) or f"it ended with {done.returncode}"
-        raise StartupError(f"{program} failed on the database {shown(url)}: {said}")
+        output = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise StartupError(f"{program} failed on the database {shown(url)}: {output}")

@@ -1,5 +1,6 @@
-"""What is SQLite's own: a private file that has to stay where it is, and the settings that make a commit durable.
-Called by `store.database`, and by the store for the file.
+"""SQLite: a private file that must stay in place, and the settings that make a commit durable.
+
+Called by `store.database`, `writer` and `Store`.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from cortex.errors import StartupError, StorageUnavailable
 
 ADVICE = (
-    "Check that the disk has room and that this user may write there; a damaged file has to be "
-    "restored."
+    "Check that the disk has free space and that this user may write there; restore a damaged file "
+    "from a backup."
 )
 
 SAVED = ".saved-"
-"""In the name of a copy that is saved of a database whose file is gone."""
+"""Part of the name of the copy that is saved when the database file disappears."""
 
 _BUSY_TIMEOUT_S = 10
 _FILES = ("", "-wal", "-shm")
 
 
 def connect(url: str) -> Engine:
-    """An engine on the file at a URL, which is made where it is missing, and never again."""
+    """An engine for the file at a URL. Creates a missing file here, and never later."""
     path = Path(str(make_url(url).database))
     _make_private(path)
     engine = create_engine(
@@ -46,10 +47,10 @@ def connect(url: str) -> Engine:
 
 
 def opened(path: Path) -> sqlite3.Connection:
-    """A connection to a file that is there.
+    """A connection to an existing file.
 
     Raises:
-        sqlite3.Error: it is not.
+        sqlite3.Error: there is no such file, or it cannot be opened.
     """
     return sqlite3.connect(
         f"file:{quote(str(path))}?mode=rw",
@@ -60,25 +61,30 @@ def opened(path: Path) -> sqlite3.Connection:
 
 
 def is_locked(error: Exception) -> bool:
-    """Whether another process was writing all the while."""
+    """Whether the timeout expired while another process was writing."""
     code = getattr(getattr(error, "orig", None), "sqlite_errorcode", None)
     return code is not None and code & 0xFF == sqlite3.SQLITE_BUSY
 
 
 class DatabaseFile:
-    """The files of a database that is open. Where something else, or nothing, has their names, all that is stored
-    is gone as soon as this process is: it is lost then, until they are back."""
+    """The files of an open database, and the check that they are still in place.
+
+    If a file was removed, moved or replaced, this process still writes to the open file, and all
+    data would disappear when the process ends. The operator then accepts no writes until the files
+    are back.
+    """
 
     def __init__(self, engine: Engine) -> None:
         """
         Args:
-            engine: on which nobody has begun to write.
+            engine: that has not written yet.
 
         Raises:
-            StartupError: they cannot be opened.
+            StartupError: the files cannot be opened.
         """
         self._path = Path(str(engine.url.database))
-        # As long as one connection is open, SQLite removes none of the files. It reads once to have them open.
+        # SQLite removes no file while a connection is open. The connection opens the files when it
+        # first reads.
         try:
             self._connection = opened(self._path)
             self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -87,44 +93,45 @@ class DatabaseFile:
                 f"the database {self._path} cannot be used: {error}. {ADVICE}"
             ) from error
         self._files = [(f"{self._path}{end}", _identity(f"{self._path}{end}")) for end in _FILES]
-        self._words: str | None = None
-        self._saved = self._path
+        self._problem: str | None = None
+        self._saved_copy = self._path
         event.listen(engine, "connect", self._check, insert=True)
 
-    def lost(self) -> str | None:
-        """What is wrong, and what to do; None where nothing is. The first time, all that is stored is saved in a
-        copy. Called by the thread that writes."""
-        name = self._missing()
+    def problem(self) -> str | None:
+        """What is wrong with the files and what to do, or None. Called by the thread that writes.
+
+        The first call that finds a problem saves all data in a copy.
+        """
+        name = self._misplaced_file()
         if name is None:
-            if self._words is not None:  # they are back
-                self._words = None
+            if self._problem is not None:  # the files are back
+                self._problem = None
                 with suppress(OSError):
-                    self._saved.unlink()
-        elif self._words is None:
-            self._words = (
-                f"{name} was removed, moved or replaced under the operator, which takes no changes any more: "
-                f"they would be gone with its process. {self._save()}"
+                    self._saved_copy.unlink()
+        elif self._problem is None:
+            self._problem = (
+                f"{name} was removed, moved or replaced while the operator runs. The operator "
+                f"accepts no more changes, for they would be lost when it ends. {self._save()}"
             )
-        return self._words
+        return self._problem
 
     def close(self) -> None:
-        """The last connection that closes writes all into the one file."""
+        """Close the connection: with the last one, SQLite writes everything into the one file."""
         self._connection.close()
 
     def _check(self, *_: object) -> None:
-        """What has taken the file's place is not read: it would answer for what is stored."""
-        name = self._missing()
+        """Refuse a new connection, which would read the file that has replaced the database."""
+        name = self._misplaced_file()
         if name is not None:
-            raise StorageUnavailable(
-                f"the store cannot be read now: {name} was removed or replaced"
-            )
+            raise StorageUnavailable(f"the store cannot be read: {name} was removed or replaced")
 
-    def _missing(self) -> str | None:
+    def _misplaced_file(self) -> str | None:
         return next((name for name, identity in self._files if _identity(name) != identity), None)
 
     def _save(self) -> str:
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        self._saved = path = self._path.with_name(f"{self._path.name}{SAVED}{stamp}-{os.getpid()}")
+        name = f"{self._path.name}{SAVED}{stamp}-{os.getpid()}"
+        self._saved_copy = path = self._path.with_name(name)
         try:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             copy(self._connection, path)
@@ -132,23 +139,31 @@ class DatabaseFile:
             with suppress(OSError):
                 path.unlink()
             return (
-                f"All that is stored could not be saved as {path}: {error}. Put the file back where it was, if "
-                "you have it; else restore a backup."
+                f"The data could not be saved as {path}: {error}. Put the file back in its place, "
+                "or restore a backup."
             )
-        return f"All that is stored was saved as {path}. Stop the operator, {put_back(self._path)} Jobs go on meanwhile."
+        return (
+            f"All data was saved as {path}. Stop the operator, {put_back(self._path)} The jobs "
+            "keep running meanwhile."
+        )
 
 
 def put_back(path: Path) -> str:
-    """What to do with a copy that was saved of a database."""
-    # What is left of the files beside the lost one would be taken for a part of this one.
-    return f"remove {path}-wal and {path}-shm, give the saved file the name {path}, and start the operator again."
+    """What to do with the saved copy of a database."""
+    # SQLite would apply a remaining -wal of the lost file to the copy.
+    return (
+        f"remove {path}-wal and {path}-shm, rename the saved file to {path}, and start the "
+        "operator again."
+    )
 
 
 def copy(source: sqlite3.Connection, path: Path) -> None:
-    """Copy a database as it is at one moment into a file of its own, on the disk. Nobody waits for it.
+    """Copy a database, as it is at one moment, into another file, and sync that file to disk.
+
+    The copy blocks neither readers nor writers of the database.
 
     Raises:
-        sqlite3.Error: it cannot be read, or not be written.
+        sqlite3.Error: the database cannot be read, or the copy cannot be written.
     """
     with closing(sqlite3.connect(path)) as target:
         target.execute("PRAGMA synchronous=FULL")
@@ -157,17 +172,20 @@ def copy(source: sqlite3.Connection, path: Path) -> None:
 
 def _identity(path: str) -> tuple[int, int] | None:
     try:
-        about = os.stat(path)  # noqa: PTH116  # for each commit: to make a Path takes as long again
+        found = os.stat(path)  # noqa: PTH116  # runs at each commit: making a Path doubles its time
     except OSError:
         return None
-    return about.st_dev, about.st_ino
+    return found.st_dev, found.st_ino
 
 
 def first(
     connection: Connection, sql: str, values: Sequence[object] | Mapping[str, object] = ()
 ) -> Sequence[Any] | None:
-    """Run a statement by the driver itself, to which SQLAlchemy's way takes several times as long as a
-    short one does; its first row, if there is one. Errors are SQLAlchemy's own."""
+    """Run a statement on the driver's connection; its first row, or None.
+
+    SQLAlchemy's own execution takes several times as long as a short statement does. Errors are
+    raised as SQLAlchemy's.
+    """
     driver: sqlite3.Connection = connection.connection.driver_connection  # type: ignore[assignment]  # typed as a bare DBAPI
     try:
         row: Sequence[Any] | None = driver.execute(sql, values).fetchone()
@@ -179,24 +197,24 @@ def first(
 
 
 def _make_private(database: Path) -> None:
-    """What it holds of jobs is nobody else's; SQLite gives its other files the same mode."""
+    """Only the operator may read the jobs' data. SQLite gives its other files the same mode."""
     try:
         os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         database.chmod(0o600)
     except OSError as error:
         raise StartupError(
-            f"the database {database} cannot be used: {error}. Check that the disk has room and that "
-            "this user may write there."
+            f"the database {database} cannot be used: {error}. Check that the disk has free space "
+            "and that this user may write there."
         ) from error
 
 
 def _set_up(connection: object, _: ConnectionPoolEntry) -> None:
-    # The driver's own transaction handling opens none before a SELECT and commits before DDL; with
-    # isolation_level None it does nothing and `_begin` opens every one.
+    # The driver's own transaction handling begins none before a SELECT, and commits before DDL.
+    # With isolation_level None it does nothing, and `_begin` begins every transaction.
     connection.isolation_level = None  # type: ignore[attr-defined]  # SQLAlchemy types it as a bare DBAPI
     cursor = connection.cursor()  # type: ignore[attr-defined]
     cursor.execute("PRAGMA journal_mode=WAL")
-    # FULL: the WAL is fsynced at each commit, so an acknowledged one survives power loss
+    # FULL: SQLite fsyncs the WAL at each commit, so an acknowledged commit survives a power loss
     # (https://www.sqlite.org/pragma.html#pragma_synchronous).
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.execute("PRAGMA foreign_keys=ON")

@@ -1,4 +1,7 @@
-"""The store: APIs, their versions, and jobs. The operator's one way to the database."""
+"""The store: APIs, versions, jobs, tokens and the audit.
+
+It is the operator's only access to the database.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class JobPage:
-    """Some jobs, newest first, and where the next page begins (None: there is none)."""
+    """Some jobs, newest first, and the cursor of the next page (None: this is the last page)."""
 
     jobs: list[JobRecord]
     next_cursor: int | None
@@ -44,7 +47,7 @@ class JobPage:
 class Store:
     """The database behind one operator. Methods are called on the event loop and do not block it.
 
-    Every method that writes raises StorageUnavailable when the database takes nothing, and then
+    Every method that writes raises StorageUnavailable when the database accepts no writes; then
     nothing was stored.
     """
 
@@ -52,7 +55,7 @@ class Store:
         """
         Args:
             url: a PostgreSQL database as users write it, or `sqlite:///PATH`.
-            max_waiting_bytes: of the configs of jobs that wait, together.
+            max_waiting_bytes: the limit for the configs of all waiting jobs together.
 
         Raises:
             StartupError: the database cannot be used, and why.
@@ -67,17 +70,22 @@ class Store:
             self._engine.dispose()
             raise
         self._reader = reader(self._engine)
-        self._writer = Writer(self._engine, None if self._file is None else self._file.lost)
-        self._submits = Submissions(max_waiting_bytes)
+        self._writer = Writer(self._engine, None if self._file is None else self._file.problem)
+        self._submissions = Submissions(max_waiting_bytes)
         self.operators: OperatorGroup | SoleOperator = (
             OperatorGroup(self._engine, self._writer, operator_id, name)
             if self.is_shared
             else SoleOperator(self._writer)
         )
+        shared = self._engine if self.is_shared else None
+        self.deploy_lock = DatabaseLock(shared, locks.DEPLOY_LOCK)
+        """Only its holder, of all operators, changes which versions exist."""
+        self.join_lock = DatabaseLock(shared, locks.JOIN_LOCK)
+        """Only its holder, of all operators, determines its data folder's id and joins."""
 
     @property
     def is_shared(self) -> bool:
-        """Whether several operators can have it; a file is one's own as long as its folder is locked."""
+        """Whether several operators can use the database. The operator of a file locks its folder."""
         return self._engine.dialect.name != "sqlite"
 
     @property
@@ -87,42 +95,37 @@ class Store:
         return self.is_shared
 
     def close(self) -> None:
-        """Finish the writes that wait, and let go of the database."""
+        """Finish the queued writes, and close the database."""
         self._writer.close()
         self._engine.dispose()
         if self._file is not None:
             self._file.close()
 
-    def in_turn(self) -> DatabaseLock:
-        """Held by whoever changes which versions there are, of all operators."""
-        return DatabaseLock(self._engine if self.is_shared else None)
-
-    def joining(self) -> DatabaseLock:
-        """Held by whoever finds out where it belongs, and joins."""
-        return DatabaseLock(self._engine if self.is_shared else None, locks.JOIN)
-
-    # Jobs
-
     async def submit(
         self, draft: JobSpec, replay: Replay | None = None, claim: InitialClaim | None = None
     ) -> tuple[JobRecord, bool]:
-        """Store a job of the API's current version (`draft.api_id` is filled in here), waiting, or
-        claimed at once: submit and claim are then one commit.
+        """Store a job of the API's current version; `draft.api_id` is filled in here.
+
+        Args:
+            replay: the Idempotency-Key of the submit, if it has one.
+            claim: for claiming the job in the same commit; else the job waits.
 
         Returns:
-            The job, and whether it is new: with a replay key that was used before, the job of then.
+            The job, and whether it is new. It is the earlier job if the key was used before.
 
         Raises:
             NotFound: the API is not deployed.
-            Conflict: the key was used before, for another body.
-            OverLimit: as many of its jobs wait as may, or as much config.
-            Superseded: with a claim, where another operator drives.
+            Conflict: the key was used before, with another body.
+            OverLimit: the API has too many waiting jobs, or all waiting jobs too much config.
+            Superseded: there is a claim, and another operator is the leader.
         """
 
         def write(connection: Connection) -> tuple[JobRecord, bool]:
-            return self._submits.submit(connection, draft, replay, claim)
+            return self._submissions.submit(connection, draft, replay, claim)
 
-        return await (self._writer.run(write) if claim is None else self.operators.as_driver(write))
+        return await (
+            self._writer.run(write) if claim is None else self.operators.write_as_leader(write)
+        )
 
     async def apply(
         self,
@@ -132,18 +135,18 @@ class Store:
         spec: JobSpec | None = None,
         actor: Actor = UNKNOWN,
     ) -> Outcome:
-        """Take one event of a job; see `transitions.apply`. All but a stop are the driver's alone.
+        """Take one event of a job; see `transitions.apply`. Only the leader takes events but STOP.
 
         Args:
-            actor: who stops the job, for the audit.
+            actor: of a STOP, for the audit.
 
         Raises:
-            Superseded: another operator drives.
+            Superseded: another operator is the leader.
         """
 
         def write(connection: Connection) -> Outcome:
             if event in (Event.UNCLAIM, Event.RETRY):
-                self._submits.room.look_again()
+                self._submissions.waiting_bytes.on_waiting_again()
             return apply(connection, job_id, event, facts, spec)
 
         def stop(connection: Connection) -> Outcome:
@@ -155,40 +158,43 @@ class Store:
             return outcome
 
         return await (
-            self._writer.run(stop) if event is Event.STOP else self.operators.as_driver(write)
+            self._writer.run(stop) if event is Event.STOP else self.operators.write_as_leader(write)
         )
 
     async def job(self, job_id: str) -> JobRecord | None:
-        """One job, or None. A config or a result that is long is left out, as in all that follow."""
+        """One job, or None.
 
-        def read(connection: Connection) -> JobRecord | None:
+        This method and the methods below leave out a config or a result that is long.
+        """
+
+        def find(connection: Connection) -> JobRecord | None:
             row = BY_ID.first(connection, {"job_id": job_id})
             return None if row is None else record(row)
 
-        return await self._read(read)
+        return await self._read(find)
 
     async def whole_job(self, job_id: str) -> JobRecord | None:
         """One job with its config and its result, or None."""
 
-        def read(connection: Connection) -> JobRecord | None:
+        def find(connection: Connection) -> JobRecord | None:
             row = BY_ID.first(connection, {"job_id": job_id})
             return None if row is None else long_texts.complete(connection, whole_record(row))
 
-        return await self._read(read)
+        return await self._read(find)
 
     async def jobs(self, job_ids: Iterable[str]) -> list[JobRecord]:
-        """Those of these jobs that there are, in the order of their submission."""
+        """The existing jobs among these ids, in the order of their submission."""
         query = select(jobs).where(jobs.c.job_id.in_(list(job_ids))).order_by(jobs.c.seq)
         return await self._read(_records(query))
 
     async def jobs_in_progress(self) -> list[JobRecord]:
-        """All jobs that no engine has seen the end of, in the order of their submission."""
+        """All jobs whose end no engine has observed, in the order of their submission."""
         return await self._read(_records(select(jobs).where(IS_IN_PROGRESS).order_by(jobs.c.seq)))
 
     async def list_jobs(
         self, api_name: str, *, limit: int, status: Status | None = None, cursor: int | None = None
     ) -> JobPage:
-        """Jobs of an API, newest first, with one shown status if given, from a cursor on."""
+        """Jobs of an API before a cursor, newest first; with a status, only those that show it."""
         query = select(jobs).where(jobs.c.api_name == api_name)
         if status is not None:
             query = query.where(_shown_as(status))
@@ -198,22 +204,20 @@ class Store:
         page = found[:limit]
         return JobPage(page, page[-1].seq if len(found) > limit else None)
 
-    # APIs
-
     async def deploy(self, specs: Iterable[ApiSpec], actor: Actor = UNKNOWN) -> None:
-        """Make these the current versions of their APIs, all or none.
+        """Make these the current versions of their APIs, all in one commit.
 
         Raises:
-            Conflict: an endpoint belongs to another API.
+            Conflict: another API has an endpoint.
         """
-        wanted = list(specs)
-        await self._writer.run(lambda c: apis.deploy(c, wanted, actor))
+        all_specs = list(specs)  # the writer may run a write twice
+        await self._writer.run(lambda c: apis.deploy(c, all_specs, actor))
 
     async def undeploy(self, name: str, message: str, actor: Actor = UNKNOWN) -> list[JobRecord]:
-        """Delete an API and stop its jobs, in one commit; the jobs that this stopped.
+        """Delete an API and stop its jobs, in one commit; the stopped jobs.
 
         Raises:
-            NotFound: it is not deployed.
+            NotFound: the API is not deployed.
         """
         return await self._writer.run(lambda c: apis.undeploy(c, name, message, actor))
 
@@ -222,7 +226,7 @@ class Store:
         return await self._read(apis.deployed)
 
     async def version(self, api_id: str) -> ApiSpec | None:
-        """A version that was ever deployed, or None."""
+        """A version, current or not, or None."""
         return await self._read(lambda c: apis.version(c, api_id))
 
     async def versions(self, name: str) -> list[ApiSpec]:
@@ -233,15 +237,13 @@ class Store:
         """Every version of every API."""
         return await self._read(apis.all_versions)
 
-    # Tokens
-
     async def create_token(
         self, name: str, scope: Scope, digest: str, actor: Actor = UNKNOWN
     ) -> None:
         """Add a token.
 
         Raises:
-            Conflict: there is one of that name.
+            Conflict: a token of that name exists.
         """
         await self._writer.run(lambda c: tokens.create(c, name, scope, digest, actor))
 
@@ -249,7 +251,7 @@ class Store:
         """Remove a token.
 
         Raises:
-            NotFound: there is none of that name.
+            NotFound: there is no token of that name.
         """
         await self._writer.run(lambda c: tokens.revoke(c, name, actor))
 
@@ -258,60 +260,56 @@ class Store:
         return await self._read(tokens.listed)
 
     async def token(self, digest: str) -> Token | None:
-        """The token of a digest, or None."""
+        """The token with this digest, or None."""
         return await self._read(lambda c: tokens.of_digest(c, digest))
 
     async def known_tokens(self, digests: Collection[str]) -> set[str]:
-        """Those of these digests that are digests of tokens."""
+        """The digests among these that belong to tokens."""
         return await self._read(lambda c: tokens.known(c, digests))
 
-    # The audit
-
     async def add_to_audit(self, entries: Collection[AuditEntry]) -> None:
-        """Add entries that are about no change of the store."""
+        """Add entries that belong to no other change of the store."""
         await self._writer.run(lambda c: audit.add(c, entries))
 
     async def audit(self, limit: int, cursor: int | None = None) -> AuditPage:
-        """The audit, newest first, from a cursor on."""
+        """The entries of the audit before a cursor, newest first."""
         return await self._read(lambda c: audit.page(c, limit, cursor))
 
     async def trim_audit(self, before_ns: int | None) -> int:
-        """Remove what need not be kept of the audit; see `audit.remove`."""
+        """Remove old entries of the audit, and too many refusals; see `audit.remove`."""
         return await self._writer.run(lambda c: audit.remove(c, before_ns))
 
-    # Retention
+    async def jobs_with_folder(self, before_ns: int, limit: int) -> list[str]:
+        """The ids of jobs that ended before a time and whose folder may still exist."""
+        return await self._read(lambda c: retention.with_folder(c, before_ns, limit))
 
-    async def jobs_with_folder(self, before_ns: int, most: int) -> list[str]:
-        """The ids of jobs that ended before, and whose folder may be there still."""
-        return await self._read(lambda c: retention.with_folder(c, before_ns, most))
+    async def jobs_ended(self, before_ns: int, limit: int) -> list[str]:
+        """The ids of jobs that ended before a time."""
+        return await self._read(lambda c: retention.ended(c, before_ns, limit))
 
-    async def jobs_ended(self, before_ns: int, most: int) -> list[str]:
-        """The ids of jobs that ended before."""
-        return await self._read(lambda c: retention.ended(c, before_ns, most))
-
-    async def jobs_beyond(self, kept: int, most: int) -> list[str]:
+    async def jobs_beyond(self, kept: int, limit: int) -> list[str]:
         """The ids of finished jobs that are not among the newest `kept` of their API."""
-        return await self._read(lambda c: retention.beyond(c, kept, most))
+        return await self._read(lambda c: retention.beyond(c, kept, limit))
 
-    async def folders_gone(self, job_ids: Iterable[str]) -> None:
-        """Note that these jobs have no folder any more."""
-        await self._writer.run(lambda c: retention.folders_gone(c, job_ids))
+    async def note_removed_folders(self, job_ids: Iterable[str]) -> None:
+        """Note that the folders of these jobs were removed."""
+        await self._writer.run(lambda c: retention.note_removed_folders(c, job_ids))
 
     async def remove_jobs(self, job_ids: Iterable[str]) -> None:
-        """Remove finished jobs; their idempotency keys may be used again."""
+        """Remove finished jobs; their idempotency keys become free."""
         await self._writer.run(lambda c: retention.remove(c, job_ids))
 
     async def remove_versions(self, before_ns: int) -> list[str]:
-        """Remove versions that were deployed before and that nothing refers to; their ids."""
+        """Remove versions deployed before a time that no API and no job uses; their ids."""
         return await self._writer.run(lambda c: retention.remove_versions(c, before_ns))
 
     async def ping(self) -> None:
-        """Write to the database, and change nothing.
+        """Check that the database accepts writes, with a write that changes nothing.
 
         Raises:
-            StorageUnavailable: it takes no writes.
+            StorageUnavailable: it does not.
         """
-        # Alembic's table has one row, whatever else is stored. An operator's own row is written anyway.
+        # Alembic's table always has one row. An operator that joined updates its own row anyway.
         same = text("UPDATE alembic_version SET version_num = version_num")
         is_joined = self.operators.is_joined
         await self._writer.run(lambda c: None if is_joined else c.execute(same).rowcount)

@@ -1,4 +1,5 @@
-"""A submit in the database: the job, its Idempotency-Key and the API's limit are decided in one commit.
+"""A submit in the database: one commit decides the job, its Idempotency-Key and the limits.
+
 Called by `Store`.
 """
 
@@ -13,6 +14,7 @@ from cortex.spec.api import ApiSpec, Limits
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import State, Wanted
 from cortex.store import long_texts
+from cortex.store.group.locks import WAITING_JOBS_LOCK
 from cortex.store.prepared import Prepared
 from cortex.store.schema import IS_WAITING, apis, jobs, versions
 from cortex.store.transitions import Facts, spec_text, whole_record
@@ -21,7 +23,7 @@ from cortex.store.waiting_bytes import WaitingBytes
 
 @dataclass(frozen=True)
 class InitialClaim:
-    """A claim that is made in the commit of the submit, if the job is then of this version."""
+    """A claim in the same commit as the submit, made if the job gets this version of its API."""
 
     api_id: str
     handle: str
@@ -29,18 +31,18 @@ class InitialClaim:
 
 @dataclass(frozen=True)
 class Replay:
-    """What makes a repeated submit the same one."""
+    """How a repeated submit is recognized: its Idempotency-Key and the hash of its body."""
 
     key: str
     body_hash: str
 
 
-_HASH = list(jobs.c.keys()).index("idempotency_hash")
-# Where others write at the same time: whoever deletes the API waits for this, and finds the job.
+_HASH_COLUMN = list(jobs.c.keys()).index("idempotency_hash")
+# On PostgreSQL, a deletion of the API waits for this lock on the row, and then finds the job.
 _CURRENT = Prepared(
     select(apis.c.api_id).where(apis.c.name == bindparam("name")).with_for_update(read=True)
 )
-_REPLAYED = Prepared(
+_BY_KEY = Prepared(
     select(jobs).where(
         jobs.c.api_name == bindparam("name"), jobs.c.idempotency_key == bindparam("key")
     )
@@ -68,25 +70,24 @@ _INSERT = Prepared(
     )
     .returning(jobs.c.seq)
 )
-# The inner limit bounds what is counted, however many wait.
-_WAITING = Prepared(
+# The inner limit bounds the work, however many jobs wait.
+_COUNT_WAITING = Prepared(
     select(func.count()).select_from(
         select(jobs.c.seq)
         .where(jobs.c.api_name == bindparam("name"), IS_WAITING)
-        .limit(bindparam("most"))
+        .limit(bindparam("limit"))
         .subquery()
     )
 )
-_COUNTING = 0x636F_7274  # any number that nobody else takes
-_IN_TURN = text("SELECT pg_advisory_xact_lock(:key, hashtext(:name))")
+_LOCK = text("SELECT pg_advisory_xact_lock(:key, hashtext(:name))")
 
 
 class Submissions:
-    """Called by the thread that writes alone."""
+    """Used by the thread that writes alone."""
 
     def __init__(self, max_waiting_bytes: int | None = None) -> None:
-        self.room = WaitingBytes(max_waiting_bytes)
-        self._limits: dict[str, Limits] = {}  # of versions, which never change
+        self.waiting_bytes = WaitingBytes(max_waiting_bytes)
+        self._limits: dict[str, Limits] = {}  # by version, which never changes
 
     def submit(
         self,
@@ -100,12 +101,12 @@ class Submissions:
         if current is None:
             raise NotFound(f"there is no API {draft.api_name!r}; see `cortex get`")
         (api_id,) = current
-        if replay is not None and (earlier := _earlier(connection, draft, replay)):
+        if replay is not None and (earlier := _earlier_job(connection, draft, replay)):
             return earlier, False
         is_claimed = claim is not None and claim.api_id == api_id
         if not is_claimed:
             self._refuse_over_limit(connection, draft.api_name, api_id)
-            self.room.take(connection, len(draft.config or ""))
+            self.waiting_bytes.add(connection, len(draft.config or ""))
         return _insert(
             connection, replace(draft, api_id=api_id), replay, claim if is_claimed else None
         ), True
@@ -115,28 +116,28 @@ class Submissions:
             query = select(versions.c.spec).where(versions.c.api_id == api_id)
             spec = ApiSpec.model_validate_json(connection.execute(query).scalar_one())
             self._limits[api_id] = spec.limits
-        most = self._limits[api_id].max_waiting
-        if most is None:
+        limit = self._limits[api_id].max_waiting
+        if limit is None:
             return
-        if connection.dialect.name != "sqlite":  # others count at the same time
-            connection.execute(_IN_TURN, {"key": _COUNTING, "name": name})
-        waiting = _WAITING.first(connection, {"name": name, "most": most})
-        if waiting is not None and waiting[0] >= most:
+        if connection.dialect.name != "sqlite":  # other operators may count at the same time
+            connection.execute(_LOCK, {"key": WAITING_JOBS_LOCK, "name": name})
+        waiting = _COUNT_WAITING.first(connection, {"name": name, "limit": limit})
+        if waiting is not None and waiting[0] >= limit:
             raise OverLimit(
-                f"as many jobs of {name!r} wait as its limits.max_waiting allows, {most}; "
-                "submit again when some of them have started"
+                f"{name!r} already has {limit} waiting jobs (limits.max_waiting); retry after some "
+                "of them have started"
             )
 
 
-def _earlier(connection: Connection, draft: JobSpec, replay: Replay) -> JobRecord | None:
-    row = _REPLAYED.first(connection, {"name": draft.api_name, "key": replay.key})
+def _earlier_job(connection: Connection, draft: JobSpec, replay: Replay) -> JobRecord | None:
+    row = _BY_KEY.first(connection, {"name": draft.api_name, "key": replay.key})
     if row is None:
         return None
     earlier = long_texts.with_config(connection, whole_record(row))
-    if row[_HASH] != replay.body_hash:
+    if row[_HASH_COLUMN] != replay.body_hash:
         raise Conflict(
-            f"the Idempotency-Key {replay.key!r} was used for another body, by job "
-            f"{earlier.spec.job_id}; use a new key for a new job"
+            f"job {earlier.spec.job_id} was submitted with the Idempotency-Key {replay.key!r} and "
+            "another body; use a new key for a new job"
         )
     return earlier
 

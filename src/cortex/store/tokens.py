@@ -20,15 +20,15 @@ def create(connection: Connection, name: str, scope: Scope, digest: str, actor: 
     """Add a token.
 
     Raises:
-        Conflict: there is one of that name.
+        Conflict: a token of that name exists.
     """
     if connection.execute(select(tokens.c.name).where(tokens.c.name == name)).first():
-        raise Conflict(f"there is a token {name!r}; revoke it first, or choose another name")
+        raise Conflict(f"token {name!r} already exists; revoke it first, or choose another name")
     created_ns = now_ns()
     values = {"name": name, "scope": scope, "digest": digest, "created_ns": created_ns}
     connection.execute(insert(tokens).values(values))
-    words = f"scope {scope.value}"
-    entry = AuditEntry(Action.CREATE_TOKEN, actor, created_ns, token=name, message=words)
+    message = f"scope {scope.value}"
+    entry = AuditEntry(Action.CREATE_TOKEN, actor, created_ns, token=name, message=message)
     audit.add(connection, [entry])
 
 
@@ -36,7 +36,7 @@ def revoke(connection: Connection, name: str, actor: Actor) -> None:
     """Remove a token.
 
     Raises:
-        NotFound: there is none of that name.
+        NotFound: there is no token of that name.
     """
     if connection.execute(delete(tokens).where(tokens.c.name == name)).rowcount == 0:
         raise NotFound(f"there is no token {name!r}; see `cortex token list`")
@@ -50,13 +50,13 @@ def listed(connection: Connection) -> list[Token]:
 
 
 def of_digest(connection: Connection, digest: str) -> Token | None:
-    """The token of a digest, or None."""
+    """The token with this digest, or None."""
     row = connection.execute(_BY_DIGEST, {"digest": digest}).mappings().first()
     return None if row is None else _token(row)
 
 
 def known(connection: Connection, digests: Collection[str]) -> set[str]:
-    """Those of these digests that are digests of tokens."""
+    """The digests among these that belong to tokens."""
     query = select(tokens.c.digest).where(tokens.c.digest.in_(list(digests)))
     return set(connection.execute(query).scalars())
 

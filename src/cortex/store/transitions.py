@@ -1,7 +1,8 @@
-"""The guarded transitions: one UPDATE per event, compare-and-set on the observed state, which
-returns the row as it is then. No row back means that the event came too late and changed nothing.
+"""The guarded transitions: one UPDATE per event, compare-and-set on the observed state.
 
-The statements are made from the tables of `cortex.spec.lifecycle`, once, at import.
+The UPDATE returns the row as it is afterwards. If it returns no row, the event came too late and
+changed nothing. The statements are made from the tables of `cortex.spec.lifecycle`, once, at
+import.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from cortex.store.prepared import Prepared, Row, Value
 from cortex.store.schema import IS_IN_PROGRESS, jobs
 from cortex.worker.checks import NOT_KEPT, unfit
 
-_wanted_run = jobs.c.wanted == Wanted.RUN
-_begun = func.coalesce(jobs.c.start_ns, jobs.c.created_ns)
+_is_not_stopped = jobs.c.wanted == Wanted.RUN
+_started_or_created = func.coalesce(jobs.c.start_ns, jobs.c.created_ns)
 
 
 def _later(a: ColumnElement[int], b: ColumnElement[int]) -> ColumnElement[int]:
-    """The later of two times: `max` of two values has another name in every database."""
+    """The later of two times: SQLite calls the function for it `max`, PostgreSQL `greatest`."""
     return case((a > b, a), else_=b)
 
 
-def _kept_if_stopped(
+def _unless_stopped(
     column: ColumnElement[int], value: ColumnElement[int]
 ) -> ColumnElement[int | None]:
-    """A stop that was acknowledged is final: what is seen later changes nothing that was shown."""
-    return case((_wanted_run, value), else_=column)
+    """The new value, or the old one of a stopped job: an acknowledged stop is final."""
+    return case((_is_not_stopped, value), else_=column)
 
 
 def _ending(event: Event) -> Update:
@@ -42,11 +43,11 @@ def _ending(event: Event) -> Update:
         func.coalesce(bindparam("start_ns"), jobs.c.start_ns, jobs.c.created_ns), jobs.c.created_ns
     )
     return _guarded(event).values(
-        start_ns=_kept_if_stopped(jobs.c.start_ns, start),
-        end_ns=_kept_if_stopped(jobs.c.end_ns, _later(bindparam("end_ns"), start)),
-        message=_kept_if_stopped(jobs.c.message, bindparam("message")),
+        start_ns=_unless_stopped(jobs.c.start_ns, start),
+        end_ns=_unless_stopped(jobs.c.end_ns, _later(bindparam("end_ns"), start)),
+        message=_unless_stopped(jobs.c.message, bindparam("message")),
         exit_code=bindparam("exit_code"),
-        result=_kept_if_stopped(jobs.c.result, bindparam("result")),
+        result=_unless_stopped(jobs.c.result, bindparam("result")),
         handle=None,
     )
 
@@ -72,29 +73,27 @@ _ENDINGS = (Event.SUCCEED, Event.FAIL, Event.OUT_OF_MEMORY, Event.TIME_OUT, Even
 
 
 def _stop(guarded: Update) -> Update:
-    return guarded.where(_wanted_run).values(
+    return guarded.where(_is_not_stopped).values(
         wanted=Wanted.STOP,
-        end_ns=_later(bindparam("end_ns"), _begun),
+        end_ns=_later(bindparam("end_ns"), _started_or_created),
         message=bindparam("message"),
     )
 
 
 STOP = _stop(_guarded(Event.STOP))
 STOP_ALL = _stop(_guarded(Event.STOP, jobs.c.api_name == bindparam("of_api")).where(IS_IN_PROGRESS))
-"""Of all jobs of an API at once, who may be very many; the rows come in no order."""
+"""Stops all jobs of an API at once, which may be very many; returns their rows in no order."""
 
 _UPDATES: dict[Event, Update] = {
     Event.CLAIM: _of_attempt(_guarded(Event.CLAIM)).values(
         attempt=jobs.c.attempt + 1, handle=bindparam("handle")
     ),
-    Event.UNCLAIM: _of_attempt(_guarded(Event.UNCLAIM)).where(_wanted_run).values(handle=None),
+    Event.UNCLAIM: _of_attempt(_guarded(Event.UNCLAIM)).where(_is_not_stopped).values(handle=None),
     Event.RETRY: _of_attempt(_guarded(Event.RETRY))
-    .where(_wanted_run)
+    .where(_is_not_stopped)
     .values(handle=None, start_ns=None, losses=jobs.c.losses + 1, message=bindparam("message")),
     Event.START: _of_attempt(_guarded(Event.START)).values(
-        start_ns=_kept_if_stopped(
-            jobs.c.start_ns, _later(bindparam("start_ns"), jobs.c.created_ns)
-        ),
+        start_ns=_unless_stopped(jobs.c.start_ns, _later(bindparam("start_ns"), jobs.c.created_ns)),
     ),
     Event.STOP: STOP,
     **{event: _of_attempt(_ending(event)) for event in _ENDINGS},
@@ -102,9 +101,12 @@ _UPDATES: dict[Event, Update] = {
 
 _STATEMENTS = {event: Prepared(statement) for event, statement in _UPDATES.items()}
 
-_ELSEWHERE = " null"
-"""In the place of a result that is among the long texts. No other begins so, and what is of a version before this, as
-one operator of several may be, reads it as none."""
+_STORED_AS_LONG_TEXT = " null"
+"""The result column of a job whose result is among the long texts.
+
+No other result begins with a space, and an operator of an older version on the same database reads
+it as null.
+"""
 
 Facts = Mapping[str, Value]
 
@@ -113,7 +115,7 @@ BY_ID = Prepared(select(jobs).where(jobs.c.job_id == bindparam("job_id")))
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of an event: whether it was taken, and the job as it is now (None: no such job)."""
+    """Whether an event was taken, and the job as it is now (None: no such job)."""
 
     taken: bool
     job: JobRecord | None
@@ -122,22 +124,22 @@ class Outcome:
 def apply(
     connection: Connection, job_id: str, event: Event, facts: Facts, spec: JobSpec | None = None
 ) -> Outcome:
-    """Take one event, if the job is in a state that takes it.
+    """Take one event, if the job is in a state that accepts it.
 
     Args:
         facts: the statement's values: `of_attempt` (the attempt that the event is about) for all
             but STOP; `handle` for CLAIM; `start_ns` for START; `message` for RETRY; `end_ns` and
-            `message` for STOP; `start_ns`, `end_ns`, `message`, `exit_code` and `result` (JSON text)
-            for an ending.
-        spec: the job's, if the caller has it: it need not be read again.
+            `message` for STOP; `start_ns`, `end_ns`, `message`, `exit_code` and `result` (JSON
+            text) for an ending.
+        spec: of the job, if the caller has it, to save decoding it from the row.
 
     Returns:
-        The job; with its config, however long, where it was claimed.
+        Whether the event was taken, and the job; after a CLAIM with its config, however long.
     """
     facts = _as_text(facts)
     result = facts.get("result")
     is_long = isinstance(result, str) and long_texts.is_long(result)
-    values = {**facts, "result": _ELSEWHERE} if is_long else facts
+    values = {**facts, "result": _STORED_AS_LONG_TEXT} if is_long else facts
     row = _STATEMENTS[event].first(connection, {"id": job_id, **values})
     if row is None:
         row = BY_ID.first(connection, {"job_id": job_id})
@@ -145,13 +147,14 @@ def apply(
     if event is Event.CLAIM:
         return Outcome(True, long_texts.with_config(connection, whole_record(row, spec)))
     job = record(row, spec)
-    if is_long and job.has_result:  # one that was stopped has none
+    if is_long and job.has_result:  # a stopped job has none
         long_texts.write(connection, job.seq, long_texts.Name.RESULT, str(result))
     return Outcome(True, job)
 
 
 def _as_text(facts: Facts) -> Facts:
-    """A task's last words may hold a lone surrogate, which is no character that a database takes."""
+    """Escape lone surrogates in the message: a task may write them, and no database accepts
+    them."""
     message = facts.get("message")
     if not isinstance(message, str):
         return facts
@@ -159,7 +162,7 @@ def _as_text(facts: Facts) -> Facts:
 
 
 def record(row: Row, spec: JobSpec | None = None) -> JobRecord:
-    """The job that a row of all columns holds, without a config or a result that is long."""
+    """The job of a row of all columns, without a config or a result that is long."""
     job = _job(row, spec, is_whole=False)
     if long_texts.is_long(job.spec.config):
         job = replace(job, spec=replace(job.spec, config=None))
@@ -167,23 +170,26 @@ def record(row: Row, spec: JobSpec | None = None) -> JobRecord:
 
 
 def whole_record(row: Row, spec: JobSpec | None = None) -> JobRecord:
-    """The job that a row of all columns holds, with all that is in it: rows of before hold long texts too."""
+    """The job of a row of all columns, with long texts that an older version stored in the row."""
     return _job(row, spec, is_whole=True)
 
 
 def _job(row: Row, spec: JobSpec | None, *, is_whole: bool) -> JobRecord:
-    """An earlier version has stored what a job had written as its own end, and what can be shown of that is: one such
-    row must not be an error for all who list jobs."""
+    """Decode a row, and leave out of it what cannot be shown.
+
+    An older version stored values unchecked from a record that the job itself had written. One such
+    row must not make every list of jobs fail.
+    """
     (
         seq, _, _, _, spec_text, _, state, wanted, attempt, handle, start_ns, end_ns, exit_code,
         message, result, _, _, has_folder, losses, _,
     ) = row  # fmt: skip
     if spec is None or spec.config is None:
         spec = _spec(spec_text)
-    has_result, why = result is not None, None
-    if result == _ELSEWHERE or (not is_whole and long_texts.is_long(result)):
+    has_result, problem = result is not None, None
+    if result == _STORED_AS_LONG_TEXT or (not is_whole and long_texts.is_long(result)):
         result = None
-    elif result is not None and (why := _unfit(result)) is not None:
+    elif result is not None and (problem := _unfit(result)) is not None:
         result, has_result = None, False
     return JobRecord(
         seq=seq,
@@ -192,10 +198,10 @@ def _job(row: Row, spec: JobSpec | None, *, is_whole: bool) -> JobRecord:
         wanted=Wanted(wanted),
         attempt=attempt,
         handle=handle,
-        start_ns=_whole(start_ns),
-        end_ns=_whole(end_ns),
-        exit_code=_whole(exit_code),
-        message=message if why is None else message or f"{NOT_KEPT}: {why}",
+        start_ns=_integer(start_ns),
+        end_ns=_integer(end_ns),
+        exit_code=_integer(exit_code),
+        message=message if problem is None else message or f"{NOT_KEPT}: {problem}",
         result=result,
         has_result=has_result,
         has_folder=bool(has_folder),
@@ -204,7 +210,7 @@ def _job(row: Row, spec: JobSpec | None, *, is_whole: bool) -> JobRecord:
 
 
 def spec_text(spec: JobSpec) -> str:
-    """What the row holds of a job's spec; the config is null where it is long."""
+    """The job's spec as the row stores it; a long config is null there."""
     config = "null" if long_texts.is_long(spec.config) else spec.config
     return "".join(with_texts(spec.facts(), config=config))
 
@@ -216,7 +222,7 @@ def _spec(text: str) -> JobSpec:
 
 
 def _unfit(text: str) -> str | None:
-    """Why a result that was stored cannot be shown, if so."""
+    """Why a stored result cannot be shown, or None."""
     try:
         value: JsonValue = _decode(text)
     except (ValueError, RecursionError) as error:
@@ -224,13 +230,13 @@ def _unfit(text: str) -> str | None:
     return unfit(text.encode(), value)
 
 
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number there")
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number in JSON")
 
 
-_decode = json.JSONDecoder(parse_constant=_no_number).decode
+_decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
 
-def _whole(value: object) -> int | None:
-    """SQLite takes any text for a number."""
+def _integer(value: object) -> int | None:
+    """The value if it is an integer: a column of SQLite accepts text as well."""
     return value if isinstance(value, int) else None

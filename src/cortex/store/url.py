@@ -1,5 +1,6 @@
-"""The URLs of databases: how users write them, and how they are shown without their secrets. Called by
-the store, and by whoever reads an operator's configuration.
+"""The URLs of databases: how users write them, and how messages show them without secrets.
+
+Called by the store, and by `operator.config`.
 """
 
 from __future__ import annotations
@@ -13,16 +14,15 @@ FORM = "postgresql://USER@HOST:PORT/DATABASE"
 _SECRETS = frozenset(
     {"password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key"}
 )
-_UNREADABLE = f"no URL that can be read; write {FORM}, with %XX for what is special in a password"
+_UNREADABLE = f"not a valid URL; write {FORM}, with special characters of the password as %XX"
 _POSTGRESQL = frozenset({"postgres", "postgresql", "postgresql+psycopg"})
 
 
 def read(text: str) -> URL:
-    """The PostgreSQL database that a user means.
+    """The URL of a PostgreSQL database, as a user writes it.
 
     Raises:
-        ValueError: it is none, and what is wrong. The message does not repeat the URL, in which a
-            password may be.
+        ValueError: what is wrong. The message does not repeat the URL, which may have a password.
     """
     try:
         url = make_url(text)
@@ -30,18 +30,18 @@ def read(text: str) -> URL:
         raise ValueError(_UNREADABLE) from error
     if url.drivername not in _POSTGRESQL:
         raise ValueError(
-            f"no database of that kind: {url.drivername!r}; write {FORM}, or leave it out for a file "
-            "in the data folder"
+            f"{url.drivername!r} is not a supported database; write {FORM}, or leave the setting "
+            "out to use a file in the data folder"
         )
     if "@" in f"{url.host}{url.database if url.password is not None else ''}":
-        raise ValueError(_UNREADABLE)  # the rest of a password, which would be shown
+        raise ValueError(_UNREADABLE)  # part of a password, which messages would show
     if not url.database:
-        raise ValueError(f"no database is named; write {FORM}")
+        raise ValueError(f"the name of the database is missing; write {FORM}")
     return url.set(drivername="postgresql+psycopg")
 
 
 def shown(url: URL) -> str:
-    """The URL for messages: as users write it, without a password."""
+    """The URL for messages: as users write it, with all secrets masked."""
     if "password" in url.query:
         url = url.difference_update_query(["password"]).set(password="***")
     url = url.update_query_dict(dict.fromkeys(_SECRETS & url.query.keys(), "***"))

@@ -1,8 +1,8 @@
-"""How many bytes of config may wait, of all APIs together. Decided in the commit of the submit; called by
-`Submissions`.
+"""The limit on the bytes of config of all waiting jobs together, checked in the commit of a submit.
 
-To add up what waits takes long where very many wait. So what it came to is known until so much was submitted
-since that it may be over: of what began to run meanwhile nothing need be known.
+Called by `Submissions`. Adding up the configs takes long if very many jobs wait. Therefore the sum
+is computed only when the submits since the last time may have reached the limit. Jobs that started
+meanwhile only lower the sum, so they need not be counted.
 """
 
 from __future__ import annotations
@@ -12,71 +12,69 @@ import time
 from sqlalchemy import Connection, func, select, text
 
 from cortex.errors import OverWaitingBytes
+from cortex.store.group.locks import WAITING_BYTES_LOCK
 from cortex.store.prepared import Prepared
 from cortex.store.schema import IS_WAITING, jobs
 
 _WAITING_BYTES = Prepared(select(func.coalesce(func.sum(jobs.c.config_bytes), 0)).where(IS_WAITING))
-_ADDING_UP = 0x636F_7275  # any number that nobody else takes
-_IN_TURN = text("SELECT pg_advisory_xact_lock(:key)")
-# Other operators submit meanwhile: an operator of several adds up before each config that is longer than this,
-# and after so large a part of what may wait.
-_SMALL = 64 * 1024
-_PART = 16
-
-
-# What was found to be full is looked at again after a time in which all else can be stored: adding up takes the
-# writer's time, and whoever is refused may ask again at once.
-_PAUSE = 10
-_LONGEST_PAUSE_S = 1.0
+_LOCK = text("SELECT pg_advisory_xact_lock(:key)")
+# Other operators on the database submit meanwhile. Therefore an operator adds up before each config
+# longer than `_LARGE_CONFIG`, and after it has accepted one `_BUDGET_PART`th of the limit.
+_LARGE_CONFIG = 64 * 1024
+_BUDGET_PART = 16
+# When the limit is reached, the sum is reused for `_PAUSE_FACTOR` times as long as adding up took:
+# adding up takes the writer's time, and refused clients may retry at once.
+_PAUSE_FACTOR = 10
+_MAX_PAUSE_S = 1.0
 
 
 class WaitingBytes:
-    """What is left of it, as it is known."""
+    """How many bytes are left, as far as known. Used by the thread that writes alone."""
 
-    def __init__(self, most: int | None) -> None:
-        self._most = most
-        self._left = 0
-        """What may be taken without adding up."""
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
+        self._budget = 0
+        """Bytes that may be accepted without adding up again."""
         self._free = 0
-        """When a submit was refused last."""
+        """Bytes that were free when a submit was last refused."""
         self._full_until = 0.0
 
-    def take(self, connection: Connection, size: int) -> None:
-        """Let a job wait with a config of this size.
+    def add(self, connection: Connection, size: int) -> None:
+        """Count the config of one more waiting job.
 
         Raises:
-            OverWaitingBytes: too much waits.
+            OverWaitingBytes: the waiting configs would be over the limit.
         """
-        if self._most is None:
+        if self._limit is None:
             return
         is_shared = connection.dialect.name != "sqlite"
-        if size > self._left or (is_shared and size > _SMALL):
-            free = self._look(connection, self._most, size, is_shared=is_shared)
-            self._left = min(free, size + self._most // _PART) if is_shared else free
-        self._left -= size
+        if size > self._budget or (is_shared and size > _LARGE_CONFIG):
+            free = self._add_up(connection, self._limit, size, is_shared=is_shared)
+            self._budget = min(free, size + self._limit // _BUDGET_PART) if is_shared else free
+        self._budget -= size
 
-    def look_again(self) -> None:
-        """A job waits again that had begun."""
-        self._left = 0
+    def on_waiting_again(self) -> None:
+        """A job that had left the queue waits again: add up at the next submit."""
+        self._budget = 0
 
-    def _look(self, connection: Connection, most: int, size: int, *, is_shared: bool) -> int:
+    def _add_up(self, connection: Connection, limit: int, size: int, *, is_shared: bool) -> int:
         begin = time.monotonic()
         if begin < self._full_until and size > self._free:
-            raise _over(most, self._free, size)
+            raise _over_limit(limit, self._free, size)
         if is_shared:
-            connection.execute(_IN_TURN, {"key": _ADDING_UP})
+            connection.execute(_LOCK, {"key": WAITING_BYTES_LOCK})
         row = _WAITING_BYTES.first(connection, {})
-        free = most - (0 if row is None else int(row[0]))
+        free = limit - (0 if row is None else int(row[0]))
         if size > free:
             now = time.monotonic()
             self._free = free
-            self._full_until = now + min(_LONGEST_PAUSE_S, _PAUSE * (now - begin))
-            raise _over(most, free, size)
+            self._full_until = now + min(_MAX_PAUSE_S, _PAUSE_FACTOR * (now - begin))
+            raise _over_limit(limit, free, size)
         return free
 
 
-def _over(most: int, free: int, size: int) -> OverWaitingBytes:
+def _over_limit(limit: int, free: int, size: int) -> OverWaitingBytes:
     return OverWaitingBytes(
-        f"jobs with {most - free} bytes of config wait, and one with {size} more would be over {most} "
-        "(`cortex serve --max-waiting-bytes`); submit again when some have started"
+        f"waiting jobs have {limit - free} bytes of config, and {size} more would exceed {limit} "
+        "(`cortex serve --max-waiting-bytes`); retry after some of them have started"
     )

@@ -1,10 +1,11 @@
-"""The thread that writes, and groups commits. Called by `Store` and `OperatorGroup`, and by `Election` to
-renew.
+"""The thread that writes, and commits writes in groups.
 
-Every write is a function of a connection. The writer takes all that wait, runs them in one
-transaction and commits once: a hundred submits share one fsync. A write that fails makes its group
-run one by one, each in a transaction of its own, so it takes no other down; a write must therefore
-be a function of the database alone.
+`Store` and `OperatorGroup` call it, and `Election` to renew the lease.
+
+A write is a function of a connection. The thread takes all queued writes, runs them in one
+transaction and commits once: a hundred submits share one fsync. If a write fails, the thread runs
+the writes of its group again one by one, each in a transaction of its own, so that one failure
+affects no other write. A write may therefore run twice and must depend on the database alone.
 """
 
 from __future__ import annotations
@@ -28,193 +29,208 @@ from cortex.store.database import words
 T = TypeVar("T")
 Write = Callable[[Connection], T]
 
-_GROUP = 512  # writes per commit: bounds how long the first of them waits for the last
-_ASK_AGAIN_S = 0.2
-_PATIENCE_S = 10.0
-"""How long a write waits in all for another process that writes to the same file, whatever waits before it."""
-_LOOK_MS = 100
-_MOST_CONFLICTS = 10
+_MAX_GROUP = 512  # writes per commit: bounds how long the first write waits for the last
+_RETRY_DELAY_S = 0.2
+_LOCKED_TIMEOUT_S = 10.0
+"""How long a write waits in all for another process that is writing to the same SQLite file."""
+_BUSY_TIMEOUT_MS = 100
+_MAX_CONFLICTS = 10
+SUPERSEDED = "another operator is the leader now"
 _OUTCOME_UNKNOWN = (
-    "the connection to the store was lost in the middle of the change: look whether it was made, "
-    "before you make it again"
+    "the connection to the store broke during the commit: the change may or may not have been "
+    "stored; check before repeating it"
 )
 
 
 class CommitFence(Protocol):
-    """What tells which commits were made, and in which term this operator drives; see `member`."""
+    """Counts commits and fences off former leaders; see `group.member`."""
 
-    def enter(self, connection: Connection) -> int | None:
-        """Begin a transaction; the term as it is in it."""
+    def begin(self, connection: Connection) -> int | None:
+        """Begin a transaction; the term in which this operator leads, or None."""
 
-    def holds(self, connection: Connection) -> bool:
-        """Whether the transaction that was entered last was committed."""
+    def was_committed(self, connection: Connection) -> bool:
+        """Whether the transaction that `begin` was last called for was committed."""
 
 
 class Writer:
     """The one thread that writes.
 
-    Where the connection to a server is lost in the middle of a commit, nobody may be told that it
-    failed, for it may be there. Its callers wait until the server answers again and the fence tells;
-    meanwhile all other writes are refused.
+    When the connection to a server breaks in the middle of a commit, the writer must not report a
+    failure, for the server may have made the commit. The callers wait until the server answers
+    again and the fence shows the outcome. Until then the writer refuses all other writes.
     """
 
-    def __init__(self, engine: Engine, lost: Callable[[], str | None] | None = None) -> None:
+    def __init__(self, engine: Engine, check_file: Callable[[], str | None] | None = None) -> None:
         """
         Args:
-            lost: tells why what is committed now would not be there later, if so.
+            check_file: why a commit would not last, or None; see `sqlite.DatabaseFile.problem`.
         """
         self._engine = engine
-        self._lost = lost or _never
-        self._is_lost_file = False
+        self._file_problem = check_file or _no_problem
+        self._had_file_problem = False
         self._connection: Connection | None = None
         self.fence: CommitFence | None = None
-        self._unknown: _Unknown | None = None
-        self._waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="store-writer", daemon=True)
+        self._unknown: _UnknownCommit | None = None
+        self._queue: queue.SimpleQueue[_QueuedWrite | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
         self._thread.start()
 
     async def run(self, write: Write[T], term: int | None = None) -> T:
         """Run a write; it is durable when this returns. Writes take effect in the order of calls.
 
+        Cancelling the caller does not cancel a queued write.
+
         Args:
-            term: the only one in which it may be stored, if there is such a one.
+            term: of the leader, if the write belongs to that term alone.
+
+        Returns:
+            What the write returned.
 
         Raises:
-            Superseded: that term is over; nothing was stored.
-            StorageUnavailable: the database did not take it; nothing was stored.
-            CortexError: what the write raised; nothing was stored.
+            Superseded: the term has ended; nothing was stored.
+            StorageUnavailable: the database did not accept the write; nothing was stored.
+            OutcomeUnknown: the change may or may not have been stored.
+            CortexError: the write raised it; nothing was stored.
         """
-        job = _Job(write, asyncio.get_running_loop(), term)
-        self._waiting.put(job)
-        # Who does not wait for it any more does not undo a write that is already queued.
-        return cast(T, await job.done)
+        queued = _QueuedWrite(write, asyncio.get_running_loop(), term)
+        self._queue.put(queued)
+        return cast(T, await queued.done)
 
     def close(self) -> None:
-        """Finish what waits, then end the thread."""
-        self._waiting.put(None)
+        """Finish the queued writes, then end the thread."""
+        self._queue.put(None)
         self._thread.join()
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         try:
-            self._take()
+            self._commit_groups()
         finally:
-            self._let_go()
+            self._disconnect()
 
-    def _take(self) -> None:
+    def _commit_groups(self) -> None:
         while True:
             try:
-                first = self._waiting.get(timeout=_ASK_AGAIN_S if self._unknown else None)
+                first = self._queue.get(timeout=_RETRY_DELAY_S if self._unknown else None)
             except queue.Empty:
-                self._settle()
+                self._resolve_outcome()
                 continue
             if first is None:
                 return
             group = [first]
-            last = False
-            while len(group) < _GROUP and not self._waiting.empty():
-                following = self._waiting.get()
+            is_last = False
+            while len(group) < _MAX_GROUP and not self._queue.empty():
+                following = self._queue.get()
                 if following is None:
-                    last = True
+                    is_last = True
                     break
                 group.append(following)
             self._commit(group)
-            if last:
+            if is_last:
                 return
 
-    def _commit(self, group: list[_Job]) -> None:
-        if self._unknown is not None and not self._settle():
-            _refuse(group, StorageUnavailable("the store does not answer now. Try again later."))
+    def _commit(self, group: list[_QueuedWrite]) -> None:
+        if self._unknown is not None and not self._resolve_outcome():
+            _refuse(group, StorageUnavailable("the store does not answer; try again later"))
             return
         while group:
-            group = self._try(group, again=True)
+            group = self._try(group, may_retry=True)
 
-    def _try(self, group: list[_Job], *, again: bool) -> list[_Job]:
-        """Commit them, and tell what came of it; those that have to wait for another process.
+    def _try(self, group: list[_QueuedWrite], *, may_retry: bool) -> list[_QueuedWrite]:
+        """Commit a group and deliver the outcomes.
 
         Args:
-            again: whether to try once more where a connection turns out to be lost.
+            may_retry: whether to try once more if the connection turns out to be lost.
+
+        Returns:
+            The writes that must wait because another process is writing to the SQLite file.
         """
         outcomes: list[object] = []
         is_connected = False
         try:
-            if self._is_lost_file and (why := self._look()) is not None:
-                raise StorageUnavailable(why)
+            if self._had_file_problem and (problem := self._check_file()) is not None:
+                raise StorageUnavailable(problem)
             connection = self._connected()
             with connection.begin():
                 is_connected = True
                 if self.fence is None:
-                    outcomes = [job.write(connection) for job in group]
+                    outcomes = [write.write(connection) for write in group]
                 else:
-                    term = self.fence.enter(connection)
-                    outcomes = [job.write_in(term, connection) for job in group]
+                    term = self.fence.begin(connection)
+                    outcomes = [write.run_in_term(term, connection) for write in group]
         except Exception as error:
             if not isinstance(error, CortexError):
-                self._let_go()  # whatever state it is in
+                self._disconnect()  # its state is unknown
             if not is_connected and sqlite.is_locked(error):
-                return _in_time(group, error)
-            self._failed(group, outcomes, error, again=again, is_connected=is_connected)
+                return _refuse_timed_out(group, error)
+            self._failed(group, outcomes, error, may_retry=may_retry, is_connected=is_connected)
             return []
-        if (why := self._look()) is not None:
-            _refuse(group, OutcomeUnknown(f"whether the change is there later is not known: {why}"))
+        if (problem := self._check_file()) is not None:
+            _refuse(group, OutcomeUnknown(f"the change may or may not have been stored: {problem}"))
         else:
             _deliver(group, outcomes)
         return []
 
     def _failed(
         self,
-        group: list[_Job],
+        group: list[_QueuedWrite],
         outcomes: list[object],
         error: Exception,
         *,
-        again: bool,
+        may_retry: bool,
         is_connected: bool,
     ) -> None:
         is_lost = self._is_lost(error)
-        if outcomes and self.fence is not None:  # also where a server that ends says so
-            self._unknown = _Unknown(group, outcomes, error, again)
-            self._settle()
+        if outcomes and self.fence is not None:  # even if the server reports its shutdown
+            self._unknown = _UnknownCommit(group, outcomes, error, may_retry)
+            self._resolve_outcome()
         elif outcomes and is_lost:
             _refuse(group, OutcomeUnknown(_OUTCOME_UNKNOWN))
-        elif is_lost and is_connected and again:
-            self._try(group, again=False)
+        elif is_lost and is_connected and may_retry:
+            self._try(group, may_retry=False)
         elif is_lost or not is_connected:
             _refuse(group, error)
         elif len(group) > 1:
-            for job in group:
-                self._commit([job])
-        elif postgresql.is_conflict(error) and group[0].may_try_again():
+            for write in group:
+                self._commit([write])
+        elif postgresql.is_conflict(error) and group[0].may_retry_conflict():
             self._commit(group)
         else:
             _refuse(group, error)
 
-    def _look(self) -> str | None:
-        """Why what was committed would not be there later. Asked before what is acknowledged, and where that was so
-        the last time also before what is committed: to ask takes as long as a part of a short commit."""
-        why = self._lost()
-        self._is_lost_file = why is not None
-        return why
+    def _check_file(self) -> str | None:
+        """Why a commit would not last, or None.
+
+        Called before a commit is acknowledged. Called before the commit as well only if there was a
+        problem the last time, for the check takes as long as a part of a short commit.
+        """
+        problem = self._file_problem()
+        self._had_file_problem = problem is not None
+        return problem
 
     def _is_lost(self, error: Exception) -> bool:
-        """Whether a connection was lost: the pool may hold others that were lost likewise."""
+        """Whether the connection was lost. If so, drop the others of the pool: they may be lost."""
         if not isinstance(error, DBAPIError) or not error.connection_invalidated:
             return False
         self._engine.dispose()
         return True
 
-    def _settle(self) -> bool:
-        """Find out what came of a commit that failed or whose answer was lost; False while that cannot
-        be told."""
+    def _resolve_outcome(self) -> bool:
+        """Find out whether a commit was made that failed or whose answer was lost.
+
+        Returns:
+            False while the outcome is still unknown.
+        """
         assert self._unknown is not None and self.fence is not None
         try:
             with self._connect() as connection, connection.begin():
-                is_stored = self.fence.holds(connection)
+                is_stored = self.fence.was_committed(connection)
         except DBAPIError:
             return False
         unknown, self._unknown = self._unknown, None
         if is_stored:
             _deliver(unknown.group, unknown.outcomes)
-        elif unknown.again:
-            self._try(unknown.group, again=False)
+        elif unknown.may_retry:
+            self._try(unknown.group, may_retry=False)
         else:
             _refuse(unknown.group, unknown.error)
         return self._unknown is None
@@ -223,23 +239,23 @@ class Writer:
         return self._engine.connect().execution_options(writes=True)
 
     def _connected(self) -> Connection:
-        """The one connection, kept: to borrow one for each commit costs more than a short commit."""
+        """The thread's own connection: a checkout from the pool costs more than a short commit."""
         if self._connection is None:
             self._connection = self._connect()
-            if self._engine.dialect.name == "sqlite":  # whoever waits longest is answered in time
-                sqlite.first(self._connection, f"PRAGMA busy_timeout={_LOOK_MS}")
+            if self._engine.dialect.name == "sqlite":  # short, so that each write times out
+                sqlite.first(self._connection, f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
         return self._connection
 
-    def _let_go(self) -> None:
+    def _disconnect(self) -> None:
         if self._connection is not None:
-            with suppress(Exception):  # it may be what failed
+            with suppress(Exception):  # the connection may be the cause of the failure
                 self._connection.invalidate()
             with suppress(Exception):
                 self._connection.close()
             self._connection = None
 
 
-class _Job:
+class _QueuedWrite:
     __slots__ = ("conflicts", "done", "loop", "since", "term", "write")
 
     def __init__(
@@ -252,68 +268,70 @@ class _Job:
         self.since = time.monotonic()
         self.done: asyncio.Future[object] = loop.create_future()
 
-    def write_in(self, term: int | None, connection: Connection) -> object:
-        """Run it, or refuse it where its term is not this one."""
+    def run_in_term(self, term: int | None, connection: Connection) -> object:
+        """Run the write; return Superseded instead if it belongs to another term."""
         if self.term not in (None, term):
-            return Superseded("another operator drives the jobs now")
+            return Superseded(SUPERSEDED)
         return self.write(connection)
 
-    def may_try_again(self) -> bool:
-        """Whether to try once more after other operators were in the way."""
+    def may_retry_conflict(self) -> bool:
+        """Whether to try once more after a conflict with another operator's transaction."""
         self.conflicts += 1
-        return self.conflicts < _MOST_CONFLICTS
+        return self.conflicts < _MAX_CONFLICTS
 
 
 @dataclass(frozen=True)
-class _Unknown:
-    """A commit of which nobody knows yet whether it was made."""
+class _UnknownCommit:
+    """A commit that may or may not have been made."""
 
-    group: list[_Job]
+    group: list[_QueuedWrite]
     outcomes: list[object]
     error: Exception
-    again: bool
+    may_retry: bool
 
 
-def _in_time(group: list[_Job], error: Exception) -> list[_Job]:
-    """Those that may wait on; the others are refused."""
-    until = time.monotonic() - _PATIENCE_S
-    _refuse([job for job in group if job.since <= until], error)
-    return [job for job in group if job.since > until]
+def _refuse_timed_out(group: list[_QueuedWrite], error: Exception) -> list[_QueuedWrite]:
+    """Refuse the writes that have waited too long; the others."""
+    oldest = time.monotonic() - _LOCKED_TIMEOUT_S
+    _refuse([write for write in group if write.since <= oldest], error)
+    return [write for write in group if write.since > oldest]
 
 
-def _never() -> None:
-    """Of a server: it knows for itself."""
+def _no_problem() -> None:
+    """The file check of a server, which guards its own files."""
 
 
-def _refuse(group: list[_Job], error: Exception) -> None:
-    told = _told(error)
-    _deliver(group, [told] * len(group))
+def _refuse(group: list[_QueuedWrite], error: Exception) -> None:
+    refusal = _refusal(error)
+    _deliver(group, [refusal] * len(group))
 
 
-def _told(error: Exception) -> Exception:
-    # SQLite tells of a damaged file by the plain class, whose others are mistakes of ours; PostgreSQL
-    # of that, and of a server that has become a standby, by the internal one.
+def _refusal(error: Exception) -> Exception:
+    """The error for the callers: StorageUnavailable if the database refused the write."""
+    # The driver of SQLite reports a damaged file by the plain DatabaseError, whose other subclasses
+    # are bugs of this program. PostgreSQL reports a damaged file, and a server that has become a
+    # standby, by InternalError.
     if isinstance(error, OperationalError | InternalError) or type(error) is DatabaseError:
         return StorageUnavailable(
-            f"the store takes no writes now: {words(error)}. Try again later."
+            f"the store does not accept writes: {words(error)}; try again later"
         )
     return error
 
 
-def _deliver(group: list[_Job], outcomes: list[object]) -> None:
+def _deliver(group: list[_QueuedWrite], outcomes: list[object]) -> None:
     if not group:
         return
 
     def on_loop() -> None:
-        for job, outcome in zip(group, outcomes, strict=True):
-            if job.done.done():
+        for write, outcome in zip(group, outcomes, strict=True):
+            if write.done.done():
                 continue
             if isinstance(outcome, Exception):
-                job.done.set_exception(outcome)
+                write.done.set_exception(outcome)
             else:
-                job.done.set_result(outcome)
+                write.done.set_result(outcome)
 
     try:
         group[0].loop.call_soon_threadsafe(on_loop)
-    except RuntimeError:  # the loop was closed: nobody is left to tell
+    except RuntimeError:  # the loop is closed: no caller waits any more
         return

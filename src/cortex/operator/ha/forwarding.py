@@ -178,7 +178,7 @@ class LeaderProxy:
     async def _refresh(self) -> bool:
         """Read which operator is the leader; False where the store cannot be read now."""
         try:
-            address = await self._store.operators.driver()
+            address = await self._store.operators.leader()
         except StorageUnavailable:
             return False
         if self._leader is not None and self._leader.address == address:

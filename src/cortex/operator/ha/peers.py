@@ -34,7 +34,7 @@ class Peers:
         """Subscribe to the changes of other operators, and stand for election.
 
         Raises:
-            StartupError: as `LeaderCallbacks.drive` does.
+            StartupError: as `LeaderCallbacks.lead` does.
         """
         self._task = asyncio.create_task(self._refresh(), name="changed APIs")
         await self._store.operators.listen(self.jobs)

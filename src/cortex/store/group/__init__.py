@@ -1,1 +1,1 @@
-"""Several operators on one PostgreSQL database: their rows, the election of the leader, notifications, and locks."""
+"""Several operators on one PostgreSQL database: rows, leader election, notifications, locks."""

@@ -1,17 +1,24 @@
-"""Which operator of a PostgreSQL database drives its jobs: one, and another as soon as that one dies or
-hangs. Opened by `OperatorGroup.campaign`.
+"""The election of the leader among the operators of a PostgreSQL database.
 
-Every operator waits for a session-level advisory lock, on a session of its own. The server drops it with
-the session, so with the process, and gives it to the next at once. An operator that hangs keeps its
-session; so there is a lease as well, in its row, which it renews from its event loop. Whoever waits looks
-at it when it ends, by the server's clock, and if it was not renewed ends the sessions of the one that hangs.
+Exactly one operator leads, and another takes over as soon as the leader dies or hangs. Opened by
+`OperatorGroup.join_election`.
 
-A lock is no proof, for its holder learns late that it was lost. What is stored is fenced off by the term
-in the holder's row (`member`): to take over is to take that out. So an operator that was superseded stores
-nothing that is for the driver alone; it is told when it tries to, or to renew, and goes on without driving.
+Every operator waits for one session-level advisory lock, on a session of its own. The server
+releases the lock when the session ends, thus when the process ends, and grants it to the next
+operator at once.
 
-When the session is lost, as by a restart of the server, the lock is taken again; whoever finds its own
-term in its row then has never been away.
+A hanging operator keeps its session. The leader therefore also has a lease: an expiry time in its
+row, which it renews from its event loop. A waiting operator reads the lease when it expires, by the
+server's clock. If the leader did not renew it, the waiting operator ends all sessions of the
+leader.
+
+The lock alone proves nothing, for its holder learns late that it lost the lock. The term in the
+leader's row is the proof (`member`): a new leader clears the terms of all other rows. A superseded
+operator can store nothing that belongs to the leader. It notices at its next such write or renewal,
+steps down, and joins the election again.
+
+When the leader loses only its session, as in a restart of the server, it acquires the lock again.
+If its row still has its term, no other operator led meanwhile, and the term goes on.
 """
 
 from __future__ import annotations
@@ -28,6 +35,7 @@ from cortex.errors import StorageUnavailable, Superseded
 from cortex.spec.times import now_ns
 from cortex.store import postgresql
 from cortex.store.database import read
+from cortex.store.group import locks
 from cortex.store.group.member import OperatorRow
 from cortex.store.writer import Writer
 
@@ -36,28 +44,27 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-_KEY = 0x636F_7274_6578  # any number that nobody else takes
-_AGAIN_S = 0.2
-_PATIENCE_S = 1.0  # a session ends shortly after its process
-_LEAST_WAIT_S = 0.1
-_LOOK_S = 10  # the other side of a broken network says nothing
-_RENEWALS = 4  # in the time of a lease
+_RETRY_DELAY_S = 0.2
+_HOLDER_CHECK_DELAY_S = 1.0  # a session ends shortly after its process
+_MIN_WAIT_S = 0.1
+_PROBE_INTERVAL_S = 10  # the far side of a broken network sends nothing
+_RENEWALS_PER_LEASE = 4
 
 _NOW_NS = "(extract(epoch FROM clock_timestamp()) * 1000000000)::bigint"
-_TRY = "SELECT pg_try_advisory_lock(%s)"
+_TRY_LOCK = "SELECT pg_try_advisory_lock(%s)"
 _LOCK = "SELECT pg_advisory_lock(%s)"
-# A server that does not look would give the lock to one that has died while it waited.
-_LOOKS = "SET client_connection_check_interval = '2s'"
-_HURRY = "SET lock_timeout = '3s'"
-_OURS = "SELECT 1 FROM operators WHERE operator_id = %s AND term = %s"
-_TAKE = f"""
+# Without this check the server would grant the lock to an operator that died while it waited.
+_CHECK_CONNECTION = "SET client_connection_check_interval = '2s'"
+_SET_LOCK_TIMEOUT = "SET lock_timeout = '3s'"
+_HAS_TERM = "SELECT 1 FROM operators WHERE operator_id = %s AND term = %s"
+_BEGIN_TERM = f"""
 UPDATE operators SET
     term = CASE operator_id WHEN %(id)s THEN %(term)s::bigint END,
     until_ns = CASE operator_id WHEN %(id)s THEN {_NOW_NS} + %(length_ns)s END
 WHERE operator_id = %(id)s OR term IS NOT NULL
 """
-_TELL = "SELECT pg_notify('cortex_term', '')"
-_SESSIONS_OF_OTHERS = """
+_NOTIFY = "SELECT pg_notify('cortex_term', '')"
+_END_SESSIONS_OF_LEADER = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity JOIN operators
     ON application_name LIKE 'cortex ' || operator_id || ' %%'
 WHERE datname = current_database() AND term IS NOT NULL AND operator_id <> %s
@@ -79,25 +86,28 @@ _END_SESSIONS = text(
 
 
 class LeaderCallbacks(Protocol):
-    """Who drives while it holds the lease. Called on the event loop, one after the other."""
+    """What an operator does when it becomes the leader and when it ceases to be the leader.
 
-    async def drive(self) -> None:
-        """Begin to drive.
+    The election calls one method at a time, on the event loop.
+    """
+
+    async def lead(self) -> None:
+        """Begin to lead.
 
         Raises:
-            StartupError: it never can, as it is set up.
-            StorageUnavailable: not now.
+            StartupError: this operator can never lead with its configuration.
+            StorageUnavailable: it cannot lead at the moment.
         """
 
     async def step_down(self) -> None:
-        """Stop driving; also where `drive` came to nothing."""
+        """Stop leading; also called after `lead` failed, and before the first term."""
 
-    def failed(self, error: Exception) -> None:
-        """It can never drive: the operator has to end."""
+    def on_failure(self, error: Exception) -> None:
+        """This operator can never lead: it must end."""
 
 
 class Election:
-    """All of it happens on the event loop."""
+    """One operator's part in the election. Everything happens on the event loop."""
 
     def __init__(
         self,
@@ -105,52 +115,53 @@ class Election:
         name: str,
         member: OperatorRow,
         writer: Writer,
-        candidate: LeaderCallbacks,
-        length_s: float,
+        callbacks: LeaderCallbacks,
+        lease_s: float,
     ) -> None:
         """
         Args:
             name: of this operator's sessions.
-            length_s: after which an operator that hangs is taken not to drive any more.
+            lease_s: a leader that does not renew its lease for this long is superseded.
         """
         self._engine = engine
         self._name = name
         self._member = member
         self._writer = writer
-        self._candidate = candidate
-        self._length_s = length_s
-        self._is_settled = asyncio.Event()
-        self._turn = asyncio.Lock()  # of those that begin and end terms
+        self._callbacks = callbacks
+        self._lease_s = lease_s
+        self._has_leader = asyncio.Event()
+        self._term_lock = asyncio.Lock()  # terms begin and end one at a time
         self._tasks: list[asyncio.Task[None]] = []
-        self._renewing: asyncio.Task[None] | None = None
-        self._term: int | None = None  # that the candidate was told of
-        self._silent: tuple[int, float] | None = None
+        self._renewal: asyncio.Task[None] | None = None
+        self._term: int | None = None  # in which the callbacks lead
+        self._holder_without_term: tuple[int, float] | None = None
+        """The pid of a lock holder that is not the leader yet, and when it was first seen."""
 
     async def open(self) -> None:
-        """Stand for it; when this returns this operator drives, or another one does."""
-        task = asyncio.create_task(self._stand(), name="lease")
+        """Join the election; returns when there is a leader, this operator or another one."""
+        task = asyncio.create_task(self._run(), name="lease")
         self._tasks.append(task)
-        settled = asyncio.create_task(self._is_settled.wait())
-        await asyncio.wait({task, settled}, return_when=asyncio.FIRST_COMPLETED)
-        settled.cancel()
+        has_leader = asyncio.create_task(self._has_leader.wait())
+        await asyncio.wait({task, has_leader}, return_when=asyncio.FIRST_COMPLETED)
+        has_leader.cancel()
         if task.done():
             task.result()
 
     async def close(self) -> None:
-        """Step down, if this operator drives."""
+        """Leave the election, and step down if this operator leads."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._step_down()
 
-    def superseded(self, term: int) -> None:
-        """A write was refused: that term is over."""
+    def on_superseded(self, term: int) -> None:
+        """The store refused a write of this term, because the term has ended."""
         if self._member.term == term:
-            self._member.term = None  # nothing of it is tried any more
+            self._member.term = None  # the writer refuses all other writes of this term at once
             task = asyncio.create_task(self._end_term(term), name="step down")
             self._tasks.append(task)
 
-    async def _stand(self) -> None:
+    async def _run(self) -> None:
         from psycopg import Error
 
         is_lost = False
@@ -159,139 +170,135 @@ class Election:
                 session = await postgresql.session(self._engine, self._name)
                 is_lost = False
                 try:
-                    await self._lock(session)
-                    if not await self._goes_on(session):
+                    await self._acquire_lock(session)
+                    if not await self._is_term_current(session):
                         await self._begin_term(session)
-                    self._is_settled.set()
-                    await self._watch(session)
+                    self._has_leader.set()
+                    await self._await_loss(session)
                 finally:
                     await session.close()
             except (Error, OSError, TimeoutError, StorageUnavailable) as error:
                 if not is_lost:
-                    log.warning("the store's lock cannot be had now", error=str(error).strip())
+                    log.warning("cannot acquire the leader lock", error=str(error).strip())
                 is_lost = True
             except Exception as error:
-                if self._is_settled.is_set():  # else `open` tells
-                    self._candidate.failed(error)
+                if self._has_leader.is_set():  # before that, `open` raises the error
+                    self._callbacks.on_failure(error)
                 raise
-            await asyncio.sleep(_AGAIN_S)
+            await asyncio.sleep(_RETRY_DELAY_S)
 
-    # The lock
-
-    async def _lock(self, session: psycopg.AsyncConnection) -> None:
-        """Wait for it, and see to it that who holds it drives."""
+    async def _acquire_lock(self, session: psycopg.AsyncConnection) -> None:
+        """Wait for the lock, and supersede a holder that hangs."""
         import psycopg
 
-        with suppress(psycopg.Error):  # one that is too old, or whose system has no way to look
-            await session.execute(_LOOKS)
-        found = await (await session.execute(_TRY, [_KEY])).fetchone()
-        if found == (True,):
+        with suppress(psycopg.Error):  # the server is too old, or its system has no such check
+            await session.execute(_CHECK_CONNECTION)
+        row = await (await session.execute(_TRY_LOCK, [locks.LEADER_LOCK])).fetchone()
+        if row == (True,):
             return
-        waiting = asyncio.ensure_future(session.execute(_LOCK, [_KEY]))
+        waiting = asyncio.ensure_future(session.execute(_LOCK, [locks.LEADER_LOCK]))
         try:
-            wait_s = _PATIENCE_S
+            wait_s = _HOLDER_CHECK_DELAY_S
             while not (await asyncio.wait({waiting}, timeout=wait_s))[0]:
-                wait_s = await self._look_at_holder()
-                self._is_settled.set()
+                wait_s = await self._check_holder()
+                self._has_leader.set()
             waiting.result()
         finally:
             if not waiting.done():
                 waiting.cancel()
                 await asyncio.gather(waiting, return_exceptions=True)
 
-    async def _look_at_holder(self) -> float:
-        """End the sessions of one that holds the lock and does not drive; for how long to wait else."""
+    async def _check_holder(self) -> float:
+        """End the sessions of a lock holder that hangs; the seconds until the next check."""
         try:
-            return await asyncio.to_thread(read, self._engine, self._judge)
+            return await asyncio.to_thread(read, self._engine, self._supersede_if_hanging)
         except StorageUnavailable:
-            return _PATIENCE_S
+            return _HOLDER_CHECK_DELAY_S
 
-    def _judge(self, connection: Connection) -> float:
-        holder = connection.execute(_HOLDER, {"key": _KEY}).first()
+    def _supersede_if_hanging(self, connection: Connection) -> float:
+        holder = connection.execute(_HOLDER, {"key": locks.LEADER_LOCK}).first()
         if holder is None or holder.name is None:
-            return _PATIENCE_S
+            return _HOLDER_CHECK_DELAY_S
         if holder.name == self._name:
-            # Ours, of before the session was lost: the server does not know that yet.
+            # This operator's previous session: the server has not noticed yet that it is lost.
             connection.execute(_END_SESSION, {"pid": holder.pid})
-            return _PATIENCE_S
+            return _HOLDER_CHECK_DELAY_S
         now_s = time.monotonic()
         left_s = None if holder.left_ns is None else holder.left_ns / 1e9
-        if left_s is None:  # it has just got the lock, or hangs right there
-            if self._silent is None or self._silent[0] != holder.pid:
-                self._silent = (holder.pid, now_s)
-            left_s = self._silent[1] + self._length_s - now_s
+        if left_s is None:  # it acquired the lock just now, or hangs before its term began
+            if self._holder_without_term is None or self._holder_without_term[0] != holder.pid:
+                self._holder_without_term = (holder.pid, now_s)
+            left_s = self._holder_without_term[1] + self._lease_s - now_s
         if left_s > 0:
-            return max(_LEAST_WAIT_S, min(left_s, self._length_s))
-        log.warning("the operator that drives hangs: it is superseded", operator=holder.name)
+            return max(_MIN_WAIT_S, min(left_s, self._lease_s))
+        log.warning("the leader hangs; superseding it", operator=holder.name)
         connection.execute(_END_SESSIONS, {"name": holder.name})
-        return _PATIENCE_S
+        return _HOLDER_CHECK_DELAY_S
 
-    async def _watch(self, session: psycopg.AsyncConnection) -> None:
-        """Until the session is lost, or the term."""
+    async def _await_loss(self, session: psycopg.AsyncConnection) -> None:
+        """Wait until the session or the term is lost."""
         while self._member.term is not None:
-            async for _ in session.notifies(timeout=_LOOK_S):
-                pass  # nothing is listened to: what comes is the session's end
-            async with asyncio.timeout(_LOOK_S / 2):
+            async for _ in session.notifies(timeout=_PROBE_INTERVAL_S):
+                pass  # this session has no LISTEN: only the session's end interrupts the wait
+            async with asyncio.timeout(_PROBE_INTERVAL_S / 2):
                 await session.execute("SELECT 1")
 
-    # Terms
-
-    async def _goes_on(self, session: psycopg.AsyncConnection) -> bool:
-        """Whether the term of before the session was lost is still the one."""
+    async def _is_term_current(self, session: psycopg.AsyncConnection) -> bool:
+        """Whether the term from before a lost session is still the leader's term."""
         term = self._member.term
         if term is None:
             return False
-        found = await session.execute(_OURS, [self._member.id, term])
-        return await found.fetchone() is not None and self._member.term == term
+        result = await session.execute(_HAS_TERM, [self._member.id, term])
+        return await result.fetchone() is not None and self._member.term == term
 
     async def _begin_term(self, session: psycopg.AsyncConnection) -> None:
-        async with self._turn:
+        async with self._term_lock:
             await self._step_down()
             term = now_ns()
-            await self._take(session, term)
+            await self._store_term(session, term)
             self._member.term = self._term = term
-            self._renewing = asyncio.create_task(self._renew(term), name="renew the lease")
-            log.info("drives the jobs of the store", term=term)
+            self._renewal = asyncio.create_task(self._renew(term), name="renew the lease")
+            log.info("became leader", term=term)
             try:
-                await self._candidate.drive()
+                await self._callbacks.lead()
             except BaseException:
                 await self._step_down()
                 raise
 
-    async def _take(self, session: psycopg.AsyncConnection, term: int) -> None:
+    async def _store_term(self, session: psycopg.AsyncConnection, term: int) -> None:
         from psycopg.errors import LockNotAvailable
 
-        values = {"id": self._member.id, "term": term, "length_ns": int(self._length_s * 1e9)}
-        await session.execute(_HURRY)
+        values = {"id": self._member.id, "term": term, "length_ns": int(self._lease_s * 1e9)}
+        await session.execute(_SET_LOCK_TIMEOUT)
         while True:
             try:
-                await session.execute(_TAKE, values)
+                await session.execute(_BEGIN_TERM, values)
                 break
-            except LockNotAvailable:  # a transaction of one that hangs
-                await session.execute(_SESSIONS_OF_OTHERS, [self._member.id])
-        await session.execute(_TELL)
+            except LockNotAvailable:  # a transaction of the hanging leader has its row locked
+                await session.execute(_END_SESSIONS_OF_LEADER, [self._member.id])
+        await session.execute(_NOTIFY)
 
     async def _renew(self, term: int) -> None:
-        values = {"id": self._member.id, "length_ns": int(self._length_s * 1e9)}
+        values = {"id": self._member.id, "length_ns": int(self._lease_s * 1e9)}
         while True:
-            await asyncio.sleep(self._length_s / _RENEWALS)
+            await asyncio.sleep(self._lease_s / _RENEWALS_PER_LEASE)
             try:
                 await self._writer.run(lambda c: c.execute(_RENEW, values).rowcount, term)
             except StorageUnavailable as error:
                 if isinstance(error, Superseded):
-                    self.superseded(term)
+                    self.on_superseded(term)
                     return
 
     async def _end_term(self, term: int) -> None:
-        async with self._turn:
+        async with self._term_lock:
             if self._term == term:
-                log.warning("another operator drives the jobs now; this one goes on without")
+                log.warning("superseded by another leader; this operator steps down")
                 await self._step_down()
 
     async def _step_down(self) -> None:
         self._member.term = self._term = None
-        if self._renewing is not None:
-            self._renewing.cancel()
-            await asyncio.gather(self._renewing, return_exceptions=True)
-            self._renewing = None
-        await self._candidate.step_down()
+        if self._renewal is not None:
+            self._renewal.cancel()
+            await asyncio.gather(self._renewal, return_exceptions=True)
+            self._renewal = None
+        await self._callbacks.step_down()

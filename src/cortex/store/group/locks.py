@@ -1,6 +1,7 @@
-"""Whose turn it is to change which versions there are, or to join: one at a time, of all operators of a
-database. Made by `Store.in_turn`, held by whoever deploys, deletes, or clears away what is not used, and by
-`Store.joining`.
+"""Locks between the operators of a PostgreSQL database, and the keys of all its advisory locks.
+
+`Store` makes two locks. An operator holds `deploy_lock` while it deploys, deletes an API, or removes
+unused versions. It holds `join_lock` while it determines its data folder's id and joins.
 """
 
 from __future__ import annotations
@@ -13,80 +14,102 @@ from sqlalchemy.exc import DBAPIError
 
 from cortex.errors import StorageUnavailable
 
-VERSIONS = 0x636F_7274_6578 << 4  # any number that nobody else takes
-JOIN = VERSIONS + 1
-_LOCK = text("SELECT pg_advisory_xact_lock(:key)")
-# One that hangs holds the others up for so long; a project is unpacked in less.
-_PATIENCE = text("SET LOCAL idle_in_transaction_session_timeout = '120s'")
+_CORTEX = int.from_bytes(b"cortex", "big")
+
+# Keys of one database must differ; operators of other versions use the same values. PostgreSQL
+# tells a key of one bigint from a key of two integers.
+LEADER_LOCK = _CORTEX
+"""Held by the leader, on its own session."""
+DEPLOY_LOCK = _CORTEX << 4
+"""`Store.deploy_lock`."""
+JOIN_LOCK = DEPLOY_LOCK + 1
+"""`Store.join_lock`."""
+MIGRATION_LOCK = _CORTEX << 8
+"""Held while the schema is migrated."""
+WAITING_JOBS_LOCK = _CORTEX >> 16
+"""Held while an API's waiting jobs are counted: the first of two integers; the second is the hash
+of the API's name."""
+WAITING_BYTES_LOCK = WAITING_JOBS_LOCK + 1
+"""Held while the configs of all waiting jobs are added up."""
+
+_ACQUIRE = text("SELECT pg_advisory_xact_lock(:key)")
+# The server ends the session of a hanging holder after this time; a project is unpacked in less.
+_SET_TIMEOUT = text("SET LOCAL idle_in_transaction_session_timeout = '120s'")
 
 
 class DatabaseLock:
-    """An asyncio lock, and one of the database's where it has several operators."""
+    """A lock between the tasks of this operator and, on PostgreSQL, between all operators."""
 
-    def __init__(self, engine: Engine | None, key: int = VERSIONS) -> None:
+    def __init__(self, engine: Engine | None, key: int) -> None:
+        """
+        Args:
+            engine: of the PostgreSQL database; None for a lock inside this process only.
+            key: of the advisory lock.
+        """
         self._engine = engine
         self._key = key
-        self._here = asyncio.Lock()
-        self._held: Connection | None = None
+        self._local_lock = asyncio.Lock()
+        self._connection: Connection | None = None
 
     async def __aenter__(self) -> None:
         """
         Raises:
             StorageUnavailable: the database does not answer.
         """
-        await self._here.acquire()
+        await self._local_lock.acquire()
         if self._engine is None:
             return
-        taking = asyncio.ensure_future(asyncio.to_thread(_take, self._engine, self._key))
+        acquiring = asyncio.ensure_future(asyncio.to_thread(_acquire, self._engine, self._key))
         try:
-            self._held = await asyncio.shield(taking)
+            self._connection = await asyncio.shield(acquiring)
         except BaseException:
-            taking.add_done_callback(_give_back_late)  # nobody waits for it any more
-            self._here.release()
+            acquiring.add_done_callback(_release_late)  # the caller no longer waits for it
+            self._local_lock.release()
             raise
 
     async def __aexit__(self, *_: object) -> None:
-        held, self._held = self._held, None
+        connection, self._connection = self._connection, None
         try:
-            if held is not None:
-                await asyncio.to_thread(_give_back, held)
+            if connection is not None:
+                await asyncio.to_thread(_release, connection)
         finally:
-            self._here.release()
+            self._local_lock.release()
 
 
-def _take(engine: Engine, key: int) -> Connection:
+def _acquire(engine: Engine, key: int) -> Connection:
     try:
         try:
-            return _locked(engine, key)
+            return _locked_connection(engine, key)
         except DBAPIError as error:
             if not error.connection_invalidated:
                 raise
-            engine.dispose()  # the pool may hold others that were lost likewise
-            return _locked(engine, key)
+            engine.dispose()  # the pool's other connections may be lost as well
+            return _locked_connection(engine, key)
     except DBAPIError as error:
         raise StorageUnavailable(
-            "the store does not answer now, or another operator holds it up. Try again later."
+            "the store does not answer, or another operator holds its lock for too long; try again "
+            "later"
         ) from error
 
 
-def _locked(engine: Engine, key: int) -> Connection:
+def _locked_connection(engine: Engine, key: int) -> Connection:
     connection = engine.connect().execution_options(isolation_level="READ COMMITTED")
     try:
-        connection.execute(_PATIENCE)
-        connection.execute(_LOCK, {"key": key})
+        connection.execute(_SET_TIMEOUT)
+        connection.execute(_ACQUIRE, {"key": key})
     except BaseException:
         connection.close()
         raise
     return connection
 
 
-def _give_back_late(taking: asyncio.Future[Connection]) -> None:
-    if not taking.cancelled() and taking.exception() is None:
-        asyncio.get_running_loop().run_in_executor(None, _give_back, taking.result())
+def _release_late(acquiring: asyncio.Future[Connection]) -> None:
+    if not acquiring.cancelled() and acquiring.exception() is None:
+        asyncio.get_running_loop().run_in_executor(None, _release, acquiring.result())
 
 
-def _give_back(connection: Connection) -> None:
-    with suppress(DBAPIError):  # a session that was lost holds nothing any more
+def _release(connection: Connection) -> None:
+    with suppress(DBAPIError):  # the lock ended with a session that was lost
         connection.rollback()
     with suppress(DBAPIError):
         connection.close()
