@@ -1,27 +1,28 @@
-"""Writes the diagram and the tables of lifecycle.md from the tables that the code uses: `make docs`.
+"""Writes the generated part of lifecycle.md from `cortex.spec.lifecycle`: `make docs`.
 
-A test fails if the page differs from the output of this program.
+A test fails while the page differs from what this program writes.
 """
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
-from cortex.spec.lifecycle import FINAL, SHOWN, TRANSITIONS, Event, State
+from cortex.spec.lifecycle import ABOUT, FINAL, SHOWN, TRANSITIONS, Event, State
 
 PAGE = Path(__file__).with_name("lifecycle.md")
 BEGIN, END = "<!-- made by lifecycle.py -->\n", "<!-- end -->\n"
 
 
 def transitions() -> list[tuple[State, Event, State]]:
-    """All transitions, in the order in which the states and events are defined."""
+    """All transitions, in the order in which the code lists the states and events."""
     states, events = list(State), list(Event)
     found = [(source, event, target) for (source, event), target in TRANSITIONS.items()]
     return sorted(found, key=lambda t: (states.index(t[0]), events.index(t[1])))
 
 
 def diagram() -> str:
-    """A diagram of every transition; one arrow has all events between two states."""
+    """Every transition; those between the same two states share an arrow."""
     arrows: dict[tuple[State, State], list[str]] = {}
     for source, event, target in transitions():
         arrows.setdefault((source, target), []).append(event)
@@ -32,8 +33,16 @@ def diagram() -> str:
     )
 
 
+def states() -> str:
+    """A paragraph about each state."""
+    names = {state: f"**{state}**" + (" (final)" if state in FINAL else "") for state in State}
+    items = [f"- {names[state]}: {ABOUT[state]}" for state in State]
+    filled = [textwrap.fill(item, 110, subsequent_indent="  ") for item in items]
+    return "\n".join(["## The states", "", *filled, ""])
+
+
 def tables() -> str:
-    """The tables of the transitions and of the statuses."""
+    """Which event leads where, and which status is shown."""
     taken = [f"| {source} | {event} | {target} |" for source, event, target in transitions()]
     shown = sorted(
         f"| {state} | {wanted} | {status} |" for (state, wanted), status in SHOWN.items()
@@ -42,8 +51,8 @@ def tables() -> str:
         [
             "## Transitions", "",
             "| observed | event | then observed |", "| --- | --- | --- |", *taken, "",
-            "`stop` on a job that an engine already has changes the wanted state, not the observed one: the job's",
-            "processes are still ending. How they end is stored, and no longer shown.", "",
+            "A `stop` of a starting or running job changes the wanted state, not the observed one: its",
+            "processes are still ending. The store records their end, but the job stays shown as stopped.", "",
             "## The status that users see", "", "| observed | wanted | status |", "| --- | --- | --- |", *shown, "",
         ]
     )  # fmt: skip
@@ -53,7 +62,7 @@ def page(text: str) -> str:
     """The page with its generated part replaced."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{diagram()}\n{tables()}\n{END}{after}"
+    return f"{before}{BEGIN}\n{diagram()}\n{states()}\n{tables()}\n{END}{after}"
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def test_of_many_submits_at_once_no_more_are_taken_than_may_wait(own: Operator) 
     [
         ("max_running: 0", "limits.max_running: found 0; allowed: a whole number, 1 or more"),
         ("max_waiting: many", "limits.max_waiting"),
-        ("log: 1Ki", 'limits.log: found "1Ki"; allowed: 64Ki at least'),
+        ("log: 1Ki", 'limits.log: found "1Ki"; allowed: at least 64Ki'),
         ("max_runing: 1", 'did you mean "max_running"?'),
     ],
 )

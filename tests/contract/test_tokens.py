@@ -215,7 +215,7 @@ def test_the_token_commands(tmp_path: Path) -> None:
     assert "token 'ci' already exists" in cortex(
         "token", "create", "ci", "--scope", "read", *data, code=1
     )
-    assert "no name for a token" in cortex(
+    assert "is not a valid token name" in cortex(
         "token", "create", "a b", "--scope", "read", *data, code=1
     )
     cortex("token", "create", "x", "--scope", "everything", *data, code=2)

@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 
 from cortex.spec.lifecycle import (
+    ABOUT,
     FINAL,
     IN_PROGRESS,
     SHOWN,
@@ -17,6 +18,10 @@ from cortex.spec.lifecycle import (
 )
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_every_state_is_described() -> None:
+    assert set(ABOUT) == set(State)
 
 
 def test_nothing_leaves_a_final_state() -> None:

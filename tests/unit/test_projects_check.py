@@ -371,7 +371,7 @@ def test_a_variable_of_python_in_env_is_refused_where_a_file_is_run(tmp_path: Pa
     write(tmp_path, {"a.py": TASK, ".env": "A=1\nPYTHONHOME=/x\nPYTHONUTF8=2\nPYTHONPATH=libs\n"})
     first, second = check(tmp_path, YAML.format(path="a.py"))
     assert first.startswith(
-        ".env:2: PYTHONHOME: possible with a command alone, not with a path: it takes the standar"
+        ".env:2: PYTHONHOME: allowed only with a command, not with a path: it changes the pat"
     )
     assert second == '.env:3: PYTHONUTF8: found "2"; allowed: 0 or 1'
     assert check(tmp_path, "- {name: a, kind: TaskAPI, definition: {command: [ls]}}") == []

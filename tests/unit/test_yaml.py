@@ -222,7 +222,7 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines() -> None:
         '8: definition.log_level: found "warn"; allowed: debug, info, warning, error; did you mean "warning"?',
         "9: compute.cpu: found true; allowed: cores",
         "9: compute.gpu: found -1; allowed: a whole number",
-        '9: compute.mem: found "1Mi"; allowed: 16Mi at least',
+        '9: compute.mem: found "1Mi"; allowed: at least 16Mi',
         "9: compute.disk: unknown field; allowed: cpu, mem, gpu, node_labels",
     ):
         assert told in joined
@@ -231,10 +231,10 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines() -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("", "1: holds no API; allowed: a list of APIs"),
-        ("# nothing\n", "1: holds no API"),
-        ("[]", "1: holds no API"),
-        ("~", "1: holds no API"),
+        ("", "1: no API found; allowed: a list of APIs"),
+        ("# nothing\n", "1: no API found"),
+        ("[]", "1: no API found"),
+        ("~", "1: no API found"),
         ("name: iris\n", "1: found an object; allowed: a list of APIs"),
         ("\n\niris", '3: found "iris"; allowed: a list of APIs'),
         ("- iris", '1: found "iris"; allowed: an object with the fields name, kind'),
@@ -244,12 +244,12 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines() -> None:
         ('- "\\U00110000"', "1: cannot be read as YAML"),
         ("--- a\n--- b\n", "2: cannot be read as YAML: expected a single document"),
         ("- *nobody", "1: cannot be read as YAML: found undefined alias"),
-        ("[" * 500, "1: nested over 100 levels deep"),
-        ("- " * 2000, "1: nested over 100 levels deep"),
-        ("- a\n" * 25_000, "1: over 20,000 values"),
-        ("- &a [*a]", "1: nested over 100 levels deep, or an alias that holds itself"),
-        ("#" * (1 << 20) + "\n", "1: the file is over 1 MiB"),
-        ("# " + "é" * (1 << 19), "1: the file is over 1 MiB"),
+        ("[" * 500, "1: nested more than 100 levels deep"),
+        ("- " * 2000, "1: nested more than 100 levels deep"),
+        ("- a\n" * 25_000, "1: more than 20,000 values"),
+        ("- &a [*a]", "1: nested more than 100 levels deep, or an alias contains itself"),
+        ("#" * (1 << 20) + "\n", "1: the file is larger than 1 MiB"),
+        ("# " + "é" * (1 << 19), "1: the file is larger than 1 MiB"),
     ],
     ids=range(19),
 )
@@ -292,12 +292,15 @@ def test_keys_are_strings_and_given_once() -> None:
 
 def test_names_and_endpoints_are_given_once() -> None:
     other = "- {name: %s, kind: TaskAPI, definition: {path: a.py}%s}\n"
-    assert only(MINIMAL + other % ("iris", "")) == '4: name: "iris" is taken by the API on line 1'
+    assert (
+        only(MINIMAL + other % ("iris", ""))
+        == '4: name: "iris" is already used by the API on line 1'
+    )
     assert only(MINIMAL + other % ("b", ", networking: {endpoint: iris}")) == (
-        '4: networking.endpoint: "iris" is taken by the API on line 1'
+        '4: networking.endpoint: "iris" is already used by the API on line 1'
     )
     same_line = "[{name: a, kind: TaskAPI, definition: {path: a}}, {name: a, kind: TaskAPI, definition: {path: b}}]"
-    assert only(same_line) == '1: name: "a" is taken by the API on line 1'
+    assert only(same_line) == '1: name: "a" is already used by the API on line 1'
 
 
 @pytest.mark.parametrize(
@@ -346,13 +349,13 @@ def test_endpoints_that_are_not_one_path_segment(endpoint: object) -> None:
         ("command: []", "4: definition.command: found an empty list"),
         (
             "command:\n    - ls\n    - 5",
-            "6: definition.command[1]: found 5; allowed: a string that is not",
+            "6: definition.command[1]: found 5; allowed: a non-empty string",
         ),
         ("command: [ls, '']", '4: definition.command[1]: found ""'),
         ('command: ["a\\0"]', "4: definition.command[0]: found"),
         ("path: a.py\n    env: [A]", "5: definition.env: found a list; allowed: an object"),
         ("path: a.py\n    env: {A: }", "5: definition.env.A: found nothing; allowed: a string"),
-        ('path: a.py\n    env: {A: "\\0"}', "5: definition.env.A: holds a NUL"),
+        ('path: a.py\n    env: {A: "\\0"}', "5: definition.env.A: contains a NUL"),
         ("path: a.py\n    env: {A: 2020-01-01}", "5: definition.env.A: found a date; allowed"),
         ("path: a.py\n    config: 5", "5: definition.config: found 5; allowed: an object"),
         ("path: a.py\n    preload: numpy", '5: definition.preload: found "numpy"; allowed: a list'),
@@ -361,15 +364,21 @@ def test_endpoints_that_are_not_one_path_segment(endpoint: object) -> None:
             '5: definition.preload[0]: found "a-b"; allowed: the name',
         ),
         ("path: a.py\n    log_level: 10", "5: definition.log_level: found 10; allowed: debug"),
-        ("command: [a]\n    preload: [numpy]", "5: definition.preload: goes with path alone: a"),
-        ("command: [a]\n    preload: []", "5: definition.preload: goes with path alone: a command"),
+        (
+            "command: [a]\n    preload: [numpy]",
+            "5: definition.preload: allowed only with path: the",
+        ),
+        (
+            "command: [a]\n    preload: []",
+            "5: definition.preload: allowed only with path: the program of a command",
+        ),
         (
             "path: a.py\n    dependencies: requirements.txt",
             '5: definition.dependencies: found "requirements.txt"; allowed: an object with the fields pip',
         ),
         (
             "path: a.py\n    dependencies:\n      pip: ../r.txt",
-            '6: definition.dependencies.pip: found "../r.txt"; allowed: a file as requirements.txt',
+            '6: definition.dependencies.pip: found "../r.txt"; allowed: a file like requirements.txt',
         ),
         (
             "path: a.py\n    dependencies: {poetry: pyproject.toml}",
@@ -393,15 +402,15 @@ def test_definitions_that_are_wrong(definition: str, told: str) -> None:
         ("!!set {a}", "a set"),
         ("!!python/object:os.system {}", "a tag (python/object:os.system)"),
         ("!secret x", "a tag (!secret)"),
-        ("!!int x", "a number that cannot be read (x)"),
-        ("9" * 5000, "a number that cannot be read (9"),
+        ("!!int x", "an invalid number (x)"),
+        ("9" * 5000, "an invalid number (9"),
         ('"\\ud800"', "text with half a character"),
     ],
 )
 def test_a_config_holds_what_json_can(value: str, found: str) -> None:
     told = only(one(f"path: a.py\n    config:\n      a:\n        - {value}"))
     assert told.startswith(f"7: definition.config.a[0]: found {found}")
-    assert "what JSON can hold; put it in quotes" in told
+    assert "a JSON value; put it in quotes" in told
 
 
 @pytest.mark.parametrize(
@@ -412,9 +421,9 @@ def test_a_config_holds_what_json_can(value: str, found: str) -> None:
         ("{KEY: 55577}", "definition.env.KEY: found a number"),
         ("{KEY: 5.5577}", "definition.env.KEY: found a number"),
         ("{KEY: 2020-05-05}", "definition.env.KEY: found a date"),
-        ("{KEY: !!int HUSH7}", "definition.env.KEY: found a number that cannot be read"),
+        ("{KEY: !!int HUSH7}", "definition.env.KEY: found an invalid number"),
         ("{KEY: !HUSH7 }", "definition.env.KEY: found a tag"),
-        ('{KEY: "HUSH7\\0"}', "definition.env.KEY: holds a NUL character"),
+        ('{KEY: "HUSH7\\0"}', "definition.env.KEY: contains a NUL character"),
         ("{KEY: *HUSH7}", "cannot be read as YAML: found undefined alias; put a value that begins"),
         ("{KEY: !HUSH7!a b}", "cannot be read as YAML: while parsing a node, found undefined tag"),
         ("{KEY:HUSH7}", 'definition.env: found the name "KEY…"; allowed'),
@@ -508,7 +517,7 @@ def test_a_field_of_cortex_alone_is_refused_with_what_to_write_instead(
     field: str, name: str, instead: str
 ) -> None:
     told = only(MINIMAL + f"  {field}\n")
-    assert told.startswith(f"4: {name}: a field of Cortex that this operator does not have; ")
+    assert told.startswith(f"4: {name}: this field of Cortex is not supported; ")
     assert instead in told
 
 
@@ -521,7 +530,9 @@ def test_a_field_of_cortex_alone_is_refused_with_what_to_write_instead(
 )
 def test_a_field_of_a_definition_of_cortex_alone_is_refused(field: str, instead: str) -> None:
     line = only(one(f"path: a.py\n    {field}"))
-    assert line.startswith(f"5: definition.{field.partition(':')[0]}: a field of Cortex")
+    assert line.startswith(
+        f"5: definition.{field.partition(':')[0]}: this field of Cortex is not supported; "
+    )
     assert instead in line
 
 
@@ -537,7 +548,7 @@ def test_an_old_spec_without_the_newer_fields_is_read() -> None:
 def test_a_variable_of_python_that_no_job_of_a_path_can_have_is_refused(name: str) -> None:
     told = only(one(f"path: a.py\n    env:\n      A: b\n      {name}: x"))
     assert told.startswith(
-        f"7: definition.env.{name}: possible with a command alone, not with a path: it "
+        f"7: definition.env.{name}: allowed only with a command, not with a path: it "
     )
     (api,) = read_apis(one(f"command: [a]\n    env: {{{name}: x}}"), "cortex.yaml")
     assert api.definition.env == {name: "x"}

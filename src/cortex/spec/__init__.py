@@ -1,1 +1,1 @@
-"""What users write and what travels: pure data, no I/O."""
+"""The data that users write and that programs exchange: pure data, no I/O."""

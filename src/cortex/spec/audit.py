@@ -1,4 +1,4 @@
-"""The audit: who changed what, and which requests were refused for their token."""
+"""The audit: who changed what, and which requests were refused because of their token."""
 
 from __future__ import annotations
 
@@ -7,26 +7,24 @@ from enum import StrEnum
 
 
 class Action(StrEnum):
-    """What an audit entry is about."""
+    """The kind of an audit entry."""
 
     DEPLOY = "deploy"
     DELETE = "delete"  # of an API
     STOP = "stop"  # of a job
     CREATE_TOKEN = "create_token"
     REVOKE_TOKEN = "revoke_token"
-    REFUSE = (
-        "refuse"  # a request without a token, with a wrong one, or with one of too small a scope
-    )
+    REFUSE = "refuse"  # a request whose token is missing, wrong, or of too small a scope
 
 
 @dataclass(frozen=True)
 class Actor:
-    """Who did it."""
+    """The author of a change or of a refused request."""
 
     name: str | None = None
-    """The token's name; of a command on the store, the system user; None where no token is required."""
+    """The token's name; for a command on the store the system user; None if no token is needed."""
     address: str | None = None
-    """The address that the request came from; None of a command on the store."""
+    """The client address of the request; None for a command on the store."""
 
 
 UNKNOWN = Actor()
@@ -34,7 +32,7 @@ UNKNOWN = Actor()
 
 @dataclass(frozen=True)
 class AuditEntry:
-    """One thing that was done or refused."""
+    """One change or refusal."""
 
     action: Action
     actor: Actor
@@ -45,12 +43,12 @@ class AuditEntry:
     """The name of the token that was created or revoked."""
     message: str | None = None
     count: int = 1
-    """Equal refused requests of one minute are one entry."""
+    """How many requests; equal refused requests of one minute share an entry."""
     seq: int = 0
-    """The store's number of it."""
+    """The number that the store gave the entry."""
 
     def facts(self) -> dict[str, str | int | None]:
-        """All but the time and the actor's name, by the names that the store and answers have."""
+        """All fields but the time and the actor's name, with their names in store and answers."""
         return {
             "action": self.action.value,
             "address": self.actor.address,

@@ -1,7 +1,7 @@
-"""A `cortex.yaml` read: its APIs, or every mistake in it, each with its line. Pure, no I/O.
+"""Reads a `cortex.yaml`: its APIs, or every mistake in it, each with its line. Pure, no I/O.
 
-The client reads it before an upload and the operator again after one. Which fields there are stands in
-the tables at the end, with the check of each (`fields`).
+The client reads the file before an upload, and the operator again afterwards. The tables at the end
+list the fields, each with its check (`yaml_fields`).
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from cortex.spec.yaml_lines import (
 
 FieldLines = dict[tuple[int | str, ...], int]
 
-_LEAST_MEM = 16 << 20
-_LEAST_LOG = 64 << 10
-_MOST_GPUS = 1000
-_MOST_JOBS = 1_000_000_000
+_MIN_MEM = 16 << 20
+_MIN_LOG = 64 << 10
+_MAX_GPUS = 1000
+_MAX_JOBS = 1_000_000_000
 
 
 def read_apis(text: str, file: str) -> list[Api]:
     """The APIs of a `cortex.yaml`, in its order.
 
     Raises:
-        InvalidSpec: the text has mistakes; the message lists every one, with `file` and its line.
+        InvalidSpec: the text has mistakes; the message lists all of them, with `file` and line.
     """
     root, mistakes = read_nodes(text)
     report = Report(mistakes)
@@ -49,7 +49,7 @@ def read_apis(text: str, file: str) -> list[Api]:
 
 
 def submitted_entries(text: str) -> list[dict[str, JsonValue]]:
-    """The entries of a `cortex.yaml` without mistakes as they are written, the values of `env` masked."""
+    """The entries of a correct `cortex.yaml` as written, with the values of `env` masked."""
     root, _ = read_nodes(text)
     found = _as_written(root) if root is not None else []
     assert isinstance(found, list), "the text has mistakes"
@@ -62,7 +62,7 @@ def submitted_entries(text: str) -> list[dict[str, JsonValue]]:
 
 
 def field_lines(text: str) -> FieldLines:
-    """The line of every field of a `cortex.yaml`, as `(0, "definition", "path")` names it."""
+    """The line of every field of a `cortex.yaml`, by paths such as `(0, "definition", "path")`."""
     root, _ = read_nodes(text)
     found: FieldLines = {}
     waiting: list[tuple[tuple[int | str, ...], Value]] = [] if root is None else [((), root)]
@@ -77,7 +77,7 @@ def field_lines(text: str) -> FieldLines:
 
 
 def invalid_spec(file: str, mistakes: Iterable[Mistake], others: Iterable[str] = ()) -> InvalidSpec:
-    """The error that lists mistakes in a `cortex.yaml` by line, then those in other files."""
+    """The error that lists the mistakes in a `cortex.yaml` by line, then those in other files."""
     ordered = sorted(mistakes, key=lambda mistake: mistake.line)
     lines = [f"{file}:{mistake.line}: {mistake.text}" for mistake in ordered]
     return InvalidSpec("\n".join(dict.fromkeys([*lines, *others])))
@@ -90,12 +90,12 @@ class _Field:
 
 
 def _entries(root: Value | None, report: Report) -> list[dict[str, object]]:
-    listed = "a list of APIs, each of which starts with - name:"
+    expected = "a list of APIs, each starting with - name:"
     if root is None or root.data is None or root.data == []:
-        report.add(root.line if root else 1, "", f"holds no API; allowed: {listed}")
+        report.add(root.line if root else 1, "", f"no API found; allowed: {expected}")
         return []
     if not isinstance(root.data, list):
-        report.wrong(root, "", listed)
+        report.wrong(root, "", expected)
         return []
     seen: dict[tuple[str, str], int] = {}
     return [_entry(value, seen, report) for value in root.data]
@@ -118,12 +118,15 @@ def _entry(value: Value, seen: dict[tuple[str, str], int], report: Report) -> di
 
 
 def _check_runner(value: Value, definition: Mapping[str, object], report: Report) -> None:
-    """What only a Python file can have, and what no job that runs one can have."""
+    """Check `preload`, which needs a Python file, and variables that no job of one can have."""
     if definition.get("command") is not None:
         where = "definition.preload"
         if "preload" in definition:
-            words = "goes with path alone: a command starts a program of its own, which imports by itself"
-            report.add(_line_of(value, where), where, f"{words}; remove it")
+            report.add(
+                _line_of(value, where),
+                where,
+                "allowed only with path: the program of a command imports by itself; remove it",
+            )
         return
     variables = definition.get("env")
     for name, content in variables.items() if isinstance(variables, dict) else ():
@@ -143,7 +146,7 @@ def _is_unique(
         seen[where, found] = line
         return True
     first = seen[where, found]
-    report.add(line, where, f"{quoted(found)} is taken by the API on line {first}")
+    report.add(line, where, f"{quoted(found)} is already used by the API on line {first}")
     return False
 
 
@@ -194,20 +197,20 @@ def _object(known: Mapping[str, _Field], *, one_of: tuple[str, ...] = ()) -> Che
 def _unknown(key: str, where: str, known: Mapping[str, _Field]) -> str:
     instead = _CORTEX.get(join(where, key))
     if instead is not None:
-        return f"a field of Cortex that this operator does not have; {instead}"
-    hint = _elsewhere(key, where) or did_you_mean(key, known)
+        return f"this field of Cortex is not supported; {instead}"
+    hint = _other_section(key, where) or did_you_mean(key, known)
     return f"unknown field; allowed: {', '.join(known)}{hint}"
 
 
-def _elsewhere(key: str, where: str) -> str:
-    places = [f"{section}.{key}" for section, known in _SECTIONS.items() if key in known]
-    return f'; did you mean "{places[0]}"?' if places and places[0] != join(where, key) else ""
+def _other_section(key: str, where: str) -> str:
+    found = [f"{section}.{key}" for section, known in _SECTIONS.items() if key in known]
+    return f'; did you mean "{found[0]}"?' if found and found[0] != join(where, key) else ""
 
 
 _LEVELS = ("debug", "info", "warning", "error")
 _DEPENDENCIES = {
-    "pip": _Field(yaml_fields.project_path("a file as requirements.txt")),
-    "conda": _Field(yaml_fields.project_path("a file as conda-packages.txt")),
+    "pip": _Field(yaml_fields.project_path("a file like requirements.txt")),
+    "conda": _Field(yaml_fields.project_path("a file like conda-packages.txt")),
     "shell": _Field(yaml_fields.project_path("a shell script")),
 }
 _SECTIONS: dict[str, dict[str, _Field]] = {
@@ -225,15 +228,15 @@ _SECTIONS: dict[str, dict[str, _Field]] = {
     "compute": {
         "cpu": _Field(yaml_fields.cpu),
         "mem": _Field(
-            yaml_fields.size(_LEAST_MEM, "16Mi at least, for no interpreter starts in less")
+            yaml_fields.size(_MIN_MEM, "at least 16Mi, without which no interpreter starts")
         ),
-        "gpu": _Field(yaml_fields.count(0, _MOST_GPUS)),
+        "gpu": _Field(yaml_fields.count(0, _MAX_GPUS)),
         "node_labels": _Field(yaml_fields.labels),
     },
     "limits": {
-        "max_running": _Field(yaml_fields.count(1, _MOST_JOBS)),
-        "max_waiting": _Field(yaml_fields.count(1, _MOST_JOBS)),
-        "log": _Field(yaml_fields.size(_LEAST_LOG, "64Ki at least")),
+        "max_running": _Field(yaml_fields.count(1, _MAX_JOBS)),
+        "max_waiting": _Field(yaml_fields.count(1, _MAX_JOBS)),
+        "log": _Field(yaml_fields.size(_MIN_LOG, "at least 64Ki")),
     },
 }
 _API = _object(
@@ -248,33 +251,33 @@ _API = _object(
         "networking": _Field(_object(_SECTIONS["networking"])),
         "compute": _Field(_object(_SECTIONS["compute"])),
         "limits": _Field(_object(_SECTIONS["limits"])),
-        "retries": _Field(yaml_fields.count(0, _MOST_JOBS)),
+        "retries": _Field(yaml_fields.count(0, _MAX_JOBS)),
     }
 )
 
 _NO_IMAGE = (
-    "jobs run on the machine itself, in no container: list the packages in requirements.txt, or start "
-    "the image with definition.command, such as [podman, run, --rm, IMAGE]"
+    "jobs run directly on the machine, not in containers: list the packages in requirements.txt, "
+    "or start the image with definition.command, such as [podman, run, --rm, IMAGE]"
 )
-_NO_SHM = "all jobs share the machine's /dev/shm, whose size is not limited here: remove it"
-_NO_INF = "there are no Inferentia chips here: use compute.gpu, or remove it"
-_NO_NODE_GROUPS = "choose nodes by their labels: compute.node_labels, such as {group: [a, b]}"
-_NO_SERVING = "it is for APIs that serve requests, and a TaskAPI runs jobs: remove it"
-# What a TaskAPI could have from v0.27 to v0.42, and what people copy from other kinds.
+_NO_SHM = "all jobs share the machine's /dev/shm, which has no limit per job: remove it"
+_NO_INF = "Inferentia chips are not supported: use compute.gpu, or remove it"
+_NO_NODE_GROUPS = "choose nodes by labels with compute.node_labels, such as {group: [a, b]}"
+_NO_SERVING = "it is for APIs that serve requests, but a TaskAPI runs jobs: remove it"
+# Fields of a TaskAPI from v0.27 to v0.42, and fields that users copy from other kinds.
 _CORTEX = {
     "pod": (
-        "write the container's command and args as definition.command, its env as definition.env, its "
-        "compute as compute; its image is not run"
+        "write the container's command and args as definition.command, its env as definition.env, "
+        "its compute as compute; its image is not used"
     ),
     "image": _NO_IMAGE,
     "node_groups": _NO_NODE_GROUPS,
     "shm_size": _NO_SHM,
-    "predictor": "a TaskAPI has a definition: {path: FILE.py}",
-    "handler": "a TaskAPI has a definition: {path: FILE.py}",
+    "predictor": "use definition: {path: FILE.py}",
+    "handler": "use definition: {path: FILE.py}",
     "apis": _NO_SERVING,
-    "autoscaling": "limits.max_running says how many jobs run at once; remove it",
+    "autoscaling": "limits.max_running sets how many jobs run at once; remove it",
     "update_strategy": _NO_SERVING,
-    "monitoring": "GET /metrics has the figures of all APIs; remove it",
+    "monitoring": "GET /metrics has the metrics of all APIs; remove it",
     "definition.image": _NO_IMAGE,
     "definition.shm_size": _NO_SHM,
     "definition.processes_per_replica": _NO_SERVING,
@@ -283,6 +286,6 @@ _CORTEX = {
     "compute.node_groups": _NO_NODE_GROUPS,
     "compute.shm": _NO_SHM,
     "compute.shm_size": _NO_SHM,
-    "networking.api_gateway": "the operator itself answers at the endpoint; remove it",
-    "networking.local_port": "`cortex serve --port` chooses the port for all APIs; remove it",
+    "networking.api_gateway": "the operator itself serves the endpoint; remove it",
+    "networking.local_port": "`cortex serve --port` sets the port for all APIs; remove it",
 }

@@ -1,4 +1,4 @@
-"""A job: what is submitted, what is stored, what a worker reads, and what is shown."""
+"""A job: the body of its submit, its spec, and its record in the store."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ Json = dict[str, JsonValue]
 
 KIND = "TaskAPI"
 MAX_INLINE_BYTES = 2048
-"""A longer config or result is not in a job's row of the store, in the operator's memory, or in a list of jobs."""
+"""A longer config or result is not in a job's row, in the operator's memory, or in job lists."""
 
 encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-"""JSON text in ASCII: a lone surrogate that a client sent goes back as it came, as an escape."""
+"""Encode JSON as ASCII: a lone surrogate from a client goes back as the escape that it was."""
 
-# The year 2262. A timeout may have more digits than arithmetic, or JSON elsewhere, takes.
+# The year 2262. A timeout may have more digits than integers of other programs, or JSON readers,
+# accept.
 _END_OF_TIME_NS = 2**63 - 1
 
 
@@ -38,26 +39,26 @@ class Submission(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """What was submitted, complete: `job.json` beside the worker holds it and `config` merged."""
+    """A submitted job. `job.json` in the job's folder has it too, with the merged `config`."""
 
     job_id: str
     api_name: str
     api_id: str
     config: str | None
-    """As submitted, as JSON text: nothing in the operator looks into it. None where it is long, and the store
-    alone has it."""
+    """As submitted, as JSON text, which the operator does not decode. None if it is long: then only
+    the store has it."""
     created_ns: int
     timeout: int | None = None
     kind: str = KIND
     workers: int = 1
 
     def facts(self) -> Json:
-        """All but the config."""
+        """All fields but the config."""
         return {name: getattr(self, name) for name in self.__slots__ if name != "config"}
 
     @property
     def deadline_ns(self) -> int | None:
-        """When the job is terminated, in nanoseconds since the epoch; None is never."""
+        """When the job is terminated, in nanoseconds since the epoch; None: never."""
         if self.timeout is None:
             return None
         return min(self.created_ns + self.timeout * 1_000_000_000, _END_OF_TIME_NS)
@@ -65,40 +66,44 @@ class JobSpec:
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """A job as the store holds it: its spec, what was observed of it, what is wanted of it."""
+    """A job in the store: its spec, its observed state, and its wanted state."""
 
     seq: int
-    """Grows with submission: the order in which jobs wait."""
+    """Ascending in the order of submission, in which jobs wait."""
     spec: JobSpec
     state: State
     wanted: Wanted
     attempt: int
-    """Counts claims; 0 before the first."""
+    """The number of claims so far; 0 before the first."""
     handle: str | None
-    """The engine's own, opaque: what recovers this attempt."""
+    """Opaque text of the engine, from which it recovers this attempt."""
     start_ns: int | None = None
     end_ns: int | None = None
     exit_code: int | None = None
-    """Negative: the signal that ended it."""
+    """Negative: the signal that ended the job."""
     message: str | None = None
     result: str | None = None
-    """As JSON text; None also where it is long, and the store alone has it."""
+    """As JSON text; None also if it is long: then only the store has it."""
     has_result: bool = False
     has_folder: bool = True
-    """Whether its log and files have not been removed."""
+    """Whether its log and files still exist."""
     losses: int = 0
-    """Attempts that were lost and followed by another, of which `message` tells the last."""
+    """Lost attempts that were followed by another; `message` says why the last one was lost."""
 
     def without_long_config(self) -> JobRecord:
-        """What is kept in memory of a job that the store has."""
+        """The record as the operator keeps it in memory."""
         if len(self.spec.config or "") <= MAX_INLINE_BYTES:
             return self
         return replace(self, spec=replace(self.spec, config=None))
 
 
 def with_texts(content: Json, **texts: str | list[str] | None) -> list[str]:
-    """A JSON object, in pieces of its text, with fields that are texts already, or pieces of one: they may be
-    long, and are neither read nor copied."""
+    """A JSON object as pieces of its text, without decoding or copying its long fields.
+
+    Args:
+        content: the fields to encode.
+        texts: further fields that are JSON text already, or pieces of it.
+    """
     pieces = [encode(content)[:-1]]
     for name, text in texts.items():
         if text is not None:

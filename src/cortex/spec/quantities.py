@@ -1,4 +1,4 @@
-"""Sizes and shares of cores, as Kubernetes and `cortex.yaml` write them."""
+"""Sizes and fractions of cores, in the notation of Kubernetes and `cortex.yaml`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _CPU = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(m?)", re.ASCII)
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)(?:[eE]\+?(\d{1,2})|([kKMGT]i?))?", re.ASCII)
 _NEAR_SIZE = re.compile(r"(\d{1,18})\s*([kmgt])(i?)(?:b|bytes?)?", re.ASCII | re.IGNORECASE)
 _POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
-_LARGEST = 1 << 62
+_MAX_BYTES = 1 << 62
 
 
 def read_cpu_m(text: str) -> int | None:
-    """Thousandths of a core, rounded up: 500 for `0.5` and for `500m`; None if it is neither."""
+    """Thousandths of a core, rounded up: 500 for `0.5` and `500m`; None if the text is invalid."""
     matched = _CPU.fullmatch(text)
     if matched is None:
         return None
@@ -23,7 +23,7 @@ def read_cpu_m(text: str) -> int | None:
 
 
 def read_bytes(text: str) -> int | None:
-    """Bytes, rounded up: of `1000000`, `1e6`, `512Mi` (1024 based) or `1G`; None if it is no size."""
+    """Bytes, rounded up, of `1000000`, `1e6`, `512Mi` (base 1024) or `1G`; None if invalid."""
     matched = _SIZE.fullmatch(text)
     if matched is None:
         return None
@@ -34,11 +34,11 @@ def read_bytes(text: str) -> int | None:
         base = 1024 if suffix.endswith("i") else 1000
         scale = base ** _POWERS.get(suffix[:1].upper(), 0)
     found = _rounded_up(Decimal(matched[1]) * scale)
-    return found if found <= _LARGEST else None
+    return found if found <= _MAX_BYTES else None
 
 
 def near_size(text: str) -> str | None:
-    """The size that was probably meant: `512Mi` for `512 MiB`."""
+    """The size that the user probably meant, such as `512Mi` for `512 MiB`, or None."""
     matched = _NEAR_SIZE.fullmatch(text)
     if matched is None:
         return None

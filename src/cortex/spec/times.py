@@ -1,4 +1,4 @@
-"""Times as the contract writes them, and identifiers that sort by time."""
+"""Times in the notation of the contract, and identifiers that sort by time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rfc3339(ns: int) -> str:
 
 
 def parse_rfc3339(text: str) -> datetime:
-    """The time that `rfc3339` wrote, to the microsecond that `datetime` can hold."""
+    """The time of a text from `rfc3339`, to the microsecond: the resolution of `datetime`."""
     return datetime.strptime(text[:26] + "+0000", "%Y-%m-%dT%H:%M:%S.%f%z")
 
 
@@ -38,5 +38,5 @@ def _second(seconds: int) -> str:
 
 
 def _base32(value: int, length: int) -> str:
-    """That many characters, an even number."""
+    """The last `length` digits of a number, in base 32; `length` is even."""
     return "".join([_PAIRS[value >> shift & 1023] for shift in range(5 * length - 10, -1, -10)])

@@ -1,4 +1,4 @@
-"""Tokens: who may do what. The secret is shown once, when it is made; only its hash is kept."""
+"""Tokens and their scopes. A token's secret is shown once; the store has only its hash."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _PREFIX = "ctx_"
 
 
 class Scope(StrEnum):
-    """What a token allows; each allows what those before it do."""
+    """What a token allows; each scope includes the scopes before it."""
 
-    READ = "read"  # see APIs, jobs and logs
+    READ = "read"  # read APIs, jobs and logs
     SUBMIT = "submit"  # submit and stop jobs
-    DEPLOY = "deploy"  # deploy and delete APIs, which is to run any code
+    DEPLOY = "deploy"  # deploy and delete APIs: deploying means running any code
 
     def allows(self, wanted: Scope) -> bool:
         scopes = list(Scope)
@@ -28,7 +28,7 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True)
 class Token:
-    """A token as it is kept."""
+    """A token in the store, without its digest."""
 
     name: str
     scope: Scope
@@ -36,21 +36,24 @@ class Token:
 
 
 def new_secret() -> str:
-    """A new secret: 256 bits of randomness, known by its prefix where it should not be."""
+    """A new secret: 256 random bits, with a prefix by which scanners find leaked ones."""
     return _PREFIX + secrets.token_urlsafe(32)
 
 
 def digest(secret: str) -> str:
-    """SHA-256 of a secret. Nobody guesses 256 random bits, so a slow hash would add nothing but time
-    to each request."""
+    """SHA-256 of a secret: 256 random bits cannot be guessed, so no slow hash is needed."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def checked_name(name: str) -> str:
-    """A token's name; InvalidRequest when it is none."""
+    """Check a token's name.
+
+    Raises:
+        InvalidRequest: the name is not allowed.
+    """
     if not _NAME.fullmatch(name):
         raise InvalidRequest(
-            f"{name!r} is no name for a token: at most 63 letters, digits, '.', '_' and '-' are "
-            "allowed, starting with a letter or digit"
+            f"{name!r} is not a valid token name; use at most 63 letters, digits, '.', '_' and "
+            "'-', starting with a letter or digit"
         )
     return name

@@ -1,5 +1,7 @@
-"""The checks of single fields of a `cortex.yaml`: what each may hold, and the words for what it holds
-instead. Called by the tables of `spec.yaml`; `projects.variables` checks names by the same rule.
+"""The checks of single fields of a `cortex.yaml`, with the messages for wrong values.
+
+The tables of `spec.cortex_yaml` use them. `projects.dotenv` checks names of variables by the same
+rule.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 RESERVED_ENV = "CORTEX_"
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
-# As Ray and Kubernetes have them.
+# The rules of Ray and Kubernetes.
 _LABEL_VALUE = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _LABEL = re.compile(rf"([A-Za-z0-9]([-A-Za-z0-9.]{{0,251}}[A-Za-z0-9])?/)?{_LABEL_VALUE.pattern}")
 _ENDPOINT = re.compile(r"/?([A-Za-z0-9][A-Za-z0-9_.-]{0,252})")
 
 
 class Report:
-    """Takes the mistakes as the checks find them."""
+    """Collects the mistakes that the checks find."""
 
     def __init__(self, mistakes: list[Mistake]) -> None:
         self.mistakes = list(mistakes)
@@ -39,19 +41,19 @@ class Report:
 
 
 Check = Callable[[Value, str, Report], object]
-"""Returns what the spec holds, or None once it has reported."""
+"""Returns the value for the spec, or None after it has reported a mistake."""
 
 
 def name(value: Value, where: str, report: Report) -> object:
-    """The name of an API."""
+    """Check the name of an API."""
     allowed = (
         "at most 63 lower-case letters, digits and hyphens, the first a letter, "
         "the last a letter or a digit"
     )
     if not isinstance(value.data, str) or not _NAME.fullmatch(value.data):
-        wanted = re.sub(r"[^a-z0-9]+", "-", str(value.data).lower())[:63].strip("-")
-        is_near = isinstance(value.data, str) and _NAME.fullmatch(wanted)
-        report.wrong(value, where, allowed, f"; did you mean {quoted(wanted)}?" if is_near else "")
+        near = re.sub(r"[^a-z0-9]+", "-", str(value.data).lower())[:63].strip("-")
+        is_near = isinstance(value.data, str) and _NAME.fullmatch(near)
+        report.wrong(value, where, allowed, f"; did you mean {quoted(near)}?" if is_near else "")
         return None
     if value.data in RESERVED_ENDPOINTS:
         report.add(value.line, where, f"{quoted(value.data)} is reserved; choose another name")
@@ -60,7 +62,7 @@ def name(value: Value, where: str, report: Report) -> object:
 
 
 def one_word(words: tuple[str, ...], note: str = "") -> Check:
-    """One of some words; a note stands behind them where it is none."""
+    """The check for one of some words; the message for any other value ends with the note."""
     allowed = ", ".join(words) + note
 
     def check(value: Value, where: str, report: Report) -> object:
@@ -74,7 +76,7 @@ def one_word(words: tuple[str, ...], note: str = "") -> Check:
 
 
 def project_path(what: str) -> Check:
-    """The path of something in the project."""
+    """The check for a path inside the project."""
 
     def check(value: Value, where: str, report: Report) -> object:
         allowed = f"{what}, relative to this file and inside its folder"
@@ -91,19 +93,19 @@ def project_path(what: str) -> Check:
 
 
 def command(value: Value, where: str, report: Report) -> object:
-    """A command and its arguments."""
+    """Check a command and its arguments."""
     allowed = 'a list of strings, such as ["python", "train.py"]'
     if not isinstance(value.data, list) or not value.data:
         report.wrong(value, where, allowed)
         return None
     return [
-        _text(part, f"{where}[{index}]", report, "a string that is not empty; put it in quotes")
+        _text(part, f"{where}[{index}]", report, "a non-empty string; put it in quotes")
         for index, part in enumerate(value.data)
     ]
 
 
 def modules(value: Value, where: str, report: Report) -> object:
-    """Names of modules."""
+    """Check a list of names of modules."""
     if not isinstance(value.data, list):
         report.wrong(value, where, "a list of modules, such as [numpy, sklearn.svm]")
         return None
@@ -115,14 +117,14 @@ def modules(value: Value, where: str, report: Report) -> object:
 
 
 def env(value: Value, where: str, report: Report) -> object:
-    """Environment variables. What is written as a value may be a secret, and is not shown."""
+    """Check environment variables. Messages never show their values, which may be secrets."""
     if not isinstance(value.data, dict):
         report.add(
             value.line, where, f"found {value.kind()}; allowed: an object of names and strings"
         )
         return None
     for key, below in value.data.items():
-        # Of `NAME:value` and `NAME=value`, which YAML takes for a name, the name alone.
+        # YAML reads `NAME:value` and `NAME=value` as a key: show only the part that is the name.
         written = re.split("[:=]", key, maxsplit=1)[0]
         shown = shortened(key) if written == key else f"{shortened(written)}…"
         name = join(where, shown)
@@ -132,15 +134,15 @@ def env(value: Value, where: str, report: Report) -> object:
         elif key.startswith(RESERVED_ENV):
             report.add(below.line, name, f"names that start with {RESERVED_ENV} are reserved")
         if not isinstance(below.data, str):
-            words = f"found {below.kind()}; allowed: a string; put it in quotes"
-            report.add(below.line, name, words)
+            text = f"found {below.kind()}; allowed: a string; put it in quotes"
+            report.add(below.line, name, text)
         elif "\0" in below.data:
-            report.add(below.line, name, "holds a NUL character")
+            report.add(below.line, name, "contains a NUL character")
     return {key: below.data for key, below in value.data.items()}
 
 
 def config(value: Value, where: str, report: Report) -> object:
-    """Any object that JSON can hold."""
+    """Check an object of JSON values."""
     if isinstance(value.data, dict):
         return _json(value, where, report)
     report.wrong(value, where, "an object")
@@ -148,7 +150,7 @@ def config(value: Value, where: str, report: Report) -> object:
 
 
 def endpoint(value: Value, where: str, report: Report) -> object:
-    """The path of an API, without the slash that it may begin with."""
+    """Check the path of an API; the result has no leading slash."""
     matched = _ENDPOINT.fullmatch(value.data) if isinstance(value.data, str) else None
     if matched is None:
         allowed = "one path segment of letters, digits, _ . and -, the first a letter or a digit"
@@ -161,7 +163,7 @@ def endpoint(value: Value, where: str, report: Report) -> object:
 
 
 def cpu(value: Value, where: str, report: Report) -> object:
-    """Cores, in thousandths."""
+    """Check a number of cores; the result is in thousandths."""
     found = read_cpu_m(_number(value))
     if found:
         return found
@@ -169,8 +171,8 @@ def cpu(value: Value, where: str, report: Report) -> object:
     return None
 
 
-def size(least: int, why: str) -> Check:
-    """A number of bytes, `least` at least, for which `why` is the words."""
+def size(minimum: int, allowed: str) -> Check:
+    """The check for a size in bytes of at least `minimum`; `allowed` is for smaller sizes."""
 
     def check(value: Value, where: str, report: Report) -> object:
         found = read_bytes(_number(value))
@@ -179,8 +181,8 @@ def size(least: int, why: str) -> Check:
             hint = f"; did you mean {quoted(near)}?" if near else ""
             report.wrong(value, where, "bytes, or a size such as 512Mi or 1G", hint)
             return None
-        if found < least:
-            report.wrong(value, where, why)
+        if found < minimum:
+            report.wrong(value, where, allowed)
             return None
         return found
 
@@ -188,7 +190,7 @@ def size(least: int, why: str) -> Check:
 
 
 def labels(value: Value, where: str, report: Report) -> object:
-    """Labels of nodes, each with the values that will do."""
+    """Check labels of nodes, each with its allowed values."""
     if not isinstance(value.data, dict):
         report.wrong(value, where, "an object of labels, each with a value or a list of values")
         return None
@@ -196,9 +198,7 @@ def labels(value: Value, where: str, report: Report) -> object:
     for key, below in value.data.items():
         name = join(where, shortened(key))
         if not _LABEL.fullmatch(key):
-            allowed = (
-                "at most 63 letters, digits, - _ and ., and before them a domain and /, if any"
-            )
+            allowed = "at most 63 letters, digits, - _ and ., optionally after a domain and a /"
             report.add(
                 below.line, where, f"found the label {quoted(key)}; allowed in a label: {allowed}"
             )
@@ -208,19 +208,19 @@ def labels(value: Value, where: str, report: Report) -> object:
                 allowed = (
                     "at most 63 letters, digits, - _ and ., in quotes if it looks like a number"
                 )
-                report.wrong(each, name, f"{allowed}; or a list of such")
+                report.wrong(each, name, f"{allowed}; or a list of such values")
         found[key] = tuple(each.data for each in values)
     return found
 
 
-def count(least: int, most: int) -> Check:
-    """A whole number from `least` to `most`."""
+def count(minimum: int, maximum: int) -> Check:
+    """The check for a whole number from `minimum` to `maximum`."""
 
     def check(value: Value, where: str, report: Report) -> object:
         is_integer = isinstance(value.data, int) and not isinstance(value.data, bool)
-        if is_integer and isinstance(value.data, int) and least <= value.data <= most:
+        if is_integer and isinstance(value.data, int) and minimum <= value.data <= maximum:
             return value.data
-        report.wrong(value, where, f"a whole number, {least} or more")
+        report.wrong(value, where, f"a whole number, {minimum} or more")
         return None
 
     return check
@@ -240,13 +240,13 @@ def _json(value: Value, where: str, report: Report) -> JsonValue:
     if isinstance(data, list):
         return [_json(v, f"{where}[{index}]", report) for index, v in enumerate(data)]
     if isinstance(data, Odd) or (isinstance(data, float) and not math.isfinite(data)):
-        report.wrong(value, where, "what JSON can hold; put it in quotes to make it a string")
+        report.wrong(value, where, "a JSON value; put it in quotes to make it a string")
         return None
     return data
 
 
 def _number(value: Value) -> str:
-    """A number, or what a string says of one; nothing for anything else."""
+    """The text of a number, or a string as it is; empty for any other value."""
     if isinstance(value.data, float):
         return f"{value.data:.0f}" if value.data.is_integer() else str(value.data)
     is_one = isinstance(value.data, int | str) and not isinstance(value.data, bool)

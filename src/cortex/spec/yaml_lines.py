@@ -1,7 +1,7 @@
-"""YAML text as plain values that know their lines: the half of `spec.yaml` that knows YAML.
+"""YAML text as plain values with their lines: the part of `spec.cortex_yaml` that knows YAML.
 
-The text is only composed into nodes, never constructed into objects: no tag runs anything, a line is
-known for everything, and duplicate keys, dates and tags become mistakes like any other.
+The text is only composed into nodes, never constructed into objects. Therefore no tag runs any
+code, every value has a line, and duplicate keys, dates and tags become mistakes like any other.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from ruamel.yaml.reader import ReaderError
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 100
 MAX_VALUES = 20_000
-# What aliases expand to, in characters and as many for each value as a value takes of memory.
+# The size of the text after its aliases are expanded, in characters. Each value also counts
+# `_VALUE_COST` characters for its memory.
 MAX_EXPANDED = 8 << 20
 _VALUE_COST = 64
-_LONGEST_SHOWN = 60
+_MAX_SHOWN = 60
 
 _TAG = "tag:yaml.org,2002:"
 _TRUE = {"true", "yes", "on", "y"}
@@ -32,7 +33,7 @@ _ODD_TAGS = {"timestamp": "a date", "binary": "binary data", "set": "a set", "om
 
 @dataclass(frozen=True)
 class Odd:
-    """What YAML can say and JSON cannot: `what` names it, `text` is what the file has."""
+    """A value of YAML that JSON does not have: its description, and its text in the file."""
 
     what: str
     text: str = ""
@@ -40,13 +41,13 @@ class Odd:
 
 @dataclass(frozen=True)
 class Value:
-    """A value and its line: of its key in an object, else its own."""
+    """A value and its line; in an object the line of its key."""
 
     data: bool | int | float | str | Odd | list[Value] | dict[str, Value] | None
     line: int
 
     def shown(self) -> str:
-        """What was found, in few words."""
+        """The value for a message."""
         if isinstance(self.data, Odd):
             text = self.data.text
             return f"{self.data.what} ({shortened(text)})" if text else self.data.what
@@ -57,7 +58,7 @@ class Value:
         return self.kind()
 
     def kind(self) -> str:
-        """What was found, without its content, which may be a secret."""
+        """The kind of the value, without its content, which may be a secret."""
         if isinstance(self.data, Odd):
             return self.data.what
         if isinstance(self.data, list):
@@ -79,41 +80,41 @@ class Mistake:
 
 
 def quoted(text: str) -> str:
-    """A string in double quotes, as `shortened` has it."""
+    """A string in double quotes, after `shortened`."""
     return f'"{shortened(text)}"'
 
 
 def shortened(text: str) -> str:
-    """At most sixty characters, all of them printable."""
-    start = text[: _LONGEST_SHOWN + 1]
+    """At most 60 characters of a text, all printable."""
+    start = text[: _MAX_SHOWN + 1]
     if not start.isprintable():
         start = start.encode("unicode_escape").decode("ascii")
-    return start if len(start) <= _LONGEST_SHOWN else start[: _LONGEST_SHOWN - 1] + "…"
+    return start if len(start) <= _MAX_SHOWN else start[: _MAX_SHOWN - 1] + "…"
 
 
 def did_you_mean(found: str, candidates: Iterable[str]) -> str:
-    """`; did you mean "definition"?`, or nothing where no candidate is near."""
+    """`; did you mean "definition"?`, or an empty text if no candidate is similar."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
     near = difflib.get_close_matches(found[:200].lower(), by_lower, n=1)
     return f"; did you mean {quoted(by_lower[near[0]])}?" if near else ""
 
 
 def join(where: str, key: str) -> str:
-    """The name of a field within another."""
+    """The dotted name of a field inside another."""
     return f"{where}.{key}" if where else key
 
 
 def read_nodes(text: str) -> tuple[Value | None, list[Mistake]]:
-    """The document as values, None where there is none; and the mistakes on this level."""
+    """The document as values, or None without one; and the mistakes at the level of YAML."""
     if len(text) > MAX_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
-        return None, [Mistake(1, "the file is over 1 MiB")]
+        return None, [Mistake(1, "the file is larger than 1 MiB")]
     root = _compose(text)
     if root is None or isinstance(root, Mistake):
         return None, [root] if root is not None else []
     builder = _Builder()
     try:
         return builder.value(root, root.start_mark.line + 1, "", 0), builder.mistakes
-    except _TooMuch as error:
+    except _TooLarge as error:
         return None, [*builder.mistakes, error.mistake]
 
 
@@ -123,14 +124,14 @@ def _compose(text: str) -> Node | Mistake | None:
         if excess is not None:
             return Mistake(1, excess)
         yaml = YAML(typ="safe", pure=True)
-        # YAML 1.2 allows them, and a log holds nothing of what users send.
+        # YAML 1.2 allows them, and a warning would put a user's text into the log.
         yaml.composer.warn_double_anchors = False
         root: Node | None = yaml.compose(text)
     except YAMLError as error:
         return _syntax(error, text)
     except RecursionError:
         return Mistake(1, _TOO_DEEP)
-    except Exception as error:  # ruamel lets what chr, int and the like raise escape
+    except Exception as error:  # ruamel does not catch the errors of chr, int and the like
         return Mistake(1, f"cannot be read as YAML: {_one_line(str(error))}")
     return root
 
@@ -147,21 +148,21 @@ def _excess(text: str) -> str | None:
         if depth > MAX_DEPTH:
             return _TOO_DEEP
         if count > MAX_VALUES:
-            return f"over {MAX_VALUES:,} values"
+            return f"more than {MAX_VALUES:,} values"
     return None
 
 
-_TOO_DEEP = f"nested over {MAX_DEPTH} levels deep, or an alias that holds itself"
+_TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep, or an alias contains itself"
 
 
-class _TooMuch(Exception):
+class _TooLarge(Exception):
     def __init__(self, mistake: Mistake) -> None:
         super().__init__(mistake.text)
         self.mistake = mistake
 
 
 class _Builder:
-    """Turns nodes into values, and stops where aliases make them too many."""
+    """Turns nodes into values, and stops if aliases expand to too many."""
 
     def __init__(self) -> None:
         self.mistakes: list[Mistake] = []
@@ -170,9 +171,9 @@ class _Builder:
     def value(self, node: Node, line: int, where: str, depth: int) -> Value:
         self._left -= _VALUE_COST + (len(node.value) if isinstance(node, ScalarNode) else 0)
         if self._left < 0:
-            raise _TooMuch(Mistake(line, "too large once its aliases are expanded"))
+            raise _TooLarge(Mistake(line, "too large once its aliases are expanded"))
         if depth > MAX_DEPTH:
-            raise _TooMuch(Mistake(line, _TOO_DEEP))
+            raise _TooLarge(Mistake(line, _TOO_DEEP))
         tag = str(node.tag).removeprefix(_TAG)
         if isinstance(node, ScalarNode):
             return Value(_scalar(tag, node.value), line)
@@ -231,12 +232,12 @@ def _scalar(tag: str, text: str) -> _Scalar:
     try:
         return convert(text) if convert else _odd(tag, text)
     except ValueError:
-        return Odd("a number that cannot be read", text)
+        return Odd("an invalid number", text)
 
 
 def _unicode(text: str) -> str | Odd:
     try:
-        # An escaped pair of surrogates, as JSON writes it, is one character.
+        # A pair of escaped surrogates, as in JSON, is one character.
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
     except UnicodeDecodeError:
         return Odd("text with half a character (a lone surrogate)")
@@ -247,7 +248,7 @@ def _integer(text: str) -> int:
     digits = text.lstrip("+-").lower()
     base = {"0x": 16, "0o": 8, "0b": 2}.get(digits[:2], 10)
     value = int(digits, base)
-    str(value)  # over the interpreter's limit of digits, JSON could not be written either
+    str(value)  # beyond the interpreter's limit of digits, it cannot be encoded as JSON either
     return -value if text.startswith("-") else value
 
 
@@ -272,16 +273,18 @@ def _syntax(error: YAMLError, text: str) -> Mistake:
         return Mistake(1, f"cannot be read as YAML: {_one_line(str(error))}")
     mark = error.problem_mark or error.context_mark
     words = [w for w in (error.context, error.problem) if isinstance(w, str)]
-    for start, instead in _WITHOUT_QUOTES.items():
+    for start, instead in _QUOTE_HINTS.items():
         words = [instead if word.startswith(start) else word for word in words]
     line = mark.line + 1 if mark is not None else 1
     return Mistake(line, f"cannot be read as YAML: {_one_line(', '.join(words))}")
 
 
-# A value that was meant as text, and may be a secret.
-_WITHOUT_QUOTES = {
+# The user meant a text, which may be a secret: the message does not show it.
+_QUOTE_HINTS = {
     "found undefined alias": "found undefined alias; put a value that begins with * in quotes",
-    "found undefined tag handle": "found undefined tag handle; put a value that begins with ! in quotes",
+    "found undefined tag handle": (
+        "found undefined tag handle; put a value that begins with ! in quotes"
+    ),
 }
 
 

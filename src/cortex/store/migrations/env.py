@@ -1,4 +1,4 @@
-"""Alembic's entry: it runs the migrations on the connection that `database.migrate` hands over."""
+"""Alembic's entry point: runs the migrations on the connection from `database.migrate`."""
 
 from alembic import context
 

@@ -1,4 +1,4 @@
-"""What limits and retention ask for: jobs that wait, by API; finished ones by age; jobs by version."""
+"""Indexes for limits and retention: waiting jobs by API, finished jobs by age, jobs by version."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Who drives the jobs."""
+"""The operators of the database."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Several operators: where each is reached, which of them drives, and word of every change to all."""
+"""Several operators: their addresses, the leader's term and lease, notifications of changes."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -6,7 +6,8 @@ from alembic import op
 revision = "0005"
 down_revision = "0004"
 
-# What is told is told by the commit that makes it so. The name of the session says who did it.
+# The commit of a change sends its notification. The name of the session shows which operator made
+# it.
 _TELL = """
 CREATE FUNCTION cortex_tell_job() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN

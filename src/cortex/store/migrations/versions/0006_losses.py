@@ -1,4 +1,4 @@
-"""Attempts that were lost and followed by another."""
+"""The number of a job's lost attempts that were retried."""
 
 import sqlalchemy as sa
 from alembic import op

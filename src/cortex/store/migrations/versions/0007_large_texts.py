@@ -1,4 +1,4 @@
-"""Long configs and results in a table of their own, and how many bytes of config wait."""
+"""Long configs and results in a table of their own, and the bytes of each job's config."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -13,7 +13,7 @@ def upgrade() -> None:
     op.add_column(
         "jobs", sa.Column("config_bytes", sa.BigInteger, nullable=False, server_default="0")
     )
-    # What is long in rows of before stays there; only what waits counts.
+    # Long texts of existing rows stay there. Only waiting jobs need their size, for the limit.
     op.execute("UPDATE jobs SET config_bytes = length(spec) WHERE state = 'waiting'")
     op.drop_index("jobs_waiting", "jobs")
     op.create_index(
