@@ -1,4 +1,4 @@
-"""Every error of the platform: what happened, its HTTP status, and what the user can do about it.
+"""Every error of the platform: what happened, its HTTP status, and what to do about it.
 
 The code raises an error where it knows the fact, the operator turns it into HTTP, the client turns
 the answer back into the same class, and the command prints it. `kind` is stable: programs may
@@ -170,7 +170,7 @@ class StorageUnavailable(CortexError):
 
 
 class Superseded(StorageUnavailable):
-    """Another operator is the leader, and only the leader may make this change; nothing was stored."""
+    """Another operator is the leader, and only the leader may do this; nothing was stored."""
 
     kind = "operator.superseded"
 

@@ -224,7 +224,7 @@ def test_a_log_that_one_operator_archived_any_other_has(
 
 
 def test_a_store_of_files_that_is_wrong_from_the_beginning_is_told(tmp_path: Path) -> None:
-    assert "no bucket 'nothere'. Make it" in refused(tmp_path, "--files", "s3://nothere/x")
+    assert "no bucket 'nothere'. Create it" in refused(tmp_path, "--files", "s3://nothere/x")
 
 
 def test_what_was_there_before_there_was_a_store_of_files_is_sent_to_it(kept: Kept) -> None:
@@ -371,7 +371,7 @@ def test_what_is_needed_from_there_is_waited_for_and_what_is_to_be_removed_goes_
         way.shuts_at = b".lock"  # before it can be told whether there is one
         endpoint = running.deployed(probe_yaml(), files)
         job = running.submit(endpoint, config=SAY)
-        words = "retrying until this clears: the store of files"
+        words = "retrying until this clears: the object store"
         until(lambda: words in running.status(endpoint, job).get("message", ""), "it says why")
         way.shuts_at = b"?delete"  # whenever that is
         way.open()

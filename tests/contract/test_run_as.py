@@ -210,7 +210,7 @@ def test_the_database_is_nobody_elses(shared: Operator) -> None:
     ("user", "as_user", "words"),
     [
         ("no-such-user", None, "no user 'no-such-user'"),
-        ("root", None, "is root itself"),
+        ("root", None, "--run-as root is root"),
         (USER, 65534, "only root can run jobs"),
     ],
 )

@@ -227,7 +227,7 @@ def test_what_is_shown_is_a_file_that_means_the_same(tmp_path: Path) -> None:
 
 def test_a_store_of_files_that_is_none_is_refused_without_its_secret(tmp_path: Path) -> None:
     (told,) = mistakes(tmp_path, files="s3://key:s3cret@bucket")
-    assert told.startswith("--files: credentials do not belong here")
+    assert told.startswith("--files: credentials are not allowed in the URL")
     assert "s3cret" not in told
 
 

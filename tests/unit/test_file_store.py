@@ -1,4 +1,4 @@
-"""The store of files, on a folder and on a real S3 server."""
+"""The object store, on a folder and on a real S3 server."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_reader_sees_one_content_or_the_other(files: ObjectStore, tmp_path: Pa
 
 def test_it_belongs_with_one_data_folder(files: ObjectStore) -> None:
     assert files.owner() is None
-    files.own("one")
+    files.set_owner("one")
     assert files.owner() == "one"
     assert ObjectStore(files.url).owner() == "one"
 
@@ -115,13 +115,13 @@ def test_it_belongs_with_one_data_folder(files: ObjectStore) -> None:
     [
         ("bucket/prefix", "write s3://BUCKET/PREFIX"),
         ("gs://bucket", "write s3://BUCKET/PREFIX"),
-        ("s3://", "is needed"),
+        ("s3://", "are allowed in it"),
         ("s3:///prefix", "write s3://"),
         ("file://folder", "write s3://"),
-        ("s3://key:secret@bucket/prefix", "credentials do not belong here"),
-        ("s3://bucket/a*", "is needed"),
-        ("s3://bucket/../other", "is needed"),
-        ("s3://bucket/a\n", "is needed"),
+        ("s3://key:secret@bucket/prefix", "credentials are not allowed in the URL"),
+        ("s3://bucket/a*", "are allowed in it"),
+        ("s3://bucket/../other", "are allowed in it"),
+        ("s3://bucket/a\n", "are allowed in it"),
     ],
 )
 def test_what_is_no_store_of_files_is_told(url: str, told: str) -> None:
@@ -147,8 +147,8 @@ def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_bucket_that_is_not_there_is_told(at_s3: S3, tmp_path: Path) -> None:
     files = ObjectStore("s3://nothere-1/prefix")
-    for attempt in (files.owner, lambda: files.own("x")):
-        with pytest.raises(StartupError, match=r"no bucket 'nothere-1'. Make it"):
+    for attempt in (files.owner, lambda: files.set_owner("x")):
+        with pytest.raises(StartupError, match=r"no bucket 'nothere-1'. Create it"):
             attempt()
     # It may have been there before: nothing is concluded of what it held.
     for later in (
@@ -174,10 +174,10 @@ def test_missing_credentials_are_told(at_s3: S3, monkeypatch: pytest.MonkeyPatch
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     with pytest.raises(StartupError, match="Set AWS_ACCESS_KEY_ID"):
-        ObjectStore(f"s3://{bucket}").own("x")
+        ObjectStore(f"s3://{bucket}").set_owner("x")
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(StartupError, match="nobody"):
-        ObjectStore(f"s3://{bucket}").own("x")
+        ObjectStore(f"s3://{bucket}").set_owner("x")
 
 
 @pytest.fixture
@@ -200,14 +200,14 @@ def test_credentials_that_are_refused_are_told(
     strict: tuple[S3, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"s3://{strict[1]}/prefix"
-    with pytest.raises(StartupError, match=r"not allowed .* s3:PutObject"):
-        ObjectStore(url).own("x")
+    with pytest.raises(StartupError, match=r"access denied .* s3:PutObject"):
+        ObjectStore(url).set_owner("x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StartupError, match=r"refuses the credentials .SignatureDoesNotMatch"):
-        ObjectStore(url).own("x")
+        ObjectStore(url).set_owner("x")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIANOBODY")
     with pytest.raises(StartupError, match=r"refuses the credentials .InvalidAccessKeyId"):
-        ObjectStore(url).own("x")
+        ObjectStore(url).set_owner("x")
 
 
 def test_a_server_that_is_away_is_told(at_s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +224,7 @@ def test_a_server_that_hangs_is_given_up_and_found_again(
             monkeypatch.setenv(name, value)
         bucket = f"s3://{server.bucket()}"
         ObjectStore(bucket).put("x", b"x")
-        for name in ("_ANSWER_S", "_CONNECT_S"):
+        for name in ("_READ_TIMEOUT_S", "_CONNECT_TIMEOUT_S"):
             monkeypatch.setattr(f"cortex.objects.{name}", 1)
         files = ObjectStore(bucket)
         server.freeze()

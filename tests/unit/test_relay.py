@@ -100,7 +100,7 @@ def test_a_change_while_another_one_is_looked_at_is_not_missed(
                 await changed.wait()
                 return found
 
-            monkeypatch.setattr(both.first.operators, "driver", slowly)
+            monkeypatch.setattr(both.first.operators, "leader", slowly)
             both.relay.leader_changed()
             looking = both.relay._refreshing
             await asyncio.sleep(0.2)

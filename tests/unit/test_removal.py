@@ -36,7 +36,7 @@ class Parts:
     def retention(self) -> Retention:
         return Retention(
             self.settings, self.store, LocalEngine(self.settings.jobs), self.versions,
-            self.projects, self.environments, None, self.store.in_turn(),
+            self.projects, self.environments, None,
         )  # fmt: skip
 
     def project(self, content: str) -> str:

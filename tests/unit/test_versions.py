@@ -129,7 +129,7 @@ async def _check(tmp_path: Path) -> None:
         await store.deploy([spec])
         versions = Versions(store, projects, None)
         shelf.rename(tmp_path / "away")
-        with pytest.raises(HeldUp, match=r"the store of files .* cannot be used"):
+        with pytest.raises(HeldUp, match=r"the object store .* cannot be used"):
             await versions.prepare("v1")
         shelf.mkdir()
         with pytest.raises(Unusable, match="deploy it again"):

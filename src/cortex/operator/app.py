@@ -101,7 +101,6 @@ async def opened(settings: Settings, failed: Callable[[Exception], None]) -> Asy
         check_whole(settings)
         store = Store(settings.database_url, settings.max_waiting_bytes)
         stack.callback(store.close)
-        deploy_lock = store.in_turn()
         data_folder_id = await settle(settings, store, files)
         if settings.require_token:
             await _check_tokens(store)
@@ -131,7 +130,7 @@ async def opened(settings: Settings, failed: Callable[[Exception], None]) -> Asy
         metrics = Metrics()
         leadership = Leadership(
             settings, store, peers.jobs, catalogue, versions, projects, environments, archive,
-            metrics, deploy_lock,
+            metrics,
             new_engine=lambda: _engine(settings, data_folder_id, projects), failed=failed,
         )  # fmt: skip
         await peers.open(leadership, settings.lease_s)
@@ -140,7 +139,7 @@ async def opened(settings: Settings, failed: Callable[[Exception], None]) -> Asy
             peers.leader, archive, metrics,
         )  # fmt: skip
         stack.callback(ctx.bodies.close)
-        deployer = Deployer(store, projects, catalogue, peers.jobs, deploy_lock)
+        deployer = Deployer(store, projects, catalogue, peers.jobs)
         refusals = Refusals(store)
         stack.push_async_callback(refusals.close)
         yield create_app(ctx, deployer, refusals)

@@ -111,7 +111,7 @@ def _settle(settings: Settings, store: Store, files: ObjectStore | None) -> str:
             _unmark(settings, store)
         raise
     if files is not None:
-        files.own(own)
+        files.set_owner(own)
     return own
 
 

@@ -21,7 +21,7 @@ from cortex.projects.environments import Environments
 from cortex.projects.repository import Projects
 from cortex.spec.api import DEFAULT_DEPENDENCIES, ApiSpec
 from cortex.spec.times import now_ns
-from cortex.store import DatabaseLock, Store
+from cortex.store import Store
 from cortex.system.background import Background, in_thread
 from cortex.system.folders import remove
 
@@ -44,7 +44,6 @@ class Retention:
         projects: Projects,
         environments: Environments,
         archive: Archive | None,
-        deploy_lock: DatabaseLock,
     ) -> None:
         self._settings = settings
         self._keep = settings.keep
@@ -54,7 +53,6 @@ class Retention:
         self._projects = projects
         self._environments = environments
         self._archive = archive
-        self._deploy_lock = deploy_lock
         self._background = Background(_FAILED)
         self._is_closed = threading.Event()
 
@@ -96,7 +94,7 @@ class Retention:
                 await self._remove_jobs(ids)
         await store.trim_audit(None if keep.audit_s is None else _ago(keep.audit_s))
         if keep.jobs_s is not None:
-            async with self._deploy_lock:
+            async with self._store.deploy_lock:
                 used = await self._retire_versions(_ago(keep.jobs_s))
             await in_thread(self._remove_unused, used)  # without the lock: it takes long
 

@@ -1,4 +1,4 @@
-"""THE state machine of a job: two tables and nothing else.
+"""THE state machine of a job: two tables, and a description of each state.
 
 A job has an *observed* state (`State`) and a *wanted* one (`Wanted`). Every change is an `Event`.
 `TRANSITIONS` lists the observed states that accept an event, and the state to which it leads.

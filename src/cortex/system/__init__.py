@@ -1,1 +1,1 @@
-"""What the operating system gives: the account of jobs, background work, and the removal of folders."""
+"""Operating system: the account of jobs, background work, removal of folders, kinds of errors."""

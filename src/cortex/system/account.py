@@ -1,5 +1,7 @@
-"""The system user that users' code runs as, where that is not the operator's own: builds of
-environments, fork servers, supervisors and workers. Used by `projects` and `engines`.
+"""The system user that runs users' code, if it is not the operator's own user.
+
+It runs the builds of environments, fork servers, supervisors and workers. Used by `projects` and
+`engines`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ R = TypeVar("R")
 
 
 class Identity(TypedDict, total=False):
-    """What `subprocess` takes to start a process as somebody."""
+    """The arguments of `subprocess` for starting a process as another user."""
 
     user: int
     group: int
@@ -39,29 +41,29 @@ class Account:
 
     @property
     def variables(self) -> dict[str, str]:
-        """What a login would set."""
+        """The environment variables that a login sets."""
         return {"HOME": self.home, "USER": self.name, "LOGNAME": self.name}
 
     def own(self, path: Path) -> None:
-        """Make it this user's; of a link, the link."""
+        """Give a file to this user; of a symbolic link, the link itself."""
         os.chown(path, self.uid, self.gid, follow_symlinks=False)
 
 
 def find(name: str) -> Account:
-    """The account of a name, for an operator that is to run jobs as it.
+    """The account of a name, as which the operator is to run jobs.
 
     Raises:
-        StartupError: there is none, it is root, or this operator may not become it.
+        StartupError: there is no such user, it is root, or the operator itself is not root.
     """
     try:
         entry = pwd.getpwnam(name)
     except KeyError as error:
         raise StartupError(
-            f"this system has no user {name!r}; make one (`useradd --system {name}`), or give "
-            "another to --run-as"
+            f"this system has no user {name!r}; create it (`useradd --system {name}`), or name "
+            "another user with --run-as"
         ) from error
     if entry.pw_uid == 0:
-        raise StartupError(f"--run-as {name} is root itself: name a user without rights, or none")
+        raise StartupError(f"--run-as {name} is root: name an unprivileged user, or omit --run-as")
     if os.geteuid() != 0:
         raise StartupError(
             f"only root can run jobs as {name!r}: start the operator as root, or without --run-as"
@@ -71,22 +73,23 @@ def find(name: str) -> Account:
 
 
 def identity(account: Account | None) -> Identity:
-    """What starts a process as an account; nothing for the operator's own."""
+    """The arguments of `subprocess` for an account; none for the operator's own user."""
     if account is None:
         return {}
     return {"user": account.uid, "group": account.gid, "extra_groups": list(account.groups)}
 
 
 def without_new_privileges(start: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call what starts a process: neither that nor what comes from it gains rights by what it executes (setuid
-    programs, capabilities of files).
+    """Call a function that starts a process, which can then gain no rights by what it executes.
+
+    That excludes setuid programs and file capabilities, also for the descendants of the process.
 
     Raises:
         OSError: the process could not be started.
     """
 
     def bound() -> R:
-        processes.prctl(processes.PR_SET_NO_NEW_PRIVS, 1)  # of this thread, and of what it forks
+        processes.prctl(processes.PR_SET_NO_NEW_PRIVS, 1)  # for this thread and its children
         return start(*args, **kwargs)
 
     with ThreadPoolExecutor(1) as thread:

@@ -1,5 +1,6 @@
-"""Work that goes on in the background of an event loop, or beside it. Used by `operator` and `engines`, where
-several things are under way that nobody waits for.
+"""Work in the background of an event loop, or in threads beside it.
+
+Used by `operator` and `engines` for work that no caller awaits.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ R = TypeVar("R")
 
 
 async def in_thread(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """What a function that blocks returns.
+    """Run a blocking function in a thread; what it returns.
 
     Raises:
-        OSError: the machine has no room for another thread; that passes, as other shortages do.
+        OSError: the machine cannot start another thread now; a shortage that may pass.
     """
     try:
         return await asyncio.to_thread(function, *args, **kwargs)
@@ -30,23 +31,23 @@ async def in_thread(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs)
 
 
 class Background:
-    """Holds what it runs: the loop itself would let go of a task that nobody else does."""
+    """Runs tasks and keeps references to them: the loop itself has only weak ones."""
 
     def __init__(self, failed: str) -> None:
         """
         Args:
-            failed: what is logged of work that raises.
+            failed: the log event for a task that raises.
         """
         self.is_closed = False
         self._failed = failed
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
-        """How much is under way."""
+        """The number of running tasks."""
         return len(self._tasks)
 
     def run(self, work: Coroutine[object, object, None], name: str | None = None) -> None:
-        """Let it be done; nothing is begun after `close`."""
+        """Run a coroutine as a task; after `close`, discard it."""
         if self.is_closed:
             work.close()
             return
@@ -55,12 +56,12 @@ class Background:
         task.add_done_callback(self._done)
 
     async def finish(self) -> None:
-        """Wait until nothing is under way."""
+        """Wait until all tasks are done, also those that tasks start."""
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def close(self) -> None:
-        """Give up what is under way."""
+        """Cancel all tasks."""
         self.is_closed = True
         for task in self._tasks:
             task.cancel()

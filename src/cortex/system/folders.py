@@ -1,6 +1,8 @@
-"""Removing a folder that users' code has written in. Used where jobs' folders and environments are removed: by the
-operator, and on the nodes of a cluster. Jobs of another user may be at it meanwhile, and the operator has more rights
-than they have: nothing in there is done by its path.
+"""Removes a folder that users' code has written to, such as a job's folder or an environment.
+
+The operator and the agents on the nodes use it. Jobs of another user may change the folder
+meanwhile, and the operator has more rights than they have, so nothing inside is addressed by its
+path.
 """
 
 from __future__ import annotations
@@ -17,26 +19,25 @@ log = structlog.get_logger()
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder and all that is in it, if it is there; one that withstands is logged and left. Nothing
-    above it is touched.
+    """Remove a folder with its content, if it exists. Logs a folder that cannot be removed.
 
     Args:
-        folder: in one where nobody else may write.
+        folder: its parent must be writable for this user alone.
     """
     with suppress(FileNotFoundError), beneath.opened(str(folder.parent)) as above:
         remove_from(above, folder)
 
 
 def remove_from(above: int, folder: Path) -> None:
-    """The same, where others may write in the folder above.
+    """Remove a folder as `remove` does, if others may write to its parent.
 
     Args:
-        above: that one, open.
+        above: descriptor of the parent.
     """
     name = folder.name
     with suppress(OSError):
-        # A supervising process may move a job's `files` on to its next job at any moment. Under another
-        # name it cannot: what is found in there to be removed is none of that job's.
+        # A supervisor may move a job's `files` on to its next job at any moment. It cannot after
+        # this rename, so the removal deletes nothing of the next job.
         fd = os.open(name, beneath.FOLDER, dir_fd=above)
         try:
             os.rename("files", ".files", src_dir_fd=fd, dst_dir_fd=fd)
@@ -44,4 +45,4 @@ def remove_from(above: int, folder: Path) -> None:
             os.close(fd)
     trees.remove_from(above, name)
     if beneath.stat(above, name) is not None:
-        log.warning("cannot be removed", path=str(folder))
+        log.warning("folder cannot be removed", path=str(folder))

@@ -22,7 +22,7 @@ from cortex.spec.cortex_yaml import field_lines, invalid_spec, read_apis, submit
 from cortex.spec.job import Json
 from cortex.spec.times import new_id, now_ns, rfc3339
 from cortex.spec.yaml_lines import Mistake
-from cortex.store import DatabaseLock, Deployment, Store
+from cortex.store import Deployment, Store
 
 log = structlog.get_logger()
 
@@ -58,17 +58,11 @@ class Deployer:
         projects: Projects,
         catalogue: Catalogue,
         jobs: Jobs,
-        deploy_lock: DatabaseLock,
     ) -> None:
-        """
-        Args:
-            deploy_lock: held while versions are added or removed.
-        """
         self._store = store
         self._projects = projects
         self._catalogue = catalogue
         self._jobs = jobs
-        self._deploy_lock = deploy_lock
 
     async def deploy(
         self, *, file: str, text: str, archive: BinaryIO, replace: bool, actor: Actor
@@ -91,7 +85,7 @@ class Deployer:
         apis = await asyncio.to_thread(read_apis, text, file)
         _check_masks(apis, file, text)
         submitted = await asyncio.to_thread(submitted_entries, text)
-        async with self._deploy_lock:
+        async with self._store.deploy_lock:
             project, warnings = await asyncio.to_thread(self._take_in, apis, file, text, archive)
             current = {d.name: d for d in await self._store.deployments()}
             done: list[tuple[Deployment, str]] = []
@@ -123,7 +117,7 @@ class Deployer:
         Raises:
             NotFound: it is not deployed.
         """
-        async with self._deploy_lock:
+        async with self._store.deploy_lock:
             versions = await self._store.versions(name)
             stopped = await self._store.undeploy(name, f"the API {name} was deleted", actor)
             # The newest first: the end of a job must not start another that is about to be stopped.

@@ -14,7 +14,7 @@ from cortex.errors import StorageUnavailable
 from cortex.operator.deploy.catalogue import Catalogue, DeployedApi
 from cortex.operator.deploy.versions import HeldUp, Unusable, Versions
 from cortex.projects.repository import Projects
-from cortex.store import DatabaseLock, Store
+from cortex.store import Store
 from cortex.system.background import Background
 
 log = structlog.get_logger()
@@ -32,14 +32,12 @@ class Warmer:
         catalogue: Catalogue,
         versions: Versions,
         projects: Projects,
-        deploy_lock: DatabaseLock,
     ) -> None:
         self._store = store
         self._engine = engine
         self._catalogue = catalogue
         self._versions = versions
         self._projects = projects
-        self._deploy_lock = deploy_lock
         self._background = Background("post-deploy task failed")
         self._warming: dict[str, asyncio.Task[None]] = {}  # by version
 
@@ -91,7 +89,7 @@ class Warmer:
         self._warming[api_id] = warming
         try:
             version = await self._versions.prepare(api_id)
-            async with self._deploy_lock:  # a version of an API that is being deleted is not warmed
+            async with self._store.deploy_lock:  # a version of an API that is being deleted is not warmed
                 current = await self._store.deployments()
                 if any(deployment.spec.api_id == api_id for deployment in current):
                     self._engine.warm(version)

@@ -20,7 +20,7 @@ from cortex.operator.metrics import Metrics
 from cortex.operator.retention import Retention
 from cortex.projects.environments import Environments
 from cortex.projects.repository import Projects
-from cortex.store import DatabaseLock, Store
+from cortex.store import Store
 from cortex.system.background import in_thread
 
 
@@ -38,7 +38,6 @@ class Leadership:
         environments: Environments,
         archive: Archive | None,
         metrics: Metrics,
-        deploy_lock: DatabaseLock,
         *,
         new_engine: Callable[[], Engine],
         failed: Callable[[Exception], None],
@@ -57,12 +56,11 @@ class Leadership:
         self._environments = environments
         self._archive = archive
         self._metrics = metrics
-        self._deploy_lock = deploy_lock
         self._new_engine = new_engine
         self._opened = AsyncExitStack()
-        self.failed = failed
+        self.on_failure = failed
 
-    async def drive(self) -> None:
+    async def lead(self) -> None:
         """Open the parts of a leader, in order.
 
         Raises:
@@ -99,7 +97,6 @@ class Leadership:
                 self._catalogue,
                 self._versions,
                 self._projects,
-                self._deploy_lock,
             )
             stack.push_async_callback(warmer.close)
             await warmer.open()
@@ -111,7 +108,6 @@ class Leadership:
                 self._projects,
                 self._environments,
                 archive,
-                self._deploy_lock,
             )
             stack.push_async_callback(retention.close)
             await retention.open()

@@ -37,8 +37,8 @@ class Peers:
             StartupError: as `LeaderCallbacks.lead` does.
         """
         self._task = asyncio.create_task(self._refresh(), name="changed APIs")
-        await self._store.operators.listen(self.jobs)
-        await self._store.operators.campaign(callbacks, lease_s)
+        await self._store.operators.subscribe(self.jobs)
+        await self._store.operators.join_election(callbacks, lease_s)
 
     async def close(self) -> None:
         """Step down, and end all subscriptions."""

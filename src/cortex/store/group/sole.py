@@ -25,34 +25,36 @@ class SoleOperator:
         """False: it has no row of its own."""
         return False
 
-    def places(self) -> set[str]:
-        """No database belongs with a data folder that it lies in."""
+    def data_folder_ids(self) -> set[str]:
+        """None: the database lies in its data folder."""
         return set()
 
-    def join(self, place: str, runs_on: str, address: str, instead_of: str | None = None) -> None:
-        """There is nobody to join."""
+    def join(
+        self, data_folder_id: str, runs_on: str, address: str, instead_of: str | None = None
+    ) -> None:
+        """There is no group to join."""
 
-    async def listen(self, hearer: ChangeListener) -> None:
-        """There are no changes of others."""
+    async def subscribe(self, listener: ChangeListener) -> None:
+        """No other operator makes changes."""
 
-    async def campaign(self, candidate: LeaderCallbacks, lease_s: float) -> None:
+    async def join_election(self, callbacks: LeaderCallbacks, lease_s: float) -> None:
         """Lead at once.
 
         Raises:
-            StartupError: as `LeaderCallbacks.drive` does.
+            StartupError: as `LeaderCallbacks.lead` does.
         """
-        self._callbacks = candidate
-        await candidate.drive()
+        self._callbacks = callbacks
+        await callbacks.lead()
 
     async def leave(self) -> None:
         """Step down."""
         if self._callbacks is not None:
             await self._callbacks.step_down()
 
-    async def driver(self) -> str | None:
+    async def leader(self) -> str | None:
         """None: no other operator leads."""
         return None
 
-    async def as_driver(self, write: Write[T]) -> T:
+    async def write_as_leader(self, write: Write[T]) -> T:
         """Run a write of the leader."""
         return await self._writer.run(write)
