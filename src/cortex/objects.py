@@ -228,7 +228,7 @@ class ObjectStore:
         if names & {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}:
             return (
                 f"{error}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE to a "
-                "profile of ~/.aws/credentials, or run on a machine whose role provides credentials."
+                "profile of ~/.aws/credentials, or run where a role provides credentials."
             )
         if code == _NO_BUCKET:
             bucket = self._root.partition("/")[0]

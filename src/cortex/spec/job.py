@@ -39,7 +39,7 @@ class Submission(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """A submitted job. `job.json` in the job's folder has it too, with the merged `config`."""
+    """A submitted job. `job.json` in its folder has these fields, with the merged `config`."""
 
     job_id: str
     api_name: str

@@ -103,8 +103,8 @@ SHOWN: dict[tuple[State, Wanted], Status] = {
 ABOUT: dict[State, str] = {
     State.WAITING: (
         "The job is stored, and no attempt is under way. The leader's dispatcher claims it when "
-        "its environment is ready and the engine has free capacity. It ends here if it is stopped, if "
-        "its deadline passes, or if it cannot be run. A crash of the operator loses nothing: the "
+        "its environment is ready and the engine has free capacity. It ends here if it is stopped, "
+        "if its deadline passes, or if it cannot be run. A crash of the operator loses nothing: the "
         "next leader reads the waiting jobs from the store."
     ),
     State.STARTING: (
@@ -127,8 +127,8 @@ ABOUT: dict[State, str] = {
     State.CANCELLED: "The job was stopped while it waited. No worker had started.",
     State.LOST: (
         "The platform failed the job. Its last attempt was lost, its environment could not "
-        "be built, or the engine refused it. A job that was stopped between its claim and its start "
-        "ends here as well, and is shown as stopped."
+        "be built, or the engine refused it. A job that was stopped between its claim and its "
+        "start ends here as well, and is shown as stopped."
     ),
 }
 """For people: who moves a job out of a state, and what a crash does to a job in it."""

@@ -137,8 +137,11 @@ def _compose(text: str) -> Node | Mistake | None:
 
 
 def _excess(text: str) -> str | None:
-    """What there is too much of. Composing is slow, and nested brackets cost the square of their
-    depth; this stops at the limits."""
+    """The limit that a text exceeds, or None.
+
+    Composing is slow, and its time grows with the square of the depth of nested brackets. This scan
+    stops at the limits.
+    """
     depth = 0
     for count, event in enumerate(YAML(typ="safe", pure=True).parse(text)):
         if isinstance(event, CollectionStartEvent):

@@ -85,7 +85,7 @@ class Store:
 
     @property
     def is_shared(self) -> bool:
-        """Whether several operators can use the database. The operator of a file locks its folder."""
+        """Whether several operators can use the database; a file has one, which locks its folder."""
         return self._engine.dialect.name != "sqlite"
 
     @property

@@ -162,7 +162,9 @@ class Writer:
                 self._disconnect()  # its state is unknown
             if not is_connected and sqlite.is_locked(error):
                 return _refuse_timed_out(group, error)
-            self._failed(group, outcomes, error, may_retry=may_retry, is_connected=is_connected)
+            self._handle_failure(
+                group, outcomes, error, may_retry=may_retry, is_connected=is_connected
+            )
             return []
         if (problem := self._check_file()) is not None:
             _refuse(group, OutcomeUnknown(f"the change may or may not have been stored: {problem}"))
@@ -170,7 +172,7 @@ class Writer:
             _deliver(group, outcomes)
         return []
 
-    def _failed(
+    def _handle_failure(
         self,
         group: list[_QueuedWrite],
         outcomes: list[object],
@@ -291,7 +293,7 @@ class _UnknownCommit:
 
 
 def _refuse_timed_out(group: list[_QueuedWrite], error: Exception) -> list[_QueuedWrite]:
-    """Refuse the writes that have waited too long; the others."""
+    """Refuse the writes that have waited longer than the timeout; return the others."""
     oldest = time.monotonic() - _LOCKED_TIMEOUT_S
     _refuse([write for write in group if write.since <= oldest], error)
     return [write for write in group if write.since > oldest]

@@ -8,9 +8,8 @@ releases the lock when the session ends, thus when the process ends, and grants 
 operator at once.
 
 A hanging operator keeps its session. The leader therefore also has a lease: an expiry time in its
-row, which it renews from its event loop. A waiting operator reads the lease when it expires, by the
-server's clock. If the leader did not renew it, the waiting operator ends all sessions of the
-leader.
+row, which it renews from its event loop. A waiting operator reads the lease at its expiry, by the
+server's clock. If the leader has not renewed it, the waiting operator ends the leader's sessions.
 
 The lock alone proves nothing, for its holder learns late that it lost the lock. The term in the
 leader's row is the proof (`member`): a new leader clears the terms of all other rows. A superseded
@@ -139,7 +138,7 @@ class Election:
 
     async def open(self) -> None:
         """Join the election; returns when there is a leader, this operator or another one."""
-        task = asyncio.create_task(self._run(), name="lease")
+        task = asyncio.create_task(self._run(), name="leader election")
         self._tasks.append(task)
         has_leader = asyncio.create_task(self._has_leader.wait())
         await asyncio.wait({task, has_leader}, return_when=asyncio.FIRST_COMPLETED)
@@ -191,7 +190,7 @@ class Election:
         """Wait for the lock, and supersede a holder that hangs."""
         import psycopg
 
-        with suppress(psycopg.Error):  # the server is too old, or its system has no such check
+        with suppress(psycopg.Error):  # an old server, or a system without this check
             await session.execute(_CHECK_CONNECTION)
         row = await (await session.execute(_TRY_LOCK, [locks.LEADER_LOCK])).fetchone()
         if row == (True,):

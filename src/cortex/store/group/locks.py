@@ -1,7 +1,7 @@
 """Locks between the operators of a PostgreSQL database, and the keys of all its advisory locks.
 
-`Store` makes two locks. An operator holds `deploy_lock` while it deploys, deletes an API, or removes
-unused versions. It holds `join_lock` while it determines its data folder's id and joins.
+`Store` makes two locks. An operator holds `deploy_lock` while it deploys, deletes an API, or
+removes unused versions. It holds `join_lock` while it determines its data folder's id and joins.
 """
 
 from __future__ import annotations
