@@ -92,8 +92,7 @@ class Near(Driver):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await agent._engine.close()
-            if agent._logs._task is not None:
-                agent._logs._task.cancel()
+            await agent._logs.close()
             agent._slot._lock.close()
 
 

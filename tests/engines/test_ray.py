@@ -26,7 +26,7 @@ from cortex.engines.base import (
 from cortex.engines.ray import RayEngine, calls
 from cortex.engines.ray import cluster as ray_cluster
 from cortex.errors import StartupError
-from cortex.operator.logs.follow import Log, read
+from cortex.joblog.reader import Log, read
 from cortex.spec.api import Compute
 from engines.bench import LIMIT_S, exists, until
 from engines.ray_bench import RayBench, ready

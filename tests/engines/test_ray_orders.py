@@ -20,7 +20,8 @@ from cortex.engines.ray import RayEngine
 from cortex.engines.ray.log_copies import LogCopies
 from cortex.engines.ray.messages import Builds, NodeOrder, Reservation
 from cortex.engines.ray.tracked import taken_up
-from cortex.ray_node import guard, logs, reservations
+from cortex.joblog import watch
+from cortex.ray_node import guard, reservations
 from cortex.worker import processes
 from engines.bench import LIMIT_S, until
 from engines.near import NAMESPACE, NearBench, near_bench, ready
@@ -241,7 +242,7 @@ def test_without_inotify_logs_are_copied_all_the_same(
     def inotify() -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(logs, "Inotify", inotify)
+    monkeypatch.setattr(watch, "Inotify", inotify)
 
     async def scenario(engine: Engine) -> None:
         attempt = await bench.begin(engine, bench.sleeper())

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cortex.joblog.folders import JobFolders
 from cortex.projects.environments import Environments
 from cortex.ray_node import workspace
 from cortex.ray_node.agent import Agent
@@ -37,7 +38,7 @@ def by_hand(root: Path) -> None:
 
 
 def by_an_agent(root: Path) -> None:
-    agent: Any = SimpleNamespace(_live={}, _slot=SimpleNamespace(jobs=root / "jobs"))
+    agent: Any = SimpleNamespace(_live={}, _folders=JobFolders(root / "jobs"))
     asyncio.run(Agent.discard(agent, ["job"]))
 
 

@@ -28,22 +28,22 @@ from cortex.engines.base import (
     Version,
 )
 from cortex.engines.local import LocalEngine, leftovers, records
+from cortex.engines.ray.log_copies import read_piece
 from cortex.engines.ray.messages import Hello, Lock, LogPiece, NodeOrder, Poll, Refusal
 from cortex.errors import is_shortage, is_storage
+from cortex.joblog.folders import JobFolders
+from cortex.joblog.watch import FileWatch
 from cortex.projects.builder import EnvironmentFailed
 from cortex.ray_node import reservations
-from cortex.ray_node.logs import LogWatch, piece
 from cortex.ray_node.outbox import Outbox
 from cortex.ray_node.provisions import Provisions
 from cortex.ray_node.workspace import AgentFolder
-from cortex.system.folders import remove
 from cortex.worker import processes
-from cortex.worker.supervisor import logfile
 
-_BATCH = 256 << 10
+_PIECE_BYTES = 256 << 10
 _NO_RECORDS = "the folder of its node, with the job's records in it, is gone"
 _RETRY_S = 5.0
-_LOOK_S = 1.0  # an operator that was killed may have left a poll, which takes what wakes the next
+_POLL_INTERVAL_S = 1.0  # a poll of a killed operator may clear the event that wakes the next poll
 _PAUSE_S = 0.05  # so that a log that grows by lines is copied by pieces
 
 
@@ -61,6 +61,7 @@ class Agent:
     def __init__(self, namespace: str, node_id: str, node_dir: str, total: Capacity) -> None:
         self._slot = AgentFolder.take(namespace, node_id, node_dir)
         self._opening = asyncio.Lock()
+        self._folders = JobFolders(self._slot.jobs)
         self._engine = NodeEngine(self._slot.jobs, total)
         self._is_open = False
         self._stock = Provisions(self._slot, self._keep)
@@ -71,7 +72,7 @@ class Agent:
         self._begun: dict[str, Started] = {}
         self._building: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._logs = LogWatch(self._woken.set)
+        self._logs = FileWatch("log watch")
 
     async def hello(self) -> Hello:
         await self._open()
@@ -129,13 +130,13 @@ class Agent:
         given_up = self._building.pop(job_id, None)
         if given_up is not None:  # from here on log, stop and end are those of this attempt
             given_up.cancel()
-        folder = self._slot.jobs / job_id
+        folder = self._folders.folder(job_id)
         self._live[job_id] = order
         if not folder.exists() and await asyncio.to_thread(_ended, folder, order.number):
             self._saw(Lost(job_id, order.number, _NO_RECORDS))
             return
         folder.mkdir(0o700, parents=True, exist_ok=True)
-        self._logs.add(job_id, folder)
+        self._watch_log(job_id)
         await self._engine.recover(self._attempt(order, Path(), _deadline(order)))
 
     async def poll(
@@ -154,7 +155,7 @@ class Agent:
             if logs or self._seen.end > after or left_s <= 0:
                 break
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), min(left_s, _LOOK_S))
+                await asyncio.wait_for(self._woken.wait(), min(left_s, _POLL_INTERVAL_S))
             if self._seen.end == after:
                 self._news.clear()
                 with contextlib.suppress(TimeoutError):
@@ -162,7 +163,8 @@ class Agent:
         return Poll(incarnation, self._seen.end, self._seen.since(after), logs)
 
     async def read(self, job_id: str, offset: int, limit: int) -> LogPiece:
-        return await asyncio.to_thread(piece, self._slot.jobs / job_id, offset, _BATCH, limit)
+        log = self._folders.log(job_id)
+        return await asyncio.to_thread(read_piece, log, offset, _PIECE_BYTES, limit)
 
     async def forget(self, api_id: str) -> None:
         self._engine.forget(api_id)
@@ -170,7 +172,7 @@ class Agent:
     async def discard(self, job_ids: list[str]) -> None:
         for job_id in job_ids:
             if job_id not in self._live:
-                await asyncio.to_thread(remove, self._slot.jobs / job_id)
+                await asyncio.to_thread(self._folders.remove, job_id)
 
     async def _open(self) -> None:
         # Whoever asks first: Ray may have started this process again since the operator's hello.
@@ -178,7 +180,6 @@ class Agent:
             if not self._is_open:
                 await asyncio.to_thread(self._stock.open)
                 await self._engine.open(self._saw)
-                self._logs.open()
                 self._is_open = True
 
     def _check(self, order: NodeOrder) -> None:
@@ -219,11 +220,15 @@ class Agent:
 
     def _begin_anew(self, job_id: str) -> None:
         """The operator has all that earlier attempts have written to the log."""
-        folder = self._slot.jobs / job_id
-        folder.mkdir(0o700, parents=True, exist_ok=True)
-        for name in (logfile.NAME, logfile.CUT):
-            (folder / name).unlink(missing_ok=True)
-        self._logs.add(job_id, folder)
+        self._folders.folder(job_id).mkdir(0o700, parents=True, exist_ok=True)
+        for path in (self._folders.log(job_id), self._folders.cut(job_id)):
+            path.unlink(missing_ok=True)
+        self._watch_log(job_id)
+
+    def _watch_log(self, job_id: str) -> None:
+        # No inotify instance or watch is left: `poll` reads the log every `_POLL_INTERVAL_S`.
+        with contextlib.suppress(OSError):
+            self._logs.watch_growth(self._folders.log(job_id), self._woken.set)
 
     def _attempt(self, order: NodeOrder, python: Path, deadline: float | None) -> Attempt:
         version = Version(order.api, self._stock.folder(order.api.project_id), python, order.env)
@@ -245,7 +250,8 @@ class Agent:
             )  # of one that has ended, the rest is read once that is told
             if order is None:
                 continue
-            here = piece(self._slot.jobs / job_id, offset, _BATCH, order.api.limits.log)
+            log = self._folders.log(job_id)
+            here = read_piece(log, offset, _PIECE_BYTES, order.api.limits.log)
             if here.end > offset:
                 found[job_id] = here
         return found
@@ -262,7 +268,7 @@ class Agent:
         elif isinstance(observation, Ended | Lost | NeverStarted):
             del self._live[job_id]
             self._begun.pop(job_id, None)
-            self._logs.remove(job_id)
+            self._logs.remove(self._folders.log(job_id), self._woken.set)
             self._run(self._let_go(order.seat))
         self._keep(observation)
 

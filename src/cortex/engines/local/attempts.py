@@ -32,10 +32,11 @@ from cortex.engines.base import (
 from cortex.engines.local import leftovers, records
 from cortex.engines.local.adopted import AdoptedSupervisor
 from cortex.engines.local.backstop import Backstop
-from cortex.engines.local.exit_watch import ExitRecordWatch
 from cortex.engines.local.supervisor import SupervisorHandle
 from cortex.engines.local.tracked import TrackedAttempt
 from cortex.errors import is_storage
+from cortex.joblog.folders import JobFolders
+from cortex.joblog.watch import FileWatch
 from cortex.system.account import Account
 from cortex.system.background import Background, in_thread
 from cortex.worker import processes
@@ -54,26 +55,25 @@ class Attempts:
 
     def __init__(
         self,
-        root: Path,
+        folders: JobFolders,
         free: Callable[[str], bool],
         tidy: Callable[[], Awaitable[None]],
         account: Account | None = None,
     ) -> None:
         """
         Args:
-            root: where the jobs' folders are.
             free: called with a job that is over; whether somebody who did not fit may fit now.
             tidy: ends what fork servers or the operator have inherited from killed supervising processes.
             account: whose the jobs are, if they are not the operator's own.
         """
         self.report: Report = lambda _: None
-        self._root = root
+        self._folders = folders
         self._free = free
         self._tidy = tidy
         self._account = account
         self._live: dict[str, TrackedAttempt] = {}
         self._background = Background("the local engine failed")
-        self._ends = ExitRecordWatch()
+        self._exit_records = FileWatch("exit records")
         self._backstop = Backstop(lambda: list(self._live.values()), self._background)
 
     async def close(self) -> None:
@@ -82,7 +82,7 @@ class Attempts:
         for live in self._live.values():
             self._let_go(live)
         self._live.clear()
-        await self._ends.close()
+        await self._exit_records.close()
 
     def supervisors(self) -> set[int]:
         """Those that were taken over, by pid.
@@ -223,7 +223,7 @@ class Attempts:
 
     def _take_over(self, live: TrackedAttempt, pidfd: int) -> None:
         held = AdoptedSupervisor(
-            pidfd, self._exit_of(live), self._ends, lambda: self._on_over(live)
+            pidfd, self._exit_of(live), self._exit_records, lambda: self._on_over(live)
         )
         live.taken_over = held
         if live.stop:
@@ -397,10 +397,10 @@ class Attempts:
             live.taken_over = None
 
     def _start_of(self, attempt: Attempt) -> Path:
-        return self._root / attempt.spec.job_id / f"start.{attempt.number}"
+        return self._folders.start_record(attempt.spec.job_id, attempt.number)
 
     def _exit_of(self, live: TrackedAttempt) -> Path:
-        return self._of(live) / f"exit.{live.attempt.number}"
+        return self._folders.exit_record(live.job_id, live.attempt.number)
 
     def _of(self, live: TrackedAttempt) -> Path:
-        return self._root / live.job_id
+        return self._folders.folder(live.job_id)

@@ -30,6 +30,7 @@ from cortex.engines.local.machine import Ledger, detect
 from cortex.engines.local.orphans import Orphans
 from cortex.engines.local.supervisor import SupervisorHandle
 from cortex.errors import StartupError
+from cortex.joblog.folders import JobFolders
 from cortex.spec.api import Compute
 from cortex.spec.job import MAX_INLINE_BYTES
 from cortex.system.account import Account
@@ -57,7 +58,8 @@ class LocalEngine:
             own_folder: "copy" for no overlay, whatever this machine allows.
             inherits: whether this process is to be the parent of what killed fork servers leave, and end that.
         """
-        self._root = root.absolute()
+        self._folders = JobFolders(root)
+        self._root = self._folders.root
         self._total = total
         self._grace_s = grace_s
         self._memory_limit = memory_limit
@@ -66,7 +68,7 @@ class LocalEngine:
         self._groups = Groups()
         self._inherits = inherits
         self._inherited = Orphans(self._processes)
-        self._attempts = Attempts(self._root, self._free, self._tidy, account)
+        self._attempts = Attempts(self._folders, self._free, self._tidy, account)
         self._prepared: dict[str, SupervisorHandle] = {}
         self._import_dir = self._root / ".import"
         self._account = account
@@ -130,7 +132,7 @@ class LocalEngine:
 
     def claim(self, job_id: str, attempt: int) -> str:
         # From here on a folder that is missing is one that cannot be asked, not one never made.
-        records.make(f"{self._root}/{job_id}", self._account)
+        records.make(self._folders.folder_name(job_id), self._account)
         gpus = self._ledger.gpus(job_id)
         return records.handle(self._root, gpus) if gpus else self._handle
 
@@ -165,7 +167,7 @@ class LocalEngine:
 
     async def recover(self, attempt: Attempt) -> None:
         job_id = attempt.spec.job_id
-        gpus = records.held_gpus(self._folder(job_id), attempt)
+        gpus = records.held_gpus(self._folders.folder(job_id), attempt)
         self._ledger.hold(job_id, attempt.version.api.compute, gpus)
         self._groups.take_over(job_id, attempt.number)
         await self._attempts.recover(attempt, self._grace_s)
@@ -183,10 +185,10 @@ class LocalEngine:
         return [NodeInfo(platform.node(), True, self._ledger.total, self._ledger.free)]
 
     def log(self, job_id: str) -> Path:
-        return self._folder(job_id) / "log"
+        return self._folders.log(job_id)
 
     def note(self, job_id: str, text: str) -> None:
-        records.append(self.log(job_id), text)
+        self._folders.append_to_log(job_id, text)
 
     def _withdraw(self, attempt: Attempt) -> bool:
         return self._servers.withdraw(attempt.version, attempt.spec.job_id)
@@ -221,12 +223,12 @@ class LocalEngine:
     def _is_over(self, group: Path) -> bool:
         """Whether a group was that of a job that is over, and is gone now."""
         job_id, _, number = group.name.removeprefix(self._groups.prefix).rpartition("-")
-        if not number.isdigit() or records.supervised(self._folder(job_id), int(number)):
+        if not number.isdigit() or records.supervised(self._folders.folder(job_id), int(number)):
             return False
         if cgroups.remove(group, within_s=0):
             return True
         try:
-            is_told = records.ended(self._folder(job_id), int(number)).exit is not None
+            is_told = records.ended(self._folders.folder(job_id), int(number)).exit is not None
         except OSError:
             return False
         return is_told and cgroups.end(group)
@@ -241,7 +243,7 @@ class LocalEngine:
         return Order(
             job_id=spec.job_id,
             attempt=attempt.number,
-            folder=f"{self._root}/{spec.job_id}",
+            folder=self._folders.folder_name(spec.job_id),
             grace_s=self._grace_s,
             timeout=spec.timeout,
             deadline=attempt.deadline,
@@ -256,9 +258,6 @@ class LocalEngine:
             losses=attempt.losses,
             lost=attempt.lost,
         )
-
-    def _folder(self, job_id: str) -> Path:
-        return self._root / job_id
 
 
 def _without_config(attempt: Attempt) -> Attempt:

@@ -7,7 +7,6 @@ Blocking and short; called by the engine, in threads where a disk is waited for.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 from collections.abc import Sequence
@@ -19,14 +18,12 @@ from cortex.engines.local import leftovers
 from cortex.system.account import Account
 from cortex.worker import beneath, checks, files, processes
 from cortex.worker.messages import ExitRecord, StartRecord
-from cortex.worker.supervisor import logfile
 
 HANDLE_VERSION = 1
 _MOST_LINES = 4096
 """That a journal may have; it is no longer than `reuse.MAX_JOURNAL`."""
 _MOST_RECORDS = 64
 """That a journal may have which seem to be of one job: the first is its own, and others may name it in their results."""
-_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 @dataclass(frozen=True)
@@ -172,21 +169,6 @@ def supervised(folder: Path, attempt: int) -> bool:
     if pidfd is not None:
         os.close(pidfd)
     return pidfd is not None
-
-
-def append(log: Path, text: str) -> None:
-    """Add a line to a job's log, as the operator: what an earlier attempt has put in its place is not followed.
-
-    Raises:
-        OSError: it is none, or nothing can be written now.
-    """
-    log.parent.mkdir(exist_ok=True)
-    with beneath.opened(str(log.parent)) as folder:
-        fd = os.open(log.name, _APPEND, 0o644, dir_fd=folder)
-        with os.fdopen(fd, "a", encoding="utf-8") as file:
-            if not logfile.is_own(folder, fd):
-                raise OSError(errno.EINVAL, "not a plain file of the job's alone", str(log))
-            file.write(text.rstrip("\n") + "\n")
 
 
 @contextlib.contextmanager

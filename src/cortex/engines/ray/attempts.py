@@ -46,11 +46,11 @@ Last = Ended | Lost | NeverStarted
 class Attempts:
     """A `cluster.Listener`. All of it happens on the event loop."""
 
-    def __init__(self, cluster: Cluster, orders: AgentCalls, mirror: LogCopies) -> None:
+    def __init__(self, cluster: Cluster, orders: AgentCalls, copies: LogCopies) -> None:
         self._cluster = cluster
         self._nodes = cluster.nodes
         self._orders = orders
-        self._mirror = mirror
+        self._copies = copies
         self._live: dict[str, TrackedAttempt] = {}
         self._on_node: dict[str, dict[str, TrackedAttempt]] = {}  # the same, by node and by job
         # The seats, by node, of those that ended last: their agent may be killed before it gives them up.
@@ -89,7 +89,7 @@ class Attempts:
         self._take_on(live)
         # A full disk: what is copied later finds it missing again.
         with contextlib.suppress(OSError):
-            self._mirror.take_up(live.job_id, live.base)
+            self._copies.take_up(live.job_id, live.base)
         self._nodes.hold(live.job_id, attempt.version.api.compute, live.node_id)
         node = self._nodes.alive.get(live.node_id)
         if node is None and self._cluster.is_joined:
@@ -135,7 +135,7 @@ class Attempts:
     def cursors(self, node: Node) -> dict[str, int]:
         # Until it has started, the log that its node has is that of an earlier attempt.
         return {
-            live.job_id: self._mirror.offset(live.job_id, live.base)
+            live.job_id: self._copies.offset(live.job_id, live.base)
             for live in self._on(node)
             if live.started and not live.ending and live.copied
         }
@@ -195,7 +195,7 @@ class Attempts:
     async def _copy(self, live: TrackedAttempt, piece: LogPiece) -> None:
         try:
             piece = checked_piece(piece)
-            await asyncio.to_thread(self._mirror.write, live.job_id, live.base, piece)
+            await asyncio.to_thread(self._copies.write, live.job_id, live.base, piece)
         except (OSError, checks.Invalid) as error:
             log.warning("a log cannot be copied", job=live.job_id, error=str(error))
             live.copied = isinstance(error, OSError) and is_storage(
@@ -208,7 +208,7 @@ class Attempts:
         can take no more than a part of the log."""
         has_log = not isinstance(last, NeverStarted)  # what there is is of an earlier attempt
         while has_log and live.node_id in self._nodes.alive and live.copied:
-            offset = self._mirror.offset(live.job_id, live.base)
+            offset = self._copies.offset(live.job_id, live.base)
             try:
                 piece = await self._orders.log_from(live, offset)
                 if piece.end == offset:
@@ -300,7 +300,7 @@ class Attempts:
         if not live.started or live.unreachable:
             live.started, live.unreachable = True, False
             with contextlib.suppress(OSError):  # what is written later finds it missing again
-                self._mirror.touch(live.job_id)  # who follows the log waits for it from now on
+                self._copies.touch(live.job_id)  # who follows the log waits for it from now on
             self._report(seen)
 
     def _unreachable(self, live: TrackedAttempt, reason: str) -> None:

@@ -21,6 +21,7 @@ from cortex.engines.ray.log_copies import LogCopies
 from cortex.engines.ray.messages import DEFAULT_BUILDS, Builds
 from cortex.engines.ray.tracked import handle
 from cortex.errors import StartupError
+from cortex.joblog.folders import JobFolders
 from cortex.spec.api import Compute
 
 
@@ -37,13 +38,13 @@ class RayEngine:
         locks: Locks | None = None,
         builds: Builds = DEFAULT_BUILDS,
     ) -> None:
-        self._mirror = LogCopies(root)
-        self._root = root
+        self._folders = JobFolders(root)
+        self._copies = LogCopies(self._folders)
         self._address = address
         self._cluster = Cluster(address, namespace, node_dir)
         self._nodes = self._cluster.nodes
         orders = AgentCalls(self._cluster, namespace, grace_s, locks, builds)
-        self._attempts = Attempts(self._cluster, orders, self._mirror)
+        self._attempts = Attempts(self._cluster, orders, self._copies)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -58,10 +59,10 @@ class RayEngine:
                 "the Ray engine needs Ray, which is not installed: pip install 'cortex-tasks[ray]'"
             )
         try:
-            self._root.mkdir(parents=True, exist_ok=True)
+            self._folders.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StartupError(
-                f"the data folder {self._root} cannot be written: {error}; choose another one"
+                f"the data folder {self._folders.root} cannot be written: {error}; choose another one"
             ) from error
         try:
             self._attempts.open(report)
@@ -88,7 +89,7 @@ class RayEngine:
     def claim(self, job_id: str, attempt: int) -> str:
         node = self._nodes.node_of(job_id)
         hello = None if node is None else self._cluster.hellos.get(node.node_id)
-        return handle(node, hello, self._mirror.prepare(job_id))
+        return handle(node, hello, self._copies.prepare(job_id))
 
     def prepare(self, attempt: Attempt) -> None:
         """A node is told when the attempt is stored: the way there is what takes long."""
@@ -112,10 +113,10 @@ class RayEngine:
         self._attempts.tell_all("discard", job_ids)
 
     def log(self, job_id: str) -> Path:
-        return self._mirror.path(job_id)
+        return self._folders.log(job_id)
 
     def note(self, job_id: str, text: str) -> None:
-        self._mirror.append(job_id, text)
+        self._folders.append_to_log(job_id, text)
 
     def nodes(self) -> list[NodeInfo]:
         return [

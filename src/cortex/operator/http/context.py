@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from cortex.engines.base import Engine
 from cortex.errors import NotFound
+from cortex.joblog.watch import FileWatch
 from cortex.operator.config.settings import Settings
 from cortex.operator.deploy.versions import Versions
 from cortex.operator.dispatch.live_job import LiveJob
@@ -17,7 +18,7 @@ from cortex.operator.http.answers import Scope
 from cortex.operator.http.body_reader import BodyReader
 from cortex.operator.http.views import Known, Renderer
 from cortex.operator.logs.archive import Archive
-from cortex.operator.logs.follow import Followed, LogWatcher
+from cortex.operator.logs.follow import Followed
 from cortex.operator.metrics import Metrics
 from cortex.projects.repository import Projects
 from cortex.spec.api import ApiSpec
@@ -60,7 +61,7 @@ class Context:
     versions: Versions
     jobs: Jobs
     renderer: Renderer
-    watcher: LogWatcher
+    watcher: FileWatch
     projects: Projects
     deploying: DatabaseLock
     """Held by whoever changes which versions there are."""

@@ -20,8 +20,8 @@ from weakref import WeakValueDictionary
 
 import structlog
 
-from cortex.engines.base import Engine
 from cortex.errors import NoLeader, NotFound, StorageUnavailable
+from cortex.joblog.folders import JobFolders
 from cortex.objects import ObjectStore
 from cortex.operator.dispatch.dispatcher import Dispatcher
 from cortex.operator.logs.archived_files import ArchivedFiles
@@ -44,14 +44,14 @@ class Archive:
     """One operator's."""
 
     def __init__(
-        self, files: ObjectStore, engine: Engine, store: Store, marks: Path, *, is_apart: bool
+        self, files: ObjectStore, folders: JobFolders, store: Store, marks: Path, *, is_apart: bool
     ) -> None:
         """
         Args:
             marks: the folder `archived`.
             is_apart: whether other operators on the store may have data folders of their own.
         """
-        self._copies = ArchivedFiles(files, engine.log, marks)
+        self._copies = ArchivedFiles(files, folders, marks)
         self._store = store
         self._marks = marks
         self._is_apart = is_apart
@@ -119,9 +119,9 @@ class Archive:
         """
         job_id = record.spec.job_id
         async with self._turn(job_id):
-            is_sure, is_driving = self._has_all_of(job_id), self._is_open
+            is_sure, is_leading = self._has_all_of(job_id), self._is_open
             is_here = await self._run(
-                self._copies.bring_back, job_id, is_sure=is_sure, is_driving=is_driving
+                self._copies.bring_back, job_id, is_sure=is_sure, is_leading=is_leading
             )
         await self.drop_old()
         if not is_here and record.attempt:

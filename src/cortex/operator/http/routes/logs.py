@@ -13,20 +13,10 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response, StreamingResponse
 
 from cortex.errors import NoLeader, NotFound, RangeNotSatisfiable, StorageUnavailable
+from cortex.joblog.reader import REMOVED, REPLACED, Log, is_replaced, length, opened, read
 from cortex.operator.http.answers import Receive, Scope, Send
 from cortex.operator.http.context import Context, context
-from cortex.operator.logs.follow import (
-    REMOVED,
-    REPLACED,
-    Log,
-    event,
-    follow,
-    is_replaced,
-    length,
-    lost,
-    opened,
-    read,
-)
+from cortex.operator.logs.follow import event, follow
 from cortex.spec.job import JobRecord, encode
 from cortex.spec.lifecycle import IN_PROGRESS
 
@@ -83,7 +73,7 @@ async def _logs(ctx: Context, request: Request, record: JobRecord, offset: int) 
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache"},
         )
-    size = length(log)
+    size = length(log.path)
     if size == 0 and is_replaced(log.path):
         return Response(REPLACED, media_type=_TEXT)
     headers = {"Accept-Ranges": "bytes"}
@@ -127,22 +117,22 @@ def _span(header: str | None, size: int) -> tuple[int, int] | None:
 
 
 def _kept(log: Log, start: int, end: int) -> tuple[int, int]:
-    """What is there of a range: of a log that was cut, the part before the gap or after it.
+    """The part of a range that the log still has: of a log with a gap, the part before or after it.
 
     Raises:
-        RangeNotSatisfiable: all of it is gone.
+        RangeNotSatisfiable: the range lies within the gap.
     """
-    with opened(log.path) as fd:
-        gone = None if fd is None else lost(log, fd)
-    if gone is None or end <= gone.start or start >= gone.end:
+    with opened(log.path) as file:
+        gap = None if file is None else file.gap(log.limit, log.attempts)
+    if gap is None or end <= gap.start or start >= gap.end:
         return start, end
-    if start < gone.start:
-        return start, gone.start
-    if end <= gone.end:
+    if start < gap.start:
+        return start, gap.start
+    if end <= gap.end:
         raise RangeNotSatisfiable(
-            f"the bytes from {gone.start} up to {gone.end} of the log are gone: it was over its limit"
+            f"the bytes from {gap.start} up to {gap.end} of the log are gone: it was over its limit"
         )
-    return gone.end, end
+    return gap.end, end
 
 
 async def _rest(log: Log, start: int, end: int) -> AsyncIterator[bytes]:
