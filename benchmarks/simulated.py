@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from cortex.engines.base import (
@@ -54,8 +55,7 @@ def name(number: int) -> str:
 class SimulatedEngine:
     """The protocol of an engine; the choice of a node is the Ray engine's."""
 
-    def __init__(self, root: Path, count: int, cores: int) -> None:
-        self._root = root
+    def __init__(self, count: int, cores: int) -> None:
         self._nodes = cluster(count, cores)
         self._running: dict[str, Started] = {}
         self._report: Report = lambda _: None
@@ -110,14 +110,7 @@ class SimulatedEngine:
 
     def warm(self, version: Version) -> None: ...
 
-    def forget(self, api_id: str) -> None: ...
-
-    def discard(self, job_ids: list[str]) -> None: ...
-
-    def log(self, job_id: str) -> Path:
-        return self._root / job_id / "log"
-
-    def note(self, job_id: str, text: str) -> None: ...
+    def forget(self, *, versions: Sequence[str] = (), jobs: Sequence[str] = ()) -> None: ...
 
     def nodes(self) -> list[NodeInfo]:
         return [
@@ -180,7 +173,7 @@ async def obey(engine: SimulatedEngine, pulse: Pulse) -> None:
 
 async def main() -> None:
     data_dir, count, cores, *store = sys.argv[1:]
-    engine = SimulatedEngine(Path(data_dir) / "jobs", int(count), int(cores))
+    engine = SimulatedEngine(int(count), int(cores))
     pulse = Pulse()
     app._engine = lambda *_: engine  # type: ignore[assignment]  # what is simulated
     settings = Settings(Path(data_dir), store[0] if store else None, port=0)

@@ -191,7 +191,7 @@ class RayBench(Bench):
     def close(self) -> None:
         async def forget(engine: Engine) -> None:
             for api_id in self._versions:
-                engine.forget(api_id)
+                engine.forget(versions=[api_id])
             await asyncio.sleep(0.05)
 
         self.run(forget)

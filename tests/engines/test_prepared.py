@@ -195,7 +195,7 @@ def test_a_stop_right_after_the_start_ends_it(warm: Bench) -> None:
 def test_a_version_that_is_retired_meanwhile_still_starts_it(warm: Bench) -> None:
     async def scenario(engine: Engine) -> None:
         attempt = prepared(warm, engine, await following(warm, engine))
-        engine.forget(attempt.version.api.api_id)
+        engine.forget(versions=[attempt.version.api.api_id])
         engine.start(attempt)
         assert (await warm.ended(attempt)).result == 2
         await until(lambda: not exists(pid_of(warm, attempt)))

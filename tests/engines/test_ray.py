@@ -281,7 +281,7 @@ def test_a_log_over_its_limit_is_cut_in_the_copy_too(ray_bench: RayBench) -> Non
             log_limit=1 * MIB,
         )
         await ray_bench.outcome(engine, attempt)
-        log, offset, text = Log(engine.log(attempt.spec.job_id), 1 * MIB), 0, b""
+        log, offset, text = Log(ray_bench.root / attempt.spec.job_id / "log", 1 * MIB), 0, b""
         while (piece := read(log, offset, MIB)).data:
             text, offset = text + piece.data, piece.end
         assert text.startswith(b"first\n")
@@ -294,13 +294,13 @@ def test_a_log_over_its_limit_is_cut_in_the_copy_too(ray_bench: RayBench) -> Non
     ray_bench.run(scenario)
 
 
-def test_what_is_discarded_leaves_the_nodes(ray_bench: RayBench) -> None:
+def test_jobs_that_are_forgotten_leave_the_nodes(ray_bench: RayBench) -> None:
     async def scenario(engine: Engine) -> None:
         attempt = ray_bench.attempt("def task(config): pass")
         await ray_bench.outcome(engine, attempt)
         folder = ray_bench.folder(attempt)
         assert folder.exists()
-        engine.discard([attempt.spec.job_id])
+        engine.forget(jobs=[attempt.spec.job_id])
         await until(lambda: not folder.exists())
 
     ray_bench.run(scenario)

@@ -21,6 +21,7 @@ from cortex.engines.ray.log_copies import LogCopies
 from cortex.engines.ray.messages import Builds, NodeOrder, Reservation
 from cortex.engines.ray.tracked import taken_up
 from cortex.joblog import watch
+from cortex.joblog.folders import JobFolders
 from cortex.ray_node import guard, reservations
 from cortex.worker import processes
 from engines.bench import LIMIT_S, until
@@ -134,7 +135,7 @@ def test_a_copy_that_could_not_be_begun_for_a_full_disk_is_complete_once_it_is_n
 ) -> None:
     async def scenario(engine: Engine) -> None:
         first = bench.sleeper()
-        engine.note(first.spec.job_id, "of an earlier attempt")
+        JobFolders(bench.root).append_to_log(first.spec.job_id, "of an earlier attempt")
         attempt = await bench.begin(engine, first)
         await bench.printed(first, "pid")
         await engine.close()

@@ -332,7 +332,7 @@ def test_idle_supervising_processes_end_with_their_version(bench: Bench) -> None
         await bench.outcome(engine, attempt)
         pid = pid_of(bench, attempt)
         assert exists(pid)
-        engine.forget(attempt.version.api.api_id)
+        engine.forget(versions=[attempt.version.api.api_id])
         await until(lambda: not exists(pid))
 
     bench.run(scenario)

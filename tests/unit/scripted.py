@@ -4,8 +4,8 @@ off and ended. For the tests of what drives engines."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from cortex.engines.base import (
     Attempt,
@@ -110,12 +110,7 @@ class ScriptedEngine:
 
     def warm(self, version: Version) -> None: ...
 
-    def forget(self, api_id: str) -> None: ...
-
-    def log(self, job_id: str) -> Path:
-        return Path("/nonexistent") / job_id
-
-    def note(self, job_id: str, text: str) -> None: ...
+    def forget(self, *, versions: Sequence[str] = (), jobs: Sequence[str] = ()) -> None: ...
 
     # The script
 

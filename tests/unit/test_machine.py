@@ -29,6 +29,7 @@ from hypothesis.stateful import (
 
 from cortex.engines.base import Ended, Ending, Version
 from cortex.errors import StorageUnavailable
+from cortex.joblog.folders import JobFolders
 from cortex.operator.deploy.versions import Unusable, Versions
 from cortex.operator.dispatch.dispatcher import Dispatcher
 from cortex.operator.http.views import shown
@@ -142,7 +143,8 @@ class Machine(RuleBasedStateMachine):
             self.store = Store(self.url)
             self.engine = ScriptedEngine(self.world, ROOM)
             self.versions = Environments(self.store, self.builds)
-            self.dispatcher = Dispatcher(self.store, self.engine, self.versions)
+            nowhere = JobFolders(Path("/nonexistent"))
+            self.dispatcher = Dispatcher(self.store, self.engine, self.versions, nowhere)
             await self.engine.open(self.dispatcher.observed)
             for deployment in await self.store.deployments():
                 await self.versions.spec(deployment.spec.api_id)

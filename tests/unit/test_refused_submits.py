@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cortex.engines.local import LocalEngine
+from cortex.joblog.folders import JobFolders
 from cortex.operator.dispatch import admission
 from cortex.operator.dispatch.live_jobs import LiveJobs
 from cortex.store import InitialClaim
@@ -28,7 +29,7 @@ def test_the_folder_of_a_job_that_there_never_was_goes(
         claim = InitialClaim("1", engine.claim(job.job_id, 1))
         for name in laid_out:
             (tmp_path / job.job_id / name).touch()
-        waiting = admission.Admission(board, engine, none)
+        waiting = admission.Admission(board, engine, none, JobFolders(tmp_path))
         waiting.storing(claim)
         waiting.stored(job, claim, is_claimed=False, is_refused=True)
         await board.tasks.finish()

@@ -7,7 +7,7 @@ writes a status: the dispatcher turns observations into events of the life cycle
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -260,22 +260,18 @@ class Engine(Protocol):
     def warm(self, version: Version) -> None:
         """A hint: jobs of this version are likely to come."""
 
-    def forget(self, api_id: str) -> None:
-        """A hint: no more jobs of this version will come."""
+    def forget(self, *, versions: Sequence[str] = (), jobs: Sequence[str] = ()) -> None:
+        """A hint: no job of these versions will come, and the data of these jobs is no longer needed.
+        Delete what the engine keeps of them elsewhere; the caller deletes the job folders on the
+        operator's machine (`joblog.JobFolders`).
 
-    def discard(self, job_ids: list[str]) -> None:
-        """A hint: nobody will ask for the logs, files and records of these jobs any more. What of them
-        is in the folder of `log` is the caller's to remove."""
+        Call it at any time while the engine is open, for jobs whose end was reported. A second call
+        has no effect. An engine need not store the hint: what it could not delete, as on a machine
+        that was out of reach, may stay there.
 
-    def log(self, job_id: str) -> Path:
-        """The file of the job's log on the operator's machine, which grows as the job writes and is
-        complete before the job's end is reported; it may not exist yet."""
-
-    def note(self, job_id: str, text: str) -> None:
-        """Append the platform's own words to the job's log, for a job that never got a worker.
-
-        Raises:
-            OSError: the engine's storage takes nothing now.
+        Args:
+            versions: the ids of versions.
+            jobs: the ids of jobs.
         """
 
     def nodes(self) -> list[NodeInfo]:

@@ -130,8 +130,9 @@ async def opened(settings: Settings, failed: Callable[[Exception], None]) -> Asy
         else:
             finished = None if archive is None else archive.finished
             dispatcher = Dispatcher(
-                store, engine, versions, finished, metrics.changed, metrics.measured
-            )
+                store, engine, versions, settings.job_folders, finished, metrics.changed,
+                metrics.measured,
+            )  # fmt: skip
             jobs = dispatcher
         ctx = Context(
             settings, store, engine, versions, jobs, Renderer(store, jobs), watcher, projects,

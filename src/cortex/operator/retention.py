@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from pathlib import Path
 
 import structlog
 
 from cortex.errors import StorageUnavailable
+from cortex.joblog.folders import JobFolders
 from cortex.operator.http.context import Context
 from cortex.projects.environments import Environments
 from cortex.spec.api import DEFAULT_DEPENDENCIES, ApiSpec
@@ -89,9 +89,8 @@ class Retention:
     async def _remove_folders(self, ids: list[str]) -> None:
         if self._ctx.archive is not None:
             await self._ctx.archive.remove(ids)
-        folders = [self._ctx.engine.log(job_id).parent for job_id in ids]
-        self._ctx.engine.discard(ids)
-        await in_thread(_remove_all, folders)
+        self._ctx.engine.forget(jobs=ids)
+        await in_thread(_remove_all, self._ctx.settings.job_folders, ids)
 
     async def _put_versions_away(self, before_ns: int) -> list[ApiSpec]:
         """Remove what is unused of versions and projects; the versions that are left."""
@@ -129,6 +128,6 @@ def _ago(seconds: float) -> int:
     return now_ns() - int(seconds * 1e9)
 
 
-def _remove_all(folders: list[Path]) -> None:
-    for folder in folders:
-        remove(folder)
+def _remove_all(folders: JobFolders, job_ids: list[str]) -> None:
+    for job_id in job_ids:
+        folders.remove(job_id)

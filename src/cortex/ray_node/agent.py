@@ -166,11 +166,10 @@ class Agent:
         log = self._folders.log(job_id)
         return await asyncio.to_thread(read_piece, log, offset, _PIECE_BYTES, limit)
 
-    async def forget(self, api_id: str) -> None:
-        self._engine.forget(api_id)
-
-    async def discard(self, job_ids: list[str]) -> None:
-        for job_id in job_ids:
+    async def forget(self, versions: list[str], jobs: list[str]) -> None:
+        """See `Engine.forget`. Removes the folders of the jobs that do not run here."""
+        self._engine.forget(versions=versions)
+        for job_id in jobs:
             if job_id not in self._live:
                 await asyncio.to_thread(self._folders.remove, job_id)
 
@@ -211,7 +210,7 @@ class Agent:
                 return NeverStarted(job_id, number, words)
             with contextlib.suppress(OSError):
                 self._begin_anew(job_id)
-                self._engine.note(job_id, error.output)
+                self._folders.append_to_log(job_id, error.output)
             return Lost(job_id, number, error.reason, is_final=True)
         reason = f"it cannot be started on its node: {error}"
         if isinstance(error, OSError) and (is_storage(error) or is_shortage(error)):

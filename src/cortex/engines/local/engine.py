@@ -10,6 +10,7 @@ import asyncio
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,20 +176,13 @@ class LocalEngine:
     def warm(self, version: Version) -> None:
         self._servers.warm(version)
 
-    def forget(self, api_id: str) -> None:
-        self._servers.forget(api_id)
-
-    def discard(self, job_ids: list[str]) -> None:
-        """All that is kept of a job is in the folder of its log."""
+    def forget(self, *, versions: Sequence[str] = (), jobs: Sequence[str] = ()) -> None:
+        """See `Engine.forget`. All that this engine keeps of a job is in the job's folder."""
+        for api_id in versions:
+            self._servers.forget(api_id)
 
     def nodes(self) -> list[NodeInfo]:
         return [NodeInfo(platform.node(), True, self._ledger.total, self._ledger.free)]
-
-    def log(self, job_id: str) -> Path:
-        return self._folders.log(job_id)
-
-    def note(self, job_id: str, text: str) -> None:
-        self._folders.append_to_log(job_id, text)
 
     def _withdraw(self, attempt: Attempt) -> bool:
         return self._servers.withdraw(attempt.version, attempt.spec.job_id)

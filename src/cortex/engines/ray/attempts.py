@@ -104,8 +104,8 @@ class Attempts:
         if self._nodes.release(job_id):
             self._report(CapacityFreed())
 
-    def tell_all(self, method: str, *arguments: object) -> None:
-        """A hint to all nodes."""
+    def hint_to_all(self, method: str, *arguments: object) -> None:
+        """Call a method of every agent that has answered; a call that fails is not repeated."""
         for node_id in self._cluster.hellos:
             self._background.run(self._orders.hint(node_id, method, *arguments))
 

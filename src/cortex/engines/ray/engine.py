@@ -9,7 +9,7 @@ each attempt (`attempts`).
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cortex.engines.base import Attempt, Capabilities, NodeInfo, Report, Version
@@ -106,17 +106,9 @@ class RayEngine:
     def warm(self, version: Version) -> None:
         """A node is chosen with the job: there is none to warm before."""
 
-    def forget(self, api_id: str) -> None:
-        self._attempts.tell_all("forget", api_id)
-
-    def discard(self, job_ids: list[str]) -> None:
-        self._attempts.tell_all("discard", job_ids)
-
-    def log(self, job_id: str) -> Path:
-        return self._folders.log(job_id)
-
-    def note(self, job_id: str, text: str) -> None:
-        self._folders.append_to_log(job_id, text)
+    def forget(self, *, versions: Sequence[str] = (), jobs: Sequence[str] = ()) -> None:
+        """See `Engine.forget`. The nodes that answer now delete the folders of these jobs."""
+        self._attempts.hint_to_all("forget", list(versions), list(jobs))
 
     def nodes(self) -> list[NodeInfo]:
         return [

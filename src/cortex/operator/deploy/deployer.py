@@ -179,13 +179,13 @@ class Deployer:
         self._current[spec.name] = spec.api_id
         self._ctx.jobs.deployed(spec)
         if before is not None:
-            self._ctx.engine.forget(before)
+            self._ctx.engine.forget(versions=[before])
         self._background.run(self._prepare(spec.api_id), f"warm {spec.api_id}")
         if before is not None:
             self._background.run(self._supersede(before, spec.api_id), f"supersede {before}")
 
     def _forget(self, api_id: str) -> None:
-        self._ctx.engine.forget(api_id)
+        self._ctx.engine.forget(versions=[api_id])
         self._stop_warming(api_id)
 
     def _stop_warming(self, api_id: str) -> None:

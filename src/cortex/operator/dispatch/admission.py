@@ -15,6 +15,7 @@ import structlog
 
 from cortex.engines.base import Attempt, Engine
 from cortex.errors import StorageUnavailable
+from cortex.joblog.folders import JobFolders
 from cortex.operator.deploy.versions import HeldUp, Unusable, Versions
 from cortex.operator.dispatch.line import WaitingQueue
 from cortex.operator.dispatch.live_job import LiveJob, ending
@@ -40,11 +41,14 @@ class _Unready:
 class Admission:
     """All methods are called on the event loop."""
 
-    def __init__(self, board: LiveJobs, engine: Engine, versions: Versions) -> None:
+    def __init__(
+        self, board: LiveJobs, engine: Engine, versions: Versions, folders: JobFolders
+    ) -> None:
         self.line = WaitingQueue()
         self._board = board
         self._engine = engine
         self._versions = versions
+        self._folders = folders
         self._blocked_by: str | None = None
         self._unplaced = 0  # jobs that are being stored, and are going to wait in the line
         self._unready: dict[str, _Unready] = {}  # by the version's id
@@ -109,7 +113,7 @@ class Admission:
             self._engine.release(draft.job_id)
             self.line.vacate(draft.api_name, draft.job_id)
             if is_refused:
-                self._remove(self._engine.log(draft.job_id).parent)
+                self._remove(self._folders.folder(draft.job_id))
             self.pump()
 
     def why_waiting(self, live: LiveJob) -> str | None:
@@ -234,7 +238,7 @@ class Admission:
         job_id = live.record.spec.job_id
         if output is not None:
             try:
-                self._engine.note(job_id, output)
+                self._folders.append_to_log(job_id, output)
             except OSError as failed:
                 log.warning("the log of a job cannot be written", job=job_id, error=str(failed))
         await self._board.lose(live, reason)

@@ -27,6 +27,7 @@ from cortex.engines.base import (
     Waits,
 )
 from cortex.errors import Conflict, NotFound, OverLimit, StorageUnavailable, Superseded
+from cortex.joblog.folders import JobFolders
 from cortex.operator.deploy.versions import Versions
 from cortex.operator.dispatch.admission import Admission, attempt
 from cortex.operator.dispatch.live_job import LiveJob, meaning
@@ -53,6 +54,7 @@ class Dispatcher:
         store: Store,
         engine: Engine,
         versions: Versions,
+        folders: JobFolders,
         finished: Callable[[str], None] | None = None,
         changed: Callable[[JobRecord, JobRecord], None] | None = None,
         measured: Callable[[str, tuple[object, ...]], None] | None = None,
@@ -67,7 +69,7 @@ class Dispatcher:
         self._engine = engine
         self._versions = versions
         self._board = LiveJobs(store, finished, changed)
-        self._queue = Admission(self._board, engine, versions)
+        self._queue = Admission(self._board, engine, versions, folders)
         self._news = Refresher(store, self.heard)
         self._being_stored: set[str] = set()
         self._told_early: set[str] = set()  # of those: something was told of them

@@ -65,16 +65,21 @@ class Leadership:
         self._environments = environments
         self._new_engine = new_engine
         self._open = AsyncExitStack()
+        self._has_led = False
         self.failed = failed
 
     async def drive(self) -> None:
         """See `store.LeaderCallbacks`."""
         ctx = self._ctx
         ctx.versions.start_over()
+        if self._has_led:  # an engine that was closed cannot be opened again
+            ctx.engine = self._new_engine()
+        self._has_led = True
         finished = None if ctx.archive is None else ctx.archive.finished
         dispatcher = Dispatcher(
-            ctx.store, ctx.engine, ctx.versions, finished, ctx.metrics.changed, ctx.metrics.measured
-        )
+            ctx.store, ctx.engine, ctx.versions, ctx.settings.job_folders, finished,
+            ctx.metrics.changed, ctx.metrics.measured,
+        )  # fmt: skip
         self._jobs.driven_by(dispatcher, is_open=False)
         work = driven(ctx, dispatcher, self._deployer, self._environments)
         await self._open.enter_async_context(work)
@@ -85,5 +90,3 @@ class Leadership:
         self._jobs.driven_by(None, is_open=False)
         was_open, self._open = self._open, AsyncExitStack()
         await was_open.aclose()
-        # One that was closed is not opened again; until the next term it tells where logs lie.
-        self._ctx.engine = self._new_engine()

@@ -64,7 +64,7 @@ async def _logs(ctx: Context, request: Request, record: JobRecord, offset: int) 
                 return answer
         await ctx.archive.bring_back(record)
     spec = await ctx.versions.spec(record.spec.api_id)
-    log = Log(ctx.engine.log(job_id), spec.limits.log, record.losses + 1)
+    log = Log(ctx.settings.job_folders.log(job_id), spec.limits.log, record.losses + 1)
     if "text/event-stream" in request.headers.get("accept", ""):
         resumed = request.headers.get("last-event-id", "")
         start = int(resumed) if re.fullmatch(r"\d{1,18}", resumed, re.ASCII) else offset
