@@ -159,8 +159,8 @@ class NearBench(Bench):
 
 async def ready(engine: RayEngine) -> None:
     end = time.monotonic() + LIMIT_S
-    while not any(node.is_ready for node in engine.nodes()):
-        assert time.monotonic() < end, engine.nodes()
+    while not any(node.is_ready for node in engine.ledger.nodes()):
+        assert time.monotonic() < end, engine.ledger.nodes()
         await asyncio.sleep(0.01)
 
 

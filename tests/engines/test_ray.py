@@ -102,12 +102,15 @@ def test_a_job_that_runs_on_is_reachable_again(ray_bench: RayBench) -> None:
 def test_what_others_take_of_the_cluster_is_waited_for(ray_bench: RayBench) -> None:
     async def scenario(engine: Engine) -> None:
         async with ray_bench.others(cpus=8, count=2):
-            await until(lambda: all(node.free.cpu_m == 0 for node in engine.nodes()))
-            assert engine.reserve("job", Compute(cpu_m=500)) == "needs 0.5 CPU, 0 free on one node"
+            await until(lambda: all(node.free.cpu_m == 0 for node in engine.ledger.nodes()))
+            assert (
+                engine.ledger.reserve("job", Compute(cpu_m=500))
+                == "needs 0.5 CPU, 0 free on one node"
+            )
             ray_bench.seen.clear()
         await until(lambda: CapacityFreed() in ray_bench.seen)
-        assert engine.reserve("job", Compute(cpu_m=500)) is None
-        engine.release("job")
+        assert engine.ledger.reserve("job", Compute(cpu_m=500)) is None
+        engine.ledger.release("job")
 
     ray_bench.run(scenario)
 
@@ -119,7 +122,7 @@ def test_what_ray_does_not_give_is_tried_again_later(
 
     async def scenario(engine: Engine) -> None:
         attempt = ray_bench.sleeper()
-        assert engine.reserve(attempt.spec.job_id, attempt.version.api.compute) is None
+        assert engine.ledger.reserve(attempt.spec.job_id, attempt.version.api.compute) is None
         async with ray_bench.others(cpus=8, count=2):
             attempt = await ray_bench.begin(engine, attempt)
             never = await ray_bench.last(attempt)
@@ -131,7 +134,7 @@ def test_what_ray_does_not_give_is_tried_again_later(
         while isinstance(last, NeverStarted):  # as the dispatcher does
             number += 1
             # Ray's figures lag: to the engine its node may still be taken.
-            await until(lambda: engine.reserve(job_id, compute) is None)
+            await until(lambda: engine.ledger.reserve(job_id, compute) is None)
             last = await ray_bench.last(await ray_bench.begin(engine, attempt, number))
         assert isinstance(last, Ended)
         assert last.result == "done"
@@ -141,10 +144,12 @@ def test_what_ray_does_not_give_is_tried_again_later(
 
 def test_what_no_node_has_is_refused_in_words(ray_bench: RayBench) -> None:
     async def scenario(engine: Engine) -> None:
-        assert engine.refusal(Compute(gpu=8)) == "needs 8 GPUs, the largest node has 2"
-        assert engine.refusal(Compute(cpu_m=9000)) == "needs 9 CPU, the largest node has 8"
-        assert engine.refusal(Compute(mem=1 << 40)) == "needs 1 TiB, the largest node has 4 GiB"
-        assert engine.refusal(Compute(cpu_m=8000, gpu=2)) is None
+        assert engine.ledger.refusal(Compute(gpu=8)) == "needs 8 GPUs, the largest node has 2"
+        assert engine.ledger.refusal(Compute(cpu_m=9000)) == "needs 9 CPU, the largest node has 8"
+        assert (
+            engine.ledger.refusal(Compute(mem=1 << 40)) == "needs 1 TiB, the largest node has 4 GiB"
+        )
+        assert engine.ledger.refusal(Compute(cpu_m=8000, gpu=2)) is None
 
     ray_bench.run(scenario)
 
@@ -315,8 +320,8 @@ def test_a_node_of_another_version_says_so(
         engine = ray_bench.made()
         await engine.open(lambda _: None)
         try:
-            await until(lambda: all(node.problem for node in engine.nodes()))
-            waits = engine.reserve("job", Compute())
+            await until(lambda: all(node.problem for node in engine.ledger.nodes()))
+            waits = engine.ledger.reserve("job", Compute())
             assert waits is not None
             assert "install the same on both" in waits
         finally:
@@ -387,7 +392,7 @@ def test_a_lost_node_loses_its_jobs_and_leaves_no_process(ray_bench: RayBench) -
         assert re.fullmatch(r"the node \S+ was lost", lost.reason)
         assert "ready" in ray_bench.log(attempt), "what was written is kept"
         await until(lambda: not exists(daemon))
-        await until(lambda: len(engine.nodes()) == 1)
+        await until(lambda: len(engine.ledger.nodes()) == 1)
 
     ray_bench.grace_s = 0.3
     ray_bench.run(scenario)

@@ -153,7 +153,7 @@ def test_a_copy_that_could_not_be_begun_for_a_full_disk_is_complete_once_it_is_n
             await other.recover(attempt)
         bench.go()
         await bench.ended(attempt)
-        assert [node.problem for node in other.nodes()] == [None]
+        assert [node.problem for node in other.ledger.nodes()] == [None]
         log = bench.log(first)
         assert len(log) == size
         assert log.startswith("[cortex: ")
@@ -292,7 +292,7 @@ def test_an_order_that_was_given_up_while_it_was_built_is_in_no_later_ones_way(
     async def scenario(engine: Engine) -> None:
         attempt, go_on = bench.sleeper(), asyncio.Event()
         job_id, api = attempt.spec.job_id, attempt.version.api
-        assert engine.reserve(job_id, api.compute) is None
+        assert engine.ledger.reserve(job_id, api.compute) is None
         attempt = replace(attempt, handle=engine.claim(job_id, 1))
         orders = [
             taken_up(replace(attempt, number=number)).order(NAMESPACE, 5) for number in (1, 2, 3)
@@ -326,7 +326,7 @@ def test_an_order_that_was_given_up_while_it_was_built_is_in_no_later_ones_way(
             poll = await asyncio.wait_for(polled, 2 * LIMIT_S)
             assert poll.seq > seq, seen
             seen, seq = [*seen, *poll.seen], poll.seq
-        engine.release(job_id)
+        engine.ledger.release(job_id)
 
     bench.run(scenario)
     assert bench.marker.read_text() == "ran\n"

@@ -301,7 +301,7 @@ class Runner:
         )
         before = contents(place.project)
         job_id = spec.job_id
-        assert self.engine.reserve(job_id, version.api.compute) is None
+        assert self.engine.ledger.reserve(job_id, version.api.compute) is None
         self.engine.start(Attempt(spec, version, 1, self.engine.claim(job_id, 1), None))
         log = JobFolders(self.root).log(job_id)
         if program.stop_at is not None:

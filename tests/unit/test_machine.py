@@ -167,7 +167,9 @@ class Machine(RuleBasedStateMachine):
                 await asyncio.sleep(0)
             await self.store.ping()  # a write is done when one that comes after it is
             world = (sorted(self.world.ordered), sorted(self.world.running))
-            seen.append((world, sorted(self.engine.taken), len(self.dispatcher._board.tasks)))
+            seen.append(
+                (world, sorted(self.engine.ledger.taken), len(self.dispatcher._board.tasks))
+            )
             assert len(seen) < 1000, "it comes to no rest"
 
     def crash(self, work: Coroutine[Any, Any, Any] | None, *, stored: bool = True) -> None:
@@ -425,7 +427,7 @@ class Machine(RuleBasedStateMachine):
         in_flight = {key[0] for key in attempts}
         assert len(attempts) == len(in_flight), "one attempt of a job at a time"
         assert len(in_flight) <= ROOM
-        assert self.engine.taken == in_flight, "capacity is held for these and nobody else"
+        assert self.engine.ledger.taken == in_flight, "capacity is held for these and nobody else"
         tight = [job for job in in_flight if self.jobs[job].name == "tight"]
         assert len(tight) <= MOST_RUNNING
         stopped = {job for job in in_flight if self.jobs[job].stopped}
@@ -457,7 +459,7 @@ class Machine(RuleBasedStateMachine):
             assert told.final is not None, (told, self.record(job_id))
             assert self.record(job_id).state in FINAL
             assert not self.dispatcher.in_progress(job_id)
-        assert self.engine.taken == set(), "all capacity is given back"
+        assert self.engine.ledger.taken == set(), "all capacity is given back"
 
 
 async def _some_steps() -> None:

@@ -47,14 +47,6 @@ _POLL_INTERVAL_S = 1.0  # a poll of a killed operator may clear the event that w
 _PAUSE_S = 0.05  # so that a log that grows by lines is copied by pieces
 
 
-class NodeEngine(LocalEngine):
-    """The local engine of a node: what a job may take was decided elsewhere, GPUs included."""
-
-    def take(self, job_id: str, order: NodeOrder) -> None:
-        self._grace_s = order.grace_s
-        self._ledger.hold(job_id, order.api.compute, list(order.gpus))
-
-
 class Agent:
     """One node's."""
 
@@ -62,7 +54,7 @@ class Agent:
         self._slot = AgentFolder.take(namespace, node_id, node_dir)
         self._opening = asyncio.Lock()
         self._folders = JobFolders(self._slot.jobs)
-        self._engine = NodeEngine(self._slot.jobs, total)
+        self._engine = LocalEngine(self._slot.jobs, total)
         self._is_open = False
         self._stock = Provisions(self._slot, self._keep)
         self._seen = Outbox()
@@ -196,7 +188,8 @@ class Agent:
             self._saw(self._failed(order, error))
         else:
             self._building.pop(job_id, None)  # from here on a stop is the engine's
-            self._engine.take(job_id, order)
+            # What the job may take was decided by the operator and Ray, the indices of GPUs included.
+            self._engine.ledger.reserve_granted(job_id, order.api.compute, list(order.gpus))
             self._engine.start(self._attempt(order, python, deadline))
 
     def _failed(self, order: NodeOrder, error: Exception) -> Lost | NeverStarted:
@@ -239,6 +232,7 @@ class Agent:
             deadline,
             order.losses,
             order.lost,
+            order.grace_s,
         )
 
     def _grown(self, cursors: dict[str, int]) -> dict[str, LogPiece]:

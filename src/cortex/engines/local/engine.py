@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from cortex.engines.base import (
+    NOTHING,
     Attempt,
     Capabilities,
     Capacity,
     CapacityFreed,
-    NodeInfo,
     Report,
     Version,
 )
@@ -27,12 +26,11 @@ from cortex.engines.local import cgroup_support, cgroups, folders, records, work
 from cortex.engines.local.attempts import Attempts
 from cortex.engines.local.cgroups import Groups
 from cortex.engines.local.fork_server_pool import ForkServerPool
-from cortex.engines.local.machine import Ledger, detect
+from cortex.engines.local.machine import MachineLedger, detect
 from cortex.engines.local.orphans import Orphans
 from cortex.engines.local.supervisor import SupervisorHandle
 from cortex.errors import StartupError
 from cortex.joblog.folders import JobFolders
-from cortex.spec.api import Compute
 from cortex.spec.job import MAX_INLINE_BYTES
 from cortex.system.account import Account
 from cortex.system.background import in_thread
@@ -64,7 +62,7 @@ class LocalEngine:
         self._total = total
         self._grace_s = grace_s
         self._memory_limit = memory_limit
-        self._ledger = Ledger(total or Capacity(0, 0, 0))
+        self.ledger = MachineLedger(total or NOTHING, self._undo_prepare, self._report_freed)
         self._limits = cgroup_support.WATCHDOG
         self._groups = Groups()
         self._inherits = inherits
@@ -89,7 +87,7 @@ class LocalEngine:
     @property
     def capabilities(self) -> Capabilities:
         own_folder = self._servers.own_folder
-        return Capabilities("local", self._ledger.total, self._limits.method, own_folder)
+        return Capabilities("local", self.ledger.total, self._limits.method, own_folder)
 
     async def open(self, report: Report) -> None:
         self._attempts.report = report
@@ -118,23 +116,10 @@ class LocalEngine:
         await self._groups.close()
         await in_thread(cgroup_support.remove_places, self._root)
 
-    def refusal(self, compute: Compute) -> str | None:
-        return self._ledger.refusal(compute)
-
-    def reserve(self, job_id: str, compute: Compute) -> str | None:
-        return self._ledger.take(job_id, compute)
-
-    def release(self, job_id: str) -> None:
-        prepared = self._prepared.pop(job_id, None)
-        if prepared is not None:
-            prepared.withdraw()
-        if self._free(job_id):
-            self._attempts.report(CapacityFreed())
-
     def claim(self, job_id: str, attempt: int) -> str:
         # From here on a folder that is missing is one that cannot be asked, not one never made.
         records.make(self._folders.folder_name(job_id), self._account)
-        gpus = self._ledger.gpus(job_id)
+        gpus = self.ledger.gpus(job_id)
         return records.handle(self._root, gpus) if gpus else self._handle
 
     def prepare(self, attempt: Attempt) -> None:
@@ -151,9 +136,9 @@ class LocalEngine:
         prepared = self._prepared.pop(attempt.spec.job_id, None)
         kept = _without_config(attempt)
         if prepared is not None and prepared.go():
-            self._attempts.begin(kept, self._grace_s, prepared)
+            self._attempts.begin(kept, self._grace_of(attempt), prepared)
         else:
-            self._attempts.begin(kept, self._grace_s)
+            self._attempts.begin(kept, self._grace_of(attempt))
             try:
                 order = self._order(attempt)
             except OSError as error:
@@ -169,9 +154,9 @@ class LocalEngine:
     async def recover(self, attempt: Attempt) -> None:
         job_id = attempt.spec.job_id
         gpus = records.held_gpus(self._folders.folder(job_id), attempt)
-        self._ledger.hold(job_id, attempt.version.api.compute, gpus)
+        self.ledger.reserve_granted(job_id, attempt.version.api.compute, gpus)
         self._groups.take_over(job_id, attempt.number)
-        await self._attempts.recover(attempt, self._grace_s)
+        await self._attempts.recover(attempt, self._grace_of(attempt))
 
     def warm(self, version: Version) -> None:
         self._servers.warm(version)
@@ -181,8 +166,8 @@ class LocalEngine:
         for api_id in versions:
             self._servers.forget(api_id)
 
-    def nodes(self) -> list[NodeInfo]:
-        return [NodeInfo(platform.node(), True, self._ledger.total, self._ledger.free)]
+    def _grace_of(self, attempt: Attempt) -> float:
+        return self._grace_s if attempt.grace_s is None else attempt.grace_s
 
     def _withdraw(self, attempt: Attempt) -> bool:
         return self._servers.withdraw(attempt.version, attempt.spec.job_id)
@@ -196,14 +181,24 @@ class LocalEngine:
         await in_thread(workspaces.sweep, self._workspaces)
 
     def _free(self, job_id: str) -> bool:
+        """Give back all that a job has taken; whether another job may be waiting for it."""
         self._groups.release(job_id)
-        return self._ledger.release(job_id)
+        return self.ledger.give_back(job_id) and self.ledger.pop_refused()
+
+    def _undo_prepare(self, job_id: str) -> None:
+        prepared = self._prepared.pop(job_id, None)
+        if prepared is not None:
+            prepared.withdraw()
+        self._groups.release(job_id)
+
+    def _report_freed(self) -> None:
+        self._attempts.report(CapacityFreed())
 
     def _prepare(self) -> list[Path]:
         """Blocking; the control groups that there are."""
         folders.lay_out(self._root, self._import_dir, self._account)
         self._handle = records.handle(self._root)
-        self._ledger = Ledger(self._total or detect())
+        self.ledger.set_total(self._total or detect())
         if self._memory_limit != "watchdog":
             self._limits = cgroup_support.probe(self._root, self._account)
         self._groups.prefix, self._groups.account = cgroup_support.prefix(self._root), self._account
@@ -230,7 +225,7 @@ class LocalEngine:
     def _order(self, attempt: Attempt) -> Order:
         spec, compute = attempt.spec, attempt.version.api.compute
         assert spec.config is not None  # it is read from the store where the job is claimed
-        gpus = self._ledger.gpus(spec.job_id)
+        gpus = self.ledger.gpus(spec.job_id)
         group = None
         if compute.mem is not None:
             group = self._groups.limit(spec.job_id, attempt.number, compute.mem)
@@ -238,7 +233,7 @@ class LocalEngine:
             job_id=spec.job_id,
             attempt=attempt.number,
             folder=self._folders.folder_name(spec.job_id),
-            grace_s=self._grace_s,
+            grace_s=self._grace_of(attempt),
             timeout=spec.timeout,
             deadline=attempt.deadline,
             log_limit=attempt.version.api.limits.log,
@@ -246,7 +241,7 @@ class LocalEngine:
             memory_kind=None if compute.mem is None else self._limits.kind,
             memory_dir=group,
             gpus=gpus,
-            visible_gpus=",".join(map(str, gpus)) if self._ledger.total.gpu else None,
+            visible_gpus=",".join(map(str, gpus)) if self.ledger.total.gpu else None,
             job={**spec.facts(), "config": attempt.version.api.definition.config},
             submitted=spec.config,
             losses=attempt.losses,

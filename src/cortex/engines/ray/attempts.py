@@ -90,7 +90,7 @@ class Attempts:
         # A full disk: what is copied later finds it missing again.
         with contextlib.suppress(OSError):
             self._copies.take_up(live.job_id, live.base)
-        self._nodes.hold(live.job_id, attempt.version.api.compute, live.node_id)
+        self._nodes.reserve_granted(live.job_id, attempt.version.api.compute, live.node_id)
         node = self._nodes.alive.get(live.node_id)
         if node is None and self._cluster.is_joined:
             self._lose(live, "its node is not in the cluster any more")
@@ -99,10 +99,9 @@ class Attempts:
         else:
             self._background.run(self._until_told(live))
 
-    def release(self, job_id: str) -> None:
-        """See `Engine.release`."""
-        if self._nodes.release(job_id):
-            self._report(CapacityFreed())
+    def report_freed(self) -> None:
+        """Report that a job that did not fit before may fit now."""
+        self._report(CapacityFreed())
 
     def hint_to_all(self, method: str, *arguments: object) -> None:
         """Call a method of every agent that has answered; a call that fails is not repeated."""
@@ -166,8 +165,8 @@ class Attempts:
             log.warning("a node's lock file is not kept", reason=str(error))
 
     def freed(self) -> None:
-        if self._nodes.freed():
-            self._report(CapacityFreed())
+        if self._nodes.pop_refused():
+            self.report_freed()
 
     # One attempt
 
@@ -314,10 +313,10 @@ class Attempts:
         self._let_go(live)
         if live.node_id in self._nodes.alive:
             self._left[live.node_id].append(self._orders.seat(live))
-        freed = self._nodes.release(live.job_id)
+        freed = self._nodes.give_back(live.job_id) and self._nodes.pop_refused()
         self._report(last)
         if freed:
-            self._report(CapacityFreed())
+            self.report_freed()
 
     def _on(self, node: Node) -> list[TrackedAttempt]:
         return list(self._on_node.get(node.node_id, {}).values())

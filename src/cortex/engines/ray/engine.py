@@ -12,17 +12,17 @@ import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cortex.engines.base import Attempt, Capabilities, NodeInfo, Report, Version
+from cortex.engines.base import Attempt, Capabilities, Report, Version
 from cortex.engines.ray.attempts import Attempts
 from cortex.engines.ray.calls import AgentCalls, Locks
 from cortex.engines.ray.cluster import Cluster
 from cortex.engines.ray.link import LinkError
 from cortex.engines.ray.log_copies import LogCopies
 from cortex.engines.ray.messages import DEFAULT_BUILDS, Builds
+from cortex.engines.ray.placement import Placement
 from cortex.engines.ray.tracked import handle
 from cortex.errors import StartupError
 from cortex.joblog.folders import JobFolders
-from cortex.spec.api import Compute
 
 
 class RayEngine:
@@ -41,8 +41,8 @@ class RayEngine:
         self._folders = JobFolders(root)
         self._copies = LogCopies(self._folders)
         self._address = address
-        self._cluster = Cluster(address, namespace, node_dir)
-        self._nodes = self._cluster.nodes
+        self.ledger = Placement(self._report_freed)
+        self._cluster = Cluster(address, namespace, node_dir, self.ledger)
         orders = AgentCalls(self._cluster, namespace, grace_s, locks, builds)
         self._attempts = Attempts(self._cluster, orders, self._copies)
 
@@ -51,7 +51,7 @@ class RayEngine:
         hellos = self._cluster.hellos.values()
         limits = _of_all(hello.memory_limit for hello in hellos)
         folders = _of_all(hello.own_folder for hello in hellos)
-        return Capabilities("ray", self._nodes.total, limits, folders, builds_environments=True)
+        return Capabilities("ray", self.ledger.total, limits, folders, builds_environments=True)
 
     async def open(self, report: Report) -> None:
         if importlib.util.find_spec("ray") is None:
@@ -77,17 +77,8 @@ class RayEngine:
         await self._attempts.close()
         await self._cluster.close()
 
-    def refusal(self, compute: Compute) -> str | None:
-        return self._nodes.refusal(compute)
-
-    def reserve(self, job_id: str, compute: Compute) -> str | None:
-        return self._nodes.take(job_id, compute)
-
-    def release(self, job_id: str) -> None:
-        self._attempts.release(job_id)
-
     def claim(self, job_id: str, attempt: int) -> str:
-        node = self._nodes.node_of(job_id)
+        node = self.ledger.node_of(job_id)
         hello = None if node is None else self._cluster.hellos.get(node.node_id)
         return handle(node, hello, self._copies.prepare(job_id))
 
@@ -110,18 +101,8 @@ class RayEngine:
         """See `Engine.forget`. The nodes that answer now delete the folders of these jobs."""
         self._attempts.hint_to_all("forget", list(versions), list(jobs))
 
-    def nodes(self) -> list[NodeInfo]:
-        return [
-            NodeInfo(
-                node.name,
-                node.is_ready,
-                node.state.total,
-                node.free,
-                node.problem,
-                node.state.labels,
-            )
-            for node in self._nodes.alive.values()
-        ]
+    def _report_freed(self) -> None:
+        self._attempts.report_freed()
 
 
 def _of_all(methods: Iterable[str]) -> str:

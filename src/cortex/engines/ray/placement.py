@@ -1,8 +1,9 @@
-"""The nodes of a cluster: which of them takes a job, and what has been taken of each. Called by the Ray
-engine alone.
+"""The nodes of a cluster: which node a job runs on, and what jobs have reserved of each. Called by the Ray
+engine; the operator calls `Placement` as a `CapacityLedger`.
 
-Ray could queue what does not fit yet, but would not say what that waits for. So a node is chosen here,
-by what Ray tells of all nodes; Ray is then asked for exactly that, and may still say no.
+Ray could queue a job that does not fit yet, but would not say what the job waits for. Therefore the
+engine chooses a node by what Ray reports of all nodes, and then asks Ray for exactly that node. Ray may
+still refuse.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from itertools import count
 
-from cortex.engines.base import NOTHING, Capacity
+from cortex.engines.base import NOTHING, Capacity, NodeInfo
 from cortex.engines.capacity import amounts, fits, label_words, lacking, selects
 from cortex.engines.ray.capacity_index import CapacityIndex
 from cortex.engines.ray.messages import NodeState
@@ -117,23 +118,28 @@ class _Selection:
 
 
 class Placement:
-    """All nodes that are, and the largest of those that ever were."""
+    """All nodes of the cluster, and the largest that it ever had. A `CapacityLedger`."""
 
-    def __init__(self) -> None:
+    def __init__(self, report_freed: Callable[[], object] = lambda: None) -> None:
+        """
+        Args:
+            report_freed: called when `release` has freed capacity and a reservation was refused before.
+        """
+        self._report_freed = report_freed
         self.alive: dict[str, Node] = {}
         self._numbers = count()
         self._holders: dict[str, Node] = {}  # by job
         self._selections: dict[Labels, _Selection] = {}
         self._known: set[tuple[Capacity, tuple[tuple[str, str], ...]]] = set()
         self._refusals: dict[tuple[Capacity, Labels], str | None] = {}
-        self._refused = False
+        self._has_refused = False
 
     @property
     def total(self) -> Capacity:
         return sum((node.state.total for node in self.alive.values()), NOTHING)
 
     def update(self, states: tuple[NodeState, ...]) -> list[Node]:
-        """Take over what Ray tells; the nodes that are not there any more."""
+        """Apply what Ray reports of all nodes; the nodes that have left the cluster."""
         told = {state.node_id: state for state in states if state.is_alive}
         lost = [node for node_id, node in self.alive.items() if node_id not in told]
         for node in lost:
@@ -148,22 +154,22 @@ class Placement:
         return lost
 
     def refusal(self, compute: Compute) -> str | None:
-        """Why no node could ever take this, or None. One that is away may come back."""
+        """See `CapacityLedger.refusal`. A node that has left the cluster may come back."""
         key = _asked(compute), _wanted(compute)
         if key not in self._refusals:
             self._refusals[key] = self._why_never(compute)
         return self._refusals[key]
 
-    def take(self, job_id: str, compute: Compute) -> str | None:
-        """Take a share of a node, or say what is lacking and take nothing."""
+    def reserve(self, job_id: str, compute: Compute) -> str | None:
+        """See `CapacityLedger.reserve`. The job runs on `node_of` it."""
         if job_id in self._holders:
             return None
         selection = self._selection(compute)
         best = selection.best(compute)
         if best is not None:
-            self.hold(job_id, compute, best.node_id)
+            self.reserve_granted(job_id, compute, best.node_id)
             return None
-        self._refused = True
+        self._has_refused = True
         if selection.is_empty:
             return self._why_none(compute)
         named = _named(compute)
@@ -172,28 +178,48 @@ class Placement:
             or f"no node{named} has {amounts(compute)} free"
         )
 
-    def hold(self, job_id: str, compute: Compute, node_id: str) -> None:
-        """Take what a recovered job has already."""
+    def reserve_granted(self, job_id: str, compute: Compute, node_id: str) -> None:
+        """Count what a job has of a node already, even if that exceeds what is free."""
         node = self.alive.get(node_id)
         if node is not None and job_id not in self._holders:
             node.add(job_id, compute)
             self._holders[job_id] = node
 
     def node_of(self, job_id: str) -> Node | None:
+        """The node of which a job has reserved a share."""
         return self._holders.get(job_id)
 
-    def release(self, job_id: str) -> bool:
-        """Give a share back; True if somebody was refused before and may fit now."""
+    def release(self, job_id: str) -> None:
+        """See `CapacityLedger.release`. This engine prepares nothing that must be undone."""
+        if self.give_back(job_id) and self.pop_refused():
+            self._report_freed()
+
+    def give_back(self, job_id: str) -> bool:
+        """Give back the reservation of a job; whether it had one."""
         node = self._holders.pop(job_id, None)
         if node is None:
             return False
         node.remove(job_id)
-        return self.freed()
+        return True
 
-    def freed(self) -> bool:
-        """There may be more than before: whether somebody waits for that."""
-        refused, self._refused = self._refused, False
-        return refused
+    def pop_refused(self) -> bool:
+        """Whether a reservation was refused since the last call."""
+        has_refused, self._has_refused = self._has_refused, False
+        return has_refused
+
+    def nodes(self) -> list[NodeInfo]:
+        """See `CapacityLedger.nodes`."""
+        return [
+            NodeInfo(
+                node.name,
+                node.is_ready,
+                node.state.total,
+                node.free,
+                node.problem,
+                node.state.labels,
+            )
+            for node in self.alive.values()
+        ]
 
     def _moved(self, node: Node) -> None:
         is_there = node.is_ready and self.alive.get(node.node_id) is node

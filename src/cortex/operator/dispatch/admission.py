@@ -81,14 +81,17 @@ class Admission:
         if version is None or self._unplaced or self.line.first() is not None:
             return None
         compute = version.api.compute
-        if self.line.full(draft.api_name) is not None or self._engine.refusal(compute) is not None:
+        if (
+            self.line.full(draft.api_name) is not None
+            or self._engine.ledger.refusal(compute) is not None
+        ):
             return None
-        if self._engine.reserve(draft.job_id, compute) is not None:
+        if self._engine.ledger.reserve(draft.job_id, compute) is not None:
             return None
         try:
             handle = self._engine.claim(draft.job_id, 1)
         except OSError:  # the job waits until its folder can be made, and says so
-            self._engine.release(draft.job_id)
+            self._engine.ledger.release(draft.job_id)
             return None
         self.line.occupy(draft.api_name, draft.job_id)
         if prepare:
@@ -110,7 +113,7 @@ class Admission:
         """
         self._unplaced -= int(claim is None)
         if claim is not None and not is_claimed:
-            self._engine.release(draft.job_id)
+            self._engine.ledger.release(draft.job_id)
             self.line.vacate(draft.api_name, draft.job_id)
             if is_refused:
                 self._remove(self._folders.folder(draft.job_id))
@@ -186,9 +189,9 @@ class Admission:
             if self.line.full(api_name) is not None:
                 self.line.step_aside()
                 continue
-            refusal = self._engine.refusal(compute)
+            refusal = self._engine.ledger.refusal(compute)
             if refusal is None:
-                self._blocked_by = self._engine.reserve(job_id, compute)
+                self._blocked_by = self._engine.ledger.reserve(job_id, compute)
                 if self._blocked_by is not None:
                     return
             if refusal is None:
@@ -256,20 +259,20 @@ class Admission:
         try:
             handle = self._engine.claim(job_id, number)
         except OSError as error:
-            self._engine.release(job_id)
+            self._engine.ledger.release(job_id)
             self.vacate(live)
             self.try_again(live, f"the job's folder cannot be made: {error}")
             return
         record = await self._board.apply(live, Event.CLAIM, {"handle": handle})
         if record is None:  # stopped or timed out in between
-            self._engine.release(job_id)
+            self._engine.ledger.release(job_id)
             self.vacate(live)
             return
         live.held_up_by = None
         if live.timer is not None:
             live.timer.cancel()  # from here on the supervisor watches it
         if live.stop_wanted:
-            self._engine.release(job_id)
+            self._engine.ledger.release(job_id)
             await self._board.lose(live, "stopped before it started")
             return
         self._engine.start(attempt(live, record.spec))

@@ -46,7 +46,7 @@ async def metrics(request: Request) -> Response:
     """This operator's jobs, engine and process, as Prometheus reads them."""
     ctx = context(request)
     ctx.metrics.keep_only(set(ctx.endpoints.values()))
-    engine, live, nodes = ctx.engine.capabilities.name, ctx.jobs.live(), ctx.engine.nodes()
+    engine, live, nodes = ctx.engine.capabilities.name, ctx.jobs.live(), ctx.engine.ledger.nodes()
     text = await asyncio.to_thread(ctx.metrics.text, engine, live, nodes)
     return Response(text, media_type=MEDIA_TYPE)
 
@@ -88,7 +88,7 @@ async def cluster(request: Request) -> Response:
                     "free": _amounts(node.free),
                     "labels": dict(node.labels),
                 }
-                for node in engine.nodes()
+                for node in engine.ledger.nodes()
             ],
         }
     )
