@@ -468,7 +468,7 @@ def test_what_a_node_tells_and_what_cannot_be_is_a_lost_attempt(
         bench.near.agent._keep(replace(end, **changed))  # type: ignore[arg-type]  # that is what is tried
         last = await bench.last(attempt)
         assert isinstance(last, Lost)
-        assert last.reason.startswith("what its node told of it is not valid: ")
+        assert last.reason.startswith("its node reported something invalid: ")
         bench.near.agent._engine.stop(job_id)
         await until(lambda: job_id not in bench.near.agent._live)  # type: ignore[union-attr]  # it is there
 

@@ -53,7 +53,7 @@ def reader(tmp_path: Path) -> Iterator[BodyReader]:
 
 
 def test_what_is_not_there_yet_may_be_with_whoever_drives(reader: BodyReader) -> None:
-    with pytest.raises(NoLeader, match="not in the store of files yet"):
+    with pytest.raises(NoLeader, match="not in the object store yet"):
         reader.bring_back()
     reader.files.put("logs/1/log", b"all of it")
     reader.bring_back()

@@ -59,7 +59,7 @@ class Parts:
 
 @pytest.fixture
 def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
-    monkeypatch.setattr(retention, "_SOONEST_S", 0.01)
+    monkeypatch.setattr(retention, "_MIN_PAUSE_S", 0.01)
     made = Parts(tmp_path)
     yield made
     made.store.close()

@@ -1,7 +1,7 @@
-"""Retention: what is kept of finished jobs and of versions that nothing uses, and for how long.
+"""Retention: removes finished jobs, their logs, unused versions and old entries of the audit log when the
+settings say so. Opened while the operator leads.
 
-A folder is removed before the row that tells of it, so that a crash in between leaves nothing behind
-that nobody knows of. One per operator, opened by the app.
+A folder is removed before the row that refers to it: a crash in between leaves no folder without a row.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ log = structlog.get_logger()
 
 _BATCH = 200
 _FAILED = "retention failed"
-_SOONEST_S, _LATEST_S = 1.0, 60.0
+_MIN_PAUSE_S, _MAX_PAUSE_S = 1.0, 60.0
 
 
 class Retention:
-    """Looks again and again for what need not be kept any longer."""
+    """Removes in rounds, until it is closed."""
 
     def __init__(self, ctx: Context, environments: Environments) -> None:
         self._ctx = ctx
@@ -47,13 +47,13 @@ class Retention:
     async def _run(self) -> None:
         kept = (self._keep.jobs_s, self._keep.logs_s, self._keep.audit_s)
         ages = [age for age in kept if age is not None]
-        pause_s = max(_SOONEST_S, min([_LATEST_S, *(age / 10 for age in ages)]))
+        pause_s = max(_MIN_PAUSE_S, min([_MAX_PAUSE_S, *(age / 10 for age in ages)]))
         while True:
             try:
                 await self._sweep()
             except (StorageUnavailable, OSError) as error:
-                log.warning("retention has to wait", error=str(error))
-            except Exception as error:  # another round may go well
+                log.warning("retention postponed", error=str(error))
+            except Exception as error:  # the next round may succeed
                 log.error(_FAILED, exc_info=error)
             await asyncio.sleep(pause_s)
 
@@ -77,9 +77,8 @@ class Retention:
         if keep.jobs_s is not None:
             async with self._ctx.deploying:
                 used = await self._put_versions_away(_ago(keep.jobs_s))
-            await in_thread(
-                self._remove_unused, used
-            )  # which takes long, and is nobody else's any more
+            # After the lock: this takes long, and no other operator uses these folders.
+            await in_thread(self._remove_unused, used)
 
     async def _remove_jobs(self, ids: list[str]) -> None:
         await self._remove_folders(ids)
@@ -93,8 +92,9 @@ class Retention:
         await in_thread(_remove_all, self._ctx.settings.job_folders, ids)
 
     async def _put_versions_away(self, before_ns: int) -> list[ApiSpec]:
-        """Remove what is unused of versions and projects; the versions that are left."""
-        here = await in_thread(self._ctx.projects.here)  # first: what comes in again is another
+        """Put unused versions and projects aside for removal; the versions that are left."""
+        # Before the versions are read: a project that is deployed again meanwhile stays.
+        here = await in_thread(self._ctx.projects.here)
         for api_id in await self._ctx.store.remove_versions(before_ns):
             self._ctx.versions.forget(api_id)
             log.info("removed version", api_id=api_id)
@@ -102,9 +102,8 @@ class Retention:
         await in_thread(self._put_projects_away, here, {spec.project_id for spec in left})
         return left
 
-    # In threads, which go on when nobody waits for them any more
-
     def _put_projects_away(self, here: dict[str, int], used: set[str]) -> None:
+        """Runs in a thread, which goes on after `close`: `_is_over` ends it."""
         for identity in here.keys() - used:
             if self._is_over.is_set():
                 return
@@ -112,6 +111,7 @@ class Retention:
         self._ctx.projects.forget_all_but(used)
 
     def _remove_unused(self, used: list[ApiSpec]) -> None:
+        """Runs in a thread, like `_put_projects_away`."""
         for folder in self._ctx.projects.to_remove():
             if self._is_over.is_set():
                 return

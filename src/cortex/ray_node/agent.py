@@ -1,8 +1,8 @@
-"""The agent of a node: a detached actor that Ray keeps there, and starts again when it dies. It runs
-the local engine in a folder of the node, and keeps what that reports until the operator has it.
+"""The agent of a node: a detached actor, which Ray restarts when it dies. It runs the local engine in a
+folder of the node, and keeps the engine's observations until the operator has received them.
 
-Its public methods are what the Ray engine asks through the driver. Jobs do not depend on it: their
-supervising processes go on without, and it takes them up again, as an operator does on one machine.
+The Ray engine calls its public methods through the driver. Jobs do not depend on the agent: their
+supervisors go on without it, and a new agent recovers them, as an operator does on one machine.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ _PIECE_BYTES = 256 << 10
 _NO_RECORDS = "the folder of its node, with the job's records in it, is gone"
 _RETRY_S = 5.0
 _POLL_INTERVAL_S = 1.0  # a poll of a killed operator may clear the event that wakes the next poll
-_PAUSE_S = 0.05  # so that a log that grows by lines is copied by pieces
+_BATCH_S = 0.05  # collects the lines of a growing log into one piece
 
 
 class Agent:
-    """One node's."""
+    """The agent of one node."""
 
     def __init__(self, namespace: str, node_id: str, node_dir: str, total: Capacity) -> None:
         self._slot = AgentFolder.take(namespace, node_id, node_dir)
@@ -59,7 +59,7 @@ class Agent:
         self._stock = Provisions(self._slot, self._keep)
         self._seen = Outbox()
         self._news = asyncio.Event()  # an observation
-        self._woken = asyncio.Event()  # an observation, or a log has grown
+        self._woken = asyncio.Event()  # an observation, or a log that has grown
         self._live: dict[str, NodeOrder] = {}
         self._begun: dict[str, Started] = {}
         self._building: dict[str, asyncio.Task[None]] = {}
@@ -79,7 +79,7 @@ class Agent:
         )
 
     async def start(self, order: NodeOrder) -> str | None:
-        """Start an attempt; "project" where its files have to be sent before."""
+        """Start an attempt. Returns "project", and starts nothing, where the project's files are missing."""
         await self._open()
         job_id = order.spec.job_id
         self._check(order)
@@ -87,14 +87,14 @@ class Agent:
             return "project"
         known = self._live.get(job_id)
         if known is not None and known.number != order.number:
-            raise RuntimeError("an earlier attempt, whose order came late, is about to end")
+            raise RuntimeError("an earlier attempt of the job, whose order came late, still runs")
         if known is None:
             self._live[job_id] = order
             self._building[job_id] = self._run(self._start(order, _deadline(order)))
         return None
 
     async def unpack(self, project_id: str, archive: bytes) -> None:
-        """Take in a project."""
+        """Store the files of a project."""
         await self._open()
         await asyncio.to_thread(self._stock.take_in, project_id, archive)
 
@@ -110,7 +110,7 @@ class Agent:
             self._saw(NeverStarted(job_id, self._live[job_id].number))
 
     async def recover(self, order: NodeOrder) -> None:
-        """Tell what there is of an attempt, which this agent may never have heard of."""
+        """Report the state of an attempt, which may have been started by an earlier agent, or by none."""
         await self._open()
         job_id = order.spec.job_id
         self._check(order)
@@ -120,7 +120,7 @@ class Agent:
                 self._keep(self._begun[job_id])
             return
         given_up = self._building.pop(job_id, None)
-        if given_up is not None:  # from here on log, stop and end are those of this attempt
+        if given_up is not None:  # log, stop and end now belong to this attempt
             given_up.cancel()
         folder = self._folders.folder(job_id)
         self._live[job_id] = order
@@ -134,8 +134,8 @@ class Agent:
     async def poll(
         self, incarnation: str, after: int, cursors: dict[str, int], within_s: float
     ) -> Poll:
-        """What was seen since, and how the logs have grown beyond these offsets; as soon as there is
-        any of it. Nothing under another incarnation where not all was kept that this one has not heard."""
+        """The observations since `after`, and what the logs have beyond these offsets, as soon as there is
+        any. A poll with an empty incarnation where observations that the caller lacks were dropped."""
         if not self._seen.knows(incarnation):
             return Poll("", after, ())
         self._seen.heard(incarnation, after)
@@ -151,7 +151,7 @@ class Agent:
             if self._seen.end == after:
                 self._news.clear()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._news.wait(), _PAUSE_S)
+                    await asyncio.wait_for(self._news.wait(), _BATCH_S)
         return Poll(incarnation, self._seen.end, self._seen.since(after), logs)
 
     async def read(self, job_id: str, offset: int, limit: int) -> LogPiece:
@@ -166,7 +166,7 @@ class Agent:
                 await asyncio.to_thread(self._folders.remove, job_id)
 
     async def _open(self) -> None:
-        # Whoever asks first: Ray may have started this process again since the operator's hello.
+        # By each method: Ray may have restarted this process since the operator's hello.
         async with self._opening:
             if not self._is_open:
                 await asyncio.to_thread(self._stock.open)
@@ -183,20 +183,20 @@ class Agent:
             async with asyncio.timeout(order.left_s):
                 python = await self._stock.build(order)
             self._begin_anew(job_id)
-        except Exception as error:  # nobody waits for this task: all of it is told
+        except Exception as error:  # the task has no waiter: report every failure
             self._building.pop(job_id, None)
             self._saw(self._failed(order, error))
         else:
-            self._building.pop(job_id, None)  # from here on a stop is the engine's
+            self._building.pop(job_id, None)  # from here on the engine stops the attempt
             # What the job may take was decided by the operator and Ray, the indices of GPUs included.
             self._engine.ledger.reserve_granted(job_id, order.api.compute, list(order.gpus))
             self._engine.start(self._attempt(order, python, deadline))
 
     def _failed(self, order: NodeOrder, error: Exception) -> Lost | NeverStarted:
-        """Why an attempt did not come to be started."""
+        """The report on an attempt that could not be started."""
         job_id, number = order.spec.job_id, order.number
         if isinstance(error, TimeoutError):
-            return NeverStarted(job_id, number)  # its deadline is the operator's again
+            return NeverStarted(job_id, number)  # the operator handles its deadline
         if isinstance(error, EnvironmentFailed):
             if error.is_for_now:
                 words = "its node's disk is full, and the environment not built"
@@ -211,7 +211,7 @@ class Agent:
         return Lost(job_id, number, reason)
 
     def _begin_anew(self, job_id: str) -> None:
-        """The operator has all that earlier attempts have written to the log."""
+        """Begin an empty log: the operator has the logs of earlier attempts."""
         self._folders.folder(job_id).mkdir(0o700, parents=True, exist_ok=True)
         for path in (self._folders.log(job_id), self._folders.cut(job_id)):
             path.unlink(missing_ok=True)
@@ -238,10 +238,8 @@ class Agent:
     def _grown(self, cursors: dict[str, int]) -> dict[str, LogPiece]:
         found = {}
         for job_id, offset in cursors.items():
-            order = self._live.get(
-                job_id
-            )  # of one that has ended, the rest is read once that is told
-            if order is None:
+            order = self._live.get(job_id)
+            if order is None:  # ended: the operator reads the rest with `read`
                 continue
             log = self._folders.log(job_id)
             here = read_piece(log, offset, _PIECE_BYTES, order.api.limits.log)
@@ -255,7 +253,7 @@ class Agent:
         job_id = observation.job_id
         order = self._live.get(job_id)
         if order is None or order.number != observation.attempt:
-            return  # of one that was over before it came: the operator knows
+            return  # of an attempt that had ended before its order came: the operator knows
         if isinstance(observation, Started):
             self._begun[job_id] = observation
         elif isinstance(observation, Ended | Lost | NeverStarted):
@@ -287,12 +285,12 @@ class Agent:
 
 
 def _deadline(order: NodeOrder) -> float | None:
-    """By this machine's monotonic clock."""
+    """The deadline of an order by this machine's monotonic clock."""
     return None if order.left_s is None else time.monotonic() + order.left_s
 
 
 def _ended(folder: Path, attempt: int) -> bool:
-    """End a job that runs without its folder; False if it does not run, as if it never had."""
+    """End a job that runs although its folder is missing; whether it ran."""
     if not processes.with_variable("CORTEX_JOB_ID", folder.name):
         return False
     leftovers.clean(folder, attempt)

@@ -1,7 +1,8 @@
-"""The engine protocol on one machine. Called by the dispatcher (and by `tests/engines`).
+"""The engine protocol on one machine. Called by the dispatcher, by the agents of nodes, and by
+`tests/engines`.
 
-It takes and gives the machine's capacity and makes orders of attempts, which fork servers carry out
-(`forkservers`); `attempts` knows what becomes of them.
+The engine turns attempts into orders. Fork servers carry the orders out (`fork_server_pool`),
+`attempts` follows each attempt to its end, and `machine` counts the capacity.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from cortex.worker.messages import Order
 
 
 class LocalEngine:
-    """Runs jobs as process trees of this machine, below `root`: a folder for each."""
+    """Runs jobs as process trees of this machine. Each job has a folder below `root`."""
 
     def __init__(
         self,
@@ -53,9 +54,12 @@ class LocalEngine:
     ) -> None:
         """
         Args:
-            memory_limit: "watchdog" for no control groups, whatever there is.
-            own_folder: "copy" for no overlay, whatever this machine allows.
-            inherits: whether this process is to be the parent of what killed fork servers leave, and end that.
+            total: the capacity for jobs; None for all that the machine has.
+            grace_s: between SIGTERM and SIGKILL, for attempts without a grace of their own.
+            memory_limit: "watchdog" to use no control groups, even if the machine has them.
+            own_folder: "copy" to use no overlay, even if the machine allows one.
+            inherits: whether this process becomes the parent of processes that killed fork servers
+                leave, and ends them (PR_SET_CHILD_SUBREAPER).
         """
         self._folders = JobFolders(root)
         self._root = self._folders.root
@@ -102,13 +106,13 @@ class LocalEngine:
         self._groups.take_up(await asyncio.to_thread(self._prepare))
         if self._inherits:
             self._inherited.open()
-        # No job waits for it: there may be very many files.
+        # In the background: there may be very many files.
         self._sweep = asyncio.ensure_future(asyncio.to_thread(workspaces.sweep, self._workspaces))
 
     async def close(self) -> None:
         self._inherited.close()
         await self._attempts.close()
-        for job_id in self._prepared:  # which nobody begins with
+        for job_id in self._prepared:  # their supervisors never start them
             self._groups.release(job_id)
         await self._servers.close()
         if self._sweep is not None:
@@ -117,7 +121,7 @@ class LocalEngine:
         await in_thread(cgroup_support.remove_places, self._root)
 
     def claim(self, job_id: str, attempt: int) -> str:
-        # From here on a folder that is missing is one that cannot be asked, not one never made.
+        # From here on a missing folder was moved or lost. Without it the attempt may have begun.
         records.make(self._folders.folder_name(job_id), self._account)
         gpus = self.ledger.gpus(job_id)
         return records.handle(self._root, gpus) if gpus else self._handle
@@ -126,7 +130,7 @@ class LocalEngine:
         try:
             order = self._order(attempt)
         except OSError:
-            return  # the start will tell
+            return  # `start` reports it
         order.held = True
         supervisor = self._servers.prepare(attempt.version, order)
         if supervisor is not None:
@@ -176,7 +180,7 @@ class LocalEngine:
         return self._servers.processes() | self._attempts.supervisors()
 
     async def _tidy(self) -> None:
-        # What a killed supervising process has left must not run beside the job's next attempt.
+        # Processes that a killed supervisor left must not run beside the job's next attempt.
         await self._servers.tidy()
         await in_thread(workspaces.sweep, self._workspaces)
 
@@ -195,7 +199,7 @@ class LocalEngine:
         self._attempts.report(CapacityFreed())
 
     def _prepare(self) -> list[Path]:
-        """Blocking; the control groups that there are."""
+        """Prepare folders, control groups and the ledger; the control groups that exist. Blocks."""
         folders.lay_out(self._root, self._import_dir, self._account)
         self._handle = records.handle(self._root)
         self.ledger.set_total(self._total or detect())
@@ -207,24 +211,26 @@ class LocalEngine:
         self._servers.own_folder = self._own_folder or workspaces.probe(
             self._workspaces, self._account
         )
-        return [group for group in cgroup_support.existing(self._root) if not self._is_over(group)]
+        return [
+            group for group in cgroup_support.existing(self._root) if not self._is_removed(group)
+        ]
 
-    def _is_over(self, group: Path) -> bool:
-        """Whether a group was that of a job that is over, and is gone now."""
+    def _is_removed(self, group: Path) -> bool:
+        """Remove a control group, if its job has ended; whether that succeeded."""
         job_id, _, number = group.name.removeprefix(self._groups.prefix).rpartition("-")
         if not number.isdigit() or records.supervised(self._folders.folder(job_id), int(number)):
             return False
         if cgroups.remove(group, within_s=0):
             return True
         try:
-            is_told = records.ended(self._folders.folder(job_id), int(number)).exit is not None
+            is_recorded = records.ended(self._folders.folder(job_id), int(number)).exit is not None
         except OSError:
             return False
-        return is_told and cgroups.end(group)
+        return is_recorded and cgroups.end(group)
 
     def _order(self, attempt: Attempt) -> Order:
         spec, compute = attempt.spec, attempt.version.api.compute
-        assert spec.config is not None  # it is read from the store where the job is claimed
+        assert spec.config is not None  # the dispatcher reads it from the store at the claim
         gpus = self.ledger.gpus(spec.job_id)
         group = None
         if compute.mem is not None:
@@ -250,7 +256,7 @@ class LocalEngine:
 
 
 def _without_config(attempt: Attempt) -> Attempt:
-    """What is kept of an attempt while it runs."""
+    """The attempt as the engine keeps it while it runs, without a long config."""
     if len(attempt.spec.config or "") <= MAX_INLINE_BYTES:
         return attempt
     return replace(attempt, spec=replace(attempt.spec, config=None))

@@ -1,6 +1,6 @@
-"""The attempts that run on a cluster, and what becomes of each: its end is reported once, whatever its node
-tells or does not tell. Called by the Ray engine; the cluster tells it of nodes, and of what their agents
-have seen.
+"""Follows the attempts on a cluster to their ends: reports each end once, whatever the node reports or
+fails to report. Called by the Ray engine, and by `cluster` with changes of nodes and the observations of
+their agents.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from cortex.worker import checks
 
 log = structlog.get_logger()
 
-_LEFT = 100
+_MAX_LEFT = 100
 
 Last = Ended | Lost | NeverStarted
 
 
 class Attempts:
-    """A `cluster.Listener`. All of it happens on the event loop."""
+    """A `cluster.Listener`. All methods are called on the event loop."""
 
     def __init__(self, cluster: Cluster, orders: AgentCalls, copies: LogCopies) -> None:
         self._cluster = cluster
@@ -53,17 +53,17 @@ class Attempts:
         self._copies = copies
         self._live: dict[str, TrackedAttempt] = {}
         self._on_node: dict[str, dict[str, TrackedAttempt]] = {}  # the same, by node and by job
-        # The seats, by node, of those that ended last: their agent may be killed before it gives them up.
-        self._left: defaultdict[str, deque[str]] = defaultdict(partial(deque, maxlen=_LEFT))
+        # Reservations by node of the attempts that ended last: an agent may die before it frees them.
+        self._left: defaultdict[str, deque[str]] = defaultdict(partial(deque, maxlen=_MAX_LEFT))
         self._background = Background("the Ray engine failed")
         self._report: Report = lambda _: None
 
     def open(self, report: Report) -> None:
-        """Report there, from now on."""
+        """Report to `report` from now on."""
         self._report = report
 
     async def close(self) -> None:
-        """Let go of all; what runs goes on."""
+        """Forget all attempts; jobs go on."""
         await self._background.close()
         self._live.clear()
         self._on_node.clear()
@@ -87,7 +87,7 @@ class Attempts:
         live = taken_up(attempt)
         live.sent = True
         self._take_on(live)
-        # A full disk: what is copied later finds it missing again.
+        # The disk is full: the next piece that is copied tries again.
         with contextlib.suppress(OSError):
             self._copies.take_up(live.job_id, live.base)
         self._nodes.reserve_granted(live.job_id, attempt.version.api.compute, live.node_id)
@@ -95,7 +95,7 @@ class Attempts:
         if node is None and self._cluster.is_joined:
             self._lose(live, "its node is not in the cluster any more")
         elif node is None or not node.is_ready:
-            pass  # it is asked after as soon as there is somebody to ask
+            pass  # `reached` queries the agent once it answers
         else:
             self._background.run(self._until_told(live))
 
@@ -108,15 +108,13 @@ class Attempts:
         for node_id in self._cluster.hellos:
             self._background.run(self._orders.hint(node_id, method, *arguments))
 
-    # What the cluster tells
-
     def looked(self) -> None:
         for live in list(self._live.values()):
             if live.node_id not in self._nodes.alive:
                 self._lose(live, "its node is not in the cluster any more")
 
     def lost(self, node: Node) -> None:
-        """What ran there is lost with it: the node's guard ends what is left of that."""
+        """The attempts on the node are lost. The node's guard ends their processes."""
         self._give_up_left(node)
         for live in self._on(node):
             self._lose(live, f"the node {node.name} was lost")
@@ -132,7 +130,7 @@ class Attempts:
             self._unreachable(live, reason)
 
     def cursors(self, node: Node) -> dict[str, int]:
-        # Until it has started, the log that its node has is that of an earlier attempt.
+        # Until the attempt has started, its node may have the log of an earlier attempt.
         return {
             live.job_id: self._copies.offset(live.job_id, live.base)
             for live in self._on(node)
@@ -156,26 +154,24 @@ class Attempts:
                 try:
                     self._take_in(live, checked(seen))
                 except checks.Invalid as error:
-                    self._lose(live, f"what its node told of it is not valid: {error}")
+                    self._lose(live, f"its node reported something invalid: {error}")
 
     def _keep_lock(self, lock: Lock) -> None:
         try:
             self._background.run(self._orders.keep_lock(checked_lock(lock)))
         except checks.Invalid as error:
-            log.warning("a node's lock file is not kept", reason=str(error))
+            log.warning("invalid lock file of a node", reason=str(error))
 
     def freed(self) -> None:
         if self._nodes.pop_refused():
             self.report_freed()
-
-    # One attempt
 
     def _give_up_left(self, node: Node) -> None:
         for seat in self._left.pop(node.node_id, ()):
             self._background.run(self._orders.give_up(seat))
 
     def _lose(self, live: TrackedAttempt, reason: str) -> None:
-        # Where its node is gone, or what it has of it, no agent gives it up.
+        # Where the node or its folder is lost, no agent frees the reservation.
         self._background.run(self._orders.give_up(self._orders.seat(live)))
         if not live.ending:
             self._settle(live, live.lost(reason) if live.sent else live.never())
@@ -196,16 +192,15 @@ class Attempts:
             piece = checked_piece(piece)
             await asyncio.to_thread(self._copies.write, live.job_id, live.base, piece)
         except (OSError, checks.Invalid) as error:
-            log.warning("a log cannot be copied", job=live.job_id, error=str(error))
-            live.copied = isinstance(error, OSError) and is_storage(
-                error
-            )  # then it is asked for again with the next poll
+            log.warning("cannot copy a log", job=live.job_id, error=str(error))
+            # With the next poll the node sends the piece again.
+            live.copied = isinstance(error, OSError) and is_storage(error)
             await asyncio.sleep(RETRY_S)
 
     async def _finish(self, live: TrackedAttempt, last: Last) -> None:
-        """Copy the rest of the log, and report the end. The node has told it: what happens to it now
-        can take no more than a part of the log."""
-        has_log = not isinstance(last, NeverStarted)  # what there is is of an earlier attempt
+        """Copy the rest of the log, and report the end, which is known: a failure from now on loses no
+        more than a part of the log."""
+        has_log = not isinstance(last, NeverStarted)  # otherwise it is that of an earlier attempt
         while has_log and live.node_id in self._nodes.alive and live.copied:
             offset = self._copies.offset(live.job_id, live.base)
             try:
@@ -220,12 +215,13 @@ class Attempts:
         self._settle(live, last)
 
     async def _begin(self, live: TrackedAttempt) -> None:
-        """Get its seat, and give it to its node. What is not known to have failed is asked after."""
+        """Reserve its capacity in Ray, and send it to its node. Query the node where the outcome of that
+        is unknown."""
         try:
             gpus = await self._orders.take_seat(live)
             locks = await self._orders.locks(live)
         except (LinkError, Refused, StorageUnavailable, OSError) as error:
-            # First: it may be there or yet come, and once this is told no operator looks for it.
+            # Before the report: the reservation may exist or appear, and no operator looks for it later.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(live.left_s):
                     await self._orders.give_up(self._orders.seat(live))
@@ -271,7 +267,7 @@ class Attempts:
                 return
 
     async def _ask_after(self, live: TrackedAttempt) -> None:
-        """Let its node tell what there is of an attempt; one that never came there never will run."""
+        """Let its node report the state of an attempt. The node fences off one that it does not know."""
         try:
             await self._orders.ask_after(live)
         except Refused as error:
@@ -290,7 +286,7 @@ class Attempts:
             except LinkError:
                 await asyncio.sleep(RETRY_S)
             except Refused as error:
-                log.warning("a job cannot be stopped", job=live.job_id, error=str(error))
+                log.warning("cannot stop a job", job=live.job_id, error=str(error))
                 return
             else:
                 return
@@ -298,8 +294,8 @@ class Attempts:
     def _started(self, live: TrackedAttempt, seen: Started) -> None:
         if not live.started or live.unreachable:
             live.started, live.unreachable = True, False
-            with contextlib.suppress(OSError):  # what is written later finds it missing again
-                self._copies.touch(live.job_id)  # who follows the log waits for it from now on
+            with contextlib.suppress(OSError):  # the first piece that is copied creates the log
+                self._copies.touch(live.job_id)  # followers of the log watch it from now on
             self._report(seen)
 
     def _unreachable(self, live: TrackedAttempt, reason: str) -> None:

@@ -1,6 +1,5 @@
-"""The cluster as the operator has it: joined through a link that is replaced when it breaks, looked at
-every second, and an agent attended to on each node. Called by the Ray engine, whose
-`attempts` listen.
+"""The operator's view of the cluster: joins it through a link, which is replaced when it breaks, polls its
+nodes every second, and follows the agent of each node. Called by the Ray engine, whose `attempts` listen.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from cortex.engines.ray.placement import Node, Placement
 log = structlog.get_logger()
 
 JOIN_S = 30.0
-LOOK_S = 1.0
+POLL_INTERVAL_S = 1.0
 ANSWER_S = 10.0
 HELLO_S = 60.0  # a cold node loads Python and this package first
 POLL_S = 10.0
@@ -27,36 +26,36 @@ RETRY_S = 1.0
 
 
 class Listener(Protocol):
-    """Who is told what becomes of nodes, and what their agents have seen."""
+    """Receives changes of nodes and the observations of their agents."""
 
     def looked(self) -> None:
-        """The nodes that are there now are known."""
+        """The nodes of the cluster were polled."""
 
     def lost(self, node: Node) -> None:
-        """A node is not there any more."""
+        """A node has left the cluster."""
 
     async def reached(self, node: Node) -> None:
         """The agent of a node answers, for the first time or again.
 
         Raises:
-            LinkError: it does not any more.
+            LinkError: the agent does not answer any more.
         """
 
     def out_of_reach(self, node: Node, reason: str) -> None:
         """The agent of a node does not answer."""
 
     def cursors(self, node: Node) -> dict[str, int]:
-        """The offsets from which on the logs of a node's jobs are wanted."""
+        """The offsets, by job, from which on the operator lacks the logs of a node's jobs."""
 
     async def told(self, node: Node, poll: Poll) -> None:
-        """What the agent of a node has seen."""
+        """The agent of a node has observed this."""
 
     def freed(self) -> None:
-        """There may be more to take than before."""
+        """More capacity may be free than before."""
 
 
 class Cluster:
-    """All of it happens on the event loop."""
+    """All methods are called on the event loop."""
 
     def __init__(
         self, address: str, namespace: str, node_dir: str | None, nodes: Placement
@@ -76,10 +75,10 @@ class Cluster:
         return self._link is not None and not self._link.gone.is_set()
 
     async def open(self, listener: Listener) -> None:
-        """Join the cluster, and look at it.
+        """Join the cluster, and poll it once before this returns.
 
         Raises:
-            LinkError: it cannot be joined, and why.
+            LinkError: the cluster cannot be joined; the message says why.
         """
         self._listener = listener
         self._link = await self._joined()
@@ -91,7 +90,7 @@ class Cluster:
         self._keeping = asyncio.create_task(self._keep_joined(), name="ray cluster")
 
     async def close(self) -> None:
-        """Let go of it; what agents and jobs do goes on."""
+        """Leave the cluster; agents and jobs go on."""
         tasks = [*self._attending.values(), *([self._keeping] if self._keeping else [])]
         for task in tasks:
             task.cancel()
@@ -100,11 +99,11 @@ class Cluster:
             await self._link.close()
 
     async def call(self, method: str, *arguments: object, within_s: float = ANSWER_S) -> object:
-        """Ask for something in the cluster (`cortex.ray_node.driver`).
+        """Call a method of the Ray driver (`cortex.ray_node.driver`).
 
         Raises:
-            LinkError: nothing is known of what came of it.
-            Refused: it was not done.
+            LinkError: whether the call took effect is unknown.
+            Refused: the call had no effect.
         """
         if self._link is None:
             raise LinkError(f"the Ray cluster at {self._address} cannot be reached")
@@ -113,7 +112,7 @@ class Cluster:
     async def ask(
         self, node_id: str, method: str, *arguments: object, within_s: float = ANSWER_S
     ) -> object:
-        """Ask the agent of a node (`cortex.ray_node.agent`). Raises what `call` does."""
+        """Call a method of a node's agent (`cortex.ray_node.agent`). Raises what `call` does."""
         return await self.call(
             "ask", node_id, method, arguments, within_s, within_s=within_s + RETRY_S
         )
@@ -124,7 +123,7 @@ class Cluster:
         return link
 
     async def _keep_joined(self) -> None:
-        """Look at the cluster again and again, and join it anew whenever that fails."""
+        """Poll the cluster, and join it again whenever that fails."""
         while True:
             try:
                 if self._link is None:
@@ -139,7 +138,7 @@ class Cluster:
                 await asyncio.sleep(RETRY_S)
                 continue
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._link.gone.wait(), LOOK_S)
+                await asyncio.wait_for(self._link.gone.wait(), POLL_INTERVAL_S)
 
     async def _look(self, link: Link) -> None:
         before = {node_id: node.free for node_id, node in self.nodes.alive.items()}
@@ -153,7 +152,7 @@ class Cluster:
             if node_id not in self._attending:
                 task = asyncio.create_task(self._attend(node), name=f"ray node {node_id}")
                 self._attending[node_id] = task
-        # Where a node is lost, a job that waits may wait for something else from now on.
+        # A lost node changes what a waiting job waits for.
         if lost or any(node.free != before.get(each) for each, node in self.nodes.alive.items()):
             self._listener.freed()
 
@@ -175,7 +174,7 @@ class Cluster:
             self._out_of_reach(node, reason)
 
     async def _attend(self, node: Node) -> None:
-        """Take in what a node's agent has to tell, for as long as the node is there."""
+        """Receive the observations of a node's agent until the node leaves the cluster."""
         while True:
             try:
                 hello = await self._greet(node)
@@ -186,7 +185,7 @@ class Cluster:
             except (LinkError, Refused) as error:
                 self._out_of_reach(node, str(error))
             except Exception as error:
-                log.exception("ray node cannot be attended to", node=node.name)
+                log.exception("lost contact with node agent", node=node.name)
                 self._out_of_reach(node, repr(error))
             await asyncio.sleep(RETRY_S)
 
@@ -202,7 +201,8 @@ class Cluster:
         return hello
 
     async def _listen(self, node: Node, hello: Hello) -> None:
-        """Until the agent has not kept all that was not heard yet: it has to be asked after everything."""
+        """Poll the agent until it has dropped observations that this operator lacks; then every attempt must
+        be queried."""
         seq = hello.seq
         while True:
             cursors = self._listener.cursors(node)

@@ -1,9 +1,8 @@
-"""The engine protocol on a Ray cluster. Called by the dispatcher (and by `tests/engines`).
+"""The engine protocol on a Ray cluster. Called by the dispatcher and by `tests/engines`.
 
-On each node there is an agent, a detached actor that runs the local engine, so that a job on a node is
-what it is on one machine: records, limits, stop and recovery are the same. This side chooses nodes
-(`nodes`), lets Ray hold what a job takes (`messages.Reservation`), and talks with the agents of what becomes of
-each attempt (`attempts`).
+Each node has an agent, a detached actor that runs the local engine: records, limits, stop and recovery are
+those of one machine. The operator's side chooses nodes (`placement`), reserves in Ray what a job takes
+(`messages.Reservation`), and follows each attempt through the agents (`attempts`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from cortex.joblog.folders import JobFolders
 
 
 class RayEngine:
-    """Runs jobs on the nodes of a cluster; `root` holds the operator's copies of their logs."""
+    """Runs jobs on the nodes of a cluster. The operator's copies of their logs are below `root`."""
 
     def __init__(
         self,
@@ -83,7 +82,7 @@ class RayEngine:
         return handle(node, hello, self._copies.prepare(job_id))
 
     def prepare(self, attempt: Attempt) -> None:
-        """A node is told when the attempt is stored: the way there is what takes long."""
+        """Does nothing: the message to the node takes longest, and must not precede the commit."""
 
     def start(self, attempt: Attempt) -> None:
         self._attempts.start(attempt)
@@ -95,7 +94,7 @@ class RayEngine:
         self._attempts.recover(attempt)
 
     def warm(self, version: Version) -> None:
-        """A node is chosen with the job: there is none to warm before."""
+        """Does nothing: the node is chosen with the job."""
 
     def forget(self, *, versions: Sequence[str] = (), jobs: Sequence[str] = ()) -> None:
         """See `Engine.forget`. The nodes that answer now delete the folders of these jobs."""
@@ -106,5 +105,5 @@ class RayEngine:
 
 
 def _of_all(methods: Iterable[str]) -> str:
-    """What the nodes that have said hello do, each way once."""
+    """The methods of all nodes whose agents have answered, each once."""
     return ", ".join(sorted(set(methods))) or "each node's own"

@@ -21,12 +21,12 @@ Labels = tuple[tuple[str, tuple[str, ...]], ...]  # labels that are asked for, i
 
 
 class Node:
-    """One node, and what jobs of this operator have taken of it."""
+    """A node, and what jobs of this operator have reserved of it."""
 
     def __init__(self, state: NodeState, number: int, moved: Callable[[Node], None]) -> None:
         """
         Args:
-            moved: called when it has more or less free than before, and when its agent comes or goes.
+            moved: called when the free capacity changes, and when the agent becomes ready or unready.
         """
         self.state = state
         self.number = number
@@ -36,8 +36,8 @@ class Node:
         self._moved = moved
         self._shares: dict[str, Capacity] = {}
         self._own = NOTHING
-        # What others have taken, at the last look and the one before: Ray's figures lag behind ours,
-        # and one look alone may count what has just been given back as theirs.
+        # What others have taken, at the last poll and the one before: Ray's figures lag behind ours, and
+        # one poll alone may count what was just given back as taken by others.
         self._foreign = self._before = self._of_others()
         self.free = self._left()
 
@@ -61,7 +61,7 @@ class Node:
             self._moved(self)
 
     def see(self, state: NodeState) -> None:
-        """What Ray tells of it now."""
+        """Apply what Ray reports of the node."""
         self.state = state
         self._before, self._foreign = self._foreign, self._of_others()
         self._count()
@@ -90,7 +90,7 @@ class Node:
 
 
 class _Selection:
-    """The ready nodes with some labels. GPUs are left to those that want them."""
+    """The ready nodes with certain labels. Nodes with GPUs are for jobs without GPUs the last choice."""
 
     def __init__(self, wanted: Mapping[str, tuple[str, ...]]) -> None:
         self._wanted = wanted

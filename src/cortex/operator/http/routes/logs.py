@@ -51,7 +51,7 @@ async def _logs(ctx: Context, request: Request, record: JobRecord, offset: int) 
     if ctx.relay is not None and record.state in IN_PROGRESS:
         if (answer := await ctx.relay.demand(request)) is not None:
             return answer
-        ctx.jobs.heard(record)  # which it may not have been told of yet
+        ctx.jobs.heard(record)  # this operator leads, and may not have this record yet
     if not record.has_folder:
         raise NotFound(
             f"the log of the job {job_id} was removed: logs are kept for a time "
@@ -90,8 +90,8 @@ async def _logs(ctx: Context, request: Request, record: JobRecord, offset: int) 
 
 
 class Begun(StreamingResponse):
-    """A log as it is read. One that goes on elsewhere, or cannot be read on, breaks off, and clients ask
-    again."""
+    """A log that is read while it is sent. The response breaks off where another operator leads from now
+    on, or where the log cannot be read; clients then reconnect."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(NoLeader, StorageUnavailable):
@@ -99,11 +99,11 @@ class Begun(StreamingResponse):
 
 
 def _span(header: str | None, size: int) -> tuple[int, int] | None:
-    """The first byte and the one after the last of a Range header; None for one to be ignored, as
-    RFC 9110 has it for other units and several ranges.
+    """The offsets of the first byte and after the last of a Range header. None for a header that RFC 9110
+    lets servers ignore: other units, several ranges.
 
     Raises:
-        RangeNotSatisfiable: it begins beyond the end.
+        RangeNotSatisfiable: the range begins beyond the end of the log.
     """
     found = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", header or "", re.ASCII)
     if found is None or not any(found.groups()):
@@ -136,7 +136,7 @@ def _kept(log: Log, start: int, end: int) -> tuple[int, int]:
 
 
 async def _rest(log: Log, start: int, end: int) -> AsyncIterator[bytes]:
-    """A log up to where it ended when it was asked for, with a line for what is gone of it."""
+    """A log up to the end that it had at the request, with a line in place of its gap."""
     while start < end:
         piece = await asyncio.to_thread(read, log, start, min(_CHUNK_BYTES, end - start))
         if not piece.data:
@@ -147,7 +147,7 @@ async def _rest(log: Log, start: int, end: int) -> AsyncIterator[bytes]:
 
 
 async def _part(log: Log, start: int, end: int) -> AsyncIterator[bytes]:
-    """Exactly these bytes of a log that may be growing, or be cut."""
+    """Exactly these bytes of a log that may grow or lose its middle meanwhile."""
     while start < end:
         piece = await asyncio.to_thread(read, log, start, min(_CHUNK_BYTES, end - start))
         if not piece.data or piece.is_marker:
@@ -161,6 +161,6 @@ async def _events(ctx: Context, record: JobRecord, log: Log, offset: int) -> Asy
     async for piece in follow(job_id, log, offset, ctx.jobs, ctx.watcher):
         yield ": still here\n\n" if piece is None else event("log", encode(piece[1]), piece[0])
     record = await ctx.store.whole_job(job_id) or record
-    if record.state in IN_PROGRESS:  # another operator drives it now, and there it goes on
-        raise NoLeader("this operator does not drive the job any more")
+    if record.state in IN_PROGRESS:  # the log goes on at the new leader
+        raise NoLeader("this operator does not lead any more")
     yield event("end", "".join(ctx.renderer.status(record)))
