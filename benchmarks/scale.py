@@ -142,14 +142,14 @@ def place(size: Size, table: Table) -> None:
     one, all_of_it = Compute(cpu_m=1000), Compute(cpu_m=1000 * size.cores)
     nodes = cluster(size.nodes, size.cores)
     for number in range(size.nodes):  # none is all free, and none is full
-        nodes.hold(f"held {number}", one, name(number))
+        nodes.reserve_granted(f"held {number}", one, name(number))
 
     def taken() -> None:
-        assert nodes.take("one", one) is None
+        assert nodes.reserve("one", one) is None
         nodes.release("one")
 
     def refused() -> None:
-        assert nodes.take("large", all_of_it) is not None
+        assert nodes.reserve("large", all_of_it) is not None
 
     table.add("a node chosen, and given back [µs]", f"{_each_s(taken) * 1e6:.0f}")
     table.add("a job refused by all nodes [µs]", f"{_each_s(refused) * 1e6:.0f}")

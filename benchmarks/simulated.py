@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cortex.engines.base import (
@@ -23,7 +24,6 @@ from cortex.engines.base import (
     CapacityFreed,
     Ended,
     Ending,
-    NodeInfo,
     Report,
     Started,
     Version,
@@ -32,15 +32,15 @@ from cortex.engines.ray.messages import NodeState
 from cortex.engines.ray.placement import Placement
 from cortex.operator import app
 from cortex.operator.config.settings import Settings
-from cortex.spec.api import MILLI, Compute
+from cortex.spec.api import MILLI
 
 TICK_S = 0.01
 
 
-def cluster(count: int, cores: int) -> Placement:
+def cluster(count: int, cores: int, report_freed: Callable[[], object] = lambda: None) -> Placement:
     """So many nodes, all alike, whose agents answer."""
     total = Capacity(cores * MILLI, 0, 0)
-    made = Placement()
+    made = Placement(report_freed)
     made.update(tuple(NodeState(name(n), name(n), True, total, NOTHING) for n in range(count)))
     for node in made.alive.values():
         node.is_ready = True
@@ -54,9 +54,8 @@ def name(number: int) -> str:
 class SimulatedEngine:
     """The protocol of an engine; the choice of a node is the Ray engine's."""
 
-    def __init__(self, root: Path, count: int, cores: int) -> None:
-        self._root = root
-        self._nodes = cluster(count, cores)
+    def __init__(self, count: int, cores: int) -> None:
+        self.ledger = cluster(count, cores, lambda: self._report(CapacityFreed()))
         self._running: dict[str, Started] = {}
         self._report: Report = lambda _: None
         self._most = 0  # ends after which none ends by itself any more
@@ -65,7 +64,7 @@ class SimulatedEngine:
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(
-            "simulated", self._nodes.total, "none", "none", builds_environments=True
+            "simulated", self.ledger.total, "none", "none", builds_environments=True
         )
 
     async def open(self, report: Report) -> None:
@@ -74,18 +73,8 @@ class SimulatedEngine:
     async def close(self) -> None:
         self._report = lambda _: None
 
-    def refusal(self, compute: Compute) -> str | None:
-        return self._nodes.refusal(compute)
-
-    def reserve(self, job_id: str, compute: Compute) -> str | None:
-        return self._nodes.take(job_id, compute)
-
-    def release(self, job_id: str) -> None:
-        if self._nodes.release(job_id):
-            self._report(CapacityFreed())
-
     def claim(self, job_id: str, attempt: int) -> str:
-        node = self._nodes.node_of(job_id)
+        node = self.ledger.node_of(job_id)
         return json.dumps({"node": "" if node is None else node.node_id})
 
     def prepare(self, attempt: Attempt) -> None:
@@ -105,25 +94,12 @@ class SimulatedEngine:
 
     async def recover(self, attempt: Attempt) -> None:
         job_id, node = attempt.spec.job_id, json.loads(attempt.handle)["node"]
-        self._nodes.reserve_recovered(job_id, attempt.version.api.compute, node)
+        self.ledger.reserve_granted(job_id, attempt.version.api.compute, node)
         self._running[job_id] = Started(job_id, attempt.number, time.time_ns())
 
     def warm(self, version: Version) -> None: ...
 
-    def forget(self, api_id: str) -> None: ...
-
-    def discard(self, job_ids: list[str]) -> None: ...
-
-    def log(self, job_id: str) -> Path:
-        return self._root / job_id / "log"
-
-    def note(self, job_id: str, text: str) -> None: ...
-
-    def nodes(self) -> list[NodeInfo]:
-        return [
-            NodeInfo(node.name, True, node.state.total, node.free)
-            for node in self._nodes.alive.values()
-        ]
+    def forget(self, *, versions: Sequence[str] = (), jobs: Sequence[str] = ()) -> None: ...
 
     def obey(self, word: str, count: int, most: int) -> None:
         """Carry out one of the words of stdin."""
@@ -139,7 +115,7 @@ class SimulatedEngine:
         if started is None:
             return
         self.ends += 1
-        freed = self._nodes.release(job_id)
+        freed = self.ledger.give_back(job_id) and self.ledger.pop_refused()
         now = time.time_ns()
         last = (started.start_ns, now, 0, None, None, False)
         self._report(Ended(job_id, started.attempt, ending, *last))
@@ -180,7 +156,7 @@ async def obey(engine: SimulatedEngine, pulse: Pulse) -> None:
 
 async def main() -> None:
     data_dir, count, cores, *store = sys.argv[1:]
-    engine = SimulatedEngine(Path(data_dir) / "jobs", int(count), int(cores))
+    engine = SimulatedEngine(int(count), int(cores))
     pulse = Pulse()
     app._engine = lambda *_: engine  # type: ignore[assignment]  # what is simulated
     settings = Settings(Path(data_dir), store[0] if store else None, port=0)

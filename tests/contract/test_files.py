@@ -380,7 +380,7 @@ def test_what_is_needed_from_there_is_waited_for_and_what_is_to_be_removed_goes_
 
         def waits(line: str) -> bool:
             # With the removal, not with what it does before.
-            return "retention has to wait" in line and "?delete" in line
+            return "retention postponed" in line and "?delete" in line
 
         until(lambda: any(map(waits, running.log.read_text().splitlines())), "it waits")
         assert running.log_of(endpoint, job) == SAID

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from contract.test_logs import events
-from cortex.operator.logs.follow import REPLACED
+from cortex.joblog.reader import REPLACED
 from support import Operator, operator, until
 
 LIMIT = 1 << 20

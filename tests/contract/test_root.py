@@ -18,7 +18,7 @@ import pytest
 
 from another_user import UID, USER, passable_folder, waiting_for_import
 from contract.test_traced import fork_servers, kill
-from cortex.operator.logs.follow import REPLACED
+from cortex.joblog.reader import REPLACED
 from support import PATIENCE_S, PROBE, operator, probe_yaml, reachable, until
 
 SECRET = "what only root may read"

@@ -16,7 +16,7 @@ import pytest
 
 import loaded
 from another_user import UID, USER, operator_as_root, passable_folder
-from cortex.operator.logs.follow import REPLACED
+from cortex.joblog.reader import REPLACED
 from support import CORTEX, PROBE, Operator, operator, probe_yaml, reachable, until
 
 SNOOP = """

@@ -191,7 +191,7 @@ class Bench:
     async def begin(self, engine: Engine, attempt: Attempt, number: int = 1) -> Attempt:
         """The same; the attempt as the store holds it then. What it has reserved already it keeps."""
         job_id = attempt.spec.job_id
-        assert engine.reserve(job_id, attempt.version.api.compute) is None
+        assert engine.ledger.reserve(job_id, attempt.version.api.compute) is None
         attempt = replace(attempt, number=number, handle=engine.claim(job_id, number))
         engine.start(attempt)
         return attempt

@@ -92,8 +92,7 @@ class Near(Driver):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await agent._engine.close()
-            if agent._logs._task is not None:
-                agent._logs._task.cancel()
+            await agent._logs.close()
             agent._slot._lock.close()
 
 
@@ -160,8 +159,8 @@ class NearBench(Bench):
 
 async def ready(engine: RayEngine) -> None:
     end = time.monotonic() + LIMIT_S
-    while not any(node.is_ready for node in engine.nodes()):
-        assert time.monotonic() < end, engine.nodes()
+    while not any(node.is_ready for node in engine.ledger.nodes()):
+        assert time.monotonic() < end, engine.ledger.nodes()
         await asyncio.sleep(0.01)
 
 

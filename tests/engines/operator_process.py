@@ -29,7 +29,7 @@ async def main() -> None:
     engine = {"local": LocalEngine, "ray": RayEngine}[kind](*arguments)
     await engine.open(report)
     compute = attempt.version.api.compute
-    while engine.reserve(attempt.spec.job_id, compute) is not None:
+    while engine.ledger.reserve(attempt.spec.job_id, compute) is not None:
         freed.clear()
         await freed.wait()
     handle = engine.claim(attempt.spec.job_id, attempt.number)

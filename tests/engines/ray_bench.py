@@ -66,7 +66,7 @@ async def _open(engine: RayEngine) -> None:
 
 async def ready(engine: Engine, count: int = 2) -> None:
     """Wait until the agents of so many nodes answer."""
-    await until(lambda: sum(node.is_ready for node in engine.nodes()) >= count, 180)
+    await until(lambda: sum(node.is_ready for node in engine.ledger.nodes()) >= count, 180)
 
 
 def agent_in(slot: Path) -> int:
@@ -191,7 +191,7 @@ class RayBench(Bench):
     def close(self) -> None:
         async def forget(engine: Engine) -> None:
             for api_id in self._versions:
-                engine.forget(api_id)
+                engine.forget(versions=[api_id])
             await asyncio.sleep(0.05)
 
         self.run(forget)

@@ -640,14 +640,6 @@ def test_many_jobs_at_once(bench: Bench) -> None:
     bench.run(scenario)
 
 
-def test_a_note_is_in_the_log(bench: Bench) -> None:
-    async def scenario(engine: Engine) -> None:
-        engine.note("never-ran", "the environment could not be built")
-        assert engine.log("never-ran").read_text() == "the environment could not be built\n"
-
-    bench.run(scenario)
-
-
 def test_a_config_of_any_size_reaches_the_task_and_its_file(bench: Bench) -> None:
     code = """
         import json, os

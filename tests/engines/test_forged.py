@@ -361,7 +361,7 @@ def test_a_fork_server_for_which_users_code_speaks_harms_nobody_else(
         assert isinstance(last, Lost | NeverStarted)
         if isinstance(last, Lost):
             assert "not valid" in last.reason or "not of the jobs' user" in last.reason
-        engine.forget(attempt.spec.api_id)
+        engine.forget(versions=[attempt.spec.api_id])
         await until(lambda: len(set(os.listdir("/proc/self/fd")) - before) <= 1)
         bench.python = good
         assert (

@@ -3,11 +3,13 @@ operator builds what a job needs, and it counts that machine's capacity itself."
 
 from __future__ import annotations
 
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cortex.engines.base import Capacity, CapacityFreed, Lost, NeverStarted
+from cortex.engines.base import Capacity, CapacityFreed, Ending, Lost, NeverStarted
 from cortex.engines.local import LocalEngine, fork_server
 from cortex.spec.api import Compute
 from engines.bench import Bench
@@ -38,20 +40,22 @@ def test_capacity_is_taken_and_given_back(bench: Bench) -> None:
     async def scenario(_: LocalEngine) -> None:
         engine = LocalEngine(bench.root, Capacity(1000, 4 << 30, 2), 1, "watchdog")
         await engine.open(bench._saw)
-        assert engine.refusal(Compute(gpu=8)) == "needs 8 GPUs, this machine has 2"
-        assert engine.refusal(Compute(mem=4 << 30, cpu_m=1000, gpu=2)) is None
-        assert engine.refusal(Compute(node_labels={"zone": ("a", "b")})) == (
+        assert engine.ledger.refusal(Compute(gpu=8)) == "needs 8 GPUs, this machine has 2"
+        assert engine.ledger.refusal(Compute(mem=4 << 30, cpu_m=1000, gpu=2)) is None
+        assert engine.ledger.refusal(Compute(node_labels={"zone": ("a", "b")})) == (
             "needs a node with zone=a or b: labels are those of a cluster's nodes, and this operator runs "
             "jobs on its own machine"
         )
-        assert engine.reserve("a", Compute(cpu_m=600, mem=3 << 30, gpu=1)) is None
-        assert engine.reserve("b", Compute(cpu_m=200, mem=2 << 30)) == "needs 2 GiB, 1 GiB free"
-        assert engine.reserve("b", Compute(cpu_m=2000)) == "needs 2 CPU, 0.4 free"
-        assert engine.reserve("b", Compute(gpu=2)) == "needs 2 GPUs, 1 free"
-        engine.release("a")
+        assert engine.ledger.reserve("a", Compute(cpu_m=600, mem=3 << 30, gpu=1)) is None
+        assert (
+            engine.ledger.reserve("b", Compute(cpu_m=200, mem=2 << 30)) == "needs 2 GiB, 1 GiB free"
+        )
+        assert engine.ledger.reserve("b", Compute(cpu_m=2000)) == "needs 2 CPU, 0.4 free"
+        assert engine.ledger.reserve("b", Compute(gpu=2)) == "needs 2 GPUs, 1 free"
+        engine.ledger.release("a")
         assert bench.seen == [CapacityFreed()]
-        assert engine.reserve("b", Compute(cpu_m=1000, mem=4 << 30, gpu=2)) is None
-        engine.release("b")
+        assert engine.ledger.reserve("b", Compute(cpu_m=1000, mem=4 << 30, gpu=2)) is None
+        engine.ledger.release("b")
         assert bench.seen == [CapacityFreed()]
         await engine.close()
 
@@ -62,7 +66,7 @@ def test_gpus_are_allotted_by_index(bench: Bench) -> None:
     async def scenario(_: LocalEngine) -> None:
         engine = LocalEngine(bench.root, Capacity(1000, 4 << 30, 3), 1, bench.memory_limit)
         await engine.open(bench._saw)
-        engine.reserve("somebody", Compute(gpu=1))
+        engine.ledger.reserve("somebody", Compute(gpu=1))
         attempt = bench.attempt(command=[SH, "-c", "echo [$CUDA_VISIBLE_DEVICES]"])
         await bench.outcome(engine, attempt)
         assert bench.log(attempt) == "[]\n"
@@ -95,5 +99,35 @@ def test_a_deadline_ends_the_wait_for_an_interpreter_that_is_being_warmed(
         attempt = bench.attempt(code, timeout=1, preload=("third",))
         await bench.start(engine, attempt)
         assert isinstance(await bench.last(attempt), NeverStarted)
+
+    bench.run(scenario)
+
+
+STUBBORN = """
+    import signal, sys, time
+    def task(config):
+        def clean_up(*_):
+            time.sleep(config["takes_s"])
+            print("cleaned up", flush=True)
+            sys.exit(0)
+        signal.signal(signal.SIGTERM, clean_up)
+        print("runs", flush=True)
+        time.sleep(300)
+"""
+
+
+def test_each_attempt_has_its_own_grace(bench: Bench) -> None:
+    async def scenario(engine: LocalEngine) -> None:
+        patient = replace(bench.attempt(STUBBORN, config={"takes_s": 1}), grace_s=60)
+        hasty = replace(bench.attempt(STUBBORN, config={"takes_s": 60}), grace_s=0.1)
+        for attempt in (patient, hasty):
+            await bench.begin(engine, attempt)
+            await bench.printed(attempt, "runs")
+        for attempt in (patient, hasty):
+            engine.stop(attempt.spec.job_id)
+        assert (await bench.ended(hasty)).exit_code == -signal.SIGKILL
+        assert (await bench.ended(patient)).ending is Ending.STOPPED
+        assert "cleaned up" in bench.log(patient)
+        assert "cleaned up" not in bench.log(hasty)
 
     bench.run(scenario)

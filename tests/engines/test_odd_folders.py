@@ -10,6 +10,7 @@ import pytest
 
 from cortex.engines.base import Ending, Lost
 from cortex.engines.local import LocalEngine
+from cortex.joblog.folders import JobFolders
 from engines.bench import Bench, until
 from engines.test_recovery import pid_of
 
@@ -89,7 +90,7 @@ def test_what_was_put_in_a_logs_place_is_not_written_to(bench: Bench, plant: str
         os.kill(pid_of(bench, attempt), signal.SIGKILL)
         assert isinstance(await bench.last(attempt), Lost)
         with pytest.raises(OSError, match="log"):
-            engine.note(attempt.spec.job_id, "words of the operator")
+            JobFolders(bench.root).append_to_log(attempt.spec.job_id, "words of the operator")
         attempt = await bench.begin(engine, replace(attempt, losses=1, lost="it was lost"), 2)
         assert (await bench.ended(attempt)).exit_code == 0
         assert bench.log(attempt) == "cortex: it was lost; attempt 2 begins\nagain\n"

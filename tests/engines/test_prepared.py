@@ -26,7 +26,7 @@ def warm(local_bench: Bench) -> Bench:
 
 def prepared(bench: Bench, engine: Engine, attempt: Attempt) -> Attempt:
     job_id = attempt.spec.job_id
-    assert engine.reserve(job_id, attempt.version.api.compute) is None
+    assert engine.ledger.reserve(job_id, attempt.version.api.compute) is None
     attempt = replace(attempt, handle=engine.claim(job_id, attempt.number))
     engine.prepare(attempt)
     return attempt
@@ -56,7 +56,7 @@ def test_a_prepared_attempt_begins_when_it_is_started(bench: Bench) -> None:
 def test_a_prepared_attempt_that_is_released_never_runs(bench: Bench) -> None:
     async def scenario(engine: Engine) -> None:
         attempt = prepared(bench, engine, await following(bench, engine))
-        engine.release(attempt.spec.job_id)
+        engine.ledger.release(attempt.spec.job_id)
         another = replace(bench.attempt(CODE, config={"number": 3}), version=attempt.version)
         assert (await bench.outcome(engine, another)).result == 3
         assert not bench.start_record(attempt).exists()
@@ -195,7 +195,7 @@ def test_a_stop_right_after_the_start_ends_it(warm: Bench) -> None:
 def test_a_version_that_is_retired_meanwhile_still_starts_it(warm: Bench) -> None:
     async def scenario(engine: Engine) -> None:
         attempt = prepared(warm, engine, await following(warm, engine))
-        engine.forget(attempt.version.api.api_id)
+        engine.forget(versions=[attempt.version.api.api_id])
         engine.start(attempt)
         assert (await warm.ended(attempt)).result == 2
         await until(lambda: not exists(pid_of(warm, attempt)))

@@ -89,7 +89,7 @@ def test_a_fork_server_whose_orders_somebody_else_takes_is_replaced(bench: Bench
         bench.marker.touch()
         for each in (thief, *others, after):
             assert isinstance(await bench.last(each), Ended | NeverStarted)
-        engine.forget(thief.version.api.api_id)
+        engine.forget(versions=[thief.version.api.api_id])
         await until(lambda: not [line for line in bench.left() if "forkserver/main.py" in line])
 
     bench.run(scenario)

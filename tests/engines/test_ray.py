@@ -26,7 +26,7 @@ from cortex.engines.base import (
 from cortex.engines.ray import RayEngine, calls
 from cortex.engines.ray import cluster as ray_cluster
 from cortex.errors import StartupError
-from cortex.operator.logs.follow import Log, read
+from cortex.joblog.reader import Log, read
 from cortex.spec.api import Compute
 from engines.bench import LIMIT_S, exists, until
 from engines.ray_bench import RayBench, ready
@@ -102,12 +102,15 @@ def test_a_job_that_runs_on_is_reachable_again(ray_bench: RayBench) -> None:
 def test_what_others_take_of_the_cluster_is_waited_for(ray_bench: RayBench) -> None:
     async def scenario(engine: Engine) -> None:
         async with ray_bench.others(cpus=8, count=2):
-            await until(lambda: all(node.free.cpu_m == 0 for node in engine.nodes()))
-            assert engine.reserve("job", Compute(cpu_m=500)) == "needs 0.5 CPU, 0 free on one node"
+            await until(lambda: all(node.free.cpu_m == 0 for node in engine.ledger.nodes()))
+            assert (
+                engine.ledger.reserve("job", Compute(cpu_m=500))
+                == "needs 0.5 CPU, 0 free on one node"
+            )
             ray_bench.seen.clear()
         await until(lambda: CapacityFreed() in ray_bench.seen)
-        assert engine.reserve("job", Compute(cpu_m=500)) is None
-        engine.release("job")
+        assert engine.ledger.reserve("job", Compute(cpu_m=500)) is None
+        engine.ledger.release("job")
 
     ray_bench.run(scenario)
 
@@ -119,7 +122,7 @@ def test_what_ray_does_not_give_is_tried_again_later(
 
     async def scenario(engine: Engine) -> None:
         attempt = ray_bench.sleeper()
-        assert engine.reserve(attempt.spec.job_id, attempt.version.api.compute) is None
+        assert engine.ledger.reserve(attempt.spec.job_id, attempt.version.api.compute) is None
         async with ray_bench.others(cpus=8, count=2):
             attempt = await ray_bench.begin(engine, attempt)
             never = await ray_bench.last(attempt)
@@ -131,7 +134,7 @@ def test_what_ray_does_not_give_is_tried_again_later(
         while isinstance(last, NeverStarted):  # as the dispatcher does
             number += 1
             # Ray's figures lag: to the engine its node may still be taken.
-            await until(lambda: engine.reserve(job_id, compute) is None)
+            await until(lambda: engine.ledger.reserve(job_id, compute) is None)
             last = await ray_bench.last(await ray_bench.begin(engine, attempt, number))
         assert isinstance(last, Ended)
         assert last.result == "done"
@@ -141,10 +144,12 @@ def test_what_ray_does_not_give_is_tried_again_later(
 
 def test_what_no_node_has_is_refused_in_words(ray_bench: RayBench) -> None:
     async def scenario(engine: Engine) -> None:
-        assert engine.refusal(Compute(gpu=8)) == "needs 8 GPUs, the largest node has 2"
-        assert engine.refusal(Compute(cpu_m=9000)) == "needs 9 CPU, the largest node has 8"
-        assert engine.refusal(Compute(mem=1 << 40)) == "needs 1 TiB, the largest node has 4 GiB"
-        assert engine.refusal(Compute(cpu_m=8000, gpu=2)) is None
+        assert engine.ledger.refusal(Compute(gpu=8)) == "needs 8 GPUs, the largest node has 2"
+        assert engine.ledger.refusal(Compute(cpu_m=9000)) == "needs 9 CPU, the largest node has 8"
+        assert (
+            engine.ledger.refusal(Compute(mem=1 << 40)) == "needs 1 TiB, the largest node has 4 GiB"
+        )
+        assert engine.ledger.refusal(Compute(cpu_m=8000, gpu=2)) is None
 
     ray_bench.run(scenario)
 
@@ -281,7 +286,7 @@ def test_a_log_over_its_limit_is_cut_in_the_copy_too(ray_bench: RayBench) -> Non
             log_limit=1 * MIB,
         )
         await ray_bench.outcome(engine, attempt)
-        log, offset, text = Log(engine.log(attempt.spec.job_id), 1 * MIB), 0, b""
+        log, offset, text = Log(ray_bench.root / attempt.spec.job_id / "log", 1 * MIB), 0, b""
         while (piece := read(log, offset, MIB)).data:
             text, offset = text + piece.data, piece.end
         assert text.startswith(b"first\n")
@@ -294,13 +299,13 @@ def test_a_log_over_its_limit_is_cut_in_the_copy_too(ray_bench: RayBench) -> Non
     ray_bench.run(scenario)
 
 
-def test_what_is_discarded_leaves_the_nodes(ray_bench: RayBench) -> None:
+def test_jobs_that_are_forgotten_leave_the_nodes(ray_bench: RayBench) -> None:
     async def scenario(engine: Engine) -> None:
         attempt = ray_bench.attempt("def task(config): pass")
         await ray_bench.outcome(engine, attempt)
         folder = ray_bench.folder(attempt)
         assert folder.exists()
-        engine.discard([attempt.spec.job_id])
+        engine.forget(jobs=[attempt.spec.job_id])
         await until(lambda: not folder.exists())
 
     ray_bench.run(scenario)
@@ -315,8 +320,8 @@ def test_a_node_of_another_version_says_so(
         engine = ray_bench.made()
         await engine.open(lambda _: None)
         try:
-            await until(lambda: all(node.problem for node in engine.nodes()))
-            waits = engine.reserve("job", Compute())
+            await until(lambda: all(node.problem for node in engine.ledger.nodes()))
+            waits = engine.ledger.reserve("job", Compute())
             assert waits is not None
             assert "install the same version on both" in waits
         finally:
@@ -387,7 +392,7 @@ def test_a_lost_node_loses_its_jobs_and_leaves_no_process(ray_bench: RayBench) -
         assert re.fullmatch(r"the node \S+ was lost", lost.reason)
         assert "ready" in ray_bench.log(attempt), "what was written is kept"
         await until(lambda: not exists(daemon))
-        await until(lambda: len(engine.nodes()) == 1)
+        await until(lambda: len(engine.ledger.nodes()) == 1)
 
     ray_bench.grace_s = 0.3
     ray_bench.run(scenario)

@@ -20,7 +20,9 @@ from cortex.engines.ray import RayEngine
 from cortex.engines.ray.log_copies import LogCopies
 from cortex.engines.ray.messages import Builds, NodeOrder, Reservation
 from cortex.engines.ray.tracked import TrackedAttempt
-from cortex.ray_node import guard, logs, reservations
+from cortex.joblog import watch
+from cortex.joblog.folders import JobFolders
+from cortex.ray_node import guard, reservations
 from cortex.worker import processes
 from engines.bench import LIMIT_S, until
 from engines.near import NAMESPACE, NearBench, near_bench, ready
@@ -133,7 +135,7 @@ def test_a_copy_that_could_not_be_begun_for_a_full_disk_is_complete_once_it_is_n
 ) -> None:
     async def scenario(engine: Engine) -> None:
         first = bench.sleeper()
-        engine.note(first.spec.job_id, "of an earlier attempt")
+        JobFolders(bench.root).append_to_log(first.spec.job_id, "of an earlier attempt")
         attempt = await bench.begin(engine, first)
         await bench.printed(first, "pid")
         await engine.close()
@@ -151,7 +153,7 @@ def test_a_copy_that_could_not_be_begun_for_a_full_disk_is_complete_once_it_is_n
             await other.recover(attempt)
         bench.go()
         await bench.ended(attempt)
-        assert [node.problem for node in other.nodes()] == [None]
+        assert [node.problem for node in other.ledger.nodes()] == [None]
         log = bench.log(first)
         assert len(log) == size
         assert log.startswith("[cortex: ")
@@ -241,7 +243,7 @@ def test_without_inotify_logs_are_copied_all_the_same(
     def inotify() -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(logs, "Inotify", inotify)
+    monkeypatch.setattr(watch, "Inotify", inotify)
 
     async def scenario(engine: Engine) -> None:
         attempt = await bench.begin(engine, bench.sleeper())
@@ -290,7 +292,7 @@ def test_an_order_that_was_given_up_while_it_was_built_is_in_no_later_ones_way(
     async def scenario(engine: Engine) -> None:
         attempt, go_on = bench.sleeper(), asyncio.Event()
         job_id, api = attempt.spec.job_id, attempt.version.api
-        assert engine.reserve(job_id, api.compute) is None
+        assert engine.ledger.reserve(job_id, api.compute) is None
         attempt = replace(attempt, handle=engine.claim(job_id, 1))
         orders = [
             TrackedAttempt.of(replace(attempt, number=number)).node_order(NAMESPACE, 5)
@@ -325,7 +327,7 @@ def test_an_order_that_was_given_up_while_it_was_built_is_in_no_later_ones_way(
             poll = await asyncio.wait_for(polled, 2 * LIMIT_S)
             assert poll.seq > seq, seen
             seen, seq = [*seen, *poll.seen], poll.seq
-        engine.release(job_id)
+        engine.ledger.release(job_id)
 
     bench.run(scenario)
     assert bench.marker.read_text() == "ran\n"

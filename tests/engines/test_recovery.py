@@ -18,7 +18,7 @@ import pytest
 
 from cortex.engines.base import Attempt, Ended, Ending, Lost, NeverStarted, Started, Unreachable
 from cortex.engines.local import LocalEngine, leftovers, records
-from cortex.engines.local.exit_watch import ExitRecordWatch
+from cortex.joblog.watch import FileWatch
 from cortex.worker import processes
 from cortex.worker.messages import JOB_ID_ROOM
 from cortex.worker.processes import children, stat
@@ -299,7 +299,7 @@ def test_an_end_is_told_where_records_cannot_be_watched(
         raise OSError(errno.EMFILE, "too many inotify instances")
 
     attempt = bench.killed_operator(bench.sleeper(), "started")
-    monkeypatch.setattr(ExitRecordWatch, "add", refuse)
+    monkeypatch.setattr(FileWatch, "watch_appearance", refuse)
 
     async def scenario(engine: LocalEngine) -> None:
         await bench.printed(attempt, "pid")
@@ -332,7 +332,7 @@ def test_idle_supervising_processes_end_with_their_version(bench: Bench) -> None
         await bench.outcome(engine, attempt)
         pid = pid_of(bench, attempt)
         assert exists(pid)
-        engine.forget(attempt.version.api.api_id)
+        engine.forget(versions=[attempt.version.api.api_id])
         await until(lambda: not exists(pid))
 
     bench.run(scenario)

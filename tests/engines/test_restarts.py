@@ -19,7 +19,7 @@ def test_a_job_outlives_its_operator_and_is_taken_up_again(bench: Bench) -> None
     async def scenario(engine: Engine) -> None:
         await engine.recover(attempt)
         started = await bench.started(attempt)
-        assert engine.reserve("other", attempt.version.api.compute) is None
+        assert engine.ledger.reserve("other", attempt.version.api.compute) is None
         bench.go()
         ended = await bench.ended(attempt)
         assert (ended.ending, ended.result) == (Ending.EXITED, "done")

@@ -97,7 +97,7 @@ def test_a_version_that_is_replaced_hands_out_what_waits(bench: Bench) -> None:
         first = await silent(bench, engine)
         second = replace(plain(bench), version=first.version)
         await bench.start(engine, second)
-        engine.forget("one")
+        engine.forget(versions=["one"])
         engine.stop(first.spec.job_id)
         assert (await bench.ended(second)).exit_code == 0
 

@@ -39,6 +39,7 @@ from cortex.engines.base import (
 )
 from cortex.engines.local import LocalEngine
 from cortex.engines.local.fork_server_pool import environment
+from cortex.joblog.folders import JobFolders
 from cortex.spec.api import ApiSpec, Compute, Definition, Networking
 from cortex.spec.job import JobSpec
 from cortex.spec.times import new_id, now_ns
@@ -300,9 +301,9 @@ class Runner:
         )
         before = contents(place.project)
         job_id = spec.job_id
-        assert self.engine.reserve(job_id, version.api.compute) is None
+        assert self.engine.ledger.reserve(job_id, version.api.compute) is None
         self.engine.start(Attempt(spec, version, 1, self.engine.claim(job_id, 1), None))
-        log = self.engine.log(job_id)
+        log = JobFolders(self.root).log(job_id)
         if program.stop_at is not None:
             words = program.stop_at
             await self._first(job_id, Started)
@@ -334,7 +335,7 @@ class Runner:
         return outcome, ended.message
 
     async def _forget(self, version: Version) -> None:
-        self.engine.forget(version.api.api_id)
+        self.engine.forget(versions=[version.api.api_id])
 
     async def _first(self, job_id: str, kind: type[Any]) -> Any:
         end = time.monotonic() + LIMIT_S
@@ -345,7 +346,7 @@ class Runner:
                 if isinstance(one, Lost | NeverStarted | Unreachable):
                     pytest.fail(repr(one), pytrace=False)
             if time.monotonic() > end:
-                log = self.engine.log(job_id)
+                log = JobFolders(self.root).log(job_id)
                 text = log.read_text() if log.exists() else "no log"
                 pytest.fail(f"the job does not end; its log: {text}", pytrace=False)
             self._changed.clear()

@@ -4,8 +4,8 @@ off and ended. For the tests of what drives engines."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from cortex.engines.base import (
     Attempt,
@@ -16,6 +16,7 @@ from cortex.engines.base import (
     Ending,
     Lost,
     NeverStarted,
+    NodeInfo,
     Observation,
     Reachable,
     Report,
@@ -45,28 +46,13 @@ class World:
         return self.clock
 
 
-class ScriptedEngine:
-    """One operator's view of a world, with room for so many jobs at once."""
+class ScriptedLedger:
+    """Room for so many jobs at once."""
 
-    def __init__(self, world: World, room: int) -> None:
-        self.world = world
+    def __init__(self, room: int, report_freed: Callable[[], None]) -> None:
         self.room = room
         self.taken: set[str] = set()
-        self.told_to_stop: set[str] = set()  # by this operator
-        self.said: list[Observation] = []
-        self._report: Report = lambda _: None
-
-    # The protocol
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities("scripted", Capacity(self.room, 0, 0), "none", "none")
-
-    async def open(self, report: Report) -> None:
-        self._report = report
-
-    async def close(self) -> None:
-        self._report = lambda _: None
+        self._report_freed = report_freed
 
     def refusal(self, compute: Compute) -> str | None:
         return None
@@ -80,7 +66,33 @@ class ScriptedEngine:
     def release(self, job_id: str) -> None:
         if job_id in self.taken:
             self.taken.remove(job_id)
-            self._say(CapacityFreed())
+            self._report_freed()
+
+    def nodes(self) -> list[NodeInfo]:
+        return []
+
+
+class ScriptedEngine:
+    """One operator's view of a world, with room for so many jobs at once."""
+
+    def __init__(self, world: World, room: int) -> None:
+        self.world = world
+        self.ledger = ScriptedLedger(room, lambda: self._say(CapacityFreed()))
+        self.told_to_stop: set[str] = set()  # by this operator
+        self.said: list[Observation] = []
+        self._report: Report = lambda _: None
+
+    # The protocol
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities("scripted", Capacity(self.ledger.room, 0, 0), "none", "none")
+
+    async def open(self, report: Report) -> None:
+        self._report = report
+
+    async def close(self) -> None:
+        self._report = lambda _: None
 
     def claim(self, job_id: str, attempt: int) -> str:
         return f"{job_id} {attempt}"
@@ -100,7 +112,7 @@ class ScriptedEngine:
 
     async def recover(self, attempt: Attempt) -> None:
         key = (attempt.spec.job_id, attempt.number)
-        self.taken.add(key[0])
+        self.ledger.taken.add(key[0])
         if key in self.world.over:
             self._settle(self.world.over[key])
         elif key in self.world.running:
@@ -110,12 +122,7 @@ class ScriptedEngine:
 
     def warm(self, version: Version) -> None: ...
 
-    def forget(self, api_id: str) -> None: ...
-
-    def log(self, job_id: str) -> Path:
-        return Path("/nonexistent") / job_id
-
-    def note(self, job_id: str, text: str) -> None: ...
+    def forget(self, *, versions: Sequence[str] = (), jobs: Sequence[str] = ()) -> None: ...
 
     # The script
 
@@ -160,7 +167,7 @@ class ScriptedEngine:
             self._report(self.said[index % len(self.said)])
 
     def _settle(self, last: Ended | Lost | NeverStarted) -> None:
-        self.taken.discard(last.job_id)
+        self.ledger.taken.discard(last.job_id)
         self._say(last)
         self._say(CapacityFreed())
 

@@ -10,8 +10,8 @@ from typing import NoReturn
 
 import pytest
 
-from cortex.engines.local import LocalEngine
 from cortex.errors import NoLeader, StorageUnavailable
+from cortex.joblog.folders import JobFolders
 from cortex.objects import ObjectStore
 from cortex.operator.logs.archive import Archive
 from cortex.operator.logs.archived_files import ArchivedFiles
@@ -36,9 +36,9 @@ class BodyReader:
         self.log = folder / "jobs" / OVER.spec.job_id / "log"
         self.files = ObjectStore(f"file://{folder / 'files'}")
         self.store = Store(f"sqlite:///{folder / 'operator.db'}")
-        engine = LocalEngine(folder / "jobs")
+        self.folders = JobFolders(folder / "jobs")
         self.marks = folder / "archived"
-        self.archive = Archive(self.files, engine, self.store, self.marks, is_apart=True)
+        self.archive = Archive(self.files, self.folders, self.store, self.marks, is_apart=True)
 
     def bring_back(self) -> None:
         asyncio.run(self.archive.bring_back(OVER))
@@ -53,7 +53,7 @@ def reader(tmp_path: Path) -> Iterator[BodyReader]:
 
 
 def test_what_is_not_there_yet_may_be_with_whoever_drives(reader: BodyReader) -> None:
-    with pytest.raises(NoLeader, match="not in the store of files yet"):
+    with pytest.raises(NoLeader, match="not in the object store yet"):
         reader.bring_back()
     reader.files.put("logs/1/log", b"all of it")
     reader.bring_back()
@@ -74,7 +74,7 @@ def test_what_is_here_of_an_earlier_term_is_not_taken_for_all_of_it(reader: Body
 def test_a_part_that_another_operator_removes_meanwhile_is_no_hindrance(reader: BodyReader) -> None:
     (reader.marks / ".part-1").symlink_to("gone")
     reader.log.parent.mkdir()
-    copies = ArchivedFiles(reader.files, lambda _: reader.log, reader.marks)
+    copies = ArchivedFiles(reader.files, reader.folders, reader.marks)
     assert copies.not_sent() == ["1"]
 
 
@@ -108,7 +108,7 @@ def test_a_log_that_is_removed_while_it_is_read_leaves_no_mark(
 def test_a_cut_log_that_cannot_be_sent_or_fetched_leaves_nothing_of_each_try(
     reader: BodyReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copies = ArchivedFiles(reader.files, lambda _: reader.log, reader.marks)
+    copies = ArchivedFiles(reader.files, reader.folders, reader.marks)
     cut = LogCut(start=2, end=5, limit=4).dumps()
     reader.log.parent.mkdir()
     reader.log.write_bytes(b"ab\0\0\0cd")
@@ -129,7 +129,7 @@ def test_a_cut_log_that_cannot_be_sent_or_fetched_leaves_nothing_of_each_try(
     copies.send("1", LIMIT, 1, is_sure=True)
     assert reader.files.read("logs/1/log") == b"abcd"
     reader.log.unlink()
-    assert copies.bring_back("1", is_sure=True, is_driving=True)
+    assert copies.bring_back("1", is_sure=True, is_leading=True)
     assert reader.log.read_bytes() == b"ab\0\0\0cd"
     assert [mark.name for mark in reader.marks.iterdir()] == ["1"]
 

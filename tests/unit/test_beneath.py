@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from cortex.engines.local import records
+from cortex.joblog.folders import JobFolders
+from cortex.joblog.reader import open_log
 from cortex.system.folders import remove
 from cortex.worker import beneath, files
-from cortex.worker.supervisor import logfile
 from support import by_its_owner
 
 OTHER = 65534
@@ -77,31 +77,32 @@ def test_a_log_is_a_file_that_the_job_alone_has(
     os.chown(log, owner, 0)
     if names > 1:
         (tmp_path / "other name").hardlink_to(log)
-    with beneath.opened(str(job)) as folder:
-        fd = logfile.open_to_read(folder)
-    assert (fd is not None) == is_shown
-    if fd is None:
+    folders = JobFolders(tmp_path)
+    file = open_log(log)
+    assert (file is not None) == is_shown
+    if file is None:
         with pytest.raises(OSError, match="the job's alone"):
-            records.append(log, "more")
+            folders.append_to_log("job", "more")
         assert log.read_text() == "words\n"
         return
-    assert os.read(fd, 100) == b"words\n"
-    os.close(fd)
-    records.append(log, "more")
+    assert os.read(file.fd, 100) == b"words\n"
+    file.close()
+    folders.append_to_log("job", "more")
     assert log.read_text() == "words\nmore\n"
 
 
 def test_what_is_no_file_is_no_log(tmp_path: Path) -> None:
-    with beneath.opened(str(tmp_path)) as folder:
-        assert logfile.open_to_read(folder) is None
-        log = tmp_path / "log"
-        for make in (log.mkdir, partial(os.mkfifo, log), partial(log.symlink_to, "/etc/passwd")):
-            make()
-            assert logfile.open_to_read(folder) is None
-            remove(log)
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(str(log))
-        assert logfile.open_to_read(folder) is None
+    log = tmp_path / "log"
+    before = descriptors()
+    assert open_log(log) is None
+    for make in (log.mkdir, partial(os.mkfifo, log), partial(log.symlink_to, "/etc/passwd")):
+        make()
+        assert open_log(log) is None
+        remove(log)
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(log))
+    assert open_log(log) is None
+    assert descriptors() == before
 
 
 def test_a_file_that_is_made_elsewhere_gets_its_name_once(tmp_path: Path) -> None:

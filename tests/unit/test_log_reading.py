@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from cortex.joblog import reader
+from cortex.joblog.reader import Log, Piece
+from cortex.joblog.watch import FileWatch
 from cortex.operator.http.routes import logs
 from cortex.operator.logs import follow
-from cortex.operator.logs.follow import Log
 from cortex.worker.messages import LogCut
-from cortex.worker.supervisor import logfile
 
 LIMIT = 1 << 20
 
@@ -33,8 +34,8 @@ class Running:
 
 
 @asynccontextmanager
-async def watching() -> AsyncIterator[follow.LogWatcher]:
-    watcher = follow.LogWatcher()
+async def watching() -> AsyncIterator[FileWatch]:
+    watcher = FileWatch("log watch")
     watcher.open()
     try:
         yield watcher
@@ -94,7 +95,7 @@ def test_a_log_that_is_removed_while_it_is_followed_ends_with_a_line_that_says_s
         return pieces
 
     end = follow._CHUNK_BYTES
-    assert asyncio.run(pieces_of_it()) == [(end, "x" * end), (end, follow.REMOVED)]
+    assert asyncio.run(pieces_of_it()) == [(end, "x" * end), (end, reader.REMOVED)]
 
 
 @pytest.mark.parametrize(
@@ -117,16 +118,16 @@ def test_what_a_job_has_written_in_place_of_a_cut_is_none(tmp_path: Path, cut: b
             pieces = follow.follow(Log(log, LIMIT), 0, no_writer, watcher)
             return [piece[1] async for piece in pieces if piece is not None]
 
-    assert follow.read(Log(log, LIMIT), 0, 10).data == b"abc"
+    assert reader.read(Log(log, LIMIT), 0, 10).data == b"abc"
     assert asyncio.run(followed()) == ["abc"]
 
 
 def test_a_log_that_comes_while_it_is_looked_for_is_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log, read = tmp_path / "log", follow.read
+    log, read = tmp_path / "log", reader.read
 
-    def begin_late(of: Log, offset: int, size: int) -> follow.Piece:
+    def begin_late(of: Log, offset: int, size: int) -> Piece:
         found = read(of, offset, size)
         log.open("a").close()
         return found
@@ -135,7 +136,7 @@ def test_a_log_that_comes_while_it_is_looked_for_is_followed(
         async with watching() as watcher:
             pieces = follow.follow(Log(log, LIMIT), 0, Running, watcher)
             first = asyncio.ensure_future(anext(pieces))
-            while not watcher._watches:  # noqa: ASYNC110  # nobody tells of it
+            while not watcher._watched:  # noqa: ASYNC110  # nobody tells of it
                 await asyncio.sleep(0.01)
             log.write_text("first")
             return await first
@@ -174,7 +175,7 @@ def test_the_largest_file_that_there_can_be_is_read_to_its_end() -> None:
         log.path.write_bytes(b"first\n")
         os.truncate(log.path, LARGEST)
         text, offset = b"", 0
-        while (piece := follow.read(log, offset, 1 << 18)).data:
+        while (piece := reader.read(log, offset, 1 << 18)).data:
             text, offset = text + piece.data, piece.end
         assert offset == LARGEST
         assert text.startswith(b"first\n")
@@ -200,7 +201,7 @@ def cut(start: int, end: int) -> bytes:
 def test_what_is_gone_of_a_log_is_what_its_record_says_where_that_can_be(
     record: bytes | None, size: int, gone: tuple[int, int] | None
 ) -> None:
-    found = logfile.lost(record, size, LIMIT)
+    found = reader.find_gap(record, size, LIMIT)
     assert (found and (found.start, found.end)) == gone
     assert found is None or found.limit == LIMIT
 
@@ -213,7 +214,7 @@ def test_what_is_gone_of_a_log_is_what_its_record_says_where_that_can_be(
 def test_no_more_is_left_of_a_log_than_its_limit_allows(
     record: bytes | None, size: int, attempts: int
 ) -> None:
-    found = logfile.lost(record, size, LIMIT, attempts)
+    found = reader.find_gap(record, size, LIMIT, attempts)
     assert found is not None
     assert 0 <= found.start < found.end <= size
     assert found.start + size - found.end <= attempts * LIMIT + (128 << 10)

@@ -29,6 +29,7 @@ from hypothesis.stateful import (
 
 from cortex.engines.base import Ended, Ending, Version
 from cortex.errors import StorageUnavailable
+from cortex.joblog.folders import JobFolders
 from cortex.operator.deploy.catalogue import Catalogue
 from cortex.operator.deploy.versions import Unusable, Versions
 from cortex.operator.dispatch.dispatcher import Dispatcher
@@ -45,6 +46,7 @@ from cortex.store import writer as store_writer
 from unit.scripted import Key, ScriptedEngine, World
 
 ROOM = 3
+FOLDERS = JobFolders(Path("/nonexistent"))
 MOST_RUNNING = 2
 RETRIES = {"free": 0, "tight": 2}
 TIMEOUT = 300  # by the machine's clock; no run takes as long by the wall's
@@ -143,7 +145,7 @@ class Machine(RuleBasedStateMachine):
             self.versions = Environments(self.store, self.builds)
             catalogue = Catalogue(self.store, others_deploy=False)
             await catalogue.refresh()
-            self.dispatcher = Dispatcher(self.store, self.engine, self.versions, catalogue)
+            self.dispatcher = Dispatcher(self.store, self.engine, self.versions, catalogue, FOLDERS)
             self.clients = Jobs(self.store, lambda: None, lambda: None)
             self.clients.begin_term(self.dispatcher)
             await self.engine.open(self.dispatcher.observe)
@@ -169,7 +171,7 @@ class Machine(RuleBasedStateMachine):
                 await asyncio.sleep(0)
             await self.store.ping()  # a write is done when one that comes after it is
             world = (sorted(self.world.ordered), sorted(self.world.running))
-            seen.append((world, sorted(self.engine.taken), len(self.dispatcher.background)))
+            seen.append((world, sorted(self.engine.ledger.taken), len(self.dispatcher.background)))
             assert len(seen) < 1000, "it comes to no rest"
 
     def crash(self, work: Coroutine[Any, Any, Any] | None, *, stored: bool = True) -> None:
@@ -427,7 +429,7 @@ class Machine(RuleBasedStateMachine):
         in_flight = {key[0] for key in attempts}
         assert len(attempts) == len(in_flight), "one attempt of a job at a time"
         assert len(in_flight) <= ROOM
-        assert self.engine.taken == in_flight, "capacity is held for these and nobody else"
+        assert self.engine.ledger.taken == in_flight, "capacity is held for these and nobody else"
         tight = [job for job in in_flight if self.jobs[job].name == "tight"]
         assert len(tight) <= MOST_RUNNING
         stopped = {job for job in in_flight if self.jobs[job].stopped}
@@ -459,7 +461,7 @@ class Machine(RuleBasedStateMachine):
             assert told.final is not None, (told, self.record(job_id))
             assert self.record(job_id).state in FINAL
             assert self.clients.find(job_id) is None
-        assert self.engine.taken == set(), "all capacity is given back"
+        assert self.engine.ledger.taken == set(), "all capacity is given back"
 
 
 async def _some_steps() -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cortex.engines.ray.log_copies import LogCopies
+from cortex.engines.ray.log_copies import LogCopies, read_piece
 from cortex.engines.ray.messages import Lock, LogPiece
 from cortex.engines.ray.validation import checked_lock_file, checked_log_piece
-from cortex.operator.logs.follow import Log, read
-from cortex.ray_node.logs import piece
+from cortex.joblog.folders import JobFolders
+from cortex.joblog.reader import Log, read
 from cortex.worker.checks import Invalid
 from cortex.worker.messages import LogCut
 
@@ -26,58 +26,59 @@ def node(tmp_path: Path) -> Path:
     return tmp_path / "node" / "job"
 
 
-def copy(node: Path, mirror: LogCopies, base: int = 0) -> None:
+def copy(node: Path, copies: LogCopies, base: int = 0) -> None:
     """As the engine does, until there is no more."""
     while True:
-        offset = mirror.size("job") - base
-        found = piece(node, offset, MOST, LIMIT)
+        offset = copies.size("job") - base
+        found = read_piece(node / "log", offset, MOST, LIMIT)
         if found.end == offset:
             return
-        mirror.write("job", base, found)
+        copies.write("job", base, found)
 
 
 @pytest.mark.parametrize("lost", [1, 5, 500])
 def test_a_copy_whose_beginning_was_lost_goes_on_at_its_place(
     node: Path, tmp_path: Path, lost: int
 ) -> None:
-    mirror = LogCopies(tmp_path / "operator")
-    mirror.take_up("job", lost)
-    assert mirror.size("job") == lost
+    copies = LogCopies(JobFolders(tmp_path / "operator"))
+    copies.take_up("job", lost)
+    assert copies.size("job") == lost
     (node / "log").write_bytes(b"what came after\n" * 20)
-    copy(node, mirror, base=lost)
-    text = shown(mirror)
+    copy(node, copies, base=lost)
+    text = shown(copies)
     assert text[lost:] == b"what came after\n" * 20
     assert text[lost - 1 : lost] == b"\n"
-    mirror.take_up("job", lost)
-    assert shown(mirror) == text
+    copies.take_up("job", lost)
+    assert shown(copies) == text
 
 
-def shown(mirror: LogCopies) -> bytes:
+def shown(copies: LogCopies) -> bytes:
     text, offset = b"", 0
-    while (found := read(Log(mirror.path("job"), LIMIT), offset, 1 << 20)).data:
+    while (found := read(Log(copies.folders.log("job"), LIMIT), offset, 1 << 20)).data:
         text, offset = text + found.data, found.end
     return text
 
 
 def test_a_copy_grows_with_its_log(node: Path, tmp_path: Path) -> None:
-    mirror = LogCopies(tmp_path / "copies")
-    mirror.prepare("job")
-    copy(node, mirror)
-    assert not mirror.path("job").exists()
+    copies = LogCopies(JobFolders(tmp_path / "copies"))
+    copies.prepare("job")
+    copy(node, copies)
+    assert not copies.folders.log("job").exists()
     for text in ("ä" * 100, "\nmore\n", "x" * 1000):
         with (node / "log").open("a") as file:
             file.write(text)
-        copy(node, mirror)
-        assert mirror.path("job").read_bytes() == (node / "log").read_bytes()
+        copy(node, copies)
+        assert copies.folders.log("job").read_bytes() == (node / "log").read_bytes()
 
 
 def test_a_second_attempt_goes_on_where_the_first_ended(node: Path, tmp_path: Path) -> None:
-    mirror = LogCopies(tmp_path / "copies")
-    mirror.append("job", "first")
-    base = mirror.prepare("job")
+    copies = LogCopies(JobFolders(tmp_path / "copies"))
+    copies.prepare("job")
+    copies.folders.append_to_log("job", "first")
+    base = copies.prepare("job")
     (node / "log").write_text("second\n")
-    copy(node, mirror, base)
-    assert mirror.path("job").read_text() == "first\nsecond\n"
+    copy(node, copies, base)
+    assert copies.folders.log("job").read_text() == "first\nsecond\n"
 
 
 def cut(node: Path, start: int, end: int) -> None:
@@ -92,34 +93,35 @@ def cut(node: Path, start: int, end: int) -> None:
 def test_what_a_log_has_lost_is_lost_in_the_copy_too(
     node: Path, tmp_path: Path, copied: int
 ) -> None:
-    mirror = LogCopies(tmp_path / "copies")
-    mirror.append("job", "before")
-    base = mirror.prepare("job")
+    copies = LogCopies(JobFolders(tmp_path / "copies"))
+    copies.prepare("job")
+    copies.folders.append_to_log("job", "before")
+    base = copies.prepare("job")
     text = b"".join(b"%04d\n" % number for number in range(2000))
     (node / "log").write_bytes(text[:copied])
-    copy(node, mirror, base)
+    copy(node, copies, base)
     (node / "log").write_bytes(text)
     cut(node, 100, 8000)
-    copy(node, mirror, base)
+    copy(node, copies, base)
     with (node / "log").open("ab") as file:
         file.write(b"end\n")
-    copy(node, mirror, base)
-    told = shown(mirror)
+    copy(node, copies, base)
+    told = shown(copies)
     assert told.startswith(b"before\n" + text[:100] + b"[cortex: 7.7 KiB of the log are gone")
     assert told.endswith(text[8000:] + b"end\n")
-    assert mirror.size("job") == base + len(text) + 4
+    assert copies.size("job") == base + len(text) + 4
 
 
 def test_the_gaps_of_two_attempts_are_one(node: Path, tmp_path: Path) -> None:
-    mirror = LogCopies(tmp_path / "copies")
-    mirror.prepare("job")
+    copies = LogCopies(JobFolders(tmp_path / "copies"))
+    copies.prepare("job")
     text = b"".join(b"%04d\n" % number for number in range(2000))
     for base in (0, len(text)):
         (node / "log").write_bytes(text)
         cut(node, 100, 8000)
-        copy(node, mirror, base)
+        copy(node, copies, base)
         (node / "log.cut").unlink()
-    told = shown(mirror)
+    told = shown(copies)
     assert told.startswith(text[:100] + b"[cortex: ")
     assert told.endswith(b"are gone: limits.log is 4 KiB]\n" + text[8000:])
     assert b"\0" not in told
@@ -138,37 +140,37 @@ def test_the_gaps_of_two_attempts_are_one(node: Path, tmp_path: Path) -> None:
 def test_a_job_that_writes_the_record_itself_harms_nobody(
     node: Path, tmp_path: Path, record: bytes
 ) -> None:
-    mirror = LogCopies(tmp_path / "copies")
-    mirror.prepare("job")
+    copies = LogCopies(JobFolders(tmp_path / "copies"))
+    copies.prepare("job")
     (node / "log").write_text("text\n")
     (node / "log.cut").write_bytes(record)
-    copy(node, mirror)
-    assert shown(mirror) == b"text\n"
+    copy(node, copies)
+    assert shown(copies) == b"text\n"
 
 
 def test_a_link_in_the_place_of_a_log_is_not_followed(node: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("secret")
     (node / "log").symlink_to(secret)
-    assert piece(node, 0, MOST, LIMIT).data == b""
+    assert read_piece(node / "log", 0, MOST, LIMIT).data == b""
     (node / "log").unlink()
     os.mkfifo(node / "log")
-    assert piece(node, 0, MOST, LIMIT).data == b""
+    assert read_piece(node / "log", 0, MOST, LIMIT).data == b""
 
 
 def test_of_a_log_as_large_as_a_file_can_be_no_more_is_copied_than_its_limit_allows(
     node: Path, tmp_path: Path
 ) -> None:
-    mirror = LogCopies(tmp_path / "copies")
-    mirror.prepare("job")
+    copies = LogCopies(JobFolders(tmp_path / "copies"))
+    copies.prepare("job")
     (node / "log").write_text("first\n")
     os.truncate(node / "log", 1 << 43)
-    copy(node, mirror)
-    told = shown(mirror)
+    copy(node, copies)
+    told = shown(copies)
     assert told.startswith(b"first\n")
     assert b"are gone: limits.log is 4 KiB]" in told
     assert len(told) < 1 << 18
-    assert mirror.path("job").stat().st_blocks * 512 < 1 << 18
+    assert copies.folders.log("job").stat().st_blocks * 512 < 1 << 18
 
 
 def odd_pieces() -> list[object]:

@@ -35,33 +35,33 @@ LARGE = Capacity(8000, 16 * GIB, 2)
 def test_jobs_go_where_most_is_free_and_gpus_are_left_to_those_that_want_them() -> None:
     cluster = nodes(state("a", SMALL), state("b", SMALL), state("g", LARGE))
     for job, expected in (("1", "a"), ("2", "b"), ("3", "a"), ("4", "b"), ("5", "g")):
-        assert cluster.take(job, Compute(cpu_m=1000)) is None
+        assert cluster.reserve(job, Compute(cpu_m=1000)) is None
         node = cluster.node_of(job)
         assert node is not None
         assert node.node_id == expected
-    assert cluster.take("6", Compute(cpu_m=1000, gpu=2)) is None
-    assert cluster.take("7", Compute(gpu=1)) == "needs 1 GPU, 0 free on one node"
+    assert cluster.reserve("6", Compute(cpu_m=1000, gpu=2)) is None
+    assert cluster.reserve("7", Compute(gpu=1)) == "needs 1 GPU, 0 free on one node"
 
 
 def test_what_is_asked_for_must_be_free_on_one_node() -> None:
     cluster = nodes(state("a", SMALL), state("b", SMALL))
-    assert cluster.take("1", Compute(cpu_m=1500, mem=GIB)) is None
-    assert cluster.take("2", Compute(cpu_m=500, mem=3 * GIB)) is None
+    assert cluster.reserve("1", Compute(cpu_m=1500, mem=GIB)) is None
+    assert cluster.reserve("2", Compute(cpu_m=500, mem=3 * GIB)) is None
     wanted = Compute(cpu_m=1500, mem=4 * GIB)
-    assert cluster.take("3", wanted) == "needs 4 GiB, 3 GiB free on one node"
+    assert cluster.reserve("3", wanted) == "needs 4 GiB, 3 GiB free on one node"
     wanted = Compute(cpu_m=1500, mem=3 * GIB)
-    assert cluster.take("3", wanted) == "no node has 1.5 CPU and 3 GiB free"
-    assert cluster.release("1")
-    assert cluster.take("3", wanted) is None
+    assert cluster.reserve("3", wanted) == "no node has 1.5 CPU and 3 GiB free"
+    assert cluster.give_back("1")
+    assert cluster.reserve("3", wanted) is None
 
 
 def test_only_who_was_told_to_wait_is_told_of_more() -> None:
     cluster = nodes(state("a", SMALL))
-    assert cluster.take("1", Compute(cpu_m=2000)) is None
-    assert not cluster.clear_refused()
-    assert cluster.take("2", Compute(cpu_m=2000)) == "needs 2 CPU, 0 free on one node"
-    assert cluster.clear_refused()
-    assert not cluster.clear_refused()
+    assert cluster.reserve("1", Compute(cpu_m=2000)) is None
+    assert not cluster.pop_refused()
+    assert cluster.reserve("2", Compute(cpu_m=2000)) == "needs 2 CPU, 0 free on one node"
+    assert cluster.pop_refused()
+    assert not cluster.pop_refused()
 
 
 def test_what_no_node_ever_had_is_refused_and_what_a_lost_one_had_is_waited_for() -> None:
@@ -70,7 +70,7 @@ def test_what_no_node_ever_had_is_refused_and_what_a_lost_one_had_is_waited_for(
     (lost,) = cluster.update((state("a", SMALL),))
     assert lost.name == "host-g"
     assert cluster.refusal(Compute(gpu=2)) is None
-    assert cluster.take("1", Compute(gpu=2)) == "needs 2 GPUs, 0 free on one node"
+    assert cluster.reserve("1", Compute(gpu=2)) == "needs 2 GPUs, 0 free on one node"
     assert cluster.refusal(Compute(cpu_m=8000, mem=GIB)) is None
 
 
@@ -83,17 +83,19 @@ def test_no_single_node_having_all_of_it_is_a_refusal() -> None:
 def test_without_a_node_that_answers_jobs_wait_and_say_so() -> None:
     empty = Placement()
     assert empty.refusal(Compute(gpu=99)) is None
-    assert empty.take("1", Compute()) == "waits for a node: the cluster has none now"
+    assert empty.reserve("1", Compute()) == "waits for a node: the cluster has none now"
     cluster = nodes(state("a", SMALL))
     cluster.alive["a"].is_ready = False
-    assert cluster.take("1", Compute()) == "waits for a node whose agent answers"
+    assert cluster.reserve("1", Compute()) == "waits for a node whose agent answers"
     cluster.alive["a"].problem = "its agent is gone"
-    assert cluster.take("1", Compute()) == "waits for a node whose agent answers: its agent is gone"
+    assert (
+        cluster.reserve("1", Compute()) == "waits for a node whose agent answers: its agent is gone"
+    )
 
 
 def test_what_others_take_counts_once_it_was_seen_twice() -> None:
     cluster = nodes(state("a", SMALL))
-    assert cluster.take("1", Compute(cpu_m=500)) is None
+    assert cluster.reserve("1", Compute(cpu_m=500)) is None
     told = (state("a", SMALL, Capacity(1500, 0, 0)),)  # ours, and 1000 of others
     cluster.update(told)
     assert cluster.alive["a"].free.cpu_m == 1500
@@ -106,10 +108,10 @@ def test_what_others_take_counts_once_it_was_seen_twice() -> None:
 def test_a_recovered_job_counts_even_beyond_what_there_is() -> None:
     cluster = nodes(state("a", SMALL))
     for number in range(3):
-        cluster.reserve_recovered(str(number), Compute(cpu_m=1000), "a")
-    cluster.reserve_recovered("elsewhere", Compute(cpu_m=1000), "gone")
+        cluster.reserve_granted(str(number), Compute(cpu_m=1000), "a")
+    cluster.reserve_granted("elsewhere", Compute(cpu_m=1000), "gone")
     assert cluster.alive["a"].free.cpu_m == -1000
-    assert cluster.take("4", Compute(cpu_m=1)) == "needs 0.001 CPU, 0 free on one node"
+    assert cluster.reserve("4", Compute(cpu_m=1)) == "needs 0.001 CPU, 0 free on one node"
     assert cluster.node_of("elsewhere") is None
 
 
@@ -124,13 +126,13 @@ def test_labels_select_nodes_and_say_so_where_there_is_none() -> None:
         state("c", LARGE, labels={"zone": "c"}),
     )
     for job, expected in (("1", "a"), ("2", "b")):
-        assert cluster.take(job, A_OR_B) is None
+        assert cluster.reserve(job, A_OR_B) is None
         node = cluster.node_of(job)
         assert node is not None
         assert node.node_id == expected
-    assert cluster.take("3", A_OR_B) == "needs 1.5 CPU, 0.5 free on one node with zone=a or b"
-    assert cluster.release("2")
-    assert cluster.take("3", A_OR_B) is None
+    assert cluster.reserve("3", A_OR_B) == "needs 1.5 CPU, 0.5 free on one node with zone=a or b"
+    assert cluster.give_back("2")
+    assert cluster.reserve("3", A_OR_B) is None
     assert cluster.refusal(C) == "needs a node with zone=c, disk=ssd, and there is none"
     wanted = Compute(cpu_m=9000, node_labels={"zone": ("c",)})
     assert cluster.refusal(wanted) == "needs 9 CPU, the largest node with zone=c has 8"
@@ -144,12 +146,12 @@ def test_nodes_with_labels_that_come_later_are_not_refused_for_good() -> None:
     cluster.update((state("a", SMALL), state("c", SMALL, labels={"zone": "c", "disk": "ssd"})))
     assert cluster.refusal(C) is None
     words = "waits for a node with zone=c, disk=ssd whose agent answers"
-    assert cluster.take("1", C) == words
+    assert cluster.reserve("1", C) == words
     cluster.alive["c"].is_ready = True
-    assert cluster.take("1", C) is None
+    assert cluster.reserve("1", C) is None
     cluster.update((state("a", SMALL),))
     words = "waits for a node with zone=c, disk=ssd: the cluster has none now"
-    assert cluster.take("2", C) == words
+    assert cluster.reserve("2", C) == words
 
 
 @st.composite

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cortex.engines.local import LocalEngine
+from cortex.joblog.folders import JobFolders
 from cortex.operator.dispatch import starter
 from cortex.operator.dispatch.live_jobs import LiveJobs
 from cortex.system.background import Background
@@ -25,7 +26,9 @@ def test_the_folder_of_a_job_that_there_never_was_goes(
 
     async def refuse() -> None:
         background = Background("failed")
-        starts = starter.Starter(LiveJobs(none, none), engine, none, none, background)
+        starts = starter.Starter(
+            LiveJobs(none, none), engine, none, none, JobFolders(tmp_path), background
+        )
         engine.claim(job.job_id, 1)
         for name in laid_out:
             (tmp_path / job.job_id / name).touch()

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from cortex.engines.local import LocalEngine
+from cortex.joblog.folders import JobFolders
 from cortex.projects.environments import Environments
 from cortex.ray_node import workspace
 from cortex.ray_node.agent import Agent
@@ -37,8 +39,10 @@ def by_hand(root: Path) -> None:
 
 
 def by_an_agent(root: Path) -> None:
-    agent: Any = SimpleNamespace(_live={}, _slot=SimpleNamespace(jobs=root / "jobs"))
-    asyncio.run(Agent.discard(agent, ["job"]))
+    agent: Any = SimpleNamespace(
+        _live={}, _folders=JobFolders(root / "jobs"), _engine=LocalEngine(root / "jobs")
+    )
+    asyncio.run(Agent.forget(agent, [], ["job"]))
 
 
 def by_the_next_owner_of_its_slot(root: Path) -> None:

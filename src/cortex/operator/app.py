@@ -21,6 +21,7 @@ import cortex
 from cortex.engines.base import Engine
 from cortex.engines.local import LocalEngine
 from cortex.errors import StartupError
+from cortex.joblog.watch import FileWatch
 from cortex.objects import ObjectStore
 from cortex.operator.config.settings import Settings
 from cortex.operator.data_folder import check_whole, held, held_with_others, make_folders, namespace
@@ -40,7 +41,6 @@ from cortex.operator.http.refusals import Refusals
 from cortex.operator.http.routes import jobs, logs, operator
 from cortex.operator.http.views import Renderer
 from cortex.operator.logs.archive import Archive
-from cortex.operator.logs.follow import LogWatcher
 from cortex.operator.metrics import Metrics
 from cortex.operator.server import Server, prepare
 from cortex.projects.environments import Environments
@@ -114,13 +114,13 @@ async def opened(settings: Settings, failed: Callable[[Exception], None]) -> Asy
         if files is not None:
             archive = Archive(
                 files,
-                lambda job_id: settings.jobs / job_id / "log",
+                settings.job_folders,
                 store,
                 settings.archived,
                 is_apart=is_shared and settings.ray is not None,
             )
             stack.callback(archive.end)
-        watcher = LogWatcher()
+        watcher = FileWatch("log watch")
         watcher.open()
         stack.push_async_callback(watcher.close)
         catalogue = Catalogue(store, others_deploy=is_shared)

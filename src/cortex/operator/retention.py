@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from pathlib import Path
 
 import structlog
 
 from cortex.engines.base import Engine
 from cortex.errors import StorageUnavailable
+from cortex.joblog.folders import JobFolders
 from cortex.operator.config.settings import Settings
 from cortex.operator.deploy.versions import Versions
 from cortex.operator.logs.archive import Archive
@@ -106,9 +106,8 @@ class Retention:
     async def _remove_folders(self, ids: list[str]) -> None:
         if self._archive is not None:
             await self._archive.remove(ids)
-        folders = [self._settings.jobs / job_id for job_id in ids]
-        self._engine.discard(ids)
-        await in_thread(_remove_all, folders)
+        self._engine.forget(jobs=ids)
+        await in_thread(_remove_all, self._settings.job_folders, ids)
 
     async def _retire_versions(self, before_ns: int) -> list[ApiSpec]:
         """Remove the rows of unused versions, and move unused projects to the trash; the versions that are left."""
@@ -147,6 +146,6 @@ def _ago(seconds: float) -> int:
     return now_ns() - int(seconds * 1e9)
 
 
-def _remove_all(folders: list[Path]) -> None:
-    for folder in folders:
-        remove(folder)
+def _remove_all(folders: JobFolders, job_ids: list[str]) -> None:
+    for job_id in job_ids:
+        folders.remove(job_id)

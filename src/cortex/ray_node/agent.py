@@ -1,10 +1,8 @@
-"""The agent of a node: a detached actor, which Ray restarts when it dies.
+"""The agent of a node: a detached actor, which Ray restarts when it dies. It runs the local engine in a
+folder of the node, and keeps the engine's observations until the operator has received them.
 
-It runs the local engine in a folder of the node, and keeps the engine's observations until the
-operator has received them. The Ray engine calls its public methods through the driver, by name.
-
-Jobs do not depend on the agent: their supervisors continue without it, and a restarted agent
-recovers them as an operator does on one machine.
+The Ray engine calls its public methods through the driver. Jobs do not depend on the agent: their
+supervisors go on without it, and a new agent recovers them, as an operator does on one machine.
 """
 
 from __future__ import annotations
@@ -30,33 +28,23 @@ from cortex.engines.base import (
     Version,
 )
 from cortex.engines.local import LocalEngine, leftovers, records
+from cortex.engines.ray.log_copies import read_piece
 from cortex.engines.ray.messages import Hello, Lock, LogPiece, NodeOrder, Poll, Refusal
+from cortex.joblog.folders import JobFolders
+from cortex.joblog.watch import FileWatch
 from cortex.projects.builder import EnvironmentFailed
 from cortex.ray_node import reservations
-from cortex.ray_node.logs import LogWatch, piece
 from cortex.ray_node.outbox import Outbox
 from cortex.ray_node.provisions import Provisions
 from cortex.ray_node.workspace import AgentFolder
-from cortex.system.folders import remove
 from cortex.system.oserrors import is_shortage, is_storage
 from cortex.worker import processes
-from cortex.worker.supervisor import logfile
 
-_BATCH = 256 << 10
+_PIECE_BYTES = 256 << 10
 _NO_RECORDS = "the folder of its node, with the job's records in it, is gone"
 _RETRY_S = 5.0
-# A poll of an operator that was killed may still run, and consume the event that wakes the next
-# poll.
-_LOOK_S = 1.0
-_PAUSE_S = 0.05  # collects the lines of a growing log into one piece
-
-
-class NodeEngine(LocalEngine):
-    """The local engine of a node. The operator and Ray assign capacity and GPUs to each job."""
-
-    def take(self, job_id: str, order: NodeOrder) -> None:
-        self._grace_s = order.grace_s
-        self._ledger.hold(job_id, order.api.compute, list(order.gpus))
+_POLL_INTERVAL_S = 1.0  # a poll of a killed operator may clear the event that wakes the next poll
+_BATCH_S = 0.05  # collects the lines of a growing log into one piece
 
 
 class Agent:
@@ -65,17 +53,18 @@ class Agent:
     def __init__(self, namespace: str, node_id: str, node_dir: str, total: Capacity) -> None:
         self._slot = AgentFolder.take(namespace, node_id, node_dir)
         self._opening = asyncio.Lock()
-        self._engine = NodeEngine(self._slot.jobs, total)
+        self._folders = JobFolders(self._slot.jobs)
+        self._engine = LocalEngine(self._slot.jobs, total)
         self._is_open = False
         self._stock = Provisions(self._slot, self._keep)
         self._seen = Outbox()
-        self._news = asyncio.Event()  # set by each observation
-        self._woken = asyncio.Event()  # set by each observation, and when a log grows
+        self._news = asyncio.Event()  # an observation
+        self._woken = asyncio.Event()  # an observation, or a log that has grown
         self._live: dict[str, NodeOrder] = {}
         self._begun: dict[str, Started] = {}
         self._building: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._logs = LogWatch(self._woken.set)
+        self._logs = FileWatch("log watch")
 
     async def hello(self) -> Hello:
         await self._open()
@@ -90,16 +79,7 @@ class Agent:
         )
 
     async def start(self, order: NodeOrder) -> str | None:
-        """Start an attempt.
-
-        Returns:
-            None; or "project" if the node lacks the project, which has to be sent first.
-
-        Raises:
-            Refusal: the node's folder is not the one that the order names.
-            RuntimeError: an earlier attempt of the job has not ended yet. The operator
-                then calls `recover`.
-        """
+        """Start an attempt. Returns "project", and starts nothing, where the project's files are missing."""
         await self._open()
         job_id = order.spec.job_id
         self._check(order)
@@ -107,14 +87,14 @@ class Agent:
             return "project"
         known = self._live.get(job_id)
         if known is not None and known.number != order.number:
-            raise RuntimeError("an earlier attempt, whose order came late, is about to end")
+            raise RuntimeError("an earlier attempt of the job, whose order came late, still runs")
         if known is None:
             self._live[job_id] = order
             self._building[job_id] = self._run(self._start(order, _deadline(order)))
         return None
 
     async def unpack(self, project_id: str, archive: bytes) -> None:
-        """Store a project."""
+        """Store the files of a project."""
         await self._open()
         await asyncio.to_thread(self._stock.take_in, project_id, archive)
 
@@ -130,11 +110,7 @@ class Agent:
             self._saw(NeverStarted(job_id, self._live[job_id].number))
 
     async def recover(self, order: NodeOrder) -> None:
-        """Report the state of an attempt. An attempt that never reached the node is fenced.
-
-        Raises:
-            Refusal: the node's folder is not the one that the order names.
-        """
+        """Report the state of an attempt, which may have been started by an earlier agent, or by none."""
         await self._open()
         job_id = order.spec.job_id
         self._check(order)
@@ -144,32 +120,22 @@ class Agent:
                 self._keep(self._begun[job_id])
             return
         given_up = self._building.pop(job_id, None)
-        if given_up is not None:  # from here on, log, stop and end belong to this attempt
+        if given_up is not None:  # log, stop and end now belong to this attempt
             given_up.cancel()
-        folder = self._slot.jobs / job_id
+        folder = self._folders.folder(job_id)
         self._live[job_id] = order
         if not folder.exists() and await asyncio.to_thread(_ended, folder, order.number):
             self._saw(Lost(job_id, order.number, _NO_RECORDS))
             return
         folder.mkdir(0o700, parents=True, exist_ok=True)
-        self._logs.add(job_id, folder)
+        self._watch_log(job_id)
         await self._engine.recover(self._attempt(order, Path(), _deadline(order)))
 
     async def poll(
         self, incarnation: str, after: int, cursors: dict[str, int], within_s: float
     ) -> Poll:
-        """Wait for observations, or for new pieces of logs.
-
-        Args:
-            incarnation: the session, from `hello`.
-            after: the number of the first observation that the operator has not received.
-            cursors: the offsets in the logs from which on to read, by job.
-            within_s: how long to wait.
-
-        Returns:
-            The observations and pieces. A Poll without an incarnation says that the session has
-            ended.
-        """
+        """The observations since `after`, and what the logs have beyond these offsets, as soon as there is
+        any. A poll with an empty incarnation where observations that the caller lacks were dropped."""
         if not self._seen.knows(incarnation):
             return Poll("", after, ())
         self._seen.heard(incarnation, after)
@@ -181,32 +147,33 @@ class Agent:
             if logs or self._seen.end > after or left_s <= 0:
                 break
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), min(left_s, _LOOK_S))
+                await asyncio.wait_for(self._woken.wait(), min(left_s, _POLL_INTERVAL_S))
             if self._seen.end == after:
                 self._news.clear()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._news.wait(), _PAUSE_S)
+                    await asyncio.wait_for(self._news.wait(), _BATCH_S)
         return Poll(incarnation, self._seen.end, self._seen.since(after), logs)
 
     async def read(self, job_id: str, offset: int, limit: int) -> LogPiece:
-        return await asyncio.to_thread(piece, self._slot.jobs / job_id, offset, _BATCH, limit)
+        log = self._folders.log(job_id)
+        return await asyncio.to_thread(read_piece, log, offset, _PIECE_BYTES, limit)
 
     async def forget(self, api_id: str) -> None:
-        self._engine.forget(api_id)
+        """See `Engine.forget`, for a version."""
+        self._engine.forget(versions=[api_id])
 
     async def discard(self, job_ids: list[str]) -> None:
+        """See `Engine.forget`. Removes the folders of the jobs that do not run here."""
         for job_id in job_ids:
             if job_id not in self._live:
-                await asyncio.to_thread(remove, self._slot.jobs / job_id)
+                await asyncio.to_thread(self._folders.remove, job_id)
 
     async def _open(self) -> None:
-        # Each method may be the first: Ray may have restarted this process since the operator's
-        # hello.
+        # By each method: Ray may have restarted this process since the operator's hello.
         async with self._opening:
             if not self._is_open:
                 await asyncio.to_thread(self._stock.open)
                 await self._engine.open(self._saw)
-                self._logs.open()
                 self._is_open = True
 
     def _check(self, order: NodeOrder) -> None:
@@ -219,26 +186,27 @@ class Agent:
             async with asyncio.timeout(order.left_s):
                 python = await self._stock.build(order)
             self._begin_anew(job_id)
-        except Exception as error:  # no caller awaits this task: every failure is reported
+        except Exception as error:  # the task has no waiter: report every failure
             self._building.pop(job_id, None)
             self._saw(self._failed(order, error))
         else:
-            self._building.pop(job_id, None)  # from here on, the engine handles a stop
-            self._engine.take(job_id, order)
+            self._building.pop(job_id, None)  # from here on the engine stops the attempt
+            # What the job may take was decided by the operator and Ray, the indices of GPUs included.
+            self._engine.ledger.reserve_granted(job_id, order.api.compute, list(order.gpus))
             self._engine.start(self._attempt(order, python, deadline))
 
     def _failed(self, order: NodeOrder, error: Exception) -> Lost | NeverStarted:
-        """The observation for a failure before the start of an attempt."""
+        """The report on an attempt that could not be started."""
         job_id, number = order.spec.job_id, order.number
         if isinstance(error, TimeoutError):
-            return NeverStarted(job_id, number)  # the operator applies the deadline
+            return NeverStarted(job_id, number)  # the operator handles its deadline
         if isinstance(error, EnvironmentFailed):
             if error.is_temporary:
                 words = "its node's disk is full, and the environment not built"
                 return NeverStarted(job_id, number, words)
             with contextlib.suppress(OSError):
                 self._begin_anew(job_id)
-                self._engine.note(job_id, error.output)
+                self._folders.append_to_log(job_id, error.output)
             return Lost(job_id, number, error.reason, is_final=True)
         reason = f"it cannot be started on its node: {error}"
         if isinstance(error, OSError) and (is_storage(error) or is_shortage(error)):
@@ -246,12 +214,16 @@ class Agent:
         return Lost(job_id, number, reason)
 
     def _begin_anew(self, job_id: str) -> None:
-        """Begin a new log. The operator has copied all output of earlier attempts."""
-        folder = self._slot.jobs / job_id
-        folder.mkdir(0o700, parents=True, exist_ok=True)
-        for name in (logfile.NAME, logfile.CUT):
-            (folder / name).unlink(missing_ok=True)
-        self._logs.add(job_id, folder)
+        """Begin an empty log: the operator has the logs of earlier attempts."""
+        self._folders.folder(job_id).mkdir(0o700, parents=True, exist_ok=True)
+        for path in (self._folders.log(job_id), self._folders.cut(job_id)):
+            path.unlink(missing_ok=True)
+        self._watch_log(job_id)
+
+    def _watch_log(self, job_id: str) -> None:
+        # No inotify instance or watch is left: `poll` reads the log every `_POLL_INTERVAL_S`.
+        with contextlib.suppress(OSError):
+            self._logs.watch_growth(self._folders.log(job_id), self._woken.set)
 
     def _attempt(self, order: NodeOrder, python: Path, deadline: float | None) -> Attempt:
         version = Version(order.api, self._stock.folder(order.api.project_id), python, order.env)
@@ -263,15 +235,17 @@ class Agent:
             deadline,
             order.losses,
             order.lost,
+            order.grace_s,
         )
 
     def _grown(self, cursors: dict[str, int]) -> dict[str, LogPiece]:
         found = {}
         for job_id, offset in cursors.items():
-            order = self._live.get(job_id)  # after the report of an end, the operator calls `read`
-            if order is None:
+            order = self._live.get(job_id)
+            if order is None:  # ended: the operator reads the rest with `read`
                 continue
-            here = piece(self._slot.jobs / job_id, offset, _BATCH, order.api.limits.log)
+            log = self._folders.log(job_id)
+            here = read_piece(log, offset, _PIECE_BYTES, order.api.limits.log)
             if here.end > offset:
                 found[job_id] = here
         return found
@@ -282,13 +256,13 @@ class Agent:
         job_id = observation.job_id
         order = self._live.get(job_id)
         if order is None or order.number != observation.attempt:
-            return  # an earlier attempt's, whose end the operator knows
+            return  # of an attempt that had ended before its order came: the operator knows
         if isinstance(observation, Started):
             self._begun[job_id] = observation
         elif isinstance(observation, Ended | Lost | NeverStarted):
             del self._live[job_id]
             self._begun.pop(job_id, None)
-            self._logs.remove(job_id)
+            self._logs.remove(self._folders.log(job_id), self._woken.set)
             self._run(self._let_go(order.seat))
         self._keep(observation)
 
@@ -314,16 +288,12 @@ class Agent:
 
 
 def _deadline(order: NodeOrder) -> float | None:
-    """The deadline by this machine's monotonic clock."""
+    """The deadline of an order by this machine's monotonic clock."""
     return None if order.left_s is None else time.monotonic() + order.left_s
 
 
 def _ended(folder: Path, attempt: int) -> bool:
-    """End a job whose folder is lost.
-
-    Returns:
-        Whether the job was running.
-    """
+    """End a job that runs although its folder is missing; whether it ran."""
     if not processes.with_variable("CORTEX_JOB_ID", folder.name):
         return False
     leftovers.clean(folder, attempt)

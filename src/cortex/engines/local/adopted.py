@@ -1,7 +1,9 @@
-"""A supervising process that an earlier operator had, held by a pidfd. Owned by `attempts`.
+"""The supervisor of an earlier operator, watched through a pidfd. Owned by `attempts`.
 
-It answers to nobody here: it is gone when the pidfd becomes readable, and over with its job when the exit record
-is there and the job's processes are not: a job can make such a record itself.
+It reports to the earlier operator, if that still runs. Here it has exited when the pidfd becomes
+readable. Its job has ended when the exit record exists and no process of the job does: a job can create
+such a record itself. The record counts, because a supervisor whose operator hangs does not exit after
+its job.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from pathlib import Path
 import structlog
 
 from cortex.engines.local import leftovers
-from cortex.engines.local.exit_watch import ExitRecordWatch
 from cortex.engines.local.supervisor import ask_to_end, collect
+from cortex.joblog.watch import FileWatch
 from cortex.worker import processes
 
 log = structlog.get_logger()
@@ -27,24 +29,25 @@ class AdoptedSupervisor:
     """All of it happens on the event loop."""
 
     def __init__(
-        self, pidfd: int, record: Path, ends: ExitRecordWatch, over: Callable[[], None]
+        self, pidfd: int, record: Path, watch: FileWatch, over: Callable[[], None]
     ) -> None:
         """
         Args:
-            pidfd: is closed here.
-            record: the exit record. One that is there already is not told.
-            over: called once, when the process is gone, or the record is there and the job is not.
+            pidfd: closed by this object.
+            record: the exit record. One that exists already is not reported.
+            over: called once, when the process has exited, or the record exists and no process of the
+                job does.
         """
         self.pidfd = pidfd
         self._record = record
-        self._ends = ends
+        self._watch = watch
         self._over = over
         self._again: asyncio.TimerHandle | None = None
         asyncio.get_running_loop().add_reader(pidfd, self._on_gone)
         try:
-            ends.add(record, self.recorded)
-        except OSError as error:
-            log.warning("an exit record cannot be awaited", error=str(error))
+            watch.watch_appearance(record, self.recorded)
+        except OSError as error:  # the exit of the process reports the end as well
+            log.warning("cannot watch an exit record", error=str(error))
 
     def stop(self) -> None:
         """It ends its job, and then itself."""
@@ -52,7 +55,7 @@ class AdoptedSupervisor:
             ask_to_end(self.pidfd)
 
     def recorded(self) -> None:
-        """The exit record is there."""
+        """The exit record exists."""
         if self._again is not None:
             self._again.cancel()
         if self.pidfd < 0:
@@ -69,7 +72,7 @@ class AdoptedSupervisor:
             asyncio.get_running_loop().remove_reader(self.pidfd)
             os.close(self.pidfd)
             self.pidfd = -1
-            self._ends.remove(self._record)
+            self._watch.remove(self._record, self.recorded)
         if self._again is not None:
             self._again.cancel()
 

@@ -1,9 +1,9 @@
-"""The attempts of the local engine, and what becomes of them. Owned by `engine`; fork servers and supervising
-processes tell it what they see.
+"""Follows the attempts of the local engine to their ends. Owned by `engine`; fork servers and supervisors
+report to it.
 
-Each attempt is watched over by a supervising process (`cortex.worker.supervisor.main`), which says when it has
-made the attempt's exit record; one that an earlier operator had is `taken_over`. What no record tells is cleared
-up first and then reported as lost.
+Each attempt has a supervisor (`cortex.worker.supervisor.main`), which reports when it has written the
+attempt's exit record. The supervisor of an earlier operator is adopted (`adopted`). An attempt without a
+valid record of its end is lost: its processes are ended first, and then the loss is reported.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from cortex.engines.base import (
 from cortex.engines.local import leftovers, records
 from cortex.engines.local.adopted import AdoptedSupervisor
 from cortex.engines.local.backstop import Backstop
-from cortex.engines.local.exit_watch import ExitRecordWatch
 from cortex.engines.local.supervisor import SupervisorHandle
 from cortex.engines.local.tracked import TrackedAttempt
+from cortex.joblog.folders import JobFolders
+from cortex.joblog.watch import FileWatch
 from cortex.system.account import Account
 from cortex.system.background import Background, in_thread
 from cortex.system.oserrors import is_storage
@@ -50,45 +51,45 @@ _COPIED = "it ran with another data folder, of which this one is a copy: what be
 
 
 class Attempts:
-    """All whose end has not been reported, by job."""
+    """The attempts whose end has not been reported, by job."""
 
     def __init__(
         self,
-        root: Path,
+        folders: JobFolders,
         free: Callable[[str], bool],
         tidy: Callable[[], Awaitable[None]],
         account: Account | None = None,
     ) -> None:
         """
         Args:
-            root: where the jobs' folders are.
-            free: called with a job that is over; whether somebody who did not fit may fit now.
-            tidy: ends what fork servers or the operator have inherited from killed supervising processes.
-            account: whose the jobs are, if they are not the operator's own.
+            folders: of the jobs.
+            free: gives back what a job has taken; whether another job may be waiting for it.
+            tidy: ends processes that fork servers or the operator have inherited from killed supervisors.
+            account: the user of the jobs, if that is not the operator's own.
         """
         self.report: Report = lambda _: None
-        self._root = root
+        self._folders = folders
         self._free = free
         self._tidy = tidy
         self._account = account
         self._live: dict[str, TrackedAttempt] = {}
         self._background = Background("the local engine failed")
-        self._ends = ExitRecordWatch()
+        self._exit_records = FileWatch("exit records")
         self._backstop = Backstop(lambda: list(self._live.values()), self._background)
 
     async def close(self) -> None:
-        """Let go of them; what runs goes on."""
+        """Forget all attempts; jobs go on."""
         await self._background.close()
         for live in self._live.values():
             self._let_go(live)
         self._live.clear()
-        await self._ends.close()
+        await self._exit_records.close()
 
     def supervisors(self) -> set[int]:
-        """Those that were taken over, by pid.
+        """The pids of adopted supervisors.
 
         Raises:
-            OSError: there are no descriptors to find out with.
+            OSError: no descriptor is left to read them.
         """
         held = [live.taken_over for live in self._live.values()]
         return {processes.held(each.pidfd) for each in held if each is not None and each.pidfd >= 0}
@@ -96,7 +97,11 @@ class Attempts:
     def begin(
         self, attempt: Attempt, grace_s: float, supervisor: SupervisorHandle | None = None
     ) -> None:
-        """One is started now, by this supervising process if it has one already."""
+        """Follow an attempt that starts now.
+
+        Args:
+            supervisor: the attempt's supervisor, if it has one already.
+        """
         start_record = self._start_of(attempt)
         self._live[attempt.spec.job_id] = TrackedAttempt(
             attempt, start_record, supervisor, grace_s=grace_s
@@ -104,10 +109,10 @@ class Attempts:
         self._backstop.watch()
 
     def wait(self, attempt: Attempt, withdraw: Callable[[Attempt], bool]) -> None:
-        """One that has begun may have to wait for a fork server, but no longer than its deadline.
+        """Withdraw the attempt's order at its deadline, if it waits for a fork server until then.
 
         Args:
-            withdraw: takes an order back that nobody has got; False if somebody has.
+            withdraw: takes back an order that no supervisor has received; whether that succeeded.
         """
         live = self._live.get(attempt.spec.job_id)
         if live is None or live.supervisor is not None or attempt.deadline is None:
@@ -117,7 +122,7 @@ class Attempts:
         live.timer = loop.call_later(left_s, self._give_up, live, withdraw)
 
     async def recover(self, attempt: Attempt, grace_s: float) -> None:
-        """One was claimed by an earlier operator."""
+        """Follow an attempt that an earlier operator claimed."""
         live = TrackedAttempt(attempt, self._start_of(attempt), grace_s=grace_s)
         self._live[attempt.spec.job_id] = live
         self._backstop.watch()
@@ -125,10 +130,10 @@ class Attempts:
             self._background.run(self._until_told(live))
 
     def stop(self, job_id: str, withdraw: Callable[[Attempt], bool]) -> None:
-        """End one, if it is there.
+        """End an attempt, if the engine has one of this job.
 
         Args:
-            withdraw: takes an order back that nobody has got; False if somebody has.
+            withdraw: takes back an order that no supervisor has received; whether that succeeded.
         """
         live = self._live.get(job_id)
         if live is not None:
@@ -140,13 +145,13 @@ class Attempts:
                 self._signal(live)
 
     def waits(self, order: Order, reason: str) -> None:
-        """From a fork server: an order cannot be carried out yet."""
+        """A fork server reports that an order has to wait."""
         live = self._ordered(order.job_id, order.attempt)
         if live is not None and not live.stop:
             self.report(Waits(order.job_id, order.attempt, reason))
 
     def given(self, supervisor: SupervisorHandle, order: Order) -> None:
-        """From a fork server: an order has got its supervising process."""
+        """A fork server reports that a supervisor has received an order."""
         live = self._ordered(order.job_id, order.attempt)
         if live is not None:
             self._cancel(live)
@@ -155,13 +160,13 @@ class Attempts:
                 supervisor.stop()
 
     def recorded(self, reply: Reply) -> None:
-        """From a supervising process: the job has started."""
+        """A supervisor reports that the job has started."""
         live = self._ordered(reply.job_id, reply.attempt)
         if live is not None:
             self._started(live, reply.start_ns)
 
     def ended(self, reply: Reply) -> None:
-        """From a supervising process: the exit record is made."""
+        """A supervisor reports that the exit record is written."""
         live = self._ordered(reply.job_id, reply.attempt)
         if live is None:
             return
@@ -173,12 +178,14 @@ class Attempts:
             self._background.run(self._conclude(live))
 
     def refused(self, reply: Reply) -> None:
-        """From a supervising process: it could not begin."""
+        """A supervisor reports that it could not begin the attempt."""
         live = self._ordered(reply.job_id, reply.attempt)
         if live is None:
             return
         live.supervisor = None
-        self._background.run(self._tidy_later())  # that process is killed, and leaves its workspace
+        self._background.run(
+            self._tidy_later()
+        )  # the supervisor is killed, and leaves its workspace
         error = OSError(reply.errno, reply.error)
         reason = f"the job's folder cannot be written: {error}"
         if is_storage(error):
@@ -187,7 +194,7 @@ class Attempts:
             self._settle(live, self._lost(live, reason))
 
     def orphaned(self, order: Order, why: str | None) -> None:
-        """From a fork server: the supervising process of an order is gone."""
+        """A fork server reports that the supervisor of an order has exited."""
         live = self._ordered(order.job_id, order.attempt)
         if live is not None:
             live.was_late = live.is_overdue
@@ -195,19 +202,19 @@ class Attempts:
             self._background.run(self._conclude(live))
 
     def not_forked(self, job_id: str, reason: str) -> None:
-        """From a fork server: an order that failed for good."""
+        """A fork server reports that an order failed for good."""
         live = self._live.get(job_id)
         if live is not None:
             self._settle(live, self._lost(live, reason))
 
     def held_up(self, job_id: str, reason: str) -> None:
-        """From a fork server: an order that was given to nobody, for the machine lacked something."""
+        """A fork server reports that the machine lacks something that an order needs."""
         live = self._live.get(job_id)
         if live is not None:
             self._settle(live, self._never(live, reason))
 
     def unanswered(self, job_id: str) -> None:
-        """From a fork server that died: fence the attempt off, which nobody has begun."""
+        """A fork server died before it answered: fence the attempt off, unless it has begun."""
         live = self._live.get(job_id)
         if live is not None:
             self._background.run(self._until_told(live))
@@ -223,13 +230,14 @@ class Attempts:
 
     def _take_over(self, live: TrackedAttempt, pidfd: int) -> None:
         held = AdoptedSupervisor(
-            pidfd, self._exit_of(live), self._ends, lambda: self._on_over(live)
+            pidfd, self._exit_of(live), self._exit_records, lambda: self._on_over(live)
         )
         live.taken_over = held
         if live.stop:
             held.stop()
-        with contextlib.suppress(OSError):  # the end of the process tells as well, if later
-            if records.ended(self._of(live), live.attempt.number).exit is not None:  # it came first
+        with contextlib.suppress(OSError):  # the exit of the process reports the end as well, later
+            # The record may be older than the watch.
+            if records.ended(self._of(live), live.attempt.number).exit is not None:
                 held.recorded()
 
     def _on_over(self, live: TrackedAttempt) -> None:
@@ -238,13 +246,13 @@ class Attempts:
         self._background.run(self._conclude(live))
 
     async def _conclude(self, live: TrackedAttempt) -> None:
-        """The supervisor is gone: say what became of the attempt, as soon as that can be told."""
+        """The supervisor has exited: report how the attempt ended, once its folder can be read."""
         told = False
         while True:
             try:
                 gone = records.ended(self._of(live), live.attempt.number)
                 if gone.start is None and gone.exit is None:
-                    break  # it was killed, or the disk was full, before any code could run
+                    break  # the supervisor was killed, or the disk was full, before any code ran
             except OSError as error:
                 if live.stop and told:
                     gone = records.Gone(None, None, rebooted=False)
@@ -257,11 +265,11 @@ class Attempts:
         await self._until_told(live)
 
     async def _until_told(self, live: TrackedAttempt) -> None:
-        while not await self._take_up(live):  # noqa: ASYNC110  # nothing wakes us when a folder is back
+        while not await self._take_up(live):  # noqa: ASYNC110  # the kernel does not report that a moved folder is back
             await asyncio.sleep(RETRY_S)
 
     async def _take_up(self, live: TrackedAttempt) -> bool:
-        """Find out what became of an attempt, and go on from there; False if it cannot be told."""
+        """Determine the state of an attempt, and follow it from there; False if its folder cannot be read."""
         try:
             found = await in_thread(records.look, self._of(live), live.attempt, self._account)
         except OSError as error:
@@ -302,7 +310,7 @@ class Attempts:
 
     async def _tidy_later(self) -> None:
         await asyncio.sleep(RETRY_S)
-        # For want of descriptors or threads: the next lost attempt tidies.
+        # No descriptor or thread is left: the next lost attempt tidies.
         with contextlib.suppress(OSError):
             await self._tidy()
 
@@ -313,14 +321,14 @@ class Attempts:
                 await in_thread(leftovers.clean, self._of(live), live.attempt.number)
             except OSError as error:
                 job_id = live.job_id
-                log.warning("what is left of a job cannot be ended", job=job_id, error=str(error))
+                log.warning("cannot end what is left of a job", job=job_id, error=str(error))
                 await asyncio.sleep(RETRY_S)
             else:
                 return
 
     def _conclude_by(self, live: TrackedAttempt, record: ExitRecord) -> None:
         if live.is_forced and live.was_late and record.ending == Ending.EXITED:
-            # It was seen after its deadline.
+            # The supervisor was alive after the deadline, without a record of an end.
             self._settle(live, self._timed_out(live, record.start_ns))
             return
         last = Ended(
@@ -339,7 +347,7 @@ class Attempts:
         self._settle(live, last)
 
     def _timed_out(self, live: TrackedAttempt, start_ns: int) -> Ended:
-        """The end of one whose supervising process could not tell of it."""
+        """The end of an attempt past its deadline whose supervisor could not record it."""
         message = f"timeout of {live.attempt.spec.timeout} s passed"
         end_ns = max(start_ns, time.time_ns())
         return Ended(
@@ -397,10 +405,10 @@ class Attempts:
             live.taken_over = None
 
     def _start_of(self, attempt: Attempt) -> Path:
-        return self._root / attempt.spec.job_id / f"start.{attempt.number}"
+        return self._folders.start_record(attempt.spec.job_id, attempt.number)
 
     def _exit_of(self, live: TrackedAttempt) -> Path:
-        return self._of(live) / f"exit.{live.attempt.number}"
+        return self._folders.exit_record(live.job_id, live.attempt.number)
 
     def _of(self, live: TrackedAttempt) -> Path:
-        return self._root / live.job_id
+        return self._folders.folder(live.job_id)

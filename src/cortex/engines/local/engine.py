@@ -1,24 +1,25 @@
-"""The engine protocol on one machine. Called by the dispatcher (and by `tests/engines`).
+"""The engine protocol on one machine. Called by the dispatcher, by the agents of nodes, and by
+`tests/engines`.
 
-It takes and gives the machine's capacity and makes orders of attempts, which fork servers carry out
-(`forkservers`); `attempts` knows what becomes of them.
+The engine turns attempts into orders. Fork servers carry the orders out (`fork_server_pool`),
+`attempts` follows each attempt to its end, and `machine` counts the capacity.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from cortex.engines.base import (
+    NOTHING,
     Attempt,
     Capabilities,
     Capacity,
     CapacityFreed,
-    NodeInfo,
     Report,
     Version,
 )
@@ -26,11 +27,11 @@ from cortex.engines.local import cgroup_support, cgroups, folders, records, work
 from cortex.engines.local.attempts import Attempts
 from cortex.engines.local.cgroups import Groups
 from cortex.engines.local.fork_server_pool import ForkServerPool
-from cortex.engines.local.machine import Ledger, detect
+from cortex.engines.local.machine import MachineLedger, detect
 from cortex.engines.local.orphans import Orphans
 from cortex.engines.local.supervisor import SupervisorHandle
 from cortex.errors import StartupError
-from cortex.spec.api import Compute
+from cortex.joblog.folders import JobFolders
 from cortex.spec.job import MAX_INLINE_BYTES
 from cortex.system.account import Account
 from cortex.system.background import in_thread
@@ -38,7 +39,7 @@ from cortex.worker.messages import Order
 
 
 class LocalEngine:
-    """Runs jobs as process trees of this machine, below `root`: a folder for each."""
+    """Runs jobs as process trees of this machine. Each job has a folder below `root`."""
 
     def __init__(
         self,
@@ -53,20 +54,24 @@ class LocalEngine:
     ) -> None:
         """
         Args:
-            memory_limit: "watchdog" for no control groups, whatever there is.
-            own_folder: "copy" for no overlay, whatever this machine allows.
-            inherits: whether this process is to be the parent of what killed fork servers leave, and end that.
+            total: the capacity for jobs; None for all that the machine has.
+            grace_s: between SIGTERM and SIGKILL, for attempts without a grace of their own.
+            memory_limit: "watchdog" to use no control groups, even if the machine has them.
+            own_folder: "copy" to use no overlay, even if the machine allows one.
+            inherits: whether this process becomes the parent of processes that killed fork servers
+                leave, and ends them (PR_SET_CHILD_SUBREAPER).
         """
-        self._root = root.absolute()
+        self._folders = JobFolders(root)
+        self._root = self._folders.root
         self._total = total
         self._grace_s = grace_s
         self._memory_limit = memory_limit
-        self._ledger = Ledger(total or Capacity(0, 0, 0))
+        self.ledger = MachineLedger(total or NOTHING, self._undo_prepare, self._report_freed)
         self._limits = cgroup_support.WATCHDOG
         self._groups = Groups()
         self._inherits = inherits
         self._inherited = Orphans(self._processes)
-        self._attempts = Attempts(self._root, self._free, self._tidy, account)
+        self._attempts = Attempts(self._folders, self._free, self._tidy, account)
         self._prepared: dict[str, SupervisorHandle] = {}
         self._import_dir = self._root / ".import"
         self._account = account
@@ -86,7 +91,7 @@ class LocalEngine:
     @property
     def capabilities(self) -> Capabilities:
         own_folder = self._servers.own_folder
-        return Capabilities("local", self._ledger.total, self._limits.method, own_folder)
+        return Capabilities("local", self.ledger.total, self._limits.method, own_folder)
 
     async def open(self, report: Report) -> None:
         self._attempts.report = report
@@ -101,13 +106,13 @@ class LocalEngine:
         self._groups.take_up(await asyncio.to_thread(self._prepare))
         if self._inherits:
             self._inherited.open()
-        # No job waits for it: there may be very many files.
+        # In the background: there may be very many files.
         self._sweep = asyncio.ensure_future(asyncio.to_thread(workspaces.sweep, self._workspaces))
 
     async def close(self) -> None:
         self._inherited.close()
         await self._attempts.close()
-        for job_id in self._prepared:  # which nobody begins with
+        for job_id in self._prepared:  # their supervisors never start them
             self._groups.release(job_id)
         await self._servers.close()
         if self._sweep is not None:
@@ -115,30 +120,17 @@ class LocalEngine:
         await self._groups.close()
         await in_thread(cgroup_support.remove_places, self._root)
 
-    def refusal(self, compute: Compute) -> str | None:
-        return self._ledger.refusal(compute)
-
-    def reserve(self, job_id: str, compute: Compute) -> str | None:
-        return self._ledger.take(job_id, compute)
-
-    def release(self, job_id: str) -> None:
-        prepared = self._prepared.pop(job_id, None)
-        if prepared is not None:
-            prepared.withdraw()
-        if self._free(job_id):
-            self._attempts.report(CapacityFreed())
-
     def claim(self, job_id: str, attempt: int) -> str:
-        # From here on a folder that is missing is one that cannot be asked, not one never made.
-        records.make(f"{self._root}/{job_id}", self._account)
-        gpus = self._ledger.gpus(job_id)
+        # From here on a missing folder was moved or lost. Without it the attempt may have begun.
+        records.make(self._folders.folder_name(job_id), self._account)
+        gpus = self.ledger.gpus(job_id)
         return records.handle(self._root, gpus) if gpus else self._handle
 
     def prepare(self, attempt: Attempt) -> None:
         try:
             order = self._order(attempt)
         except OSError:
-            return  # the start will tell
+            return  # `start` reports it
         order.held = True
         supervisor = self._servers.prepare(attempt.version, order)
         if supervisor is not None:
@@ -148,9 +140,9 @@ class LocalEngine:
         prepared = self._prepared.pop(attempt.spec.job_id, None)
         kept = _without_config(attempt)
         if prepared is not None and prepared.go():
-            self._attempts.begin(kept, self._grace_s, prepared)
+            self._attempts.begin(kept, self._grace_of(attempt), prepared)
         else:
-            self._attempts.begin(kept, self._grace_s)
+            self._attempts.begin(kept, self._grace_of(attempt))
             try:
                 order = self._order(attempt)
             except OSError as error:
@@ -165,28 +157,21 @@ class LocalEngine:
 
     async def recover(self, attempt: Attempt) -> None:
         job_id = attempt.spec.job_id
-        gpus = records.held_gpus(self._folder(job_id), attempt)
-        self._ledger.hold(job_id, attempt.version.api.compute, gpus)
+        gpus = records.held_gpus(self._folders.folder(job_id), attempt)
+        self.ledger.reserve_granted(job_id, attempt.version.api.compute, gpus)
         self._groups.take_over(job_id, attempt.number)
-        await self._attempts.recover(attempt, self._grace_s)
+        await self._attempts.recover(attempt, self._grace_of(attempt))
 
     def warm(self, version: Version) -> None:
         self._servers.warm(version)
 
-    def forget(self, api_id: str) -> None:
-        self._servers.forget(api_id)
+    def forget(self, *, versions: Sequence[str] = (), jobs: Sequence[str] = ()) -> None:
+        """See `Engine.forget`. All that this engine keeps of a job is in the job's folder."""
+        for api_id in versions:
+            self._servers.forget(api_id)
 
-    def discard(self, job_ids: list[str]) -> None:
-        """All that is kept of a job is in the folder of its log."""
-
-    def nodes(self) -> list[NodeInfo]:
-        return [NodeInfo(platform.node(), True, self._ledger.total, self._ledger.free)]
-
-    def log(self, job_id: str) -> Path:
-        return self._folder(job_id) / "log"
-
-    def note(self, job_id: str, text: str) -> None:
-        records.append(self.log(job_id), text)
+    def _grace_of(self, attempt: Attempt) -> float:
+        return self._grace_s if attempt.grace_s is None else attempt.grace_s
 
     def _withdraw(self, attempt: Attempt) -> bool:
         return self._servers.withdraw(attempt.version, attempt.spec.job_id)
@@ -195,19 +180,29 @@ class LocalEngine:
         return self._servers.processes() | self._attempts.supervisors()
 
     async def _tidy(self) -> None:
-        # What a killed supervising process has left must not run beside the job's next attempt.
+        # Processes that a killed supervisor left must not run beside the job's next attempt.
         await self._servers.tidy()
         await in_thread(workspaces.sweep, self._workspaces)
 
     def _free(self, job_id: str) -> bool:
+        """Give back all that a job has taken; whether another job may be waiting for it."""
         self._groups.release(job_id)
-        return self._ledger.release(job_id)
+        return self.ledger.give_back(job_id) and self.ledger.pop_refused()
+
+    def _undo_prepare(self, job_id: str) -> None:
+        prepared = self._prepared.pop(job_id, None)
+        if prepared is not None:
+            prepared.withdraw()
+        self._groups.release(job_id)
+
+    def _report_freed(self) -> None:
+        self._attempts.report(CapacityFreed())
 
     def _prepare(self) -> list[Path]:
-        """Blocking; the control groups that there are."""
+        """Prepare folders, control groups and the ledger; the control groups that exist. Blocks."""
         folders.lay_out(self._root, self._import_dir, self._account)
         self._handle = records.handle(self._root)
-        self._ledger = Ledger(self._total or detect())
+        self.ledger.set_total(self._total or detect())
         if self._memory_limit != "watchdog":
             self._limits = cgroup_support.probe(self._root, self._account)
         self._groups.prefix, self._groups.account = cgroup_support.prefix(self._root), self._account
@@ -216,33 +211,35 @@ class LocalEngine:
         self._servers.own_folder = self._own_folder or workspaces.probe(
             self._workspaces, self._account
         )
-        return [group for group in cgroup_support.existing(self._root) if not self._is_over(group)]
+        return [
+            group for group in cgroup_support.existing(self._root) if not self._is_removed(group)
+        ]
 
-    def _is_over(self, group: Path) -> bool:
-        """Whether a group was that of a job that is over, and is gone now."""
+    def _is_removed(self, group: Path) -> bool:
+        """Remove a control group, if its job has ended; whether that succeeded."""
         job_id, _, number = group.name.removeprefix(self._groups.prefix).rpartition("-")
-        if not number.isdigit() or records.supervised(self._folder(job_id), int(number)):
+        if not number.isdigit() or records.supervised(self._folders.folder(job_id), int(number)):
             return False
         if cgroups.remove(group, within_s=0):
             return True
         try:
-            is_told = records.ended(self._folder(job_id), int(number)).exit is not None
+            is_recorded = records.ended(self._folders.folder(job_id), int(number)).exit is not None
         except OSError:
             return False
-        return is_told and cgroups.end(group)
+        return is_recorded and cgroups.end(group)
 
     def _order(self, attempt: Attempt) -> Order:
         spec, compute = attempt.spec, attempt.version.api.compute
-        assert spec.config is not None  # it is read from the store where the job is claimed
-        gpus = self._ledger.gpus(spec.job_id)
+        assert spec.config is not None  # the dispatcher reads it from the store at the claim
+        gpus = self.ledger.gpus(spec.job_id)
         group = None
         if compute.mem is not None:
             group = self._groups.limit(spec.job_id, attempt.number, compute.mem)
         return Order(
             job_id=spec.job_id,
             attempt=attempt.number,
-            folder=f"{self._root}/{spec.job_id}",
-            grace_s=self._grace_s,
+            folder=self._folders.folder_name(spec.job_id),
+            grace_s=self._grace_of(attempt),
             timeout=spec.timeout,
             deadline=attempt.deadline,
             log_limit=attempt.version.api.limits.log,
@@ -250,19 +247,16 @@ class LocalEngine:
             memory_kind=None if compute.mem is None else self._limits.kind,
             memory_dir=group,
             gpus=gpus,
-            visible_gpus=",".join(map(str, gpus)) if self._ledger.total.gpu else None,
+            visible_gpus=",".join(map(str, gpus)) if self.ledger.total.gpu else None,
             job={**spec.facts(), "config": attempt.version.api.definition.config},
             submitted=spec.config,
             losses=attempt.losses,
             lost=attempt.lost,
         )
 
-    def _folder(self, job_id: str) -> Path:
-        return self._root / job_id
-
 
 def _without_config(attempt: Attempt) -> Attempt:
-    """What is kept of an attempt while it runs."""
+    """The attempt as the engine keeps it while it runs, without a long config."""
     if len(attempt.spec.config or "") <= MAX_INLINE_BYTES:
         return attempt
     return replace(attempt, spec=replace(attempt.spec, config=None))

@@ -1,41 +1,62 @@
-"""What this machine has, and who has taken what of it. Called by the local engine alone."""
+"""The capacity of this machine, and the ledger of what jobs have reserved of it. Called by the local
+engine; the operator calls the ledger.
+"""
 
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cortex.engines.base import Capacity
+from cortex.engines.base import Capacity, NodeInfo
 from cortex.engines.capacity import label_words, lacking
 from cortex.spec.api import MILLI, Compute
 
 
 def detect() -> Capacity:
-    """The cores that this process may run on, memory within its control group, NVIDIA GPUs."""
+    """The cores that this process may run on, the memory of its control group, and the NVIDIA GPUs."""
     return Capacity(cpu_m=len(os.sched_getaffinity(0)) * MILLI, mem=_memory(), gpu=_gpus())
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one job has taken."""
+class _Share:
+    """What a job has reserved."""
 
     amount: Capacity
     gpus: tuple[int, ...]
 
 
-class Ledger:
-    """Accounts for `total`: by what was asked for, not by what is used."""
+class MachineLedger:
+    """The `CapacityLedger` of one machine. GPUs have indices, and no two jobs share one."""
 
-    def __init__(self, total: Capacity) -> None:
+    def __init__(
+        self,
+        total: Capacity,
+        undo_prepare: Callable[[str], object] = lambda _: None,
+        report_freed: Callable[[], object] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            undo_prepare: called with the job whose reservation `release` gives back.
+            report_freed: called when `release` has freed capacity and a reservation was refused before.
+        """
         self.total = total
         self.free = total
-        self._shares: dict[str, Share] = {}
-        self._refused = False
+        self._undo_prepare = undo_prepare
+        self._report_freed = report_freed
+        self._shares: dict[str, _Share] = {}
+        self._has_refused = False
+
+    def set_total(self, total: Capacity) -> None:
+        """The machine has this capacity. Reservations stay."""
+        self.free += total - self.total
+        self.total = total
 
     def refusal(self, compute: Compute) -> str | None:
-        """Why this never fits, or None."""
+        """See `CapacityLedger.refusal`."""
         if compute.node_labels:
             return (
                 f"needs a node with {label_words(compute.node_labels)}: labels are those of a cluster's "
@@ -43,37 +64,58 @@ class Ledger:
             )
         return lacking(compute, self.total, "this machine has {}")
 
-    def take(self, job_id: str, compute: Compute) -> str | None:
-        """Take a share, or say what is lacking and take nothing."""
+    def reserve(self, job_id: str, compute: Compute) -> str | None:
+        """See `CapacityLedger.reserve`."""
         if job_id in self._shares:
             return None
         too_little = lacking(compute, self.free, "{} free")
         if too_little is not None:
-            self._refused = True
+            self._has_refused = True
             return too_little
-        self._give(job_id, compute, self._free_gpus(compute.gpu))
+        self._share(job_id, compute, self._free_gpus(compute.gpu))
         return None
 
-    def hold(self, job_id: str, compute: Compute, gpus: list[int]) -> None:
-        """Take what a recovered job has already, even if that is more than there is now."""
-        self._give(job_id, compute, gpus or self._free_gpus(compute.gpu))
+    def reserve_granted(self, job_id: str, compute: Compute, gpus: list[int]) -> None:
+        """Count what a job was granted before or elsewhere, by an earlier operator or by Ray, even if
+        that exceeds what is free.
+
+        Args:
+            gpus: the indices of the job's GPUs, if they are known.
+        """
+        self.give_back(job_id)
+        self._share(job_id, compute, gpus or self._free_gpus(compute.gpu))
 
     def gpus(self, job_id: str) -> list[int]:
+        """The indices of a job's GPUs."""
         share = self._shares.get(job_id)
         return list(share.gpus) if share else []
 
-    def release(self, job_id: str) -> bool:
-        """Give a share back; True if somebody was refused before and may fit now."""
+    def release(self, job_id: str) -> None:
+        """See `CapacityLedger.release`."""
+        self._undo_prepare(job_id)
+        if self.give_back(job_id) and self.pop_refused():
+            self._report_freed()
+
+    def give_back(self, job_id: str) -> bool:
+        """Give back the reservation of a job; whether it had one."""
         share = self._shares.pop(job_id, None)
         if share is None:
             return False
         self.free += share.amount
-        refused, self._refused = self._refused, False
-        return refused
+        return True
 
-    def _give(self, job_id: str, compute: Compute, gpus: list[int]) -> None:
+    def pop_refused(self) -> bool:
+        """Whether a reservation was refused since the last call."""
+        has_refused, self._has_refused = self._has_refused, False
+        return has_refused
+
+    def nodes(self) -> list[NodeInfo]:
+        """See `CapacityLedger.nodes`."""
+        return [NodeInfo(platform.node(), True, self.total, self.free)]
+
+    def _share(self, job_id: str, compute: Compute, gpus: list[int]) -> None:
         amount = Capacity(compute.cpu_m, compute.mem or 0, len(gpus))
-        self._shares[job_id] = Share(amount, tuple(gpus))
+        self._shares[job_id] = _Share(amount, tuple(gpus))
         self.free -= amount
 
     def _free_gpus(self, number: int) -> list[int]:

@@ -1,13 +1,13 @@
-"""A job's folder as the local engine sees it: `<root>/<job_id>/` with log, start.N and exit.N, and while the job
-runs job.json and files/ (`worker.reuse`). The job can write there: what its records say is looked at before it is believed, and where
-that cannot be, processes are asked for what runs (`remains`).
-Blocking and short; called by the engine, in threads where a disk is waited for.
+"""The records in a job's folder, as the local engine reads them: `start.<n>` and `exit.<n>`. The job can
+write to its folder. Its records are checked before the engine believes them, and where they cannot be
+believed, the processes of the machine show what runs (`leftovers`).
+
+Blocking and short; called by the engine, in threads where a disk may be slow.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 from collections.abc import Sequence
@@ -19,14 +19,12 @@ from cortex.engines.local import leftovers
 from cortex.system.account import Account
 from cortex.worker import beneath, checks, files, processes
 from cortex.worker.messages import ExitRecord, StartRecord
-from cortex.worker.supervisor import logfile
 
 HANDLE_VERSION = 1
 _MOST_LINES = 4096
-"""That a journal may have; it is no longer than `reuse.MAX_JOURNAL`."""
+"""The lines that are read of a journal, which is no longer than `reuse.MAX_JOURNAL`."""
 _MOST_RECORDS = 64
-"""That a journal may have which seem to be of one job: the first is its own, and others may name it in their results."""
-_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+"""The lines of a journal that may name one job: its own record, and results of other jobs."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Fenced:
 
 @dataclass(frozen=True)
 class Alive:
-    """Its supervisor is there; the pidfd is the caller's to close."""
+    """The attempt's supervisor is alive. The caller closes the pidfd."""
 
     pidfd: int
     start: StartRecord
@@ -44,26 +42,26 @@ class Alive:
 
 @dataclass(frozen=True)
 class Gone:
-    """Its supervisor is not there."""
+    """The attempt's supervisor has exited."""
 
     exit: ExitRecord | None
     start: StartRecord | None
     rebooted: bool
     why: str | None = None
-    """What is wrong with the record of its end, where there is one that is none."""
+    """What is wrong with the exit record, if the file is not a valid one."""
     copied: bool = False
-    """Whether it ran with another data folder, of which this one is a copy."""
+    """Whether the attempt ran with another data folder, of which this one is a copy."""
 
 
 AttemptState = Fenced | Alive | Gone
 
 
 def handle(root: Path | None = None, gpus: Sequence[int] = ()) -> str:
-    """What the store keeps of an attempt.
+    """The handle of an attempt, which the store keeps.
 
     Args:
-        root: the folder of all jobs, where a copy of it is to be told from it.
-        gpus: those that it has.
+        root: the folder of all jobs, if a copy of it must be recognized.
+        gpus: the indices of the attempt's GPUs.
     """
     held = {"gpus": list(gpus)} if gpus else {}
     of_root = {} if root is None else {"folder": leftovers.identity(root)}
@@ -71,20 +69,20 @@ def handle(root: Path | None = None, gpus: Sequence[int] = ()) -> str:
 
 
 def make(folder: str, account: Account | None) -> None:
-    """Make a job's folder, whose supervising process lays it out.
+    """Create a job's folder. The supervisor lays it out.
 
     Raises:
-        OSError: it cannot be made, as where the data folder was moved away.
+        OSError: the folder cannot be created, as where the data folder was moved away.
     """
     with contextlib.suppress(FileExistsError):  # a later attempt's
-        os.mkdir(folder, 0o700)  # noqa: PTH102  # for each job: to make a Path takes as long again
+        os.mkdir(folder, 0o700)  # noqa: PTH102  # for each job: creating a Path takes as long as mkdir(2)
     if account is not None:
         account.own(Path(folder))
 
 
 def held_gpus(folder: Path, attempt: Attempt) -> list[int]:
-    """The GPUs that a recovered attempt holds. Where an earlier version has claimed it its start record tells, as far
-    as that can be read now; and that is the job's to write, which has no more than it has asked for."""
+    """The indices of a recovered attempt's GPUs. Handles of earlier versions lack them: then the start record
+    has them, if it can be read now. The job can write that record, and gets no more than it asked for."""
     held = _of_handle(attempt.handle, "gpus")
     if isinstance(held, list):
         return held
@@ -99,14 +97,14 @@ def held_gpus(folder: Path, attempt: Attempt) -> list[int]:
 
 
 def look(folder: Path, attempt: Attempt, account: Account | None = None) -> AttemptState:
-    """What has become of an attempt. Fences one that has not started.
+    """The state of an attempt. Fences off an attempt that has not started.
 
     Args:
-        account: whose jobs are, if they are not the operator's own: so are their supervisors, whatever a
-            record says.
+        account: the user of the jobs and their supervisors, whatever a record says, if that is not the
+            operator's own.
 
     Raises:
-        OSError: the folder cannot be asked now.
+        OSError: the folder cannot be read now.
     """
     rebooted = _of_handle(attempt.handle, "boot") != processes.boot_id()
     ran_in = _of_handle(attempt.handle, "folder")
@@ -116,7 +114,7 @@ def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Atte
         start = _start(fd, folder.name, attempt.number)
         over, why = _exit(fd, folder.name, attempt.number)
         copied = ran_in is not None and ran_in != leftovers.identity(folder.parent)
-        # The end is asked for first: its supervisor may be there still, with another job.
+        # The exit record first: the supervisor may be alive with another job.
         if rebooted or copied or over is not None:
             forger = None if rebooted or copied else _forger(start, fd, folder.name, account)
             return forger or Gone(over, start, rebooted, why, copied)
@@ -137,10 +135,11 @@ def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Atte
 
 
 def ended(folder: Path, attempt: int) -> Gone:
-    """What a supervisor that has just ended has left: where that is no end, `look` has to tell.
+    """The records that a supervisor has left which has just exited. Without an exit record, `look`
+    determines the state.
 
     Raises:
-        OSError: the folder cannot be asked now.
+        OSError: the folder cannot be read now.
     """
     # Both are read through one open folder: it may be moved away, or back, in between.
     with _opened(folder, must_exist=True) as fd:
@@ -151,7 +150,7 @@ def ended(folder: Path, attempt: int) -> Gone:
 
 
 def supervised(folder: Path, attempt: int) -> bool:
-    """Whether a supervisor of this attempt is alive, or may yet come."""
+    """Whether a supervisor of this attempt is alive, or may still start."""
     try:
         with _opened(folder, must_exist=True) as fd:
             assert fd is not None
@@ -172,21 +171,6 @@ def supervised(folder: Path, attempt: int) -> bool:
     if pidfd is not None:
         os.close(pidfd)
     return pidfd is not None
-
-
-def append(log: Path, text: str) -> None:
-    """Add a line to a job's log, as the operator: what an earlier attempt has put in its place is not followed.
-
-    Raises:
-        OSError: it is none, or nothing can be written now.
-    """
-    log.parent.mkdir(exist_ok=True)
-    with beneath.opened(str(log.parent)) as folder:
-        fd = os.open(log.name, _APPEND, 0o644, dir_fd=folder)
-        with os.fdopen(fd, "a", encoding="utf-8") as file:
-            if not logfile.is_own(folder, fd):
-                raise OSError(errno.EINVAL, "not a plain file of the job's alone", str(log))
-            file.write(text.rstrip("\n") + "\n")
 
 
 @contextlib.contextmanager
@@ -214,10 +198,10 @@ def _of_handle(handle: str, name: str) -> object:
 def _alive(
     start: StartRecord | None, folder: int, account: Account | None, *, if_unknown: bool = True
 ) -> Alive | None:
-    """The supervisor that a record tells of, if it is that of this folder, whoever wrote the record.
+    """The supervisor that a record names, if it has this folder open, whoever wrote the record.
 
     Args:
-        if_unknown: the answer where the system does not let this user know what that process has open.
+        if_unknown: the answer where this user may not read what that process has open.
     """
     pidfd = None if start is None else processes.hold(start.pid, start.ticks)
     if start is None or pidfd is None:
@@ -235,7 +219,7 @@ def _alive(
 def _forger(
     start: StartRecord | None, folder: int, job_id: str, account: Account | None
 ) -> Alive | None:
-    """The supervisor of a job that runs, although there is a record of its end: the job has made that itself."""
+    """The supervisor of a job that still runs although an exit record exists: the job has forged it."""
     alive = _alive(start, folder, account, if_unknown=False)
     if alive is None:
         return None
@@ -249,15 +233,16 @@ def _forger(
 
 
 def _is_laid_out(folder: int) -> bool:
-    """Whether anybody has ever taken up the order of an attempt: of very many that nobody has, none is worth a
-    search through all processes and groups."""
+    """Whether a supervisor has laid out the folder. If not, the attempt is not worth a search through all
+    processes and groups: there may be very many such attempts."""
     return any(not name.startswith("start.") for name in os.listdir(folder))
 
 
 def _start(folder: int, job_id: str, attempt: int) -> StartRecord | None:
-    """Who began an attempt: None where there is no record, an empty one where that cannot be told. A record got
-    its name with all of its content. What is not whole was spoilt by the job or a loss of power; what names
-    another job is the record of a later one, and then this one has an exit record."""
+    """The start record of an attempt; None where none exists, an empty record where it cannot be read. A
+    record is complete before it gets its name. An incomplete record was spoilt by the job or a loss of
+    power. A record that names another job is that of a later job, and then this attempt has an exit
+    record."""
     name = f"start.{attempt}"
     data = _read(folder, name)
     if data is None:
@@ -270,9 +255,9 @@ def _start(folder: int, job_id: str, attempt: int) -> StartRecord | None:
 
 
 def _exit(folder: int, job_id: str, attempt: int) -> tuple[ExitRecord | None, str | None]:
-    """How an attempt ended; where there is a record of that which is none, what is wrong with it. Each record of a
-    journal is a line; a record with a file of its own has no newline. The first record of the attempt counts: what
-    follows is of a later job, and may be spoilt by it."""
+    """The exit record of an attempt, or what is wrong with the file. Each record of a journal is a line; a
+    record with a file of its own has no newline. The first record of the attempt counts: the lines after
+    it are of later jobs, which may spoil them."""
     name = f"exit.{attempt}"
     *lines, last = (_read(folder, name) or b"").split(b"\n", _MOST_LINES)
     own = job_id.encode()
@@ -297,8 +282,9 @@ def _exit_of(data: bytes) -> ExitRecord:
 def _is_of(
     record: StartRecord | ExitRecord, job_id: str, attempt: int, folder: int, name: str
 ) -> bool:
-    """Whether a record is that of an attempt, in whose folder it has this name. A record of old names no job and
-    has a file of its own; in a file of several jobs each of these may have written it."""
+    """Whether a record belongs to the attempt in whose folder it has this name. Records of earlier versions
+    name no job and have files of their own. In a file that several jobs share, any of them may have
+    written the record."""
     if record.job_id != "":
         return (record.job_id, record.attempt) == (job_id, attempt)
     try:
@@ -308,8 +294,8 @@ def _is_of(
 
 
 def _read(folder: int, name: str) -> bytes | None:
-    """The content of a record; nothing of what can be none, or that its owner may not read; None where
-    there is not even that."""
+    """The content of a record; empty where the file cannot be a record or its owner may not read it; None
+    where no file exists."""
     try:
         data = files.read(folder, name)
     except PermissionError:

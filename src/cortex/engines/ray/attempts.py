@@ -100,7 +100,7 @@ class Attempts:
         with contextlib.suppress(OSError):
             self._log_copies.take_up(tracked.job_id, tracked.log_base)
         compute = attempt.version.api.compute
-        self._nodes.reserve_recovered(tracked.job_id, compute, tracked.node_id)
+        self._nodes.reserve_granted(tracked.job_id, compute, tracked.node_id)
         node = self._nodes.alive.get(tracked.node_id)
         if node is None and self._cluster.is_joined:
             self._lose(tracked, "its node is no longer in the cluster")
@@ -109,13 +109,12 @@ class Attempts:
         else:
             self._background.run(self._recover_with_retries(tracked))
 
-    def release(self, job_id: str) -> None:
-        """See `Engine.release`."""
-        if self._nodes.release(job_id):
-            self._report(CapacityFreed())
+    def report_freed(self) -> None:
+        """Report that a job that did not fit before may fit now."""
+        self._report(CapacityFreed())
 
-    def tell_all(self, method: str, *arguments: object) -> None:
-        """Send a hint to all nodes."""
+    def hint_to_all(self, method: str, *arguments: object) -> None:
+        """Call a method of every agent that has answered; a call that fails is not repeated."""
         for node_id in self._cluster.hellos:
             self._background.run(self._calls.hint(node_id, method, *arguments))
 
@@ -168,8 +167,8 @@ class Attempts:
                     self._lose(tracked, f"its node sent an invalid observation: {error}")
 
     def on_capacity_changed(self) -> None:
-        if self._nodes.clear_refused():
-            self._report(CapacityFreed())
+        if self._nodes.pop_refused():
+            self.report_freed()
 
     def _store_lock_file(self, lock: Lock) -> None:
         try:
@@ -341,10 +340,10 @@ class Attempts:
         if tracked.node_id in self._nodes.alive:
             name = self._calls.reservation_name(tracked)
             self._ended_reservations[tracked.node_id].append(name)
-        freed = self._nodes.release(tracked.job_id)
+        freed = self._nodes.give_back(tracked.job_id) and self._nodes.pop_refused()
         self._report(final)
         if freed:
-            self._report(CapacityFreed())
+            self.report_freed()
 
     def _tracked_on(self, node: Node) -> list[TrackedAttempt]:
         return list(self._by_node.get(node.node_id, {}).values())

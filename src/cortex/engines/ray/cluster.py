@@ -59,8 +59,10 @@ class ClusterListener(Protocol):
 class Cluster:
     """The cluster, on the event loop."""
 
-    def __init__(self, address: str, namespace: str, node_dir: str | None) -> None:
-        self.nodes = Placement()
+    def __init__(
+        self, address: str, namespace: str, node_dir: str | None, nodes: Placement
+    ) -> None:
+        self.nodes = nodes
         self.hellos: dict[str, Hello] = {}
         self._address = address
         self._namespace = namespace

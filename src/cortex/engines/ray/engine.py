@@ -1,30 +1,31 @@
-"""The engine protocol on a Ray cluster. The dispatcher calls it, and so does `tests/engines`.
+"""The engine protocol on a Ray cluster. Called by the dispatcher and by `tests/engines`.
 
-An agent on each node, a detached actor, runs the local engine: records, limits, stop and recovery are
-those of a single machine. The operator's side chooses nodes (`placement`), makes Ray reserve what a
-job takes (`messages.Reservation`), and follows each attempt through the agents (`attempts`).
+Each node has an agent, a detached actor that runs the local engine: records, limits, stop and recovery are
+those of one machine. The operator's side chooses nodes (`placement`), reserves in Ray what a job takes
+(`messages.Reservation`), and follows each attempt through the agents (`attempts`).
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cortex.engines.base import Attempt, Capabilities, NodeInfo, Report, Version
+from cortex.engines.base import Attempt, Capabilities, Report, Version
 from cortex.engines.ray.attempts import Attempts
 from cortex.engines.ray.calls import AgentCalls, Locks
 from cortex.engines.ray.cluster import Cluster
 from cortex.engines.ray.link import LinkError
 from cortex.engines.ray.log_copies import LogCopies
 from cortex.engines.ray.messages import DEFAULT_BUILDS, Builds
+from cortex.engines.ray.placement import Placement
 from cortex.engines.ray.tracked import handle
 from cortex.errors import StartupError
-from cortex.spec.api import Compute
+from cortex.joblog.folders import JobFolders
 
 
 class RayEngine:
-    """Runs jobs on the nodes of a cluster. `root` contains the operator's copies of their logs."""
+    """Runs jobs on the nodes of a cluster. The operator's copies of their logs are below `root`."""
 
     def __init__(
         self,
@@ -36,20 +37,20 @@ class RayEngine:
         locks: Locks | None = None,
         builds: Builds = DEFAULT_BUILDS,
     ) -> None:
-        self._mirror = LogCopies(root)
-        self._root = root
+        self._folders = JobFolders(root)
+        self._copies = LogCopies(self._folders)
         self._address = address
-        self._cluster = Cluster(address, namespace, node_dir)
-        self._nodes = self._cluster.nodes
+        self.ledger = Placement(self._report_freed)
+        self._cluster = Cluster(address, namespace, node_dir, self.ledger)
         orders = AgentCalls(self._cluster, namespace, grace_s, locks, builds)
-        self._attempts = Attempts(self._cluster, orders, self._mirror)
+        self._attempts = Attempts(self._cluster, orders, self._copies)
 
     @property
     def capabilities(self) -> Capabilities:
         hellos = self._cluster.hellos.values()
         limits = _of_all(hello.memory_limit for hello in hellos)
         folders = _of_all(hello.own_folder for hello in hellos)
-        return Capabilities("ray", self._nodes.total, limits, folders, builds_environments=True)
+        return Capabilities("ray", self.ledger.total, limits, folders, builds_environments=True)
 
     async def open(self, report: Report) -> None:
         if importlib.util.find_spec("ray") is None:
@@ -57,10 +58,10 @@ class RayEngine:
                 "the Ray engine needs Ray, which is not installed: pip install 'cortex-tasks[ray]'"
             )
         try:
-            self._root.mkdir(parents=True, exist_ok=True)
+            self._folders.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StartupError(
-                f"the data folder {self._root} cannot be written: {error}; choose another one"
+                f"the data folder {self._folders.root} cannot be written: {error}; choose another one"
             ) from error
         try:
             self._attempts.open(report)
@@ -75,22 +76,13 @@ class RayEngine:
         await self._attempts.close()
         await self._cluster.close()
 
-    def refusal(self, compute: Compute) -> str | None:
-        return self._nodes.refusal(compute)
-
-    def reserve(self, job_id: str, compute: Compute) -> str | None:
-        return self._nodes.take(job_id, compute)
-
-    def release(self, job_id: str) -> None:
-        self._attempts.release(job_id)
-
     def claim(self, job_id: str, attempt: int) -> str:
-        node = self._nodes.node_of(job_id)
+        node = self.ledger.node_of(job_id)
         hello = None if node is None else self._cluster.hellos.get(node.node_id)
-        return handle(node, hello, self._mirror.prepare(job_id))
+        return handle(node, hello, self._copies.prepare(job_id))
 
     def prepare(self, attempt: Attempt) -> None:
-        """Do nothing: the order to the node takes longest, and has to wait for the store."""
+        """Does nothing: the message to the node takes longest, and must not precede the commit."""
 
     def start(self, attempt: Attempt) -> None:
         self._attempts.start(attempt)
@@ -102,34 +94,19 @@ class RayEngine:
         self._attempts.recover(attempt)
 
     def warm(self, version: Version) -> None:
-        """Do nothing: a node is chosen for each job, and which one is not known before."""
+        """Does nothing: the node is chosen with the job."""
 
-    def forget(self, api_id: str) -> None:
-        self._attempts.tell_all("forget", api_id)
+    def forget(self, *, versions: Sequence[str] = (), jobs: Sequence[str] = ()) -> None:
+        """See `Engine.forget`. The nodes that answer now delete the folders of these jobs."""
+        for api_id in versions:
+            self._attempts.hint_to_all("forget", api_id)
+        if jobs:
+            self._attempts.hint_to_all("discard", list(jobs))
 
-    def discard(self, job_ids: list[str]) -> None:
-        self._attempts.tell_all("discard", job_ids)
-
-    def log(self, job_id: str) -> Path:
-        return self._mirror.path(job_id)
-
-    def note(self, job_id: str, text: str) -> None:
-        self._mirror.append(job_id, text)
-
-    def nodes(self) -> list[NodeInfo]:
-        return [
-            NodeInfo(
-                node.name,
-                node.is_ready,
-                node.state.total,
-                node.free,
-                node.problem,
-                node.state.labels,
-            )
-            for node in self._nodes.alive.values()
-        ]
+    def _report_freed(self) -> None:
+        self._attempts.report_freed()
 
 
 def _of_all(methods: Iterable[str]) -> str:
-    """The different methods of the nodes whose agents have answered."""
+    """The methods of all nodes whose agents have answered, each once."""
     return ", ".join(sorted(set(methods))) or "each node's own"

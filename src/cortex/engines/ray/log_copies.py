@@ -1,7 +1,8 @@
-"""The operator's copies of the logs on nodes, which grow with the originals.
+"""How a job's log gets from its node to the operator: the agent of the node reads it in pieces, and the
+operator appends the pieces to a copy. Operators read, follow and keep copies like logs of jobs on their
+own machine, and a copy outlives its node.
 
-A log is therefore read, followed and archived in the same way wherever its job ran, and it outlives
-its node. The Ray engine calls it.
+`read_piece` is called by the agent, `LogCopies` by the Ray engine.
 """
 
 from __future__ import annotations
@@ -11,83 +12,94 @@ import os
 from pathlib import Path
 
 from cortex.engines.ray.messages import LogPiece
+from cortex.joblog.folders import JobFolders
+from cortex.joblog.reader import open_log
 from cortex.worker import checks, files
 from cortex.worker.messages import LogCut
 from cortex.worker.supervisor import logfile
 
 
-class LogCopies:
-    """The copies below one folder, `<root>/<job_id>/log`.
+def read_piece(log: Path, offset: int, size: int, limit: int) -> LogPiece:
+    """Up to `size` bytes of a log from an offset on; the piece ends after the gap, if it reaches that.
+    No bytes where no log can be opened.
 
-    A copy begins with the output of the job's earlier attempts, up to the offset `base`.
+    Args:
+        limit: the `limits.log` of the API's version.
     """
+    try:
+        file = open_log(log)
+    except OSError:
+        file = None
+    if file is None:
+        return LogPiece(offset, b"", offset, None)
+    with contextlib.closing(file):
+        part = file.part(offset, size, limit)
+    gap, end = part.gap, part.end
+    if gap is None:
+        return LogPiece(offset, part.data, end, None)
+    return LogPiece(offset, part.data, gap.end if gap.start <= end < gap.end else end, gap.dumps())
 
-    def __init__(self, root: Path) -> None:
-        self._root = root.absolute()
 
-    def path(self, job_id: str) -> Path:
-        return self._root / job_id / logfile.NAME
+class LogCopies:
+    """The copies below one root, in the layout of `JobFolders`. All methods block, and are short. A
+    copy begins with the logs of earlier attempts, up to the offset `base`; the log of the attempt's
+    node follows."""
+
+    def __init__(self, folders: JobFolders) -> None:
+        self.folders = folders
 
     def size(self, job_id: str) -> int:
+        """The size of a copy; 0 where none exists."""
         try:
-            return self.path(job_id).stat().st_size
+            return self.folders.log(job_id).stat().st_size
         except FileNotFoundError:
             return 0
 
     def offset(self, job_id: str, base: int) -> int:
-        """The offset in the node's log of the next piece to copy.
-
-        It is 0 if the copy is shorter than `base`, as after a failed `take_up`.
-        """
+        """The offset in the node's log at which the copy continues; 0 where the copy lacks a part of
+        its beginning."""
         return max(0, self.size(job_id) - base)
 
     def prepare(self, job_id: str) -> int:
-        """Make the folder of a job; return the size of the copy."""
-        self.path(job_id).parent.mkdir(0o700, parents=True, exist_ok=True)
+        """Create the folder of a job; the size of the copy so far."""
+        self.folders.folder(job_id).mkdir(0o700, parents=True, exist_ok=True)
         return self.size(job_id)
 
     def take_up(self, job_id: str, base: int) -> None:
-        """Continue a copy.
-
-        Its beginning, up to `base`, may be lost with the machine of an earlier operator. A message
-        of the same length then replaces it.
-        """
+        """Continue a copy. Fill its beginning up to `base`, where that was lost with another machine,
+        with a line that says so."""
         size = self.prepare(job_id)
         if size < base:
             room = base - size - 1
             words = (
                 f"[cortex: {base - size} bytes of the log were lost with the operator's machine]"
             )
-            with self.path(job_id).open("ab") as file:
+            with self.folders.log(job_id).open("ab") as file:
                 file.write(f"{words[:room]:{room}}\n".encode())
 
     def touch(self, job_id: str) -> None:
-        self.path(job_id).touch()
+        """Create an empty copy, if none exists."""
+        self.folders.log(job_id).touch()
 
     def write(self, job_id: str, base: int, piece: LogPiece) -> None:
-        """Write a piece at its offset in the node's log. Blocks for a short time.
+        """Write a piece at its offset in the node's log.
 
         Raises:
-            OSError: the disk cannot be written now; the caller may write the same piece again.
+            OSError: the disk accepts no write now; the caller may write the same piece again.
         """
         self.take_up(job_id, base)
         if piece.cut is not None:
             self._cut(job_id, base, piece.cut)
-        fd = os.open(self.path(job_id), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(self.folders.log(job_id), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         with os.fdopen(fd, "wb") as file:
             file.seek(base + piece.offset)
             file.write(piece.data)
             if piece.end > piece.offset + len(piece.data):
-                file.truncate(base + piece.end)  # the node's log has a gap there
-
-    def append(self, job_id: str, text: str) -> None:
-        self.prepare(job_id)
-        with self.path(job_id).open("a", encoding="utf-8") as file:
-            file.write(text.rstrip("\n") + "\n")
+                file.truncate(base + piece.end)  # a hole, as in the node's log
 
     def _cut(self, job_id: str, base: int, record: bytes) -> None:
         cut = LogCut.loads(record)
-        folder = files.open_folder(str(self.path(job_id).parent))
+        folder = files.open_folder(str(self.folders.folder(job_id)))
         try:
             known = files.read(folder, logfile.CUT)
             start = base + cut.start
@@ -97,7 +109,7 @@ class LogCopies:
             moved = LogCut(start=start, end=base + cut.end, limit=cut.limit).dumps()
             if known != moved:
                 files.put(folder, logfile.CUT, moved)
-                fd = os.open(self.path(job_id), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                fd = os.open(self.folders.log(job_id), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
                 logfile.punch(fd, start, base + cut.end)
                 os.close(fd)
         finally:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Generic, TypeVar
 
-from cortex.engines.base import NOTHING, Capacity
+from cortex.engines.base import NOTHING, Capacity, NodeInfo
 from cortex.engines.capacity import amounts, fits, label_words, lacking, selects
 from cortex.engines.ray.messages import NodeState
 from cortex.spec.api import Compute
@@ -182,9 +182,15 @@ class _LabelIndex:
 
 
 class Placement:
-    """The alive nodes, the jobs placed on them, and every size of node that there ever was."""
+    """The alive nodes, the jobs placed on them, and every size of node that there ever was. A
+    `CapacityLedger`."""
 
-    def __init__(self) -> None:
+    def __init__(self, report_freed: Callable[[], object] = lambda: None) -> None:
+        """
+        Args:
+            report_freed: called when `release` has freed capacity and a reservation was refused before.
+        """
+        self._report_freed = report_freed
         self.alive: dict[str, Node] = {}
         self._numbers = count()
         self._placed: dict[str, Node] = {}  # by job
@@ -224,18 +230,14 @@ class Placement:
             self._refusals[key] = self._permanent_refusal(compute)
         return self._refusals[key]
 
-    def take(self, job_id: str, compute: Compute) -> str | None:
-        """Place a job on a node.
-
-        Returns:
-            None if the job is placed; else what is lacking.
-        """
+    def reserve(self, job_id: str, compute: Compute) -> str | None:
+        """See `CapacityLedger.reserve`. The job runs on its `node_of`."""
         if job_id in self._placed:
             return None
         index = self._index_for(compute)
         node = index.node_for(compute)
         if node is not None:
-            self.reserve_recovered(job_id, compute, node.node_id)
+            self.reserve_granted(job_id, compute, node.node_id)
             return None
         self._has_refused = True
         if index.is_empty:
@@ -246,7 +248,7 @@ class Placement:
             or f"no node{labels} has {amounts(compute)} free"
         )
 
-    def reserve_recovered(self, job_id: str, compute: Compute, node_id: str) -> None:
+    def reserve_granted(self, job_id: str, compute: Compute, node_id: str) -> None:
         """Place a job on the node that already runs it, even beyond the node's capacity."""
         node = self.alive.get(node_id)
         if node is not None and job_id not in self._placed:
@@ -254,24 +256,40 @@ class Placement:
             self._placed[job_id] = node
 
     def node_of(self, job_id: str) -> Node | None:
+        """The node on which a job has a reservation."""
         return self._placed.get(job_id)
 
-    def release(self, job_id: str) -> bool:
-        """Free a job's share.
+    def release(self, job_id: str) -> None:
+        """See `CapacityLedger.release`. This engine prepares nothing that must be undone."""
+        if self.give_back(job_id) and self.pop_refused():
+            self._report_freed()
 
-        Returns:
-            Whether a job was refused before, and may fit now.
-        """
+    def give_back(self, job_id: str) -> bool:
+        """Give back the reservation of a job; whether it had one."""
         node = self._placed.pop(job_id, None)
         if node is None:
             return False
         node.remove(job_id)
-        return self.clear_refused()
+        return True
 
-    def clear_refused(self) -> bool:
-        """Whether `take` has refused a job since the last call, which may fit now."""
+    def pop_refused(self) -> bool:
+        """Whether `reserve` has refused a job since the last call, which may fit now."""
         has_refused, self._has_refused = self._has_refused, False
         return has_refused
+
+    def nodes(self) -> list[NodeInfo]:
+        """See `CapacityLedger.nodes`."""
+        return [
+            NodeInfo(
+                node.name,
+                node.is_ready,
+                node.state.total,
+                node.free,
+                node.problem,
+                node.state.labels,
+            )
+            for node in self.alive.values()
+        ]
 
     def _update_indexes(self, node: Node) -> None:
         is_available = node.is_ready and self.alive.get(node.node_id) is node

@@ -30,8 +30,8 @@ from typing import IO, Self
 
 import cortex
 from cortex.errors import StartupError
+from cortex.joblog.reader import opened
 from cortex.operator.config.settings import Settings
-from cortex.operator.logs.follow import Log, lost, opened
 from cortex.projects.repository import Projects
 from cortex.spec.times import now_ns, rfc3339
 from cortex.store import snapshot
@@ -195,39 +195,39 @@ class _Backup:
         return ((job_id, most) for job_id, most in logs.items() if job_id in here)
 
     def _add_log(self, tar: tarfile.TarFile, job_id: str, most: int) -> None:
-        log = Log(self._settings.jobs / job_id / logfile.NAME, most)
+        log = self._settings.job_folders.log(job_id)
         for last in range(_TRIES, -1, -1):
             with (
-                opened(log.path) as fd,
+                opened(log) as file,
                 tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(self._place)) as kept,
             ):
-                # There is none: the job never had anything to say, or its folder is being removed, or spoilt.
-                if fd is None:
+                # The job never wrote a line, or its folder is being removed, or the job has spoilt it.
+                if file is None:
                     return
-                gone = lost(log, fd)
-                if not _copy_log(fd, kept, gone, most + _SLACK):
+                gap = file.gap(most)
+                if not _copy_log(file.fd, kept, gap, most + _SLACK):
                     return
-                # What was cut meanwhile reads as zeros. A job may write there for ever, though.
-                if last and _fields(lost(log, fd)) != _fields(gone):
+                # Bytes that were punched out meanwhile read as zeros. A job may write without end.
+                if last and _fields(file.gap(most)) != _fields(gap):
                     continue
-                if gone is not None:
-                    _add_bytes(tar, f"jobs/{job_id}/{logfile.CUT}", gone.dumps())
+                if gap is not None:
+                    _add_bytes(tar, f"jobs/{job_id}/{logfile.CUT}", gap.dumps())
                 _add(tar, f"jobs/{job_id}/{logfile.NAME}", kept)
                 self._summary.logs += 1
                 return
 
 
-def _copy_log(fd: int, kept: IO[bytes], gone: LogCut | None, most: int) -> bool:
-    """Copy what is there of a log, no more than may be kept of it: a job can make it as long as it likes. False
-    where it has become shorter."""
-    first = _copy(fd, kept, 0, most if gone is None else min(most, gone.start))
-    if gone is not None:
-        _copy(fd, kept, gone.end, most - first)
-    return gone is None or first == gone.start
+def _copy_log(fd: int, kept: IO[bytes], gap: LogCut | None, most: int) -> bool:
+    """Copy a log without its gap, and no more than its limit: a job can make the file of any length.
+    False where the log has become shorter."""
+    first = _copy(fd, kept, 0, most if gap is None else min(most, gap.start))
+    if gap is not None:
+        _copy(fd, kept, gap.end, most - first)
+    return gap is None or first == gap.start
 
 
-def _fields(gone: LogCut | None) -> dict[str, object] | None:
-    return None if gone is None else gone.fields()
+def _fields(gap: LogCut | None) -> dict[str, object] | None:
+    return None if gap is None else gap.fields()
 
 
 @contextmanager

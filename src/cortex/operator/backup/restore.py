@@ -23,6 +23,7 @@ from typing import IO
 
 from cortex.engines.local import leftovers
 from cortex.errors import CortexError, StartupError
+from cortex.joblog.folders import JobFolders
 from cortex.operator.backup.backup import DATABASES, END, MANIFEST, Manifest, Summary
 from cortex.operator.config.settings import DATABASE, Settings
 from cortex.operator.data_folder import held, write
@@ -147,6 +148,7 @@ class _Unpacked:
         self.summary = Summary()
         self._settings = settings
         self._root = settings.restoring
+        self._folders = JobFolders(self._root / settings.jobs.name)
         self._manifest: Manifest | None = None
         self._cuts: dict[str, LogCut] = {}
 
@@ -258,25 +260,25 @@ class _Unpacked:
                 raise StartupError(f"what is gone of the log of the job {job_id} is too long")
             self._cuts[job_id] = _cut(job_id, content.read())
             return
-        folder, gone = self._root / "jobs" / job_id, self._cuts.pop(job_id, None)
+        folder, gap = self._folders.folder(job_id), self._cuts.pop(job_id, None)
         try:
             folder.mkdir(0o700)
         except FileExistsError as error:
             raise StartupError(f"the log of the job {job_id} is there twice") from error
-        if gone is not None:
-            if size < gone.start:
+        if gap is not None:
+            if size < gap.start:
                 raise StartupError(
                     f"the log of the job {job_id} is shorter than what is gone of it begins"
                 )
-            (folder / logfile.CUT).write_bytes(gone.dumps())
-        self._write(folder / logfile.NAME, content, gone=gone)
+            self._folders.cut(job_id).write_bytes(gap.dumps())
+        self._write(self._folders.log(job_id), content, gap=gap)
         self.summary.logs += 1
         if self._settings.account is not None:
             for path in (*folder.iterdir(), folder):
                 self._settings.account.own(path)
 
     def _write(
-        self, path: Path, content: IO[bytes], mode: int = 0o644, gone: LogCut | None = None
+        self, path: Path, content: IO[bytes], mode: int = 0o644, gap: LogCut | None = None
     ) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
@@ -284,9 +286,9 @@ class _Unpacked:
         except FileExistsError as error:
             raise StartupError(f"{path.name!r} is there twice") from error
         with os.fdopen(fd, "wb") as target:
-            if gone is not None:
-                target.write(content.read(gone.start))
-                target.seek(gone.end)
+            if gap is not None:
+                target.write(content.read(gap.start))
+                target.seek(gap.end)
             shutil.copyfileobj(content, target, _CHUNK)
             target.truncate()
 
@@ -296,11 +298,9 @@ class _Unpacked:
         if self._settings.store is None:
             jobs = snapshot.read(self.database).logs
             self.summary.jobs = len(jobs)
-            for folder in (self._root / "jobs").iterdir():
-                if folder.name not in jobs:
-                    raise StartupError(
-                        f"it has a log of a job that its database has not, {folder.name}"
-                    )
+            for job_id in self._folders.job_ids():
+                if job_id not in jobs:
+                    raise StartupError(f"it has a log of a job that its database has not, {job_id}")
 
 
 def _cut(job_id: str, data: bytes) -> LogCut:

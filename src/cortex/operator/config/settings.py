@@ -8,6 +8,7 @@ from pathlib import Path
 import platformdirs
 
 from cortex.engines.base import Capacity
+from cortex.joblog.folders import JobFolders
 from cortex.projects.build_rules import DEFAULT_RULES, BuildRules
 from cortex.system.account import Account
 
@@ -146,3 +147,8 @@ class Settings:
     @property
     def jobs(self) -> Path:
         return self.data_dir / "jobs"
+
+    @property
+    def job_folders(self) -> JobFolders:
+        """The folders of the jobs in `jobs`."""
+        return JobFolders(self.jobs)

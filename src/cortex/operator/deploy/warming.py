@@ -59,7 +59,7 @@ class Warmer:
         if before is not None and before.api_id == api.api_id:
             return
         if before is not None:
-            self._engine.forget(before.api_id)
+            self._engine.forget(versions=[before.api_id])
         self._background.run(self._warm(api.api_id), f"warm {api.api_id}")
         if before is not None:
             self._background.run(
@@ -68,8 +68,8 @@ class Warmer:
 
     def api_removed(self, name: str, api_ids: Collection[str]) -> None:
         """See `CatalogueListener`."""
+        self._engine.forget(versions=list(api_ids))
         for api_id in api_ids:
-            self._engine.forget(api_id)
             self._stop_warming(api_id)
 
     def _stop_warming(self, api_id: str) -> None:

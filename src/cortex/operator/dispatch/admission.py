@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cortex.engines.base import Engine
+from cortex.engines.capacity import CapacityLedger
 from cortex.operator.dispatch.line import WaitingQueue
 from cortex.operator.dispatch.live_jobs import LiveJob, LiveJobs
 from cortex.spec.api import Compute
@@ -48,9 +48,9 @@ Decision = Start | Refuse | Wait
 class Admission:
     """All methods are called on the event loop."""
 
-    def __init__(self, live_jobs: LiveJobs, engine: Engine) -> None:
+    def __init__(self, live_jobs: LiveJobs, ledger: CapacityLedger) -> None:
         self._live_jobs = live_jobs
-        self._engine = engine
+        self._ledger = ledger
         self._queue = WaitingQueue()
         self._blocked_by: str | None = None
         self._pending_unclaimed = 0
@@ -82,11 +82,11 @@ class Admission:
                 continue
             # 3. A job that no machine can ever run is refused.
             compute = live.version.api.compute
-            if (refusal := self._engine.refusal(compute)) is not None:
+            if (refusal := self._ledger.refusal(compute)) is not None:
                 self._queue.pop()
                 return Refuse(live, refusal)
             # 4. The first job that does not fit right now blocks all behind it.
-            self._blocked_by = self._engine.reserve(job_id, compute)
+            self._blocked_by = self._ledger.reserve(job_id, compute)
             if self._blocked_by is not None:
                 return Wait(self._blocked_by)
             # 5. The job starts. It counts as running before it is popped, which may unpark another.
@@ -103,9 +103,9 @@ class Admission:
             return False
         if self._queue.running_at_limit(api_name) is not None:
             return False
-        if self._engine.refusal(compute) is not None:
+        if self._ledger.refusal(compute) is not None:
             return False
-        if self._engine.reserve(job_id, compute) is not None:
+        if self._ledger.reserve(job_id, compute) is not None:
             return False
         self._queue.admit(api_name, job_id)
         return True
@@ -118,12 +118,12 @@ class Admission:
         self._pending_unclaimed -= 1
 
     def count_recovered(self, api_name: str, job_id: str) -> None:
-        """Count a job as running that an earlier operator started. The engine reserves what it uses."""
+        """Count a job as running that an earlier operator started. `Engine.recover` reserves what it uses."""
         self._queue.admit(api_name, job_id)
 
     def cancel(self, api_name: str, job_id: str) -> None:
         """Give back what `Start` or `try_claim` reserved, for a job that the engine was not told to start."""
-        self._engine.release(job_id)
+        self._ledger.release(job_id)
         self._queue.release(api_name, job_id)
 
     def release(self, live: LiveJob) -> bool:

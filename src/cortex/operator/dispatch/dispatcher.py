@@ -28,6 +28,7 @@ from cortex.engines.base import (
     Waits,
 )
 from cortex.errors import Conflict, NotFound, OverLimit, StorageUnavailable, Superseded
+from cortex.joblog.folders import JobFolders
 from cortex.operator.deploy.catalogue import Catalogue, DeployedApi
 from cortex.operator.deploy.versions import Versions
 from cortex.operator.dispatch.live_jobs import LiveJob, LiveJobs
@@ -53,6 +54,7 @@ class Dispatcher:
         engine: Engine,
         versions: Versions,
         catalogue: Catalogue,
+        folders: JobFolders,
         on_change: Callable[[JobRecord, JobRecord], None] | None = None,
         on_finished: Callable[[str], None] | None = None,
         on_measures: Callable[[str, tuple[object, ...]], None] | None = None,
@@ -72,7 +74,9 @@ class Dispatcher:
         self._on_change = on_change
         self._on_finished = on_finished
         self._on_measures = on_measures
-        self._starter = Starter(self.live_jobs, engine, versions, catalogue, self.background)
+        self._starter = Starter(
+            self.live_jobs, engine, versions, catalogue, folders, self.background
+        )
         self._refresher = Refresher(store, self.refresh)
         self._being_stored: set[str] = set()
         self._notified_while_storing: set[str] = set()

@@ -13,6 +13,7 @@ from pathlib import Path
 import structlog
 
 from cortex.engines.base import Attempt, Engine, Version
+from cortex.joblog.folders import JobFolders
 from cortex.operator.deploy.catalogue import Catalogue
 from cortex.operator.deploy.versions import Versions
 from cortex.operator.dispatch.admission import Admission, Refuse, Start, Wait
@@ -45,13 +46,15 @@ class Starter:
         engine: Engine,
         versions: Versions,
         catalogue: Catalogue,
+        folders: JobFolders,
         background: Background,
     ) -> None:
-        self.admission = Admission(live_jobs, engine)
+        self.admission = Admission(live_jobs, engine.ledger)
         self._live_jobs = live_jobs
         self._engine = engine
         self._versions = versions
         self._catalogue = catalogue
+        self._folders = folders
         self._background = background
         self._awaited = AwaitedVersions(versions, background, self._version_resolved)
 
@@ -95,7 +98,7 @@ class Starter:
     async def _fail_unusable(self, live: LiveJob, reason: str, output: str | None) -> None:
         if output is not None:
             try:
-                self._engine.note(live.job_id, output)
+                self._folders.append_to_log(live.job_id, output)
             except OSError as error:
                 log.warning("cannot write the log of a job", job=live.job_id, error=str(error))
         await self._live_jobs.fail(live, reason)
@@ -126,7 +129,7 @@ class Starter:
         live.blocked_by = None
         live.cancel_timer()  # from here on the supervisor watches the deadline
         if live.stop_wanted:
-            self._engine.release(job_id)
+            self._engine.ledger.release(job_id)
             await self._live_jobs.fail(live, "stopped before it started")
             return
         self._engine.start(attempt_of(live, record.spec))
@@ -165,7 +168,7 @@ class Starter:
             is_refused: whether it is certain that the job was not stored either.
         """
         if is_refused:
-            self._remove_folder(self._engine.log(draft.job_id).parent)
+            self._remove_folder(self._folders.folder(draft.job_id))
         self._cancel(draft.api_name, draft.job_id)
 
     def start_claimed(self, record: JobRecord) -> None:

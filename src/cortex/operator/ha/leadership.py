@@ -76,6 +76,7 @@ class Leadership:
                 engine,
                 self._versions,
                 self._catalogue,
+                self._settings.job_folders,
                 on_change=self._metrics.changed,
                 on_finished=None if archive is None else archive.finished,
                 on_measures=self._metrics.measured,

@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from cortex.engines.base import Engine
 from cortex.errors import NoLeader, NotFound
+from cortex.joblog.watch import FileWatch
 from cortex.operator.config.settings import Settings
 from cortex.operator.deploy.catalogue import Catalogue
 from cortex.operator.deploy.versions import Versions
@@ -19,7 +20,6 @@ from cortex.operator.http.answers import Scope
 from cortex.operator.http.body_reader import BodyReader
 from cortex.operator.http.views import Renderer
 from cortex.operator.logs.archive import Archive
-from cortex.operator.logs.follow import LogWatcher
 from cortex.operator.metrics import Metrics
 from cortex.spec.api import ApiSpec
 from cortex.spec.audit import Actor
@@ -43,7 +43,7 @@ class Context:
     catalogue: Catalogue
     versions: Versions
     renderer: Renderer
-    watcher: LogWatcher
+    watcher: FileWatch
     leader: LeaderProxy
     archive: Archive | None = None
     metrics: Metrics = field(default_factory=Metrics)

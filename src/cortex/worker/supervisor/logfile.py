@@ -1,17 +1,16 @@
-"""Keeps a job's log under its limit. What is over it is punched out of the file's middle: the beginning
-and the latest stay, each at its place, so that a reader's offset holds and the writer notices nothing.
-Called by the job's supervisor; readers learn from `log.cut` what is gone.
+"""Keeps a job's log under its limit: punches what exceeds the limit out of the middle of the file. The
+beginning and the end stay at their offsets, so that a reader's offset stays valid and the writer
+notices nothing. Called by the job's supervisor; `cortex.joblog.reader` reads the gap from `log.cut`.
 """
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import stat
 import time
 
-from cortex.worker import checks, files
+from cortex.worker import files
 from cortex.worker.messages import LogCut
 from cortex.worker.processes import libc
 
@@ -22,11 +21,8 @@ SOONEST_S = 0.05
 LATEST_S = 8.0
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 _CUT = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-# None is there, a link, a socket, one that may not be read, one with a lease on it.
-_NOT_OPENED = (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EACCES, errno.EAGAIN)
-_LONGEST_LINE = 1 << 16
-_SLACK = 2 * _LONGEST_LINE
+MAX_LINE_BYTES = 1 << 16
+"""A cut is made at the end of a line; a longer line is cut where it is."""
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _CANNOT = b"cortex: the file system cannot drop a part of a file, so limits.log is not kept\n"
 
@@ -42,32 +38,6 @@ def open_to_write(folder: int) -> int:
         if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
             os.unlink(NAME, dir_fd=folder)
     return os.open(NAME, _APPEND, 0o644, dir_fd=folder)
-
-
-def open_to_read(folder: int, name: str = NAME) -> int | None:
-    """Open a job's log, or what tells of its gap; None where there is none, and where the job has put something
-    else in its place."""
-    try:
-        fd = os.open(name, _READ, dir_fd=folder)
-    except OSError as error:
-        if error.errno not in _NOT_OPENED:
-            raise
-        return None
-    if is_own(folder, fd):
-        return fd
-    os.close(fd)
-    return None
-
-
-def is_own(folder: int, fd: int) -> bool:
-    """Whether what is open is a plain file that only the job or the operator can have made. A job may move or link a
-    file here that the operator may read and the job may not; of the operator's own files it may read those that
-    everybody may."""
-    about = os.fstat(fd)
-    if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
-        return False
-    is_public = bool(about.st_mode & stat.S_IROTH) and about.st_uid == os.geteuid()
-    return is_public or about.st_uid == os.fstat(folder).st_uid
 
 
 class Log:
@@ -132,30 +102,6 @@ class Log:
             os.pwrite(fd, _CANNOT, size)
 
 
-def lost(record: bytes | None, size: int, limit: int, attempts: int = 1) -> LogCut | None:
-    """The part that a log has lost: what its record says, where that can be true, and as much of its middle as is over
-    its limit all the same. A job can write both, and a log of the largest file that there can be takes no room.
-
-    Args:
-        record: the content of `log.cut`, read before the size was asked for.
-        size: of the log's file.
-        attempts: that have written it; each may have filled it.
-    """
-    try:
-        cut = LogCut.loads(record) if record else None
-    except checks.Invalid:
-        cut = None
-    if cut is not None and cut.end > size:
-        cut = None
-    most = limit * attempts + _SLACK
-    if size - (0 if cut is None else cut.end - cut.start) > most:
-        start, end = most // 2, size - most // 2
-        if cut is not None:
-            start, end = min(cut.start, start), max(cut.end, end)
-        return LogCut(start=start, end=end, limit=limit)
-    return cut and LogCut(start=cut.start, end=cut.end, limit=limit)
-
-
 def punch(fd: int, start: int, end: int) -> bool:
     """Give back the room of a part of a file, which reads as zeros from then on; False where the file
     system cannot."""
@@ -165,5 +111,5 @@ def punch(fd: int, start: int, end: int) -> bool:
 
 def _after_line(fd: int, offset: int) -> int:
     """Where the next line begins; the offset itself, if that is too far off."""
-    found = os.pread(fd, _LONGEST_LINE, offset).find(b"\n")
+    found = os.pread(fd, MAX_LINE_BYTES, offset).find(b"\n")
     return offset + found + 1

@@ -14,20 +14,10 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response, StreamingResponse
 
 from cortex.errors import NoLeader, NotFound, RangeNotSatisfiable, StorageUnavailable
+from cortex.joblog.reader import REMOVED, REPLACED, Log, is_replaced, length, opened, read
 from cortex.operator.http.answers import Receive, Scope, Send
 from cortex.operator.http.context import Context, context
-from cortex.operator.logs.follow import (
-    REMOVED,
-    REPLACED,
-    Log,
-    event,
-    follow,
-    is_replaced,
-    length,
-    lost,
-    opened,
-    read,
-)
+from cortex.operator.logs.follow import event, follow
 from cortex.spec.job import JobRecord, encode
 from cortex.spec.lifecycle import IN_PROGRESS
 
@@ -75,7 +65,7 @@ async def _logs(ctx: Context, request: Request, record: JobRecord, offset: int) 
                 return answer
         await ctx.archive.bring_back(record)
     spec = await ctx.versions.spec(record.spec.api_id)
-    log = Log(ctx.settings.jobs / job_id / "log", spec.limits.log, record.losses + 1)
+    log = Log(ctx.settings.job_folders.log(job_id), spec.limits.log, record.losses + 1)
     if "text/event-stream" in request.headers.get("accept", ""):
         resumed = request.headers.get("last-event-id", "")
         start = int(resumed) if re.fullmatch(r"\d{1,18}", resumed, re.ASCII) else offset
@@ -84,7 +74,7 @@ async def _logs(ctx: Context, request: Request, record: JobRecord, offset: int) 
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache"},
         )
-    size = length(log)
+    size = length(log.path)
     if size == 0 and is_replaced(log.path):
         return Response(REPLACED, media_type=_TEXT)
     headers = {"Accept-Ranges": "bytes"}
@@ -101,8 +91,8 @@ async def _logs(ctx: Context, request: Request, record: JobRecord, offset: int) 
 
 
 class Begun(StreamingResponse):
-    """A log as it is read. One that goes on elsewhere, or cannot be read on, breaks off, and clients ask
-    again."""
+    """A log that is read while it is sent. The response breaks off where another operator leads from now
+    on, or where the log cannot be read; clients then reconnect."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(NoLeader, StorageUnavailable):
@@ -110,11 +100,11 @@ class Begun(StreamingResponse):
 
 
 def _span(header: str | None, size: int) -> tuple[int, int] | None:
-    """The first byte and the one after the last of a Range header; None for one to be ignored, as
-    RFC 9110 has it for other units and several ranges.
+    """The offsets of the first byte and after the last of a Range header. None for a header that RFC 9110
+    lets servers ignore: other units, several ranges.
 
     Raises:
-        RangeNotSatisfiable: it begins beyond the end.
+        RangeNotSatisfiable: the range begins beyond the end of the log.
     """
     found = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", header or "", re.ASCII)
     if found is None or not any(found.groups()):
@@ -128,26 +118,26 @@ def _span(header: str | None, size: int) -> tuple[int, int] | None:
 
 
 def _kept(log: Log, start: int, end: int) -> tuple[int, int]:
-    """What is there of a range: of a log that was cut, the part before the gap or after it.
+    """The part of a range that the log still has: of a log with a gap, the part before or after it.
 
     Raises:
-        RangeNotSatisfiable: all of it is gone.
+        RangeNotSatisfiable: the range lies within the gap.
     """
-    with opened(log.path) as fd:
-        gone = None if fd is None else lost(log, fd)
-    if gone is None or end <= gone.start or start >= gone.end:
+    with opened(log.path) as file:
+        gap = None if file is None else file.gap(log.limit, log.attempts)
+    if gap is None or end <= gap.start or start >= gap.end:
         return start, end
-    if start < gone.start:
-        return start, gone.start
-    if end <= gone.end:
+    if start < gap.start:
+        return start, gap.start
+    if end <= gap.end:
         raise RangeNotSatisfiable(
-            f"the bytes from {gone.start} up to {gone.end} of the log are gone: it was over its limit"
+            f"the bytes from {gap.start} up to {gap.end} of the log are gone: it was over its limit"
         )
-    return gone.end, end
+    return gap.end, end
 
 
 async def _rest(log: Log, start: int, end: int) -> AsyncIterator[bytes]:
-    """A log up to where it ended when it was asked for, with a line for what is gone of it."""
+    """A log up to the end that it had at the request, with a line in place of its gap."""
     while start < end:
         piece = await asyncio.to_thread(read, log, start, min(_CHUNK_BYTES, end - start))
         if not piece.data:
@@ -158,7 +148,7 @@ async def _rest(log: Log, start: int, end: int) -> AsyncIterator[bytes]:
 
 
 async def _part(log: Log, start: int, end: int) -> AsyncIterator[bytes]:
-    """Exactly these bytes of a log that may be growing, or be cut."""
+    """Exactly these bytes of a log that may grow or lose its middle meanwhile."""
     while start < end:
         piece = await asyncio.to_thread(read, log, start, min(_CHUNK_BYTES, end - start))
         if not piece.data or piece.is_marker:
@@ -172,8 +162,6 @@ async def _events(ctx: Context, record: JobRecord, log: Log, offset: int) -> Asy
     async for piece in follow(log, offset, partial(ctx.jobs.find, job_id), ctx.watcher):
         yield ": still here\n\n" if piece is None else event("log", encode(piece[1]), piece[0])
     record = await ctx.store.whole_job(job_id) or record
-    if (
-        record.state in IN_PROGRESS
-    ):  # another operator is the leader now, and has the rest of the log
-        raise NoLeader("this operator is not the leader any longer; retry")
+    if record.state in IN_PROGRESS:  # the log goes on at the new leader
+        raise NoLeader("this operator does not lead any more")
     yield event("end", "".join(ctx.renderer.status(record)))

@@ -47,7 +47,7 @@ async def metrics(request: Request) -> Response:
     ctx = context(request)
     ctx.metrics.keep_only({api.name for api in ctx.catalogue.all()})
     live_jobs, engine = ctx.jobs.all_live(), ctx.jobs.engine
-    nodes = () if engine is None else engine.nodes()
+    nodes = () if engine is None else engine.ledger.nodes()
     name = ctx.settings.engine_name
     text = await asyncio.to_thread(ctx.metrics.text, name, live_jobs, nodes)
     return Response(text, media_type=MEDIA_TYPE)
@@ -90,7 +90,7 @@ async def cluster(request: Request) -> Response:
                     "free": _amounts(node.free),
                     "labels": dict(node.labels),
                 }
-                for node in engine.nodes()
+                for node in engine.ledger.nodes()
             ],
         }
     )
