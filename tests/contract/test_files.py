@@ -181,7 +181,7 @@ def test_jobs_of_a_folder_that_is_named_as_lost_end_and_no_others(moved: Moved) 
         assert f"was lost, with the data folder {moved.lost}" in found["message"]
         gone = second.http.get(f"{endpoint}/{job['job_id']}/logs")
         assert (gone.status_code, gone.json()["kind"]) == (404, "not_found")
-        assert "not sent before the operator" in gone.json()["message"]
+        assert "lost before the log was sent" in gone.json()["message"]
     # A job of this folder is not given up, though the setting stays.
     mine = second.submit(endpoint, config=ASLEEP)
     second.await_log(endpoint, mine, "asleep")

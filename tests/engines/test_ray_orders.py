@@ -137,7 +137,7 @@ def test_a_copy_that_could_not_be_begun_for_a_full_disk_is_complete_once_it_is_n
         first = bench.sleeper()
         JobFolders(bench.root).append_to_log(first.spec.job_id, "of an earlier attempt")
         attempt = await bench.begin(engine, first)
-        await bench.printed(first, "pid")
+        await bench.number_after(first, "pid")
         await engine.close()
         size = len(bench.log(first))
         shutil.rmtree(bench.root)
