@@ -142,7 +142,7 @@ class RayBench(Bench):
     async def start_on(self, name: str, engine: RayEngine, attempt: Attempt) -> None:
         """Start an attempt on the node of a raylet of the cluster's: all others look taken."""
         wanted = self.shared.cluster.node_id(name)
-        others = [n for n in engine._nodes.alive.values() if n.state.node_id != wanted]
+        others = [n for n in engine.ledger.alive.values() if n.state.node_id != wanted]
         for node in others:
             node.is_ready = False
         await self.start(engine, attempt)
@@ -161,7 +161,7 @@ class RayBench(Bench):
         """Somebody else's placement groups in the same cluster, of so many cores each."""
         link = Link(self.shared.cluster.address, "others", None)
         await link.open(30)
-        nodes = [node.state.node_id for node in self.shared.engine._nodes.alive.values()]
+        nodes = [node.state.node_id for node in self.shared.engine.ledger.alive.values()]
         names = [f"others:{number}" for number in range(count)]
         try:
             for name, node_id in zip(names, nodes, strict=True):

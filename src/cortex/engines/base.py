@@ -311,9 +311,9 @@ class Engine(Protocol):
         The engine deletes what it keeps of them elsewhere; the caller deletes the job folders on the
         operator's machine (`cortex.joblog.folders`).
 
-        Call it at any time while the engine is open, for jobs whose end was reported. A second call
-        has no effect. The hint is not remembered over a restart: what an engine cannot delete at once,
-        as on a node that is out of reach, stays there.
+        Call it at any time, for jobs whose end was reported; an engine that is not open ignores it. A
+        second call has no effect. The hint is not remembered over a restart: what an engine cannot
+        delete at once, as on a node that is out of reach, stays there.
 
         Args:
             versions: the ids of versions.
