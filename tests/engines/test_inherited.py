@@ -31,12 +31,12 @@ below = processes.descendants(stranger.pid)
 spared = [own, known, before]
 try:
     asyncio.run(main())
-    print([each.poll() for each in spared], len(below), [processes.living(pid) for pid in below])
+    print([each.poll() for each in spared], len(below), [processes.ticks_if_alive(pid) for pid in below])
     print(os.path.exists(f"/proc/{stranger.pid}"))
 finally:
     for each in spared:
         each.kill()
-    processes.send({**below, stranger.pid: processes.living(stranger.pid)}, 9)
+    processes.send({**below, stranger.pid: processes.ticks_if_alive(stranger.pid)}, 9)
 """
 ENDED = "[None, None, None] 1 [None]\nFalse\n"
 

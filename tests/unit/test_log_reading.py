@@ -209,7 +209,7 @@ def cut(start: int, end: int) -> bytes:
 def test_what_is_gone_of_a_log_is_what_its_record_says_where_that_can_be(
     record: bytes | None, size: int, gone: tuple[int, int] | None
 ) -> None:
-    found = logfile.lost(record, size, LIMIT)
+    found = logfile.find_gap(record, size, LIMIT)
     assert (found and (found.start, found.end)) == gone
     assert found is None or found.limit == LIMIT
 
@@ -222,7 +222,7 @@ def test_what_is_gone_of_a_log_is_what_its_record_says_where_that_can_be(
 def test_no_more_is_left_of_a_log_than_its_limit_allows(
     record: bytes | None, size: int, attempts: int
 ) -> None:
-    found = logfile.lost(record, size, LIMIT, attempts)
+    found = logfile.find_gap(record, size, LIMIT, attempts)
     assert found is not None
     assert 0 <= found.start < found.end <= size
     assert found.start + size - found.end <= attempts * LIMIT + (128 << 10)

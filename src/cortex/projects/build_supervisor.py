@@ -135,7 +135,7 @@ def _remove(folder: str) -> None:
 def _end_all() -> None:
     until = time.monotonic() + _GONE_S
     while time.monotonic() < until:
-        processes.end(lambda: processes.walk(os.getpid()))
+        processes.kill_all(lambda: processes.walk(os.getpid()))
         try:
             while os.waitpid(-1, os.WNOHANG)[0] != 0:
                 until = time.monotonic() + _GONE_S

@@ -30,7 +30,9 @@ def doubts(project: Path, command: list[str]) -> Iterator[str]:
     elif file is not None:
         is_there = file.exists()
         words = (
-            exec_errors.seen(str(file)) if is_there else exec_errors.not_found(program, is_there)
+            exec_errors.file_problem(str(file))
+            if is_there
+            else exec_errors.not_found(program, is_there)
         )
         if words is not None:
             yield _told(program, words)

@@ -70,7 +70,7 @@ def piece(folder: Path, offset: int, most: int, limit: int) -> LogPiece:
             data = os.pread(fd, max(0, min(most, os.fstat(fd).st_size - offset)), offset)
             # Asked after reading: what is being cut meanwhile reads as zeros.
             record = files.read(folder_fd, logfile.CUT)
-            gone = logfile.lost(record, os.fstat(fd).st_size, limit)
+            gone = logfile.find_gap(record, os.fstat(fd).st_size, limit)
         finally:
             os.close(fd)
     finally:

@@ -33,7 +33,7 @@ def checked(seen: object) -> Observation:
         checks.Invalid: that cannot be.
     """
     if isinstance(seen, Started):
-        start = StartRecord.of({"attempt": seen.attempt, "start_ns": seen.start_ns})
+        start = StartRecord.from_fields({"attempt": seen.attempt, "start_ns": seen.start_ns})
         return replace(seen, start_ns=start.start_ns)
     if isinstance(seen, Ended):
         return _ended(seen)
@@ -71,7 +71,7 @@ def checked_piece(piece: object) -> LogPiece:
     offsets = (piece.offset, piece.end)
     if any(type(offset) is not int for offset in offsets):
         raise checks.Invalid("its offsets are no numbers")
-    if not 0 <= piece.offset <= piece.offset + len(piece.data) <= piece.end <= checks.MOST_FILE:
+    if not 0 <= piece.offset <= piece.offset + len(piece.data) <= piece.end <= checks.MAX_FILE:
         raise checks.Invalid("no log has such offsets")
     return piece
 
@@ -79,7 +79,7 @@ def checked_piece(piece: object) -> LogPiece:
 def _ended(seen: Ended) -> Ended:
     if not isinstance(seen.hints, tuple) or not isinstance(seen.measures, tuple):
         raise checks.Invalid("its hints or measures are no lists")
-    record = ExitRecord.of(
+    record = ExitRecord.from_fields(
         {
             "attempt": seen.attempt,
             "ending": seen.ending,

@@ -211,7 +211,7 @@ def lost(log: Log, fd: int) -> LogCut | None:
     """
     with opened(log.path.with_name(logfile.CUT)) as record:
         data = b"" if record is None else os.pread(record, _MOST_RECORD, 0)
-    return logfile.lost(data, os.fstat(fd).st_size, log.limit, log.attempts)
+    return logfile.find_gap(data, os.fstat(fd).st_size, log.limit, log.attempts)
 
 
 def _marker(gone: LogCut) -> bytes:
