@@ -60,7 +60,7 @@ kill = os.kill
 os.kill = lambda pid, number: killed.append(pid in processes.children(os.getpid())) or kill(pid, number)
 watch_station.prefork()
 job.order.memory_kind = "v1"  # and no group came with the order
-job.group = watch.cgroups.JobCgroup(job.order, None)
+job.cgroup = watch.cgroups.JobCgroup(job.order, None)
 print(job.run(), killed, job.is_childless)
 """
 

@@ -299,5 +299,5 @@ def check_end(found: ExitRecord) -> None:
     for text in [found.message or "", *found.hints]:
         text.encode()
         assert len(text) <= checks.MAX_HINT
-    assert len(found.dumps()) <= checks.MAX_END
+    assert len(found.dumps()) <= checks.MAX_EXIT_RECORD
     assert len(json.dumps(found.result)) <= checks.MAX_RESULT

@@ -25,7 +25,7 @@ MAX_LEVELS = 250
 MAX_DIGITS = 4300
 MAX_MEASURES = 1 << 17
 MAX_OUTCOME = MAX_RESULT + MAX_MEASURES + (1 << 16)
-MAX_END = MAX_OUTCOME + (1 << 17)
+MAX_EXIT_RECORD = MAX_OUTCOME + (1 << 17)
 """Bytes of an exit record: the outcome, hints and a message."""
 MAX_MESSAGE = 500
 MAX_HINTS, MAX_HINT = 20, 1000
@@ -93,22 +93,22 @@ def exit_record(record: ExitRecord) -> None:
     record.measures = valid_measures(record.measures)
 
 
-def reply(said: Reply) -> None:
+def reply(message: Reply) -> None:
     """Check a report of a fork server or a supervising process, except its exit record.
 
     Raises:
         Invalid: a field is impossible.
     """
-    _check_identity("" if said.job_id is None else said.job_id, said.attempt)
-    _check_flag("recorded", said.recorded)
-    _check_flag("ended", said.ended)
-    _check_whole("pid", said.pid, 0, _MAX_INT)
-    _check_whole("errno", said.errno, 0, _MAX_ERRNO)
-    _check_whole("start_ns", said.start_ns, 0, _MAX_LONG)
-    said.start_ns = _at_most_now(said.start_ns)
-    said.error = _optional_text("error", said.error)
-    said.importing = _optional_text("importing", said.importing)
-    said.refused = _optional_text("refused", said.refused)
+    _check_identity("" if message.job_id is None else message.job_id, message.attempt)
+    _check_flag("recorded", message.recorded)
+    _check_flag("ended", message.ended)
+    _check_whole("pid", message.pid, 0, _MAX_INT)
+    _check_whole("errno", message.errno, 0, _MAX_ERRNO)
+    _check_whole("start_ns", message.start_ns, 0, _MAX_LONG)
+    message.start_ns = _at_most_now(message.start_ns)
+    message.error = _optional_text("error", message.error)
+    message.importing = _optional_text("importing", message.importing)
+    message.refused = _optional_text("refused", message.refused)
 
 
 def log_cut(record: LogCut) -> None:
@@ -124,17 +124,17 @@ def log_cut(record: LogCut) -> None:
         raise _invalid("end", record.end, f"after the start, which is {record.start}")
 
 
-def outcome(said: Outcome) -> None:
+def outcome(content: Outcome) -> None:
     """Check the content of an outcome file.
 
     Raises:
         Invalid: a field is impossible.
     """
-    _check_flag("lost", said.lost)
-    said.message = _optional_text("message", said.message)
-    _check_result(said)
-    said.measures = valid_measures(said.measures)
-    said.loading = _valid_import_times(said.loading)
+    _check_flag("lost", content.lost)
+    content.message = _optional_text("message", content.message)
+    _check_result(content)
+    content.measures = valid_measures(content.measures)
+    content.loading = _valid_import_times(content.loading)
 
 
 def why_no_result(data: bytes, value: object = None) -> str | None:
@@ -163,13 +163,13 @@ def why_no_result_value(value: object) -> str | None:
     return why_no_result(data, value)
 
 
-def valid_measures(told: object) -> list[object]:
+def valid_measures(reported: object) -> list[object]:
     """The valid series among the metrics that a task reports."""
     found: list[object] = []
-    if not told or not isinstance(told, list):
+    if not reported or not isinstance(reported, list):
         return found
     left = MAX_MEASURES
-    for each in told[:MAX_SERIES]:
+    for each in reported[:MAX_SERIES]:
         series = _valid_series(each)
         if series is not None:
             left -= len(_encode(series))
@@ -198,11 +198,11 @@ def _check_result(record: ExitRecord | Outcome) -> None:
         record.message = shorten(f"{before}{NOT_KEPT}: {why}")
 
 
-def _valid_series(told: object) -> list[object] | None:
+def _valid_series(reported: object) -> list[object] | None:
     """One series in the format of `metrics.MetricsClient`; None if it is invalid."""
-    if not isinstance(told, list) or len(told) != 4:
+    if not isinstance(reported, list) or len(reported) != 4:
         return None
-    kind, name, tags, values = told
+    kind, name, tags, values = reported
     if not isinstance(kind, str) or not isinstance(name, str) or not isinstance(tags, list):
         return None
     if not isinstance(values, list) or len(values) != _VALUES.get(kind, -1):
@@ -213,18 +213,22 @@ def _valid_series(told: object) -> list[object] | None:
     return [kind, shorten(name, MAX_NAME), found, values]
 
 
-def _is_tag(told: object) -> bool:
-    return isinstance(told, list) and len(told) == 2 and all(isinstance(each, str) for each in told)
+def _is_tag(reported: object) -> bool:
+    return (
+        isinstance(reported, list)
+        and len(reported) == 2
+        and all(isinstance(each, str) for each in reported)
+    )
 
 
 def _is_finite(value: object) -> bool:
     return type(value) in (int, float) and -_FINITE <= value <= _FINITE  # type: ignore[operator]  # a number, by its type
 
 
-def _valid_import_times(told: object) -> list[object] | None:
-    if not isinstance(told, list) or len(told) != 2:
+def _valid_import_times(reported: object) -> list[object] | None:
+    if not isinstance(reported, list) or len(reported) != 2:
         return None
-    took_s, names = told
+    took_s, names = reported
     if not isinstance(took_s, float) or not 0 <= took_s <= _MAX_LOAD_S:
         return None
     if not isinstance(names, list) or len(names) > MAX_HINTS:
@@ -240,9 +244,9 @@ def _check_identity(job_id: object, attempt: object) -> None:
     _check_whole("attempt", attempt, 0, _MAX_INT)
 
 
-def _check_whole(name: str, value: object, least: int, most: int) -> None:
-    if type(value) is not int or not least <= value <= most:  # True is no number here
-        raise _invalid(name, value, f"a whole number from {least} to {most}")
+def _check_whole(name: str, value: object, minimum: int, maximum: int) -> None:
+    if type(value) is not int or not minimum <= value <= maximum:  # True is no number here
+        raise _invalid(name, value, f"a whole number from {minimum} to {maximum}")
 
 
 def _check_flag(name: str, value: object) -> None:
@@ -254,15 +258,15 @@ def _optional_text(name: str, value: object) -> str | None:
     return None if value is None else _checked_text(name, value, MAX_MESSAGE)
 
 
-def _checked_text(name: str, value: object, most: int) -> str:
+def _checked_text(name: str, value: object, maximum: int) -> str:
     if not isinstance(value, str):
         raise _invalid(name, value, "a text")
-    return shorten(value, most)
+    return shorten(value, maximum)
 
 
-def _checked_list(name: str, value: object, most: int) -> list[object]:
-    if not isinstance(value, list) or len(value) > most:
-        raise _invalid(name, value, f"a list of {most} at the most")
+def _checked_list(name: str, value: object, maximum: int) -> list[object]:
+    if not isinstance(value, list) or len(value) > maximum:
+        raise _invalid(name, value, f"a list of at most {maximum}")
     return value
 
 
@@ -273,12 +277,12 @@ def _at_most_now(ns: int) -> int:
     return ns if ns <= now + _AHEAD_NS else now
 
 
-def _invalid(name: str, value: object, wanted: str) -> Invalid:
+def _invalid(name: str, value: object, allowed: str) -> Invalid:
     if isinstance(value, (str, int, float)):
         found = shorten(repr(value[:100] if isinstance(value, str) else value), 100)
     else:
         found = "null" if value is None else f"a {type(value).__name__}"
-    return Invalid(f"{name} is {found}; it must be {wanted}")
+    return Invalid(f"{name} is {found}; it must be {allowed}")
 
 
 def _has_long_number(data: bytes) -> bool:
@@ -291,12 +295,12 @@ def _has_long_number(data: bytes) -> bool:
 
 
 def _is_deep(value: object) -> bool:
-    held = [value]
+    nested = [value]
     for _ in range(MAX_LEVELS):
-        held = [
+        nested = [
             below
-            for each in held
+            for each in nested
             if isinstance(each, (dict, list))
             for below in (each.values() if isinstance(each, dict) else each)
         ]
-    return any(isinstance(each, (dict, list)) for each in held)
+    return any(isinstance(each, (dict, list)) for each in nested)

@@ -266,11 +266,11 @@ def with_variable(name: str, value: str) -> dict[int, int]:
             continue
         try:
             with open(f"/proc/{entry}/environ", "rb") as file:
-                holds = wanted in file.read().split(b"\0")
+                has_variable = wanted in file.read().split(b"\0")
         except OSError as error:
             _raise_shortage(error)
             continue
-        ticks = ticks_if_alive(entry) if holds else None
+        ticks = ticks_if_alive(entry) if has_variable else None
         if ticks is not None:
             found[int(entry)] = ticks
     return found

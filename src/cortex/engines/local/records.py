@@ -289,8 +289,10 @@ def _exit(folder: int, job_id: str, attempt: int) -> tuple[ExitRecord | None, st
 
 
 def _exit_of(data: bytes) -> ExitRecord:
-    if len(data) > checks.MAX_END:
-        raise checks.Invalid(f"it takes {len(data)} bytes, and {checks.MAX_END} is the most")
+    if len(data) > checks.MAX_EXIT_RECORD:
+        raise checks.Invalid(
+            f"it takes {len(data)} bytes; at most {checks.MAX_EXIT_RECORD} are allowed"
+        )
     return ExitRecord.loads(data)
 
 

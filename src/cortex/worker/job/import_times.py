@@ -40,8 +40,8 @@ def slow_imports(took_s: float, known: frozenset[str], roots: list[str]) -> list
 
 
 def _names(known: frozenset[str], roots: list[str]) -> list[str]:
-    for name, holds in _PATCHED.items():
-        if names_in(sys.modules.get(name)).get(holds):
+    for name, attribute in _PATCHED.items():
+        if names_in(sys.modules.get(name)).get(attribute):
             return []
     own = tuple(root.rstrip("/") + "/" for root in roots)
     foreign: dict[str, None] = {}  # in the order of the imports

@@ -277,9 +277,9 @@ def _report_unraisable(error: BaseException, where: object) -> None:
 def _hook_arguments_class() -> type:
     """The class of the argument of `sys.unraisablehook`, which has no public name: found by raising
     an error in a weakref callback."""
-    seen: list[type] = []
+    classes: list[type] = []
     hook = sys.unraisablehook
-    sys.unraisablehook = lambda arguments: seen.append(type(arguments))
+    sys.unraisablehook = lambda arguments: classes.append(type(arguments))
     try:
         thing = _Referent()
         reference = ref(thing, lambda _: 1 // 0)
@@ -287,7 +287,7 @@ def _hook_arguments_class() -> type:
         del reference
     finally:
         sys.unraisablehook = hook
-    return seen[0]
+    return classes[0]
 
 
 class _Refused(Exception):

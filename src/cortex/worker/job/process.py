@@ -56,13 +56,13 @@ class Job:
     """A job's order and the descriptors of its files: log, outcome file, and the file that puts a
     process into the job's control group."""
 
-    __slots__ = ("group", "log", "order", "outcome")
+    __slots__ = ("join_fd", "log", "order", "outcome")
 
     def __init__(self, order: Order, log: int, outcome: int) -> None:
         self.order = order
         self.log = log
         self.outcome = outcome
-        self.group = -1  # none
+        self.join_fd = -1  # none
 
 
 class Preforked:
@@ -89,7 +89,7 @@ class Preforked:
         """
         try:
             files = (job.log, job.outcome)
-            wire.send(self._sock, wire.GO, files if job.group < 0 else (*files, job.group))
+            wire.send(self._sock, wire.GO, files if job.join_fd < 0 else (*files, job.join_fd))
         except OSError:
             self.kill()
             raise
@@ -133,7 +133,7 @@ def start(station: Station, job: Job, fds: tuple[int, ...]) -> int:
     Args:
         fds: descriptors that the process must close, in addition to `Station.private_fds`.
     """
-    work = (_job_data(job.order), job.log, job.outcome, job.group, _identity(job.outcome))
+    work = (_job_data(job.order), job.log, job.outcome, job.join_fd, _identity(job.outcome))
     return _fork(station, fds, work, None)
 
 
@@ -174,19 +174,19 @@ def _run(
     try:
         failed = _leave_supervisor(supervisor, inherited)
         if work is not None:
-            data, log, outcome, group, identity = work
+            data, log, outcome, join_fd, identity = work
             _set_environment(data, slot)
         elif orders is not None:
-            data, log, outcome, group = _await_job(orders, slot)
+            data, log, outcome, join_fd = _await_job(orders, slot)
             identity = _identity(outcome)
             compiled = task.if_unchanged(compiled, path)
         if failed is not None:
             raise failed
         chdir(project)  # not ahead of the job: the folder may be missing for a while
         _, _, job = data
-        if group >= 0:
-            write(group, b"0")
-            close(group)
+        if join_fd >= 0:
+            write(join_fd, b"0")
+            close(join_fd)
         dup2(log, 1)  # standard input is /dev/null since the fork server
         dup2(log, 2)
         close(log)
@@ -232,8 +232,8 @@ def _await_job(orders: socket.socket, slot: memoryview | None) -> tuple[JobData,
     if not message:
         _exit(0)
     orders.close()
-    log, outcome, *group = fds
-    return data, log, outcome, group[0] if group else -1
+    log, outcome, *others = fds
+    return data, log, outcome, others[0] if others else -1
 
 
 def _job_data(order: Order) -> JobData:

@@ -256,7 +256,7 @@ def _call(
     try:
         task = _load(setup, path, compiled, outcome)
         value = task(job.pop("config"))
-    except BaseException as error:  # noqa: BLE001, RUF100  # KeyboardInterrupt fails a task too
+    except BaseException as error:  # noqa: BLE001, RUF100  # KeyboardInterrupt also fails a task
         raised = (
             error  # handled below: an exception raised there must not have this one as its context
         )
@@ -548,11 +548,11 @@ class _DuplicateKey(Exception):
 
 def _reject_duplicates(pairs: list[tuple[str, object]]) -> None:
     """Two keys of Python, such as 1 and "1", can be one key in JSON: a reader drops a value."""
-    seen = set()
+    keys = set()
     for key, _ in pairs:
-        if key in seen:
+        if key in keys:
             raise _DuplicateKey(key)
-        seen.add(key)
+        keys.add(key)
 
 
 _decode_unique = json.JSONDecoder(object_pairs_hook=_reject_duplicates).decode

@@ -33,9 +33,9 @@ class Evidence:
     """What the supervisor knows of a job when no process of the job is left."""
 
     __slots__ = (
+        "cgroup",
         "end_ns",
         "folder",
-        "group",
         "leftovers",
         "log_start",
         "order",
@@ -48,7 +48,7 @@ class Evidence:
     def __init__(
         self,
         order: Order,
-        group: JobCgroup,
+        cgroup: JobCgroup,
         *,
         wait_status: int | None,
         start_ns: int,
@@ -60,7 +60,7 @@ class Evidence:
         refused: dict[str, str],
     ) -> None:
         self.order = order
-        self.group = group  # its memory events are read only where they decide something
+        self.cgroup = cgroup  # its memory events are read only where they decide something
         self.wait_status = wait_status  # as `waitpid` has it; None if the job has no process
         self.start_ns = start_ns
         self.end_ns = end_ns  # 0: unknown
@@ -82,7 +82,7 @@ def judge(evidence: Evidence, ending: str) -> ExitRecord:
     outcome = _read_outcome(evidence, code)
     if outcome.lost:
         return lost(evidence, outcome.message)
-    if ending == EXITED and evidence.group.oom_killed():
+    if ending == EXITED and evidence.cgroup.oom_killed():
         ending = OUT_OF_MEMORY
     if ending != EXITED:
         return _record(evidence, ending, _message(evidence, ending), code)
@@ -108,7 +108,7 @@ def _message(evidence: Evidence, ending: str) -> str:
         return f"timeout of {evidence.order.timeout} s passed"
     if ending == STOPPED:
         return "stopped"
-    if evidence.group.oom_killed() and not evidence.group.limit_was_hit():
+    if evidence.cgroup.oom_killed() and not evidence.cgroup.limit_was_hit():
         return "killed because the machine ran out of memory"
     return f"exceeded its memory limit of {size(evidence.order.mem or 0)}"
 

@@ -51,7 +51,7 @@ class Supervisor:
         self.order = order
         self.start_ns = time.time_ns()
         self.folder = files.open_folder(order.folder)
-        self.group = cgroups.JobCgroup(order, station.take_cgroup_fd())
+        self.cgroup = cgroups.JobCgroup(order, station.take_cgroup_fd())
         self.log = logfile.Log(self.folder, order.log_limit)
         self.is_childless = False  # this process has no descendant left
         self.leftovers: list[str] = []  # names of the programs that the job had left running
@@ -111,9 +111,9 @@ class Supervisor:
         if not is_written:
             return False
         self.station.remember_record(self.folder, self._exit_name)
-        if self.group.oom_event >= 0 and not self.oom_notified:
-            self.station.poller.unregister(self.group.oom_event)
-        self.group.close()
+        if self.cgroup.oom_event >= 0 and not self.oom_notified:
+            self.station.poller.unregister(self.cgroup.oom_event)
+        self.cgroup.close()
         for fd in self._job_fds():
             os.close(fd)
         is_childless = self._reap()
@@ -138,7 +138,7 @@ class Supervisor:
     def _evidence(self) -> verdict.Evidence:
         return verdict.Evidence(
             self.order,
-            self.group,
+            self.cgroup,
             wait_status=self.wait_status,
             start_ns=self.start_ns,
             end_ns=self.end_ns,
@@ -205,9 +205,9 @@ class Supervisor:
             return STOPPED
         if self._is_overdue():
             return TIMED_OUT
-        self.group.open_control_files(self.station.poller)
+        self.cgroup.open_control_files(self.station.poller)
         self._start_job()
-        self.group.close_join_fd()
+        self.cgroup.close_join_fd()
         ending = self._watch()
         if ending in (STOPPED, TIMED_OUT):
             self._terminate()
@@ -222,7 +222,7 @@ class Supervisor:
             self._reap()
             if self.wait_status is not None:
                 return EXITED
-            if self.oom_notified and self.group.oom_killed():
+            if self.oom_notified and self.cgroup.oom_killed():
                 return OUT_OF_MEMORY
             if self.station.signals.stop:
                 return STOPPED
@@ -367,7 +367,7 @@ class Supervisor:
 
     def _start_process(self, job: process.Job) -> None:
         """Start the job in the preforked process if there is one, else in a new process."""
-        job.group = self.group.join_fd
+        job.join_fd = self.cgroup.join_fd
         preforked, self.station.preforked = self.station.preforked, None
         if preforked is not None:
             try:
@@ -378,7 +378,7 @@ class Supervisor:
                 self.job_pid = preforked.pid
                 return
         self.station.refresh_compiled()
-        self.job_pid = process.start(self.station, job, (self.folder, *self.group.private_fds))
+        self.job_pid = process.start(self.station, job, (self.folder, *self.cgroup.private_fds))
 
     def _reap(self) -> bool:
         """Reap the processes that have ended; True when this process has no descendant left."""
@@ -414,7 +414,7 @@ class Supervisor:
         for fd, _ in self.station.poller.poll(timeout_ms):
             if fd == self.station.signals.wake:
                 os.read(fd, 512)
-            elif fd == self.group.oom_event:
+            elif fd == self.cgroup.oom_event:
                 self.oom_notified = True
                 self.station.poller.unregister(fd)
 
