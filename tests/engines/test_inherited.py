@@ -7,7 +7,8 @@ import sys
 
 MADE = """
 import asyncio, os, subprocess, sys, time
-from cortex.engines.local import orphans
+from cortex.engines.local import orphans as inherited
+from cortex.worker.forkserver import orphans
 from cortex.worker import processes
 
 MARKED = "from cortex.worker.forkserver import orphans; orphans.mark(); "
@@ -24,7 +25,7 @@ def start(code):
 made = []
 own, known = start(""), start(MARKED)
 before = start(MARKED)
-watch = orphans.Inherited(lambda: {known.pid})
+watch = inherited.Orphans(lambda: {known.pid})
 watch.open()
 stranger = start(MARKED + DAEMON)
 below = processes.descendants(stranger.pid)
