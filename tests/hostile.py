@@ -155,7 +155,7 @@ def left(running: Operator, path: str, job: Any) -> list[int]:
     """What lives of the processes that a job has told of."""
     told = re.findall(r"pid (\d+)", running.log_of(running.url + path, job))
     assert told
-    return [int(pid) for pid in told if processes.living(pid) is not None]
+    return [int(pid) for pid in told if processes.ticks_if_alive(pid) is not None]
 
 
 def supervisor_of(running: Operator, job: Any) -> int:

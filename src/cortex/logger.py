@@ -1,6 +1,8 @@
-"""Structured logs for tasks: `from cortex.logger import logger`. One line of strict JSON for each record,
-on standard output, which in a job is its log; works outside a job too. No value in a record can make the
-logger fail. Standard library alone: it runs in the user's environment.
+"""Structured logs for tasks: `from cortex.logger import logger`.
+
+The logger writes one line of strict JSON per record to standard output, which is the log inside a
+job. It also works outside a job. No value in a record can make it fail. Standard library alone: it
+runs in the user's environment.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class _JsonLines(logging.Formatter):
             "timestamp": _rfc3339(record.created),
             "level": record.levelname.lower(),
             **_message(record),
-            # Read for each record: a fork server imports this once for many jobs.
+            # Read for each record: a fork server imports this module once for many jobs.
             "api_name": os.environ.get("CORTEX_API_NAME"),
             "job_id": os.environ.get("CORTEX_JOB_ID"),
         }
@@ -45,18 +47,18 @@ class _JsonLines(logging.Formatter):
 
 
 class _Stdout(logging.Handler):
-    """Standard output as it is when a line is written, not when this was imported."""
+    """Writes to the standard output of the moment, not of the import."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             line = self.format(record)
         except Exception as error:  # noqa: BLE001, RUF100  # logging must not fail a task
-            line = _least(record, error)
+            line = _minimal_line(record, error)
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.write(f"{line}\n")
                 stream.flush()
-            except Exception:  # noqa: BLE001, RUF100  # the task has closed it: stderr is the same log
+            except Exception:  # noqa: BLE001, RUF100  # the task has closed stdout: stderr is the same log
                 continue
             return
 
@@ -66,28 +68,28 @@ def _message(record: logging.LogRecord) -> dict[str, object]:
         return {"message": record.getMessage()}
     except Exception as error:  # noqa: BLE001, RUF100  # arguments that do not fit, a __str__ that raises
         return {
-            "message": _shown(record.msg),
+            "message": _to_str(record.msg),
             "args": record.args,
-            "logging_error": f"{type(error).__name__}: {_shown(error)}",
+            "logging_error": f"{type(error).__name__}: {_to_str(error)}",
         }
 
 
-def _least(record: logging.LogRecord, error: Exception) -> str:
+def _minimal_line(record: logging.LogRecord, error: Exception) -> str:
     return json.dumps(
         {
             "timestamp": _rfc3339(record.created),
             "level": record.levelname.lower(),
-            "message": _text(_shown(record.msg)),
-            "logging_error": _text(f"{type(error).__name__}: {_shown(error)}"),
+            "message": _text(_to_str(record.msg)),
+            "logging_error": _text(f"{type(error).__name__}: {_to_str(error)}"),
         }
     )
 
 
 def _plain(value: object, above: tuple[int, ...] = ()) -> object:
-    """A value as strict JSON has it; what JSON has no word for becomes a string.
+    """A value as strict JSON allows it. A value that JSON cannot express becomes a string.
 
     Args:
-        above: the ids of the values that this one is in.
+        above: the ids of the containers around this value.
     """
     try:
         if value is None or isinstance(value, bool):
@@ -97,12 +99,12 @@ def _plain(value: object, above: tuple[int, ...] = ()) -> object:
         for kind, convert in _CONVERSIONS:
             if isinstance(value, kind):
                 return convert(value)
-        # A scalar of numpy, or of a library that makes them alike.
+        # A scalar of numpy, or of a library with the same interface.
         if getattr(value, "ndim", None) == 0:
-            return _plain(value.item(), above)  # type: ignore[attr-defined]  # without one it is shown
-    except Exception:  # noqa: BLE001, RUF100  # code of the user's runs in there
+            return _plain(value.item(), above)  # type: ignore[attr-defined]  # without `item`, its str is used
+    except Exception:  # noqa: BLE001, RUF100  # it runs code of the user
         pass
-    return _text(_shown(value))
+    return _text(_to_str(value))
 
 
 def _container(
@@ -125,18 +127,18 @@ def _key(key: object) -> str:
     if key is None or isinstance(key, (str, bool, int, float)):
         plain = _plain(key)
         return plain if isinstance(plain, str) else json.dumps(plain)
-    return _text(_shown(key))
+    return _text(_to_str(key))
 
 
 def _text(text: str) -> str:
-    """Without lone surrogates, which are no text in UTF-8."""
+    """Escape lone surrogates, which UTF-8 cannot encode."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _integer(value: int) -> object:
     try:
         int.__repr__(value)
-    except ValueError:  # Python writes no more than some thousand digits
+    except ValueError:  # more digits than `sys.set_int_max_str_digits` allows
         return hex(value)
     return int(value)
 
@@ -158,10 +160,10 @@ _CONVERSIONS: tuple[tuple[Any, Callable[[Any], object]], ...] = (
 )
 
 
-def _shown(value: object) -> str:
+def _to_str(value: object) -> str:
     try:
         return str(value)
-    except Exception:  # noqa: BLE001, RUF100  # a __str__ of the user's
+    except Exception:  # noqa: BLE001, RUF100  # a __str__ of the user
         return f"<{type(value).__name__}, which cannot be shown>"
 
 
@@ -171,7 +173,7 @@ def _rfc3339(seconds: float) -> str:
     return f"{whole}.{micros % 1_000_000:06d}Z"
 
 
-def _configured() -> logging.Logger:
+def _configure() -> logging.Logger:
     found = logging.getLogger("cortex")
     found.propagate = False
     level = logging.getLevelName(os.environ.get("CORTEX_LOG_LEVEL", "info").upper())
@@ -180,16 +182,17 @@ def _configured() -> logging.Logger:
         handler = _Stdout()
         handler.setFormatter(_JsonLines())
         found.addHandler(handler)
-        _take_any_extra(found)
+        _accept_any_extra(found)
     return found
 
 
-def _take_any_extra(found: logging.Logger) -> None:
-    """Python's own loggers raise a KeyError for an `extra` with a name of the record's, as `name` or `args`."""
+def _accept_any_extra(found: logging.Logger) -> None:
+    """Accept any `extra`. Python's own loggers raise a KeyError if `extra` has a key that is an
+    attribute of the record, such as `name` or `args`."""
     made = found.makeRecord
 
     def make_record(*arguments: Any, extra: object = None, **named: Any) -> logging.LogRecord:
-        # As `Logger._log` calls it: extra is the ninth.
+        # `Logger._log` passes extra as the ninth argument.
         given = list(arguments)
         if len(given) > 8:
             extra = given[8]
@@ -203,4 +206,4 @@ def _take_any_extra(found: logging.Logger) -> None:
     found.makeRecord = make_record  # type: ignore[method-assign]  # of this one logger
 
 
-logger = _configured()
+logger = _configure()

@@ -170,7 +170,7 @@ def test_supervising_processes_that_the_operator_inherited_outlive_it(tmp_path: 
         parent = lambda: processes.stat(supervisor)[1]  # type: ignore[index]  # noqa: E731
         until(lambda: parent() == running.process.pid, "inherited")
         running.stop()
-        assert processes.living(supervisor) is not None
+        assert processes.ticks_if_alive(supervisor) is not None
         running.start()
         go.touch()
         assert running.finished(running.url + path, job)["status"] == "status_succeeded"

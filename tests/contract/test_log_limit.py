@@ -135,11 +135,11 @@ folder = os.open({str(tmp_path)!r}, os.O_RDONLY)
 with open({str(tmp_path / "log")!r}, "ab", buffering=0) as file:
     file.write(b"x" * 70000)
     log = logfile.Log(folder, 65536)
-    log.look()
+    log.enforce_limit()
     file.write(b"y")
-    log.look()
+    log.enforce_limit()
 data = open({str(tmp_path / "log")!r}, "rb").read()
-assert data.count(b"limits.log is not kept") == 1, data[-200:]
+assert data.count(b"limits.log is not enforced") == 1, data[-200:]
 assert data.startswith(b"x" * 70000) and data.endswith(b"y")
 assert not os.path.exists({str(tmp_path / "log.cut")!r})
 print("kept")

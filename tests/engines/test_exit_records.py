@@ -34,34 +34,36 @@ def ends() -> Iterator[tuple[Station, socket.socket]]:
         yield Station(setup, signals, theirs, 0), ours
 
 
-def test_an_engine_is_heard_until_it_is_gone(ends: tuple[Station, socket.socket]) -> None:
-    bench, engine = ends
-    assert bench.is_heard()
+def test_a_station_has_an_engine_until_the_socket_is_closed(
+    ends: tuple[Station, socket.socket],
+) -> None:
+    station, engine = ends
+    assert station.has_engine()
     engine.send(b"an order that waits")
-    assert bench.is_heard()
+    assert station.has_engine()
     engine.close()
-    assert not bench.is_heard()
+    assert not station.has_engine()
 
 
 def test_the_last_record_that_an_engine_read_is_synced_when_it_is_gone(
     ends: tuple[Station, socket.socket], synced: list[str], tmp_path: Path
 ) -> None:
-    bench, _ = ends
+    station, _ = ends
     for number in (1, 2):
         folder = os.open(tmp_path, os.O_RDONLY)
         files.put(folder, f"exit.{number}", b"{}")
-        bench.keep(folder, f"exit.{number}")
+        station.remember_record(folder, f"exit.{number}")
     assert synced == []
-    bench.close()
+    station.close()
     assert synced == ["exit.2"]
 
 
 def test_a_record_whose_folder_was_removed_meanwhile_is_nobodys(
     ends: tuple[Station, socket.socket], synced: list[str], tmp_path: Path
 ) -> None:
-    bench, _ = ends
-    bench.keep(os.open(tmp_path, os.O_RDONLY), "exit.1")
-    bench.close()
+    station, _ = ends
+    station.remember_record(os.open(tmp_path, os.O_RDONLY), "exit.1")
+    station.close()
     assert synced == []
 
 

@@ -44,7 +44,7 @@ def test_a_job_that_holds_up_its_supervisor_is_ended(
         await local_bench.printed(attempt, "ready")
         await asyncio.to_thread(guard.end_all, local_bench.root)
         told = re.findall(r"pid (\d+)", local_bench.log(attempt))
-        assert [pid for pid in told if processes.living(pid) is not None] == []
+        assert [pid for pid in told if processes.ticks_if_alive(pid) is not None] == []
         assert isinstance(await local_bench.last(attempt), Lost)
 
     local_bench.run(scenario)

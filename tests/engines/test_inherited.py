@@ -7,7 +7,8 @@ import sys
 
 MADE = """
 import asyncio, os, subprocess, sys, time
-from cortex.engines.local import orphans
+from cortex.engines.local import orphans as inherited
+from cortex.worker.forkserver import orphans
 from cortex.worker import processes
 
 MARKED = "from cortex.worker.forkserver import orphans; orphans.mark(); "
@@ -24,19 +25,19 @@ def start(code):
 made = []
 own, known = start(""), start(MARKED)
 before = start(MARKED)
-watch = orphans.Inherited(lambda: {known.pid})
+watch = inherited.Orphans(lambda: {known.pid})
 watch.open()
 stranger = start(MARKED + DAEMON)
 below = processes.descendants(stranger.pid)
 spared = [own, known, before]
 try:
     asyncio.run(main())
-    print([each.poll() for each in spared], len(below), [processes.living(pid) for pid in below])
+    print([each.poll() for each in spared], len(below), [processes.ticks_if_alive(pid) for pid in below])
     print(os.path.exists(f"/proc/{stranger.pid}"))
 finally:
     for each in spared:
         each.kill()
-    processes.send({**below, stranger.pid: processes.living(stranger.pid)}, 9)
+    processes.send({**below, stranger.pid: processes.ticks_if_alive(stranger.pid)}, 9)
 """
 ENDED = "[None, None, None] 1 [None]\nFalse\n"
 

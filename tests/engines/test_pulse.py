@@ -82,7 +82,7 @@ def test_a_fork_server_whose_orders_somebody_else_takes_is_replaced(bench: Bench
                 await until(is_stolen, 5)
         assert fork_server_health.SILENT in bench.waits
         # Its socket has not ended: the thief has it.
-        await until(lambda: processes.living(server) is None)
+        await until(lambda: processes.ticks_if_alive(server) is None)
         after = replace(bench.attempt(config={"steals": False, "go": go}), version=thief.version)
         await bench.start(engine, after)
         await bench.started(after)

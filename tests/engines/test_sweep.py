@@ -9,7 +9,7 @@ from pathlib import Path
 MADE = """
 import os, socket, subprocess, sys, time, types
 from cortex.worker import processes
-from cortex.worker.supervisor import main, station, watch
+from cortex.worker.supervisor import signals, station, watch
 from cortex.worker.messages import Order, Setup
 
 folder = sys.argv[1]
@@ -21,8 +21,8 @@ setup = Setup(package="", import_dir="", open_files=64, own_folder="copy", own_r
 order = Order(job_id="job", attempt=1, folder=folder, grace_s=1, timeout=None, deadline=None,
               log_limit=1 << 20, mem=None, memory_kind=None, memory_dir=None, gpus=[], job={},
               visible_gpus=None)
-watch_bench = station.Bench(setup, main.Signals(for_python=False), socket.socketpair()[0], 0)
-job = watch.Supervisor(watch_bench, order)
+watch_station = station.Station(setup, signals.Signals(for_python=False), socket.socketpair()[0], 0)
+job = watch.Supervisor(watch_station, order)
 """
 LATE = """
 daemon = "import os, sys, time; os.setsid(); os.fork(); print(os.getpid(), flush=True); time.sleep(60)"
@@ -45,7 +45,7 @@ watch.time = types.SimpleNamespace(
     monotonic=lambda: monotonic() + late[0], time_ns=time.time_ns, sleep=time.sleep
 )
 job._kill()
-print(job.alone, len(processes.descendants(os.getpid())))
+print(job.is_childless, len(processes.descendants(os.getpid())))
 """
 
 
@@ -58,10 +58,10 @@ UNBEGUN = """
 killed = []
 kill = os.kill
 os.kill = lambda pid, number: killed.append(pid in processes.children(os.getpid())) or kill(pid, number)
-watch_bench.get_ready()
+watch_station.prefork()
 job.order.memory_kind = "v1"  # and no group came with the order
-job.group = watch.cgroups.Group(job.order, None)
-print(job.run(), killed, job.alone)
+job.cgroup = watch.cgroups.JobCgroup(job.order, None)
+print(job.run(), killed, job.is_childless)
 """
 
 

@@ -488,12 +488,12 @@ os.setuid(65534)
 setup = Setup(package="", import_dir="", open_files=64, own_folder="overlay", own_root=own_root, project=project,
               python_path=project + "/src", path=project + "/task.py", command=None, env={}, preload=False)
 place = Workspace(setup)
-assert place.prepare()
+assert place.restore_project()
 here = place.setup.project
 assert here.startswith(own_root), here
 assert place.setup.path == here + "/task.py"
 assert place.setup.python_path == here + "/src"
-assert not place.prepare()
+assert not place.restore_project()
 for name in ("secret", "closed/file"):
     try:
         open(here + "/" + name)

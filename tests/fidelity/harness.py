@@ -43,7 +43,7 @@ from cortex.joblog.folders import JobFolders
 from cortex.spec.api import ApiSpec, Compute, Definition, Networking
 from cortex.spec.job import JobSpec
 from cortex.spec.times import new_id, now_ns
-from cortex.worker.supervisor.watch import LEFT_S
+from cortex.worker.supervisor.watch import LEFTOVER_TIMEOUT_S
 from fidelity.outcome import NO_RESULT, Outcome, agree, contents, left_of, normalised, read, running
 
 LIMIT_S = 90.0
@@ -279,7 +279,7 @@ class Runner:
         begun = time.monotonic()
         while left := running(mark):
             has_tracker = any(b"tracker" in read(pid, "cmdline") for pid in left)
-            if time.monotonic() > begun + (SETTLE_S if has_tracker else LEFT_S):
+            if time.monotonic() > begun + (SETTLE_S if has_tracker else LEFTOVER_TIMEOUT_S):
                 for pid in left:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)

@@ -297,8 +297,8 @@ OTHERS = [
         "import os\nf = open('f', 'w')\ndef task(config):\n    f.write('abc')\n    os.closerange(3, 100)\n    return 1\n",
         but={
             "result": "<no result>",
-            "log": "cortex: the task's return value was not kept: the task has closed the file that it would be "
-            "kept in\n",
+            "log": "cortex: the task's return value was not kept: the task has closed the file of its "
+            "outcome\n",
         },
         why="the job's result and message travel through a descriptor that the program has closed",
     ),

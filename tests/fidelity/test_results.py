@@ -110,7 +110,7 @@ def test_a_number_that_python_does_not_read(sign: int) -> None:
     limit = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(0)
     try:
-        found = [task._why_not(json.dumps(each).encode()) for each in ([number], str(number))]
+        found = [task._why_no_result(json.dumps(each).encode()) for each in ([number], str(number))]
     finally:
         sys.set_int_max_str_digits(limit)
     assert found == ["it has a number of over 4300 digits", None]

@@ -79,7 +79,7 @@ def test_what_is_told_truly_is_taken_as_it_is(kind: str) -> None:
     told = {name: getattr(found, name) for name in fields}
     assert json.loads(json.dumps(told)) == {
         **fields,
-        **({"record": made.of(fields).record} if kind == "reply" else {}),
+        **({"record": made.from_fields(fields).record} if kind == "reply" else {}),
     }
 
 
@@ -188,8 +188,8 @@ def test_a_time_in_the_future_is_now() -> None:
 def test_texts_are_a_line_that_can_be_stored() -> None:
     found = loaded("end", message="a\n\ud800 " + "x" * 7_000_000, hints=["\udcff"] * 100)
     assert found.message.startswith("a \\ud800 xxx")
-    assert len(found.message) == checks.MOST_MESSAGE
-    assert found.hints == ["\\udcff"] * checks.MOST_HINTS
+    assert len(found.message) == checks.MAX_MESSAGE
+    assert found.hints == ["\\udcff"] * checks.MAX_HINTS
     assert loaded("reply", record=None, ended=False, error="\ud800").error == "\\ud800"
 
 
@@ -204,12 +204,12 @@ def test_counts_and_measures_that_are_none_are_left_out() -> None:
     ]  # fmt: skip
     assert loaded("end", measures=[*odd, sound]).measures == [sound]
     assert loaded("outcome", measures={"a": 1}).measures == []
-    assert len(loaded("end", measures=[sound] * 1000).measures) == checks.MOST_SERIES
+    assert len(loaded("end", measures=[sound] * 1000).measures) == checks.MAX_SERIES
     told = loaded("end", measures=[["gauge", "\ud800" * 9, [["x" * 10**6, "y\n"]], [1]]]).measures
     ((_, name, ((key, value),), _),) = told
-    assert (name, len(key), value) == ("\\ud800" * 9, checks.MOST_NAME, "y")
+    assert (name, len(key), value) == ("\\ud800" * 9, checks.MAX_NAME, "y")
     many = [["gauge", "n" * 500, [["k" * 500, "v" * 500]] * 50, [1]]] * 100
-    assert len(json.dumps(loaded("end", measures=many).measures)) < 2 * checks.MOST_MEASURES
+    assert len(json.dumps(loaded("end", measures=many).measures)) < 2 * checks.MAX_MEASURES
 
 
 @pytest.mark.parametrize(
@@ -298,6 +298,6 @@ def check_end(found: ExitRecord) -> None:
     assert found.ending in checks.ENDINGS
     for text in [found.message or "", *found.hints]:
         text.encode()
-        assert len(text) <= checks.MOST_HINT
-    assert len(found.dumps()) <= checks.MOST_END
-    assert len(json.dumps(found.result)) <= checks.MOST_RESULT
+        assert len(text) <= checks.MAX_HINT
+    assert len(found.dumps()) <= checks.MAX_EXIT_RECORD
+    assert len(json.dumps(found.result)) <= checks.MAX_RESULT

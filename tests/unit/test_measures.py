@@ -15,7 +15,7 @@ def told(*jobs: MetricsClient) -> dict[tuple[str, tuple[tuple[str, str], ...]], 
     """The samples that come of jobs of an API `iris`; what they tell is sent as JSON."""
     metrics = Metrics()
     for job in jobs:
-        metrics.measured("iris", json.loads(json.dumps(job.told())))
+        metrics.measured("iris", json.loads(json.dumps(job.series())))
     text = metrics.text("local", None, []).decode()
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value

@@ -64,7 +64,7 @@ def test_a_script_that_no_interpreter_runs(
     found, words = executed(tmp_path, "./run.sh")
     assert found == code
     assert words.startswith(f"cortex: cannot run './run.sh': {told}")
-    assert (exec_errors.seen(str(tmp_path / "run.sh")) or "").startswith(told)
+    assert (exec_errors.file_problem(str(tmp_path / "run.sh")) or "").startswith(told)
 
 
 @pytest.mark.parametrize(
@@ -176,5 +176,5 @@ def test_a_program_whose_loader_is_missing(tmp_path: Path) -> None:
 def test_a_program_that_can_be_run_is_run(first: str, tmp_path: Path) -> None:
     write(tmp_path, "run.sh", f"{first}\necho $1 >&2\nexit 3\n".encode())
     assert executed(tmp_path, "./run.sh", "hi") == (3, "hi\n")
-    assert exec_errors.seen(str(tmp_path / "run.sh")) is None
-    assert exec_errors.seen("/bin/sh") is None
+    assert exec_errors.file_problem(str(tmp_path / "run.sh")) is None
+    assert exec_errors.file_problem("/bin/sh") is None

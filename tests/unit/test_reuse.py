@@ -96,7 +96,7 @@ def jobs(tmp_path: Path) -> Iterator[Jobs]:
     made = Jobs(tmp_path)
     yield made
     made.close_last()
-    for fd in made.reuse.open_files:
+    for fd in made.reuse.private_fds:
         os.close(fd)
 
 

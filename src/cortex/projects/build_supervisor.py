@@ -149,7 +149,7 @@ def _end_all() -> None:
     """End every process below this one, and collect them."""
     deadline = time.monotonic() + _END_TIMEOUT_S
     while time.monotonic() < deadline:
-        processes.end(lambda: processes.walk(os.getpid()))
+        processes.kill_all(lambda: processes.walk(os.getpid()))
         try:
             while os.waitpid(-1, os.WNOHANG)[0] != 0:
                 deadline = time.monotonic() + _END_TIMEOUT_S

@@ -29,7 +29,11 @@ def command_warnings(project: Path, command: list[str]) -> Iterator[str]:
             yield _warning(program, exec_errors.not_found(program, is_in_project))
     elif file is not None:
         exists = file.exists()
-        reason = exec_errors.seen(str(file)) if exists else exec_errors.not_found(program, exists)
+        reason = (
+            exec_errors.file_problem(str(file))
+            if exists
+            else exec_errors.not_found(program, exists)
+        )
         if reason is not None:
             yield _warning(program, reason)
     if program.rpartition("/")[2] in _SHELLS:

@@ -53,7 +53,7 @@ def end_all(jobs: Path) -> None:
         poller.register(fd, select.POLLIN)
         if not poller.poll(max(0, deadline - time.monotonic()) * 1000):
             with contextlib.suppress(OSError):
-                processes.end_from_below(fd)
+                processes.kill_with_descendants(fd)
         os.close(fd)
 
 

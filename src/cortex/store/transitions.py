@@ -20,7 +20,7 @@ from cortex.spec.lifecycle import TRANSITIONS, Event, State, Wanted, sources
 from cortex.store import long_texts
 from cortex.store.prepared import Prepared, Row, Value
 from cortex.store.schema import IS_IN_PROGRESS, jobs
-from cortex.worker.checks import NOT_KEPT, unfit
+from cortex.worker.checks import NOT_KEPT, why_no_result
 
 _is_not_stopped = jobs.c.wanted == Wanted.RUN
 _started_or_created = func.coalesce(jobs.c.start_ns, jobs.c.created_ns)
@@ -227,7 +227,7 @@ def _unfit(text: str) -> str | None:
         value: JsonValue = _decode(text)
     except (ValueError, RecursionError) as error:
         return f"it is not JSON: {error}"
-    return unfit(text.encode(), value)
+    return why_no_result(text.encode(), value)
 
 
 def _refuse_constant(name: str) -> NoReturn:

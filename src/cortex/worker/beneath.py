@@ -1,5 +1,6 @@
-"""What lies below a folder that somebody else may change at any moment, as jobs' own user may change jobs' folders. It is
-reached by open folders, one name after another: a path would lead wherever a link leads that is put in it meanwhile.
+"""Safe access to files below a folder that another user may change at any moment: the user of the
+jobs can change the jobs' folders. Each name is opened relative to an open folder. A path would
+follow any link that is put into it meanwhile.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @contextlib.contextmanager
 def opened(path: str, *names: str) -> Iterator[int]:
-    """The descriptor of a folder.
+    """Open a folder; its descriptor.
 
     Args:
-        path: of one whose name nobody else can give to another.
-        names: those that lead on from there. None is followed if it is a link.
+        path: a folder that no untrusted user can rename or replace.
+        names: the names of the folders from there on. Links are not followed.
 
     Raises:
-        OSError: it is not there, or one of them is no folder.
+        OSError: a folder does not exist, or one of the names is not a folder.
     """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -36,7 +37,7 @@ def opened(path: str, *names: str) -> Iterator[int]:
 
 
 def stat(folder: int, name: str) -> os.stat_result | None:
-    """What there is by a name in an open folder, of a link the link; None if there is nothing."""
+    """The status of a name in an open folder (of a link itself); None if there is no such name."""
     try:
         return os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
@@ -44,5 +45,5 @@ def stat(folder: int, name: str) -> os.stat_result | None:
 
 
 def names(folder: int) -> list[str]:
-    """What there is in an open folder."""
+    """The names in an open folder."""
     return os.listdir(folder)

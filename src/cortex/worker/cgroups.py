@@ -1,5 +1,6 @@
-"""The control group of one job that limits its memory (v1 or v2), as the job's supervisor sees it. The engine makes
-and removes it, and hands its folder over with the order: a user who may not change the limit joins it.
+"""The supervisor's side of the control group (v1 or v2) that limits the memory of one job. The
+engine makes and removes the group, and sends its open folder with the order: thus a process whose
+user may not change the limit can join the group.
 """
 
 from __future__ import annotations
@@ -15,103 +16,108 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cortex.worker.messages import Order
 
-# A single-threaded process that moves itself by `tasks` (v1) does not wait for an RCU grace period: 0.05 ms against
-# 12-20 ms, in which nobody on the machine can fork.
+# A single-threaded process that moves itself by `tasks` (v1) does not wait for an RCU grace period:
+# it takes 0.05 ms instead of 12-20 ms, during which no process on the machine can fork.
 JOIN = {"v1": "tasks", "v2": "cgroup.procs"}
-_COUNTS = {"v1": "memory.oom_control", "v2": "memory.events"}
+_OOM_COUNTS = {"v1": "memory.oom_control", "v2": "memory.events"}
 _EFD_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
-_MOST = 4096
+_READ_BYTES = 4096
 
 
-class Group:
-    """As `order` wants it; without a limit, every method does nothing."""
+class JobCgroup:
+    """The control group of one order. If the order has none, every method does nothing."""
 
-    __slots__ = ("_counts", "_folder", "_kind", "_limit", "_most", "event", "join")
+    __slots__ = ("_folder", "_kind", "_limit", "_oom_counts", "_peak", "join_fd", "oom_event")
 
     def __init__(self, order: Order, folder: int | None) -> None:
         """
         Args:
-            folder: of the group, from the engine; it is closed here.
+            folder: the open folder of the group, from the engine. This object closes it.
         """
         self._kind = order.memory_kind if order.memory_kind in JOIN else None
         self._limit = order.mem or 0
         self._folder = folder
-        self._counts = self._most = -1
-        self.event = -1
-        """Tells a poller that the limit was hit."""
-        self.join = -1
-        """What the job's process writes 0 to, before any code of the user."""
+        self._oom_counts = self._peak = -1
+        self.oom_event = -1
+        """Descriptor that wakes a poller when the limit is hit."""
+        self.join_fd = -1
+        """Descriptor to which the job's process writes 0 before it runs code of the user."""
 
     @property
-    def files(self) -> tuple[int, ...]:
-        """All open files, which a job must not have; but for `join`."""
-        found = {self._counts, self._most, self.event, -1 if self._folder is None else self._folder}
+    def private_fds(self) -> tuple[int, ...]:
+        """File descriptors that a job must not have. `join_fd` is not among them."""
+        found = {
+            self._oom_counts,
+            self._peak,
+            self.oom_event,
+            -1 if self._folder is None else self._folder,
+        }
         return tuple(fd for fd in found if fd >= 0)
 
-    def open(self, poller: select.poll) -> None:
-        """Have what the job needs to join it, and what wakes the poller when the limit is hit.
+    def open_control_files(self, poller: select.poll) -> None:
+        """Open the files through which the job joins the group, and register the OOM event.
 
         Raises:
-            OSError: there is no such group, or not as it has to be.
+            OSError: the group or one of its files does not exist.
         """
         kind, folder = self._kind, self._folder
         if kind is None:
             return
         if folder is None:
-            raise OSError(errno.ENOENT, "the job's control group is gone")
-        self._counts = _open(_COUNTS[kind], os.O_RDONLY, folder)
-        self.join = _open(JOIN[kind], os.O_WRONLY, folder)
+            raise OSError(errno.ENOENT, "the job's control group does not exist")
+        self._oom_counts = _open(_OOM_COUNTS[kind], os.O_RDONLY, folder)
+        self.join_fd = _open(JOIN[kind], os.O_WRONLY, folder)
         if kind == "v2":
-            self.event = self._counts
-            poller.register(self.event, select.POLLPRI)
+            self.oom_event = self._oom_counts
+            poller.register(self.oom_event, select.POLLPRI)
         else:
-            self._most = _open("memory.max_usage_in_bytes", os.O_RDONLY, folder)
-            self.event = int(libc.eventfd(0, _EFD_FLAGS))
-            if self.event < 0:
+            self._peak = _open("memory.max_usage_in_bytes", os.O_RDONLY, folder)
+            self.oom_event = int(libc.eventfd(0, _EFD_FLAGS))
+            if self.oom_event < 0:
                 raise OSError(ctypes.get_errno(), "eventfd failed")
             control = _open("cgroup.event_control", os.O_WRONLY, folder)
-            os.write(control, f"{self.event} {self._counts}".encode())
+            os.write(control, f"{self.oom_event} {self._oom_counts}".encode())
             os.close(control)
-            poller.register(self.event, select.POLLIN)
-        os.close(folder)  # a job could enter another's group by it
+            poller.register(self.oom_event, select.POLLIN)
+        os.close(folder)  # a job could enter another group through it
         self._folder = None
 
-    def joined(self) -> None:
-        """Nobody else is to join it."""
-        if self.join >= 0:
-            os.close(self.join)
-            self.join = -1
+    def close_join_fd(self) -> None:
+        """Close `join_fd`: no other process is to join the group."""
+        if self.join_fd >= 0:
+            os.close(self.join_fd)
+            self.join_fd = -1
 
     def oom_killed(self) -> bool:
         """Whether the kernel killed a process of the job for memory."""
         return self._count("oom_kill") > 0
 
     def limit_was_hit(self) -> bool:
-        """Tells the job's own limit from a machine that ran out of memory."""
+        """Whether the job hit its own limit; False if the machine ran out of memory."""
         if self._kind == "v2":
             return self._count("oom") > 0
         try:
-            # Not failcnt: kernels of late no longer count it. The high-water mark is a page or so
-            # below the limit when a charge of several pages fails.
-            return int(os.pread(self._most, _MOST, 0)) > self._limit * 0.95
+            # Not failcnt: recent kernels no longer count it. When a charge of several pages fails,
+            # the high-water mark is about a page below the limit.
+            return int(os.pread(self._peak, _READ_BYTES, 0)) > self._limit * 0.95
         except (OSError, ValueError):
             return True
 
     def close(self) -> None:
-        """It is the engine's alone again."""
-        for fd in self.files:
+        """Close all descriptors."""
+        for fd in self.private_fds:
             os.close(fd)
-        self.joined()
+        self.close_join_fd()
         self._folder = None
-        self._counts = self._most = self.event = -1
+        self._oom_counts = self._peak = self.oom_event = -1
 
     def _count(self, name: str) -> int:
-        if self._counts < 0:
+        if self._oom_counts < 0:
             return 0
         try:
-            lines = os.pread(self._counts, _MOST, 0).decode().splitlines()
+            lines = os.pread(self._oom_counts, _READ_BYTES, 0).decode().splitlines()
         except OSError:
-            return 0  # it is removed
+            return 0  # the group has been removed
         return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)
 
 

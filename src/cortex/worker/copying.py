@@ -1,6 +1,6 @@
-"""A workspace as a copy of the project: for a user who may mount nothing. Each supervising process has one, and all
-its jobs find the project there. A look at each file tells whether a job has changed it, and only what a job has
-changed is copied again.
+"""The workspace as a copy of the project, for a user who may not mount. Each supervising process
+has one copy for all its jobs. The state of each file shows whether a job has changed it; only
+changed files are copied again.
 """
 
 from __future__ import annotations
@@ -15,123 +15,129 @@ from cortex.worker import trees
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _PIECE = 1 << 20
-# A file system, or a container's filter of system calls, that knows no copy within the kernel.
+# The file system does not support copy_file_range, or a container's seccomp filter forbids it.
 _CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)
 _CLOCK_REALTIME_COARSE = 5
 _TICK_S = 0.001
 
 
 class Copy:
-    """Of one supervising process."""
+    """The copy of one supervising process."""
 
-    __slots__ = ("_folder", "_marks", "_source", "project")
+    __slots__ = ("_fingerprints", "_folder", "_source", "project")
 
     def __init__(self, project: str, folder: str) -> None:
         self._source = project
         self._folder = folder
         self.project = f"{folder}/{os.path.basename(project)}"
-        self._marks: dict[str, int] = {}  # of each path below, what it is known by
+        self._fingerprints: dict[str, int] = {}  # by path below the project
 
-    files = ()
+    private_fds = ()
 
     def project_time(self) -> int:
-        """When the project was last deployed, or mended."""
+        """When the project was last deployed or repaired (its mtime, ns)."""
         return os.stat(self._source).st_mtime_ns
 
     def make(self) -> None:
-        """Make it what the project is, which it may be for the most part."""
-        # A job that leaves its folder by `..` finds none that it could write in, unless it is root's.
+        """Make the copy equal to the project. Files that are equal already stay."""
+        # A job that leaves its folder through `..` must not be able to write there; root still can.
         os.chmod(self._folder, 0o700)
         self._restore()
         os.chmod(self._folder, 0o500)
         _await_tick()
-        self._marks = {}
-        self._marks = self._look()
+        self._fingerprints = {}
+        self._fingerprints = self._snapshot()
 
     def is_untouched(self) -> bool:
-        """Whether no job has changed anything."""
-        return self._look() == self._marks
+        """Whether no job has changed the copy."""
+        return self._snapshot() == self._fingerprints
 
-    def is_sound(self) -> bool:
-        """Whether the next job can be given it: what is wrong with a copy, `make` repairs."""
+    def is_reusable(self) -> bool:
+        """Whether the next job can get the copy: always, because `make` repairs it."""
         return True
 
     def move_changes(self, folder: int) -> None:
         """Move what was made or changed into a job's folder.
 
         Raises:
-            OSError: some could not be moved.
+            OSError: some changes could not be moved.
         """
         changed = [path for path in self._changed() if trees.BYTE_CODE not in path.split("/")]
         if not changed:
             return
         os.chmod(self._folder, 0o700)
-        trees.clear_kept(folder, f"{self._folder}/before")
+        trees.clear_own_changes(folder, f"{self._folder}/before")
         made: set[str] = set()
-        os.mkdir(trees.KEPT, 0o755, dir_fd=folder)
+        os.mkdir(trees.OWN_CHANGES, 0o755, dir_fd=folder)
         failed: OSError | None = None
         for path in changed:
             try:
                 _make_folders(folder, path, made)
-                os.rename(self.project + path, trees.KEPT + path, dst_dir_fd=folder)
+                os.rename(self.project + path, trees.OWN_CHANGES + path, dst_dir_fd=folder)
             except OSError as error:
                 failed = error
         if failed is not None:
             raise failed
 
     def close(self) -> None:
-        """Its folder is about to be removed."""
+        """Make the folder of the copy removable."""
         os.chmod(self._folder, 0o700)
 
     def _changed(self) -> list[str]:
-        """What a job has made or changed, by paths below: files, and folders that the project does not have."""
+        """The paths that a job has made or changed: files, and folders that the project lacks."""
         found = []
-        for path, mark in self._look().items():
-            if self._marks.get(path) != mark:
+        for path, fingerprint in self._snapshot().items():
+            if self._fingerprints.get(path) != fingerprint:
                 about = os.lstat(self.project + path)
-                if not stat.S_ISDIR(about.st_mode) or path not in self._marks:
+                if not stat.S_ISDIR(about.st_mode) or path not in self._fingerprints:
                     found.append(path)
         return found
 
-    def _look(self) -> dict[str, int]:
-        """What each path below is known by now; of what the project does not have, only the uppermost."""
+    def _snapshot(self) -> dict[str, int]:
+        """The current fingerprint of each path. New folders are not searched."""
         try:
-            marks = {"": _mark(os.lstat(self.project))}
+            fingerprints = {"": _fingerprint(os.lstat(self.project))}
         except OSError:
             return {}
         folders = [""]
-        for folder in folders:  # which grows meanwhile
+        for folder in folders:  # the loop extends it
             try:
-                entries = self._listed(folder, marks[folder])
+                entries = self._list_folder(folder, fingerprints[folder])
             except OSError:
-                continue  # not a folder any more, or none that may be read
+                continue  # no longer a folder, or not readable
             for entry in entries:
                 path = f"{folder}/{entry.name}"
                 about = entry.stat(follow_symlinks=False)
-                marks[path] = _mark(about)
-                if stat.S_ISDIR(about.st_mode) and (path in self._marks or not self._marks):
+                fingerprints[path] = _fingerprint(about)
+                if stat.S_ISDIR(about.st_mode) and (
+                    path in self._fingerprints or not self._fingerprints
+                ):
                     folders.append(path)
-        return marks
+        return fingerprints
 
-    def _listed(self, folder: str, mark: int) -> list[os.DirEntry[str]]:
+    def _list_folder(self, folder: str, fingerprint: int) -> list[os.DirEntry[str]]:
         path = self.project + folder
-        if self._marks and self._marks[folder] != mark and not os.path.islink(path):
-            os.chmod(path, 0o700)  # a job may have closed it
+        if (
+            self._fingerprints
+            and self._fingerprints[folder] != fingerprint
+            and not os.path.islink(path)
+        ):
+            os.chmod(path, 0o700)  # a job may have changed its mode
         with os.scandir(path) as entries:
             return list(entries)
 
     def _restore(self) -> None:
         folders = [""]
-        for folder in folders:  # which grows meanwhile
-            folders += self._restored(folder)
-        # Last, and what is below first: a folder may be closed to its own owner.
+        for folder in folders:  # the loop extends it
+            folders += self._restore_folder(folder)
+        # Last, and subfolders first: a folder's mode may lock out its owner.
         for folder in reversed(folders):
             mode = _mode_of(self._source + folder)
             if mode != stat.S_IMODE(os.stat(self.project + folder).st_mode):
                 os.chmod(self.project + folder, mode)
 
-    def _restored(self, folder: str) -> list[str]:
-        """Let the files of a folder be what they are in the project; the folders in it."""
+    def _restore_folder(self, folder: str) -> list[str]:
+        """Make the files of a folder equal to those of the project; its subfolders."""
         source, target = self._source + folder, self.project + folder
         wanted = {}
         if _mode_of(source):
@@ -158,27 +164,29 @@ class Copy:
         except FileNotFoundError:
             if os.path.lexists(entry.path):
                 raise
-            # Byte code that is compiled ahead meanwhile has another name until it is whole.
+            # Removed from the project meanwhile: byte code has a temporary name at first.
             trees.remove(self.project + path)
 
     def _is_same(self, entry: os.DirEntry[str], path: str) -> bool:
-        """Whether the copy of a file is as it was made, and the project's file is as it was then."""
+        """Whether neither the copy of a file nor its source has changed since it was copied."""
         try:
             about = os.lstat(self.project + path)
         except FileNotFoundError:
             return False
         wanted = entry.stat(follow_symlinks=False)
-        return self._marks.get(path) == _mark(about) and _shown(wanted) == _shown(about)
+        return self._fingerprints.get(path) == _fingerprint(about) and _visible_state(
+            wanted
+        ) == _visible_state(about)
 
 
 def _mode_of(folder: str) -> int:
-    """The mode of a folder's copy: one that this user may not look into, a job may not look into either."""
+    """The mode for the copy of a folder. A job may not read it if this user may not."""
     mode = stat.S_IMODE(os.stat(folder).st_mode)
     return mode if os.access(folder, os.R_OK | os.X_OK) else 0
 
 
 def _make_folder(path: str) -> None:
-    """Let there be a folder that can be written in."""
+    """Make a folder that its owner can write in, and replace any other file there."""
     try:
         os.mkdir(path, 0o700)
     except FileExistsError:
@@ -191,28 +199,28 @@ def _make_folder(path: str) -> None:
 
 
 def _make_folders(folder: int, path: str, made: set[str]) -> None:
-    """Make the folders that are above a path below `KEPT`, but for those that are made."""
+    """Make the parent folders of a path below `OWN_CHANGES`, except those in `made`."""
     above = ""
     for name in path.split("/")[1:-1]:
         above = f"{above}/{name}"
         if above not in made:
-            os.mkdir(trees.KEPT + above, 0o755, dir_fd=folder)
+            os.mkdir(trees.OWN_CHANGES + above, 0o755, dir_fd=folder)
             made.add(above)
 
 
-def _mark(about: os.stat_result) -> int:
-    """What tells one state of a file from another: whatever a job does to it, its time of change is another."""
+def _fingerprint(about: os.stat_result) -> int:
+    """A value that differs between two states of a file: any change by a job changes the ctime."""
     return hash((about.st_ino, about.st_mode, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
 
 
-def _shown(about: os.stat_result) -> tuple[int, int, int]:
-    """What a file and its copy have in common."""
+def _visible_state(about: os.stat_result) -> tuple[int, int, int]:
+    """What is equal for a file and its copy."""
     return about.st_mode, about.st_size, about.st_mtime_ns
 
 
 def _copy(entry: os.DirEntry[str], target: str) -> None:
-    """Copy a file or a link with its mode and times: byte code is valid for a source of its time. What is neither is
-    no part of a project."""
+    """Copy a file or a link with its mode and times: byte code is valid for one mtime of its source
+    only. Other kinds of files are not part of a project."""
     if entry.is_symlink():
         os.symlink(os.readlink(entry.path), target)
         times = entry.stat(follow_symlinks=False)
@@ -228,7 +236,11 @@ def _copy(entry: os.DirEntry[str], target: str) -> None:
 
 
 def _fill(fd: int, source: str, about: os.stat_result) -> int:
-    """Copy a file's content; the mode of the copy. A file that this user may not read, a job may not read either."""
+    """Copy a file's content.
+
+    Returns:
+        the mode for the copy. If this user may not read the file, a job may not either.
+    """
     try:
         read = os.open(source, _READ)
     except PermissionError:
@@ -244,7 +256,7 @@ def _fill(fd: int, source: str, about: os.stat_result) -> int:
 
 def _copy_range(read: int, write: int, count: int) -> int:
     try:
-        # Where the file system can, both share their blocks until one of them is written to.
+        # If the file system supports it, both files share their blocks until one is written to.
         return os.copy_file_range(read, write, count)
     except OSError as error:
         if error.errno not in _CANNOT_COPY:
@@ -257,8 +269,8 @@ def _copy_range(read: int, write: int, count: int) -> int:
 
 
 def _await_tick() -> None:
-    """Kernels before 6.13 stamp changes with a clock that stands still for milliseconds: what a job does at once would
-    have the same time as the copy."""
+    """Wait for the next tick of the clock that kernels before 6.13 stamp changes with. It stands
+    still for milliseconds: an immediate change by a job would have the same time as the copy."""
     before = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
     while time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) == before:
         time.sleep(_TICK_S)

@@ -1,8 +1,9 @@
-"""Records that appear complete or not at all. Called by supervisors, and by engines to fence.
+"""Atomic files: a record appears complete or not at all. Used by supervisors, and by engines to
+fence attempts.
 
-Everything is relative to an open folder, so that a job whose folder is moved meanwhile still writes
-its records into it. The folder is the job's, which may have put a link or a pipe in a record's place:
-neither is followed or waited for.
+Names are relative to an open folder: records of a job still get into its folder if the folder is
+moved meanwhile. The job can write in its folder, and may have put a link or a pipe in a record's
+place: these functions do not follow the link, and do not wait for the pipe.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import stat
 import time
 
 _READ_BYTES = 1 << 16
-_MOST_BYTES = 8 << 20  # several times of what the largest record takes
+_MAX_BYTES = 8 << 20  # several times the size of the largest record
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
@@ -22,20 +23,20 @@ def open_folder(path: str) -> int:
 
 
 def create(folder: int, name: str, data: bytes, *, made_in: int) -> bool:
-    """Create a file with this content; False if there is one already. O_EXCL alone would let a
-    reader see half of it.
+    """Create a file with this content; False if the name is taken. O_EXCL alone would let a reader
+    read half of the content.
 
     Args:
-        made_in: a folder of the same file system in which nobody can put another file in place of the one that is
-            about to get the name, as the job can in its own.
+        made_in: a folder of the same file system for the temporary file. Only trusted users may
+            write in it: a job could replace a temporary file in its own folder.
     """
-    return name_once(folder, write(made_in, name, data), name, made_in=made_in)
+    return link_once(folder, write_temporary(made_in, name, data), name, made_in=made_in)
 
 
-def name_once(folder: int, temporary: str, name: str, *, made_in: int) -> bool:
-    """Give a file its name, unless another one has it: then False. The temporary name goes in either case."""
+def link_once(folder: int, temporary: str, name: str, *, made_in: int) -> bool:
+    """Give a temporary file its name; False if the name is taken. Removes the temporary name."""
     try:
-        # Python would follow a link.
+        # By default, Python follows a symbolic link.
         os.link(temporary, name, src_dir_fd=made_in, dst_dir_fd=folder, follow_symlinks=False)
     except FileExistsError:
         return False
@@ -45,12 +46,12 @@ def name_once(folder: int, temporary: str, name: str, *, made_in: int) -> bool:
 
 
 def replace(folder: int, name: str, data: bytes) -> None:
-    """Write a file anew, so that it is whole even after a loss of power."""
-    rename(folder, write(folder, name, data, sync=True), name)
+    """Replace a file durably: it is complete even after a power failure."""
+    rename(folder, write_temporary(folder, name, data, sync=True), name)
 
 
 def sync(folder: int, name: str) -> None:
-    """Put a file that is there onto the disk."""
+    """Write an existing file to the disk (fsync)."""
     fd = os.open(name, _READ, dir_fd=folder)
     try:
         os.fsync(fd)
@@ -59,17 +60,17 @@ def sync(folder: int, name: str) -> None:
 
 
 def put(folder: int, name: str, data: bytes) -> None:
-    """Write a file anew, whole for every reader; a loss of power may take it."""
-    rename(folder, write(folder, name, data), name)
+    """Replace a file: it is complete for every reader, but a power failure may lose it."""
+    rename(folder, write_temporary(folder, name, data), name)
 
 
-def write(folder: int, name: str, data: bytes, *, sync: bool = False) -> str:
-    """Write a new file that is about to get this name; its temporary name."""
-    made = temporary(name)
+def write_temporary(folder: int, name: str, data: bytes, *, sync: bool = False) -> str:
+    """Write a temporary file, which is to get this name later; its temporary name."""
+    made = temporary_name(name)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     fd = os.open(made, flags, 0o644, dir_fd=folder)
     try:
-        fill(fd, data)
+        write_all(fd, data)
         if sync:
             os.fsync(fd)
     except BaseException:
@@ -80,13 +81,14 @@ def write(folder: int, name: str, data: bytes, *, sync: bool = False) -> str:
     return made
 
 
-def temporary(name: str) -> str:
-    """A name for a file that is about to get this one."""
+def temporary_name(name: str) -> str:
+    """A unique name for a file that is to get this name later."""
     return f".{name}.{os.getpid()}.{time.monotonic_ns()}"
 
 
 def rename(folder: int, temporary: str, name: str) -> None:
-    """Give a file its name, in place of what has it. A file that cannot get it is removed."""
+    """Give a temporary file its name, and replace the file that has the name. Removes the temporary
+    file if that fails."""
     try:
         os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
     except OSError:
@@ -95,27 +97,27 @@ def rename(folder: int, temporary: str, name: str) -> None:
 
 
 def read(folder: int, name: str) -> bytes | None:
-    """The content of a record, or None; nothing of what can be none."""
+    """The content of a record; None if there is none, and empty if it cannot be a record."""
     try:
         fd = os.open(name, _READ, dir_fd=folder)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO):  # a socket is told by the last
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO):  # ENXIO: a socket
             return None
         raise
     try:
         about = os.fstat(fd)
         if not stat.S_ISREG(about.st_mode):
             return b""
-        data = os.read(fd, min(about.st_size, _MOST_BYTES) + 1)
-        while len(data) <= _MOST_BYTES and (piece := os.read(fd, _READ_BYTES)):
+        data = os.read(fd, min(about.st_size, _MAX_BYTES) + 1)
+        while len(data) <= _MAX_BYTES and (piece := os.read(fd, _READ_BYTES)):
             data += piece
-        return data if len(data) <= _MOST_BYTES else b""
+        return data if len(data) <= _MAX_BYTES else b""
     finally:
         os.close(fd)
 
 
 def tail(folder: int, name: str, start: int, limit: int = 4096) -> bytes:
-    """The end of a file, nothing from before `start`."""
+    """The last `limit` bytes of a file, but nothing from before `start`."""
     try:
         fd = os.open(name, _READ, dir_fd=folder)
     except OSError:
@@ -129,11 +131,11 @@ def tail(folder: int, name: str, start: int, limit: int = 4096) -> bytes:
 
 
 def is_regular(fd: int) -> bool:
-    """Whether it is a plain file, which alone a record or a log can be."""
+    """Whether it is a regular file: no other file can be a record or a log."""
     return stat.S_ISREG(os.fstat(fd).st_mode)
 
 
-def fill(fd: int, data: bytes) -> None:
-    """Write all of it."""
+def write_all(fd: int, data: bytes) -> None:
+    """Write all bytes."""
     while data:
         data = data[os.write(fd, data) :]

@@ -1,5 +1,5 @@
-"""JSON encoders that are made once. `json.dumps` makes a new one for each value, which takes longer than to
-encode a short message, and touches what each fork would copy.
+"""Reusable JSON encoders. `json.dumps` makes a new encoder for each value: that takes longer than
+encoding a short message, and touches pages that each fork would copy.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ if TYPE_CHECKING:
 
 
 def encoder(*, for_one: bool = False, allow_nan: bool = True) -> Callable[[object], str]:
-    """What encodes as `json.dumps` does.
+    """Make a function that encodes as `json.dumps` does.
 
     Args:
-        for_one: it encodes one value, of which nobody knows whether it holds itself. An encoder of many does not
-            look for that: it is for values that come from JSON, or go into it as they were made.
-        allow_nan: whether it takes the numbers that JSON does not have.
+        for_one: the function encodes one value, and checks it for circular references. Without
+            this, it encodes many values without the check: they come from JSON, or are made by this
+            package.
+        allow_nan: whether to accept NaN and infinity, which JSON does not have.
     """
     whole = json.JSONEncoder(allow_nan=allow_nan)
     make: Make | None = getattr(json.encoder, "c_make_encoder", None)
-    if make is None:  # an interpreter without the extension
+    if make is None:  # an interpreter without the C extension
         return whole.encode
-    # What a value is inside of. Who fails in the middle leaves some in it.
-    held: dict[int, object] | None = {} if for_one else None
+    # The containers around the current value. An error in the middle leaves entries in it:
+    # therefore a function with this check must not be used again.
+    containers: dict[int, object] | None = {} if for_one else None
     text = json.encoder.encode_basestring_ascii
-    encode = make(held, whole.default, text, None, ": ", ", ", False, False, allow_nan)
+    encode = make(containers, whole.default, text, None, ": ", ", ", False, False, allow_nan)
     join = "".join
     return lambda value: join(encode(value, 0))

@@ -1,7 +1,7 @@
-"""What the engine and the worker side tell one another, and the records that they leave on disk.
+"""The messages between the engine and the worker processes, and their records on disk.
 
-Plain classes with a JSON form: dataclasses and pydantic cost more to import than a fork. Both sides
-build them, so a field is named in one place.
+These are plain classes with a JSON form: importing dataclasses or pydantic would cost more than a
+fork. Both sides use these classes, so that each field is named in one place.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 globals()["__builtins__"] = standard.BUILTINS
 
-MOST_MESSAGE = 1 << 16
-MOST_RECORD = 1 << 15
-"""An exit record that is longer is not told along, but read from its file."""
+MAX_MESSAGE = 1 << 16
+MAX_INLINE_RECORD = 1 << 15
+"""A longer exit record is not part of the report: the engine reads its file."""
 JOB_ID_ROOM = 64
-"""Bytes kept free for the job's id in the first environment block of a fork server."""
+"""Bytes reserved for the job's id in the initial environment block of a fork server."""
 JOBS_FOLDER = "CORTEX_JOBS_FOLDER"
-"""A variable in that block alone: which folder of jobs it is, as a copy of it may have jobs of the same ids."""
+"""A variable in that block alone: the folder of the jobs. A copy of that folder may have jobs of
+the same ids."""
 
 
 encode = json_encoder.encoder()
@@ -40,38 +41,38 @@ class _Message:
         return encode({name: getattr(self, name) for name in self.__slots__}).encode()
 
     def check(self) -> None:
-        """See that it can be true, where a job may have written it (`checks`).
+        """Check the values: a job may have written them (`checks`).
 
         Raises:
-            checks.Invalid: it cannot.
+            checks.Invalid: a value is impossible.
         """
 
     @classmethod
     def loads(cls, data: bytes) -> Self:
-        """Read what was written of one.
+        """Decode a message.
 
         Raises:
-            checks.Invalid: it is none.
+            checks.Invalid: the data is not a valid message of this class.
         """
         try:
             fields = _decode(data.decode())
         except RecursionError as error:
-            raise checks.Invalid("it is nested too deep") from error
+            raise checks.Invalid("it is nested too deeply") from error
         except (ValueError, SystemError) as error:
-            # The latter is of CPython 3.11, where a user's own `json` is to be found instead.
-            raise checks.Invalid("it is no JSON") from error
-        return cls.of(fields)
+            # CPython 3.11 raises SystemError if the user's `json` shadows the standard library's.
+            raise checks.Invalid("it is not JSON") from error
+        return cls.from_fields(fields)
 
     @classmethod
-    def of(cls, fields: object) -> Self:
-        """Make one of its fields, as JSON has them. Those of a later version are left out: records outlive the version
-        that wrote them.
+    def from_fields(cls, fields: object) -> Self:
+        """Make a message from the decoded JSON object. Unknown fields are ignored: records outlive
+        the version that wrote them, and a later version may have more fields.
 
         Raises:
-            checks.Invalid: it is none.
+            checks.Invalid: the fields are not a valid message of this class.
         """
         if not isinstance(fields, dict):
-            raise checks.Invalid("it is no object of JSON")
+            raise checks.Invalid("it is not a JSON object")
         try:
             made = cls(**{name: fields[name] for name in cls.__slots__ if name in fields})
         except TypeError as error:
@@ -81,7 +82,7 @@ class _Message:
 
 
 class Setup(_Message):
-    """What a fork server is told once, through its standard input: the version."""
+    """Describes the version to a fork server: its standard input."""
 
     __slots__ = (
         "command",
@@ -115,21 +116,21 @@ class Setup(_Message):
         refused: dict[str, str] | None = None,
     ) -> None:
         self.package = package
-        self.import_dir = import_dir  # a folder with nothing but a link to the package
-        self.open_files = open_files  # how many a job may have at once
-        self.own_folder = own_folder  # "overlay" or "copy": how a job's own folder is made
-        self.own_root = own_root  # where these folders lie
+        self.import_dir = import_dir  # a folder that contains only a link to the package
+        self.open_files = open_files  # how many files a job may have open at once
+        self.own_folder = own_folder  # "overlay" or "copy": the backend of the workspace
+        self.own_root = own_root  # the folder of the workspaces
         self.project = project
         self.python_path = python_path
         self.path = path
         self.command = command
         self.env = env
         self.preload = preload  # modules to import ahead, in this order
-        self.refused = refused or {}  # of those that were wished for: why they are not
+        self.refused = refused or {}  # modules that are not preloaded, with the reasons
 
 
 class Order(_Message):
-    """One start: what a supervisor is told."""
+    """Tells a supervisor to start one attempt of a job."""
 
     __slots__ = (
         "attempt",
@@ -172,33 +173,34 @@ class Order(_Message):
         lost: str | None = None,
         held: bool = False,
     ) -> None:
-        self.job = job  # the content of job.json; for the engine, with the config of the API alone
+        self.job = job  # the content of job.json; in the engine, its config is the API's alone
         self.submitted = submitted  # the config of the job, as JSON text
         self.job_id = job_id
         self.attempt = attempt
         self.folder = folder
         self.grace_s = grace_s
         self.timeout = timeout
-        self.deadline = deadline  # by the monotonic clock, which all processes share
+        self.deadline = deadline  # on the monotonic clock, which all processes share
         self.log_limit = log_limit
         self.mem = mem
-        self.memory_kind = memory_kind  # "v2", "v1", "watchdog"; None is no limit
-        self.memory_dir = memory_dir  # the job's control group, whose folder comes along
+        self.memory_kind = memory_kind  # "v2", "v1", "watchdog"; None: no limit
+        self.memory_dir = memory_dir  # the job's control group; its open folder is sent along
         self.gpus = gpus
         self.visible_gpus = visible_gpus  # None on a machine without GPUs
-        self.losses = losses  # attempts before this one, whose processes were lost
-        self.lost = lost  # how the last of them was, in words
-        self.held = held  # laid out at once, but begun with only when the engine says so
+        self.losses = losses  # how many earlier attempts were lost
+        self.lost = lost  # why the last of them was lost
+        self.held = held  # on hold: prepare at once, but start only at the engine's GO
 
     def dumps(self) -> bytes:
-        """The submitted config goes in as it is: the engine would take long to read and write a large one."""
+        """Encode the order. The submitted config is inserted as text: decoding and encoding a large
+        one would take long."""
         fields = {name: getattr(self, name) for name in self.__slots__ if name != "submitted"}
         head = encode(fields)[:-1] + ', "submitted": '
         return b"".join((head.encode(), self.submitted.encode(), b"}"))
 
     @classmethod
     def loads(cls, data: bytes) -> Self:
-        """The content of job.json is complete from here on."""
+        """Decode an order, and merge the submitted config into the content of job.json."""
         order = super().loads(data)
         submitted: Any = order.submitted  # an object by now
         order.job["submitted_config"], order.submitted = submitted, "{}"
@@ -206,12 +208,12 @@ class Order(_Message):
         return order
 
     def forget_job(self) -> None:
-        """Whoever carries it out has it: it may be large."""
+        """Drop the content of the job, which may be large: the supervisor has got it."""
         self.job, self.submitted = {}, "{}"
 
 
 def _merged(base: Any, override: Any) -> dict[str, object]:
-    """`override` laid over `base`: an object merges into an object, anything else replaces."""
+    """Merge two configs: an object is merged into an object, any other value replaces."""
     merged = dict(base)
     for key, value in override.items():
         below = merged.get(key)
@@ -221,10 +223,13 @@ def _merged(base: Any, override: Any) -> dict[str, object]:
 
 
 class Reply(_Message):
-    """What is said to the engine: by a fork server which module it imports ahead now, or why one must not
-    be, that it is ready (no pid), or that it has forked a supervising process, with its pidfd and
-    socket, or why it could not; by a supervising process (job id) that a start or exit record is made,
-    or why it could not begin."""
+    """A report to the engine.
+
+    A fork server reports which module it is about to import, why it refuses one, that it is ready
+    (no pid), that it has forked a supervising process (with its pidfd and socket), or why that
+    failed. A supervising process (with a job id) reports that a start or exit record exists, or why
+    the job could not start.
+    """
 
     __slots__ = (
         "attempt",
@@ -256,9 +261,9 @@ class Reply(_Message):
         refused: str | None = None,
     ) -> None:
         self.importing = importing
-        self.refused = refused  # why what it imports must not be imported ahead
+        self.refused = refused  # why the module must not be imported ahead
         self.errno = errno
-        self.record = record  # the exit record that was made, unless it is large
+        self.record = record  # the exit record, unless it is large
         self.ended = ended
         self.recorded = recorded
         self.job_id = job_id
@@ -270,13 +275,16 @@ class Reply(_Message):
     def check(self) -> None:
         checks.reply(self)
         if self.record is not None:
-            self.record = ExitRecord.of(self.record).fields()
+            self.record = ExitRecord.from_fields(self.record).fields()
 
 
 class StartRecord(_Message):
-    """`start.<attempt>`: the fence. Whoever creates it decides: a supervisor that the attempt runs,
-    an engine (`fenced`) that it never will. The records of one supervising process share a file, which
-    holds that of its latest job: `job_id` and `attempt` say which, and are empty in records of old."""
+    """The content of `start.<attempt>`: the fence.
+
+    Its creator decides: with a supervisor's record, the attempt runs; with an engine's (`fenced`),
+    it never will. The records of one supervising process share a file, which contains the record of
+    its latest job: `job_id` and `attempt` name it, and are empty in records of old versions.
+    """
 
     __slots__ = (
         "attempt",
@@ -314,13 +322,15 @@ class StartRecord(_Message):
         self.gpus = gpus or []
 
     def check(self) -> None:
-        checks.start(self)
+        checks.start_record(self)
 
 
 class ExitRecord(_Message):
-    """In `exit.<attempt>`: how it ended; `ending` is one of engines.base.Ending, or "lost". The file holds
-    this record alone, or is a journal with a line for each of several jobs: `job_id` and `attempt` say
-    which, and are empty in records of old."""
+    """In `exit.<attempt>`: how an attempt ended. `ending` is one of engines.base.Ending, or "lost".
+
+    The file contains this record alone, or is a journal with a line for each of several jobs:
+    `job_id` and `attempt` name the attempt, and are empty in records of old versions.
+    """
 
     __slots__ = (
         "attempt",
@@ -354,7 +364,7 @@ class ExitRecord(_Message):
         measures: list[object] | None = None,
     ) -> None:
         self.v = v
-        self.measures = measures or []  # what its task counted and measured
+        self.measures = measures or []  # the metrics of its task
         self.hints = hints or []  # what the users of its version should know
         self.job_id = job_id
         self.attempt = attempt
@@ -367,11 +377,12 @@ class ExitRecord(_Message):
         self.has_result = has_result
 
     def check(self) -> None:
-        checks.end(self)
+        checks.exit_record(self)
 
 
 class LogCut(_Message):
-    """`log.cut`: the bytes from `start` up to `end` are gone from the log, for it was over `limit`."""
+    """The content of `log.cut`: the bytes from `start` up to `end` were removed from the log,
+    because it exceeded `limit`."""
 
     __slots__ = ("end", "limit", "start")
 
@@ -381,11 +392,11 @@ class LogCut(_Message):
         self.limit = limit
 
     def check(self) -> None:
-        checks.cut(self)
+        checks.log_cut(self)
 
 
 class Outcome(_Message):
-    """What a job's process says of itself in its outcome file, once."""
+    """The content of the outcome file, which a job's process writes once."""
 
     __slots__ = ("has_result", "loading", "lost", "measures", "message", "result")
 
@@ -399,19 +410,19 @@ class Outcome(_Message):
         loading: list[object] | None = None,
         measures: object = None,
     ) -> None:
-        self.measures = measures  # what the task counted and measured
-        self.loading = loading  # seconds, and the modules that took them
+        self.measures = measures  # the metrics of the task
+        self.loading = loading  # seconds spent on imports, and the modules
         self.message = message
         self.result = result
         self.has_result = has_result
-        self.lost = lost  # the platform could not even make the process what it must be
+        self.lost = lost  # the platform could not set up the process
 
     def check(self) -> None:
         checks.outcome(self)
 
 
 def size(amount: int) -> str:
-    """Bytes as people write them, rounded down: "512 MiB", "31.2 GiB"."""
+    """Bytes for people, rounded down: "512 MiB", "31.2 GiB"."""
     for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if amount >= unit:
             return f"{amount * 10 // unit / 10:g} {name}"

@@ -1,6 +1,7 @@
-"""A workspace as an overlay: a file system that shows the project, and keeps each change in a folder of its own. It is
-mounted at the project's path, in a mount namespace of the supervising process alone: absolute paths are private
-too, and nothing is mounted any more once that process is gone, however it ended. It takes CAP_SYS_ADMIN.
+"""The workspace as an overlay file system: it shows the project, and writes all changes to a
+separate folder. It is mounted at the project's path, in a mount namespace of the supervising
+process alone. Hence absolute paths are private to the job as well, and the kernel removes the mount
+when the process ends, however it ends. Requires CAP_SYS_ADMIN.
 """
 
 from __future__ import annotations
@@ -17,22 +18,23 @@ _CLONE_NEWNS = 0x20000
 _MS_REC, _MS_SLAVE = 0x4000, 1 << 19
 _MNT_DETACH = 2
 # `MS_NOSUID` and the others have the values of `ST_NOSUID` and the others.
-_KEPT_FLAGS = os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC
-# With `redirect_dir`, a folder of the project can be renamed as anywhere else. With `metacopy`, a file whose mode has
-# been changed would be kept without its content; `volatile` spares a sync of the whole disk at each unmount.
+_INHERITED_FLAGS = os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC
+# `redirect_dir` allows renaming a folder of the project. With `metacopy`, a file whose mode was
+# changed would be stored without its content. `volatile` avoids a sync of the whole disk at each
+# unmount.
 _OPTIONS = "redirect_dir=on,metacopy=off,index=off,xino=off,volatile"
 _OLD_OPTIONS = _OPTIONS.removesuffix(",volatile")  # of Linux before 5.10
 
 
 class Overlay:
-    """Of one supervising process, which is in a mount namespace of its own from then on."""
+    """The overlay of one supervising process, which it moves into a new mount namespace."""
 
     __slots__ = (
         "_folder",
+        "_initial_state",
         "_is_first",
         "_lower",
-        "_made",
-        "_mounts",
+        "_mountinfo",
         "_options",
         "_poller",
         "_upper",
@@ -42,25 +44,27 @@ class Overlay:
     def __init__(self, project: str, folder: str) -> None:
         """
         Raises:
-            OSError: this process may not have a mount namespace.
+            OSError: this process may not create a mount namespace.
         """
         self.project = project
         self._folder = folder
         self._is_first = True
         self._upper = -1
-        self._made: tuple[int, ...] = ()
+        self._initial_state: tuple[int, ...] = ()
         self._options = _OPTIONS
-        _check(libc.unshare(_CLONE_NEWNS), "unshare")
-        # What the machine mounts later is seen here; what is mounted here is seen nowhere else.
+        _raise_on_error(libc.unshare(_CLONE_NEWNS), "unshare")
+        # Later mounts of the machine appear here; mounts of this process appear nowhere else.
         _mount(b"none", b"/", None, _MS_REC | _MS_SLAVE, None)
-        self._lower = files.open_folder(project)  # the kernel takes it from this namespace alone
-        self._mounts = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+        self._lower = files.open_folder(
+            project
+        )  # opened in this namespace: the kernel accepts no other
+        self._mountinfo = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
         self._poller = select.poll()
-        self._poller.register(self._mounts, select.POLLPRI)
+        self._poller.register(self._mountinfo, select.POLLPRI)
 
     @classmethod
     def mounted(cls, project: str, folder: str) -> Overlay | None:
-        """One that works, or None."""
+        """A mounted overlay, or None if this machine does not allow one."""
         try:
             made = cls(project, folder)
         except OSError:
@@ -73,25 +77,23 @@ class Overlay:
         return made
 
     @property
-    def files(self) -> tuple[int, ...]:
-        """Descriptors that no job may have."""
-        return (self._lower, self._mounts, *(() if self._upper < 0 else (self._upper,)))
+    def private_fds(self) -> tuple[int, ...]:
+        """File descriptors that a job must not have."""
+        return (self._lower, self._mountinfo, *(() if self._upper < 0 else (self._upper,)))
 
     def project_time(self) -> int:
-        """When the project was last deployed, or mended."""
+        """When the project was last deployed or repaired (its mtime, ns)."""
         return os.fstat(self._lower).st_mtime_ns
 
     def make(self) -> None:
-        """Mount it anew, with nothing changed."""
+        """Mount the overlay anew, without changes."""
         self._unmount()
         upper, work = self._changes, self._work
         os.mkdir(upper, 0o700)
-        if (
-            self._is_first
-        ):  # else it is as the last mount left it: each new folder may cost a millisecond
+        if self._is_first:  # later, the folder is reused: each new folder may cost a millisecond
             os.mkdir(work, 0o700)
             self._is_first = False
-        # Its owner and mode are those that the project's folder is seen with.
+        # The overlay shows the project's folder with the owner and mode of the upper folder.
         about = os.fstat(self._lower)
         os.chown(upper, about.st_uid, about.st_gid)
         os.chmod(upper, stat.S_IMODE(about.st_mode))
@@ -102,30 +104,31 @@ class Overlay:
         finally:
             os.close(fd)
         self._poller.poll(0)
-        self._made = self._state()
+        self._initial_state = self._state()
 
     def is_untouched(self) -> bool:
-        """Whether no job has changed anything: each first change makes an entry, or is one of the folder itself."""
-        return self._state() == self._made and not os.listdir(self._upper)
+        """Whether no job has changed anything: a first change makes an entry in the upper folder,
+        or changes that folder itself."""
+        return self._state() == self._initial_state and not os.listdir(self._upper)
 
-    def is_sound(self) -> bool:
-        """Whether what is mounted here is what was: a job may have mounted or unmounted something."""
+    def is_reusable(self) -> bool:
+        """Whether the mounts are unchanged: a job may have mounted or unmounted something."""
         return not self._poller.poll(0)
 
     def move_changes(self, folder: int) -> None:
         """Move what was made or changed into a job's folder.
 
         Raises:
-            OSError: it could not be moved.
+            OSError: the changes could not be moved.
         """
         upper = self._changes
-        if _drop_marks(upper):
-            trees.clear_kept(folder, f"{self._folder}/before")
-            os.rename(upper, trees.KEPT, dst_dir_fd=folder)
+        if _drop_whiteouts(upper):
+            trees.clear_own_changes(folder, f"{self._folder}/before")
+            os.rename(upper, trees.OWN_CHANGES, dst_dir_fd=folder)
 
     def close(self) -> None:
         self._unmount()
-        for fd in (self._lower, self._mounts):
+        for fd in (self._lower, self._mountinfo):
             os.close(fd)
 
     @property
@@ -141,9 +144,9 @@ class Overlay:
         return about.st_mode, about.st_uid, about.st_gid, about.st_mtime_ns, about.st_ctime_ns
 
     def _mount(self, work: int) -> None:
-        flags = os.fstatvfs(self._lower).f_flag & _KEPT_FLAGS
+        flags = os.fstatvfs(self._lower).f_flag & _INHERITED_FLAGS
         while True:
-            # By descriptors: in the options a comma or a colon of a path would have a meaning.
+            # As descriptors: a comma or a colon in a path has a meaning in the mount options.
             layers = (
                 f"lowerdir={_path(self._lower)},upperdir={_path(self._upper)},workdir={_path(work)}"
             )
@@ -160,24 +163,24 @@ class Overlay:
     def _unmount(self) -> None:
         if self._upper < 0:
             return
-        if self._made:
-            _check(libc.umount2(os.fsencode(self.project), _MNT_DETACH), "umount2")
+        if self._initial_state:
+            _raise_on_error(libc.umount2(os.fsencode(self.project), _MNT_DETACH), "umount2")
         os.close(self._upper)
-        self._upper, self._made = -1, ()
+        self._upper, self._initial_state = -1, ()
         trees.remove(self._changes)
-        # The kernel's mark of `volatile`, which forbids another mount with this folder.
+        # The kernel's marker of `volatile`, which prevents another mount with this folder.
         trees.remove(f"{self._work}/work/incompat")
 
 
-def _drop_marks(upper: str) -> bool:
-    """Remove what marks a deleted file, and byte code; whether there is anything else."""
+def _drop_whiteouts(upper: str) -> bool:
+    """Remove byte code and whiteouts, which mark deleted files; False if nothing else is left."""
     folders = [upper]
-    for folder in folders:  # which grows meanwhile
+    for folder in folders:  # the loop extends it
         try:
             with os.scandir(folder) as entries:
                 found = list(entries)
         except OSError:
-            continue  # too deep to open: there are no marks in what the job alone has made
+            continue  # too deep to open: made by the job, and has no whiteouts
         for entry in found:
             if entry.is_dir(follow_symlinks=False):
                 if entry.name == trees.BYTE_CODE:
@@ -198,10 +201,10 @@ def _path(fd: int) -> str:
 def _mount(
     source: bytes, target: bytes, kind: bytes | None, flags: int, options: bytes | None
 ) -> None:
-    _check(libc.mount(source, target, kind, ctypes.c_ulong(flags), options), "mount")
+    _raise_on_error(libc.mount(source, target, kind, ctypes.c_ulong(flags), options), "mount")
 
 
-def _check(result: int, call: str) -> None:
+def _raise_on_error(result: int, call: str) -> None:
     if result != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{call}: {os.strerror(number)}")

@@ -1,6 +1,8 @@
-"""Processes as the kernel tells of them. Called by supervisors and by the local engine.
+"""Inspects and signals processes, through /proc and pidfds. Used by supervisors and by the local
+engine.
 
-A process is never known by its bare pid: pid and start ticks, verified while a pidfd holds it.
+A pid alone never identifies a process: it is always a pid with start ticks, which are checked while
+an open pidfd keeps the kernel from reusing the pid.
 """
 
 from __future__ import annotations
@@ -20,15 +22,15 @@ if TYPE_CHECKING:
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
-EXEC_S = 0.5
-"""How long a process may show no command line and be taken to be in its exec."""
-MOST_SWEEPS = 200
-END_S = 5.0
+MAX_EXEC_S = 0.5
+"""For this time, a process without a command line counts as being in the middle of its exec."""
+MAX_SWEEPS = 200
+KILL_TIMEOUT_S = 5.0
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 # Only kernels with CONFIG_PROC_CHILDREN have it.
 _HAS_CHILDREN = os.path.exists("/proc/thread-self/children")
 
-# What is not told for want of these is there all the same.
+# Errors that do not mean that the process does not exist.
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -45,22 +47,24 @@ def boot_id() -> str:
 
 
 def stat(pid: int | str) -> tuple[str, int, int] | None:
-    """State, parent and start ticks; None when there is no such process.
+    """State, parent and start ticks of a process; None if it does not exist.
 
     Raises:
-        OSError: it cannot be told, for want of descriptors or memory.
+        OSError: out of file descriptors or memory.
     """
     fields = _fields(pid)
     return None if fields is None else (fields[0].decode(), int(fields[1]), int(fields[19]))
 
 
-def living(pid: int | str) -> int | None:
-    """The start ticks of a process that can still run; None of any other. One that has ended is there until its parent
-    has collected it, and some never do: no first process of a container has to. One whose first thread has ended before
-    the others is a zombie by its state, and lives on.
+def ticks_if_alive(pid: int | str) -> int | None:
+    """The start ticks of a process that can still run; None for any other.
+
+    A process that has ended remains as a zombie until its parent reaps it. Some parents never do:
+    the first process of a container does not have to. A process whose first thread has ended before
+    the others has the state of a zombie, but is alive.
 
     Raises:
-        OSError: it cannot be told, for want of descriptors or memory.
+        OSError: out of file descriptors or memory.
     """
     fields = _fields(pid)
     if fields is None or (fields[0] in (b"Z", b"X") and int(fields[17]) <= 1):
@@ -68,11 +72,11 @@ def living(pid: int | str) -> int | None:
     return int(fields[19])
 
 
-def hold(pid: int, ticks: int) -> int | None:
-    """A pidfd of exactly this process, or None when it has ended.
+def open_pidfd(pid: int, ticks: int) -> int | None:
+    """Open a pidfd of exactly this process; None if it has ended.
 
     Raises:
-        OSError: it cannot be told, for want of descriptors or memory.
+        OSError: out of file descriptors or memory.
     """
     try:
         pidfd = os.pidfd_open(pid)
@@ -80,7 +84,7 @@ def hold(pid: int, ticks: int) -> int | None:
         _raise_shortage(error)
         return None
     try:
-        found = living(pid)
+        found = ticks_if_alive(pid)
     except OSError:
         os.close(pidfd)
         raise
@@ -91,7 +95,7 @@ def hold(pid: int, ticks: int) -> int | None:
 
 
 def owner(pid: int) -> int | None:
-    """Whose it is: the real user, who may signal it; None when it is gone."""
+    """The real user id of a process, which says who may signal it; None if it does not exist."""
     try:
         with open(f"/proc/{pid}/status") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("Uid:"))
@@ -99,23 +103,28 @@ def owner(pid: int) -> int | None:
         return None
 
 
-def held(pidfd: int) -> int:
-    """The pid of a pidfd; not a positive one when it is gone, or this is none.
+def pid_of(pidfd: int) -> int:
+    """The pid that a pidfd refers to. Not positive if the process has been reaped, or if the
+    descriptor is not a pidfd.
 
     Raises:
-        OSError: there are no descriptors to find out with.
+        OSError: out of file descriptors.
     """
     with open(f"/proc/self/fdinfo/{pidfd}") as file:
         return next((int(line.split()[1]) for line in file if line.startswith("Pid:")), -1)
 
 
 def send(processes: dict[int, int], *signals: int) -> OSError | None:
-    """Signal each of these (pid: start ticks), and nobody who got one of the pids later; the shortage for which
-    some were not, if there was one."""
+    """Send these signals to each of these processes (pid: start ticks), and to no process that got
+    one of the pids later.
+
+    Returns:
+        the error, if some processes got no signal for lack of descriptors or memory.
+    """
     short = None
     for pid, ticks in processes.items():
         try:
-            pidfd = hold(pid, ticks)
+            pidfd = open_pidfd(pid, ticks)
         except OSError as error:
             short = error
             continue
@@ -125,18 +134,19 @@ def send(processes: dict[int, int], *signals: int) -> OSError | None:
             for number in signals:
                 signal.pidfd_send_signal(pidfd, number)
         except OSError:
-            pass  # gone meanwhile, or (a setuid program) not ours to signal
+            pass  # it has ended, or is a setuid program, which this user may not signal
         finally:
             os.close(pidfd)
     return short
 
 
-def end(look: Callable[[], Iterable[tuple[int, int]]]) -> None:
-    """Kill all that a look finds, as pid and start ticks. They are stopped first, which a fork bomb cannot outrun."""
+def kill_all(list_processes: Callable[[], Iterable[tuple[int, int]]]) -> None:
+    """Kill all processes that this function lists, as pid and start ticks. Stops them first: a fork
+    bomb cannot outrun that."""
     stopped: dict[int, int] = {}
-    for _ in range(MOST_SWEEPS):
+    for _ in range(MAX_SWEEPS):
         known = len(stopped)
-        for pid, ticks in look():
+        for pid, ticks in list_processes():
             if stopped.get(pid) != ticks:
                 send({pid: ticks}, signal.SIGSTOP)
                 stopped[pid] = ticks
@@ -145,29 +155,29 @@ def end(look: Callable[[], Iterable[tuple[int, int]]]) -> None:
     send(stopped, signal.SIGKILL)
 
 
-def is_there_below(pidfd: int) -> bool:
-    """Whether anything lives below a process.
+def has_descendants(pidfd: int) -> bool:
+    """Whether a process has descendants that are alive.
 
     Raises:
-        OSError: there are no descriptors to find out with.
+        OSError: out of file descriptors.
     """
-    pid = held(pidfd)
+    pid = pid_of(pidfd)
     return pid > 0 and any(True for _ in walk(pid))
 
 
-def end_from_below(pidfd: int) -> None:
-    """End a supervising process that does not do its work, and all below it: that first, for it stays there only as
-    long as the process does.
+def kill_with_descendants(pidfd: int) -> None:
+    """Kill a supervising process that no longer works, after all its descendants: they remain its
+    descendants only while it exists.
 
     Raises:
-        OSError: it cannot be told what there is, for want of descriptors.
+        OSError: out of file descriptors.
     """
-    until = time.monotonic() + END_S
+    until = time.monotonic() + KILL_TIMEOUT_S
     try:
-        signal.pidfd_send_signal(pidfd, signal.SIGSTOP)  # it would tell of a job that was killed
-        while is_there_below(pidfd) and time.monotonic() < until:
-            root = held(pidfd)
-            end(lambda: walk(root))  # noqa: B023  # it is called at once
+        signal.pidfd_send_signal(pidfd, signal.SIGSTOP)  # or it would report its job as killed
+        while has_descendants(pidfd) and time.monotonic() < until:
+            root = pid_of(pidfd)
+            kill_all(lambda: walk(root))  # noqa: B023  # called before `root` changes
             time.sleep(0.01)
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     except ProcessLookupError:
@@ -175,21 +185,21 @@ def end_from_below(pidfd: int) -> None:
 
 
 def walk(root: int) -> Iterator[tuple[int, int]]:
-    """All that live below a process, parents before children: pid and start ticks. What the caller
-    stops when it is told of it has its children listed as they then stay."""
+    """All descendants of a process that are alive, parents before children: pid and start ticks. If
+    the caller stops each process at once, the list of its children is final."""
     below = _children if _HAS_CHILDREN else _scanner()
     waiting = [root]
     while waiting:
         for pid in below(waiting.pop()):
-            ticks = _living(pid)
+            ticks = _ticks_if_alive(pid)
             if ticks is not None:
                 yield pid, ticks
                 waiting.append(pid)
 
 
 def tree(root: int) -> Iterator[tuple[int, int]]:
-    """A process and all that live below it."""
-    ticks = _living(root)
+    """A process and all its descendants that are alive: pid and start ticks."""
+    ticks = _ticks_if_alive(root)
     if ticks is not None:
         yield root, ticks
         yield from walk(root)
@@ -201,7 +211,7 @@ def children(pid: int) -> list[int]:
 
 
 def has_child(pid: int) -> bool:
-    """Whether a process of one thread has any child, where the kernel tells that."""
+    """Whether a single-threaded process has a child. False if the kernel does not provide that."""
     try:
         with open(f"/proc/{pid}/task/{pid}/children", "rb") as file:
             return bool(file.read(1))
@@ -210,12 +220,12 @@ def has_child(pid: int) -> bool:
 
 
 def descendants(root: int) -> dict[int, int]:
-    """All that live below a process: pid: start ticks."""
+    """All descendants of a process that are alive (pid: start ticks)."""
     return dict(walk(root))
 
 
 def programs(root: int) -> list[str]:
-    """The names of what runs below a process, but for resource trackers, each once and in alphabetical order."""
+    """The names of the programs below a process, sorted, without resource trackers."""
     found = set()
     for pid in descendants(root).keys() - trackers(root).keys():
         with contextlib.suppress(OSError), open(f"/proc/{pid}/comm", "rb") as file:
@@ -224,8 +234,8 @@ def programs(root: int) -> list[str]:
 
 
 def trackers(root: int) -> dict[int, int]:
-    """The resource trackers of multiprocessing and of joblib's loky below a process: pid: start ticks."""
-    until = time.monotonic() + EXEC_S
+    """The resource trackers of multiprocessing and of loky below a process (pid: start ticks)."""
+    until = time.monotonic() + MAX_EXEC_S
     while True:
         found = {}
         is_sure = True
@@ -234,20 +244,20 @@ def trackers(root: int) -> dict[int, int]:
                 with open(f"/proc/{pid}/cmdline", "rb") as file:
                     words = file.read()
             except OSError:
-                continue  # gone meanwhile
+                continue  # it has ended
             if b"resource_tracker import main" in words:
                 found[pid] = ticks
-            is_sure = is_sure and words != b""  # in the midst of its exec a process shows none
+            is_sure = is_sure and words != b""  # empty in the middle of an exec
         if is_sure or time.monotonic() > until:
             return found
         time.sleep(0.002)
 
 
 def with_variable(name: str, value: str) -> dict[int, int]:
-    """All processes whose environment block holds this variable: pid: start ticks.
+    """All processes whose environment block contains this variable (pid: start ticks).
 
     Raises:
-        OSError: it cannot be told, for want of descriptors or memory.
+        OSError: out of file descriptors or memory.
     """
     wanted = f"{name}={value}".encode()
     return _with_environ(lambda entries: wanted in entries)
@@ -274,14 +284,14 @@ def _with_environ(matches: Callable[[list[bytes]], bool]) -> dict[int, int]:
         except OSError as error:
             _raise_shortage(error)
             continue
-        ticks = living(entry) if is_match else None
+        ticks = ticks_if_alive(entry) if is_match else None
         if ticks is not None:
             found[int(entry)] = ticks
     return found
 
 
 def variables(pid: int) -> dict[str, str]:
-    """The environment block of a process; an empty one where it cannot be told."""
+    """The environment block of a process; empty if it cannot be read."""
     try:
         with open(f"/proc/{pid}/environ", "rb") as file:
             lines = file.read().split(b"\0")
@@ -292,8 +302,9 @@ def variables(pid: int) -> dict[str, str]:
 
 
 def memory(pids: list[int], limit: int) -> int:
-    """Bytes that these processes take together. Resident sizes count shared pages in each, and
-    proportional ones are dear to ask for: those are asked for only if the first are over the limit."""
+    """The memory that these processes use together, in bytes. Resident sizes count shared pages
+    once per process; proportional sizes are exact, but expensive to read. Proportional sizes are
+    read only if the sum of the resident sizes exceeds the limit."""
     resident = {pid: _resident(pid) for pid in pids}
     total = sum(resident.values())
     if total <= limit:
@@ -304,13 +315,13 @@ def memory(pids: list[int], limit: int) -> int:
 def close_all_but(keep: set[int]) -> None:
     for name in os.listdir("/proc/self/fd"):
         if int(name) not in keep:
-            # The one that listed the folder is closed already.
+            # The descriptor of the listing itself is closed already.
             with contextlib.suppress(OSError):
                 os.close(int(name))
 
 
 def _fields(pid: int | str) -> list[bytes] | None:
-    """What the kernel tells of a process, from its state on."""
+    """The fields of /proc/<pid>/stat from the state on."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             data = file.read()
@@ -320,11 +331,11 @@ def _fields(pid: int | str) -> list[bytes] | None:
     return data[data.rindex(b")") + 2 :].split()
 
 
-def _living(pid: int) -> int | None:
+def _ticks_if_alive(pid: int) -> int | None:
     try:
-        return living(pid)
+        return ticks_if_alive(pid)
     except OSError:
-        return None  # whoever walks looks again
+        return None  # callers of `walk` repeat it
 
 
 def _raise_shortage(error: OSError) -> None:
@@ -337,9 +348,9 @@ def _children(pid: int) -> list[int]:
     try:
         threads = os.listdir(f"/proc/{pid}/task")
     except OSError:
-        return found  # gone: its children have another parent by now, and the next look finds them
+        return found  # it has ended: a later walk finds its children below their new parent
     for thread in threads:
-        # One that is gone has left its children to another thread.
+        # A thread that has ended has left its children to another thread.
         with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children") as file:
             found += map(int, file.read().split())
     return found

@@ -1,4 +1,4 @@
-"""What belongs to Python itself, as it was before any code of a user's ran: the names of its modules, and its builtins."""
+"""Python's own module names and builtins, as they were before any code of a user ran."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import os
 import sys
 
 BUILTINS = dict(vars(builtins))
-"""A task may change those of all modules. What runs after it has these for its `__builtins__`, set before its functions
-are made: they keep what their module had then."""
+"""A copy of the builtins. A task may change the builtins of all modules. Modules whose code runs
+after the task set this copy as their `__builtins__`, before they define functions: a function keeps
+the builtins that its module had at that time."""
 
 
 def _listed() -> frozenset[str]:
-    """By the files that there are: before 3.10 Python does not tell them."""
+    """The names by the files of the standard library: before 3.10, Python does not list them."""
     folder = os.path.dirname(os.__file__)
     files = os.listdir(folder)
     extensions = os.path.join(folder, "lib-dynload")

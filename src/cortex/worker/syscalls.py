@@ -1,8 +1,8 @@
-"""`signal` and `socket` as the interpreter has them built in, without the modules that wrap them for people.
+"""The built-in modules behind `signal` and `socket`, without their Python wrappers.
 
-Those make enums of all numbers, and bring `selectors`, `enum` and `math` with them. Everything that a
-process has loaded is what each fork of it copies; what the wrappers do in it is time before a job's first
-line. A job that imports them itself gets them as ever.
+The wrappers make enums of all constants, and import `selectors`, `enum` and `math`. Each fork
+copies pages of all that the process has loaded, and the work of the wrappers delays a job's first
+line. A job that imports `signal` or `socket` gets the usual modules.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ else:
 
 __all__ = ["receive_fds", "send_fds", "signal", "signal_name", "socket", "socketpair"]
 
-_FD = 4  # bytes of a C int, in which file descriptors travel
+_FD = 4  # bytes of a C int: the format of file descriptors in a message
 
 
 def socketpair() -> tuple[socket.socket, socket.socket]:
-    """Two ends that keep messages apart, and are not inherited."""
+    """A pair of sockets that preserve message boundaries and are not inherited by exec."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 def send_fds(sock: socket.socket, data: bytes, fds: tuple[int, ...]) -> None:
-    """Send a message with open files."""
+    """Send a message with file descriptors."""
     packed = b"".join(fd.to_bytes(_FD, sys.byteorder) for fd in fds)
     sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)])
 
 
-def receive_fds(sock: socket.socket, most_bytes: int, most_fds: int) -> tuple[bytes, list[int]]:
-    """Receive a message and the open files that came with it, which are not inherited."""
+def receive_fds(sock: socket.socket, max_bytes: int, max_fds: int) -> tuple[bytes, list[int]]:
+    """Receive a message and its file descriptors, which are not inherited by exec."""
     data, ancillary, _, _ = sock.recvmsg(
-        most_bytes, socket.CMSG_SPACE(most_fds * _FD), socket.MSG_CMSG_CLOEXEC
+        max_bytes, socket.CMSG_SPACE(max_fds * _FD), socket.MSG_CMSG_CLOEXEC
     )
     fds: list[int] = []
     for level, kind, packed in ancillary:
@@ -49,8 +49,8 @@ def receive_fds(sock: socket.socket, most_bytes: int, most_fds: int) -> tuple[by
 
 
 def signal_name(number: int) -> str:
-    """As in `SIGKILL`."""
-    for name in sorted(dir(signal)):  # of two names for one the older comes first: SIGCHLD, SIGCLD
+    """The name of a signal, such as `SIGKILL`."""
+    for name in sorted(dir(signal)):  # the first of two names: SIGCHLD before SIGCLD
         if name.startswith("SIG") and name[3] != "_" and getattr(signal, name) == number:
             return name
     return f"signal {number}"

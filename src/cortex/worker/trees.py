@@ -1,5 +1,6 @@
-"""Folders that jobs have written in: a path may be too deep to open, a folder closed to its own owner. Called by the
-ways of a `workspace`, and by who removes jobs' folders and environments.
+"""Reads and removes folders that jobs have written in. There, a path may be too deep to open, and a
+folder's mode may lock out its owner. Used by the workspace backends, and to remove job folders and
+environments.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import time
 from cortex.worker import beneath
 
 BYTE_CODE = "__pycache__"
-KEPT = "own"
-"""In a job's folder: what the job made or changed of its project."""
-_DEEPEST = 50
+OWN_CHANGES = "own"
+"""Subfolder of a job's folder, for what the job has made or changed in its workspace."""
+_MAX_DEPTH = 50
 
 
-def look(root: str) -> dict[str, tuple[int, ...]]:
-    """What is below a folder, by its path from there, and what changes with it; but for byte code."""
+def snapshot(root: str) -> dict[str, tuple[int, ...]]:
+    """All files and folders below a folder, except byte code: their relative paths, and values that
+    change when the file does."""
     found: dict[str, tuple[int, ...]] = {}
     folders = [""]
-    for folder in folders:  # which grows meanwhile
+    for folder in folders:  # the loop extends it
         try:
             with os.scandir(os.path.join(root, folder)) as entries:
                 for entry in entries:
@@ -32,15 +34,15 @@ def look(root: str) -> dict[str, tuple[int, ...]]:
                         found[path] = ()
                         folders.append(path)
         except OSError:
-            continue  # closed to this user
+            continue  # not readable for this user
     return found
 
 
 def remove(path: str) -> None:
-    """Remove whatever is there, as far as that is possible.
+    """Remove a file or folder, as far as possible.
 
     Args:
-        path: no folder above it may be one that others can change and this user has more rights than they have.
+        path: no folder above it may be writable for users who have fewer rights than this one.
     """
     above, name = os.path.split(path)
     try:
@@ -51,8 +53,8 @@ def remove(path: str) -> None:
 
 
 def remove_from(folder: int, name: str) -> None:
-    """Remove what has this name in an open folder, as far as that is possible. Whatever is moved or linked meanwhile,
-    nothing is touched but what is below."""
+    """Remove a file or folder from an open folder, as far as possible. Touches nothing outside that
+    folder, whatever other processes move or link meanwhile."""
     try:
         os.unlink(name, dir_fd=folder)
     except IsADirectoryError:
@@ -63,10 +65,10 @@ def remove_from(folder: int, name: str) -> None:
         return
     moved: list[str] = []
     try:
-        top = _entered(folder, name)
+        top = _open_subfolder(folder, name)
         try:
             _empty(top, top, 0, moved)
-            for each in moved:  # which grows meanwhile
+            for each in moved:  # the loop extends it
                 _remove_folder(top, each, top, 1, moved)
         finally:
             os.close(top)
@@ -75,33 +77,36 @@ def remove_from(folder: int, name: str) -> None:
         return
 
 
-def clear_kept(folder: int, aside: str) -> None:
-    """Let a job's folder have nothing by the name of `KEPT`: an earlier attempt's, or whatever the job put there.
+def clear_own_changes(folder: int, aside: str) -> None:
+    """Remove `OWN_CHANGES` from a job's folder: the changes of an earlier attempt, or anything that
+    the job has put there.
 
     Args:
-        aside: a new path on the same file system, from where that is removed.
+        aside: an unused path on the same file system, to which it is moved first.
     """
     remove(aside)
     try:
-        os.rename(KEPT, aside, src_dir_fd=folder)
+        os.rename(OWN_CHANGES, aside, src_dir_fd=folder)
     except FileNotFoundError:
         return
     remove(aside)
 
 
 def _empty(folder: int, top: int, level: int, moved: list[str]) -> None:
-    """Remove what is in an open folder. What is deep down is moved up to the top, for each level that is gone down
-    takes a descriptor: its names there are added to those that are moved."""
+    """Empty an open folder. Each level takes a descriptor; therefore folders below `_MAX_DEPTH` are
+    moved to the top, and their names there are added to `moved`."""
     with os.scandir(folder) as entries:
         found = list(entries)
     for entry in found:
         try:
             if not entry.is_dir(follow_symlinks=False):
                 os.unlink(entry.name, dir_fd=folder)
-            elif level < _DEEPEST:
+            elif level < _MAX_DEPTH:
                 _remove_folder(folder, entry.name, top, level + 1, moved)
             else:
-                _open_up(folder, entry.name)  # to move a folder is to write in it: its `..`
+                _open_up(
+                    folder, entry.name
+                )  # moving a folder changes its `..`: that takes write permission
                 name = f".removed-{time.monotonic_ns()}"
                 os.rename(entry.name, name, src_dir_fd=folder, dst_dir_fd=top)
                 moved.append(name)
@@ -111,7 +116,7 @@ def _empty(folder: int, top: int, level: int, moved: list[str]) -> None:
 
 def _remove_folder(above: int, name: str, top: int, level: int, moved: list[str]) -> None:
     try:
-        folder = _entered(above, name)
+        folder = _open_subfolder(above, name)
         try:
             _empty(folder, top, level, moved)
         finally:
@@ -121,8 +126,8 @@ def _remove_folder(above: int, name: str, top: int, level: int, moved: list[str]
         return
 
 
-def _entered(above: int, name: str) -> int:
-    """A folder that is open, and that its owner may look into and write in from now on."""
+def _open_subfolder(above: int, name: str) -> int:
+    """Open a subfolder, and give its owner all rights."""
     try:
         folder = os.open(name, beneath.FOLDER, dir_fd=above)
     except PermissionError:
@@ -137,8 +142,8 @@ def _entered(above: int, name: str) -> int:
 
 
 def _open_up(above: int, name: str) -> None:
-    """Give a folder's owner all rights; a link is not followed."""
-    # The one way to do so before Linux 6.6 for what may not be opened for reading.
+    """Give a folder's owner all rights. Does not follow a link."""
+    # The only way before Linux 6.6, if the folder may not be opened for reading.
     fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
     try:
         os.chmod(f"/proc/self/fd/{fd}", 0o700)

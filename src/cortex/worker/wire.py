@@ -1,5 +1,6 @@
-"""Messages through a SEQPACKET socket, with open files if need be; one that is too long for it goes as a
-memory file. Used between engine, supervising process and worker.
+"""Messages through a SEQPACKET socket, with file descriptors if there are any. A message that is
+too long for the socket is sent as a memory file. Used between engine, supervising process and job
+process.
 """
 
 from __future__ import annotations
@@ -7,20 +8,24 @@ from __future__ import annotations
 import os
 
 from cortex.worker import syscalls
-from cortex.worker.messages import MOST_MESSAGE
+from cortex.worker.messages import MAX_MESSAGE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
 
-READY = b"ready"  # not JSON, as all that is said otherwise
+READY = b"ready"  # not JSON, unlike all other messages
 GO = b"go"
 _LONG = b"long"
 
 
 def send(sock: socket.socket, data: bytes, fds: tuple[int, ...] = ()) -> None:
-    """Raises OSError if nobody gets it."""
-    if len(data) <= MOST_MESSAGE:
+    """Send a message.
+
+    Raises:
+        OSError: the other end is closed.
+    """
+    if len(data) <= MAX_MESSAGE:
         if fds:
             syscalls.send_fds(sock, data, fds)
         else:
@@ -35,9 +40,9 @@ def send(sock: socket.socket, data: bytes, fds: tuple[int, ...] = ()) -> None:
         os.close(memory)
 
 
-def receive(sock: socket.socket, most_fds: int = 0) -> tuple[bytes, list[int]]:
-    """The next message; an empty one at the end."""
-    data, fds = syscalls.receive_fds(sock, MOST_MESSAGE, most_fds + 1)
+def receive(sock: socket.socket, max_fds: int = 0) -> tuple[bytes, list[int]]:
+    """The next message and its descriptors; an empty message if the other end is closed."""
+    data, fds = syscalls.receive_fds(sock, MAX_MESSAGE, max_fds + 1)
     if data == _LONG and fds:
         with open(fds.pop(0), "rb") as file:
             file.seek(0)

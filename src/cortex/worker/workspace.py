@@ -1,9 +1,11 @@
-"""The current folder of a job: the project as it was deployed, with what this job changes of it and no other job
-sees. A supervising process (`serving`) has one workspace for all its jobs, one after another. What a job has
-left untouched serves the next job as it is; what a job has changed is moved into that job's folder.
+"""The workspace: the current folder of a job. It shows the project as it was deployed, and the
+changes of this job alone. A supervising process (`supervisor.station`) has one workspace for all
+its jobs, one after another. After each job, its changes are moved into the job's folder; if there
+are none, the next job gets the workspace as it is.
 
-There are two ways, and the engine says which of them this machine allows (`engines.local.workspaces`): an overlay
-at the project's own path (`overlay`), and a copy of the project (`copying`). A job never runs in the project itself.
+There are two backends: an overlay at the project's own path (`overlay`), and a copy of the project
+(`copying`). The engine decides which one the machine allows (`engines.local.workspaces`). A job
+never runs in the project itself.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from cortex.worker.trees import remove
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    Way = Overlay | Copy
+    Backend = Overlay | Copy
 
 OVERLAY, COPY = "overlay", "copy"
 NICE = 19
@@ -30,91 +32,95 @@ _PATHS = ("project", "path", "python_path")
 
 
 class Workspace:
-    """One supervising process's."""
+    """The workspace of one supervising process."""
 
-    __slots__ = ("_folder", "_lock", "_project_time", "_way", "is_ready", "setup")
+    __slots__ = ("_backend", "_folder", "_lock", "_project_time", "is_ready", "setup")
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
-        """The version as jobs find it: a copy of the project lies elsewhere."""
+        """The version with the paths that jobs get: those of the copy, if it is one."""
         self._folder = ""
         self._lock = -1
-        self._way: Way | None = None
+        self._backend: Backend | None = None
         self._project_time = 0
         self.is_ready = False
-        """Whether a job finds the project as it was deployed, unless it is deployed anew."""
+        """Whether the workspace shows the project as it was deployed at `_project_time`."""
 
     @property
-    def files(self) -> tuple[int, ...]:
-        """Descriptors that no job may have."""
-        way = () if self._way is None else self._way.files
-        return way if self._lock < 0 else (self._lock, *way)
+    def private_fds(self) -> tuple[int, ...]:
+        """File descriptors that a job must not have."""
+        backend = () if self._backend is None else self._backend.private_fds
+        return backend if self._lock < 0 else (self._lock, *backend)
 
-    def prepare(self) -> bool:
-        """Let the next job find the project as it was deployed. Whether the folder is another one than before: a
-        process that has gone into the last one is of no use.
+    def restore_project(self) -> bool:
+        """Make the workspace show the project as it was deployed.
+
+        Returns:
+            whether the folder is a new one. A process whose current folder is the old one is
+            useless.
 
         Raises:
-            OSError: the folder cannot be made now, so that no job may start.
+            OSError: the folder cannot be made now. No job may start.
         """
-        way = self._way or self._first()
-        now = way.project_time()
+        backend = self._backend or self._open_backend()
+        now = backend.project_time()
         if self.is_ready and now == self._project_time:
             return False
         self.is_ready = False
-        way.make()
+        backend.make()
         self.is_ready, self._project_time = True, now
         return True
 
-    def keep(self, folder: int) -> None:
-        """A job has ended: what it made or changed is moved into its folder.
+    def collect_changes(self, folder: int) -> None:
+        """Move what a job has made or changed into the job's folder, after its end.
 
         Args:
-            folder: the job's; an open one.
+            folder: the open folder of the job.
 
         Raises:
-            OSError: not all of that could be moved.
+            OSError: not all changes could be moved.
         """
-        way = self._way
-        if way is not None and not way.is_untouched():
+        backend = self._backend
+        if backend is not None and not backend.is_untouched():
             self.is_ready = False
-            way.move_changes(folder)
+            backend.move_changes(folder)
 
-    def is_sound(self) -> bool:
-        """Whether the next job can be given this workspace: one that had the right to mount has not done so."""
-        return self._way is None or self._way.is_sound()
+    def is_reusable(self) -> bool:
+        """Whether the next job can get this workspace. Not after a job has changed mounts."""
+        return self._backend is None or self._backend.is_reusable()
 
     def close(self) -> None:
-        """Remove what is on the disk."""
-        if self._way is not None:
-            self._way.close()
+        """Remove the workspace from the disk."""
+        if self._backend is not None:
+            self._backend.close()
         if self._folder:
             remove(self._folder)
 
-    def _first(self) -> Way:
+    def _open_backend(self) -> Backend:
         if not self._folder:
             self._folder, self._lock = _claim(self.setup.own_root)
-        way: Way | None = None
+        backend: Backend | None = None
         if self.setup.own_folder == OVERLAY:
-            way = Overlay.mounted(self.setup.project, self._folder)
-        if way is None:
-            way = Copy(self.setup.project, self._folder)
-            self.setup = _moved(self.setup, way.project)
-        self._way = way
-        return way
+            backend = Overlay.mounted(self.setup.project, self._folder)
+        if backend is None:
+            backend = Copy(self.setup.project, self._folder)
+            self.setup = _with_project_at(self.setup, backend.project)
+        self._backend = backend
+        return backend
 
 
 def compile_ahead(project: str) -> None:
-    """Compile the project's modules for all jobs, in a process that yields to every other one: a job that had to
-    compile them would change its workspace. Called by the fork server, whose end ends that process."""
+    """Compile the project's modules for all jobs, in a new process of the lowest priority.
+    Otherwise a job would compile them, and thereby change its workspace. Called by the fork server;
+    the process is killed when the fork server ends."""
     if not os.access(project, os.W_OK) or os.fork():
         return
     try:
         processes.prctl(processes.PR_SET_PDEATHSIG, signal.SIGKILL)
         processes.close_all_but({0, 1, 2})
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, 1)
-        os.dup2(nothing, 2)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1)
+        os.dup2(devnull, 2)
         os.nice(NICE)
         import compileall
 
@@ -124,7 +130,12 @@ def compile_ahead(project: str) -> None:
 
 
 def _claim(root: str) -> tuple[str, int]:
-    """A new folder below this one, and the lock on it: an operator that opens removes those without a holder."""
+    """Make a new folder below `root` and lock it: at its start, an operator removes the folders
+    that no process has locked.
+
+    Returns:
+        the folder, and the descriptor that has the lock.
+    """
     about = processes.stat("self")
     name = f"{root}/{os.getpid()}-{about[2] if about else 0}"
     for number in range(_MAX_CLAIMS):
@@ -140,8 +151,8 @@ def _claim(root: str) -> tuple[str, int]:
     raise BlockingIOError(f"other processes lock the folders below {root}")
 
 
-def _moved(setup: Setup, project: str) -> Setup:
-    """The version with its project elsewhere; this interpreter looks for modules there from now on."""
+def _with_project_at(setup: Setup, project: str) -> Setup:
+    """The version with the paths of a moved project. Changes `sys.path` and `sys.argv` as well."""
     before = setup.project
 
     def moved(path: str) -> str:
@@ -154,4 +165,4 @@ def _moved(setup: Setup, project: str) -> Setup:
         fields[name] = moved(path) if isinstance(path, str) else None
     sys.path[:] = [moved(path) for path in sys.path]
     sys.argv[:] = [moved(path) for path in sys.argv]
-    return Setup(**fields)  # type: ignore[arg-type]  # they are another Setup's
+    return Setup(**fields)  # type: ignore[arg-type]  # the fields of a Setup

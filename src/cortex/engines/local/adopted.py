@@ -78,7 +78,7 @@ class AdoptedSupervisor:
 
     def _has_job(self) -> bool:
         try:
-            pid = processes.held(self.pidfd)
+            pid = processes.pid_of(self.pidfd)
             return leftovers.runs_below(pid, self._record.parent.name)
         except OSError:
             return True  # it cannot be told now

@@ -92,7 +92,9 @@ class Attempts:
             OSError: no descriptor is left to read them.
         """
         held = [live.taken_over for live in self._live.values()]
-        return {processes.held(each.pidfd) for each in held if each is not None and each.pidfd >= 0}
+        return {
+            processes.pid_of(each.pidfd) for each in held if each is not None and each.pidfd >= 0
+        }
 
     def begin(
         self, attempt: Attempt, grace_s: float, supervisor: SupervisorHandle | None = None

@@ -76,7 +76,7 @@ class Backstop:
 
     async def _look(self) -> None:
         try:
-            pids = {each: processes.held(each.pidfd) for each in self._there()}
+            pids = {each: processes.pid_of(each.pidfd) for each in self._there()}
             stopped = await in_thread(_stopped, list(pids.values()))
         except OSError:
             return  # for want of descriptors or threads: the next look comes
@@ -103,10 +103,10 @@ class Backstop:
             return
         try:
             # One that runs and has nothing below it has ended its job: its record waits for room on the disk, say.
-            if is_stopped or await in_thread(processes.is_there_below, pidfd):
+            if is_stopped or await in_thread(processes.has_descendants, pidfd):
                 log.warning("a job is ended, for its supervisor does not do it", job=each.job_id)
                 each.is_forced = True
-                await in_thread(processes.end_from_below, pidfd)
+                await in_thread(processes.kill_with_descendants, pidfd)
         except OSError as error:
             each.is_forced = False
             log.warning("a job cannot be ended", job=each.job_id, error=str(error))

@@ -163,7 +163,7 @@ class Groups:
     def hold(self, pidfd: int) -> Held:
         """Put a new supervising process into a group of its own. Blocking."""
         try:
-            pid = processes.held(pidfd)
+            pid = processes.pid_of(pidfd)
             about = processes.stat(pid)
             if self.trees is not None and about is not None:
                 name = f"{self.prefix}supervisor.{pid}.{about[2]}"
@@ -207,7 +207,7 @@ class Groups:
                 self.end(group)
             elif not owner:
                 self._earlier[group.name] = group
-            elif (pidfd := processes.hold(*map(int, owner[0]))) is None:
+            elif (pidfd := processes.open_pidfd(*map(int, owner[0]))) is None:
                 self.end(group)
             else:
                 self._followed[pidfd] = group
@@ -216,7 +216,7 @@ class Groups:
     async def close(self) -> None:
         """Remove the groups that are not needed any more; what runs goes on."""
         for pidfd in list(self._followed):
-            has_job = bool(processes.children(processes.held(pidfd)))
+            has_job = bool(processes.children(processes.pid_of(pidfd)))
             group = self._let_be(pidfd)
             if not has_job:
                 self.let_go(group)
@@ -276,7 +276,7 @@ def is_orphaned(group: Path) -> bool:
     if not found:
         return False
     pid, ticks = map(int, found[0])
-    return processes.living(pid) != ticks
+    return processes.ticks_if_alive(pid) != ticks
 
 
 def was_used(group: Path) -> bool:

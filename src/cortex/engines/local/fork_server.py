@@ -333,7 +333,7 @@ class ForkServer:
                 signal.pidfd_send_signal(pidfd, 0)
             if self._account is None:
                 return True
-            return processes.owner(processes.held(pidfd)) == self._account.uid
+            return processes.owner(processes.pid_of(pidfd)) == self._account.uid
         except OSError:
             return False
 

@@ -19,7 +19,7 @@ from cortex.engines.local import leftovers
 from cortex.system.account import Account, identity
 from cortex.system.background import in_thread
 from cortex.worker.forkserver import main
-from cortex.worker.messages import JOB_ID_ROOM, JOBS_FOLDER, MOST_MESSAGE, Setup
+from cortex.worker.messages import JOB_ID_ROOM, JOBS_FOLDER, MAX_MESSAGE, Setup
 
 FDS = 2
 """A pidfd and a socket come with each supervising process."""
@@ -75,7 +75,7 @@ def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
     """
     room = socket.CMSG_SPACE(FDS * array.array("i").itemsize)
     # Descriptors that arrive would else be inherited by whatever the operator starts.
-    data, ancillary, _, _ = sock.recvmsg(MOST_MESSAGE, room, socket.MSG_CMSG_CLOEXEC)
+    data, ancillary, _, _ = sock.recvmsg(MAX_MESSAGE, room, socket.MSG_CMSG_CLOEXEC)
     fds = array.array("i")
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

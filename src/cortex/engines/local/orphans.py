@@ -71,7 +71,7 @@ class Orphans:
 
 
 def _end(pids: set[int]) -> None:
-    processes.end(lambda: (each for pid in pids for each in processes.tree(pid)))
+    processes.kill_all(lambda: (each for pid in pids for each in processes.tree(pid)))
     for pid in pids:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)

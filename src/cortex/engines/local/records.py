@@ -165,7 +165,7 @@ def supervised(folder: Path, attempt: int) -> bool:
     if start is None or over:
         return not over
     try:
-        pidfd = None if start.fenced else processes.hold(start.pid, start.ticks)
+        pidfd = None if start.fenced else processes.open_pidfd(start.pid, start.ticks)
     except OSError:
         return True
     if pidfd is not None:
@@ -203,7 +203,7 @@ def _alive(
     Args:
         if_unknown: the answer where this user may not read what that process has open.
     """
-    pidfd = None if start is None else processes.hold(start.pid, start.ticks)
+    pidfd = None if start is None else processes.open_pidfd(start.pid, start.ticks)
     if start is None or pidfd is None:
         return None
     is_its = False
@@ -274,8 +274,10 @@ def _exit(folder: int, job_id: str, attempt: int) -> tuple[ExitRecord | None, st
 
 
 def _exit_of(data: bytes) -> ExitRecord:
-    if len(data) > checks.MOST_END:
-        raise checks.Invalid(f"it takes {len(data)} bytes, and {checks.MOST_END} is the most")
+    if len(data) > checks.MAX_EXIT_RECORD:
+        raise checks.Invalid(
+            f"it takes {len(data)} bytes; at most {checks.MAX_EXIT_RECORD} are allowed"
+        )
     return ExitRecord.loads(data)
 
 

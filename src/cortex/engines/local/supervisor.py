@@ -16,7 +16,7 @@ import structlog
 
 from cortex.engines.local.cgroups import Held
 from cortex.worker import beneath, checks, processes, wire
-from cortex.worker.messages import MOST_MESSAGE, Order, Reply
+from cortex.worker.messages import MAX_MESSAGE, Order, Reply
 
 log = structlog.get_logger()
 
@@ -157,7 +157,7 @@ class SupervisorHandle:
     def _read(self) -> bool:
         """Take what it says next, if it says anything more."""
         try:
-            data = self._sock.recv(MOST_MESSAGE)
+            data = self._sock.recv(MAX_MESSAGE)
         except BlockingIOError:
             return False
         except OSError:  # also where it was closed
@@ -229,6 +229,6 @@ class SupervisorHandle:
 
 def _pid(pidfd: int) -> int:
     try:
-        return processes.held(pidfd)
+        return processes.pid_of(pidfd)
     except OSError:  # there are no descriptors to find out with
         return -1

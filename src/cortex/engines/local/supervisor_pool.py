@@ -86,7 +86,7 @@ class SupervisorPool:
         Raises:
             OSError: there are no descriptors to find out with.
         """
-        return {processes.held(each.pidfd) for each in self._all if each.pidfd >= 0}
+        return {processes.pid_of(each.pidfd) for each in self._all if each.pidfd >= 0}
 
     @property
     def is_gone(self) -> bool:

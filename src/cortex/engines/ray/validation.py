@@ -34,7 +34,9 @@ def checked_observation(observation: object) -> Observation:
         checks.Invalid: a value is invalid, or nodes do not report such an observation.
     """
     if isinstance(observation, Started):
-        start = StartRecord.of({"attempt": observation.attempt, "start_ns": observation.start_ns})
+        start = StartRecord.from_fields(
+            {"attempt": observation.attempt, "start_ns": observation.start_ns}
+        )
         return replace(observation, start_ns=start.start_ns)
     if isinstance(observation, Ended):
         return _checked_end(observation)
@@ -73,7 +75,7 @@ def checked_log_piece(piece: object) -> LogPiece:
     offsets = (piece.offset, piece.end)
     if any(type(offset) is not int for offset in offsets):
         raise checks.Invalid("an offset in the log is not an integer")
-    if not 0 <= piece.offset <= piece.offset + len(piece.data) <= piece.end <= checks.MOST_FILE:
+    if not 0 <= piece.offset <= piece.offset + len(piece.data) <= piece.end <= checks.MAX_FILE:
         raise checks.Invalid("an offset in the log is out of range")
     return piece
 
@@ -81,7 +83,7 @@ def checked_log_piece(piece: object) -> LogPiece:
 def _checked_end(end: Ended) -> Ended:
     if not isinstance(end.hints, tuple) or not isinstance(end.measures, tuple):
         raise checks.Invalid("hints or measures are not a tuple")
-    record = ExitRecord.of(
+    record = ExitRecord.from_fields(
         {
             "attempt": end.attempt,
             "ending": end.ending,

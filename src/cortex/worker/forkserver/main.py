@@ -1,6 +1,6 @@
-"""The fork server of one deployed version, as the local engine starts it: `python -s main.py
-<socket fd>`, in the version's own environment, with the version (`messages.Setup`) on its standard
-input. What it does then is in `forking`.
+"""The entry point of a fork server. The local engine starts one for each deployed version, in the
+environment of that version: `python -s main.py <socket fd>`, with a `messages.Setup` on standard
+input. `forkserver.server` does the work.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 
 if not getattr(sys.flags, "safe_path", False):
-    del sys.path[0]  # this file's folder, whose modules have the names of nobody's packages
+    del sys.path[0]  # the folder of this file, whose modules could shadow others
 
-STARTUP = frozenset(sys.modules)  # what a plain interpreter has loaded
+STARTUP = frozenset(sys.modules)  # the modules that a plain interpreter has loaded
 
 import importlib.util  # noqa: E402
 import json  # noqa: E402
@@ -26,8 +26,8 @@ def main() -> None:
 
 
 def _register_package(folder: str) -> None:
-    """Make `cortex` importable without the site-packages that it lies in: those are the
-    operator's, and this is the user's environment."""
+    """Make `cortex` importable without the site-packages folder that contains it. That folder is
+    the operator's; this interpreter has the user's environment."""
     spec = importlib.util.spec_from_file_location(
         "cortex", os.path.join(folder, "__init__.py"), submodule_search_locations=[folder]
     )
@@ -40,4 +40,4 @@ def _register_package(folder: str) -> None:
 
 if __name__ == "__main__":
     main()
-    os._exit(0)  # no exit handlers of what was preloaded
+    os._exit(0)  # skip the exit handlers of preloaded modules

@@ -1,9 +1,11 @@
-"""What a fork server imports ahead for its jobs, where `definition.preload` asks for that, and the check that it
-is harmless: a job that is forked afterwards has to find what it would have found had it imported the same.
+"""Imports the modules of `definition.preload` into a fork server, and checks that each import is
+harmless: a job that is forked afterwards must find the same state as if it had imported the module
+itself.
 
-Whatever lives outside the memory of one process is not copied by a fork, or is shared by all jobs: threads,
-open files, child processes, temporary folders, shared memory and its locks. What was drawn at random once would be
-the same in all jobs. AWS Lambda SnapStart and Android's zygote list the same kinds.
+A fork does not copy state outside the memory of the process, or shares it among all jobs: threads,
+open files, child processes, temporary folders, shared memory and its locks. Random numbers that
+were drawn once would be the same in all jobs. AWS Lambda SnapStart and Android's zygote list the
+same kinds of state.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-MAX_WORDS = 1 << 16
-"""Bytes that are kept of what modules print while they are imported."""
+MAX_OUTPUT = 1 << 16
+"""Bytes of the output of imports that are kept."""
 _HARMLESS = frozenset(
     {
         "PIL._imaging.clear_cache",
@@ -31,21 +33,22 @@ _HARMLESS = frozenset(
         "pyarrow._s3fs.ensure_s3_finalized",
     }
 )
-"""Exit handlers of libraries, which have been read: they act on nothing but the memory of their process. Those of
-Python itself do the same in every process that imports them."""
+"""Exit handlers of libraries whose code was reviewed: they change only the memory of their process.
+Handlers of Python itself do the same in every process that imports their modules."""
 
 
 _FORK_AWARE = frozenset({"jemalloc_bg_thd"})
-"""Threads whose library makes up for them in a forked process (jemalloc: `background_thread_postfork_child`)."""
+"""Threads that their library starts again in a forked process (jemalloc:
+`background_thread_postfork_child`)."""
 
 
 class Refused(Exception):
-    """A module must not be imported ahead; the text says why."""
+    """A module must not be imported ahead; the message says why."""
 
 
-class Watch:
-    """Finds what an import has left behind that a fork does not copy. Made before any module is imported ahead,
-    and before what the project has of the same name takes the place of the modules that it needs itself."""
+class ImportWatch:
+    """Finds state that an import has left and that a fork does not copy. Made before any module is
+    imported ahead, and before modules of the project can replace those that this class imports."""
 
     def __init__(self, project: str) -> None:
         import random
@@ -54,21 +57,21 @@ class Watch:
         self._project = project
         self._random = random
         self._tempfile = tempfile
-        self._names = _Names()
-        tempfile._name_sequence = self._names  # type: ignore[attr-defined]  # all that it makes asks this for a name
+        self._names = _NameCounter()
+        tempfile._name_sequence = self._names  # type: ignore[attr-defined]  # tempfile takes all names from it
         self._handlers: list[str] = []
-        """Those that are not Python's own."""
+        """Exit handlers that are not Python's own."""
         self.generators: list[object] = []
-        """Those of numpy that have been seeded by the system, as `reseed` does again."""
+        """Generators of numpy that were seeded from the system's entropy, for `reseed`."""
         self._real_register = atexit.register
         self._threading_register: Callable[..., object] | None = None
         self._before = self._state()
-        atexit.register = self._register  # type: ignore[assignment]  # it takes and gives the same
+        atexit.register = self._register  # type: ignore[assignment]  # it has the same signature
 
-    def look(self) -> str | None:
-        """Why what was imported last must not be, or None."""
-        # Libraries that know of forks, such as OpenBLAS, end their threads before one and start them again
-        # in who needs them.
+    def find_problem(self) -> str | None:
+        """Why the last import must not be shared; None if it may be."""
+        # Libraries with fork handlers, such as OpenBLAS, end their threads before a fork and start
+        # them again when needed.
         pid = os.fork()
         if pid == 0:
             os._exit(0)
@@ -79,7 +82,7 @@ class Watch:
         if processes.children(os.getpid()):
             return "it starts processes, which would be shared by all jobs"
         after = self._state()
-        written = self._written(after)
+        written = self._written_path(after)
         if written is not None:
             return f"it writes into the project ({written}), which would be shared by all jobs"
         for words, change in (
@@ -97,12 +100,10 @@ class Watch:
         ):
             if after[change] != self._before[change]:
                 return words
-        return (
-            self._why_not_signals(after) or self._why_not_handlers() or self._why_not_generators()
-        )
+        return self._signal_problem(after) or self._handler_problem() or self._generator_problem()
 
     def close(self) -> None:
-        """Undo what it needed."""
+        """Restore what this class has patched."""
         atexit.register = self._real_register
         self._tempfile._name_sequence = None  # type: ignore[attr-defined]
 
@@ -112,22 +113,24 @@ class Watch:
             "maps": set(_shared_maps()),
             "names": self._names.count,
             "folder": os.getcwd(),
-            "project": trees.look(self._project),
+            "project": trees.snapshot(self._project),
             "random": self._random.getstate(),
             "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
         }
 
     def _register(self, function: Callable[..., object], *args: object, **named: object) -> object:
-        # What Python itself has registered does the same in every process. A library may register one of its
-        # functions, shutil.rmtree say. Who compiles it to C has no frame; what imports it registers nothing.
+        # Handlers that Python itself registers do the same in every process. A library may register
+        # a function of Python, such as shutil.rmtree: the caller decides. A caller compiled to C
+        # has no frame: then the frame is that of the import, and importlib itself registers
+        # nothing.
         name, caller = _full_name(function), str(sys._getframe(1).f_globals.get("__name__"))
         roots = {name.partition(".")[0], caller.partition(".")[0]}
         if name not in _HARMLESS and (not roots <= standard.NAMES or "importlib" in roots):
             self._handlers.append(name)
         return self._real_register(function, *args, **named)
 
-    def _written(self, after: dict[str, object]) -> str | None:
-        """A path below the project that was made, changed or removed. What is new there goes again."""
+    def _written_path(self, after: dict[str, object]) -> str | None:
+        """A path below the project that has changed. New files are removed again."""
         old, new = self._before["project"], after["project"]
         assert isinstance(old, dict) and isinstance(new, dict)
         changed = sorted(path for path in old.keys() | new.keys() if old.get(path) != new.get(path))
@@ -136,13 +139,13 @@ class Watch:
                 trees.remove(os.path.join(self._project, path))
         return changed[0] if changed else None
 
-    def _why_not_signals(self, after: dict[str, object]) -> str | None:
+    def _signal_problem(self, after: dict[str, object]) -> str | None:
         old, new = self._before["signals"], after["signals"]
         assert isinstance(old, dict) and isinstance(new, dict)
         changed = [signal_name(number) for number in old if old[number] is not new[number]]
         return f"it sets a handler for {', '.join(changed)}" if changed else None
 
-    def _why_not_handlers(self) -> str | None:
+    def _handler_problem(self) -> str | None:
         import weakref
 
         finalizers = [each for each in list(weakref.finalize._registry) if each.atexit]  # type: ignore[attr-defined]
@@ -151,14 +154,14 @@ class Watch:
             return f"it registers the exit handler {name}, which would run at the end of every job"
         return None
 
-    def _why_not_generators(self) -> str | None:
+    def _generator_problem(self) -> str | None:
         shared = getattr(sys.modules.get("numpy.random.mtrand"), "_rand", None)
         if shared is not None and _was_used(shared):
             return (
                 "it draws from or seeds the random numbers of numpy: all jobs would have the same"
             )
         self.generators = [] if shared is None else [shared]
-        # It makes another one when it finds itself in another process.
+        # It makes a new generator in each forked process.
         pid_aware = self._tempfile._RandomNameSequence  # type: ignore[attr-defined]
         known = {id(vars(e).get("_rng")) for e in gc.get_objects() if isinstance(e, pid_aware)}
         known |= {id(self._random._inst), id(shared)}
@@ -177,8 +180,8 @@ class Watch:
         return None
 
 
-class _Names:
-    """In the place of what `tempfile` takes names from: counts them."""
+class _NameCounter:
+    """Replaces the name sequence of `tempfile`, and counts the names that it gives."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -191,33 +194,41 @@ class _Names:
         return os.urandom(6).hex()
 
 
-def preload(names: list[str], watch: Watch, say: Callable[[str], None]) -> bytes:
-    """Import modules in this order, and check each; what they have printed.
+def preload(names: list[str], watch: ImportWatch, report: Callable[[str], None]) -> bytes:
+    """Import modules in this order, and check each.
 
     Args:
-        say: is told of each before it is imported.
+        report: called with the name of each module before its import.
+
+    Returns:
+        what the modules have printed.
 
     Raises:
-        Refused: one must not be imported ahead, and neither can be undone: this process is of no more use.
+        Refused: a module must not be imported ahead. As its import cannot be undone, this process
+            cannot be used any more.
     """
-    begun = _size()
+    start = _output_size()
     for name in names:
-        say(name)
+        report(name)
         try:
             importlib.import_module(name)
-        except BaseException as error:  # noqa: BLE001, RUF100  # whatever it is, each job will show it
+        except BaseException as error:  # noqa: BLE001, RUF100  # each job will show the error
             raise Refused(f"it cannot be imported: {type(error).__name__}: {error}") from None
-        why = watch.look()
-        if why is not None:
-            raise Refused(why)
+        problem = watch.find_problem()
+        if problem is not None:
+            raise Refused(problem)
     sys.stdout.flush()
     sys.stderr.flush()
-    return os.pread(2, min(_size() - begun, MAX_WORDS), begun) if _size() > begun else b""
+    return (
+        os.pread(2, min(_output_size() - start, MAX_OUTPUT), start)
+        if _output_size() > start
+        else b""
+    )
 
 
 def forget_shadowed(roots: list[str], startup: frozenset[str]) -> None:
-    """Drop modules that a plain interpreter would take from the project, the user's `queue.py`
-    say, and that the fork server has loaded from elsewhere for its own needs."""
+    """Drop modules that the fork server has loaded for its own needs, where a plain interpreter
+    would load a module of the project instead: the user's `queue.py`, for instance."""
     for root in roots:
         try:
             entries = os.listdir(root)
@@ -233,8 +244,8 @@ def forget_shadowed(roots: list[str], startup: frozenset[str]) -> None:
                     del sys.modules[loaded]
 
 
-def _size() -> int:
-    """Of the file that standard output and error are: the engine's, opened to be read as well."""
+def _output_size() -> int:
+    """The size of the file behind stdout and stderr. The engine has opened it for reading also."""
     return os.fstat(2).st_size
 
 
@@ -247,14 +258,15 @@ def _shared_maps() -> Iterator[str]:
 
 
 def _was_used(generator: object) -> bool:
-    """Whether a RandomState of numpy is no more as the system's own randomness makes one: by its position, and
-    the first word of its MT19937, which that sets to 0x80000000 (`init_by_array`)."""
+    """Whether a RandomState of numpy differs from one that was just seeded from the system's
+    entropy: by its position, and by the first word of its MT19937, which such a seed sets to
+    0x80000000 (`init_by_array`)."""
     now, new = (each.get_state(legacy=False)["state"] for each in (generator, type(generator)()))  # type: ignore[attr-defined]
     return bool(now["pos"] != new["pos"] or now["key"][0] != new["key"][0])
 
 
 def reseed(generators: Sequence[object]) -> None:
-    """Let each draw other numbers in this process than in all that were forked beside it."""
+    """Seed these generators anew: each process that is forked must draw other numbers."""
     for each in generators:
         if hasattr(each, "seed"):
             each.seed()
@@ -264,8 +276,8 @@ def reseed(generators: Sequence[object]) -> None:
 
 
 def _is_unseeded(thing: object) -> bool:
-    """Whether it is a generator of numpy that the system's randomness has seeded. One that was made with a
-    number is the same in every process that makes it."""
+    """Whether this is a generator of numpy that was seeded from the system's entropy. A generator
+    with a fixed seed is the same in every process that makes it."""
     source = getattr(thing, "bit_generator", None)
     if source is not None:
         entropy = getattr(getattr(source, "seed_seq", None), "entropy", None)
@@ -275,7 +287,7 @@ def _is_unseeded(thing: object) -> bool:
 
 
 def _threads() -> list[str]:
-    """All but the first."""
+    """The ids of all threads except the first."""
     own = str(os.getpid())
     return [thread for thread in os.listdir("/proc/self/task") if thread != own]
 
@@ -285,7 +297,7 @@ def _thread_name(thread: str) -> str:
         with open(f"/proc/self/task/{thread}/comm") as file:
             return file.read().strip()
     except OSError:
-        return ""  # it ends at this moment
+        return ""  # it has ended meanwhile
 
 
 def _full_name(thing: object) -> str:

@@ -1,7 +1,7 @@
-"""The life of a fork server: an interpreter of a version's environment that is warm, and forks a
-supervising process (`serving`) whenever the engine asks it to through its socket. Run by `forkserver`.
+"""The fork server: a warm interpreter in the environment of one version. It forks a supervising
+process (`supervisor.main`) at each request of the engine. Run by `forkserver.main`.
 
-It ends when the socket does; what it forked goes on.
+The fork server exits when the engine closes the socket; its supervising processes go on.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from cortex.worker.supervisor import main
 from cortex.worker.syscalls import signal, socket
 
 NOT_FORKABLE = 3
-# Those of faults may be faulthandler's, which the user's environment has asked for.
+# Handlers of fault signals may be faulthandler's, which the user's environment can enable.
 _FAULTS = {signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL}
 _UNTOUCHED = {signal.SIGKILL, signal.SIGSTOP, *_FAULTS}
 
 
 def serve(data: bytes, fd: int, startup: frozenset[str]) -> None:
-    """Until the socket ends.
+    """Serve requests until the engine closes the socket.
 
     Args:
-        data: the version, a `messages.Setup`.
-        fd: the socket.
+        data: a `messages.Setup`, encoded.
+        fd: the descriptor of the socket.
         startup: the modules that a plain interpreter has loaded.
     """
     orphans.mark()
-    slot = _job_id_slot()
+    environ_slot = _find_environ_slot()
     setup = messages.Setup.loads(data)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (setup.open_files, most))
@@ -43,21 +43,23 @@ def serve(data: bytes, fd: int, startup: frozenset[str]) -> None:
     sock = socket.socket(fileno=fd)
     os.set_inheritable(fd, False)
     _reset_signals()
-    found = None
+    compiled = None
     if setup.path is not None:
-        # Python did not see it: what lies there could shadow what this process needs itself.
+        # The engine has hidden it from this Python: its modules could shadow those of this process.
         if "PYTHONPATH" in setup.env:
             os.environ["PYTHONPATH"] = setup.env["PYTHONPATH"]
-        task.prepare(setup, setup.path, *_import_ahead(setup, setup.path, sock, startup))
-        found = task.find(setup, setup.path, None)
-        if found is not None:
-            process.rehearse(setup, setup.path)
+        task.prepare_interpreter(
+            setup, setup.path, *_import_ahead(setup, setup.path, sock, startup)
+        )
+        compiled = task.compile_task(setup, setup.path, None)
+        if compiled is not None:
+            process.warm_up(setup, setup.path)
     else:
         task.raise_digits()
     sys.stdout.flush()
     sys.stderr.flush()
     gc.collect()
-    gc.freeze()  # a collection in a job would copy the pages of all that is shared
+    gc.freeze()  # a collection in a job would copy the pages of all shared objects
     wake = _wake_on_children()
     workspace.compile_ahead(setup.project)
     children = orphans.Children()
@@ -71,9 +73,9 @@ def serve(data: bytes, fd: int, startup: frozenset[str]) -> None:
                 os.read(wake, 512)
                 children.reap()
                 continue
-            if not sock.recv(messages.MOST_MESSAGE):
+            if not sock.recv(messages.MAX_MESSAGE):
                 return
-            pid = _fork(sock, setup, slot, found)
+            pid = _fork(sock, setup, environ_slot, compiled)
             if pid > 0:
                 children.supervisors.add(pid)
 
@@ -81,19 +83,19 @@ def serve(data: bytes, fd: int, startup: frozenset[str]) -> None:
 def _fork(
     sock: socket.socket,
     setup: messages.Setup,
-    slot: memoryview | None,
-    found: task.CompiledTask | None,
+    environ_slot: memoryview | None,
+    compiled: task.CompiledTask | None,
 ) -> int:
     reply = messages.Reply()
-    # A stop may come as soon as the pidfd is sent: it waits until the process can take it.
+    # A stop may come as soon as the pidfd is sent. It stays pending until the process handles it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGCHLD})
     try:
         ours, theirs = syscalls.socketpair()
         try:
             pid = os.fork()
             if pid == 0:
-                main.serve(setup, theirs, slot, found)
-            # Nobody else reaps, so the pid cannot be anybody else's yet.
+                main.serve(setup, theirs, environ_slot, compiled)
+            # Only this process reaps its children: the pid cannot have been reused yet.
             pidfd = os.pidfd_open(pid)
             reply.pid = pid
             syscalls.send_fds(sock, reply.dumps(), (pidfd, ours.fileno()))
@@ -111,8 +113,8 @@ def _fork(
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGCHLD})
 
 
-def _job_id_slot() -> memoryview | None:
-    """The place that the engine left for a job's id in the first environment."""
+def _find_environ_slot() -> memoryview | None:
+    """The memory that the engine has reserved for a job's id in the initial environment block."""
     getenv = ctypes.CDLL(None).getenv
     getenv.restype = ctypes.c_void_p
     address: int | None = getenv(b"CORTEX_JOB_ID")
@@ -120,40 +122,46 @@ def _job_id_slot() -> memoryview | None:
         os.environ.pop(name, None)
     if address is None:
         return None
-    place = (ctypes.c_char * messages.JOB_ID_ROOM).from_address(address)
-    return memoryview(place).cast("B")
+    slot = (ctypes.c_char * messages.JOB_ID_ROOM).from_address(address)
+    return memoryview(slot).cast("B")
 
 
 def _import_ahead(
     setup: messages.Setup, path: str, sock: socket.socket, startup: frozenset[str]
 ) -> tuple[bytes, list[object]]:
-    """Import what the version asks for; what that has printed, and what each job has to seed. Where a module must
-    not be imported ahead, say so and end: the engine starts this process again without it."""
+    """Import the modules of `definition.preload`. If one must not be imported ahead, report it and
+    exit: the engine starts a new fork server without this module.
+
+    Returns:
+        what the modules have printed, and the random generators that each job has to seed.
+    """
     roots = task.user_roots(setup)
-    watch = preload.Watch(setup.project) if setup.preload else None
+    watch = preload.ImportWatch(setup.project) if setup.preload else None
     preload.forget_shadowed([*roots, os.path.dirname(path)], startup)
     if watch is None:
         return b"", []
     sys.path[0:0] = roots
     try:
-        words = preload.preload(setup.preload, watch, lambda name: _say(sock, importing=name))
+        output = preload.preload(setup.preload, watch, lambda name: _report(sock, importing=name))
     except preload.Refused as refused:
-        _say(sock, refused=messages.shorten(str(refused)))
-        atexit._run_exitfuncs()  # what the modules have made outside this process goes with it
+        _report(sock, refused=messages.shorten(str(refused)))
+        atexit._run_exitfuncs()  # removes what the modules have made outside this process
         sys.stderr.flush()
         os._exit(NOT_FORKABLE)
     watch.close()
     for root in roots:
-        sys.path.remove(root)  # a job puts them there itself
-    return words, watch.generators
+        sys.path.remove(root)  # each job adds them itself
+    return output, watch.generators
 
 
-def _say(sock: socket.socket, *, importing: str | None = None, refused: str | None = None) -> None:
+def _report(
+    sock: socket.socket, *, importing: str | None = None, refused: str | None = None
+) -> None:
     sock.send(messages.Reply(importing=importing, refused=refused).dumps())
 
 
 def _reset_signals() -> None:
-    """As a shell starts an interpreter with them, whatever the operator was started with."""
+    """Set the signal dispositions with which a shell starts an interpreter."""
     for number in signal.valid_signals() - _UNTOUCHED:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)

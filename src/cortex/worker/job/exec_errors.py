@@ -1,5 +1,5 @@
-"""The reasons why the kernel does not run a program, in words. Called by `child` after the kernel has refused one,
-and by `projects.programs` at deploy.
+"""Explains why the kernel does not run a program. Called by `job.process` after a failed exec, and
+by `projects.programs` at deploy.
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ def why_not(command: list[str], error: OSError) -> str:
     program = command[0]
     found = program if "/" in program else _on_path(program)
     if found is not None and os.path.exists(found):
-        words = seen(found) or _unseen(error)
+        words = file_problem(found) or _errno_message(error)
         return words if found == program else f"{found}: {words}"
     if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
-        return _unseen(error)
+        return _errno_message(error)
     return not_found(program, os.path.isfile(program))
 
 
 def not_found(program: str, is_in_project: bool) -> str:
-    """Why there is no program of a name, and what to do."""
+    """Why no program of this name was found, and what to do."""
     if len(program.split()) > 1:
-        return "no program has that name; write each word as an element of the list, as in [sh, run.sh]"
+        return (
+            "no program has that name; "
+            "write each word as an element of the list, as in [sh, run.sh]"
+        )
     if program.startswith("~") or "$" in program:
         return "it is no path: no shell expands ~ and $ in a command; use [sh, -c, ...]"
     if "/" in program:
@@ -45,7 +48,7 @@ def not_found(program: str, is_in_project: bool) -> str:
     )
 
 
-def seen(path: str) -> str | None:
+def file_problem(path: str) -> str | None:
     """Why a file would not run as a program, and what to do; None if the file shows no reason."""
     if os.path.isdir(path):
         return "it is a folder"
@@ -57,26 +60,27 @@ def seen(path: str) -> str | None:
         return None
     if head.startswith(b"#!"):
         return _first_line(head.split(b"\n", 1)[0], os.path.basename(path))
-    return _no_program(head) or (
+    return _not_a_program(head) or (
         f"it has no first line that names its interpreter, such as #!/bin/sh; add one, or {example}"
     )
 
 
 def has_windows_lines(path: str) -> bool:
-    """Whether the first line of a script ends with a carriage return. To the kernel and to `env` it is a part of the
-    interpreter's name. The kernel starts `env`, which finds no such interpreter."""
+    """Whether the first line of a script ends with a carriage return. The kernel and `env` take it
+    for a part of the interpreter's name. The kernel does start `env`, which finds no such
+    interpreter."""
     line = (_head(path) or b"").split(b"\n", 1)[0]
     return line.startswith(b"#!") and line.endswith(b"\r") and not _splits(line)
 
 
 def _on_path(program: str) -> str | None:
-    """The first file of a name on PATH, which may be no program."""
+    """The first file of this name on PATH. It may be no program."""
     files = (os.path.join(folder, program) for folder in os.get_exec_path())
     return next((file for file in files if os.path.isfile(file)), None)
 
 
 def _head(path: str) -> bytes | None:
-    if not os.path.isfile(path):  # to open a pipe would wait for its other end
+    if not os.path.isfile(path):  # opening a pipe would block
         return None
     try:
         with open(path, "rb") as file:
@@ -85,7 +89,7 @@ def _head(path: str) -> bytes | None:
         return None
 
 
-def _no_program(head: bytes) -> str | None:
+def _not_a_program(head: bytes) -> str | None:
     for beginning, words in _BEGINNINGS:
         if head.startswith(beginning):
             return words
@@ -95,7 +99,7 @@ def _no_program(head: bytes) -> str | None:
 
 
 def _splits(line: bytes) -> bool:
-    """Whether `env` splits the line at white space. A carriage return counts as white space there."""
+    """Whether `env` splits the line at white space, to which a carriage return belongs."""
     return b"env -S" in line or b"env --split-string" in line
 
 
@@ -117,7 +121,7 @@ def _first_line(line: bytes, name: str) -> str | None:
     return None
 
 
-def _unseen(error: OSError) -> str:
+def _errno_message(error: OSError) -> str:
     if error.errno == errno.ENOENT:
         return "the loader that it names is not on this machine: it was built for another system"
     if error.errno == errno.ENOEXEC:

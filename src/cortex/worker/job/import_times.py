@@ -1,5 +1,5 @@
-"""How long a job spent on imports, and of what: so that its API's users learn what `preload` would spare
-them. Called by `task` once the task's file has run.
+"""Measures how long a job spent on imports, and of which modules. The users of the API learn from
+it what `preload` would save. Called by `task` when the task's file has run.
 """
 
 from __future__ import annotations
@@ -11,22 +11,26 @@ from cortex.worker.job.interpreter_exit import names_in
 
 globals()["__builtins__"] = standard.BUILTINS
 
-LEAST_S = 0.2
-"""A shorter time is not worth telling."""
+MIN_S = 0.2
+"""Shorter times are not reported."""
 MAX_NAMES = 8
-# What has rewritten the standard library for what is imported after it, where this is not empty.
+# Modules that have patched the standard library for all later imports, if this attribute is not
+# empty.
 _PATCHED = {"gevent.monkey": "saved", "eventlet.patcher": "already_patched"}
 
 
-def measured(took_s: float, known: frozenset[str], roots: list[str]) -> list[object] | None:
-    """The seconds and the modules that `definition.preload` would name; None where the time was the user's own
-    code's, where the program would not run with them imported before its first line, or where nobody can tell: code of
-    the user's runs where attributes are asked for.
+def slow_imports(took_s: float, known: frozenset[str], roots: list[str]) -> list[object] | None:
+    """The seconds, and the modules that `definition.preload` should name.
 
     Args:
-        took_s: what it took to run the task's file.
+        took_s: how long it took to run the task's file.
         known: the modules that were loaded before.
         roots: the folders of the user's own modules.
+
+    Returns:
+        None if the time was spent in the user's own code, if the program would not work with these
+        modules imported before its first line, or if it cannot be determined: reading attributes
+        may run code of the user, which can raise.
     """
     try:
         names = _names(known, roots)
@@ -36,8 +40,8 @@ def measured(took_s: float, known: frozenset[str], roots: list[str]) -> list[obj
 
 
 def _names(known: frozenset[str], roots: list[str]) -> list[str]:
-    for name, holds in _PATCHED.items():
-        if names_in(sys.modules.get(name)).get(holds):
+    for name, attribute in _PATCHED.items():
+        if names_in(sys.modules.get(name)).get(attribute):
             return []
     own = tuple(root.rstrip("/") + "/" for root in roots)
     foreign: dict[str, None] = {}  # in the order of the imports
@@ -58,7 +62,7 @@ def _is_within(name: str, folders: tuple[str, ...]) -> bool:
 
 
 def _origin(value: object) -> str | None:
-    """The module that an import statement names to get this, if it is not one of the standard library's."""
+    """The module from which a program imports this object; None for the standard library."""
     is_module = issubclass(type(value), type(sys))
     name = names_in(value).get("__name__") if is_module else getattr(value, "__module__", None)
     if not isinstance(name, str) or name.partition(".")[0] in standard.NAMES:
@@ -67,7 +71,7 @@ def _origin(value: object) -> str | None:
         return None
     if is_module:
         return name
-    # A class is imported from the package that offers it, not from the file that it is written in.
+    # A class is imported from the package that exports it, not from the module that defines it.
     parts, called = name.split("."), getattr(value, "__name__", None)
     for end in range(1, len(parts)):
         package = ".".join(parts[:end])

@@ -1,9 +1,11 @@
-"""A forked process becomes a job's: its own session, groups, files and environment; then the user's command
-or Task. Where there is time it is forked ahead and waits for its job, so that most of that is done by then.
+"""The process of one job, from its fork to the user's command or Task: session, signals, control
+group, files and environment. If there is time, the process is forked ahead and waits for its job;
+then most of its setup is done before the job comes.
 
-Each object that it touches for the first time is a page that the kernel copies: it is told by its arguments
-what it needs, calls by names of its own (an attribute is found through tables, and counts its name), and has
-its signals set by who forks it (`serving.Signals.lend`).
+Copy-on-write budget: each object that the process touches for the first time is a page that the
+kernel copies. Therefore everything is passed as arguments, functions are bound to names of this
+module at import (an attribute is found through tables, and its name is reference-counted), and the
+parent sets the signals before the fork (`Signals.set_job_defaults`).
 """
 
 from __future__ import annotations
@@ -32,121 +34,127 @@ if TYPE_CHECKING:
     from cortex.worker.messages import Order, Setup
     from cortex.worker.supervisor.station import Station
 
-    Orders = socket.socket | None
+    OrderSocket = socket.socket | None
     Identity = tuple[int, int]  # device and inode
     Variables = list[tuple[bytes, bytes]]
-    # Its variables, its id as `Station.slot` shows it, and the content of job.json.
-    Told = tuple[Variables, bytes, dict[str, object]]
-    Work = tuple[Told, int, int, int, Identity]
+    # Environment variables, the job id as `Station.environ_slot` shows it, the content of job.json.
+    JobData = tuple[Variables, bytes, dict[str, object]]
+    # With the descriptors of log, outcome file and control group, and the outcome file's identity.
+    Assignment = tuple[JobData, int, int, int, Identity]
 
 globals()["__builtins__"] = standard.BUILTINS
 
 NOT_FOUND = 127
 NOT_RUNNABLE = 126
-_REHEARSALS = 20  # by the eighth, CPython knows for each instruction what it is to do
-_REHEARSED = b"CORTEX_REHEARSED"
+_WARM_UP_RUNS = 20  # by the eighth run, CPython has specialized each instruction
+_WARM_UP_VARIABLE = b"CORTEX_REHEARSED"
 _SIGKILL, _SETMASK, _sigmask = signal.SIGKILL, signal.SIG_SETMASK, signal.pthread_sigmask
 _prctl, _loads = libc.prctl, marshal.loads
 
 
 class Job:
-    """What a process has to do, and the files that it writes: its log, its outcome, and what puts it into its
-    control group."""
+    """A job's order and the descriptors of its files: log, outcome file, and the file that puts a
+    process into the job's control group."""
 
-    __slots__ = ("group", "log", "order", "outcome")
+    __slots__ = ("join_fd", "log", "order", "outcome")
 
     def __init__(self, order: Order, log: int, outcome: int) -> None:
         self.order = order
         self.log = log
         self.outcome = outcome
-        self.group = -1  # none
+        self.join_fd = -1  # none
 
 
-class Worker:
-    """The process of one job, which has not begun, as its supervisor sees it."""
+class Preforked:
+    """The supervisor's handle of a process that was forked ahead and waits for its job."""
 
     __slots__ = ("_sock", "pid")
 
-    def __init__(self, bench: Station) -> None:
+    def __init__(self, station: Station) -> None:
         self._sock, theirs = syscalls.socketpair()
-        self.pid = _fork(bench, (self._sock.fileno(),), None, theirs)
+        self.pid = _fork(station, (self._sock.fileno(),), None, theirs)
         theirs.close()
 
-    def announce(self, order: Order) -> None:
-        """Tell it what its job will be. From then on it is of no use for any other."""
-        with contextlib.suppress(OSError):  # it is gone, as `begin` will find
-            # What it takes to read an order as the engine sends it would be pages of each job's own.
-            wire.send(self._sock, marshal.dumps(_told(order)))
+    def send_order(self, order: Order) -> None:
+        """Send the data of the job. From then on, the process can run no other job."""
+        with contextlib.suppress(OSError):  # the process is dead, as `start_job` will find
+            # Not the engine's JSON: the pages that reading it takes would be copied in each job.
+            wire.send(self._sock, marshal.dumps(_job_data(order)))
 
-    def begin(self, job: Job) -> None:
-        """Let it run the job that was announced.
+    def start_job(self, job: Job) -> None:
+        """Start the job whose order was sent.
 
         Raises:
-            OSError: it is gone. It never began, and is reaped.
+            OSError: the process is dead. The job has not begun; the process has been reaped.
         """
         try:
             files = (job.log, job.outcome)
-            wire.send(self._sock, wire.GO, files if job.group < 0 else (*files, job.group))
+            wire.send(self._sock, wire.GO, files if job.join_fd < 0 else (*files, job.join_fd))
         except OSError:
-            self.dismiss()
+            self.kill()
             raise
         self._sock.close()
 
-    def dismiss(self) -> None:
-        """It never gets a job."""
+    def kill(self) -> None:
+        """Kill and reap the process, which gets no job."""
         self._sock.close()
-        os.kill(self.pid, signal.SIGKILL)  # it would end by itself, unless somebody has stopped it
+        os.kill(self.pid, signal.SIGKILL)  # it would exit by itself, unless something stopped it
         os.waitpid(self.pid, 0)
 
 
-def rehearse(setup: Setup, path: str) -> None:
-    """Do what each job's process does, before one is forked, and leave no trace that a program sees.
+def warm_up(setup: Setup, path: str) -> None:
+    """Run, before any fork, the code that each job's process runs; leave no trace that a program
+    can observe.
 
-    Byte code that has not run yet is written to when it runs, and a library's function is looked up at its first
-    call: in each job's process anew, unless that has happened before the fork.
+    CPython writes to byte code that runs for the first time, and looks a library's function up at
+    its first call. Without this, that would copy pages in each job's process anew.
     """
-    nothing = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-    tell = _teller(nothing, _identity(nothing))
-    with open(nothing, "w", encoding="utf-8") as stream:
-        for _ in range(_REHEARSALS):
-            _get_ready(([(_REHEARSED, b"1")], b"", {}), None)
-            del environb[_REHEARSED]
+    devnull = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    write_outcome = _outcome_writer(devnull, _identity(devnull))
+    with open(devnull, "w", encoding="utf-8") as stream:
+        for _ in range(_WARM_UP_RUNS):
+            _set_environment(([(_WARM_UP_VARIABLE, b"1")], b"", {}), None)
+            del environb[_WARM_UP_VARIABLE]
             getppid()
-            task.rehearse(setup, path, tell)
+            task.warm_up(setup, path, write_outcome)
             print(time.time_ns(), file=stream, flush=True)
 
 
 def outcome_file() -> int:
-    """A new file for a job's outcome. It is in memory, and of no limited room: whoever writes it waits for
-    nobody."""
+    """Make a new outcome file; its descriptor. It lies in memory and has no size limit, so that
+    writing it never blocks."""
     return os.memfd_create("outcome")
 
 
-def start(bench: Station, job: Job, others: tuple[int, ...]) -> int:
-    """Fork a process that runs a job at once; its pid. The bench has looked at the task's file just now.
+def start(station: Station, job: Job, fds: tuple[int, ...]) -> int:
+    """Fork a process that runs a job at once; its pid. `Station.refresh_compiled` was called just
+    before.
 
     Args:
-        others: file descriptors that it must not keep, beside those of the bench.
+        fds: descriptors that the process must close, in addition to `Station.private_fds`.
     """
-    work = (_told(job.order), job.log, job.outcome, job.group, _identity(job.outcome))
-    return _fork(bench, others, work, None)
+    work = (_job_data(job.order), job.log, job.outcome, job.join_fd, _identity(job.outcome))
+    return _fork(station, fds, work, None)
 
 
-def _fork(bench: Station, others: tuple[int, ...], work: Work | None, orders: Orders) -> int:
-    """Fork a process that does this work, or the one that it hears of."""
-    setup, found, slot = bench.setup, bench.found, bench.slot
+def _fork(
+    station: Station, fds: tuple[int, ...], work: Assignment | None, orders: OrderSocket
+) -> int:
+    """Fork a process that does this work, or the work that comes through the socket."""
+    setup, compiled, slot = station.setup, station.compiled, station.environ_slot
     project, path = setup.project, setup.path
-    supervisor, foreign = getpid(), (*bench.files, *others)
-    bench.signals.lend()
-    freeze()  # what the job's end collects is its own, and copies no page of what was here before
-    if found is not None:
-        found.renew()
+    supervisor, inherited = getpid(), (*station.private_fds, *fds)
+    station.signals.set_job_defaults()
+    # The collections at the job's end then see only its own objects, and copy no page of others.
+    freeze()
+    if compiled is not None:
+        compiled.make_module()
     try:
         pid = fork()
         if pid == 0:
-            _run(setup, project, path, found, slot, supervisor, foreign, work, orders)
+            _run(setup, project, path, compiled, slot, supervisor, inherited, work, orders)
     finally:
-        bench.signals.take_back()
+        station.signals.restore_own_handlers()
     return pid
 
 
@@ -154,96 +162,99 @@ def _run(
     setup: Setup,
     project: str,
     path: str | None,
-    found: task.CompiledTask | None,
+    compiled: task.CompiledTask | None,
     slot: memoryview | None,
     supervisor: int,
-    foreign: tuple[int, ...],
-    work: Work | None,
-    orders: Orders,
+    inherited: tuple[int, ...],
+    work: Assignment | None,
+    orders: OrderSocket,
 ) -> NoReturn:
-    """The forked process, all its life."""
+    """The whole life of the forked process."""
     code, outcome = 1, -1
     try:
-        failed = _become(supervisor, foreign)
+        failed = _leave_supervisor(supervisor, inherited)
         if work is not None:
-            told, log, outcome, group, identity = work
-            _get_ready(told, slot)
+            data, log, outcome, join_fd, identity = work
+            _set_environment(data, slot)
         elif orders is not None:
-            told, log, outcome, group = _await(orders, slot)
+            data, log, outcome, join_fd = _await_job(orders, slot)
             identity = _identity(outcome)
-            found = task.still(found, path)
+            compiled = task.if_unchanged(compiled, path)
         if failed is not None:
             raise failed
-        chdir(project)  # not ahead of the job: the folder may be away for a while
-        _, _, job = told
-        if group >= 0:
-            write(group, b"0")
-            close(group)
-        dup2(log, 1)  # and from 0 nothing can be read, since the fork server
+        chdir(project)  # not ahead of the job: the folder may be missing for a while
+        _, _, job = data
+        if join_fd >= 0:
+            write(join_fd, b"0")
+            close(join_fd)
+        dup2(log, 1)  # standard input is /dev/null since the fork server
         dup2(log, 2)
         close(log)
         # Last: a stop that came meanwhile ends the process now, by the default action.
         _sigmask(_SETMASK, ())
         if path is not None:
-            task.run(setup, path, found, job, _teller(outcome, identity))
+            task.run(setup, path, compiled, job, _outcome_writer(outcome, identity))
         elif setup.command is not None:
             code = _execute(setup.command)
-    except BaseException as error:  # noqa: BLE001, RUF100  # the platform's own: it fails the job
+    except BaseException as error:  # noqa: BLE001, RUF100  # a platform fault: the job is lost
         lost = Outcome(lost=True, message=f"the worker could not be set up: {error}")
-        _tell(outcome, lost.dumps())
+        _write_all(outcome, lost.dumps())
     finally:
         _exit(code)
 
 
-def _become(supervisor: int, foreign: tuple[int, ...]) -> Exception | None:
-    """What can be done before there is a job; what went wrong with it is told when there is one."""
+def _leave_supervisor(supervisor: int, inherited: tuple[int, ...]) -> Exception | None:
+    """Do the setup that needs no job; the error if that failed. The caller raises it when it has a
+    job, for which it can be reported."""
     try:
         setsid()
-        # Without it a killed supervisor would leave the job running unseen.
+        # Without it, the job would go on unsupervised after its supervisor was killed.
         if _prctl(PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "PR_SET_PDEATHSIG failed")
         if getppid() != supervisor:
             _exit(1)
-        for fd in foreign:
+        for fd in inherited:
             close(fd)
     except Exception as error:  # noqa: BLE001, RUF100
         return error
     return None
 
 
-def _await(orders: socket.socket, slot: memoryview | None) -> tuple[Told, int, int, int]:
-    """What the process hears of its job, with the job's files, when that is to begin."""
-    data, _ = wire.receive(orders)
-    if not data:
+def _await_job(orders: socket.socket, slot: memoryview | None) -> tuple[JobData, int, int, int]:
+    """Wait for a job and for its start: its data, and the descriptors of log, outcome file and
+    control group. Exits if the supervisor closes the socket."""
+    message, _ = wire.receive(orders)
+    if not message:
         _exit(0)
-    told = _loads(data)
-    _get_ready(told, slot)
-    data, fds = wire.receive(orders, 3)
-    if not data:
+    data = _loads(message)
+    _set_environment(data, slot)
+    message, fds = wire.receive(orders, 3)
+    if not message:
         _exit(0)
     orders.close()
-    log, outcome, *group = fds
-    return told, log, outcome, group[0] if group else -1
+    log, outcome, *others = fds
+    return data, log, outcome, others[0] if others else -1
 
 
-def _told(order: Order) -> Told:
+def _job_data(order: Order) -> JobData:
     variables = [(os.fsencode(k), os.fsencode(v)) for k, v in environment(order).items()]
     mark = order.job_id.encode()[:JOB_ID_ROOM].ljust(JOB_ID_ROOM, b"\0")
     return variables, mark, order.job
 
 
-def _get_ready(told: Told, slot: memoryview | None) -> None:
-    variables, mark, _ = told
+def _set_environment(data: JobData, slot: memoryview | None) -> None:
+    variables, mark, _ = data
     for name, value in variables:
         environb[name] = value
     if slot is not None:
-        # Where /proc/<pid>/environ shows it. That block is the fork server's own from its exec, and is
-        # inherited by what a Task forks: so each of them can be found after the supervisor was killed.
+        # /proc/<pid>/environ shows the environment block that the fork server got at its exec.
+        # Processes that a Task forks inherit the block: with the job's id in it, each of them can
+        # be found after the supervisor was killed.
         slot[:] = mark
 
 
 def environment(order: Order) -> dict[str, str]:
-    """What a job finds in its environment beside what all of its version do."""
+    """The environment variables of one job, without those that all jobs of its version have."""
     env = {
         "CORTEX_JOB_SPEC": f"{order.folder}/job.json",
         "CORTEX_JOB_ID": order.job_id,
@@ -260,26 +271,27 @@ def _identity(file: int) -> Identity:
     return about.st_dev, about.st_ino
 
 
-def _teller(outcome: int, made: Identity) -> task.Tell:
-    """What a task has to say of itself, once."""
+def _outcome_writer(outcome: int, identity: Identity) -> task.WriteOutcome:
+    """The function with which a task writes its outcome, once."""
     own = getpid()
 
-    def tell(data: bytes) -> None:
+    def write_outcome(data: bytes) -> None:
         if getpid() != own:
-            return  # the task has forked by hand, and what becomes of that is its own affair
-        if _identity(outcome) != made:
-            raise OSError(errno.EBADF, "something of the task's own has the number of the file")
-        _tell(outcome, data)
+            return  # a process that the task has forked by itself: it has no outcome
+        if _identity(outcome) != identity:
+            raise OSError(errno.EBADF, "the task has opened another file with this descriptor")
+        _write_all(outcome, data)
 
-    return tell
+    return write_outcome
 
 
-def _tell(outcome: int, data: bytes) -> None:
+def _write_all(outcome: int, data: bytes) -> None:
     while data:
         data = data[write(outcome, data) :]
 
 
 def _execute(command: list[str]) -> int:
+    """Replace this process by the user's program; the exit code if that failed."""
     program = command[0]
     try:
         if "/" in program and exec_errors.has_windows_lines(program):

@@ -1,6 +1,7 @@
-"""The user's task file under a name that every process of a job can import: `cortex_task`, for a file whose
-own name `import` would not find or would take for another module. The local engine links it into the folder
-that each job has on its path; a process that multiprocessing spawns finds the task's functions by it.
+"""The user's task file under the name `cortex_task`, which every process of a job can import. It is
+used for a file whose own name `import` would not find or would take for another module. The local
+engine links this module into a folder on the path of each job: a process that multiprocessing
+spawns finds the task's functions through it.
 """
 
 import os

@@ -1,1 +1,1 @@
-"""The supervisor: it takes orders one after another, runs one job at a time, and records how it ended."""
+"""The supervising process: takes orders, runs one job at a time, and records how it ended."""

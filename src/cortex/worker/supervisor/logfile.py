@@ -16,20 +16,21 @@ from cortex.worker.processes import libc
 
 NAME = "log"
 CUT = "log.cut"
-FIRST_S = 0.25
-SOONEST_S = 0.05
-LATEST_S = 8.0
+FIRST_CHECK_S = 0.25
+MIN_CHECK_INTERVAL_S = 0.05
+MAX_CHECK_INTERVAL_S = 8.0
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 _CUT = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 MAX_LINE_BYTES = 1 << 16
 """A cut is made at the end of a line; a longer line is cut where it is."""
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
-_CANNOT = b"cortex: the file system cannot drop a part of a file, so limits.log is not kept\n"
+_CANNOT = b"cortex: the file system cannot punch holes into files; limits.log is not enforced\n"
 
 
 def open_to_write(folder: int) -> int:
-    """Open it for a job, which finds what an earlier attempt has written. What that has put in its place is
-    removed: to follow a link is to write anywhere, and a pipe without a reader would be waited for."""
+    """Open the log for a job, which appends to the lines of earlier attempts. Anything but a
+    regular file, which an earlier attempt may have put there, is removed: following a link would
+    write anywhere, and opening a pipe without a reader would block."""
     try:
         about = os.stat(NAME, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
@@ -41,58 +42,60 @@ def open_to_write(folder: int) -> int:
 
 
 class Log:
-    """Looked at now and then: the more seldom, the slower it grows."""
+    """Enforces the size limit of one log. The slower the log grows, the rarer the checks."""
 
     def __init__(self, folder: int, limit: int) -> None:
         self._folder = folder
         self._limit = limit
         self._cut: LogCut | None = None
         self._size = 0
-        self._pause_s = FIRST_S
-        self._seen = time.monotonic()
-        self.due = self._seen + self._pause_s
+        self._interval_s = FIRST_CHECK_S
+        self._last_check = time.monotonic()
+        self.next_check = self._last_check + self._interval_s
         self._gave_up = False
 
-    def look(self) -> None:
-        """Cut it if it is over its limit, and say in `due` when to look again."""
+    def enforce_limit(self) -> None:
+        """Cut the log if it exceeds its limit, and set `next_check` (monotonic clock)."""
         try:
             size = os.stat(NAME, dir_fd=self._folder, follow_symlinks=False).st_size
         except OSError:
             size = self._size
-        if size - self._gone() > self._limit and not self._gave_up:
-            self._cut_open()
-        self._plan(size)
+        if size - self._cut_bytes() > self._limit and not self._gave_up:
+            self._cut_file()
+        self._schedule_check(size)
 
-    def _cut_open(self) -> None:
+    def _cut_file(self) -> None:
         try:
             fd = os.open(NAME, _CUT, dir_fd=self._folder)
         except OSError:
             return
         try:
-            self._drop(fd, os.fstat(fd).st_size)
+            self._cut_middle(fd, os.fstat(fd).st_size)
         except OSError:
-            pass  # a full disk, most likely: there will be another look
+            pass  # a full disk, most likely: the next check tries again
         finally:
             os.close(fd)
 
-    def _plan(self, size: int) -> None:
+    def _schedule_check(self, size: int) -> None:
         now = time.monotonic()
-        rate = (size - self._size) / max(now - self._seen, 1e-6)
-        room = max(0, self._limit - (size - self._gone()))
-        soon_s = room / rate / 2 if rate > 0 else LATEST_S
-        self._pause_s = max(SOONEST_S, min(self._pause_s * 2, soon_s, LATEST_S))
-        self._size, self._seen, self.due = size, now, now + self._pause_s
+        rate = (size - self._size) / max(now - self._last_check, 1e-6)
+        room = max(0, self._limit - (size - self._cut_bytes()))
+        half_full_s = room / rate / 2 if rate > 0 else MAX_CHECK_INTERVAL_S
+        self._interval_s = max(
+            MIN_CHECK_INTERVAL_S, min(self._interval_s * 2, half_full_s, MAX_CHECK_INTERVAL_S)
+        )
+        self._size, self._last_check, self.next_check = size, now, now + self._interval_s
 
-    def _gone(self) -> int:
+    def _cut_bytes(self) -> int:
         return 0 if self._cut is None else self._cut.end - self._cut.start
 
-    def _drop(self, fd: int, size: int) -> None:
-        # On either side: there is room for as much again until the next cut.
+    def _cut_middle(self, fd: int, size: int) -> None:
+        # On either side of the hole: half of the limit is free until the next cut.
         keep = self._limit // 4
         start = _after_line(fd, keep) if self._cut is None else self._cut.start
         end = _after_line(fd, size - keep)
         cut = LogCut(start=start, end=end, limit=self._limit)
-        # Told before it is done: a reader that finds zeros looks here again.
+        # Before the hole is punched: a reader that finds zeros reads the record again.
         files.replace(self._folder, CUT, cut.dumps())
         self._cut = cut
         if not punch(fd, start, end):
@@ -103,8 +106,8 @@ class Log:
 
 
 def punch(fd: int, start: int, end: int) -> bool:
-    """Give back the room of a part of a file, which reads as zeros from then on; False where the file
-    system cannot."""
+    """Punch a hole into a file: the part takes no space, and reads as zeros. False if the file
+    system does not support that."""
     length = ctypes.c_long(end - start)
     return bool(libc.fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, ctypes.c_long(start), length) == 0)
 

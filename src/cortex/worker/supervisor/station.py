@@ -1,5 +1,6 @@
-"""What a supervising process has for all its jobs: who it is, the socket to the engine, the process that
-waits for the next job, and the last record that the engine has read. Made by `serving`.
+"""What a supervising process keeps from one job to the next: its identity, the socket to the
+engine, the workspace, the process that waits for the next job, and the last exit record that the
+engine has read. Made by `supervisor.main`.
 """
 
 from __future__ import annotations
@@ -19,27 +20,27 @@ if TYPE_CHECKING:
     import socket
 
     from cortex.worker.messages import Setup
-    from cortex.worker.supervisor.main import Signals
+    from cortex.worker.supervisor.signals import Signals
 
 
 class Station:
-    """One for each supervising process."""
+    """The state of one supervising process that outlives its jobs."""
 
     __slots__ = (
-        "_end",
-        "_group",
-        "_last",
-        "_said",
+        "_cgroup_fd",
+        "_hangup_poller",
+        "_last_record",
+        "_order_poller",
         "boot",
-        "found",
+        "compiled",
+        "environ_slot",
+        "poller",
+        "preforked",
         "reuse",
         "setup",
         "signals",
-        "slot",
         "sock",
         "ticks",
-        "woken",
-        "worker",
         "workspace",
     )
 
@@ -48,135 +49,140 @@ class Station:
         setup: Setup,
         signals: Signals,
         sock: socket.socket,
-        slot: memoryview | None,
-        found: task.CompiledTask | None = None,
+        environ_slot: memoryview | None,
+        compiled: task.CompiledTask | None = None,
     ) -> None:
         self.setup = setup
         self.workspace = Workspace(setup)
         self.signals = signals
         self.sock = sock
-        self.slot = slot
-        self.found = found
-        self.worker: process.Worker | None = None  # of the next job
+        self.environ_slot = environ_slot
+        self.compiled = compiled
+        self.preforked: process.Preforked | None = None  # for the next job
         self.reuse = reuse.Reuse()
-        self._last: tuple[int, str] | None = None
-        self._group: int | None = None
-        self.woken = _poller(signals.wake, select.POLLIN)  # a supervisor waits by it
-        self._said = _poller(sock.fileno(), select.POLLIN)
-        self._said.register(signals.wake, select.POLLIN)
-        self._end = _poller(sock.fileno(), 0)  # POLLHUP is told of unasked
+        self._last_record: tuple[int, str] | None = None  # its folder, open, and its name
+        self._cgroup_fd: int | None = None
+        self.poller = _poller(signals.wake, select.POLLIN)  # `watch.Supervisor` waits with it
+        self._order_poller = _poller(sock.fileno(), select.POLLIN)
+        self._order_poller.register(signals.wake, select.POLLIN)
+        self._hangup_poller = _poller(sock.fileno(), 0)  # poll reports POLLHUP in any case
         about = processes.stat("self")
         self.ticks = about[2] if about else 0
         self.boot = processes.boot_id()
 
     @property
-    def files(self) -> tuple[int, ...]:
-        """File descriptors that are this process's alone."""
-        last = () if self._last is None else self._last[:1]
+    def private_fds(self) -> tuple[int, ...]:
+        """File descriptors that a job must not have."""
+        last = () if self._last_record is None else self._last_record[:1]
         own = self.signals.wake, self.signals.wake_write, self.sock.fileno()
-        return *own, *self.workspace.files, *last, *self.reuse.open_files
+        return *own, *self.workspace.private_fds, *last, *self.reuse.private_fds
 
     @property
     def last_folder(self) -> int | None:
-        """The folder of the last job, which has no process left."""
-        return None if self._last is None else self._last[0]
+        """The open folder of the last job, which has no process left."""
+        return None if self._last_record is None else self._last_record[0]
 
-    def is_heard(self) -> bool:
-        """Whether there is an engine at the other end."""
-        return not self._end.poll(0)
+    def has_engine(self) -> bool:
+        """Whether an engine has the other end of the socket open."""
+        return not self._hangup_poller.poll(0)
 
-    def keep(self, folder: int, name: str) -> None:
-        """An engine that has read this record stores it. If it goes it may have had no time for that, so
-        what it read last is put onto the disk when it does.
+    def remember_record(self, folder: int, name: str) -> None:
+        """Remember an exit record that the engine has read and is about to store. Should the engine
+        be killed before it has stored the record, `close` writes the record to the disk.
 
         Args:
-            folder: of the record; an open one, which is closed when it has been kept.
+            folder: the open folder of the record. This object closes it.
         """
-        if self._last is not None:
-            os.close(self._last[0])
-        self._last = folder, name
+        if self._last_record is not None:
+            os.close(self._last_record[0])
+        self._last_record = folder, name
 
-    def get_ready(self) -> None:
-        """Fork the next job's process ahead, unless it is there."""
-        if self.prepare_early() and self.worker is None:
-            self.look()
-            self.worker = process.Worker(self)
+    def prefork(self) -> None:
+        """Fork the process of the next job ahead of its order, unless there is one."""
+        if self.try_prepare_workspace() and self.preforked is None:
+            self.refresh_compiled()
+            self.preforked = process.Preforked(self)
 
-    def prepare(self) -> None:
-        """Let the next job find its folder.
+    def prepare_workspace(self) -> None:
+        """Make the workspace ready for the next job.
 
         Raises:
-            OSError: it cannot be made now.
+            OSError: the workspace cannot be made now.
         """
         try:
-            is_another = self.workspace.prepare()
+            has_moved = self.workspace.restore_project()
         except OSError as error:
             where = "" if error.filename is None else f" ({error.filename})"
             words = f"the job's own copy of its project cannot be made: {error.strerror}{where}"
             raise OSError(error.errno, words) from error
-        if is_another:
-            self.dismiss()  # it has gone into the one before
+        if has_moved:
+            self.kill_preforked()  # its current folder is the former one
             self.setup = self.workspace.setup
 
-    def prepare_early(self) -> bool:
-        """The same where no job waits for it: what fails is told to the one that comes."""
+    def try_prepare_workspace(self) -> bool:
+        """Prepare the workspace ahead of an order; False if that failed. The next order tries it
+        again and reports the error."""
         try:
-            self.prepare()
+            self.prepare_workspace()
         except OSError:
             return False
         return True
 
-    def restore(self) -> None:
-        """Make anew what the last job has changed, before the next one comes."""
+    def restore_workspace(self) -> None:
+        """Undo what the last job has changed in the workspace, before the next order comes."""
         if not self.workspace.is_ready:
-            self.prepare_early()
+            self.try_prepare_workspace()
 
-    def dismiss(self) -> None:
-        """The process that waits is not needed."""
-        if self.worker is not None:
-            self.worker.dismiss()
-            self.worker = None
+    def kill_preforked(self) -> None:
+        """Kill the process that waits for the next job, if there is one."""
+        if self.preforked is not None:
+            self.preforked.kill()
+            self.preforked = None
 
-    def take(self, data: bytes) -> Order:
-        """An order that has come. The process that waits for one gets ready while this one lays out."""
+    def load_order(self, data: bytes) -> Order:
+        """Read an order, and send it on to the preforked process, which sets up its environment
+        while this process lays out the job's folder."""
         order = Order.loads(data)
-        if self.worker is not None:
-            self.worker.announce(order)
+        if self.preforked is not None:
+            self.preforked.send_order(order)
         return order
 
-    def take_group(self) -> int | None:
-        """The folder of the control group that came with the order, if one did."""
-        group, self._group = self._group, None
-        return group
+    def take_cgroup_fd(self) -> int | None:
+        """The open folder of the control group that came with the order, if one came. The caller
+        owns it from now on."""
+        fd, self._cgroup_fd = self._cgroup_fd, None
+        return fd
 
-    def hear(self) -> bytes:
-        """What the engine says next; nothing where it is gone, or a stop comes before it says anything."""
+    def receive(self) -> bytes:
+        """Wait for the engine's next message; empty if the engine has closed the socket, or if a
+        stop comes first."""
         while True:
-            ready = [fd for fd, _ in self._said.poll()]
+            ready = [fd for fd, _ in self._order_poller.poll()]
             if self.signals.wake in ready:
                 os.read(self.signals.wake, 512)
             if self.sock.fileno() in ready:
                 with contextlib.suppress(ConnectionError):
                     data, fds = wire.receive(self.sock, 1)
                     if fds:
-                        [self._group] = fds
+                        [self._cgroup_fd] = fds
                     return data
                 return b""
             if self.signals.stop:
                 return b""
 
-    def look(self) -> None:
-        """See that a process that is forked now has what all jobs can be spared."""
+    def refresh_compiled(self) -> None:
+        """Compile the task's file again if it has changed. Processes that are forked from now on
+        share the result."""
         if self.setup.path is not None:
-            self.found = task.find(self.setup, self.setup.path, self.found)
+            self.compiled = task.compile_task(self.setup, self.setup.path, self.compiled)
 
     def close(self) -> None:
-        """There are no more jobs."""
-        self.dismiss()
+        """Release what the jobs shared, after the last one."""
+        self.kill_preforked()
         self.workspace.close()
-        if self._last is not None:
+        if self._last_record is not None:
             with contextlib.suppress(OSError):
-                files.sync(*self._last)
+                files.sync(*self._last_record)
 
 
 def _poller(fd: int, events: int) -> select.poll:

@@ -1,5 +1,5 @@
-"""What became of a job, as its exit record tells it. Called by the job's supervisor, when nothing of the job
-runs any more, with what it has seen.
+"""Decides how a job ended, and makes its exit record. `supervisor.watch` calls this when no process
+of the job is left, with the evidence that it has collected.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from cortex.worker.syscalls import signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from cortex.worker.supervisor.watch import Supervisor
+    from cortex.worker.cgroups import JobCgroup
+    from cortex.worker.messages import Order
 
 EXITED, OUT_OF_MEMORY, TIMED_OUT, STOPPED, LOST = (
     "exited",
@@ -23,103 +24,163 @@ EXITED, OUT_OF_MEMORY, TIMED_OUT, STOPPED, LOST = (
     "stopped",
     "lost",
 )
-_FEW = 4096  # of as many bytes the kernel has to map as are asked for, not as there are
+# The kernel maps memory for the size of a read that is asked for, not for the size of the file.
+_FIRST_READ_BYTES = 4096
 _MAX_NAMES = 5
 
 
-def judge(seen: Supervisor, ending: str) -> ExitRecord:
-    """The record of a run that was ended by this."""
-    code = -signal.SIGKILL if seen.status is None else os.waitstatus_to_exitcode(seen.status)
-    said = _outcome(seen, code)
-    if said.lost:
-        return lost(seen, said.message)
-    if ending == EXITED and seen.group.oom_killed():
+class Evidence:
+    """What the supervisor knows of a job when no process of the job is left."""
+
+    __slots__ = (
+        "cgroup",
+        "end_ns",
+        "folder",
+        "leftovers",
+        "log_start",
+        "order",
+        "outcome",
+        "refused",
+        "start_ns",
+        "wait_status",
+    )
+
+    def __init__(
+        self,
+        order: Order,
+        cgroup: JobCgroup,
+        *,
+        wait_status: int | None,
+        start_ns: int,
+        end_ns: int,
+        outcome: int | None,
+        folder: int,
+        log_start: int,
+        leftovers: list[str],
+        refused: dict[str, str],
+    ) -> None:
+        self.order = order
+        self.cgroup = cgroup  # its memory events are read only where they decide something
+        self.wait_status = wait_status  # as `waitpid` has it; None if the job has no process
+        self.start_ns = start_ns
+        self.end_ns = end_ns  # 0: unknown
+        self.outcome = outcome  # descriptor of the outcome file; None if there is none
+        self.folder = folder  # descriptor of the job's folder
+        self.log_start = log_start  # size of the log before this attempt
+        self.leftovers = leftovers  # names of the programs that the job had left running
+        self.refused = refused  # modules that are not imported ahead, with the reasons
+
+
+def judge(evidence: Evidence, ending: str) -> ExitRecord:
+    """The exit record of a job.
+
+    Args:
+        ending: what ended the run: `EXITED`, `OUT_OF_MEMORY`, `TIMED_OUT` or `STOPPED`.
+    """
+    status = evidence.wait_status
+    code = -signal.SIGKILL if status is None else os.waitstatus_to_exitcode(status)
+    outcome = _read_outcome(evidence, code)
+    if outcome.lost:
+        return lost(evidence, outcome.message)
+    if ending == EXITED and evidence.cgroup.oom_killed():
         ending = OUT_OF_MEMORY
     if ending != EXITED:
-        return _record(seen, ending, _why(seen, ending), code)
+        return _record(evidence, ending, _message(evidence, ending), code)
     if code == 0:
-        return _record(seen, EXITED, said.message or _left(seen), code, said)
+        message = outcome.message or _leftovers_message(evidence)
+        return _record(evidence, EXITED, message, code, outcome)
     words = f"killed by {syscalls.signal_name(-code)}" if code < 0 else f"exit code {code}"
-    if said.message:
-        message = said.message if code > 0 else f"{words}: {said.message}"
-        return _record(seen, EXITED, message, code, said)
-    last = _last_line(seen)
-    return _record(seen, EXITED, f"{words}: {last}" if last else words, code)
+    if outcome.message:
+        message = outcome.message if code > 0 else f"{words}: {outcome.message}"
+        return _record(evidence, EXITED, message, code, outcome)
+    last = _last_line(evidence)
+    return _record(evidence, EXITED, f"{words}: {last}" if last else words, code)
 
 
-def lost(seen: Supervisor, why: str | None) -> ExitRecord:
-    """The record of a run that failed by the platform's own doing."""
-    return _record(seen, LOST, why, -signal.SIGKILL)
+def lost(evidence: Evidence, why: str | None) -> ExitRecord:
+    """The exit record of a job that failed by a fault of the platform."""
+    return _record(evidence, LOST, why, -signal.SIGKILL)
 
 
-def _why(seen: Supervisor, ending: str) -> str:
+def _message(evidence: Evidence, ending: str) -> str:
+    """Why the supervisor or the kernel ended the job."""
     if ending == TIMED_OUT:
-        return f"timeout of {seen.order.timeout} s passed"
+        return f"timeout of {evidence.order.timeout} s passed"
     if ending == STOPPED:
         return "stopped"
-    if seen.group.oom_killed() and not seen.group.limit_was_hit():
+    if evidence.cgroup.oom_killed() and not evidence.cgroup.limit_was_hit():
         return "killed because the machine ran out of memory"
-    return f"exceeded its memory limit of {size(seen.order.mem or 0)}"
+    return f"exceeded its memory limit of {size(evidence.order.mem or 0)}"
 
 
-def _left(seen: Supervisor) -> str | None:
-    if not seen.left:
+def _leftovers_message(evidence: Evidence) -> str | None:
+    if not evidence.leftovers:
         return None
-    more = len(seen.left) - _MAX_NAMES
-    names = ", ".join(seen.left[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
-    return f"it had left processes running, which were killed: {names}. A job has to wait for those that it needs"
-
-
-def _record(
-    seen: Supervisor, ending: str, message: str | None, code: int, said: Outcome | None = None
-) -> ExitRecord:
-    return ExitRecord(
-        job_id=seen.order.job_id,
-        attempt=seen.order.attempt,
-        ending=ending,
-        exit_code=code,
-        start_ns=seen.start_ns,
-        end_ns=max(seen.start_ns, seen.end_ns or time.time_ns()),
-        message=None if message is None else shorten(message),
-        result=said.result if said else None,
-        has_result=said.has_result if said else False,
-        hints=_hints(seen, said),
-        measures=said.measures if said and isinstance(said.measures, list) else None,
+    more = len(evidence.leftovers) - _MAX_NAMES
+    names = ", ".join(evidence.leftovers[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+    return (
+        f"it had left processes running, which were killed: {names}. "
+        "A job has to wait for those that it needs"
     )
 
 
-def _hints(seen: Supervisor, said: Outcome | None) -> list[str]:
-    """What the users of the version should know, in words."""
-    refused = seen.bench.setup.refused.items()
+def _record(
+    evidence: Evidence,
+    ending: str,
+    message: str | None,
+    code: int,
+    outcome: Outcome | None = None,
+) -> ExitRecord:
+    return ExitRecord(
+        job_id=evidence.order.job_id,
+        attempt=evidence.order.attempt,
+        ending=ending,
+        exit_code=code,
+        start_ns=evidence.start_ns,
+        end_ns=max(evidence.start_ns, evidence.end_ns or time.time_ns()),
+        message=None if message is None else shorten(message),
+        result=outcome.result if outcome else None,
+        has_result=outcome.has_result if outcome else False,
+        hints=_hints(evidence, outcome),
+        measures=outcome.measures if outcome and isinstance(outcome.measures, list) else None,
+    )
+
+
+def _hints(evidence: Evidence, outcome: Outcome | None) -> list[str]:
+    """What the users of the version should know, as sentences."""
+    refused = evidence.refused.items()
     hints = [f"{name} is not imported ahead: {why}" for name, why in refused]
-    loading = said.loading if said else None
+    loading = outcome.loading if outcome else None
     if loading is not None:
         took_s, names = loading
         if isinstance(took_s, float) and isinstance(names, list):
             listed = ", ".join(map(str, names))
             hints.append(
-                f"each job spends {took_s:.1f} s importing {listed}: `preload: [{listed}]` in the definition "
-                "of cortex.yaml would spare it that; what it changes is in the guide"
+                f"each job spends {took_s:.1f} s importing {listed}: `preload: [{listed}]` in the "
+                "definition of cortex.yaml would spare it that; what it changes is in the guide"
             )
-    return hints[: checks.MOST_HINTS]
+    return hints[: checks.MAX_HINTS]
 
 
-def _outcome(seen: Supervisor, code: int) -> Outcome:
-    said = b"" if seen.job is None else os.pread(seen.job.outcome, _FEW, 0)
-    if len(said) == _FEW and seen.job is not None:
-        said = os.pread(seen.job.outcome, checks.MOST_OUTCOME + 1, 0)
+def _read_outcome(evidence: Evidence, code: int) -> Outcome:
+    """What the job's process has written of its end. A job can write anything there."""
+    fd = evidence.outcome
+    data = b"" if fd is None else os.pread(fd, _FIRST_READ_BYTES, 0)
+    if len(data) == _FIRST_READ_BYTES and fd is not None:
+        data = os.pread(fd, checks.MAX_OUTCOME + 1, 0)
     try:
-        if len(said) > checks.MOST_OUTCOME:
-            raise checks.Invalid(f"it takes over {checks.MOST_OUTCOME} bytes")
-        return Outcome.loads(said) if said else Outcome()
+        if len(data) > checks.MAX_OUTCOME:
+            raise checks.Invalid(f"it takes over {checks.MAX_OUTCOME} bytes")
+        return Outcome.loads(data) if data else Outcome()
     except checks.Invalid as error:
         if code != 0:
             return Outcome()  # killed while it wrote
-        return Outcome(message=f"{checks.NOT_KEPT}: what it says of its end is not valid: {error}")
+        return Outcome(message=f"{checks.NOT_KEPT}: the outcome file is not valid: {error}")
 
 
-def _last_line(seen: Supervisor) -> str:
-    text = files.tail(seen.folder, logfile.NAME, seen.log_start).decode("utf-8", "replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    fatal = [line for line in lines if line.startswith("Fatal Python error: ")]  # faulthandler's
+def _last_line(evidence: Evidence) -> str:
+    """The last line of the job's log, or the line in which faulthandler names a fatal error."""
+    data = files.tail(evidence.folder, logfile.NAME, evidence.log_start)
+    lines = [line.strip() for line in data.decode("utf-8", "replace").splitlines() if line.strip()]
+    fatal = [line for line in lines if line.startswith("Fatal Python error: ")]
     return (fatal or lines)[-1] if lines else ""
