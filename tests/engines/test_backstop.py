@@ -127,7 +127,7 @@ def test_what_cannot_be_ended_for_want_of_descriptors_is_ended_at_a_later_look(
         running.send_signal(signal.SIGSTOP)
         asyncio.run(until(lambda: backstop._stopped([running.pid])))
         for where, name in (
-            (backstop.processes, "end_from_below"),
+            (backstop.processes, "kill_with_descendants"),
             (backstop.os, "dup"),
             (backstop, "_stopped"),
         ):
