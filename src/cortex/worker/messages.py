@@ -6,8 +6,6 @@ build them, so a field is named in one place.
 
 from __future__ import annotations
 
-import json
-
 from cortex.worker import checks, json_encoder, standard
 
 TYPE_CHECKING = False
@@ -27,7 +25,7 @@ JOBS_FOLDER = "CORTEX_JOBS_FOLDER"
 
 encode = json_encoder.encoder()
 shorten = checks.shorten
-_decode = json.JSONDecoder().decode
+_decode = checks.decode
 
 
 class _Message:
@@ -57,8 +55,7 @@ class _Message:
             fields = _decode(data.decode())
         except RecursionError as error:
             raise checks.Invalid("it is nested too deep") from error
-        except (ValueError, SystemError) as error:
-            # The latter is of CPython 3.11, where a user's own `json` is to be found instead.
+        except ValueError as error:
             raise checks.Invalid("it is no JSON") from error
         return cls.of(fields)
 
