@@ -4,7 +4,7 @@ VENV := .venv
 UV := $(VENV)/bin/uv
 RUN := $(VENV)/bin
 
-.PHONY: setup demo test check format docs bench bench-peers bench-pictures bench-scale chaos fidelity fuzz test-vm clean
+.PHONY: setup demo test snapshot check format docs bench bench-peers bench-pictures bench-scale chaos fidelity fuzz test-vm clean
 
 setup: $(VENV)/.ready
 
@@ -38,6 +38,10 @@ unexport PYTHONDONTWRITEBYTECODE
 test: setup $(VENV)/.packages
 	$(RUN)/pytest -n 4 -m "not ray and not fidelity"
 	$(RUN)/pytest -n 1 -m ray
+
+# The shapes of all answers, after a change that is meant to break clients.
+snapshot: setup
+	CORTEX_REWRITE_SNAPSHOT=1 $(RUN)/pytest -n 0 tests/contract/test_snapshot.py
 
 check: setup
 	$(RUN)/ruff check .

@@ -19,6 +19,8 @@ class Results:
 
     about: dict[str, str] = field(default_factory=dict)
     values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    failed: dict[str, dict[str, str]] = field(default_factory=dict)
+    """The error of each subject that failed, by figure, as `interleave` names it."""
 
     @classmethod
     def load(cls, path: Path) -> Results:
@@ -27,12 +29,14 @@ class Results:
         return cls(
             content["about"],
             {name: figures[name][_SUBJECTS] for name in KINDS if name in figures},
+            content.get("failed", {}),
         )
 
     def save(self, path: Path) -> None:
         """Write them, over those that are there already: a long run may be made in parts."""
         kept = Results.load(path) if path.exists() else Results()
         values = {**kept.values, **self.values}
+        failed = {**kept.failed, **self.failed}
         content = {
             "about": {**kept.about, **self.about},
             "figures": {
@@ -40,11 +44,19 @@ class Results:
                 for name, kind in KINDS.items()
                 if name in values
             },
+            "failed": {name: words for name, words in failed.items() if words},
         }
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def add(self, figure: str, subject: str, value: float) -> None:
         self.values.setdefault(figure, {}).setdefault(subject, []).append(value)
+
+    def fail(self, figure: str, subject: str, words: str) -> None:
+        """Record the error of a subject in place of its values: those of fewer rounds would mislead."""
+        self.failed.setdefault(figure, {})[subject] = words
+        for name, subjects in self.values.items():
+            if is_of(name, figure):
+                subjects.pop(subject, None)
 
     def of(self, figure: str, subject: str) -> list[float]:
         """The values of the rounds; none where it was not measured."""
@@ -66,6 +78,10 @@ class Results:
             ]
             for figure, subjects in self.values.items()
             for subject, values in subjects.items()
+        ] + [
+            [KINDS[figure].title if figure in KINDS else figure, subject, "failed", words, ""]
+            for figure, subjects in self.failed.items()
+            for subject, words in subjects.items()
         ]  # fmt: skip
 
     def _beside(self, figure: str, subject: str) -> str:
@@ -88,7 +104,16 @@ def aligned(rows: list[list[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def is_of(name: str, figure: str) -> bool:
+    """Whether `name` is this figure, or one of several that it gave, such as `crowd-starts`."""
+    return name == figure or name.startswith(f"{figure}-")
+
+
 Measured = float | Mapping[str, float]
+
+
+class PeerFailed(Exception):
+    """A peer cannot be measured; the message is its error."""
 
 
 def interleave(
@@ -99,11 +124,19 @@ def interleave(
 ) -> None:
     """Measure all subjects once in every round, so that what disturbs the machine disturbs all alike.
 
-    A subject gives one value, or several by the ending of the figure's name.
+    A subject gives one value, or several by the ending of the figure's name. A peer that fails is
+    recorded, and not measured again.
     """
+    failed = results.failed[figure] = {}
     for _ in range(rounds):
         for subject, measure in subjects.items():
-            measured = measure()
+            if subject in failed:
+                continue
+            try:
+                measured = measure()
+            except PeerFailed as error:
+                results.fail(figure, subject, str(error))
+                continue
             if isinstance(measured, Mapping):
                 for ending, value in measured.items():
                     results.add(f"{figure}-{ending}", subject, value)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import limits
 import measures
 import memory
 import stored
 from aside import Aside, started
-from figures import Measured, Results, interleave
+from figures import Measured, PeerFailed, Results, interleave
 from kinds import (
     AHEAD,
     ALL_CORES,
@@ -57,9 +59,16 @@ class Options:
 class Bench:
     """One measurement: what it starts ends with it."""
 
-    def __init__(self, options: Options, results: Results, folder: Path) -> None:
+    def __init__(
+        self, options: Options, results: Results, folder: Path, out: Path | None = None
+    ) -> None:
+        """
+        Args:
+            out: the file that gets the results after each figure.
+        """
         self.options = options
         self.results = results
+        self._out = out
         self._folder = folder
         self._stack = ExitStack()
 
@@ -90,11 +99,36 @@ class Bench:
         measured: dict[str, Callable[[], Measured]] = {}
         for name in names if self.options.peers else ():
             before = started()
-            peer = self._stack.enter_context(PEERS[name](self.folder(name)))
+            try:
+                peer = self._opened(name)
+            except PeerFailed as error:
+                measured[name] = partial(_fail, error)
+                continue
             aside = Aside(started() - before)
             self._stack.callback(aside.release)
-            measured[peer.name] = partial(aside.back, partial(measure, peer))
+            measured[peer.name] = partial(_of_peer, partial(aside.back, partial(measure, peer)))
         return measured
+
+    def _opened(self, name: str) -> Service:
+        """A peer that runs until this measurement ends; an error of its end is printed.
+
+        Raises:
+            PeerFailed: it does not start.
+        """
+        opened = PEERS[name](self.folder(name))
+
+        def close(*exc: Any) -> None:
+            try:
+                opened.__exit__(*exc)
+            except Exception as error:
+                print(f"{name} did not end as it should: {_words(error)}", file=sys.stderr)
+
+        try:
+            peer = opened.__enter__()
+        except Exception as error:
+            raise PeerFailed(_words(error)) from error
+        self._stack.push(close)
+        return peer
 
     def stored(self) -> dict[str, Stored]:
         """Operators that have finished few and many jobs."""
@@ -107,7 +141,28 @@ class Bench:
         }
 
     def measure(self, figure: str, subjects: Mapping[str, Callable[[], Measured]]) -> None:
-        interleave(self.results, self.options.rounds, figure, subjects)
+        try:
+            interleave(self.results, self.options.rounds, figure, subjects)
+        finally:
+            if self._out is not None:
+                self.results.save(self._out)
+
+
+def _of_peer(measure: Callable[[], Measured]) -> Measured:
+    try:
+        return measure()
+    except Exception as error:
+        raise PeerFailed(_words(error)) from error
+
+
+def _fail(error: PeerFailed) -> Measured:
+    raise error
+
+
+def _words(error: Exception) -> str:
+    """An error in one line."""
+    text = " ".join(str(error).split())
+    return text[:200] if text else type(error).__name__
 
 
 def submit(bench: Bench) -> None:

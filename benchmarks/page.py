@@ -25,7 +25,14 @@ def measured(results: Results) -> str:
     for picture, (title, members) in PICTURES.items():
         shown = [name for name in members if name in results.values]
         if shown:
-            part = Results(values={name: results.values[name] for name in shown})
+            part = Results(
+                values={name: results.values[name] for name in shown},
+                failed={
+                    figure: subjects
+                    for figure, subjects in results.failed.items()
+                    if any(figures.is_of(name, figure) for name in shown)
+                },
+            )
             lines += [f"## {title}", "", f"![{title}](performance/{picture}.png)", ""]
             lines += table(figures.HEAD, part.rows())
     return "\n".join(lines)

@@ -37,10 +37,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         for name in options.only:
             print(f"… {name}", file=sys.stderr)
-            with Bench(options, results, Path(folder)) as bench:
+            with Bench(options, results, Path(folder), out) as bench:
                 measurements.MEASUREMENTS[name](bench)
-            if out is not None:
-                results.save(out)
     print("\n" + figures.aligned([figures.HEAD, *results.rows()]))
     print("\n" + figures.aligned([targets.HEAD, *(v.cells for v in targets.verdicts(results))]))
 

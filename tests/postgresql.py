@@ -31,6 +31,11 @@ def _binaries() -> Path:
     return found[-1].parent
 
 
+def program(name: str) -> str:
+    """The path of one of PostgreSQL's programs, of the version that the server has."""
+    return str(_binaries() / name)
+
+
 class Server:
     """One server on a Unix socket in its folder. Databases are `USER`'s, who needs the password."""
 

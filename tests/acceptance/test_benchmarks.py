@@ -60,6 +60,94 @@ def test_peers_that_are_not_installed_are_told_of(tmp_path: Path) -> None:
     assert "`make bench-peers`" in done.stderr
 
 
+# Peers as scripts: one that does not start, one that fails in the second round and at its end, one that works.
+PEERS_FAIL = """
+import json, sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import measurements, page
+from figures import HEAD, Results, aligned
+from measurements import Bench, Options
+
+folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+asked = []
+
+
+@contextmanager
+def absent(_):
+    raise OSError("no redis-server")
+    yield
+
+
+@contextmanager
+def slow(_):
+    yield SimpleNamespace(name="Slow")
+    raise RuntimeError("it is still there")
+
+
+@contextmanager
+def fine(_):
+    yield SimpleNamespace(name="Fine")
+
+
+def measure(peer):
+    asked.append(peer.name)
+    if asked.count("Slow") == 2 and peer.name == "Slow":
+        raise RuntimeError("1 stopped jobs have not ended\\nwithin 60 s")
+    return {"starts": 2.0, "stops": 3.0}
+
+
+measurements.PEERS.update({"absent": absent, "slow": slow, "fine": fine})
+results = Results()
+names = ("absent", "slow", "fine")
+with Bench(Options([], 3, 1, True, True), results, folder, out) as bench:
+    ours = {"ours": lambda: {"starts": 1.0, "stops": 1.0}}
+    bench.measure("crowd", {**ours, **bench.of_peers(names, measure)})
+    kept = Results.load(out)
+    assert asked == ["Slow", "Fine", "Slow", "Fine", "Fine"], asked
+assert kept.values["crowd-starts"] == {"ours": [1.0] * 3, "Fine": [2.0] * 3}, kept.values
+print(aligned([HEAD, *kept.rows()]))
+print(page.measured(kept))
+
+# A later run that succeeds replaces the failure.
+results = Results()
+with Bench(Options([], 1, 1, True, True), results, folder, out) as bench:
+    bench.measure("crowd", ours)
+assert json.loads(out.read_text())["failed"] == {}
+"""
+
+
+def test_a_peer_that_fails_is_in_the_table_and_the_others_are_measured(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PEERS_FAIL, tmp_path, tmp_path / "results.json"],
+        cwd=RUN.parent, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert "crowd absent failed no redis-server" in rows
+    assert "crowd Slow failed 1 stopped jobs have not ended within 60 s" in rows
+    assert "| crowd | Slow | failed | 1 stopped jobs have not ended within 60 s | |" in rows
+    assert done.stderr == "slow did not end as it should: it is still there\n"
+
+
+def test_an_error_that_is_not_a_peers_ends_the_run(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from figures import Results\n"
+        "from measurements import Bench, Options\n"
+        "with Bench(Options([], 1, 1, False, True), Results(), Path(sys.argv[1])) as bench:\n"
+        "    bench.measure('submit', {'ours': lambda: 1 / 0})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path],
+        cwd=RUN.parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
 def test_the_page_shows_the_kept_results() -> None:
     code = (
         "import os\n"

@@ -9,12 +9,15 @@ Data that passes can be stored in any database and shown as strict JSON.
 from __future__ import annotations
 
 import json
+import sys
 import time
 
 from cortex.worker import json_encoder, standard
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cortex.worker.messages import ExitRecord, LogCut, Outcome, Reply, StartRecord
 
 globals()["__builtins__"] = standard.BUILTINS
@@ -46,12 +49,37 @@ _NINES, _AS_NINES = b"9" * (MAX_DIGITS + 1), bytes.maketrans(b"012345678", b"999
 _VALUES = {"counter": 1, "gauge": 1, "summary": 2}
 _FINITE = 1.7976931348623157e308
 _encode = json_encoder.encoder(allow_nan=False)
-_decode, _now_ns = json.loads, time.time_ns
+_loads, _now_ns = json.loads, time.time_ns
+_modules, _JSON = sys.modules, {"json": json, "json.decoder": json.decoder}
 
 
 class Invalid(ValueError):
     """A value is impossible or cannot be stored. The message names the field, the value, and what
     is allowed."""
+
+
+def decode(data: str | bytes, parse_int: Callable[[str], object] | None = None) -> object:
+    """Decode JSON as `json.loads` does, also where a user's own `json` has replaced Python's.
+
+    CPython's decoder gets its exception by the name `json.decoder`: 3.11 from `sys.modules`, 3.13 by an
+    import, which would run the user's file in this process.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    if _modules.get("json.decoder") is json.decoder:
+        return _loads(data, parse_int=parse_int)
+    theirs = {name: _modules[name] for name in _JSON if name in _modules}
+    _modules.update(_JSON)
+    try:
+        return _loads(data, parse_int=parse_int)
+    finally:
+        # A user's module keeps its position, by which `interpreter_exit` finds the job's own.
+        for name in _JSON:
+            if name in theirs:
+                _modules[name] = theirs[name]
+            else:
+                del _modules[name]
 
 
 def start_record(record: StartRecord) -> None:
@@ -146,7 +174,7 @@ def why_no_result(data: bytes, value: object = None) -> str | None:
     if len(data) > MAX_RESULT:
         return f"it takes {len(data)} bytes; at most {MAX_RESULT} are allowed"
     may_be_deep = data.count(b"[") + data.count(b"{") > MAX_LEVELS
-    if may_be_deep and _is_deep(_decode(data) if value is None else value):
+    if may_be_deep and _is_deep(decode(data) if value is None else value):
         return f"it is nested over {MAX_LEVELS} levels deep"
     if len(data) > MAX_DIGITS and _has_long_number(data):
         return f"it has a number of over {MAX_DIGITS} digits"
@@ -290,7 +318,7 @@ def _has_long_number(data: bytes) -> bool:
     if _NINES not in data.translate(_AS_NINES):
         return False
     lengths = [0]
-    _decode(data, parse_int=lambda text: lengths.append(len(text.lstrip("-"))))
+    decode(data, parse_int=lambda text: lengths.append(len(text.lstrip("-"))))
     return max(lengths) > MAX_DIGITS
 
 

@@ -6,8 +6,6 @@ fork. Both sides use these classes, so that each field is named in one place.
 
 from __future__ import annotations
 
-import json
-
 from cortex.worker import checks, json_encoder, standard
 
 TYPE_CHECKING = False
@@ -28,7 +26,7 @@ the same ids."""
 
 encode = json_encoder.encoder()
 shorten = checks.shorten
-_decode = json.JSONDecoder().decode
+_decode = checks.decode
 
 
 class _Message:
@@ -58,8 +56,7 @@ class _Message:
             fields = _decode(data.decode())
         except RecursionError as error:
             raise checks.Invalid("it is nested too deeply") from error
-        except (ValueError, SystemError) as error:
-            # CPython 3.11 raises SystemError if the user's `json` shadows the standard library's.
+        except ValueError as error:
             raise checks.Invalid("it is not JSON") from error
         return cls.from_fields(fields)
 
