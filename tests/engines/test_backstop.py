@@ -76,8 +76,10 @@ def test_a_job_that_its_supervisor_does_not_end_is_ended(
     async def scenario(engine: LocalEngine) -> None:
         order = engine._order
         monkeypatch.setattr(engine, "_order", lambda each: order(replace(each, deadline=None)))
+        first = bench.attempt("def task(c): return 1")
+        await bench.outcome(engine, first)  # the next begins long before its timeout
         attempt = bench.attempt(SLEEP, config={"file": str(bench.marker)}, timeout=2)
-        begun = await bench.begin(engine, attempt)
+        begun = await bench.begin(engine, replace(attempt, version=first.version))
         assert (await bench.ended(begun)).ending is Ending.TIMED_OUT
         await until(lambda: not exists(pid_of(bench, begun)))
 

@@ -141,6 +141,7 @@ def test_folders_that_are_away_as_a_process_is_forked_ahead_fail_no_job(
     code = """
         import os, time
         def task(config):
+            print("runs", flush=True)
             while not os.path.exists(config["go"]):
                 time.sleep(0.01)
     """
@@ -150,8 +151,8 @@ def test_folders_that_are_away_as_a_process_is_forked_ahead_fail_no_job(
         config = {"go": str(go)}
         first, second = (replace(warm.attempt(config=config), version=version) for _ in range(2))
         await warm.start(engine, first)
-        await warm.started(first)
-        supervisor = holder(warm, first)
+        await warm.printed(first, "runs")  # nothing that it is set up with is away
+        supervisor = pid_of(warm, first)
         folder = warm.root.parent
         away = folder.rename(elsewhere / "away")
         try:
