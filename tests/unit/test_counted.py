@@ -9,7 +9,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from cortex.engines.base import Capacity, NodeInfo
-from cortex.operator.dispatch.live_job import Live
+from cortex.operator.dispatch.live_job import LiveJob
 from cortex.operator.metrics import Metrics
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import State, Wanted
@@ -21,7 +21,7 @@ OVER = replace(RUNS, state=State.SUCCEEDED, end_ns=12_250_000_000)
 
 
 def values(
-    metrics: Metrics, live: list[Live] | None = None, nodes: Sequence[NodeInfo] = ()
+    metrics: Metrics, live: list[LiveJob] | None = None, nodes: Sequence[NodeInfo] = ()
 ) -> dict[str, Any]:
     """All that is told, by name and the labels' values."""
     text = metrics.text("local", live, nodes).decode()
@@ -85,11 +85,11 @@ def test_a_clock_that_was_set_back_makes_no_time_negative() -> None:
 
 def test_jobs_in_progress_are_told_by_what_they_do() -> None:
     live = [
-        Live(WAITS),
-        Live(replace(WAITS, state=State.STARTING)),
-        Live(RUNS),
-        Live(RUNS, unreachable="its node does not answer"),
-        Live(replace(RUNS, wanted=Wanted.STOP), unreachable="its node does not answer"),
+        LiveJob(WAITS),
+        LiveJob(replace(WAITS, state=State.STARTING)),
+        LiveJob(RUNS),
+        LiveJob(RUNS, unreachable="its node does not answer"),
+        LiveJob(replace(RUNS, wanted=Wanted.STOP), unreachable="its node does not answer"),
     ]
     seen = values(Metrics(), live)
     phases = {"pending": 2, "running": 1, "unknown": 1, "stopping": 1}

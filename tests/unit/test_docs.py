@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cortex import errors
-from cortex.operator.dispatch.live_job import Live
+from cortex.operator.dispatch.live_job import LiveJob
 from cortex.operator.metrics import Metrics
 from cortex.projects.requirements import MIN_PYTHON
 from cortex.spec import python_variables
@@ -46,7 +46,7 @@ def test_every_status_and_error_is_documented() -> None:
 
 
 def test_every_metric_is_documented_and_no_other() -> None:
-    live = [Live(JobRecord(1, SPEC, State.WAITING, Wanted.RUN, attempt=0, handle=None))]
+    live = [LiveJob(JobRecord(1, SPEC, State.WAITING, Wanted.RUN, attempt=0, handle=None))]
     text = Metrics().text("local", live, []).decode()
     told = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE cortex")}
     page = (ROOT / "docs" / "monitoring.md").read_text()

@@ -28,7 +28,7 @@ def test_the_folder_of_a_job_that_there_never_was_goes(
         claim = InitialClaim("1", engine.claim(job.job_id, 1))
         for name in laid_out:
             (tmp_path / job.job_id / name).touch()
-        waiting = admission.Queue(board, engine, none)
+        waiting = admission.Admission(board, engine, none)
         waiting.storing(claim)
         waiting.stored(job, claim, is_claimed=False, is_refused=True)
         await board.tasks.finish()
