@@ -361,7 +361,7 @@ def _swept(root: Path, names: set[str]) -> list[str]:
     remove them. The kernel may call one busy for a while after its last process was reaped."""
     if left := _limits().existing(root):
         for group in left:
-            _limits().groups.remove(group, within_s=0)
+            _limits().cgroups.remove(group, within_s=0)
         _limits().remove_places(root)
     return _cgroups(names)
 

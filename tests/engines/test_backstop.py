@@ -16,6 +16,7 @@ import pytest
 from cortex.engines.base import Ending, NeverStarted
 from cortex.engines.local import LocalEngine, backstop
 from cortex.system.background import Background
+from cortex.worker import processes
 from engines.bench import SLEEP, Bench, exists, until
 from engines.test_recovery import pid_of
 
@@ -129,8 +130,8 @@ def test_what_cannot_be_ended_for_want_of_descriptors_is_ended_at_a_later_look(
         running.send_signal(signal.SIGSTOP)
         asyncio.run(until(lambda: backstop._stopped([running.pid])))
         for where, name in (
-            (backstop.processes, "end_from_below"),
-            (backstop.os, "dup"),
+            (processes, "end_from_below"),
+            (os, "dup"),
             (backstop, "_stopped"),
         ):
             with monkeypatch.context() as short:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from cortex.engines.base import Attempt, Ended, Ending, Engine, Lost, NeverStarted, Version
+from cortex.spec.job import Json
 from cortex.worker.processes import children
 from engines.bench import SLEEP, Bench, exists, parent, processes, until
 from engines.test_recovery import pid_of
@@ -148,7 +149,7 @@ def test_folders_that_are_away_as_a_process_is_forked_ahead_fail_no_job(
 
     async def is_forked_while_away(engine: Engine, version: Version, number: int) -> bool:
         go = elsewhere / f"go-{number}"
-        config = {"go": str(go)}
+        config: Json = {"go": str(go)}
         first, second = (replace(warm.attempt(config=config), version=version) for _ in range(2))
         await warm.start(engine, first)
         await warm.printed(first, "runs")  # nothing that it is set up with is away

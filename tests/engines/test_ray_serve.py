@@ -305,7 +305,10 @@ def test_a_job_whose_node_is_lost_is_tried_again_on_another(
     serving: Operator, ray_session: Session
 ) -> None:
     ray_session.cluster.add("third", cpus=16)  # the emptiest of all
-    sizes = lambda: sorted(node["total"]["cpu"] for node in ready_nodes(serving))  # noqa: E731
+
+    def sizes() -> list[float]:
+        return sorted(node["total"]["cpu"] for node in ready_nodes(serving))
+
     until(lambda: len(sizes()) > 1 and sizes()[-1] == 16, "the new node and another are ready")
     endpoint = serving.deployed(probe_yaml("again", "  retries: 1\n"), {"probe.py": AGAIN})
     job = serving.submit(endpoint)
