@@ -62,7 +62,8 @@ class Awaited:
 
         def call(*arguments: Any, **named: Any) -> Any:
             made = found(*arguments, **named)
-            return self._each(made) if inspect.isasyncgen(made) else self._wait(made)
+            is_stream = inspect.isasyncgen(made)
+            return self._each(made) if is_stream else self._wait(made)
 
         return call
 

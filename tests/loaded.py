@@ -196,7 +196,7 @@ def _serve(control: socket.socket) -> dict[str, Any] | None:
                 message, descriptors, _, _ = socket.recv_fds(control, 1024 * 1024, 4)
                 if not message:
                     return None
-                asked = json.loads(message)
+                asked: dict[str, Any] = json.loads(message)
                 pid = os.fork()
                 if pid == 0:
                     _become(asked, descriptors[:3])

@@ -68,7 +68,7 @@ class Server:
         self.start()
         with self.connected() as connection:
             password = PASSWORD.replace("'", "''")
-            connection.execute(f"CREATE ROLE {USER} LOGIN PASSWORD '{password}'")  # type: ignore[arg-type]  # not a literal
+            connection.execute(f"CREATE ROLE {USER} LOGIN PASSWORD '{password}'")
 
     def start(self) -> None:
         """Start it, and wait until it takes connections."""
@@ -141,13 +141,13 @@ class Server:
         options = {"OWNER": USER, **more, **({"TEMPLATE": template} if template else {})}
         words = " ".join(f"{key} {value}" for key, value in options.items())
         with self.connected() as connection:
-            connection.execute(f"CREATE DATABASE {name} {words}")  # type: ignore[arg-type]  # not a literal
+            connection.execute(f"CREATE DATABASE {name} {words}")
         return name
 
     def drop(self, database: str) -> None:
         """Remove a database, whoever is connected."""
         with self.connected() as connection:
-            connection.execute(f"DROP DATABASE {database} WITH (FORCE)")  # type: ignore[arg-type]  # not a literal
+            connection.execute(f"DROP DATABASE {database} WITH (FORCE)")
 
     def _as_owner(self) -> list[str]:
         return _AS_NOBODY if os.geteuid() == 0 else []

@@ -115,7 +115,7 @@ class Task:
 """
 
 
-def by_its_owner(lay_out: Callable[[Path], None], holds: Callable[[Path], bool]) -> bool:
+def by_its_owner(lay_out: Callable[[Path], object], holds: Callable[[Path], bool]) -> bool:
     """What is found in a new folder by its owner, who is not root: root may do anything anywhere."""
     with tempfile.TemporaryDirectory() as name:
         own = Path(name)
@@ -173,7 +173,7 @@ class Operator:
         words = ["serve", "--port", "0", "--data-dir", str(self.data_dir), *self.options]
         own, told = os.pipe()
         with os.fdopen(own) as said, self.log.open("a") as log:
-            output = {"stdin": 0, "stdout": told, "stderr": log.fileno()}
+            output: dict[str, Any] = {"stdin": 0, "stdout": told, "stderr": log.fileno()}
             self.process: subprocess.Popen[bytes] | loaded.Program
             if self.within:
                 command = [*self.within, CORTEX, *words]
@@ -361,7 +361,7 @@ def _swept(root: Path, names: set[str]) -> list[str]:
     remove them. The kernel may call one busy for a while after its last process was reaped."""
     if left := _limits().existing(root):
         for group in left:
-            _limits().groups.remove(group, within_s=0)
+            _limits().cgroups.remove(group, within_s=0)
         _limits().remove_places(root)
     return _cgroups(names)
 
@@ -396,7 +396,7 @@ def _read(path: str) -> bytes:
         return b""
 
 
-def until(condition: Callable[[], object], what: str) -> None:
+def until(condition: Callable[..., object], what: str) -> None:
     """Wait for a condition; the test fails when it never comes."""
     deadline = time.monotonic() + PATIENCE_S
     while not condition():

@@ -27,7 +27,8 @@ def test_jobs_are_submitted_and_waited_for_at_once(shared: Operator, probe: str)
             async def done(number: int) -> object:
                 job = await client.submit_job("probe", {"number": number})
                 view = await client.get_job("probe", job["job_id"], wait=PATIENCE_S)
-                return view["job_status"]["result"]["number"]  # type: ignore[index]
+                result: Any = view["job_status"]["result"]
+                return result["number"]
 
             assert await asyncio.gather(*map(done, range(8))) == list(range(8))
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -125,7 +126,8 @@ def test_a_job_is_known_after_its_operator_died_and_came_back(
         own.start()
         view = client.get_job("probe", job["job_id"], wait=PATIENCE_S)
     assert view["job_status"]["status"] == "status_succeeded"
-    assert view["job_status"]["result"]["x"] == 1
+    result: Any = view["job_status"]["result"]
+    assert result["x"] == 1
 
 
 def test_a_log_is_followed_over_the_death_of_the_operator(

@@ -226,7 +226,7 @@ class Battle:
         """What may not change: who owns it, its rights, its links, its content."""
         paths = [self.canary, Path("/etc/passwd"), Path("/etc/shadow"), Path("/bin/sleep")]
         paths += (self.running.data_dir / "projects").rglob("*.py")
-        found = {}
+        found: dict[str, tuple[object, ...]] = {}
         for path in paths:
             about = path.lstat()
             found[str(path)] = (

@@ -32,6 +32,11 @@ class Proxy(Gate):
         listener.listen()
         super().__init__(listener, lambda: _connected(server / _SOCKET))
 
+    @property
+    def has_cut(self) -> bool:
+        """Whether the connection that was to be lost was."""
+        return self.cut is None
+
     def sent(self, data: bytes, server: socket.socket) -> bool:
         while self.is_mute:
             time.sleep(0.02)

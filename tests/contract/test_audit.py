@@ -36,7 +36,7 @@ def get(running: Operator, path: str, secret: str, **options: Any) -> httpx.Resp
     return httpx.get(running.url + path, headers=headers, timeout=60, **options)
 
 
-def audit(running: Operator, **params: object) -> list[dict[str, Any]]:
+def audit(running: Operator, **params: Any) -> list[dict[str, Any]]:
     answer = running.http.get(f"{running.url}/-/audit", params=params)
     assert answer.status_code == 200, answer.text
     entries = answer.json()["entries"]
@@ -141,7 +141,8 @@ def test_the_audit_is_for_who_may_deploy_and_is_paged(
 
 def test_the_command_shows_it(safe: tuple[Operator, dict[str, str]], tmp_path: Path) -> None:
     running, tokens = safe
-    variables = {"CORTEX_CLI_CONFIG_DIR": str(tmp_path), "CORTEX_TOKEN": tokens["deploy"]}
+    variables: dict[str, Any] = {"CORTEX_CLI_CONFIG_DIR": str(tmp_path)}
+    variables["CORTEX_TOKEN"] = tokens["deploy"]
     cortex("env", "configure", "here", "--operator-endpoint", running.url, **variables)
     shown = cortex("audit", "--limit", "1000", **variables)
     assert "deploy" in shown

@@ -167,7 +167,12 @@ def test_supervising_processes_that_the_operator_inherited_outlive_it(tmp_path: 
         supervisor = supervisor_of(running, job)
         [server] = [processes.stat(supervisor)[1]]  # type: ignore[index]
         os.kill(server, signal.SIGKILL)
-        parent = lambda: processes.stat(supervisor)[1]  # type: ignore[index]  # noqa: E731
+
+        def parent() -> int:
+            about = processes.stat(supervisor)
+            assert about is not None
+            return about[1]
+
         until(lambda: parent() == running.process.pid, "inherited")
         running.stop()
         assert processes.ticks_if_alive(supervisor) is not None

@@ -14,10 +14,11 @@ import pytest
 
 from awaited import Connect
 from contract.test_bodies import newest
-from contract.test_tokens import guarded, routes
+from contract.test_tokens import routes
 from cortex.cli.main import run as cortex
 from cortex.errors import ForeignHost
 from cortex.projects.pack import pack
+from guarded import guarded
 from support import PROBE, Operator, operator, probe_yaml
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
@@ -81,7 +82,7 @@ def test_no_spelling_gets_past(shared: Operator, probe: str) -> None:
         "xn--vil-bma.example", "\xebvil.example", "localhost%00.evil.example", "0x7f.1", "127.1", "127.0.0.01",
         ".localhost.evil.example", "localhost..", "*", "null", "a" * 5000,
     ):  # fmt: skip
-        answer = shared.http.post(probe, json={}, headers={"Host": host.encode("latin-1")})
+        answer = shared.http.post(probe, json={}, headers={b"Host": host.encode("latin-1")})
         assert refused(answer), host
     # Nobody in between is believed: there may be nobody in between.
     spoofs = {"X-Forwarded-Host": "localhost", "Forwarded": "host=localhost"}

@@ -16,7 +16,7 @@ def deployed(own: Operator, limits: str, name: str = "probe") -> str:
 
 
 def running(own: Operator, endpoint: str, job: Any) -> bool:
-    return own.status(endpoint, job).get("worker_counts") == {"pending": 0, "running": 1}
+    return bool(own.status(endpoint, job).get("worker_counts") == {"pending": 0, "running": 1})
 
 
 def refused(own: Operator, endpoint: str, **headers: str) -> str:

@@ -41,7 +41,8 @@ def chatter(operator: Operator, lines: int, go: Path | None = None) -> tuple[str
 
 
 def on_disk(operator: Operator, job: Any) -> int:
-    return (operator.data_dir / "jobs" / job["job_id"] / "log").stat().st_blocks * 512
+    log: Path = operator.data_dir / "jobs" / job["job_id"] / "log"
+    return log.stat().st_blocks * 512
 
 
 def checked(text: str, lines: int) -> tuple[list[int], list[int]]:

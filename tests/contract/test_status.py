@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -255,9 +256,10 @@ def test_jobs_are_listed_newest_first_in_pages(shared: Operator) -> None:
     only = shared.http.get(endpoint, params={"status": "status_worker_error"}).json()
     assert [job["job_id"] for job in only["job_statuses"]] == [failed]
     by_name = f"{shared.url}/-/apis/listed/jobs"
-    for query in ({}, {"limit": 2}, {"status": "status_worker_error"}):
-        at_endpoint = shared.http.get(endpoint, params=query).json()
-        assert shared.http.get(by_name, params=query).json() == at_endpoint
+    queries: list[dict[str, Any]] = [{}, {"limit": 2}, {"status": "status_worker_error"}]
+    for each in queries:
+        at_endpoint = shared.http.get(endpoint, params=each).json()
+        assert shared.http.get(by_name, params=each).json() == at_endpoint
     assert shared.http.get(f"{shared.url}/-/apis/nothing/jobs").status_code == 404
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -13,9 +14,7 @@ FIELDS = {
 }  # fmt: skip
 
 
-def post(
-    shared: Operator, probe: str, body: bytes | str, **headers: str
-) -> tuple[int, dict[str, str]]:
+def post(shared: Operator, probe: str, body: bytes | str, **headers: str) -> tuple[int, Any]:
     sent = {"Content-Type": "application/json", **headers}
     response = shared.http.post(probe, content=body, headers=sent)
     assert response.headers["content-type"] == "application/json"

@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -189,7 +190,7 @@ def test_the_command_and_the_client_send_a_token(
 
     with guarded(tmp_path, "--require-token") as (running, tokens):
         running.deployed(probe_yaml(), {"probe.py": PROBE})
-        config = {"CORTEX_CLI_CONFIG_DIR": str(tmp_path / "cli")}
+        config: dict[str, Any] = {"CORTEX_CLI_CONFIG_DIR": str(tmp_path / "cli")}
         configure = ("env", "configure", "far", "--operator-endpoint", running.url)
         cortex(*configure, **config)
         assert "wants a token" in cortex("get", code=1, **config)

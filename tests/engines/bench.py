@@ -17,7 +17,7 @@ import venv
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from cortex.engines.base import (
     Attempt,
@@ -40,6 +40,8 @@ from cortex.spec.times import new_id, now_ns
 
 LIMIT_S = 90.0
 T = TypeVar("T")
+E = TypeVar("E", bound=Engine)
+"""The engine that a test takes: the fixture that it asks for has made one of that class."""
 Final = Ended | Lost | NeverStarted
 
 
@@ -77,16 +79,16 @@ class Bench:
         self.changed = asyncio.Event()
         self.jobs: list[str] = []
 
-    def run(self, scenario: Callable[[Engine], Awaitable[None]]) -> None:
+    def run(self, scenario: Callable[[E], Awaitable[None]]) -> None:
         """Run a scenario with an engine that is open."""
         self.run_fresh(scenario)
 
-    def run_fresh(self, scenario: Callable[[Engine], Awaitable[None]]) -> None:
+    def run_fresh(self, scenario: Callable[[E], Awaitable[None]]) -> None:
         """Run a scenario with an engine that was opened for it and is closed after it."""
 
         async def main() -> None:
             async with self.engine() as engine:
-                await scenario(engine)
+                await scenario(cast(E, engine))
 
         self.changed = asyncio.Event()  # one is bound to its loop
         asyncio.run(main())
@@ -304,7 +306,9 @@ class Bench:
         end = time.monotonic() + LIMIT_S
         while True:
             for one in self.seen:
-                mine = not isinstance(one, CapacityFreed) and one.job_id == attempt.spec.job_id
+                if isinstance(one, CapacityFreed):
+                    continue
+                mine = one.job_id == attempt.spec.job_id
                 if mine and one.attempt == attempt.number and isinstance(one, kinds):
                     return one
             assert time.monotonic() < end, f"only saw {self.seen}; log: {self.log(attempt)}"
@@ -326,7 +330,7 @@ def _is_held(group: str) -> bool:
     return is_supervisors or group.endswith("-jobs")
 
 
-async def until(holds: Callable[[], object], limit_s: float = LIMIT_S) -> None:
+async def until(holds: Callable[..., object], limit_s: float = LIMIT_S) -> None:
     end = time.monotonic() + limit_s
     while not holds():
         assert time.monotonic() < end, "waited in vain"

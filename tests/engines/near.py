@@ -10,14 +10,14 @@ import io
 import pickle
 import subprocess
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cortex.engines.base import Capacity
+from cortex.engines.base import Attempt, Capacity, Engine
 from cortex.engines.ray import RayEngine
 from cortex.engines.ray.link import LinkError, Refused
 from cortex.engines.ray.messages import NodeState, Reservation
@@ -137,7 +137,7 @@ class NearBench(Bench):
         return engine
 
     @contextlib.asynccontextmanager
-    async def engine(self):  # type: ignore[no-untyped-def]
+    async def engine(self) -> AsyncIterator[Engine]:
         async with super().engine() as engine:
             await ready(engine)
             try:
@@ -149,7 +149,7 @@ class NearBench(Bench):
     def slot(self) -> Path:
         return self.root.parent / "nodes" / NAMESPACE / "0"
 
-    def folder(self, attempt):  # type: ignore[no-untyped-def]
+    def folder(self, attempt: Attempt) -> Path:
         return self.slot / "jobs" / attempt.spec.job_id
 
     def lost(self) -> None:
@@ -157,7 +157,7 @@ class NearBench(Bench):
         self.near.states = [replace(STATE, is_alive=False)]
 
 
-async def ready(engine: RayEngine) -> None:
+async def ready(engine: Engine) -> None:
     end = time.monotonic() + LIMIT_S
     while not any(node.is_ready for node in engine.ledger.nodes()):
         assert time.monotonic() < end, engine.ledger.nodes()

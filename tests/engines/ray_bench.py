@@ -12,12 +12,13 @@ import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from cortex.engines.base import Attempt, Engine
 from cortex.engines.ray import RayEngine
 from cortex.engines.ray.link import Link
 from cortex.engines.ray.messages import Reservation
-from engines.bench import LIMIT_S, Bench, processes, until
+from engines.bench import LIMIT_S, Bench, E, processes, until
 from engines.cluster import Cluster, cluster
 
 NAMESPACE = "cortex-tests"
@@ -84,13 +85,13 @@ class RayBench(Bench):
         self.moments = [0.03]
         self._versions: set[str] = set()
 
-    def run(self, scenario: Callable[[Engine], Awaitable[None]]) -> None:
+    def run(self, scenario: Callable[[E], Awaitable[None]]) -> None:
         engine = self.shared.engine
         attempts = engine._attempts
         attempts._report, attempts._calls._grace_s = self._saw, self.grace_s
 
         async def main() -> None:
-            await scenario(engine)
+            await scenario(cast(E, engine))
 
         self.changed = asyncio.Event()
         self.shared.runner.run(main())
@@ -103,7 +104,7 @@ class RayBench(Bench):
         return "ray", (self.root, address, NAMESPACE, self.grace_s, nodes)
 
     @contextlib.asynccontextmanager
-    async def engine(self):  # type: ignore[no-untyped-def]
+    async def engine(self) -> AsyncIterator[Engine]:
         async with super().engine() as engine:
             await ready(engine, 1)  # the tests of a head that dies leave one
             yield engine
@@ -123,8 +124,8 @@ class RayBench(Bench):
             wheel.writestr(f"{about}/RECORD", "".join(f"{path},,\n" for path in files))
         (self.project / "requirements.txt").write_text(f"./{name}\n")
 
-    def attempt(self, *arguments: object, **named: object) -> Attempt:  # type: ignore[override]
-        made = super().attempt(*arguments, **named)  # type: ignore[arg-type]
+    def attempt(self, *arguments: Any, **named: Any) -> Attempt:
+        made = super().attempt(*arguments, **named)
         self._versions.add(made.version.api.api_id)
         return made
 

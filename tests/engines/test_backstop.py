@@ -16,6 +16,7 @@ import pytest
 from cortex.engines.base import Ending, NeverStarted
 from cortex.engines.local import LocalEngine, backstop
 from cortex.system.background import Background
+from cortex.worker import processes
 from engines.bench import SLEEP, Bench, exists, until
 from engines.test_recovery import pid_of
 
@@ -76,8 +77,10 @@ def test_a_job_that_its_supervisor_does_not_end_is_ended(
     async def scenario(engine: LocalEngine) -> None:
         order = engine._order
         monkeypatch.setattr(engine, "_order", lambda each: order(replace(each, deadline=None)))
+        first = bench.attempt("def task(c): return 1")
+        await bench.outcome(engine, first)  # the next begins long before its timeout
         attempt = bench.attempt(SLEEP, config={"file": str(bench.marker)}, timeout=2)
-        begun = await bench.begin(engine, attempt)
+        begun = await bench.begin(engine, replace(attempt, version=first.version))
         assert (await bench.ended(begun)).ending is Ending.TIMED_OUT
         await until(lambda: not exists(pid_of(bench, begun)))
 
@@ -127,8 +130,8 @@ def test_what_cannot_be_ended_for_want_of_descriptors_is_ended_at_a_later_look(
         running.send_signal(signal.SIGSTOP)
         asyncio.run(until(lambda: backstop._stopped([running.pid])))
         for where, name in (
-            (backstop.processes, "kill_with_descendants"),
-            (backstop.os, "dup"),
+            (processes, "kill_with_descendants"),
+            (os, "dup"),
             (backstop, "_stopped"),
         ):
             with monkeypatch.context() as short:

@@ -174,6 +174,15 @@ b = []
 for _ in range(400): b.append(bytearray(1 << 20)); time.sleep(0.002)
 time.sleep(60)
 """
+# It is given a second from the end of its shell: by then its interpreter has started.
+EAT_ONCE_LEFT = """
+import os, time
+shell = os.getppid()
+open("ready", "w").close()
+while os.getppid() == shell: time.sleep(0.001)
+b = bytearray(128 << 20)
+time.sleep(60)
+"""
 
 
 def test_a_task_over_its_memory_is_out_of_memory(bench: Bench) -> None:
@@ -202,8 +211,9 @@ def test_a_child_over_the_memory_is_out_of_memory_though_its_shell_goes_on(bench
 
 def test_a_child_that_is_left_over_the_memory_is_out_of_memory(bench: Bench) -> None:
     async def scenario(engine: Engine) -> None:
-        (bench.project / "eat.py").write_text("import time\n" + EAT)
-        attempt = bench.attempt(command=[SH, "-c", f"{sys.executable} eat.py &"], mem=24 * MIB)
+        (bench.project / "eat.py").write_text(EAT_ONCE_LEFT)
+        script = f"{sys.executable} eat.py & until [ -e ready ]; do sleep 0.01; done"
+        attempt = bench.attempt(command=[SH, "-c", script], mem=64 * MIB)
         ended = await bench.outcome(engine, attempt)
         assert ended.ending is Ending.OUT_OF_MEMORY
 

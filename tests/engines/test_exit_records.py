@@ -20,7 +20,7 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that were synced, by name: that a disk has them cannot be seen without cutting its power."""
     names: list[str] = []
     monkeypatch.setattr(
-        files.os, "fsync", lambda fd: names.append(Path(f"/proc/self/fd/{fd}").readlink().name)
+        os, "fsync", lambda fd: names.append(Path(f"/proc/self/fd/{fd}").readlink().name)
     )
     return names
 
@@ -31,7 +31,7 @@ def ends() -> Iterator[tuple[Station, socket.socket]]:
     with ours, theirs:
         signals: Any = SimpleNamespace(wake=theirs.fileno(), wake_write=-1)  # nobody signals here
         setup: Any = SimpleNamespace(path=None)
-        yield Station(setup, signals, theirs, 0), ours
+        yield Station(setup, signals, theirs, None), ours
 
 
 def test_a_station_has_an_engine_until_the_socket_is_closed(

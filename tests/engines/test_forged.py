@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,11 +48,11 @@ def forged(bench: Bench, name: str, data: bytes) -> Attempt:
 
 def test_a_record_that_is_none_is_a_lost_job_and_nothing_else(bench: Bench) -> None:
     odd = [b"", b"[" * 100000, b"[]", b"1", b'"ending"', b"null", b"\xff"]
-    start = [
+    start: list[dict[str, Any]] = [
         {"pid": "x"}, {"pid": -1}, {"pid": 1 << 40}, {"ticks": None}, {"start_ns": 1 << 70},
         {"gpus": {"a": 1}}, {"gpus": ["0"]},
     ]  # fmt: skip
-    end = [
+    end: list[dict[str, Any]] = [
         {"ending": "over"}, {"ending": ["exited"]}, {"exit_code": "0"}, {"exit_code": 1 << 40},
         {"start_ns": None}, {"end_ns": 1 << 70}, {"message": {}},
     ]  # fmt: skip

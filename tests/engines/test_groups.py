@@ -89,7 +89,12 @@ def test_a_process_that_is_gone_gets_no_group(place: Place) -> None:
 def bench(tmp_path: Path) -> Iterator[Bench]:
     made = Bench(tmp_path)
     yield made
-    asyncio.run(until(lambda: made.sweep() or not made.left()))
+
+    def nothing_is_left() -> bool:
+        made.sweep()
+        return not made.left()
+
+    asyncio.run(until(nothing_is_left))
 
 
 def limited(engine: LocalEngine) -> None:

@@ -33,6 +33,14 @@ def following(bench: Bench, first: Attempt, code: str | None = CODE, number: int
     return replace(made, version=first.version)
 
 
+async def begun_with_byte_code(bench: Bench, engine: LocalEngine, attempt: Attempt) -> Attempt:
+    """A job that has ended in a workspace with the project's byte code, which another process compiles meanwhile."""
+    first = await begun(bench, engine, attempt)
+    await until(lambda: list(bench.project.glob("__pycache__/task.*.pyc")))
+    code = (bench.project / "task.py").read_text()
+    return await begun(bench, engine, following(bench, first, code))
+
+
 async def begun(bench: Bench, engine: LocalEngine, attempt: Attempt) -> Attempt:
     attempt = await bench.begin(engine, attempt)
     await bench.ended(attempt)
@@ -52,7 +60,7 @@ async def begun(bench: Bench, engine: LocalEngine, attempt: Attempt) -> Attempt:
 )
 def test_a_job_that_writes_nothing_but_its_log_makes_two_inodes(bench: Bench, code: str) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        first = await begun(bench, engine, bench.attempt(code))
+        first = await begun_with_byte_code(bench, engine, bench.attempt(code))
         for number in range(20):
             before = inodes(bench)
             attempt = await begun(bench, engine, following(bench, first, code, number))

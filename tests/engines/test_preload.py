@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from cortex.engines.base import Ended, Engine
@@ -102,7 +104,7 @@ def test_what_a_fork_does_not_copy_is_not_imported_ahead(bench: Bench, kind: str
     async def scenario(engine: Engine) -> None:
         ended = await bench.outcome(engine, bench.attempt(IMPORTED_HERE, preload=("lib",)))
         assert ended.result is True
-        [hint] = ended.hints
+        [hint] = not_ahead(ended)
         assert hint.startswith("lib is not imported ahead: ")
         assert why in hint
 
@@ -120,6 +122,11 @@ def test_what_an_import_makes_in_the_project_goes_with_it(bench: Bench) -> None:
         assert "a" not in ended.result
 
     bench.run(scenario)
+
+
+def not_ahead(ended: Ended) -> list[str]:
+    """The hints about modules that are not imported ahead: on a busy machine there may be one about a slow import."""
+    return [hint for hint in ended.hints if " is not imported ahead" in hint]
 
 
 def indented(code: str) -> str:
@@ -141,7 +148,7 @@ def test_only_what_is_harmful_is_left_out(bench: Bench) -> None:
         )
         ended = await bench.outcome(engine, attempt)
         assert ended.result == [False, True, False]
-        assert [hint.partition(" is not")[0] for hint in ended.hints] == ["harmful"]
+        assert [hint.partition(" is not")[0] for hint in not_ahead(ended)] == ["harmful"]
 
     bench.run(scenario)
 
@@ -150,13 +157,23 @@ def test_an_import_that_takes_too_long_is_left_to_the_jobs(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fork_server, "READY_S", 0.5)
+    hurry = fork_server.ForkServer._hurry
+
+    def hurry_an_import(server: fork_server.ForkServer) -> None:
+        if server.importing is None:  # its interpreter may take longer than that to start
+            asyncio.get_running_loop().call_later(0.05, hurry_an_import, server)
+        else:
+            hurry(server)
+
+    monkeypatch.setattr(fork_server.ForkServer, "_hurry", hurry_an_import)
     slow = f"{PID}import time\nif 'CORTEX_JOB_ID' not in os.environ: time.sleep(600)\n"
     bench.bare_environment({"lib": slow})
 
     async def scenario(engine: LocalEngine) -> None:
         ended = await bench.outcome(engine, bench.attempt(IMPORTED_HERE, preload=("lib",)))
         assert ended.result is True
-        assert "takes longer than 0.5 s" in ended.hints[0]
+        [hint] = not_ahead(ended)
+        assert "takes longer than 0.5 s" in hint
 
     bench.run(scenario)
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from cortex.engines.base import Attempt, Ended, Ending, Engine, Lost, NeverStarted, Version
+from cortex.spec.job import Json
 from cortex.worker.processes import children
 from engines.bench import SLEEP, Bench, exists, parent, processes, until
 from engines.test_recovery import pid_of
@@ -141,17 +142,18 @@ def test_folders_that_are_away_as_a_process_is_forked_ahead_fail_no_job(
     code = """
         import os, time
         def task(config):
+            print("runs", flush=True)
             while not os.path.exists(config["go"]):
                 time.sleep(0.01)
     """
 
     async def is_forked_while_away(engine: Engine, version: Version, number: int) -> bool:
         go = elsewhere / f"go-{number}"
-        config = {"go": str(go)}
+        config: Json = {"go": str(go)}
         first, second = (replace(warm.attempt(config=config), version=version) for _ in range(2))
         await warm.start(engine, first)
-        await warm.started(first)
-        supervisor = holder(warm, first)
+        await warm.printed(first, "runs")  # nothing that it is set up with is away
+        supervisor = pid_of(warm, first)
         folder = warm.root.parent
         away = folder.rename(elsewhere / "away")
         try:

@@ -136,7 +136,7 @@ def test_a_look_that_has_no_descriptors_is_made_again(
     bench.bare_environment({"stops": f"import os\nos.kill(os.getpid(), {int(signal.SIGSTOP)})\n"})
 
     async def scenario(engine: LocalEngine) -> None:
-        monkeypatch.setattr(fork_server_health.processes, "stat", short)
+        monkeypatch.setattr(processes, "stat", short)
         attempt = bench.attempt("import stops\ndef task(config): return 1", preload=("stops",))
         assert (await bench.outcome(engine, attempt)).result == 1
         assert looks[0] > 1

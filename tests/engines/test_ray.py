@@ -28,7 +28,7 @@ from cortex.engines.ray import cluster as ray_cluster
 from cortex.errors import StartupError
 from cortex.joblog.reader import Log, read
 from cortex.spec.api import Compute
-from engines.bench import LIMIT_S, exists, until
+from engines.bench import LIMIT_S, Final, exists, until
 from engines.ray_bench import RayBench, ready
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
@@ -130,7 +130,8 @@ def test_what_ray_does_not_give_is_tried_again_later(
             assert never.held_up_by == "others have taken the free capacity of its node"
         ray_bench.go()
         job_id, compute = attempt.spec.job_id, attempt.version.api.compute
-        number, last = 1, never
+        number = 1
+        last: Final = never
         while isinstance(last, NeverStarted):  # as the dispatcher does
             number += 1
             # Ray's figures lag: to the engine its node may still be taken.

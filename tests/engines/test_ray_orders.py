@@ -321,7 +321,8 @@ def test_an_order_that_was_given_up_while_it_was_built_is_in_no_later_ones_way(
         await asyncio.gather(late, return_exceptions=True)
         assert "pid" in log.read_text()
         bench.go()
-        seen, seq = [], hello.seq
+        seen: list[object] = []
+        seq = hello.seq
         while not any(isinstance(each, Ended) and each.attempt == 3 for each in seen):
             polled = agent.poll(hello.incarnation, seq, {}, LIMIT_S)
             poll = await asyncio.wait_for(polled, 2 * LIMIT_S)

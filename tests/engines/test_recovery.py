@@ -155,7 +155,8 @@ def test_recovering_while_the_folder_is_away_waits_for_it(bench: Bench) -> None:
 
 def test_what_a_killed_operator_left_of_control_groups_is_swept(bench: Bench) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        places = {engine._groups.memory, engine._groups.trees} - {None}
+        found = {engine._groups.memory, engine._groups.trees}
+        places = {place for place in found if place is not None}
         for place in places:
             # A pid and its ticks that nobody has, and what earlier versions called it.
             for name in ("gone-1", "supervisor.1.1", "probe.1.1", "probe.1.1.limit", "probe123"):
@@ -394,11 +395,12 @@ def test_an_order_that_nobody_took_up_is_fenced_without_a_search(
     """There may be very many, and a search looks at all processes and control groups there are."""
     searched: list[str] = []
     with_variable = processes.with_variable
-    monkeypatch.setattr(
-        leftovers.processes,
-        "with_variable",
-        lambda *args: searched.append("processes") or with_variable(*args),
-    )
+
+    def counted(name: str, value: str) -> dict[int, int]:
+        searched.append("processes")
+        return with_variable(name, value)
+
+    monkeypatch.setattr(processes, "with_variable", counted)
 
     async def scenario(engine: LocalEngine) -> None:
         for laid_out in ([], ["files"]):
@@ -472,7 +474,7 @@ def test_a_process_that_shows_no_environment_at_one_look_is_found_at_the_next(
         looks[0] += 1
         return {} if looks[0] == 1 else with_variable(name, value)
 
-    monkeypatch.setattr(leftovers.processes, "with_variable", blind_at_first)
+    monkeypatch.setattr(processes, "with_variable", blind_at_first)
     folder = tmp_path / "job-that-executes"
     folder.mkdir()
     environment = {**os.environ, "CORTEX_JOB_ID": folder.name}

@@ -86,7 +86,7 @@ WRITERS = {
     ),
     "queue-listener": (
         "logging.handlers.QueueListener(queue.Queue(), logging.FileHandler('f'))",
-        "f.start(); f.queue.put(logging.makeLogRecord({'msg': 'words'})); time.sleep(0.1)",
+        "f.start(); f.queue.put(logging.makeLogRecord({'msg': 'words'})); f.queue.join()",
     ),
 }
 

@@ -4,6 +4,7 @@ checked: it is either harmless for the jobs, or not imported ahead; in both case
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,7 @@ CHANGED = {
 }
 
 
-def preloaded(rows: list[object]) -> list[object]:
+def preloaded(rows: list[Any]) -> list[Any]:
     """The programs of another table, with all their libraries imported ahead, and two jobs for each."""
     found = []
     for row in rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import requests
 import schemathesis
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
+from schemathesis.core.result import Ok
 
 from fuzz.wire import PATIENCE_S, Answer
 
@@ -21,7 +23,10 @@ def fuzz_schema(url: str, headers: dict[str, str], cases: int, seed: int, judge:
     """Send about so many cases, spread over all operations, and hand every answer to `judge`, with its
     method and what was asked."""
     schema = schemathesis.openapi.from_url(f"{url}/-/openapi.json", headers=headers)
-    found = [result.ok() for result in schema.get_all_operations()]
+    found = []
+    for result in schema.get_all_operations():
+        assert isinstance(result, Ok), result
+        found.append(result.ok())
     each = max(1, cases // (2 * len(found)))
     with requests.Session() as session:
         session.trust_env = False
@@ -34,7 +39,7 @@ def fuzz_schema(url: str, headers: dict[str, str], cases: int, seed: int, judge:
 
 
 def _send_all(
-    operation: schemathesis.APIOperation,
+    operation: schemathesis.APIOperation[Any, Any, Any, Any],
     mode: GenerationMode,
     cases: int,
     seed: int,
@@ -52,7 +57,7 @@ def _send_all(
         suppress_health_check=list(HealthCheck),
     )
     @given(case=operation.as_strategy(generation_mode=mode))
-    def send(case: schemathesis.Case) -> None:
+    def send(case: schemathesis.Case[Any]) -> None:
         if case.operation.method == "delete" and case.operation.path == "/-/apis/{name}":
             case.path_parameters["name"] = "nothing"
         arguments = case.as_transport_kwargs(base_url=url)

@@ -57,6 +57,10 @@ class Connection:
         self._socket: socket.socket | None = None
         self._used = False
 
+    @property
+    def _is_open(self) -> bool:
+        return self._socket is not None
+
     def exchange(self, case: Case) -> list[Answer]:
         """Send a case; the answers that came."""
         if case.fresh:
@@ -97,7 +101,7 @@ class Connection:
             found.append(answer)
             if not answer.status:
                 self.close()
-            if self._socket is None:
+            if not self._is_open:
                 break
         return found
 

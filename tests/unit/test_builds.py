@@ -270,7 +270,8 @@ def test_a_lack_of_descriptors_is_told_as_it_is_and_leaves_none_open(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-    pipe, made = os.pipe, []
+    pipe = os.pipe
+    made: list[tuple[int, int]] = []
 
     def refused(*_: object) -> NoReturn:
         raise full

@@ -7,7 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client_stub import (
+
+from cortex.cli import serve
+from cortex.cli.main import run
+from cortex.sdk import environments
+from support import FINAL
+from unit.client_stub import (
     LOST,
     RUNNING,
     SUBMITTED,
@@ -19,11 +24,6 @@ from client_stub import (
     events,
     job_view,
 )
-
-from cortex.cli import serve
-from cortex.cli.main import run
-from cortex.sdk import environments
-from support import FINAL
 
 JOB = str(SUBMITTED["job_id"])
 
@@ -189,7 +189,9 @@ def test_submit_waits_for_the_end_and_shows_it(
 ) -> None:
     monkeypatch.setattr("cortex.cli.jobs._LONG_POLL_S", 3600)
     path = f"GET /-/apis/iris/jobs/{JOB}"
-    stub.answers[f"{path}?wait=20.0"] = [answer(job_view(RUNNING)), stub.answers[path]]
+    ended = stub.answers[path]
+    assert isinstance(ended, Answer)
+    stub.answers[f"{path}?wait=20.0"] = [answer(job_view(RUNNING)), ended]
     assert run(["get", "iris", JOB]) == 0
     shown = capsys.readouterr().out
     assert run(["submit", "iris", "--wait"]) == 0

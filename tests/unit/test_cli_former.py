@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client_stub import RUNNING, SUBMITTED, SUCCEEDED, VIEW, Stub, answer, events, job_view
 
 from cortex import __version__
 from cortex.cli.main import run
 from cortex.sdk import environments
+from unit.client_stub import RUNNING, SUBMITTED, SUCCEEDED, VIEW, Stub, answer, events, job_view
 
 JOB = str(SUBMITTED["job_id"])
 LOG = b'event: log\nid: 2\ndata: "x\\n"\n\nevent: end\ndata: {}\n\n'

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client_stub import SUBMITTED, SUCCEEDED, VIEW, Answer, Stub, answer, events, job_view
 
 import loaded
 from cortex import __version__
 from support import PATIENCE_S
+from unit.client_stub import SUBMITTED, SUCCEEDED, VIEW, Answer, Stub, answer, events, job_view
 
 CORTEX = [sys.executable, "-m", "cortex.cli.main"]
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from client_stub import VIEW, Answer, Stub, answer
 from socksio.exceptions import ProtocolError
 
 from awaited import Connect
@@ -22,6 +21,7 @@ from cortex.errors import CortexError, OperatorUnreachable
 from cortex.sdk import Client, environments, pool
 from cortex.sdk.endpoint import Endpoint
 from cortex.sdk.proxies import Proxy, proxy_of
+from unit.client_stub import VIEW, Answer, Stub, answer
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 PROXY = Proxy("http", "proxy.lan", 3128)

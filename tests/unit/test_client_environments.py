@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_deleting_the_default_leaves_none_and_says_how_to_choose() -> None:
 
 
 @pytest.mark.parametrize("act", [environments.resolve, environments.set_default, cortex.env_delete])
-def test_an_unknown_name_is_told_with_the_known_ones(act) -> None:
+def test_an_unknown_name_is_told_with_the_known_ones(act: Callable[[str], object]) -> None:
     environments.configure("prod", "http://prod")
     with pytest.raises(UnknownEnvironment, match=r"'prdo' \(configured: prod\)"):
         act("prdo")

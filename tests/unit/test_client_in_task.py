@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client_stub import SUBMITTED, SUCCEEDED, VIEW, Stub, answer, events, job_view
 
 import cortex
 from cortex.engines.local import folders
+from unit.client_stub import SUBMITTED, SUCCEEDED, VIEW, Stub, answer, events, job_view
 
 PACKAGE = Path(cortex.__file__).parent
 LOG = b'event: log\nid: 2\ndata: "x\\n"\n\nevent: end\ndata: {}\n\n'
@@ -112,6 +112,7 @@ def test_a_task_deploys_where_the_package_is_there(
     (tmp_path / "p" / "task.py").write_text("def task(config): ...\n")
     (tmp_path / "site").mkdir()
     pathspec = __import__("pathspec")
+    assert pathspec.__file__ is not None
     (tmp_path / "site" / "pathspec").symlink_to(Path(pathspec.__file__).parent)
     code = f"""
 sys.path.append({str(tmp_path / "site")!r})

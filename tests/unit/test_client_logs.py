@@ -9,13 +9,13 @@ from contextlib import asynccontextmanager, contextmanager
 from itertools import pairwise
 
 import pytest
-from client_stub import Stub, answer, events
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from awaited import Connect
 from cortex.errors import CortexError, NotFound, OperatorUnreachable
 from cortex.sdk.logs import RECONNECT_DELAYS_S, Event, Parser, follow, follow_async
+from unit.client_stub import Stub, answer, events
 
 END = b'event: end\ndata: {"status": "status_succeeded"}\n\n'
 

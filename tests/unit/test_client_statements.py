@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from client_stub import RUNNING, Stub, answer, events
 
 from cortex.errors import NotFound
 from cortex.sdk import Client
+from unit.client_stub import RUNNING, Answer, Stub, answer, events
 
 LOG = b'event: log\nid: 5\ndata: "a\\nb"\n\nevent: log\nid: 9\ndata: "c\\n"\n\nevent: end\ndata: {}\n\n'
 JOB = str(RUNNING["job_id"])
@@ -16,7 +16,7 @@ JOB = str(RUNNING["job_id"])
 
 @pytest.fixture
 def client() -> Iterator[Client]:
-    answers = {
+    answers: dict[str, Answer | list[Answer]] = {
         "GET /-/apis/iris/jobs?limit=1": answer({"job_statuses": [RUNNING], "next_cursor": None}),
         f"GET /-/apis/iris/jobs/{JOB}/logs": events(LOG),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import ItemsView
+from _collections_abc import dict_items
 
 import pytest
 
@@ -15,7 +15,7 @@ def test_a_config_is_made_json_once() -> None:
     made = 0
 
     class Large(dict[str, int]):
-        def items(self) -> ItemsView[str, int]:
+        def items(self) -> dict_items[str, int]:
             nonlocal made
             made += 1
             return super().items()

@@ -12,10 +12,21 @@ from contextlib import ExitStack, contextmanager
 from email import message_from_bytes
 from email.message import Message
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
-from client_stub import (
+
+from awaited import Connect
+from cortex.errors import (
+    Conflict,
+    CortexError,
+    InvalidProject,
+    InvalidRequest,
+    InvalidSpec,
+    NotFound,
+    OperatorUnreachable,
+)
+from unit.client_stub import (
     LOST,
     RUNNING,
     SUBMITTED,
@@ -28,19 +39,8 @@ from client_stub import (
     job_view,
 )
 
-from awaited import Connect
-from cortex.errors import (
-    Conflict,
-    CortexError,
-    InvalidProject,
-    InvalidRequest,
-    InvalidSpec,
-    NotFound,
-    OperatorUnreachable,
-)
-
 DEPLOYED = [{"api": VIEW, "message": "created iris", "error": ""}]
-PAGE = {"job_statuses": [RUNNING], "next_cursor": 3}
+PAGE: dict[str, Any] = {"job_statuses": [RUNNING], "next_cursor": 3}
 SUBMIT = "POST /-/apis/iris/jobs"
 FULL = answer({"kind": "storage.unavailable", "message": "the disk is full"}, 503)
 YAML = "- name: iris\n  kind: TaskAPI\n  definition: {path: iris.py}\n"
@@ -49,7 +49,11 @@ YAML = "- name: iris\n  kind: TaskAPI\n  definition: {path: iris.py}\n"
 def parts(request: Request) -> dict[str, Message]:
     head = f"Content-Type: {request.headers['content-type']}\r\n\r\n".encode()
     whole = message_from_bytes(head + request.body)
-    return {str(p.get_param("name", header="Content-Disposition")): p for p in whole.get_payload()}  # type: ignore[union-attr]
+    payload = whole.get_payload()
+    assert isinstance(payload, list)
+    messages = [part for part in payload if isinstance(part, Message)]
+    assert len(messages) == len(payload)
+    return {str(p.get_param("name", header="Content-Disposition")): p for p in messages}
 
 
 def content(part: Message) -> bytes:
@@ -88,7 +92,7 @@ def refusing() -> Iterator[int]:
 
 
 def test_what_the_operator_answers_is_returned_as_it_is(connect: Connect) -> None:
-    answers = {
+    answers: dict[str, Answer | list[Answer]] = {
         "GET /-/apis": answer([VIEW]),
         "GET /-/apis/iris": answer([VIEW]),
         "DELETE /-/apis/iris": answer({"message": "deleted iris"}),
@@ -312,7 +316,7 @@ def test_an_answer_to_the_first_submit_is_final(connect: Connect, first: Answer)
 def test_a_submit_that_could_not_be_sent_is_told_at_once(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_pause(monkeypatch, pytest.fail)
+    on_pause(monkeypatch, lambda seconds: pytest.fail(f"it pauses for {seconds} s"))
     with (
         refusing() as port,
         connect(f"http://127.0.0.1:{port}") as client,
@@ -520,7 +524,7 @@ def test_a_closure_runs_elsewhere(connect: Connect, tmp_path: Path) -> None:
 def test_pickling_by_value_ends_with_the_call(connect: Connect) -> None:
     with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, connect(stub.url) as client:
         client.create_api(SPEC, task=Tripler)
-    import cloudpickle
+    import cloudpickle  # type: ignore[import-untyped]  # it ships no types
 
     assert cloudpickle.list_registry_pickle_by_value() == set()
     assert len(pickle.dumps(Tripler)) < 200
@@ -546,7 +550,7 @@ class NeedsArguments:
     ],
 )
 def test_a_task_that_cannot_run_is_told_before_anything_is_sent(
-    connect: Connect, task, words: str
+    connect: Connect, task: Any, words: str
 ) -> None:
     with (
         Stub({"POST /-/apis": answer(DEPLOYED)}) as stub,
@@ -580,7 +584,8 @@ def test_a_folder_is_sent_without_being_touched(connect: Connect, tmp_path: Path
 
 def test_create_api_takes_exactly_one_source(connect: Connect, tmp_path: Path) -> None:
     with connect("http://127.0.0.1:9") as client:
-        for arguments in ({}, {"task": Tripler, "project_dir": tmp_path}):
+        both: dict[str, Any] = {"task": Tripler, "project_dir": tmp_path}
+        for arguments in ({}, both):
             with pytest.raises(InvalidRequest, match="exactly one of"):
                 client.create_api(SPEC, **arguments)
         with pytest.raises(InvalidRequest, match="goes with task="):
@@ -630,7 +635,7 @@ def test_deploy_and_delete_take_the_arguments_that_cortexs_do(
     spec = {"name": "iris", "kind": "TaskAPI", "definition": {"path": "iris.py"}}
     (tmp_path / "cortex.yaml").write_text(json.dumps([spec]))
     gone, stopped = {"message": "deleted iris"}, {"message": "stopped job j1"}
-    answers = {
+    answers: dict[str, Answer | list[Answer]] = {
         "POST /-/apis": answer(DEPLOYED),
         "DELETE /-/apis/iris": answer(gone),
         "DELETE /-/apis/iris/jobs/j1": answer(stopped),
@@ -650,7 +655,7 @@ def test_deploy_and_delete_take_the_arguments_that_cortexs_do(
 @pytest.mark.parametrize(
     "config", [{1: "x"}, {"x": {None: 1}}, {"x": float("nan")}, {"x": [{2: 3}]}, {"x": {1, 2}}]
 )
-def test_a_spec_that_is_no_json_is_not_sent(connect: Connect, config, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_spec_that_is_no_json_is_not_sent(connect: Connect, config: Any, tmp_path: Path) -> None:
     spec = {**SPEC, "definition": {"path": "iris.py", "config": config}}
     with (
         Stub({}) as stub,

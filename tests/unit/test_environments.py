@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 import pytest
+import uv
 
 from cortex.projects import builder, lockfiles
 from cortex.projects.builder import EnvironmentFailed
@@ -390,7 +391,7 @@ async def test_a_uv_that_is_killed_is_told(
     fake = tmp_path / "uv"
     fake.write_text("#!/bin/sh\nkill -9 $$\n")
     fake.chmod(0o755)
-    monkeypatch.setattr(builder.uv, "find_uv_bin", lambda: str(fake))
+    monkeypatch.setattr(uv, "find_uv_bin", lambda: str(fake))
     with pytest.raises(EnvironmentFailed, match=f"signal {signal.SIGKILL.value}"):
         await Environments(root).build(project(tmp_path / "p"))
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -163,7 +163,8 @@ def test_a_bucket_that_is_not_there_is_told(at_s3: S3, tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_mounted_is_told(tmp_path: Path) -> None:
     files = ObjectStore(f"file://{tmp_path}/away")
-    for attempt in (lambda: files.read("x"), lambda: files.put("x", b"")):
+    attempts: list[Callable[[], object]] = [lambda: files.read("x"), lambda: files.put("x", b"")]
+    for attempt in attempts:
         with pytest.raises(StorageUnavailable, match="away"):
             attempt()
     assert not (tmp_path / "away").exists()

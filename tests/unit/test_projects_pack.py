@@ -7,6 +7,7 @@ import os
 import socket
 import tarfile
 import venv
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from cortex.projects.unpack import project_id, unpack
 from support import by_its_owner
 
 
-def write(folder: Path, files: dict[str, str | bytes]) -> Path:
+def write(folder: Path, files: Mapping[str, str | bytes]) -> Path:
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -306,8 +307,13 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert ".cortexignore is not UTF-8" in refused(
         write(tmp_path / "b", {".cortexignore": b"\xff"})
     )
+
+    def close_to_all(own: Path) -> None:
+        (own / IGNORE_FILE).write_text("x")
+        (own / IGNORE_FILE).chmod(0)
+
     assert by_its_owner(
-        lambda own: (own / IGNORE_FILE).write_text("x") and (own / IGNORE_FILE).chmod(0),
+        close_to_all,
         lambda own: refused(own) == f"{own / IGNORE_FILE}: Permission denied",
     )
     message = refused(write(tmp_path / "c", {".cortexignore": "ok\n!\n"}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -175,10 +176,11 @@ def test_of_a_log_as_large_as_a_file_can_be_no_more_is_copied_than_its_limit_all
 
 def odd_pieces() -> list[object]:
     piece = LogPiece(0, b"abc", 3, None)
-    return [
-        None, replace(piece, data="abc"), replace(piece, offset=-1), replace(piece, end=2),
-        replace(piece, end=1 << 62), replace(piece, offset=1.0), replace(piece, offset=True),
+    odd: list[dict[str, Any]] = [
+        {"data": "abc"}, {"offset": -1}, {"end": 2},
+        {"end": 1 << 62}, {"offset": 1.0}, {"offset": True},
     ]  # fmt: skip
+    return [None, *(replace(piece, **each) for each in odd)]
 
 
 @pytest.mark.parametrize("number", range(len(odd_pieces())))

@@ -42,7 +42,7 @@ def by_an_agent(root: Path) -> None:
     agent: Any = SimpleNamespace(
         _live={}, _folders=JobFolders(root / "jobs"), _engine=LocalEngine(root / "jobs")
     )
-    asyncio.run(Agent.forget(agent, [], ["job"]))
+    asyncio.run(Agent.discard(agent, ["job"]))
 
 
 def by_the_next_owner_of_its_slot(root: Path) -> None:

@@ -84,6 +84,13 @@ def found(path: Path) -> ExitRecord | None:
     return records.ended(path, 1).exit
 
 
+def exit_of_gone(path: Path) -> ExitRecord | None:
+    """The exit record of a job whose process does not run any more."""
+    state = records.look(path, attempt())
+    assert isinstance(state, records.Gone)
+    return state.exit
+
+
 def is_told(path: Path) -> bool:
     """Whether the end of this job is told; that of another never is."""
     record = found(path)
@@ -212,6 +219,15 @@ def test_a_journal_whose_jobs_are_all_removed_is_followed_by_another(jobs: Jobs)
     assert all(is_told(path) for path in paths)
 
 
+def replaced(path: Path, make: Callable[[], object]) -> None:
+    """Remove a file or an empty folder, and make what has its name from then on."""
+    if path.is_dir():
+        path.rmdir()
+    else:
+        path.unlink()
+    make()
+
+
 SPOILS: dict[str, Callable[[Path], object]] = {
     "emptied": lambda path: path.write_bytes(b""),
     "garbled": lambda path: path.write_bytes(b"\0" * path.stat().st_size),
@@ -222,7 +238,7 @@ SPOILS: dict[str, Callable[[Path], object]] = {
     "huge": lambda path: os.truncate(path, 1 << 40),
     "unreadable": lambda path: path.chmod(0),
     "removed": lambda path: path.unlink(),
-    "replaced": lambda path: (path.unlink(), path.mkdir()),
+    "replaced": lambda path: replaced(path, path.mkdir),
 }
 
 
@@ -252,7 +268,7 @@ def test_what_a_running_job_does_to_its_start_record_harms_no_earlier_job(
     running, folder = jobs.begin()
     SPOILS[spoil](running / "start.1")
     assert all(is_told(path) for path in paths)
-    assert all(records.look(path, attempt()).exit == found(path) or is_told(path) for path in paths)
+    assert all(exit_of_gone(path) == found(path) or is_told(path) for path in paths)
     jobs.end(running, folder)
     assert is_told(running)
 
@@ -390,9 +406,9 @@ TOUCHES: dict[str, Callable[[Path], object]] = {
     "an attribute": lambda path: os.setxattr(path, "user.theirs", b"theirs"),
     "removed": lambda path: path.rmdir(),
     "renamed": lambda path: path.rename(path.with_name("mine")),
-    "a file in its place": lambda path: (path.rmdir(), path.write_text("theirs")),
-    "a link in its place": lambda path: (path.rmdir(), path.symlink_to("/")),
-    "another in its place": lambda path: (path.rmdir(), path.mkdir(0o700)),
+    "a file in its place": lambda path: replaced(path, lambda: path.write_text("theirs")),
+    "a link in its place": lambda path: replaced(path, lambda: path.symlink_to("/")),
+    "another in its place": lambda path: replaced(path, lambda: path.mkdir(0o700)),
 }
 
 

@@ -107,7 +107,7 @@ def test_a_repeated_submit_is_answered_with_its_long_config(url: str) -> None:
 
 
 def test_no_more_bytes_wait_than_may(url: str) -> None:
-    async def work(_: Store) -> None:
+    async def work(_other: Store) -> None:
         store = Store(url, 10_000)
         stands = await driving(store)
         try:

@@ -22,7 +22,7 @@ def test_the_public_surface() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     try:
-        _ = cortex.nothing  # type: ignore[attr-defined]
+        _ = cortex.nothing
     except AttributeError as error:
         assert "nothing" in str(error)
     else:

@@ -8,13 +8,13 @@ import random
 import pytest
 from sqlalchemy import update
 
-from cortex.spec.lifecycle import Event
+from cortex.spec.lifecycle import Event, State
 from cortex.store import Facts, Store
 from cortex.store.schema import jobs
 from cortex.worker.checks import Invalid
 from cortex.worker.messages import ExitRecord
 from unit.test_checks import END, check_strict, mutated
-from unit.test_store import PATHS, State, draft, url, with_store
+from unit.test_store import PATHS, draft, url, with_store
 
 __all__ = ["url"]
 NUMBER = 60

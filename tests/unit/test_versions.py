@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,6 @@ import pytest
 
 from cortex.objects import ObjectStore
 from cortex.operator.deploy.versions import HeldUp, Unusable, Versions
-from cortex.projects import builder
 from cortex.projects.environments import Environments
 from cortex.projects.repository import Projects
 from cortex.spec.api import ApiSpec, Definition, Networking
@@ -62,7 +62,7 @@ def test_what_the_machine_lacks_for_a_moment_holds_a_version_up(
     def popen(*_: object, **__: object) -> NoReturn:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(builder.subprocess, "Popen", popen)
+    monkeypatch.setattr(subprocess, "Popen", popen)
     with prepared(tmp_path) as versions, pytest.raises(HeldUp, match="cannot be built now"):
         asyncio.run(versions.prepare("v1"))
 

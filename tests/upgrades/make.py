@@ -477,8 +477,8 @@ def database() -> Iterator[tuple[str, Callable[[Path, Path], None]]]:
                 for here in _machine(jobs).items():
                     connection.execute("UPDATE jobs SET handle = replace(handle, %s, %s)", here)
                 connection.execute("UPDATE operators SET runs_on = %s", (NO_BOOT_ID,))
-            command = [postgresql.program("pg_dump"), "-h", server.folder, "-U", "postgres"]
-            options = ["--no-owner", "--no-privileges", "-f", target]
+            command = [postgresql.program("pg_dump"), "-h", str(server.folder), "-U", "postgres"]
+            options = ["--no-owner", "--no-privileges", "-f", str(target)]
             subprocess.run([*command, *options, name], check=True)
 
         yield server.url(name), dump

@@ -99,9 +99,9 @@ def database(folder: Path, request: pytest.FixtureRequest, identity: str) -> Ite
         return
     server: Server = request.getfixturevalue("postgresql")
     name = server.create()
-    command = [postgresql.program("psql"), "-h", server.folder, "-U", USER, "-d", name]
+    command = [postgresql.program("psql"), "-h", str(server.folder), "-U", USER, "-d", name]
     subprocess.run(
-        [*command, "-q", "-v", "ON_ERROR_STOP=1", "-f", dump],
+        [*command, "-q", "-v", "ON_ERROR_STOP=1", "-f", str(dump)],
         env={**os.environ, "PGPASSWORD": PASSWORD}, stdout=subprocess.DEVNULL, check=True,
     )  # fmt: skip
     with server.connected(name) as connection:
@@ -233,7 +233,7 @@ def test_tokens_work_and_a_revoked_one_does_not(upgraded: Upgraded) -> None:
     def code(name: str, method: str) -> int:
         headers = {"Authorization": f"Bearer {tokens[name]}"}
         url = f"{upgraded.running.url}/probe"
-        body = {"config": {}} if method == "POST" else None
+        body: dict[str, object] | None = {"config": {}} if method == "POST" else None
         return httpx.request(method, url, headers=headers, json=body, timeout=60).status_code
 
     assert [code(name, "GET") for name in tokens] == [200, 200, 200, 401]

@@ -52,8 +52,9 @@ def journal() -> str:
 class Unit(Operator):
     """The operator that systemd runs."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str) -> None:
         super().__init__(folder, data_dir=DATA)
+        self.name = name
         self.url = f"http://localhost:{PORT}"
 
     @property
@@ -94,9 +95,8 @@ def unit(
     extra.write_text(f"[Service]\n{VARIANTS[request.param]}")
     shutil.rmtree(DATA, ignore_errors=True)
     run("systemctl", "daemon-reload")
-    installed = Unit(tmp_path_factory.mktemp("unit"))
+    installed = Unit(tmp_path_factory.mktemp("unit"), request.param)
     installed.systemctl("start")
-    installed.name = request.param
     yield installed
     for api in installed.http.get(f"{installed.url}/-/apis").json():
         installed.http.delete(f"{installed.url}/-/apis/{api['spec']['name']}")
