@@ -1,12 +1,19 @@
 # On a fresh machine, run `make demo` or `make test`: both set up first.
-PYTHON ?= python3.11
-VENV := .venv
+DEFAULT_PYTHON := python3.11
+PYTHON ?= $(DEFAULT_PYTHON)
+# `make test PYTHON=python3.13` uses .venv-3.13 and leaves .venv as it is.
+VENV := .venv$(if $(filter-out $(DEFAULT_PYTHON),$(PYTHON)),-$(patsubst python%,%,$(notdir $(PYTHON))))
 UV := $(VENV)/bin/uv
 RUN := $(VENV)/bin
 
 .PHONY: setup demo test snapshot check format docs bench bench-peers bench-pictures bench-scale chaos fidelity fuzz test-vm clean
 
 setup: $(VENV)/.ready
+
+# On PATH, where it may be a pyenv shim that runs nothing, or among pyenv's versions.
+FIND_PYTHON = for python in $(PYTHON) "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/*/bin/$(notdir $(PYTHON)); do \
+	"$$python" -c "" 2> /dev/null && found=1 && break; \
+	done; test -n "$$found" || { echo "$(PYTHON) is neither on PATH nor among pyenv's versions: install it" >&2; exit 1; }
 
 # System packages that the tests need: libfaketime sets an operator's clock, PostgreSQL's server is a store,
 # systemd checks the unit, curl is a client, openssl makes certificates, strace records and delays an operator's
@@ -24,8 +31,8 @@ $(VENV)/.packages: | $(VENV)/.ready
 	touch $@
 
 $(VENV)/.ready: pyproject.toml uv.lock
-	test -x $(UV) || { $(PYTHON) -m venv $(VENV) && $(VENV)/bin/pip install -q --disable-pip-version-check uv; }
-	$(UV) sync -q --frozen --compile-bytecode
+	test -x $(UV) || { $(FIND_PYTHON) && "$$python" -m venv $(VENV) && $(VENV)/bin/pip install -q --disable-pip-version-check uv; }
+	UV_PROJECT_ENVIRONMENT=$(VENV) $(UV) sync -q --frozen --compile-bytecode
 	touch $@
 
 demo: setup
@@ -108,4 +115,4 @@ test-vm: setup $(VENV)/.vm-packages
 	$(SUDO) $(RUN)/python tests/vm/vm.py
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(FIDELITY) .vm
+	rm -rf .venv .venv-* .vm

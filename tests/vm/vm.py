@@ -33,7 +33,7 @@ PACKAGES = [
     "libncursesw6", "faketime",
 ]  # fmt: skip
 SYSTEM_SIZE = "3G"
-LEFT_OUT = {".git", ".vm", ".venv-peers", ".venv-fidelity"}
+LEFT_OUT = {".git", ".vm"}
 MEMORY, CPUS = "4G", "2"
 TIMEOUT_S = 3600
 RESULT = "exit status of the tests: "
@@ -134,7 +134,7 @@ def _copy(source: Path, target: Path) -> None:
     """As hard links: they are only read."""
 
     def left_out(_: str, names: list[str]) -> set[str]:
-        return LEFT_OUT & set(names)
+        return {name for name in names if name in LEFT_OUT or name.startswith(".venv-")}
 
     shutil.copytree(source, target, symlinks=True, ignore=left_out, copy_function=_link)
 
