@@ -329,7 +329,7 @@ def test_a_job_whose_node_is_lost_is_tried_again_on_another(
     [
         (["--engine", "ray"], "HOST:PORT"),
         (["--engine", "ray", "--ray-address", "ray"], "'ray' is not HOST:PORT"),
-        (["--engine", "ray", "--ray-address", "h:1", "--cpu", "2"], "--engine local alone"),
+        (["--engine", "ray", "--ray-address", "h:1", "--cpu", "2"], "--cpu needs --engine local"),
         (["--ray-address", "h:1"], "--ray-address and --ray-node-dir need --engine ray"),
     ],
 )

@@ -1,4 +1,4 @@
-"""How an operator is configured: precedence, mistakes with their places, and what is shown of it."""
+"""The configuration of an operator: precedence, mistakes with their places, `--show-config`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def mistakes(*arguments: object, **more: object) -> list[str]:
     return others
 
 
-def test_flags_go_before_the_environment_and_that_before_the_file(tmp_path: Path) -> None:
+def test_precedence_is_flag_environment_file(tmp_path: Path) -> None:
     text = "port: 1\ngrace: 1\nkeep_jobs: 1\n"
     environ = {"CORTEX_SERVE_PORT": "2", "CORTEX_SERVE_GRACE": "2", "OTHER": "x"}
     found = loaded(tmp_path, text, environ, port=3, keep_logs=None)
@@ -53,7 +53,7 @@ def test_flags_go_before_the_environment_and_that_before_the_file(tmp_path: Path
     }  # fmt: skip
 
 
-def test_a_flag_may_say_no_to_what_a_file_says(tmp_path: Path) -> None:
+def test_a_flag_can_switch_off_what_a_file_switches_on(tmp_path: Path) -> None:
     text = "require_token: true\ninsecure: yes\n"
     configuration = loaded(tmp_path, text, require_token=False).configuration
     assert (configuration.require_token, configuration.insecure) == (False, True)
@@ -108,13 +108,13 @@ def _check_all_ways(tmp_path: Path, engine: dict[str, object]) -> None:
         ({"ray_address": "h:1"}, "--ray-address and --ray-node-dir need --engine ray"),
     ],
 )
-def test_settings_that_do_not_go_together_are_told(
+def test_settings_that_exclude_each_other_are_reported(
     tmp_path: Path, flags: dict[str, object], words: str
 ) -> None:
     assert mistakes(tmp_path, **flags) == [words]
 
 
-def test_settings_are_what_is_configured(tmp_path: Path) -> None:
+def test_settings_are_made_of_the_configuration(tmp_path: Path) -> None:
     text = "cpu: 1.5\nmem: 2Gi\ngpu: 0\nkeep_jobs: 1\nkeep_logs: 0\ndata_dir: x\n"
     settings = loaded(tmp_path, text).configuration.settings()
     assert settings.capacity is not None
@@ -132,11 +132,11 @@ def test_settings_are_what_is_configured(tmp_path: Path) -> None:
         ("0.0.0.0", f"http://{socket.getfqdn()}:1"),
     ],
 )
-def test_others_reach_an_operator_where_it_listens(host: str, address: str) -> None:
+def test_the_address_for_other_operators_is_where_it_listens(host: str, address: str) -> None:
     assert _address(host, 1) == address
 
 
-def test_every_mistake_is_told_with_its_place(tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_with_their_places(tmp_path: Path) -> None:
     text = "port: 70000\nkeep_job: 3\nmem: [1]\nstore: mysql://u:s3cret@h/d\ngrace: 1\ncpu: true\n"
     environ = {"CORTEX_SERVE_GRACE": "-1", "CORTEX_SERVE_PROT": "1", "CORTEX_SERVE_HOST": ""}
     told = mistakes(tmp_path, text, environ, keep_count=0)
@@ -168,11 +168,11 @@ def test_every_mistake_is_told_with_its_place(tmp_path: Path) -> None:
         ("host: {a: 1}\n", "found an object"),
     ],
 )
-def test_a_file_that_is_none_is_told_with_its_line(tmp_path: Path, text: str, has: str) -> None:
+def test_a_mistake_in_a_file_is_reported_with_its_line(tmp_path: Path, text: str, has: str) -> None:
     assert has in "\n".join(mistakes(tmp_path, text))
 
 
-def test_a_file_that_is_not_there_is_told_by_whoever_named_it(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_with_the_option_that_names_it(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
     with pytest.raises(StartupError, match=r"\n--config: .*nowhere cannot be read"):
         load({}, nowhere, {})
@@ -187,7 +187,7 @@ def test_a_file_that_is_not_there_is_told_by_whoever_named_it(tmp_path: Path) ->
         "postgresql+asyncpg://u:s3cret@h/d", "sqlite:///s3cret.db",
     ],
 )  # fmt: skip
-def test_a_store_that_is_none_is_refused_without_its_password(tmp_path: Path, store: str) -> None:
+def test_the_error_for_an_invalid_store_has_no_password(tmp_path: Path, store: str) -> None:
     (told,) = mistakes(tmp_path, store=store)
     why = r"(not a valid URL|'[a-z+]+' is not a supported database|the name of the database is missing)"
     assert re.match(rf"--store: {why}; write postgresql://", told)
@@ -210,7 +210,7 @@ def test_a_store_that_is_none_is_refused_without_its_password(tmp_path: Path, st
         "u@a",
     ],
 )
-def test_what_is_no_name_of_a_host_is_told(tmp_path: Path, name: str) -> None:
+def test_an_invalid_host_name_is_reported(tmp_path: Path, name: str) -> None:
     (told,) = mistakes(tmp_path, allow_host=["fine.example", name])
     assert told == (
         "--allow-host: no name of a host; write tasks.example.org or tasks.example.org:8080, each name by "
@@ -218,7 +218,7 @@ def test_what_is_no_name_of_a_host_is_told(tmp_path: Path, name: str) -> None:
     )
 
 
-def test_what_is_shown_is_a_file_that_means_the_same(tmp_path: Path) -> None:
+def test_the_shown_configuration_is_a_file_with_the_same_meaning(tmp_path: Path) -> None:
     found = loaded(tmp_path, "keep_logs: 7\n", {"CORTEX_SERVE_MEM": "1e9"}, data_dir=Path("/d"))
     shown = found.as_yaml()
     (tmp_path / "shown.yaml").write_text(shown)
@@ -231,7 +231,7 @@ def test_what_is_shown_is_a_file_that_means_the_same(tmp_path: Path) -> None:
     assert lines["port"] == "default"
 
 
-def test_a_store_of_files_that_is_none_is_refused_without_its_secret(tmp_path: Path) -> None:
+def test_the_error_for_an_invalid_object_store_has_no_secret(tmp_path: Path) -> None:
     (told,) = mistakes(tmp_path, files="s3://key:s3cret@bucket")
     assert told.startswith("--files: credentials are not allowed in the URL")
     assert "s3cret" not in told
@@ -255,13 +255,13 @@ def test_no_password_is_shown(tmp_path: Path, store: str) -> None:
 @pytest.mark.parametrize(
     "store", ["postgresql://me:a@s3cret@db/tasks", "postgresql://me:a@b/s3cret@db/tasks"]
 )
-def test_a_password_that_is_not_escaped_is_refused_without_it(tmp_path: Path, store: str) -> None:
+def test_the_error_for_an_unescaped_password_does_not_show_it(tmp_path: Path, store: str) -> None:
     (told,) = mistakes(tmp_path, store=store)
     assert "with special characters of the password as %XX" in told
     assert "s3cret" not in told
 
 
-def test_the_page_is_what_is_made_of_the_settings() -> None:
+def test_the_page_is_made_from_the_settings() -> None:
     text = PAGE.read_text()
     page = runpy.run_path(str(PAGE.with_suffix(".py")))["page"]
     assert page(text) == text, "run `make docs`"
@@ -324,12 +324,12 @@ def test_all_that_users_see_of_a_setting_follows_from_one_field(
     ]  # fmt: skip
 
 
-def test_the_example_of_the_page_is_one(tmp_path: Path) -> None:
+def test_the_example_of_the_page_is_valid(tmp_path: Path) -> None:
     (text,) = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text(), re.M | re.S)
     assert loaded(tmp_path, text).configuration.keep_logs == 7
 
 
-def test_the_command_passes_every_flag_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_passes_on_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     flags = [
         "--host=h", "--port=1", "--data-dir=/d", f"--store={STORE}",
         "--advertise=http://me:1", "--lease=2", "--files=s3://b", "--lost-folder=f",
