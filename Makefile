@@ -61,6 +61,7 @@ format: setup
 	$(RUN)/ruff format .
 
 docs: setup
+	$(RUN)/python docs/configuration.py
 	$(RUN)/python docs/lifecycle.py
 
 bench: setup

@@ -19,8 +19,8 @@ import pytest
 from dockerfile_parse import DockerfileParser
 from ruamel.yaml import YAML
 
-from cortex.operator.config.schema import Configuration
-from cortex.operator.config.sources import FILE_VARIABLE, load, variable
+from cortex.operator.config.schema import Configuration, variable
+from cortex.operator.config.sources import FILE_VARIABLE, load
 from support import CORTEX
 
 ROOT = Path(__file__).parents[2]

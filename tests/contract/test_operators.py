@@ -382,7 +382,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, database: str) -> 
         )
         assert "in use by another operator" in refused(running.data_dir)
         wrong = refused(running.data_dir, "--store", database, "--advertise", "ftp://x")
-        assert "--advertise: no URL of an operator" in wrong
+        assert "--advertise: not an operator's URL" in wrong
         ray = ["--engine", "ray", "--ray-address", "127.0.0.1:1"]
         assert "on another engine" in refused(running.data_dir, "--store", database, *ray)
 

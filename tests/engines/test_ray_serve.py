@@ -328,9 +328,9 @@ def test_a_job_whose_node_is_lost_is_tried_again_on_another(
     ("options", "words"),
     [
         (["--engine", "ray"], "HOST:PORT"),
-        (["--engine", "ray", "--ray-address", "ray"], "'ray' is no HOST:PORT"),
-        (["--engine", "ray", "--ray-address", "h:1", "--cpu", "2"], "--engine local alone"),
-        (["--ray-address", "h:1"], "say --engine ray too"),
+        (["--engine", "ray", "--ray-address", "ray"], "'ray' is not HOST:PORT"),
+        (["--engine", "ray", "--ray-address", "h:1", "--cpu", "2"], "--cpu needs --engine local"),
+        (["--ray-address", "h:1"], "--ray-address and --ray-node-dir need --engine ray"),
     ],
 )
 def test_options_that_do_not_go_together_are_told(options: list[str], words: str) -> None:

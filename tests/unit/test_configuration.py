@@ -1,21 +1,24 @@
-"""How an operator is configured: precedence, mistakes with their places, and what is shown of it."""
+"""The configuration of an operator: precedence, mistakes with their places, `--show-config`."""
 
 from __future__ import annotations
 
 import re
+import runpy
 import socket
 from pathlib import Path
+from typing import Annotated, Any, get_args
 
 import pytest
-import typer
+from pydantic import Field
 from ruamel.yaml import YAML
 
 from cortex.cli.main import run
-from cortex.cli.serve import serve
+from cortex.cli.options import DataDir, StoreUrl
 from cortex.errors import StartupError
 from cortex.operator.app import _address
-from cortex.operator.config.schema import Configuration, flag
-from cortex.operator.config.sources import Effective, load, variable
+from cortex.operator.config import schema, sources
+from cortex.operator.config.schema import Configuration, Setting, Several, described, flag, variable
+from cortex.operator.config.sources import Effective, load
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 STORE = "postgresql://me:s3cret@db/tasks"
@@ -37,7 +40,7 @@ def mistakes(*arguments: object, **more: object) -> list[str]:
     return others
 
 
-def test_flags_go_before_the_environment_and_that_before_the_file(tmp_path: Path) -> None:
+def test_precedence_is_flag_environment_file(tmp_path: Path) -> None:
     text = "port: 1\ngrace: 1\nkeep_jobs: 1\n"
     environ = {"CORTEX_SERVE_PORT": "2", "CORTEX_SERVE_GRACE": "2", "OTHER": "x"}
     found = loaded(tmp_path, text, environ, port=3, keep_logs=None)
@@ -50,7 +53,7 @@ def test_flags_go_before_the_environment_and_that_before_the_file(tmp_path: Path
     }  # fmt: skip
 
 
-def test_a_flag_may_say_no_to_what_a_file_says(tmp_path: Path) -> None:
+def test_a_flag_can_switch_off_what_a_file_switches_on(tmp_path: Path) -> None:
     text = "require_token: true\ninsecure: yes\n"
     configuration = loaded(tmp_path, text, require_token=False).configuration
     assert (configuration.require_token, configuration.insecure) == (False, True)
@@ -96,19 +99,22 @@ def _check_all_ways(tmp_path: Path, engine: dict[str, object]) -> None:
         ({"engine": "ray"}, "--engine ray needs --ray-address HOST:PORT"),
         (
             {"engine": "ray", "ray_address": "h:1", "cpu": 2},
-            "--cpu: it is for --engine local alone",
+            "--cpu needs --engine local",
         ),
-        ({"advertise": "http://h:1"}, "--advertise: it is for several operators on one --store"),
-        ({"ray_address": "h:1"}, "--ray-address and --ray-node-dir: say --engine ray too"),
+        (
+            {"advertise": "http://h:1"},
+            "--advertise needs --store: it is for several operators on one store",
+        ),
+        ({"ray_address": "h:1"}, "--ray-address and --ray-node-dir need --engine ray"),
     ],
 )
-def test_settings_that_do_not_go_together_are_told(
+def test_settings_that_exclude_each_other_are_reported(
     tmp_path: Path, flags: dict[str, object], words: str
 ) -> None:
     assert mistakes(tmp_path, **flags) == [words]
 
 
-def test_settings_are_what_is_configured(tmp_path: Path) -> None:
+def test_settings_are_made_of_the_configuration(tmp_path: Path) -> None:
     text = "cpu: 1.5\nmem: 2Gi\ngpu: 0\nkeep_jobs: 1\nkeep_logs: 0\ndata_dir: x\n"
     settings = loaded(tmp_path, text).configuration.settings()
     assert settings.capacity is not None
@@ -126,11 +132,11 @@ def test_settings_are_what_is_configured(tmp_path: Path) -> None:
         ("0.0.0.0", f"http://{socket.getfqdn()}:1"),
     ],
 )
-def test_others_reach_an_operator_where_it_listens(host: str, address: str) -> None:
+def test_the_address_for_other_operators_is_where_it_listens(host: str, address: str) -> None:
     assert _address(host, 1) == address
 
 
-def test_every_mistake_is_told_with_its_place(tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_with_their_places(tmp_path: Path) -> None:
     text = "port: 70000\nkeep_job: 3\nmem: [1]\nstore: mysql://u:s3cret@h/d\ngrace: 1\ncpu: true\n"
     environ = {"CORTEX_SERVE_GRACE": "-1", "CORTEX_SERVE_PROT": "1", "CORTEX_SERVE_HOST": ""}
     told = mistakes(tmp_path, text, environ, keep_count=0)
@@ -162,11 +168,11 @@ def test_every_mistake_is_told_with_its_place(tmp_path: Path) -> None:
         ("host: {a: 1}\n", "found an object"),
     ],
 )
-def test_a_file_that_is_none_is_told_with_its_line(tmp_path: Path, text: str, has: str) -> None:
+def test_a_mistake_in_a_file_is_reported_with_its_line(tmp_path: Path, text: str, has: str) -> None:
     assert has in "\n".join(mistakes(tmp_path, text))
 
 
-def test_a_file_that_is_not_there_is_told_by_whoever_named_it(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_with_the_option_that_names_it(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
     with pytest.raises(StartupError, match=r"\n--config: .*nowhere cannot be read"):
         load({}, nowhere, {})
@@ -181,7 +187,7 @@ def test_a_file_that_is_not_there_is_told_by_whoever_named_it(tmp_path: Path) ->
         "postgresql+asyncpg://u:s3cret@h/d", "sqlite:///s3cret.db",
     ],
 )  # fmt: skip
-def test_a_store_that_is_none_is_refused_without_its_password(tmp_path: Path, store: str) -> None:
+def test_the_error_for_an_invalid_store_has_no_password(tmp_path: Path, store: str) -> None:
     (told,) = mistakes(tmp_path, store=store)
     why = r"(not a valid URL|'[a-z+]+' is not a supported database|the name of the database is missing)"
     assert re.match(rf"--store: {why}; write postgresql://", told)
@@ -204,7 +210,7 @@ def test_a_store_that_is_none_is_refused_without_its_password(tmp_path: Path, st
         "u@a",
     ],
 )
-def test_what_is_no_name_of_a_host_is_told(tmp_path: Path, name: str) -> None:
+def test_an_invalid_host_name_is_reported(tmp_path: Path, name: str) -> None:
     (told,) = mistakes(tmp_path, allow_host=["fine.example", name])
     assert told == (
         "--allow-host: no name of a host; write tasks.example.org or tasks.example.org:8080, each name by "
@@ -212,9 +218,9 @@ def test_what_is_no_name_of_a_host_is_told(tmp_path: Path, name: str) -> None:
     )
 
 
-def test_what_is_shown_is_a_file_that_means_the_same(tmp_path: Path) -> None:
+def test_the_shown_configuration_is_a_file_with_the_same_meaning(tmp_path: Path) -> None:
     found = loaded(tmp_path, "keep_logs: 7\n", {"CORTEX_SERVE_MEM": "1e9"}, data_dir=Path("/d"))
-    shown = found.shown()
+    shown = found.as_yaml()
     (tmp_path / "shown.yaml").write_text(shown)
     assert load({}, tmp_path / "shown.yaml", {}).configuration == found.configuration
     lines = dict(re.findall(r"^(\w+): .*# (.+)$", shown, re.M))
@@ -225,7 +231,7 @@ def test_what_is_shown_is_a_file_that_means_the_same(tmp_path: Path) -> None:
     assert lines["port"] == "default"
 
 
-def test_a_store_of_files_that_is_none_is_refused_without_its_secret(tmp_path: Path) -> None:
+def test_the_error_for_an_invalid_object_store_has_no_secret(tmp_path: Path) -> None:
     (told,) = mistakes(tmp_path, files="s3://key:s3cret@bucket")
     assert told.startswith("--files: credentials are not allowed in the URL")
     assert "s3cret" not in told
@@ -241,7 +247,7 @@ def test_a_store_of_files_that_is_none_is_refused_without_its_secret(tmp_path: P
     ],
 )
 def test_no_password_is_shown(tmp_path: Path, store: str) -> None:
-    shown = loaded(tmp_path, store=store).shown()
+    shown = loaded(tmp_path, store=store).as_yaml()
     assert "me:***@db/tasks" in shown
     assert "s3cret" not in shown
 
@@ -249,39 +255,81 @@ def test_no_password_is_shown(tmp_path: Path, store: str) -> None:
 @pytest.mark.parametrize(
     "store", ["postgresql://me:a@s3cret@db/tasks", "postgresql://me:a@b/s3cret@db/tasks"]
 )
-def test_a_password_that_is_not_escaped_is_refused_without_it(tmp_path: Path, store: str) -> None:
+def test_the_error_for_an_unescaped_password_does_not_show_it(tmp_path: Path, store: str) -> None:
     (told,) = mistakes(tmp_path, store=store)
     assert "with special characters of the password as %XX" in told
     assert "s3cret" not in told
 
 
-def test_the_page_lists_every_setting_as_it_is() -> None:
-    rows = re.findall(
-        r"^\| `(\w+)` \| `(\S+)`.* \| `(\w+)`.* \| (.+) \| .+ \|$", PAGE.read_text(), re.M
-    )
-    assert [name for name, *_ in rows] == list(Configuration.model_fields)
-    app = typer.Typer(add_completion=False)
-    app.command()(serve)
-    options = {word for each in typer.main.get_command(app).params for word in each.opts}
-    for name, its_flag, its_variable, default in rows:
-        assert its_flag == flag(name)
-        assert its_flag in options
-        assert its_variable == variable(name)
-        value = Configuration.model_fields[name].default
-        if default.startswith("`"):
-            assert default == f"`{str(value).lower()}`", name
-    assert {flag(name) for name in Configuration.model_fields} == {
-        word for word in options if word.startswith("--") and word not in
-        ("--config", "--show-config", "--help", "--no-insecure", "--no-require-token")
-    }  # fmt: skip
+def test_the_page_is_made_from_the_settings() -> None:
+    text = PAGE.read_text()
+    page = runpy.run_path(str(PAGE.with_suffix(".py")))["page"]
+    assert page(text) == text, "run `make docs`"
 
 
-def test_the_example_of_the_page_is_one(tmp_path: Path) -> None:
+def test_every_setting_is_described() -> None:
+    assert described(Configuration).keys() == Configuration.model_fields.keys()
+
+
+@pytest.mark.parametrize(("name", "shared"), [("data_dir", DataDir), ("store", StoreUrl)])
+def test_commands_that_share_a_setting_describe_it_alike(name: str, shared: Any) -> None:
+    (option,) = get_args(shared)[1:]
+    setting = described(Configuration)[name]
+    assert (option.help, option.metavar, option.show_default) == (
+        setting.help, setting.metavar, setting.unset,
+    )  # fmt: skip
+
+
+def test_all_that_users_see_of_a_setting_follows_from_one_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class More(Configuration):
+        lamp_colours: Annotated[
+            tuple[str, ...],
+            Several,
+            Setting("Colour of the lamp.", metavar="COLOUR", docs="Any [colour](guide.md)."),
+        ] = ()
+        lamp_watts: Annotated[
+            Annotated[int, Field(ge=1)] | None, Setting("Power of the lamp.", unset="the mains")
+        ] = None
+
+    def shown(*arguments: str) -> str:
+        code = run(["serve", *arguments])
+        output = capsys.readouterr()
+        return output.err if code else re.sub(" +", " ", output.out)
+
+    monkeypatch.setattr(schema, "Configuration", More)
+    monkeypatch.setattr(sources, "Configuration", More)
+    help_text = shown("--help")
+    assert "--lamp-colours COLOUR Colour of the lamp.\n" in help_text
+    assert "--lamp-watts <int> Power of the lamp. [default: (the mains)]\n" in help_text
+
+    by_flag = shown("--show-config", "--lamp-colours=red", "--lamp-colours=blue", "--lamp-watts=3")
+    assert "lamp_colours: # --lamp-colours\n- red\n- blue\n" in by_flag
+    assert "lamp_watts: 3 # --lamp-watts\n" in by_flag
+
+    file = tmp_path / "operator.yaml"
+    file.write_text("lamp_watts: 4\n")
+    monkeypatch.setenv("CORTEX_SERVE_LAMP_COLOURS", "red, blue")
+    by_others = shown("--show-config", f"--config={file}")
+    assert "lamp_colours: # $CORTEX_SERVE_LAMP_COLOURS\n- red\n- blue\n" in by_others
+    assert f"lamp_watts: 4 # {file}:1\n" in by_others
+    assert "--lamp-watts: should be greater than or equal to 1; found 0" in shown("--lamp-watts=0")
+
+    rows = runpy.run_path(str(PAGE.with_suffix(".py")))["table"](More).splitlines()
+    assert rows[-2:] == [
+        "| `lamp_colours` | `--lamp-colours`, once for each | `CORTEX_SERVE_LAMP_COLOURS`, with "
+        "commas | none | Colour of the lamp. Any [colour](guide.md). |",
+        "| `lamp_watts` | `--lamp-watts` | `CORTEX_SERVE_LAMP_WATTS` | the mains | Power of the lamp. |",
+    ]  # fmt: skip
+
+
+def test_the_example_of_the_page_is_valid(tmp_path: Path) -> None:
     (text,) = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text(), re.M | re.S)
     assert loaded(tmp_path, text).configuration.keep_logs == 7
 
 
-def test_the_command_passes_every_flag_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_passes_on_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     flags = [
         "--host=h", "--port=1", "--data-dir=/d", f"--store={STORE}",
         "--advertise=http://me:1", "--lease=2", "--files=s3://b", "--lost-folder=f",
@@ -325,4 +373,4 @@ def test_a_ray_cluster_is_found_as_ray_finds_it(
     assert found() == "10.0.0.2:6379"
     monkeypatch.setenv("RAY_ADDRESS", "ray://10.0.0.2:10001")
     (wrong,) = mistakes(tmp_path, engine="ray", ray_address="auto")
-    assert "'ray://10.0.0.2:10001' is no HOST:PORT" in wrong
+    assert "'ray://10.0.0.2:10001' is not HOST:PORT" in wrong

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from cortex import __version__
-from cortex.cli import cluster, env, legacy, streams, token
+from cortex.cli import cluster, env, legacy, serve, streams, token
 from cortex.cli.audit import audit
 from cortex.cli.backup import backup, restore
 from cortex.cli.deploy import deploy
@@ -22,12 +22,7 @@ from cortex.cli.get import get
 from cortex.cli.jobs import delete, logs, submit
 from cortex.cli.options import BadValue, Env
 from cortex.cli.output import print_error, print_line
-from cortex.cli.serve import serve
 from cortex.errors import CortexError
-
-# httpx imports its own command line, and with it rich, which takes as long as the rest of httpx.
-# The import system treats a module that is None here as missing.
-sys.modules["httpx._main"] = None  # type: ignore[assignment]
 
 app = typer.Typer(
     name="cortex",
@@ -71,7 +66,7 @@ def _root(
     """Your Python function, command or script behind a URL."""
 
 
-app.command("serve")(serve)
+serve.add_to(app)
 app.command("deploy")(deploy)
 app.command("get")(get)
 app.command("describe", hidden=True)(get)
@@ -96,6 +91,9 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command, and return its exit code."""
+    # httpx imports its own command line, and with it rich, which takes as long as the rest of
+    # httpx. The import system treats a module that is None here as missing.
+    sys.modules["httpx._main"] = None  # type: ignore[assignment]
     for stream in (sys.stdout, sys.stderr):
         # A log may contain characters that the locale's encoding lacks: escape them.
         if isinstance(stream, io.TextIOWrapper):

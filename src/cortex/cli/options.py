@@ -55,14 +55,21 @@ ApiName = Annotated[str, typer.Argument(metavar="API", help="Name of a deployed 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job.")]
 OptionalJobId = Annotated[str | None, typer.Argument(metavar="JOB", help="Id of a job.")]
 
-# Options of the operator itself
+# Settings of the operator. `Configuration` describes them in the same words, but takes too long to
+# import here; a test compares the two.
 DataDir = Annotated[
-    Path | None, typer.Option(help="Folder of the operator's jobs, projects and logs.")
+    Path | None,
+    typer.Option(
+        help="Folder of the operator's jobs, projects and logs.",
+        show_default="the platform's folder for user data",
+    ),
 ]
 StoreUrl = Annotated[
     str | None,
     typer.Option(
-        metavar="URL", help="postgresql://USER@HOST/DATABASE; default: a file in the data folder."
+        metavar="URL",
+        help="PostgreSQL database, as postgresql://USER@HOST/DATABASE.",
+        show_default="a file in the data folder",
     ),
 ]
 ConfigFile = Annotated[

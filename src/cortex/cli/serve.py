@@ -1,168 +1,53 @@
-"""`cortex serve`: runs the operator. The command imports the operator when it runs."""
+"""`cortex serve`: runs the operator.
+
+The options of the command are made from the fields of `Configuration` when the command is called:
+`Configuration` needs pydantic, and the operator much more, and no other command should load them.
+"""
 
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
-from enum import StrEnum
-from typing import Annotated
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from cortex.cli import streams
-from cortex.cli.options import ConfigFile, DataDir, StoreUrl
+from cortex.cli.options import ConfigFile
 
 
-class EngineName(StrEnum):
-    """The engines that an operator can use."""
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("serve", cls=_ServeCommand, help=serve.__doc__)(lambda: None)
 
-    LOCAL = "local"
-    RAY = "ray"
+
+class _ServeCommand(TyperCommand):
+    """The command as the list of commands needs it: its name and help. A call makes its options."""
+
+    # Typer has a copy of click, whose types are private.
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        gc.disable()  # until all modules are loaded: collections would scan objects that all stay
+        app = typer.Typer(add_completion=False, rich_markup_mode=None)
+        app.command(self.name, help=self.help)(_with_options())
+        return typer.main.get_command(app).make_context(*args, **kwargs)
 
 
 def serve(
-    host: Annotated[
-        str | None, typer.Option(help="Address to listen on.", show_default="localhost")
-    ] = None,
-    port: Annotated[
-        int | None, typer.Option(help="0 takes any free port.", show_default="8888")
-    ] = None,
-    data_dir: DataDir = None,
-    store: StoreUrl = None,
-    advertise: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="URL at which other operators on the store reach this one.",
-            show_default="as it listens",
-        ),
-    ] = None,
-    lease: Annotated[
-        float | None,
-        typer.Option(
-            help="Seconds after which another operator takes over from a leader that hangs.",
-            show_default="10",
-        ),
-    ] = None,
-    files: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="s3://BUCKET/PREFIX for projects and archived logs; default: the data folder.",
-        ),
-    ] = None,
-    lost_folder: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ID",
-            help="Id of a data folder that is lost for good; the jobs of its machine end.",
-        ),
-    ] = None,
-    cpu: Annotated[float | None, typer.Option(help="Cores that jobs may use.")] = None,
-    mem: Annotated[str | None, typer.Option(help="Memory that jobs may use, such as 16Gi.")] = None,
-    gpu: Annotated[int | None, typer.Option(help="GPUs that jobs may use.")] = None,
-    grace: Annotated[
-        float | None,
-        typer.Option(
-            help="Seconds between SIGTERM and SIGKILL when a job is stopped.", show_default="10"
-        ),
-    ] = None,
-    build_timeout: Annotated[
-        float | None,
-        typer.Option(
-            help="Seconds after which the operator ends the build of an environment.",
-            show_default="1800",
-        ),
-    ] = None,
-    build_env: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME", help="Variable of the operator's environment that builds get as well."
-        ),
-    ] = None,
-    engine: Annotated[
-        EngineName | None,
-        typer.Option(
-            help="Where jobs run: on this machine, or on a Ray cluster.", show_default="local"
-        ),
-    ] = None,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT",
-            help="The Ray cluster, with a node on this machine; auto finds it.",
-        ),
-    ] = None,
-    ray_node_dir: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER", help="Folder on Ray's nodes for projects, environments and jobs."
-        ),
-    ] = None,
-    run_as: Annotated[
-        str | None,
-        typer.Option(
-            metavar="USER", help="System user that jobs run as; the operator must run as root."
-        ),
-    ] = None,
-    keep_jobs: Annotated[
-        float | None,
-        typer.Option(help="Days to keep finished jobs; 0 is for ever.", show_default="90"),
-    ] = None,
-    keep_logs: Annotated[
-        float | None,
-        typer.Option(
-            help="Days to keep the logs and files of finished jobs; 0 is for ever.",
-            show_default="30",
-        ),
-    ] = None,
-    keep_count: Annotated[
-        int | None, typer.Option(help="Number of finished jobs to keep for each API, the newest.")
-    ] = None,
-    keep_audit: Annotated[
-        float | None,
-        typer.Option(help="Days to keep the audit; 0 is for ever.", show_default="365"),
-    ] = None,
-    max_waiting_bytes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Limit for the config of all waiting jobs; a submit beyond it is refused.",
-            show_default="1Gi",
-        ),
-    ] = None,
-    require_token: Annotated[
-        bool | None,
-        typer.Option(
-            help="Require tokens on this machine as well; for other machines they always are."
-        ),
-    ] = None,
-    insecure: Annotated[
-        bool | None,
-        typer.Option(help="Require no tokens: anyone who can reach the operator can run code."),
-    ] = None,
-    allow_origin: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ORIGIN", help="Origin of web pages that may call the operator."),
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Another host name that requests without tokens may use for the operator.",
-        ),
-    ] = None,
+    *,
     config: ConfigFile = None,
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print the configuration and exit.")
     ] = False,
+    **flags: object,
 ) -> None:
     """Run the operator. SIGTERM ends it; its jobs continue, and the next start recovers them.
 
     Every option can also be set by an environment variable, such as CORTEX_SERVE_KEEP_JOBS, or in a
     YAML file, as keep_jobs.
     """
-    gc.disable()  # until all modules are loaded: collections would scan objects that all stay
     import asyncio
 
     import uvloop
@@ -170,44 +55,50 @@ def serve(
     from cortex.operator.app import run
     from cortex.operator.config.sources import load
 
-    effective = load(
-        {
-            "host": host,
-            "port": port,
-            "data_dir": data_dir,
-            "store": store,
-            "advertise": advertise,
-            "lease": lease,
-            "files": files,
-            "lost_folder": lost_folder,
-            "cpu": cpu,
-            "mem": mem,
-            "gpu": gpu,
-            "grace": grace,
-            "build_timeout": build_timeout,
-            "build_env": build_env,
-            "engine": None if engine is None else engine.value,
-            "ray_address": ray_address,
-            "ray_node_dir": ray_node_dir,
-            "run_as": run_as,
-            "keep_jobs": keep_jobs,
-            "keep_logs": keep_logs,
-            "keep_count": keep_count,
-            "keep_audit": keep_audit,
-            "max_waiting_bytes": max_waiting_bytes,
-            "require_token": require_token,
-            "insecure": insecure,
-            "allow_origin": allow_origin,
-            "allow_host": allow_host,
-        },
-        config,
-    )
+    effective = load(flags, config)
     if show_config:
-        sys.stdout.write(effective.shown())
+        sys.stdout.write(effective.as_yaml())
         return
     settings = effective.configuration.settings()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run(settings, _announce))
+
+
+def _with_options() -> Callable[..., None]:
+    """`serve` with the signature that typer reads: an option for each setting, then its own."""
+
+    def command(**values: Any) -> None:
+        serve(**values)
+
+    own = inspect.signature(serve, eval_str=True).parameters.values()
+    parameters = [*_setting_options(), *(each for each in own if each.kind is not each.VAR_KEYWORD)]
+    command.__dict__["__signature__"] = inspect.Signature(parameters)
+    return command
+
+
+def _setting_options() -> Iterable[inspect.Parameter]:
+    """An option for each setting. An option that is not given is None."""
+    from cortex.operator.config.schema import Configuration, described
+
+    types = get_type_hints(Configuration)  # without the checks: `load` applies them
+    for name, setting in described(Configuration).items():
+        option = typer.Option(
+            metavar=setting.metavar,
+            help=setting.help,
+            show_default=setting.unset or _shown(Configuration.model_fields[name].default),
+        )
+        value = list[str] if get_origin(types[name]) is tuple else types[name]
+        yield inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[value | None, option],
+        )
+
+
+def _shown(default: object) -> str | bool:
+    """A default as `--help` shows it; False for no, nothing and several, which it does not show."""
+    return False if default in (None, False, ()) else str(default)
 
 
 def _announce(url: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import ParamSpec, TypeVar
 
 import structlog
@@ -28,6 +28,30 @@ async def in_thread(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs)
         return await asyncio.to_thread(function, *args, **kwargs)
     except RuntimeError as error:
         raise OSError(errno.EAGAIN, str(error)) from error
+
+
+async def retrying(
+    work: Callable[[], Awaitable[R]],
+    errors: tuple[type[Exception], ...],
+    *,
+    delay_s: float,
+    warning: str,
+    **fields: object,
+) -> R:
+    """Run `work` until it raises none of the errors; what it returns.
+
+    Args:
+        errors: failures that may pass. Each is logged; other exceptions are raised.
+        delay_s: the time between a failure and the next attempt.
+        warning: the log event for a failure.
+        fields: further fields of that event.
+    """
+    while True:
+        try:
+            return await work()
+        except errors as error:
+            log.warning(warning, **fields, error=str(error))
+        await asyncio.sleep(delay_s)
 
 
 class Background:

@@ -1,1 +1,1 @@
-"""The configuration of an operator: its settings, where each value comes from, and the paths in the data folder."""
+"""The configuration of an operator: its settings, their sources, the paths in the data folder."""

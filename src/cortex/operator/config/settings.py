@@ -1,4 +1,4 @@
-"""How an operator is set up, and where in its data folder everything lies."""
+"""The settings of an operator as its code reads them, and the paths in its data folder."""
 
 from __future__ import annotations
 
@@ -16,77 +16,77 @@ DATABASE = "operator.db"
 
 
 def default_data_dir() -> Path:
-    """Where an operator keeps everything, if it is told nothing else."""
+    """The platform's folder for user data."""
     return Path(platformdirs.user_data_dir("cortex"))
 
 
 def database_url(data_dir: Path, store: str | None) -> str:
-    """The database of an operator: the one that it is told, else a file in its data folder."""
+    """The URL of an operator's database: `store`, or a file in the data folder."""
     return store or f"sqlite:///{data_dir / DATABASE}"
 
 
 @dataclass(frozen=True)
 class Keep:
-    """How long what is finished is kept; None is for ever."""
+    """How long, and how much, data of the past is kept; None is without a limit."""
 
     jobs_s: float | None = None
-    """Jobs, and versions without jobs that are not deployed any more."""
+    """Finished jobs, and versions that have no jobs and are no longer deployed."""
     logs_s: float | None = None
-    """A job's folder: its log, and the files that it wrote there."""
+    """The folders of finished jobs, with their logs and files."""
     jobs: int | None = None
-    """Finished jobs of each API, the newest."""
+    """The number of finished jobs of each API; the newest are kept."""
     audit_s: float | None = None
     """Entries of the audit."""
 
 
 @dataclass(frozen=True)
 class Ray:
-    """The Ray cluster that jobs run on."""
+    """The Ray cluster that runs the jobs."""
 
     address: str
     node_dir: str | None = None
-    """Where nodes keep projects, environments and jobs; None is a folder of their users."""
+    """The folder on nodes for projects, environments and jobs; None is one of the node's user."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One operator's configuration; made from its `Configuration`."""
+    """The settings of one operator, made from its `Configuration`."""
 
     data_dir: Path
     store: str | None = None
     """The URL of a PostgreSQL database; None is a file in the data folder."""
     files: str | None = None
-    """The URL of a store of files; None is the data folder."""
+    """The URL of an object store; None is the data folder."""
     lost_folder: str | None = None
-    """The id of a data folder that is lost for good, whose place this one takes."""
+    """The id of a data folder that is lost for good, and that this one replaces."""
     host: str = "localhost"
     port: int = 8888
     """0 takes any free port."""
     advertise: str = ""
-    """The URL at which other operators on the store reach this one; as it listens, where it is empty."""
+    """The URL at which other operators on the store reach this one; empty is where it listens."""
     lease_s: float = 10
-    """After which an operator that hangs is taken not to drive any more, where there are others."""
+    """The time after which another operator on the store takes over from a leader that hangs."""
     capacity: Capacity | None = None
-    """What jobs may take of this machine; None is all of it."""
+    """What jobs may use of this machine; None is all of it."""
     ray: Ray | None = None
-    """Where jobs run; None is this machine."""
+    """The cluster that runs the jobs; None is this machine."""
     grace_s: float = 10
-    """Between SIGTERM and SIGKILL."""
+    """The time between SIGTERM and SIGKILL."""
     require_token: bool = False
-    """Whether every request has to bring a token. One that listens beyond this machine asks for it
-    all the same, unless it is `insecure`."""
+    """Every request needs a token. An operator that listens beyond this machine requires tokens in
+    any case, unless it is `insecure`."""
     insecure: bool = False
-    """Whether it lets everybody in who reaches it from other machines."""
+    """Requests from other machines need no token either."""
     builds: BuildRules = DEFAULT_RULES
     account: Account | None = None
-    """Who jobs run as; None is the operator's own user."""
+    """The system user of the jobs; None is the operator's own."""
     keep: Keep = Keep()
     max_waiting_bytes: int | None = None
-    """Of the configs of jobs that wait, together; None is any number."""
+    """The limit for the configs of all waiting jobs together; None is without a limit."""
     allowed_origins: frozenset[str] = frozenset()
-    """Origins of pages, beside the operator's own, whose browsers may send requests."""
+    """Origins of web pages, besides the operator's own, that may send requests."""
     allowed_hosts: frozenset[str] = frozenset()
-    """Names, beside the machine's own, by which it may be asked where no token is."""
+    """Host names, besides the machine's own, that requests without tokens may use."""
 
     @property
     def engine_name(self) -> str:
@@ -95,37 +95,43 @@ class Settings:
 
     @property
     def database_url(self) -> str:
+        """The URL of the operator's database."""
         return database_url(self.data_dir, self.store)
 
     @property
     def database(self) -> Path:
-        """The file of the database, where that is no server's."""
+        """The file of the database, if it is not a PostgreSQL database."""
         return self.data_dir / DATABASE
 
     @property
     def lock(self) -> Path:
+        """The file that a running operator locks."""
         return self.data_dir / "operator.lock"
 
     @property
     def identity(self) -> Path:
+        """The id of the data folder."""
         return self.data_dir / "folder.id"
 
     @property
     def taken_over(self) -> Path:
+        """The id of the lost folder that this one replaces, until that folder's jobs have ended."""
         return self.data_dir / "taken-over"
 
     @property
     def restored(self) -> Path:
-        """When the backup was made that the folder was restored from, until its jobs are seen to."""
+        """The time of the backup that the folder was restored from, until the attempts of that time
+        are lost."""
         return self.data_dir / "restored"
 
     @property
     def restoring(self) -> Path:
-        """What is not in its place yet of a backup that is restored."""
+        """The files of a backup while they are being restored."""
         return self.data_dir / ".restoring"
 
     @property
     def ray_namespace(self) -> Path:
+        """The name under which a Ray cluster knows the operator's agents and jobs."""
         return self.data_dir / "ray-namespace"
 
     @property
@@ -134,10 +140,12 @@ class Settings:
 
     @property
     def locks(self) -> Path:
+        """The lock files of projects: the versions of their packages."""
         return self.data_dir / "locks"
 
     @property
     def archived(self) -> Path:
+        """A mark for each job whose log is in the object store."""
         return self.data_dir / "archived"
 
     @property

@@ -1,5 +1,7 @@
-"""Where an operator's configuration comes from: flags go before environment variables, these before a
-file, and it before the defaults. Called by `cortex serve` and `cortex token`.
+"""Reads an operator's configuration from its sources. Precedence: flag, environment variable,
+configuration file, default.
+
+Called by `cortex serve`, `cortex token`, `cortex backup` and `cortex restore`.
 """
 
 from __future__ import annotations
@@ -15,11 +17,16 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 
 from cortex.errors import StartupError
-from cortex.operator.config.schema import Configuration, flag
+from cortex.operator.config.schema import (
+    ENVIRONMENT_PREFIX,
+    Configuration,
+    described,
+    flag,
+    variable,
+)
 from cortex.spec.yaml_lines import Odd, Value, did_you_mean, read_nodes
 from cortex.store import url as store_url
 
-_PREFIX = "CORTEX_SERVE_"
 FILE_VARIABLE = "CORTEX_CONFIG"
 
 _DEFAULT = "default"
@@ -27,16 +34,17 @@ _DEFAULT = "default"
 
 @dataclass(frozen=True)
 class Effective:
-    """A configuration, and where each value of it came from."""
+    """A configuration, and the source of each value that is not a default."""
 
     configuration: Configuration
     sources: Mapping[str, str]
 
-    def shown(self) -> str:
-        """As YAML, which a file may hold as it is, but for the password of the store."""
+    def as_yaml(self) -> str:
+        """A configuration file with these settings, each with its source as a comment. `***`
+        replaces the store's password."""
         lines = CommentedMap()
         for name in Configuration.model_fields:
-            lines[name] = self._plain(name)
+            lines[name] = self._as_data(name)
             lines.yaml_add_eol_comment(self.sources.get(name, _DEFAULT), name)
         text = io.StringIO()
         yaml = YAML()
@@ -47,7 +55,7 @@ class Effective:
         yaml.dump(lines, text)
         return text.getvalue()
 
-    def _plain(self, name: str) -> object:
+    def _as_data(self, name: str) -> object:
         value = getattr(self.configuration, name)
         if name == "store" and value is not None:
             return store_url.shown(store_url.read(value))
@@ -56,22 +64,17 @@ class Effective:
         return list(value) if isinstance(value, tuple) else value
 
 
-def variable(name: str) -> str:
-    """The environment variable of a setting."""
-    return f"{_PREFIX}{name.upper()}"
-
-
 def load(
     flags: Mapping[str, object], file: Path | None, environ: Mapping[str, str] = os.environ
 ) -> Effective:
-    """The configuration that an operator has.
+    """Read and check the configuration.
 
     Args:
-        flags: the settings that the command line gives; None is not given.
-        file: the file that the command line names.
+        flags: the command line's values, by setting; None where the flag is not given.
+        file: the file that `--config` names.
 
     Raises:
-        StartupError: with every mistake, and where it is.
+        StartupError: with all mistakes and their places.
     """
     mistakes: list[str] = []
     given = {
@@ -83,59 +86,59 @@ def load(
     try:
         configuration = Configuration.model_validate({n: g.value for n, g in given.items()})
     except ValidationError as error:
-        mistakes += _told(error, given)
+        mistakes += _messages(error, given)
     if mistakes:
         raise StartupError("\n".join(["the configuration has mistakes:", *mistakes]))
-    return Effective(configuration, {name: each.where for name, each in given.items()})
+    return Effective(configuration, {name: each.source for name, each in given.items()})
 
 
 @dataclass(frozen=True)
 class _Given:
-    """What one source says of one setting, and the words for where that is."""
+    """A value, and its source as messages name it: a flag, a variable, or a line of a file."""
 
     value: object
-    where: str
+    source: str
 
 
 def _from_environment(environ: Mapping[str, str], mistakes: list[str]) -> dict[str, _Given]:
-    fields = {variable(name): name for name in Configuration.model_fields}
+    names = {variable(name): name for name in Configuration.model_fields}
     given = {}
     for key, value in sorted(environ.items()):
-        if not key.startswith(_PREFIX):
+        if not key.startswith(ENVIRONMENT_PREFIX):
             continue
-        if key not in fields:
-            mistakes.append(f"${key}: no setting{did_you_mean(key, fields)}")
-        elif value:  # an empty one is as good as none: so files of variables leave one out
-            given[fields[key]] = _Given(value, f"${key}")
+        if key not in names:
+            mistakes.append(f"${key}: unknown setting{did_you_mean(key, names)}")
+        elif value:  # an empty variable counts as unset: files of variables cannot unset one
+            given[names[key]] = _Given(value, f"${key}")
     return given
 
 
 def _from_file(
-    named: Path | None, environ: Mapping[str, str], mistakes: list[str]
+    file: Path | None, environ: Mapping[str, str], mistakes: list[str]
 ) -> dict[str, _Given]:
-    by = "--config"
-    if named is None and environ.get(FILE_VARIABLE):
-        named, by = Path(environ[FILE_VARIABLE]), f"${FILE_VARIABLE}"
-    if named is None:
+    source = "--config"
+    if file is None and environ.get(FILE_VARIABLE):
+        file, source = Path(environ[FILE_VARIABLE]), f"${FILE_VARIABLE}"
+    if file is None:
         return {}
     try:
-        text = named.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        mistakes.append(f"{by}: {named} cannot be read: {error}")
+        mistakes.append(f"{source}: {file} cannot be read: {error}")
         return {}
-    root, wrong = read_nodes(text)
-    mistakes += [f"{named}:{mistake.line}: {mistake.text}" for mistake in wrong]
-    if root is None or wrong:
+    root, invalid = read_nodes(text)
+    mistakes += [f"{file}:{mistake.line}: {mistake.text}" for mistake in invalid]
+    if root is None or invalid:
         return {}
     if not isinstance(root.data, dict):
-        mistakes.append(f"{named}:{root.line}: has to be a list of settings, as `port: 8888`")
+        mistakes.append(f"{file}:{root.line}: must be a list of settings, such as `port: 8888`")
         return {}
     given = {}
     for key, value in root.data.items():
-        where = f"{named}:{value.line}"
+        where = f"{file}:{value.line}"
         if key not in Configuration.model_fields:
             hint = did_you_mean(key, Configuration.model_fields)
-            mistakes.append(f"{where}: {key}: no setting{hint}")
+            mistakes.append(f"{where}: {key}: unknown setting{hint}")
         elif value.data is not None:
             given[key] = _Given(_plain(value), where)
     return given
@@ -145,24 +148,24 @@ def _plain(value: Value) -> object:
     if isinstance(value.data, list):
         return [_plain(each) for each in value.data]
     if isinstance(value.data, dict | Odd):
-        return value  # which no setting takes
+        return value  # pydantic refuses it: no setting has such a value
     return value.data
 
 
-def _told(error: ValidationError, given: Mapping[str, _Given]) -> Iterable[str]:
+def _messages(error: ValidationError, given: Mapping[str, _Given]) -> Iterable[str]:
+    settings = described(Configuration)
     for each in error.errors():
-        words = each["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        if not each["loc"]:  # settings that do not go together
-            yield words
+        text = each["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        if not each["loc"]:  # settings that exclude or require each other
+            yield text
             continue
         name = str(each["loc"][0])
-        found = each["input"]
-        # A password may be in it, and wherever it is, none gets into a log.
-        shown = "" if name in {"store", "files"} else f"; found {_found(found)}"
-        where = given[name].where
-        named = where if where.startswith(("-", "$")) else f"{where}: {name}"
-        yield f"{named}: {words}{shown}"
+        source = given[name].source
+        place = source if source.startswith(("-", "$")) else f"{source}: {name}"
+        # The message goes into logs: it must not show a password.
+        value = "" if settings[name].has_secret else f"; found {_shown(each['input'])}"
+        yield f"{place}: {text}{value}"
 
 
-def _found(value: object) -> str:
+def _shown(value: object) -> str:
     return value.shown() if isinstance(value, Value) else repr(value)[:100]

@@ -23,7 +23,7 @@ from cortex.projects.repository import Projects
 from cortex.spec.api import ApiSpec, Dependencies
 from cortex.spec.job import encode
 from cortex.store import Store
-from cortex.system.background import in_thread
+from cortex.system.background import in_thread, retrying
 from cortex.system.oserrors import is_shortage, is_storage
 
 log = structlog.get_logger()
@@ -212,13 +212,10 @@ class Versions:
         return self._ready[api_id]
 
     async def _keep_lock(self, built: Environments, project: Path, files: Dependencies) -> None:
-        while True:
-            try:
-                await in_thread(built.pin_versions, project, files)
-            except (StorageUnavailable, OSError) as error:
-                log.warning(
-                    "a lock file is still to be kept", project=project.name, error=str(error)
-                )
-                await asyncio.sleep(_RETRY_DELAY_S)
-            else:
-                return
+        await retrying(
+            lambda: in_thread(built.pin_versions, project, files),
+            (StorageUnavailable, OSError),
+            delay_s=_RETRY_DELAY_S,
+            warning="cannot store a lock file yet",
+            project=project.name,
+        )

@@ -15,7 +15,7 @@ from cortex.operator.deploy.catalogue import Catalogue, DeployedApi
 from cortex.operator.deploy.versions import HeldUp, Unusable, Versions
 from cortex.projects.repository import Projects
 from cortex.store import Store
-from cortex.system.background import Background
+from cortex.system.background import Background, retrying
 
 log = structlog.get_logger()
 
@@ -103,11 +103,9 @@ class Warmer:
             self._warming.pop(api_id, None)
 
     async def _send_missing(self, used: set[str]) -> None:
-        while True:
-            try:
-                await asyncio.to_thread(self._projects.upload_missing, used)
-            except (StorageUnavailable, OSError) as error:
-                log.warning("cannot send projects to the object store yet", error=str(error))
-                await asyncio.sleep(_RETRY_DELAY_S)
-            else:
-                return
+        await retrying(
+            lambda: asyncio.to_thread(self._projects.upload_missing, used),
+            (StorageUnavailable, OSError),
+            delay_s=_RETRY_DELAY_S,
+            warning="cannot send projects to the object store yet",
+        )

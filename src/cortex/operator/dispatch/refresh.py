@@ -7,13 +7,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 
-import structlog
-
 from cortex.errors import StorageUnavailable
 from cortex.spec.job import JobRecord
 from cortex.store import Store
-
-log = structlog.get_logger()
+from cortex.system.background import retrying
 
 _RETRY_DELAY_S = 1.0
 _MAX_BATCH = 500
@@ -58,12 +55,12 @@ class Refresher:
         while True:
             await self._requested.wait()
             self._requested.clear()
-            try:
-                await self._read()
-            except StorageUnavailable as error:
-                log.warning("cannot read what other operators changed", error=error.message)
-                self._requested.set()
-                await asyncio.sleep(_RETRY_DELAY_S)
+            await retrying(
+                self._read,
+                (StorageUnavailable,),
+                delay_s=_RETRY_DELAY_S,
+                warning="cannot read what other operators changed",
+            )
 
     async def _read(self) -> None:
         if self._is_all:

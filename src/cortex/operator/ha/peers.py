@@ -6,15 +6,12 @@ from __future__ import annotations
 
 import asyncio
 
-import structlog
-
 from cortex.errors import StorageUnavailable
 from cortex.operator.deploy.catalogue import Catalogue
 from cortex.operator.dispatch.jobs import Jobs
 from cortex.operator.ha.forwarding import LeaderProxy
 from cortex.store import LeaderCallbacks, Store
-
-log = structlog.get_logger()
+from cortex.system.background import retrying
 
 _RETRY_DELAY_S = 1.0
 
@@ -52,9 +49,9 @@ class Peers:
         while True:
             await self._apis_changed.wait()
             self._apis_changed.clear()
-            try:
-                await self._catalogue.refresh()
-            except StorageUnavailable as error:
-                log.warning("cannot read what other operators deployed", error=error.message)
-                self._apis_changed.set()
-                await asyncio.sleep(_RETRY_DELAY_S)
+            await retrying(
+                self._catalogue.refresh,
+                (StorageUnavailable,),
+                delay_s=_RETRY_DELAY_S,
+                warning="cannot read what other operators deployed",
+            )
