@@ -31,7 +31,7 @@ $(VENV)/.packages: | $(VENV)/.ready
 	touch $@
 
 $(VENV)/.ready: pyproject.toml uv.lock
-	test -x $(UV) || { $(FIND_PYTHON) && "$$python" -m venv $(VENV) && $(VENV)/bin/pip install -q --disable-pip-version-check uv; }
+	@test -x $(UV) || { $(FIND_PYTHON) && "$$python" -m venv $(VENV) && $(VENV)/bin/pip install -q --disable-pip-version-check uv; }
 	UV_PROJECT_ENVIRONMENT=$(VENV) $(UV) sync -q --frozen --compile-bytecode
 	touch $@
 

@@ -60,7 +60,7 @@ def test_peers_that_are_not_installed_are_told_of(tmp_path: Path) -> None:
     assert "`make bench-peers`" in done.stderr
 
 
-# Peers as scripts: one that does not start, one that fails in the second round and at its end, one that works.
+# Scripted peers: one does not start, one fails in the second round and at its end, one works.
 PEERS_FAIL = """
 import json, sys
 from contextlib import contextmanager

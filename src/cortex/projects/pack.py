@@ -90,13 +90,29 @@ def _file_errors() -> Iterator[None]:
 def _pack(folder: Path, selection: UploadFiles | StoredFiles, out: IO[bytes]) -> tuple[int, int]:
     entries = _entries(folder, selection)
     with (
-        gzip.GzipFile(filename="", mode="wb", fileobj=out, mtime=0) as zipped,
+        Gzip(out) as zipped,
         tarfile.open(fileobj=zipped, mode="w|", format=tarfile.PAX_FORMAT) as tar,
     ):
         for entry in entries:
             _write(entry, tar)
     files = [entry for entry in entries if not stat.S_ISDIR(entry.info.st_mode)]
     return len(files), sum(entry.size for entry in files)
+
+
+class Gzip(gzip.GzipFile):
+    """A gzip stream: the same content gives the same bytes."""
+
+    def __init__(self, out: IO[bytes]) -> None:
+        """
+        Raises:
+            OSError: `out` takes no header.
+        """
+        try:
+            super().__init__(filename="", mode="wb", fileobj=out, mtime=0)
+        except BaseException:
+            # Nothing is left to write: else Python 3.13 prints the error of the finalizer, which tries.
+            self.fileobj = None  # type: ignore[assignment]  # as `close` does
+            raise
 
 
 def _write(entry: _Entry, tar: tarfile.TarFile) -> None:
