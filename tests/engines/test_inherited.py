@@ -49,12 +49,12 @@ def test_only_what_descends_from_a_fork_server_and_nobody_knows_is_ended() -> No
 def test_what_cannot_be_told_for_want_of_descriptors_is_asked_again() -> None:
     main = """
 def refuse(parent):
-    orphans.orphans.marked = marked
+    orphans.marked = marked
     raise OSError(24, "too many open files")
 
 async def main():
     global marked
-    marked, orphans.orphans.marked = orphans.orphans.marked, refuse
+    marked, orphans.marked = orphans.marked, refuse
     await watch.end()
 """
     assert told(main).endswith(ENDED)
