@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from cortex.cli.main import run
 from cortex.cli.serve import serve
 from cortex.errors import StartupError
-from cortex.operator.app import _address
+from cortex.operator.app import _guessed_url
 from cortex.operator.config.schema import Configuration, flag
 from cortex.operator.config.sources import Effective, load, variable
 
@@ -127,7 +127,7 @@ def test_settings_are_what_is_configured(tmp_path: Path) -> None:
     ],
 )
 def test_others_reach_an_operator_where_it_listens(host: str, address: str) -> None:
-    assert _address(host, 1) == address
+    assert _guessed_url(host, 1) == address
 
 
 def test_every_mistake_is_told_with_its_place(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_store_that_is_none_is_refused_without_its_password(tmp_path: Path, st
 def test_what_is_no_name_of_a_host_is_told(tmp_path: Path, name: str) -> None:
     (told,) = mistakes(tmp_path, allow_host=["fine.example", name])
     assert told == (
-        "--allow-host: no name of a host; write tasks.example.org or tasks.example.org:8080, each name by "
+        "--allow-host: not a host name; write tasks.example.org or tasks.example.org:8080, each name by "
         f"itself, without https:// and in ASCII (xn--…); found {name!r}"
     )
 

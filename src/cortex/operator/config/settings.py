@@ -110,7 +110,7 @@ class Settings:
         return self.data_dir / "folder.id"
 
     @property
-    def taken_over(self) -> Path:
+    def lost_folder_marker(self) -> Path:
         return self.data_dir / "taken-over"
 
     @property
