@@ -57,8 +57,7 @@ from cortex.store import Store
 
 
 def create_app(ctx: Context, deployer: Deployer, refusals: Refusals) -> ASGIApp:
-    """The HTTP application of an operator. A request passes the gate, authentication, and the
-    routes."""
+    """The HTTP application of an operator: the gate, authentication and the routes."""
     app: ASGIApp = FastPath(_routes(ctx, deployer), ctx)
     hosts = None
     if ctx.settings.require_token:
@@ -229,9 +228,10 @@ def _requires_tokens(settings: Settings, listener: socket.socket) -> bool:
 async def _check_tokens(store: Store) -> None:
     if not await store.tokens():
         raise StartupError(
-            "tokens are required (the operator listens beyond localhost, or --require-token is set), but "
-            "none exists. Anyone who can reach it could run code. Make one with `cortex token create NAME "
-            "--scope deploy` (and the same --data-dir), listen on localhost, or use --insecure."
+            "tokens are required (the operator listens beyond localhost, or --require-token is "
+            "set), but none exists. Anyone who can reach it could run code. Make one with "
+            "`cortex token create NAME --scope deploy` (and the same --data-dir), listen on "
+            "localhost, or use --insecure."
         )
 
 
@@ -258,7 +258,8 @@ def _listen(settings: Settings) -> socket.socket:
         return listener
     except (OSError, OverflowError) as error:
         raise StartupError(
-            f"cannot listen on {host}:{port}: {error}. Choose another address with --host and --port."
+            f"cannot listen on {host}:{port}: {error}. Choose another address with --host and "
+            "--port."
         ) from error
 
 

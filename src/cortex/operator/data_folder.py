@@ -73,13 +73,14 @@ def check_is_intact(settings: Settings) -> None:
     saved = sorted(database.parent.glob(f"{database.name}{SAVED}*"))
     if settings.store is None and saved:
         raise StartupError(
-            f"the database {database} was removed, moved or replaced while an operator ran, which saved a "
-            f"copy as {saved[-1]}: {put_back(database)} To continue with the present database instead, "
-            "move that copy elsewhere."
+            f"the database {database} was removed, moved or replaced while an operator ran, which "
+            f"saved a copy as {saved[-1]}: {put_back(database)} To continue with the present "
+            "database instead, move that copy elsewhere."
         )
     if settings.restoring.exists():
         raise StartupError(
-            f"a restore into the data folder {settings.data_dir} was cut off; run `cortex restore` again"
+            f"a restore into the data folder {settings.data_dir} was cut off; run `cortex "
+            "restore` again"
         )
 
 
@@ -150,9 +151,9 @@ def _in_use(settings: Settings, file: IO[str]) -> StartupError:
     file.seek(0)
     owner = file.read().strip() or "unknown"
     return StartupError(
-        f"the data folder {settings.data_dir} is in use by another operator (pid {owner}). Stop that "
-        "operator, or choose another folder with --data-dir. Operators can share a folder if all of them "
-        "share a --store on PostgreSQL."
+        f"the data folder {settings.data_dir} is in use by another operator (pid {owner}). Stop "
+        "that operator, or choose another folder with --data-dir. Operators can share a folder "
+        "if all of them share a --store on PostgreSQL."
     )
 
 
@@ -188,9 +189,9 @@ def _join(settings: Settings, store: Store, files: ObjectStore | None) -> str:
         write_line(path, own)  # before the database has it
     if files is not None and owner not in {None, own, lost, *known_ids}:
         raise StartupError(
-            f"the object store {files.url} belongs with another data folder, {owner}. Start the operator "
-            "on that folder, or choose another prefix with --files. If that folder is lost for good, use "
-            f"--lost-folder {owner}."
+            f"the object store {files.url} belongs with another data folder, {owner}. Start the "
+            "operator on that folder, or choose another prefix with --files. If that folder is "
+            f"lost for good, use --lost-folder {owner}."
         )
     was_marked = settings.lost_folder_marker.exists()
     if lost is not None and lost != own and lost in known_ids:
@@ -237,8 +238,8 @@ async def give_up_lost_jobs(settings: Settings, store: Store) -> None:
     backup_time = read_line(settings.restored)
     if backup_time is not None:
         reason = (
-            f"the operator's data was restored from a backup of {backup_time}, when the job ran; its "
-            "outcome is unknown"
+            f"the operator's data was restored from a backup of {backup_time}, when the job ran; "
+            "its outcome is unknown"
         )
         await _give_up(store, reason, is_final=False)
         settings.restored.unlink(missing_ok=True)

@@ -82,8 +82,8 @@ class Manifest:
             raise StartupError("it is not a backup of an operator") from error
         if number != FORMAT:
             raise StartupError(
-                f"it is of format {number!r}, and this version reads format {FORMAT}; restore it with the "
-                f"version that made it, {made.version!r}"
+                f"it is of format {number!r}, and this version reads format {FORMAT}; restore it "
+                f"with the version that made it, {made.version!r}"
             )
         snapshot.check_revision(str(made.revision))
         if (

@@ -105,8 +105,9 @@ def _check_destination(settings: Settings, *, replace: bool) -> None:
         existing = [path for path in _data_paths(settings) if _has_content(path)]
         if existing:
             raise StartupError(
-                f"the data folder {settings.data_dir} has an operator's data ({existing[0].name}); choose a "
-                "new folder with --data-dir, or use --force to move the existing data aside"
+                f"the data folder {settings.data_dir} has an operator's data "
+                f"({existing[0].name}); choose a new folder with --data-dir, or use --force to "
+                "move the existing data aside"
             )
         if settings.store is not None:
             snapshot.check_is_free(settings.store)
@@ -120,8 +121,8 @@ def _check_nothing_runs(settings: Settings) -> None:
     while running := processes.with_variable(JOBS_FOLDER, identity):
         if time.monotonic() > deadline:
             raise StartupError(
-                f"jobs of the data folder {settings.data_dir} still run (process {min(running)}); start the "
-                "operator and stop them first, or restore into another folder"
+                f"jobs of the data folder {settings.data_dir} still run (process {min(running)}); "
+                "start the operator and stop them first, or restore into another folder"
             )
         time.sleep(_JOBS_END_POLL_INTERVAL_S)
 

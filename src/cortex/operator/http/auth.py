@@ -24,8 +24,8 @@ _POLL_INTERVAL_S = 1.0
 _CLOSE = {"Connection": "close"}  # because the server does not read the body that may follow
 _INVALID_TOKEN = 'Bearer error="invalid_token"'
 _MISSING = (
-    "this operator requires a token, sent as 'Authorization: Bearer …'; its administrator makes one "
-    "with `cortex token create`. The command reads it from $CORTEX_TOKEN or stores it with "
+    "this operator requires a token, sent as 'Authorization: Bearer …'; its administrator makes "
+    "one with `cortex token create`. The command reads it from $CORTEX_TOKEN or stores it with "
     "`cortex env configure --token`"
 )
 _REVOKED = "the token is unknown or was revoked; ask the operator's administrator for a new one"

@@ -81,7 +81,8 @@ def describe_mistake(error: ErrorDetails) -> str:
 def unsupported_type(content_type: str | None) -> UnsupportedMediaType:
     """The error for a Content-Type that is not JSON."""
     return UnsupportedMediaType(
-        f"the Content-Type {content_type!r} is not JSON; send the header 'Content-Type: application/json'"
+        f"the Content-Type {content_type!r} is not JSON; send the header 'Content-Type: "
+        "application/json'"
     )
 
 

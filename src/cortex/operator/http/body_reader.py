@@ -66,7 +66,8 @@ class BodyReader:
                 )
             except OSError as error:
                 raise Busy(
-                    f"there is no room to read a large body right now ({error}); submit it again later"
+                    f"there is no room to read a large body right now ({error}); submit it again "
+                    "later"
                 ) from error
 
     async def _parse_in(

@@ -31,8 +31,8 @@ def content_coding(header: bytes) -> str:
     if len(codings) == 1 and codings[0] in CODINGS.split(", "):
         return codings[0]
     raise UnsupportedMediaType(
-        f"the Content-Encoding {given!r} is not supported; send the body uncompressed, or with one of "
-        f"{CODINGS}"
+        f"the Content-Encoding {given!r} is not supported; send the body uncompressed, or with "
+        f"one of {CODINGS}"
     )
 
 

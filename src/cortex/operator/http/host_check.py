@@ -2,7 +2,7 @@
 
 The check protects against DNS rebinding: an attacker points the name of their page at this machine.
 The browser then sends that name as `Host`, with an `Origin` that agrees, and lets the page read the
-answers. Only the name tells such a page from a page of this operator.
+answers. Only the name distinguishes such a page from a page of this operator.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def check_host(text: str) -> str:
     match = _HOST.fullmatch(text.lower())
     if match is None or (match[2] is not None and int(match[2]) > 65535):
         raise ValueError(
-            "not a host name; write tasks.example.org or tasks.example.org:8080, each name by itself, "
-            "without https:// and in ASCII (xn--…)"
+            "not a host name; write tasks.example.org or tasks.example.org:8080, each name by "
+            "itself, without https:// and in ASCII (xn--…)"
         )
     name = match[1].removesuffix(".")
     return name if match[2] is None else f"{name}:{match[2]}"
@@ -99,7 +99,7 @@ def check_host(text: str) -> str:
 def foreign_host(host: bytes) -> ForeignHost:
     """The error for a request that names a host which is not allowed."""
     return ForeignHost(
-        f"this operator requires no token and does not answer as {host.decode('latin-1')[:200]!r}, a name "
-        "that may belong to a page of another site. Use localhost or an IP address, or allow the name "
-        "with `cortex serve --allow-host`"
+        "this operator requires no token and does not answer as "
+        f"{host.decode('latin-1')[:200]!r}, a name that may belong to a page of another site. Use "
+        "localhost or an IP address, or allow the name with `cortex serve --allow-host`"
     )

@@ -315,7 +315,7 @@ def _closing_answer(error: CortexError) -> bytes:
 
 _NOT_HTTP = _closing_answer(
     InvalidRequest(
-        "this is not a valid request of HTTP/1.1 (RFC 9112), or its header is over 64 KiB; check the "
-        "client, or send fewer and shorter headers"
+        "this is not a valid request of HTTP/1.1 (RFC 9112), or its header is over 64 KiB; check "
+        "the client, or send fewer and shorter headers"
     )
 )

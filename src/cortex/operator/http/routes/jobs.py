@@ -259,8 +259,8 @@ async def _stop(ctx: Context, request: Request, record: JobRecord) -> Answer:
 
 def _no_job_to_stop(path: str, name: str) -> InvalidRequest:
     return InvalidRequest(
-        f"the job to stop is missing; use DELETE {path}/<job_id>, or `cortex delete {name}` to delete "
-        "the API"
+        f"the job to stop is missing; use DELETE {path}/<job_id>, or `cortex delete {name}` to "
+        "delete the API"
     )
 
 

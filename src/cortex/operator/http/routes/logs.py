@@ -74,8 +74,8 @@ async def _logs(ctx: Context, request: Request, record: JobRecord, offset: int) 
 def _check_is_kept(record: JobRecord) -> None:
     if not record.has_folder:
         raise NotFound(
-            f"the log of the job {record.spec.job_id} was removed: logs are kept for a limited time "
-            "(`cortex serve --keep-logs`)"
+            f"the log of the job {record.spec.job_id} was removed: logs are kept for a limited "
+            "time (`cortex serve --keep-logs`)"
         )
 
 
