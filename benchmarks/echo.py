@@ -41,10 +41,10 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @asynccontextmanager
-async def opened(*_: object) -> AsyncIterator[ASGIApp]:
+async def open_operator(*_: object) -> AsyncIterator[ASGIApp]:
     yield app
 
 
 if __name__ == "__main__":
-    cortex.operator.app.opened = opened
+    cortex.operator.app.open_operator = open_operator
     serve(port=0, data_dir=Path(sys.argv[1]))

@@ -218,23 +218,23 @@ def _project(name: str, link: str) -> bytes:
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (_without("cortex-backup.json"), "no backup"),
+        (_without("cortex-backup.json"), "not a backup"),
         (_without("operator.db"), "no database"),
-        (_without("cortex-backup.end"), "not whole"),
-        (_with(**{".._DOT___DOT___evil": b""}), "nothing that a backup has"),
-        (_with(jobs__x__files=b""), "nothing that a backup has"),
-        (_with(jobs__x__log=b""), "its database has not"),
+        (_without("cortex-backup.end"), "not complete"),
+        (_with(**{".._DOT___DOT___evil": b""}), "does not belong in a backup"),
+        (_with(jobs__x__files=b""), "does not belong in a backup"),
+        (_with(jobs__x__log=b""), "not in its database"),
         (_with(**{"jobs__x__log_DOT_cut": b'{"start": 1, "end": 0, "limit": 1}'}), "cannot be read"),
         (_with(**{"projects__p_DOT_tar_DOT_gz": b"no archive"}), "archive"),
         (_with(**{"projects__p_DOT_tar_DOT_gz": _project("a", "/etc/passwd")}), "link"),
         (_manifest(format=2), "of format 2"),
         (_manifest(revision="9999"), "newer version"),
-        (_manifest(store="postgresql"), "PostgreSQL: say --store"),
-        (_manifest(store="x"), "no backup"),
-        (_manifest(created=1), "no backup"),
-        (lambda found: {**found, "operator.db": b"no database" * 1000}, "the database in it cannot be read"),
+        (_manifest(store="postgresql"), "PostgreSQL; use --store"),
+        (_manifest(store="x"), "not a backup"),
+        (_manifest(created=1), "not a backup"),
+        (lambda found: {**found, "operator.db": b"no database" * 1000}, "no operator's database"),
         (lambda found: {**found, "operator.db": found["operator.db"][:8192]}, "database"),
-        (lambda found: {"hello": b"x"}, "no backup"),
+        (lambda found: {"hello": b"x"}, "not a backup"),
     ],
 )  # fmt: skip
 def test_an_archive_that_is_none_is_refused(
@@ -257,7 +257,7 @@ def test_what_is_damaged_or_cut_off_anywhere_is_refused(backup: Path, tmp_path: 
             member = tarfile.TarInfo("cortex-backup.json")
             member.type, member.linkname = kind, "/etc/passwd"
             tar.addfile(member)
-        assert "nothing that a backup has" in is_refused(spoilt, tmp_path / "other")
+        assert "does not belong in a backup" in is_refused(spoilt, tmp_path / "other")
     assert "No such file" in is_refused(tmp_path / "missing", tmp_path / "other")
 
 
@@ -375,6 +375,6 @@ def test_postgresql_is_backed_up_by_its_own_programs(
         assert one.status(one.url + path, job)["status"] == "status_running"
     third = ("restore", file, "--data-dir", tmp_path / "third", "--store", target)
     assert "has an operator's data" in run(*third, code=1)
-    assert "say --store" in run("restore", file, "--data-dir", tmp_path / "third", code=1)
+    assert "use --store" in run("restore", file, "--data-dir", tmp_path / "third", code=1)
     run(*third, "--force")
     postgresql.drop(name)

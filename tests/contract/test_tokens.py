@@ -193,7 +193,7 @@ def test_the_command_and_the_client_send_a_token(
         config: dict[str, Any] = {"CORTEX_CLI_CONFIG_DIR": str(tmp_path / "cli")}
         configure = ("env", "configure", "far", "--operator-endpoint", running.url)
         cortex(*configure, **config)
-        assert "wants a token" in cortex("get", code=1, **config)
+        assert "requires a token" in cortex("get", code=1, **config)
         cortex(*configure, "--token", tokens["read"], **config)
         assert "probe" in cortex("get", **config)
         assert "'submit'" in cortex("submit", "probe", code=1, **config)

@@ -128,7 +128,7 @@ def test_a_job_whose_group_somebody_removes_is_lost_and_runs_without_no_limit(be
         group.rmdir()
         last = await bench.last(attempt)
         assert isinstance(last, Lost)
-        assert "the job's control group is gone" in last.reason
+        assert "the job's control group does not exist" in last.reason
 
     bench.run(scenario)
 

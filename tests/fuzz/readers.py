@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from cortex.errors import CortexError, InvalidProject, InvalidSpec
 from cortex.operator.http.answers import read_submission
-from cortex.operator.http.bodies import Submitted
+from cortex.operator.http.bodies import ParsedSubmission
 from cortex.operator.http.body_reader import BodyReader
 from cortex.projects.check import check_files
 from cortex.projects.dotenv import read_variables
@@ -124,7 +124,7 @@ def _submission(rng: random.Random, _: Path) -> None:
 
     scope = {"type": "http", "headers": [(b"content-type", b"application/json")], "method": "POST"}
 
-    async def read() -> Submitted:
+    async def read() -> ParsedSubmission:
         reader = BodyReader()
         try:
             return await read_submission(Request(scope, receive), reader)

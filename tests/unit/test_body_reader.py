@@ -15,12 +15,12 @@ import pytest
 
 from cortex.errors import Busy
 from cortex.operator.http import body_reader
-from cortex.operator.http.bodies import Submitted
+from cortex.operator.http.bodies import ParsedSubmission
 from cortex.operator.http.body_reader import LARGE_BYTES, BodyReader
 
 CONFIG = {"text": "x" * LARGE_BYTES}
 BODY = json.dumps({"timeout": 7, "config": CONFIG}).encode()
-SAID = Submitted(7, json.dumps(CONFIG, separators=(",", ":")))
+SAID = ParsedSubmission(7, json.dumps(CONFIG, separators=(",", ":")))
 
 
 def with_reader(work: Callable[[BodyReader], Awaitable[None]]) -> None:
@@ -41,9 +41,9 @@ def processes() -> list[int]:
     return [int(pid) for pid in listed.stdout.split()]
 
 
-async def read(reader: BodyReader, body: bytes = BODY) -> Submitted:
+async def read(reader: BodyReader, body: bytes = BODY) -> ParsedSubmission:
     parts = [body[:1000], body[1000:]]
-    return await reader.read(parts, form_type=None, hashed=False)
+    return await reader.read(parts, form_type=None, with_digest=False)
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def no_descriptors() -> Iterator[None]:
 
 def test_one_process_reads_one_after_another_and_small_ones_need_none() -> None:
     async def work(reader: BodyReader) -> None:
-        assert await read(reader, b'{"timeout": 7}') == Submitted(7, "{}")
+        assert await read(reader, b'{"timeout": 7}') == ParsedSubmission(7, "{}")
         assert processes() == []
         for _ in range(3):
             assert await read(reader) == SAID
@@ -112,7 +112,7 @@ def test_without_room_for_a_process_it_is_said_and_passes() -> None:
 
 
 def test_one_that_has_had_nothing_to_read_for_a_time_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body_reader, "_IDLE_S", 0.05)
+    monkeypatch.setattr(body_reader, "_IDLE_TIMEOUT_S", 0.05)
 
     async def work(reader: BodyReader) -> None:
         assert await read(reader) == SAID

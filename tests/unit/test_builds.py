@@ -382,7 +382,9 @@ def test_a_build_finds_what_installing_takes_and_nothing_else(
 def test_the_variables_that_builds_find_are_documented() -> None:
     guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
     page = guide[
-        guide.index("### A build's environment variables") : guide.index("### Variables of Python's own")
+        guide.index("### A build's environment variables") : guide.index(
+            "### Variables of Python's own"
+        )
     ]
     named = set(re.findall(r"`(\w+)`", page)) | {*re.findall(r"`(\w+)…`", page)}
     names = build_rules._NAMES | build_rules._PROXIES | {*build_rules._PREFIXES}

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from cortex.cli.main import run
 from cortex.cli.options import DataDir, StoreUrl
 from cortex.errors import StartupError
-from cortex.operator.app import _address
+from cortex.operator.app import _guessed_url
 from cortex.operator.config import schema, sources
 from cortex.operator.config.schema import Configuration, Setting, Several, described, flag, variable
 from cortex.operator.config.sources import Effective, load
@@ -133,7 +133,7 @@ def test_settings_are_made_of_the_configuration(tmp_path: Path) -> None:
     ],
 )
 def test_the_address_for_other_operators_is_where_it_listens(host: str, address: str) -> None:
-    assert _address(host, 1) == address
+    assert _guessed_url(host, 1) == address
 
 
 def test_all_mistakes_are_reported_with_their_places(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_the_error_for_an_invalid_store_has_no_password(tmp_path: Path, store: s
 def test_an_invalid_host_name_is_reported(tmp_path: Path, name: str) -> None:
     (told,) = mistakes(tmp_path, allow_host=["fine.example", name])
     assert told == (
-        "--allow-host: no name of a host; write tasks.example.org or tasks.example.org:8080, each name by "
+        "--allow-host: not a host name; write tasks.example.org or tasks.example.org:8080, each name by "
         f"itself, without https:// and in ASCII (xn--…); found {name!r}"
     )
 

@@ -11,10 +11,10 @@ from collections.abc import Awaitable, Callable, Coroutine
 
 import pytest
 import uvloop
+from starlette.types import Receive, Scope, Send
 
 from cortex.operator.http import connections, wire
-from cortex.operator.http.answers import Receive, Scope, Send
-from cortex.operator.server import prepare
+from cortex.operator.server import configure_listener
 from unit.test_protocol import connected, head, serving
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -26,10 +26,10 @@ LARGE = bytes(24 * 1024**2)  # more than the system takes for a client that does
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it happens at once."""
-    monkeypatch.setattr(connections, "_LOOK_S", 0.05)
-    monkeypatch.setattr(connections, "HEADER_S", SOON_S)
-    monkeypatch.setattr(wire, "BODY_S", SOON_S)
-    monkeypatch.setattr(wire, "ANSWER_S", SOON_S)
+    monkeypatch.setattr(connections, "_CHECK_INTERVAL_S", 0.05)
+    monkeypatch.setattr(connections, "HEADER_TIMEOUT_S", SOON_S)
+    monkeypatch.setattr(wire, "BODY_TIMEOUT_S", SOON_S)
+    monkeypatch.setattr(wire, "ANSWER_TIMEOUT_S", SOON_S)
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
@@ -206,9 +206,9 @@ def stalled(address: tuple[str, int], request: bytes):  # type: ignore[no-untype
 
 
 def test_a_slow_client_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "LEAST_BYTES", 10)
-    monkeypatch.setattr(wire, "BODY_S", 3.0)
-    monkeypatch.setattr(wire, "ANSWER_S", 3.0)
+    monkeypatch.setattr(wire, "MIN_BYTES", 10)
+    monkeypatch.setattr(wire, "BODY_TIMEOUT_S", 3.0)
+    monkeypatch.setattr(wire, "ANSWER_TIMEOUT_S", 3.0)
     pieces = 70
 
     async def slow_answer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -284,12 +284,12 @@ def test_half_of_the_descriptors_are_for_connections(monkeypatch: pytest.MonkeyP
         (1, 1), (2, 1), (1024, 512), (20_000, 10_000), (1 << 20, 16_384), (resource.RLIM_INFINITY, 16_384)
     ):  # fmt: skip
         monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
-        assert connections.most() == most
+        assert connections.max_connections() == most
 
 
 def test_connections_are_asked_after() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        prepare(listener)
+        configure_listener(listener)
         with socket.create_connection(listener.getsockname()):
             taken, _ = listener.accept()
             with taken:

@@ -35,7 +35,7 @@ def values(
 def test_a_job_is_counted_once_with_its_times() -> None:
     metrics = Metrics()
     for before, after in ((WAITS, RUNS), (RUNS, OVER), (OVER, OVER)):
-        metrics.changed(before, after)
+        metrics.on_job_changed(before, after)
     seen = values(metrics)
     assert seen["cortex_jobs_ended_total a status_succeeded"] == 1
     assert (seen["cortex_job_wait_seconds_count a"], seen["cortex_job_wait_seconds_sum a"]) == (
@@ -47,14 +47,14 @@ def test_a_job_is_counted_once_with_its_times() -> None:
 
 def test_a_job_that_was_over_before_its_start_was_told_has_waited_all_the_same() -> None:
     metrics = Metrics()
-    metrics.changed(WAITS, OVER)
+    metrics.on_job_changed(WAITS, OVER)
     assert values(metrics)["cortex_job_wait_seconds_sum a"] == 0.25
 
 
 def test_one_that_never_ran_has_neither_waited_nor_run() -> None:
     metrics = Metrics()
     stopped = replace(WAITS, state=State.LOST, wanted=Wanted.STOP, end_ns=11_000_000_000)
-    metrics.changed(WAITS, stopped)
+    metrics.on_job_changed(WAITS, stopped)
     seen = values(metrics)
     assert seen["cortex_jobs_ended_total a status_stopped"] == 1
     assert not any(name.startswith(("cortex_job_wait", "cortex_job_run")) for name in seen)
@@ -68,7 +68,7 @@ def test_lost_attempts_are_counted_and_only_the_first_has_waited() -> None:
         (RUNS, again),
         (again, replace(RUNS, attempt=2, losses=1, start_ns=20_000_000_000)),
     ):
-        metrics.changed(before, after)
+        metrics.on_job_changed(before, after)
     seen = values(metrics)
     assert seen["cortex_attempts_lost_total a"] == 1
     assert (seen["cortex_job_wait_seconds_count a"], seen["cortex_job_wait_seconds_sum a"]) == (
@@ -79,7 +79,7 @@ def test_lost_attempts_are_counted_and_only_the_first_has_waited() -> None:
 
 def test_a_clock_that_was_set_back_makes_no_time_negative() -> None:
     metrics = Metrics()
-    metrics.changed(WAITS, replace(RUNS, start_ns=1))
+    metrics.on_job_changed(WAITS, replace(RUNS, start_ns=1))
     assert values(metrics)["cortex_job_wait_seconds_sum a"] == 0
 
 

@@ -51,7 +51,7 @@ def test_a_log_that_is_removed_while_it_is_read_ends_with_a_line_that_says_so(
 
     async def read() -> list[bytes]:
         pieces = []
-        async for piece in logs._rest(Log(log, LIMIT), 0, log.stat().st_size):
+        async for piece in logs._from_offset(Log(log, LIMIT), 0, log.stat().st_size):
             pieces.append(piece)
             log.unlink(missing_ok=True)
         return pieces
@@ -64,7 +64,7 @@ def test_a_log_that_is_removed_while_it_is_read_ends_with_a_line_that_says_so(
 def test_a_range_of_a_log_that_is_removed_while_it_is_read_breaks_off(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_bytes(b"x" * (logs._CHUNK_BYTES + 1))
-    parts = logs._part(Log(log, LIMIT), 0, log.stat().st_size)
+    parts = logs._exact_range(Log(log, LIMIT), 0, log.stat().st_size)
     sent: list[MutableMapping[str, Any]] = []
 
     async def send(message: MutableMapping[str, Any]) -> None:
@@ -76,7 +76,7 @@ def test_a_range_of_a_log_that_is_removed_while_it_is_read_breaks_off(tmp_path: 
         await asyncio.Event().wait()
         return {}
 
-    asyncio.run(logs.Begun(parts, 206)({"type": "http"}, receive, send))
+    asyncio.run(logs.LogAnswer(parts, 206)({"type": "http"}, receive, send))
     assert [message.get("more_body") for message in sent] == [None, True]
 
 

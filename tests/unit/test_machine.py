@@ -34,7 +34,7 @@ from cortex.operator.deploy.catalogue import Catalogue
 from cortex.operator.deploy.versions import Unusable, Versions
 from cortex.operator.dispatch.dispatcher import Dispatcher
 from cortex.operator.dispatch.jobs import Jobs
-from cortex.operator.http.views import shown
+from cortex.operator.http.views import shown_status
 from cortex.projects.repository import Projects
 from cortex.spec.api import ApiSpec, Compute, Definition, Limits, Networking
 from cortex.spec.audit import UNKNOWN
@@ -239,7 +239,7 @@ class Machine(RuleBasedStateMachine):
             assert told.final is None or told.stopped
             told.stopped = True
         else:
-            assert told.stopped or shown(outcome.job) is not Status.RUNNING
+            assert told.stopped or shown_status(outcome.job) is not Status.RUNNING
 
     @precondition(lambda self: self.jobs)
     @rule(data=st.data(), stored=st.booleans())
@@ -247,7 +247,7 @@ class Machine(RuleBasedStateMachine):
         job_id = data.draw(st.sampled_from(sorted(self.jobs)))
         self.crash(self.clients.stop(job_id, UNKNOWN), stored=stored)
         # The client was told nothing: it looks, and what it sees then holds.
-        if shown(self.record(job_id)) is Status.STOPPED:
+        if shown_status(self.record(job_id)) is Status.STOPPED:
             self.jobs[job_id].stopped = True
 
     @precondition(lambda self: len(self.deleted) < 1)
@@ -363,7 +363,7 @@ class Machine(RuleBasedStateMachine):
             return
         for job_id, told in self.jobs.items():
             record = self.record(job_id)
-            status = shown(record)
+            status = shown_status(record)
             if told.stopped:
                 assert status is Status.STOPPED, "an acknowledged stop is final"
             if status is Status.RUNNING:
@@ -513,10 +513,10 @@ def test_a_store_that_takes_no_writes_is_waited_for(
 
     monkeypatch.setattr(machine.store, "apply", refuse)
     machine.act(machine.engine.end, key, Ending.EXITED, 0)
-    assert shown(machine.record(key[0])) is Status.RUNNING
+    assert shown_status(machine.record(key[0])) is Status.RUNNING
     for _ in range(6):
         machine.let_time_pass()
-    assert shown(machine.record(key[0])) is Status.SUCCEEDED
+    assert shown_status(machine.record(key[0])) is Status.SUCCEEDED
 
 
 def test_a_lost_attempt_is_told_while_the_next_one_runs_and_not_after_it(machine: Machine) -> None:
@@ -534,7 +534,7 @@ def test_a_lost_attempt_is_told_while_the_next_one_runs_and_not_after_it(machine
     assert record.start_ns == machine.world.running[again].start_ns
     machine.act(machine.engine.end, again, Ending.EXITED, 0)
     record = machine.record(key[0])
-    assert (shown(record), record.message, record.losses) == (Status.SUCCEEDED, None, 1)
+    assert (shown_status(record), record.message, record.losses) == (Status.SUCCEEDED, None, 1)
 
 
 def test_what_was_said_before_a_new_attempt_is_not_taken_to_be_about_it(machine: Machine) -> None:

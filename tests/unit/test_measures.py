@@ -15,7 +15,7 @@ def told(*jobs: MetricsClient) -> dict[tuple[str, tuple[tuple[str, str], ...]], 
     """The samples that come of jobs of an API `iris`; what they tell is sent as JSON."""
     metrics = Metrics()
     for job in jobs:
-        metrics.measured("iris", json.loads(json.dumps(job.series())))
+        metrics.add_task_metrics("iris", json.loads(json.dumps(job.series())))
     text = metrics.text("local", None, []).decode()
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
@@ -112,5 +112,5 @@ def test_what_a_job_forges_is_left_out() -> None:
         ["counter", "x", {}, [1]],
         ["summary", "y", [["a"], 7], [1]],
     ]
-    metrics.measured("iris", forged)
+    metrics.add_task_metrics("iris", forged)
     assert "cortex_task_" not in metrics.text("local", None, []).decode()

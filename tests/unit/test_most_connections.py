@@ -9,9 +9,9 @@ import socket
 from collections.abc import Awaitable, Callable
 
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from cortex.operator.http import connections, wire
-from cortex.operator.http.answers import Receive, Scope, Send
 from unit.test_connections import GET, HALF, LARGE, answered, run
 from unit.test_protocol import head, serving
 
@@ -95,9 +95,9 @@ def is_left_alone(client: socket.socket) -> bool:
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEADER_S", 600.0)
-    monkeypatch.setattr(wire, "BODY_S", 600.0)
-    monkeypatch.setattr(wire, "ANSWER_S", 600.0)
+    monkeypatch.setattr(connections, "HEADER_TIMEOUT_S", 600.0)
+    monkeypatch.setattr(wire, "BODY_TIMEOUT_S", 600.0)
+    monkeypatch.setattr(wire, "ANSWER_TIMEOUT_S", 600.0)
 
 
 def test_the_one_that_is_idle_for_longest_makes_room() -> None:

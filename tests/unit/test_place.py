@@ -13,7 +13,7 @@ import pytest
 from cortex.errors import StartupError
 from cortex.objects import ObjectStore
 from cortex.operator.config.settings import Ray, Settings
-from cortex.operator.data_folder_id import give_up_lost, settle
+from cortex.operator.data_folder import give_up_lost_jobs, join_group
 from cortex.spec.job import JobRecord
 from cortex.spec.lifecycle import Event
 from cortex.store import Store
@@ -23,8 +23,8 @@ from unit.test_store import FACTS, draft, spec
 
 
 async def started(settings: Settings, store: Store, files: ObjectStore | None) -> str:
-    place = await settle(settings, store, files)
-    await give_up_lost(settings, store)
+    place = await join_group(settings, store, files)
+    await give_up_lost_jobs(settings, store)
     return place
 
 

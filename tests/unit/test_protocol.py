@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 
 import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cortex.operator.http import wire
-from cortex.operator.http.answers import App, Receive, Scope, Send
 from cortex.operator.server import Server
 
 ANSWER = b"early"
@@ -29,7 +29,9 @@ async def broken(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @asynccontextmanager
-async def connected(app: App) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+async def connected(
+    app: ASGIApp,
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """A connection to a server of this app."""
     async with serving(app) as (host, port):
         reader, writer = await asyncio.open_connection(host, port)
@@ -42,7 +44,7 @@ async def connected(app: App) -> AsyncIterator[tuple[asyncio.StreamReader, async
 
 
 @asynccontextmanager
-async def serving(app: App, most: int = 100) -> AsyncIterator[tuple[str, int]]:
+async def serving(app: ASGIApp, most: int = 100) -> AsyncIterator[tuple[str, int]]:
     """A server of this app; where it listens."""
     listener = socket.create_server(("127.0.0.1", 0))
     server = Server(app, listener, most, lambda: None)

@@ -1,4 +1,4 @@
-"""One operator: its parts opened in order, its HTTP application, and its process."""
+"""An operator: opens its parts in order, makes its HTTP application, and runs its process."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import structlog
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 import cortex
 from cortex.engines.base import Engine
@@ -24,38 +25,45 @@ from cortex.errors import StartupError
 from cortex.joblog.watch import FileWatch
 from cortex.objects import ObjectStore
 from cortex.operator.config.settings import Settings
-from cortex.operator.data_folder import check_whole, held, held_with_others, make_folders, namespace
-from cortex.operator.data_folder_id import settle
+from cortex.operator.data_folder import (
+    check_is_intact,
+    join_group,
+    lock_exclusively,
+    lock_shared,
+    make_folders,
+    ray_namespace,
+)
 from cortex.operator.deploy.catalogue import Catalogue
 from cortex.operator.deploy.deployer import Deployer
 from cortex.operator.deploy.versions import Versions
 from cortex.operator.ha.leadership import Leadership
 from cortex.operator.ha.peers import Peers
-from cortex.operator.http.answers import Answer, App, Error, Gate, install_error_handlers
+from cortex.operator.http.answers import Answer, Error, install_error_handlers
 from cortex.operator.http.auth import Authentication
-from cortex.operator.http.connections import most
+from cortex.operator.http.connections import max_connections
 from cortex.operator.http.context import Context
 from cortex.operator.http.fast_path import FastPath
-from cortex.operator.http.hosts import Hosts
+from cortex.operator.http.gate import Gate
+from cortex.operator.http.host_check import AllowedHosts
 from cortex.operator.http.refusals import Refusals
 from cortex.operator.http.routes import jobs, logs, operator
 from cortex.operator.http.views import Renderer
 from cortex.operator.logs.archive import Archive
 from cortex.operator.metrics import Metrics
-from cortex.operator.server import Server, prepare
+from cortex.operator.server import Server, configure_listener
 from cortex.projects.environments import Environments
 from cortex.projects.repository import Projects
 from cortex.store import Store
 
 
-def create_app(ctx: Context, deployer: Deployer, refusals: Refusals) -> App:
-    """The HTTP application on an operator's parts."""
-    app: App = FastPath(_routes(ctx, deployer), ctx)
+def create_app(ctx: Context, deployer: Deployer, refusals: Refusals) -> ASGIApp:
+    """The HTTP application of an operator: the gate, authentication and the routes."""
+    app: ASGIApp = FastPath(_routes(ctx, deployer), ctx)
     hosts = None
     if ctx.settings.require_token:
         app = Authentication(app, ctx.store, refusals)
     else:
-        hosts = Hosts.of(ctx.settings)
+        hosts = AllowedHosts.from_settings(ctx.settings)
     return Gate(app, ctx.settings.allowed_origins, hosts)
 
 
@@ -64,11 +72,11 @@ def _routes(ctx: Context, deployer: Deployer) -> FastAPI:
         title="Cortex tasks",
         version=cortex.__version__,
         openapi_url="/-/openapi.json",
-        docs_url=None,  # its page loads scripts from elsewhere
+        docs_url=None,  # its page loads scripts from another site
         redoc_url=None,
         default_response_class=Answer,
-        # Else the framework describes a 422 of its own, which is never answered.
-        responses={"default": {"model": Error, "description": "What went wrong."}},
+        # Else the framework documents its own 422, which no route answers.
+        responses={"default": {"model": Error, "description": "The request failed."}},
         redirect_slashes=False,
     )
     app.state.context = ctx
@@ -81,12 +89,18 @@ def _routes(ctx: Context, deployer: Deployer) -> FastAPI:
 
 
 @asynccontextmanager
-async def opened(settings: Settings, failed: Callable[[Exception], None]) -> AsyncIterator[App]:
-    """An operator and its application; closed at the end, jobs go on. It leads from the start, unless another
-    operator on the same store is the leader.
+async def open_operator(
+    settings: Settings, on_failure: Callable[[Exception], None]
+) -> AsyncIterator[ASGIApp]:
+    """Open an operator's parts, and close them at the end. Jobs continue without the operator.
+
+    The operator leads from its start, unless another one on the same store is the leader.
 
     Args:
-        failed: called when this operator has become the leader and cannot lead: it has to end.
+        on_failure: called if this operator becomes the leader and cannot lead. It then has to end.
+
+    Yields:
+        The HTTP application.
 
     Raises:
         StartupError: the data folder, the store or the engine cannot be used; the message says why.
@@ -96,18 +110,18 @@ async def opened(settings: Settings, failed: Callable[[Exception], None]) -> Asy
         is_shared = settings.store is not None
         files = None if settings.files is None else ObjectStore(settings.files)
         projects = Projects(settings.projects, settings.locks, files)
-        hold = held_with_others if is_shared else held
-        stack.enter_context(hold(settings, projects.remove_leftovers))
-        check_whole(settings)
+        lock = lock_shared if is_shared else lock_exclusively
+        stack.enter_context(lock(settings, projects.remove_leftovers))
+        check_is_intact(settings)
         store = Store(settings.database_url, settings.max_waiting_bytes)
         stack.callback(store.close)
-        data_folder_id = await settle(settings, store, files)
+        data_folder_id = await join_group(settings, store, files)
         if settings.require_token:
             await _check_tokens(store)
         environments = Environments(
             settings.environments, settings.account, projects, settings.builds
         )
-        # On a cluster each node builds its own.
+        # On a cluster, each node builds its environments itself.
         versions = Versions(store, projects, environments if settings.ray is None else None)
         stack.push_async_callback(versions.close)
         archive = None
@@ -131,7 +145,7 @@ async def opened(settings: Settings, failed: Callable[[Exception], None]) -> Asy
         leadership = Leadership(
             settings, store, peers.jobs, catalogue, versions, projects, environments, archive,
             metrics,
-            new_engine=lambda: _engine(settings, data_folder_id, projects), failed=failed,
+            new_engine=lambda: _engine(settings, data_folder_id, projects), failed=on_failure,
         )  # fmt: skip
         await peers.open(leadership, settings.lease_s)
         ctx = Context(
@@ -145,17 +159,17 @@ async def opened(settings: Settings, failed: Callable[[Exception], None]) -> Asy
         yield create_app(ctx, deployer, refusals)
 
 
-async def run(settings: Settings, ready: Callable[[str], None]) -> None:
+async def run(settings: Settings, on_ready: Callable[[str], None]) -> None:
     """Run an operator until SIGTERM or SIGINT.
 
     Args:
-        ready: called with the operator's URL once it answers.
+        on_ready: called with the operator's URL once it answers.
 
     Raises:
-        StartupError: it cannot start, or it has become the leader and cannot lead.
+        StartupError: the operator cannot start, or became the leader and cannot lead.
     """
     configure_logging()
-    # Each running job takes two descriptors here; jobs themselves get what was there before.
+    # Each running job takes two descriptors of the operator. Jobs get the limit from before this.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if settings.account is not None:
@@ -163,18 +177,17 @@ async def run(settings: Settings, ready: Callable[[str], None]) -> None:
     settings = replace(settings, host=_resolvable(settings.host))
     listener = _listen(settings)
     port = listener.getsockname()[1]
-    os.environ["CORTEX_OPERATOR_ENDPOINT"] = _url(
-        settings.host, port
-    )  # jobs on this machine find it
+    url = _url(settings.host, port)
+    os.environ["CORTEX_OPERATOR_ENDPOINT"] = url  # jobs on this machine inherit it
     settings = replace(
         settings,
-        require_token=_asks_for_tokens(settings, listener),
-        advertise=settings.advertise or _address(settings.host, port),
+        require_token=_requires_tokens(settings, listener),
+        advertise=settings.advertise or _guessed_url(settings.host, port),
     )
     end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    async with opened(settings, end.set_exception) as app:
-        server = Server(app, listener, most(), lambda: ready(_url(settings.host, port)))
-        # What was loaded so far stays: a collection while it serves need not look through it.
+    async with open_operator(settings, end.set_exception) as app:
+        server = Server(app, listener, max_connections(), lambda: on_ready(url))
+        # The objects of start-up live on: collections while it serves skip them.
         gc.freeze()
         gc.enable()
         end.add_done_callback(lambda _: server.handle_exit(signal.SIGTERM, None))
@@ -191,7 +204,7 @@ def configure_logging() -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             *([] if terminal else [structlog.processors.format_exc_info]),
-            # The default shows the values of local variables, secrets among them.
+            # The default prints the values of local variables, which may be secrets.
             structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
             if terminal
             else structlog.processors.JSONRenderer(),
@@ -201,8 +214,12 @@ def configure_logging() -> None:
     )
 
 
-def _asks_for_tokens(settings: Settings, listener: socket.socket) -> bool:
-    """Whether requests need a token: whoever can reach the operator can run code, so they do beyond this machine."""
+def _requires_tokens(settings: Settings, listener: socket.socket) -> bool:
+    """Whether requests need a token.
+
+    A client that reaches the operator can run code. An operator that other machines can reach
+    therefore requires tokens.
+    """
     is_local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
     return settings.require_token or not (is_local or settings.insecure)
 
@@ -210,19 +227,20 @@ def _asks_for_tokens(settings: Settings, listener: socket.socket) -> bool:
 async def _check_tokens(store: Store) -> None:
     if not await store.tokens():
         raise StartupError(
-            "tokens are required (the operator listens beyond localhost, or --require-token is set), but "
-            "none exists. Anyone who can reach it could run code. Make one with `cortex token create NAME "
-            "--scope deploy` (and the same --data-dir), listen on localhost, or use --insecure."
+            "tokens are required (the operator listens beyond localhost, or --require-token is "
+            "set), but none exists. Anyone who can reach it could run code. Make one with "
+            "`cortex token create NAME --scope deploy` (and the same --data-dir), listen on "
+            "localhost, or use --insecure."
         )
 
 
 def _resolvable(host: str) -> str:
-    """The host; for `localhost` an address of this machine, where the resolver does not know that name."""
+    """The host; a loopback address for `localhost` if the resolver does not know that name."""
     if host != "localhost":
         return host
     try:
         socket.getaddrinfo(host, None)
-    except socket.gaierror:  # as in an image without /etc/hosts
+    except socket.gaierror:  # a container image without /etc/hosts
         with suppress(OSError):
             socket.create_server(("127.0.0.1", 0)).close()
             return "127.0.0.1"
@@ -235,16 +253,18 @@ def _listen(settings: Settings) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=2048)
-        prepare(listener)
+        configure_listener(listener)
         return listener
     except (OSError, OverflowError) as error:
         raise StartupError(
-            f"cannot listen on {host}:{port}: {error}. Choose another with --host and --port."
+            f"cannot listen on {host}:{port}: {error}. Choose another address with --host and "
+            "--port."
         ) from error
 
 
-def _address(host: str, port: int) -> str:
-    """The URL at which other operators reach this one, guessed from the address that it listens on."""
+def _guessed_url(host: str, port: int) -> str:
+    """The URL at which other operators reach this one, guessed from the address that it listens
+    on."""
     if host in ("", "0.0.0.0", "::"):
         host = socket.getfqdn()
     return _url(host, port)
@@ -269,7 +289,7 @@ def _engine(settings: Settings, data_folder_id: str, projects: Projects) -> Engi
     return RayEngine(
         settings.jobs,
         settings.ray.address,
-        namespace(settings, data_folder_id),
+        ray_namespace(settings, data_folder_id),
         settings.grace_s,
         settings.ray.node_dir,
         projects,

@@ -1,5 +1,7 @@
-"""The server of an operator's application: uvicorn's, which takes connections itself. An event loop takes all
-that wait in one go, as many as there are descriptors, before anything can be closed for them.
+"""The HTTP server of an operator: uvicorn's, except that it accepts connections itself.
+
+An event loop accepts all waiting connections at once, as many as there are descriptors. This server
+accepts them in small batches and, at the limit, closes an idle connection for each new one.
 """
 
 from __future__ import annotations
@@ -13,43 +15,47 @@ from contextlib import contextmanager
 
 import structlog
 import uvicorn
+from starlette.types import ASGIApp
 
-from cortex.operator.http.answers import App
 from cortex.operator.http.connections import Connections
-from cortex.operator.http.wire import Protocol
+from cortex.operator.http.wire import HttpProtocol
 from cortex.system.oserrors import is_shortage
 
 log = structlog.get_logger()
 
-# Long polls and followed logs are cut off after this; clients ask again.
-_SHUTDOWN_S = 2
-_AT_ONCE = 32
-_AGAIN_S = 0.1
-# A client whose machine has gone says nothing more; it is asked, also where nothing is to be sent.
-_ASKED_AFTER_S, _ASKED_EVERY_S, _ASKED_TIMES = 60, 15, 4
+# A shutdown cuts long polls and followed logs off after this time; clients retry.
+_SHUTDOWN_TIMEOUT_S = 2
+_MAX_ACCEPTS = 32  # in one go
+_ACCEPT_RETRY_DELAY_S = 0.1
+# TCP keep-alive detects a client whose machine has vanished, also where there is nothing to send.
+_KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 60, 15, 4
 
 
-def prepare(listener: socket.socket) -> None:
-    """Set what connections have from their listener."""
-    # asyncio sets it only on sockets that name their protocol; Nagle's algorithm would hold an answer's
-    # body back until the client's delayed acknowledgement of its head: 40 ms.
+def configure_listener(listener: socket.socket) -> None:
+    """Set the options that connections inherit from their listener."""
+    # asyncio sets TCP_NODELAY only on sockets that name their protocol. With Nagle's algorithm, an
+    # answer's body would wait for the client's delayed acknowledgement of its header: 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _ASKED_AFTER_S)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _ASKED_EVERY_S)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _ASKED_TIMES)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_S)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
 
 
 class Server(uvicorn.Server):
-    """One process has one."""
+    """The server of a process, which has only one."""
 
     def __init__(
-        self, app: App, listener: socket.socket, most: int, ready: Callable[[], None]
+        self,
+        app: ASGIApp,
+        listener: socket.socket,
+        max_connections: int,
+        on_ready: Callable[[], None],
     ) -> None:
         """
         Args:
-            most: how many connections may be open.
-            ready: called once it answers.
+            max_connections: how many connections may be open.
+            on_ready: called once the server answers.
         """
         config = uvicorn.Config(
             app,
@@ -58,31 +64,32 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=_SHUTDOWN_S,
+            timeout_graceful_shutdown=_SHUTDOWN_TIMEOUT_S,
         )
         super().__init__(config)
         self._listener = listener
-        self._connections = Connections(most)
-        self._taken: set[asyncio.Task[object]] = set()
-        self._ready = ready
+        self._connections = Connections(max_connections)
+        self._opening: set[asyncio.Task[object]] = set()
+        self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Called by uvicorn, which is given no socket of its own."""
+        """Called by uvicorn, which gets no sockets of its own."""
         await super().startup(sockets or [])
         self._listener.setblocking(False)
         self._listen()
-        self._ready()  # not before a signal is heard
+        self._on_ready()  # uvicorn handles signals by now
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Called by uvicorn."""
         asyncio.get_running_loop().remove_reader(self._listener)
         self._listener.close()
-        await asyncio.gather(*self._taken, return_exceptions=True)
+        await asyncio.gather(*self._opening, return_exceptions=True)
         await super().shutdown(sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """uvicorn's own raises the signal again when it has shut down, before our parts are closed."""
+        """Handle signals. uvicorn's own version raises the signal again after its shutdown, when
+        the operator's parts are not closed yet."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.handle_exit, number, None)
@@ -90,37 +97,37 @@ class Server(uvicorn.Server):
 
     def _listen(self) -> None:
         if self._listener.fileno() != -1:
-            asyncio.get_running_loop().add_reader(self._listener, self._take)
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
-    def _take(self) -> None:
+    def _accept(self) -> None:
         loop = asyncio.get_running_loop()
-        for _ in range(_AT_ONCE):
-            if not self._connections.can_take():
-                return  # it stays readable
+        for _ in range(_MAX_ACCEPTS):
+            if not self._connections.can_accept():
+                return  # the listener stays readable: the loop calls again
             try:
                 connection, _ = self._listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
                 if is_shortage(error) or error.errno == errno.ENOBUFS:
-                    log.warning("no connection can be taken now", error=str(error))
+                    log.warning("cannot accept connections right now", error=str(error))
                     self._connections.make_room()
-                    # Without a pause nothing else would be done.
+                    # Without a pause, the loop would do nothing else.
                     loop.remove_reader(self._listener)
-                    loop.call_later(_AGAIN_S, self._listen)
+                    loop.call_later(_ACCEPT_RETRY_DELAY_S, self._listen)
                     return
-                continue  # it has gone already
-            self._connections.taken()
-            begun = loop.connect_accepted_socket(self._protocol, connection)
-            task = loop.create_task(begun)
-            self._taken.add(task)
-            task.add_done_callback(self._begun)
+                continue  # the client has disconnected already
+            self._connections.accepted()
+            opening = loop.connect_accepted_socket(self._new_protocol, connection)
+            task = loop.create_task(opening)
+            self._opening.add(task)
+            task.add_done_callback(self._opened)
 
-    def _begun(self, task: asyncio.Task[object]) -> None:
-        self._taken.discard(task)
+    def _opened(self, task: asyncio.Task[object]) -> None:
+        self._opening.discard(task)
         if task.cancelled() or task.exception() is not None:
             self._connections.failed()
 
-    def _protocol(self) -> Protocol:
+    def _new_protocol(self) -> HttpProtocol:
         loop = asyncio.get_running_loop()
-        return Protocol(self.config, self.server_state, loop, self._connections)
+        return HttpProtocol(self.config, self.server_state, loop, self._connections)

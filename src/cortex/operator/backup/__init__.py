@@ -1,1 +1,1 @@
-"""Backups: one file with all that an operator cannot make again, and back."""
+"""Backups: all data of an operator that it cannot recreate, in one file, and its restore."""

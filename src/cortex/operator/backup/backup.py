@@ -1,16 +1,18 @@
-"""A backup: one file with all that an operator cannot make again. Called by `cortex backup`, beside the operator or
-without it; `restore` takes it back.
+"""A backup: one file with all data of an operator that it cannot recreate.
 
-    cortex-backup.json               what it is, and of when
-    operator.db | operator.pgdump    the database as it was at one moment
-    projects/<id>.tar.gz             each project that a version of then has, as it is uploaded
-    locks/<id>/<name>                what environments held when they were first built
-    jobs/<job_id>/log.cut            where a part of a log is gone
-    jobs/<job_id>/log                each log that is not in a store of files, without that part
-    cortex-backup.end                nothing is missing
+`cortex backup` calls it, whether or not the operator runs. `restore` reads it.
 
-The database comes first, then what it tells of. What came later is not in it; what went later may be missing, and
-where something needs that, all is done again.
+    cortex-backup.json               the manifest
+    operator.db | operator.pgdump    the database, as it was at one moment
+    projects/<id>.tar.gz             each project of a version in the database, as it is uploaded
+    locks/<id>/<name>                the exact packages of its environments, from their first builds
+    jobs/<job_id>/log.cut            where a part of a log was removed
+    jobs/<job_id>/log                each log that is not in an object store, without that part
+    cortex-backup.end                marks a complete backup
+
+The database comes first, then the files that it refers to. The backup lacks what is created later.
+Files that are removed meanwhile may be missing; if something needs a missing project, all is done
+again.
 """
 
 from __future__ import annotations
@@ -42,15 +44,15 @@ MANIFEST, END = "cortex-backup.json", "cortex-backup.end"
 DATABASES = {"sqlite": "operator.db", "postgresql": "operator.pgdump"}
 FORMAT = 1
 
-_TRIES = 3
-_CHUNK = 1 << 20
-_IN_MEMORY = 8 << 20
-_SLACK = 1 << 20  # what a job writes until its supervising process looks again
+_MAX_TRIES = 3
+_CHUNK_BYTES = 1 << 20
+_MEMORY_BYTES = 8 << 20
+_SLACK_BYTES = 1 << 20  # a job may write these until its supervisor checks the log's size again
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a backup says of itself."""
+    """The description of a backup, in its first file."""
 
     format: int
     version: str
@@ -58,16 +60,17 @@ class Manifest:
     store: str
     revision: str
     changed: list[str] = field(default_factory=list)
-    """The projects that somebody has changed after their deploy."""
+    """The projects whose files were changed after their deploy."""
 
     def dumps(self) -> bytes:
         return json.dumps(asdict(self)).encode()
 
     @classmethod
     def loads(cls, data: bytes) -> Self:
-        """
+        """Read a manifest.
+
         Raises:
-            StartupError: it is none that this version can restore.
+            StartupError: this version cannot restore the backup.
         """
         try:
             fields = json.loads(data)
@@ -76,11 +79,11 @@ class Manifest:
                 **{name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
             )
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise StartupError("it is no backup of an operator") from error
+            raise StartupError("it is not a backup of an operator") from error
         if number != FORMAT:
             raise StartupError(
-                f"it is of format {number!r}, and this version knows {FORMAT}: restore it with the version "
-                f"that made it, {made.version!r}"
+                f"it is of format {number!r}, and this version reads format {FORMAT}; restore it "
+                f"with the version that made it, {made.version!r}"
             )
         snapshot.check_revision(str(made.revision))
         if (
@@ -89,70 +92,71 @@ class Manifest:
             or not isinstance(made.created, str)
             or not made.created.isascii()
         ):
-            raise StartupError("it is no backup of an operator")
+            raise StartupError("it is not a backup of an operator")
         return made
 
 
 @dataclass
 class Summary:
-    """What is in a backup."""
+    """The contents of a backup."""
 
     jobs: int = 0
     projects: int = 0
     logs: int = 0
     missing: list[str] = field(default_factory=list)
-    """The projects that something needs and that are not here."""
+    """The projects that a version needs and that the data folder lacks."""
     changed: list[str] = field(default_factory=list)
+    """As in the manifest."""
     aside: str | None = None
-    """Where a restore has put what was there."""
+    """The folder to which a restore moved the previous data."""
 
 
 def back_up(settings: Settings, file: Path) -> Summary:
-    """Make a backup. The file gets its name when it is whole and on the disk.
+    """Make a backup. The file gets its name when it is complete and on the disk.
 
     Raises:
-        StartupError: there is nothing to back up, or it cannot be read.
+        StartupError: the data folder has no operator's data, or the data cannot be read.
         OSError: the backup cannot be written.
     """
     target = file.absolute()
     with tempfile.TemporaryDirectory(prefix=".cortex-backup-", dir=target.parent) as name:
-        for number in range(_TRIES):
-            place = Path(name, str(number))
-            place.mkdir()
-            summary = _Backup(settings, place).write(place / "backup")
+        for number in range(_MAX_TRIES):
+            folder = Path(name, str(number))
+            folder.mkdir()
+            summary = _BackupWriter(settings, folder).write(folder / "backup")
             if not summary.missing:
                 break
-        (place / "backup").rename(target)
-        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        (folder / "backup").rename(target)
+        parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(folder)
+            os.fsync(parent)
         finally:
-            os.close(folder)
+            os.close(parent)
     return summary
 
 
-class _Backup:
-    """One that is made."""
+class _BackupWriter:
+    """Writes one backup."""
 
-    def __init__(self, settings: Settings, place: Path) -> None:
+    def __init__(self, settings: Settings, scratch: Path) -> None:
         self._settings = settings
-        self._place = place
+        self._scratch = scratch
         self._projects = Projects(settings.projects, settings.locks)
         self._summary = Summary()
 
     def write(self, path: Path) -> Summary:
-        database = self._place / "database"
-        found = snapshot.take(self._settings.database_url, database)
-        self._summary.jobs = len(found.logs)
-        packed = dict(self._packed(found))
-        with _written(path) as tar:
+        database = self._scratch / "database"
+        taken = snapshot.take(self._settings.database_url, database)
+        self._summary.jobs = len(taken.logs)
+        packed = dict(self._packed(taken))
+        with _new_archive(path) as tar:
             store = "sqlite" if self._settings.store is None else "postgresql"
             manifest = Manifest(
                 FORMAT,
                 cortex.__version__,
                 rfc3339(now_ns()),
                 store,
-                found.revision,
+                taken.revision,
                 self._summary.changed,
             )
             _add_bytes(tar, MANIFEST, manifest.dumps())
@@ -164,16 +168,16 @@ class _Backup:
                 archive.unlink()
                 for name, text in self._projects.locks(identity).items():
                     _add_bytes(tar, f"locks/{identity}/{name}", text.encode())
-            for job_id, most in self._unarchived(found.logs):
-                self._add_log(tar, job_id, most)
+            for job_id, limit in self._unarchived(taken.logs):
+                self._add_log(tar, job_id, limit)
             _add_bytes(tar, END, b"")
         return self._summary
 
-    def _packed(self, found: snapshot.Snapshot) -> Iterator[tuple[str, Path]]:
-        """The projects that are here, packed one by one."""
-        for identity, is_needed in found.projects.items():
-            archive = self._place / f"{identity}.tar.gz"
-            with tempfile.TemporaryDirectory(dir=self._place) as copy:
+    def _packed(self, taken: snapshot.Snapshot) -> Iterator[tuple[str, Path]]:
+        """Pack the projects of the data folder, one by one."""
+        for identity, is_needed in taken.projects.items():
+            archive = self._scratch / f"{identity}.tar.gz"
+            with tempfile.TemporaryDirectory(dir=self._scratch) as copy:
                 try:
                     is_as_deployed = self._projects.pack(identity, Path(copy, "copy"), archive)
                 except OSError:
@@ -189,41 +193,49 @@ class _Backup:
             yield identity, archive
 
     def _unarchived(self, logs: dict[str, int]) -> Iterator[tuple[str, int]]:
-        """The jobs of the database that have a folder here, and whose logs a store of files has not."""
+        """The jobs with a folder here whose logs are not in the object store, with their log
+        limits."""
         archived = _names(self._settings.archived)
         here = _names(self._settings.jobs) - archived
-        return ((job_id, most) for job_id, most in logs.items() if job_id in here)
+        return ((job_id, limit) for job_id, limit in logs.items() if job_id in here)
 
-    def _add_log(self, tar: tarfile.TarFile, job_id: str, most: int) -> None:
+    def _add_log(self, tar: tarfile.TarFile, job_id: str, limit: int) -> None:
         log = self._settings.job_folders.log(job_id)
-        for last in range(_TRIES, -1, -1):
+        for tries_left in range(_MAX_TRIES, -1, -1):
             with (
                 opened(log) as file,
-                tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(self._place)) as kept,
+                tempfile.SpooledTemporaryFile(_MEMORY_BYTES, dir=str(self._scratch)) as copy,
             ):
-                # The job never wrote a line, or its folder is being removed, or the job has spoilt it.
+                # No log: the job wrote nothing, replaced it, or its folder is being removed.
                 if file is None:
                     return
-                gap = file.gap(most)
-                if not _copy_log(file.fd, kept, gap, most + _SLACK):
+                gap = file.gap(limit)
+                if not _copy_log(file.fd, copy, gap, limit + _SLACK_BYTES):
                     return
-                # Bytes that were punched out meanwhile read as zeros. A job may write without end.
-                if last and _fields(file.gap(most)) != _fields(gap):
+                # A part that was cut meanwhile reads as zeros: copy again. A job may write its log,
+                # and have it cut, for ever; the last try therefore takes what it gets.
+                if tries_left and _fields(file.gap(limit)) != _fields(gap):
                     continue
                 if gap is not None:
                     _add_bytes(tar, f"jobs/{job_id}/{logfile.CUT}", gap.dumps())
-                _add(tar, f"jobs/{job_id}/{logfile.NAME}", kept)
+                _add(tar, f"jobs/{job_id}/{logfile.NAME}", copy)
                 self._summary.logs += 1
                 return
 
 
-def _copy_log(fd: int, kept: IO[bytes], gap: LogCut | None, most: int) -> bool:
-    """Copy a log without its gap, and no more than its limit: a job can make the file of any length.
-    False where the log has become shorter."""
-    first = _copy(fd, kept, 0, most if gap is None else min(most, gap.start))
+def _copy_log(fd: int, copy: IO[bytes], gap: LogCut | None, max_bytes: int) -> bool:
+    """Copy a log around its gap.
+
+    Args:
+        max_bytes: copied at most, because a job can make its log any length.
+
+    Returns:
+        False if the log has become shorter.
+    """
+    before_gap = _copy(fd, copy, 0, max_bytes if gap is None else min(max_bytes, gap.start))
     if gap is not None:
-        _copy(fd, kept, gap.end, most - first)
-    return gap is None or first == gap.start
+        _copy(fd, copy, gap.end, max_bytes - before_gap)
+    return gap is None or before_gap == gap.start
 
 
 def _fields(gap: LogCut | None) -> dict[str, object] | None:
@@ -231,9 +243,9 @@ def _fields(gap: LogCut | None) -> dict[str, object] | None:
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[tarfile.TarFile]:
+def _new_archive(path: Path) -> Iterator[tarfile.TarFile]:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    # Its owner's alone: it holds what jobs find in their environment, and what they returned.
+    # Closed to other users: a backup has the environment variables and results of jobs.
     with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
         with (
             gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=1) as zipped,
@@ -256,13 +268,20 @@ def _add_bytes(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     _add(tar, name, io.BytesIO(data))
 
 
-def _copy(fd: int, target: IO[bytes], start: int, most: int) -> int:
-    """Copy up to so many bytes of a file; how many there were."""
-    done = 0
-    while done < most and (piece := os.pread(fd, min(_CHUNK, most - done), start + done)):
+def _copy(fd: int, target: IO[bytes], start: int, max_bytes: int) -> int:
+    """Copy bytes of a file from an offset on.
+
+    Returns:
+        How many bytes were copied: fewer than `max_bytes` at the end of the file.
+    """
+    copied = 0
+    while copied < max_bytes:
+        piece = os.pread(fd, min(_CHUNK_BYTES, max_bytes - copied), start + copied)
+        if not piece:
+            break
         target.write(piece)
-        done += len(piece)
-    return done
+        copied += len(piece)
+    return copied
 
 
 def _names(folder: Path) -> set[str]:

@@ -1,11 +1,12 @@
-"""A backup taken back into a data folder. Called by `cortex restore`, while no operator is there.
+"""Restores a backup into a data folder. `cortex restore` calls it, while no operator runs there.
 
-An archive may come from anyone: only names that a backup has are taken, no links, and projects go the way of an upload.
-All of it is unpacked and checked in `.restoring` before anything gets its place; the database gets its own last. An
-operator does not start where that was cut off.
+An archive may come from anyone. Only the names of a backup are accepted, and no links; projects are
+unpacked like uploads. All of it is unpacked and checked in `.restoring` before anything is
+installed; the database comes last. An operator does not start if a restore was interrupted.
 
-The folder is a new one: it gets an id of its own, and what ran when the backup was made is lost here (`place`), where the
-machine of the backup may still run it.
+The restored folder is a new one, with an id of its own. Attempts that ran when the backup was made
+are lost here (see `data_folder.give_up_lost_jobs`); the backup's original operator may still run
+them.
 """
 
 from __future__ import annotations
@@ -26,42 +27,48 @@ from cortex.errors import CortexError, StartupError
 from cortex.joblog.folders import JobFolders
 from cortex.operator.backup.backup import DATABASES, END, MANIFEST, Manifest, Summary
 from cortex.operator.config.settings import DATABASE, Settings
-from cortex.operator.data_folder import held, write
+from cortex.operator.data_folder import lock_exclusively, write_line
 from cortex.projects.unpack import BoundedReader, project_id, unpack
 from cortex.store import snapshot
 from cortex.worker import checks, processes
 from cortex.worker.messages import JOBS_FOLDER, LogCut
 from cortex.worker.supervisor import logfile
 
-_MANIFEST_BYTES = 1 << 24
-_LOCK_BYTES = 1 << 22
-_CUT_BYTES = 1 << 12
-_CHUNK = 1 << 20
-_GOES_S = 5.0  # what an operator that has just been stopped lets end
+_MAX_MANIFEST_BYTES = 1 << 24
+_MAX_LOCKFILE_BYTES = 1 << 22
+_MAX_CUT_BYTES = 1 << 12
+_CHUNK_BYTES = 1 << 20
+_JOBS_END_TIMEOUT_S = 5.0  # processes of a stopped operator may still be ending
+_JOBS_END_POLL_INTERVAL_S = 0.1
 _ID = r"[0-9A-Za-z_-]{1,64}"
 _PROJECT = re.compile(rf"projects/({_ID})\.tar\.gz")
-_LOCK = re.compile(rf"locks/({_ID})/([\w-][\w.-]{{0,250}}\.lock)", re.ASCII)
+_LOCKFILE = re.compile(rf"locks/({_ID})/([\w-][\w.-]{{0,250}}\.lock)", re.ASCII)
 _LOG = re.compile(rf"jobs/({_ID})/({logfile.NAME}|{re.escape(logfile.CUT)})")
 
 
 def restore(settings: Settings, file: Path, *, replace: bool) -> Summary:
-    """Make a data folder, and the database that belongs with it, what they were when a backup was made.
+    """Restore a data folder and its database to their state in a backup.
 
     Args:
-        replace: whether what is there is to be put aside (a folder) or replaced (a PostgreSQL database).
+        replace: whether to move existing data of the folder aside, and to replace a PostgreSQL
+            database.
 
     Raises:
-        StartupError: it is no whole backup that this version knows, an operator is there or has its data there; it
-            says which. Nothing has changed then.
+        StartupError: the backup is incomplete or not readable by this version, an operator runs
+            there, or there is existing data; the message says which. Nothing was changed.
         OSError: the backup cannot be read.
     """
-    with file.open("rb") as archive, _folder(settings.data_dir), held(settings, lambda: None):
-        _check_place(settings, replace=replace)
+    with (
+        file.open("rb") as archive,
+        _data_folder(settings.data_dir),
+        lock_exclusively(settings, lambda: None),
+    ):
+        _check_destination(settings, replace=replace)
         if settings.account is not None:
-            os.umask(0o022)  # jobs of another user read what is unpacked here
+            os.umask(0o022)  # the user of the jobs reads the unpacked files
         shutil.rmtree(settings.restoring, ignore_errors=True)
         settings.restoring.mkdir(0o700)
-        unpacked = _Unpacked(settings)
+        unpacked = _UnpackedBackup(settings)
         try:
             unpacked.read(archive)
             if settings.store is not None:
@@ -71,14 +78,14 @@ def restore(settings: Settings, file: Path, *, replace: bool) -> Summary:
             if isinstance(error, CortexError | OSError | tarfile.TarError | EOFError | zlib.error):
                 raise StartupError(f"{file} cannot be restored: {error}") from error
             raise
-        unpacked.place()
+        unpacked.install()
         shutil.rmtree(settings.restoring)
         return unpacked.summary
 
 
 @contextmanager
-def _folder(folder: Path) -> Iterator[None]:
-    """The data folder; one that was made for a restore that came to nothing is removed."""
+def _data_folder(folder: Path) -> Iterator[None]:
+    """Create the data folder if it is missing, and remove it again if the restore fails."""
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,17 +98,17 @@ def _folder(folder: Path) -> Iterator[None]:
         raise
 
 
-def _check_place(settings: Settings, *, replace: bool) -> None:
+def _check_destination(settings: Settings, *, replace: bool) -> None:
     if settings.store is not None:
         snapshot.check_is_unused(settings.store)
-    if (
-        not settings.restoring.exists() and not replace
-    ):  # what is left of one that was cut off is put aside
-        found = [path for path in _places(settings) if _is_something(path)]
-        if found:
+    # The leftovers of an interrupted restore are moved aside without `replace`.
+    if not settings.restoring.exists() and not replace:
+        existing = [path for path in _data_paths(settings) if _has_content(path)]
+        if existing:
             raise StartupError(
-                f"the data folder {settings.data_dir} has an operator's data ({found[0].name}): name a new one with "
-                "--data-dir, or say --force to put what it has aside"
+                f"the data folder {settings.data_dir} has an operator's data "
+                f"({existing[0].name}); choose a new folder with --data-dir, or use --force to "
+                "move the existing data aside"
             )
         if settings.store is not None:
             snapshot.check_is_free(settings.store)
@@ -111,18 +118,18 @@ def _check_place(settings: Settings, *, replace: bool) -> None:
 def _check_nothing_runs(settings: Settings) -> None:
     if not settings.jobs.is_dir():
         return
-    mark, until = leftovers.identity(settings.jobs), time.monotonic() + _GOES_S
-    while running := processes.with_variable(JOBS_FOLDER, mark):
-        if time.monotonic() > until:
+    identity, deadline = leftovers.identity(settings.jobs), time.monotonic() + _JOBS_END_TIMEOUT_S
+    while running := processes.with_variable(JOBS_FOLDER, identity):
+        if time.monotonic() > deadline:
             raise StartupError(
-                f"jobs of the data folder {settings.data_dir} still run, as process {min(running)}: start the operator "
-                "and stop them first, or restore into another folder"
+                f"jobs of the data folder {settings.data_dir} still run (process {min(running)}); "
+                "start the operator and stop them first, or restore into another folder"
             )
-        time.sleep(0.1)
+        time.sleep(_JOBS_END_POLL_INTERVAL_S)
 
 
-def _places(settings: Settings) -> list[Path]:
-    """What a data folder has that belongs with its database."""
+def _data_paths(settings: Settings) -> list[Path]:
+    """The paths of a data folder that belong to its database, and the database."""
     database = settings.database
     return [
         *(database.with_name(f"{database.name}{end}") for end in ("", "-wal", "-shm")),
@@ -131,18 +138,18 @@ def _places(settings: Settings) -> list[Path]:
         settings.jobs,
         settings.archived,
         settings.identity,
-        settings.taken_over,
+        settings.lost_folder_marker,
         settings.restored,
         settings.ray_namespace,
     ]
 
 
-def _is_something(path: Path) -> bool:
+def _has_content(path: Path) -> bool:
     return any(path.iterdir()) if path.is_dir() and not path.is_symlink() else os.path.lexists(path)
 
 
-class _Unpacked:
-    """What is read of a backup, in the folder `.restoring`."""
+class _UnpackedBackup:
+    """A backup, unpacked into the folder `.restoring`."""
 
     def __init__(self, settings: Settings) -> None:
         self.summary = Summary()
@@ -154,99 +161,106 @@ class _Unpacked:
 
     @property
     def database(self) -> Path:
-        """The file that has it."""
+        """The unpacked database file."""
         assert self._manifest is not None
         return self._root / DATABASES[self._manifest.store]
 
     def read(self, archive: IO[bytes]) -> None:
-        """Unpack and check all of it.
+        """Unpack and check the whole archive.
 
         Raises:
-            StartupError, InvalidProject, OSError, TarError, EOFError, zlib.error: it is no whole backup.
+            StartupError, InvalidProject, OSError, TarError, EOFError, zlib.error: the archive is
+                not a complete backup.
         """
         for name in ("projects", "locks", "jobs"):
             (self._root / name).mkdir()
-        is_whole = False
+        is_complete = False
         source = BoundedReader(archive, None)
         source.expect(0)
         with tarfile.open(fileobj=source, mode="r|") as tar:  # type: ignore[call-overload]  # it only reads
             while (member := tar.next()) is not None:
                 if shutil.disk_usage(self._root).free < member.size:
-                    raise StartupError(f"there is no room for {member.name!r}: {member.size} bytes")
+                    raise StartupError(
+                        f"the disk has no room for {member.name!r}: {member.size} bytes"
+                    )
                 source.expect(member.size)
                 content = tar.extractfile(member) if member.isreg() else None
-                if content is None or member.issparse() or is_whole:
-                    raise StartupError(f"{member.name!r} is nothing that a backup has")
+                if content is None or member.issparse() or is_complete:
+                    raise StartupError(f"{member.name!r} does not belong in a backup")
                 with content:
-                    is_whole = self._take(member.name, member.size, content)
+                    is_complete = self._unpack(member.name, member.size, content)
                 source.expect(0)
         source.finish()
-        if not is_whole:
-            raise StartupError("it is not whole: its end is missing")
+        if not is_complete:
+            raise StartupError("it is not complete: its end is missing")
         self._check_database()
 
-    def place(self) -> None:
-        """Let all of it have its place, on the disk."""
+    def install(self) -> None:
+        """Move everything to its final path, on the disk."""
         settings = self._settings
         assert self._manifest is not None
         os.sync()
-        self._put_aside()
+        self._move_existing_aside()
         for folder in (settings.projects, settings.locks, settings.jobs):
             with suppress(FileNotFoundError):
                 folder.rmdir()
             (self._root / folder.name).rename(folder)
-        write(settings.restored, self._manifest.created)
+        write_line(settings.restored, self._manifest.created)
         if settings.store is None:
             (self._root / DATABASE).rename(settings.database)
         os.sync()
 
-    def _put_aside(self) -> None:
-        there = [path for path in _places(self._settings) if _is_something(path)]
-        if there:
+    def _move_existing_aside(self) -> None:
+        existing = [path for path in _data_paths(self._settings) if _has_content(path)]
+        if existing:
             stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
             aside = self._settings.data_dir / f"replaced-{stamp}-{os.getpid()}"
             aside.mkdir(0o700)
-            for path in there:
+            for path in existing:
                 path.rename(aside / path.name)
             self.summary.aside = str(aside)
 
-    def _take(self, name: str, size: int, content: IO[bytes]) -> bool:
-        """Take one member; whether it is the last."""
+    def _unpack(self, name: str, size: int, content: IO[bytes]) -> bool:
+        """Unpack one member.
+
+        Returns:
+            Whether it is the last.
+        """
         if self._manifest is None:
-            if name != MANIFEST or size > _MANIFEST_BYTES:
-                raise StartupError("it is no backup of an operator")
+            if name != MANIFEST or size > _MAX_MANIFEST_BYTES:
+                raise StartupError("it is not a backup of an operator")
             self._manifest = Manifest.loads(content.read())
             self._check_kind(self._manifest)
         elif name == DATABASES[self._manifest.store]:
             self._write(self._root / name, content, 0o600)
-        elif found := _PROJECT.fullmatch(name):
-            self._take_project(found[1], content)
-        elif (found := _LOCK.fullmatch(name)) and size <= _LOCK_BYTES:
-            folder = self._root / "locks" / found[1]
+        elif match := _PROJECT.fullmatch(name):
+            self._unpack_project(match[1], content)
+        elif (match := _LOCKFILE.fullmatch(name)) and size <= _MAX_LOCKFILE_BYTES:
+            folder = self._root / "locks" / match[1]
             folder.mkdir(exist_ok=True)
-            self._write(folder / found[2], content)
-        elif found := _LOG.fullmatch(name):
-            self._take_log(found[1], found[2], size, content)
+            self._write(folder / match[2], content)
+        elif match := _LOG.fullmatch(name):
+            self._unpack_log(match[1], match[2], size, content)
         elif name == END:
             return True
         else:
-            raise StartupError(f"{name!r} is nothing that a backup has")
+            raise StartupError(f"{name!r} does not belong in a backup")
         return False
 
     def _check_kind(self, manifest: Manifest) -> None:
         kind = "sqlite" if self._settings.store is None else "postgresql"
         if manifest.store != kind:
-            said = {
-                "sqlite": "a file in the data folder: leave --store out",
-                "postgresql": "PostgreSQL: say --store",
+            database = {
+                "sqlite": "a file in the data folder; omit --store",
+                "postgresql": "PostgreSQL; use --store",
             }
-            raise StartupError(f"its database is {said[manifest.store]}")
+            raise StartupError(f"its database is {database[manifest.store]}")
 
-    def _take_project(self, identity: str, content: IO[bytes]) -> None:
+    def _unpack_project(self, identity: str, content: IO[bytes]) -> None:
         assert self._manifest is not None
         folder = self._root / "projects" / identity
         if folder.exists():
-            raise StartupError(f"the project {identity} is there twice")
+            raise StartupError(f"it has the project {identity} twice")
         unpack(content, folder)
         if project_id(folder) != identity:
             if identity not in self._manifest.changed:
@@ -254,22 +268,20 @@ class _Unpacked:
             self.summary.changed.append(identity)
         self.summary.projects += 1
 
-    def _take_log(self, job_id: str, name: str, size: int, content: IO[bytes]) -> None:
+    def _unpack_log(self, job_id: str, name: str, size: int, content: IO[bytes]) -> None:
         if name == logfile.CUT:
-            if size > _CUT_BYTES:
-                raise StartupError(f"what is gone of the log of the job {job_id} is too long")
+            if size > _MAX_CUT_BYTES:
+                raise StartupError(f"the log.cut of the job {job_id} is too long")
             self._cuts[job_id] = _cut(job_id, content.read())
             return
         folder, gap = self._folders.folder(job_id), self._cuts.pop(job_id, None)
         try:
             folder.mkdir(0o700)
         except FileExistsError as error:
-            raise StartupError(f"the log of the job {job_id} is there twice") from error
+            raise StartupError(f"it has the log of the job {job_id} twice") from error
         if gap is not None:
             if size < gap.start:
-                raise StartupError(
-                    f"the log of the job {job_id} is shorter than what is gone of it begins"
-                )
+                raise StartupError(f"the log of the job {job_id} ends before its log.cut begins")
             self._folders.cut(job_id).write_bytes(gap.dumps())
         self._write(self._folders.log(job_id), content, gap=gap)
         self.summary.logs += 1
@@ -284,12 +296,12 @@ class _Unpacked:
         try:
             fd = os.open(path, flags, mode)
         except FileExistsError as error:
-            raise StartupError(f"{path.name!r} is there twice") from error
+            raise StartupError(f"it has {path.name!r} twice") from error
         with os.fdopen(fd, "wb") as target:
             if gap is not None:
                 target.write(content.read(gap.start))
                 target.seek(gap.end)
-            shutil.copyfileobj(content, target, _CHUNK)
+            shutil.copyfileobj(content, target, _CHUNK_BYTES)
             target.truncate()
 
     def _check_database(self) -> None:
@@ -300,12 +312,13 @@ class _Unpacked:
             self.summary.jobs = len(jobs)
             for job_id in self._folders.job_ids():
                 if job_id not in jobs:
-                    raise StartupError(f"it has a log of a job that its database has not, {job_id}")
+                    raise StartupError(
+                        f"it has the log of a job that is not in its database, {job_id}"
+                    )
 
 
 def _cut(job_id: str, data: bytes) -> LogCut:
     try:
         return LogCut.loads(data)
     except checks.Invalid as error:
-        words = f"what is gone of the log of the job {job_id} cannot be read"
-        raise StartupError(words) from error
+        raise StartupError(f"the log.cut of the job {job_id} cannot be read") from error

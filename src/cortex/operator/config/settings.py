@@ -114,7 +114,7 @@ class Settings:
         return self.data_dir / "folder.id"
 
     @property
-    def taken_over(self) -> Path:
+    def lost_folder_marker(self) -> Path:
         """The id of the lost folder that this one replaces, until that folder's jobs have ended."""
         return self.data_dir / "taken-over"
 

@@ -15,10 +15,10 @@ from urllib.parse import urlencode
 import structlog
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from cortex.errors import NoLeader, StorageUnavailable
-from cortex.operator.http.answers import Receive, Scope, Send
-from cortex.operator.http.views import ASKED_AT
+from cortex.operator.http.views import ORIGINAL_HOST
 from cortex.store import Store
 from cortex.system.background import in_thread
 
@@ -249,7 +249,7 @@ def _forwarded(client: httpx.AsyncClient, leader: _Leader, request: Request) -> 
     url = f"{leader.address}{path.decode('latin-1').partition('?')[0]}"
     headers = {n: request.headers[n] for n in _REQUEST_HEADERS if n in request.headers}
     # The client's `Host` travels in a header of its own: the leader may check `Host`.
-    headers |= {_FORWARDED: "1", ASKED_AT: request.headers.get("host", "")}
+    headers |= {_FORWARDED: "1", ORIGINAL_HOST: request.headers.get("host", "")}
     return client.build_request(
         "GET", f"{url}?{urlencode(query)}" if query else url, headers=headers
     )

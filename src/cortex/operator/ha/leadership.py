@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 
 from cortex.engines.base import Engine
 from cortex.operator.config.settings import Settings
-from cortex.operator.data_folder_id import give_up_lost
+from cortex.operator.data_folder import give_up_lost_jobs
 from cortex.operator.deploy.catalogue import Catalogue
 from cortex.operator.deploy.versions import Versions
 from cortex.operator.deploy.warming import Warmer
@@ -77,13 +77,13 @@ class Leadership:
                 self._versions,
                 self._catalogue,
                 self._settings.job_folders,
-                on_change=self._metrics.changed,
+                on_change=self._metrics.on_job_changed,
                 on_finished=None if archive is None else archive.finished,
-                on_measures=self._metrics.measured,
+                on_measures=self._metrics.add_task_metrics,
             )
             self._jobs.begin_term(dispatcher)
             stack.push_async_callback(engine.close)
-            await give_up_lost(self._settings, self._store)
+            await give_up_lost_jobs(self._settings, self._store)
             await engine.open(dispatcher.observe)
             if archive is not None:
                 stack.push_async_callback(archive.close)

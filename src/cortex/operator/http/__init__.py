@@ -1,1 +1,2 @@
-"""The HTTP interface: the wire, the gate in front of the routes, the routes, and how jobs and APIs are shown."""
+"""The HTTP interface: connections, the gate, authentication, the routes, and the JSON of jobs and
+APIs."""

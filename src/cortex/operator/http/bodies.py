@@ -1,5 +1,6 @@
-"""The body of a submit, checked: what is wrong with it, in words, or what it says. Small ones are read on the event
-loop, large ones in a process of their own; see `body_reader`.
+"""Parses and checks the body of a submit.
+
+`body_reader` parses small bodies on the event loop and large ones in a separate process.
 """
 
 from __future__ import annotations
@@ -15,85 +16,86 @@ from pydantic_core import ErrorDetails
 from cortex.errors import InvalidRequest, UnsupportedMediaType
 from cortex.spec.job import Submission, encode
 
-_PARTS = ("query", "path", "header", "body")  # of a request, as the framework names them
+_REQUEST_PARTS = ("query", "path", "header", "body")  # as the framework names them in locations
 _TOO_DEEP = {"recursion_loop", "recursion_depth_exceeded"}
-_MAX_MISTAKES = 10  # are told: a large body may have a million
+_MAX_MISTAKES = 10  # a large body may have a million
 
 
 @dataclass(frozen=True, slots=True)
-class Submitted:
-    """What a body says."""
+class ParsedSubmission:
+    """The body of a submit, parsed and checked."""
 
     timeout: int | None
     config: str
-    """As JSON text in ASCII."""
+    """JSON text in ASCII."""
     digest: str | None = None
-    """The same for bodies that say the same; where it was asked for."""
+    """Equal for bodies with equal content, whatever their formatting. None unless requested."""
 
 
-def parse(body: bytes, *, form_type: str | None, hashed: bool) -> Submitted:
-    """What a body says.
+def parse_submission(body: bytes, *, form_type: str | None, with_digest: bool) -> ParsedSubmission:
+    """Parse and check the body of a submit.
 
     Args:
-        form_type: the Content-Type, where the body may be a form.
-        hashed: whether to make a digest of it.
+        form_type: the Content-Type, if it is that of a form. The body may still be JSON.
+        with_digest: whether to compute the digest.
 
     Raises:
-        UnsupportedMediaType: it is a form.
-        InvalidRequest: it is not the JSON that the contract allows.
+        UnsupportedMediaType: the body is a form.
+        InvalidRequest: the body is not the JSON that the contract allows.
     """
     if not body.strip():
         raise InvalidRequest("the body is empty; send {} to submit a job with the API's defaults")
     try:
-        # As json.loads does, which makes a decoder at each call.
+        # Equivalent to json.loads, which makes a new decoder at each call.
         content = _JSON.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
     except RecursionError as error:
-        raise InvalidRequest("the body is not JSON that can be read: nested too deeply") from error
+        raise InvalidRequest("the body cannot be read: its JSON is nested too deeply") from error
     except ValueError as error:
         if form_type is not None and body.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b"["):
-            raise not_json(form_type) from error
+            raise unsupported_type(form_type) from error
         raise InvalidRequest(f"the body is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise InvalidRequest(
-            f"the body has to be a JSON object such as {{}}; found {_shown(content)}"
+            f"the body has to be a JSON object such as {{}}; found {_excerpt(content)}"
         )
     try:
         submission = Submission.model_validate(content)
     except ValidationError as error:
         allowed = ", ".join(Submission.model_fields)
-        found = error.errors()
-        if any(e["type"] in _TOO_DEEP for e in found):
+        mistakes = error.errors()
+        if any(e["type"] in _TOO_DEEP for e in mistakes):
             raise InvalidRequest("config: nested over 250 levels deep") from error
-        mistakes = "; ".join(wrong(e) for e in found[:_MAX_MISTAKES])
-        raise InvalidRequest(f"{mistakes} (fields: {allowed})") from error
-    digest = _digest(content) if hashed else None
-    return Submitted(submission.timeout, encode(submission.config or {}), digest)
+        listed = "; ".join(describe_mistake(e) for e in mistakes[:_MAX_MISTAKES])
+        raise InvalidRequest(f"{listed} (fields: {allowed})") from error
+    digest = _digest(content) if with_digest else None
+    return ParsedSubmission(submission.timeout, encode(submission.config or {}), digest)
 
 
-def wrong(error: ErrorDetails) -> str:
-    """A mistake in words."""
-    where = ".".join(str(part) for part in error["loc"] if part not in _PARTS)
-    what = error["msg"].removeprefix("Value error, ")
-    return f"{where or 'the body'}: {what}; found {_shown(error.get('input'))}"
+def describe_mistake(error: ErrorDetails) -> str:
+    """A mistake that pydantic found, as a message: the field, the problem and the value."""
+    field = ".".join(str(part) for part in error["loc"] if part not in _REQUEST_PARTS)
+    problem = error["msg"].removeprefix("Value error, ")
+    return f"{field or 'the body'}: {problem}; found {_excerpt(error.get('input'))}"
 
 
-def not_json(content_type: str | None) -> UnsupportedMediaType:
-    """The refusal of a Content-Type."""
+def unsupported_type(content_type: str | None) -> UnsupportedMediaType:
+    """The error for a Content-Type that is not JSON."""
     return UnsupportedMediaType(
-        f"the Content-Type {content_type!r} is not JSON; send the header 'Content-Type: application/json'"
+        f"the Content-Type {content_type!r} is not JSON; send the header 'Content-Type: "
+        "application/json'"
     )
 
 
-def _shown(found: object) -> str:
+def _excerpt(value: object) -> str:
     try:
-        return json.dumps(found, default=str)[:100]
-    except RecursionError:  # it could be read, from a less deep stack than this
-        return "something that is nested too deeply"
+        return json.dumps(value, default=str)[:100]
+    except RecursionError:  # the parser had more stack left than `dumps` has here
+        return "a value that is nested too deeply"
 
 
 def _digest(content: object) -> str:
-    same = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(same.encode()).hexdigest()
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _refuse_constant(name: str) -> NoReturn:

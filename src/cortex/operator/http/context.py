@@ -1,4 +1,4 @@
-"""What the routes work with. Made once by the app; used by routes alone."""
+"""The parts of an operator that its routes use. The app makes one `Context`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import cast
 
 from fastapi import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from cortex.engines.base import Engine
 from cortex.errors import NoLeader, NotFound
@@ -16,7 +17,6 @@ from cortex.operator.deploy.catalogue import Catalogue
 from cortex.operator.deploy.versions import Versions
 from cortex.operator.dispatch.jobs import Jobs
 from cortex.operator.ha.forwarding import LeaderProxy
-from cortex.operator.http.answers import Scope
 from cortex.operator.http.body_reader import BodyReader
 from cortex.operator.http.views import Renderer
 from cortex.operator.logs.archive import Archive
@@ -32,8 +32,8 @@ class Context:
     """The parts of one operator that its routes use.
 
     Attributes:
-        leader: the way to the leader, where another operator is it.
-        archive: where logs outlive this machine; None where no object store is configured.
+        leader: forwards requests to the leader, if another operator is the leader.
+        archive: logs in the object store; None if no object store is configured.
         bodies: reads the bodies of submits.
     """
 
@@ -53,7 +53,7 @@ class Context:
         """The name of the API at an endpoint.
 
         Raises:
-            NotFound: none is deployed there.
+            NotFound: no API is deployed there.
         """
         name = self.catalogue.name_at(endpoint)
         if name is None and await self.catalogue.refresh_if_others_deploy():
@@ -63,10 +63,10 @@ class Context:
         return name
 
     async def check_api(self, name: str) -> None:
-        """Whether an API of this name is deployed.
+        """Check that an API is deployed.
 
         Raises:
-            NotFound: none is.
+            NotFound: no API of this name is deployed.
         """
         if self.catalogue.find(name) is None:
             await self.catalogue.refresh_if_others_deploy()
@@ -74,10 +74,10 @@ class Context:
             raise NotFound(f"there is no API {name!r}; `cortex get` lists all")
 
     async def job_at(self, endpoint: str, job_id: str) -> JobRecord:
-        """A job, where it is reached: its API's endpoint, also after the API was deleted.
+        """A job of the API at an endpoint. Jobs stay at their endpoint when the API is deleted.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is no such job.
         """
         record = await self.jobs.record(job_id)
         if record is not None:
@@ -93,10 +93,10 @@ class Context:
         )
 
     async def job_of(self, name: str, job_id: str) -> JobRecord:
-        """A job of the API of a name.
+        """A job of an API, by the API's name.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is no such job.
         """
         record = await self.jobs.record(job_id)
         if record is None or record.spec.api_name != name:
@@ -104,18 +104,19 @@ class Context:
         return record
 
     async def forwarded(self, request: Request, or_status: int | None = None) -> Response | None:
-        """The leader's response; None where this operator is the leader, or no leader can be reached.
+        """The leader's response; None if this operator is the leader or cannot reach the leader.
 
         Args:
-            or_status: an error status whose response is wanted as well.
+            or_status: an error status whose response is also returned; responses with other errors
+                are not.
         """
         return None if self.jobs.is_leader else await self.leader.forward(request, or_status)
 
     async def forwarded_or_fail(self, request: Request) -> Response | None:
-        """The leader's response; None where this operator is the leader.
+        """The leader's response; None if this operator is the leader.
 
         Raises:
-            NoLeader: no leader can be reached now.
+            NoLeader: no leader can be reached right now.
         """
         return None if self.jobs.is_leader else await self.leader.forward_or_fail(request)
 
@@ -123,10 +124,10 @@ class Context:
         """The leader's engine.
 
         Raises:
-            NoLeader: this operator is not the leader any longer.
+            NoLeader: this operator is no longer the leader.
         """
         if (engine := self.jobs.engine) is None:
-            raise NoLeader("this operator is not the leader any longer; retry")
+            raise NoLeader("this operator is no longer the leader; retry")
         return engine
 
     def _is_at(self, endpoint: str, record: JobRecord, spec: ApiSpec) -> bool:
@@ -135,16 +136,16 @@ class Context:
 
 
 def client_address(scope: Scope) -> str | None:
-    """The address that a request comes from, if the server knows it."""
+    """The address of a request's client, if the server knows it."""
     client = scope.get("client")
     return None if client is None else client[0]
 
 
 def actor(request: Request) -> Actor:
-    """Who sent a request."""
+    """The sender of a request, for the audit."""
     return Actor(request.scope.get("token"), client_address(request.scope))
 
 
 def context(request: Request) -> Context:
-    """The parts of the operator that a request came to."""
+    """The context of the operator that received a request."""
     return cast(Context, request.app.state.context)

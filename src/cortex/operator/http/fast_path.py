@@ -1,6 +1,8 @@
-"""Submit and status, which services ask for all day, without the framework's way to a route: that takes
-longer than the rest of a submit. The handlers are those of the routes (`jobs`), which take everything
-else: other parameters and headers, and what is wrong with them. Called by the app's server.
+"""A shortcut to submit and status, the most frequent requests.
+
+The framework's way to a route takes longer than the rest of a submit. The shortcut calls the
+handlers of the routes in `routes.jobs`. It takes only plain requests: the routes take all others,
+with further parameters and headers or with mistakes in them. Called by the app.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ from collections.abc import Awaitable
 
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cortex.operator.http.answers import App, Receive, Scope, Send, answered
+from cortex.operator.http.answers import error_answer
 from cortex.operator.http.context import Context
 from cortex.operator.http.routes.jobs import status_at, submit_to
 
@@ -19,26 +22,27 @@ _WAIT = re.compile(rb"wait=(\d{1,3}(?:\.\d{1,9})?)")
 
 
 class FastPath:
-    """ASGI middleware, right before the framework."""
+    """ASGI middleware, directly before the framework."""
 
-    def __init__(self, app: App, ctx: Context) -> None:
+    def __init__(self, app: ASGIApp, ctx: Context) -> None:
         self._app = app
         self._ctx = ctx
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = self._handled(scope, receive)
-        if answer is None:
+        handler = self._handler(scope, receive)
+        if handler is None:
             await self._app(scope, receive, send)
             return
         try:
-            response = await answer
+            response = await handler
         except Exception as error:
-            response = answered(error)
+            response = error_answer(error)
         await response(scope, receive, send)
 
-    def _handled(self, scope: Scope, receive: Receive) -> Awaitable[Response] | None:
+    def _handler(self, scope: Scope, receive: Receive) -> Awaitable[Response] | None:
+        """The running handler of a submit or status request; None for all other requests."""
         parts = scope["path"].removeprefix("/").split("/") if scope["type"] == "http" else [""]
-        # `/tasks/<name>` can be an API, and other paths begin with what is no endpoint.
+        # `/tasks/<name>` may name an API. No other path of the operator begins with an endpoint.
         if "" in parts or parts[0] == "tasks" or self._ctx.catalogue.name_at(parts[0]) is None:
             return None
         if len(parts) == 1 and scope["method"] == "POST":
@@ -48,8 +52,8 @@ class FastPath:
             return submit_to(self._ctx, Request(scope, receive), parts[0])
         if len(parts) == 2 and scope["method"] == "GET":
             query = scope["query_string"]
-            asked = _WAIT.fullmatch(query)
-            if asked or not query:
-                wait_s = float(asked[1]) if asked else 0.0
+            wait = _WAIT.fullmatch(query)
+            if wait or not query:
+                wait_s = float(wait[1]) if wait else 0.0
                 return status_at(self._ctx, Request(scope, receive), parts[0], parts[1], wait_s)
         return None

@@ -1,7 +1,7 @@
-"""Refused requests on their way to the audit. Called by `auth`; closed by the app.
+"""Counts requests refused for their token, and writes the counts to the audit.
 
-Anybody can send requests without a token. So equal ones are counted, and few entries are written however
-many there are.
+Anyone can send requests without a token. Equal refusals are therefore counted together, and the
+number of entries is limited however many requests are refused. Called by `auth`; closed by the app.
 """
 
 from __future__ import annotations
@@ -18,63 +18,63 @@ from cortex.store import Store
 
 log = structlog.get_logger()
 
-_DELAY_S = 1.0
-_INTERVAL_S = 60.0
+_FIRST_WRITE_DELAY_S = 1.0
+_WRITE_INTERVAL_S = 60.0
 MAX_KINDS = 50
-"""Entries of one minute; refusals of further callers are counted in one of them, without their address."""
+"""Entries per minute. Refusals of further callers are counted together, without their addresses."""
 _OTHERS = Actor(None, "others")
 
 
 @dataclass
-class _Counted:
+class _Count:
     time_ns: int
     count: int = 0
 
 
 class Refusals:
-    """One per operator that requires tokens."""
+    """The refusals of one operator that requires tokens."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._counted: dict[tuple[Actor, str], _Counted] = {}
-        self._writing: asyncio.Task[None] | None = None
+        self._counts: dict[tuple[Actor, str], _Count] = {}
+        self._writer: asyncio.Task[None] | None = None
 
     def add(self, actor: Actor, method: str, kind: str) -> None:
         """Count a refused request.
 
         Args:
-            kind: of the error that it was answered with.
+            kind: the kind of the error that the client received.
         """
         key = (actor, f"{method}: {kind}")
-        if key not in self._counted and len(self._counted) >= MAX_KINDS:
+        if key not in self._counts and len(self._counts) >= MAX_KINDS:
             key = (_OTHERS, kind)
-        self._counted.setdefault(key, _Counted(now_ns())).count += 1
-        if self._writing is None:
-            self._writing = asyncio.create_task(self._write_again_and_again())
+        self._counts.setdefault(key, _Count(now_ns())).count += 1
+        if self._writer is None:
+            self._writer = asyncio.create_task(self._write_periodically())
 
     async def close(self) -> None:
-        """Write what is not written yet."""
-        if self._writing is not None:
-            self._writing.cancel()
-            await asyncio.gather(self._writing, return_exceptions=True)
+        """Write the remaining counts."""
+        if self._writer is not None:
+            self._writer.cancel()
+            await asyncio.gather(self._writer, return_exceptions=True)
         await self._write()
 
-    async def _write_again_and_again(self) -> None:
-        await asyncio.sleep(_DELAY_S)
-        while self._counted:
+    async def _write_periodically(self) -> None:
+        await asyncio.sleep(_FIRST_WRITE_DELAY_S)
+        while self._counts:
             await self._write()
-            await asyncio.sleep(_INTERVAL_S)
-        self._writing = None
+            await asyncio.sleep(_WRITE_INTERVAL_S)
+        self._writer = None
 
     async def _write(self) -> None:
-        counted, self._counted = self._counted, {}
+        counts, self._counts = self._counts, {}
         entries = [
-            AuditEntry(Action.REFUSE, actor, each.time_ns, message=words, count=each.count)
-            for (actor, words), each in counted.items()
+            AuditEntry(Action.REFUSE, actor, each.time_ns, message=message, count=each.count)
+            for (actor, message), each in counts.items()
         ]
         if not entries:
             return
         try:
             await self._store.add_to_audit(entries)
         except StorageUnavailable as error:
-            log.warning("refused requests are missing in the audit", error=str(error))
+            log.warning("cannot write refused requests to the audit", error=str(error))

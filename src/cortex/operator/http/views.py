@@ -1,4 +1,8 @@
-"""Jobs and APIs as the contract shows them."""
+"""The JSON of jobs and APIs, as the contract has it.
+
+Answers are pieces of JSON text, as `with_texts` makes them: texts that the store has are not parsed
+again.
+"""
 
 from __future__ import annotations
 
@@ -14,39 +18,39 @@ from cortex.spec.lifecycle import IN_PROGRESS, SHOWN, State, Status
 from cortex.spec.times import rfc3339
 from cortex.store import Deployment, Store
 
-ASKED_AT = "cortex-asked-at"
-"""The header that tells the `Host` of a request that another operator passes on."""
+ORIGINAL_HOST = "cortex-asked-at"
+"""The header with the original `Host` of a request that another operator forwards."""
 
 _RECENT = 10
-_MOST_IN_PROGRESS = 1000
+_MAX_IN_PROGRESS = 1000
 _MAX_PAGE_BYTES = 1024 * 1024
 
 
-def submitted(spec: JobSpec) -> list[str]:
-    """The answer to a submit. This and others are JSON text in pieces, as `with_texts` makes them."""
-    return with_texts(_submitted(spec), config=spec.config)
+def submit_answer(spec: JobSpec) -> list[str]:
+    """The answer to a submit."""
+    return with_texts(_job_fields(spec), config=spec.config)
 
 
 def is_partial(record: JobRecord) -> bool:
-    """Whether a config or a result is left out, which the store has."""
-    return bool(_left_out(record))
+    """Whether the record lacks a config or a result that the store has."""
+    return bool(_omitted(record))
 
 
-def as_list(texts: list[list[str]]) -> list[str]:
-    """A JSON array."""
+def json_array(texts: list[list[str]]) -> list[str]:
+    """A JSON array of texts."""
     pieces = [piece for text in texts for piece in (",", *text)]
     return ["[", *pieces[1:], "]"]
 
 
-def _left_out(record: JobRecord) -> list[str]:
-    is_there = {
+def _omitted(record: JobRecord) -> list[str]:
+    is_complete = {
         "config": record.spec.config is not None,
         "result": record.result is not None or not record.has_result,
     }
-    return [name for name in is_there if not is_there[name]]
+    return [name for name in is_complete if not is_complete[name]]
 
 
-def _submitted(spec: JobSpec) -> Json:
+def _job_fields(spec: JobSpec) -> Json:
     return {
         "job_id": spec.job_id,
         "api_name": spec.api_name,
@@ -58,8 +62,12 @@ def _submitted(spec: JobSpec) -> Json:
     }
 
 
-def shown(record: JobRecord, unreachable: str | None = None) -> Status:
-    """The status that a job shows; `unreachable` is why its engine cannot be asked, if so."""
+def shown_status(record: JobRecord, unreachable: str | None = None) -> Status:
+    """The status of a job, as clients receive it.
+
+    Args:
+        unreachable: why the engine cannot be asked about the job right now, if so.
+    """
     status = SHOWN[record.state, record.wanted]
     if status is Status.RUNNING and unreachable is not None:
         return Status.UNKNOWN
@@ -67,19 +75,22 @@ def shown(record: JobRecord, unreachable: str | None = None) -> Status:
 
 
 class Renderer:
-    """Answers made of what the store holds, and of what the leader's dispatcher holds in memory alone."""
+    """Renders jobs and APIs from the store and from the leader's jobs in memory."""
 
     def __init__(self, store: Store, jobs: Jobs) -> None:
         self._store = store
         self._jobs = jobs
 
     def status(self, record: JobRecord) -> list[str]:
-        """A `job_status`. A config and a result that are left out are null, and `truncated` names them."""
+        """A `job_status`.
+
+        A config or a result that the record lacks is null, and `truncated` names it.
+        """
         spec = record.spec
         live = self._jobs.find(spec.job_id)
         unreachable = None if live is None else live.unreachable
-        status = shown(record, unreachable)
-        answer = _submitted(spec)
+        status = shown_status(record, unreachable)
+        answer = _job_fields(spec)
         answer["status"] = status.value
         answer["start_time"] = rfc3339(record.start_ns or spec.created_ns)
         message = record.message
@@ -94,12 +105,12 @@ class Renderer:
             answer["message"] = message
         if record.exit_code is not None:
             answer["exit_code"] = record.exit_code
-        if left_out := _left_out(record):
-            answer |= {**dict.fromkeys(left_out), "truncated": list[JsonValue](left_out)}
+        if omitted := _omitted(record):
+            answer |= {**dict.fromkeys(omitted), "truncated": list[JsonValue](omitted)}
         return with_texts(answer, config=spec.config, result=record.result)
 
-    def listed(self, records: Iterable[JobRecord]) -> list[list[str]]:
-        """The statuses of the first of these jobs, as many as a page has room for."""
+    def page(self, records: Iterable[JobRecord]) -> list[list[str]]:
+        """The statuses of the first of these jobs, as many as fit on a page; at least one."""
         statuses: list[list[str]] = []
         room = _MAX_PAGE_BYTES
         for record in records:
@@ -113,23 +124,25 @@ class Renderer:
     def job(self, record: JobRecord, api_spec: ShownSpec, request: Request) -> list[str]:
         """The answer to a status request."""
         return with_texts(
-            {"endpoint": f"{base(request)}/{api_spec.endpoint}/{record.spec.job_id}"},
+            {"endpoint": f"{base_url(request)}/{api_spec.endpoint}/{record.spec.job_id}"},
             job_status=self.status(record),
             api_spec=api_spec.text,
         )
 
     async def api(self, deployment: Deployment, request: Request) -> list[str]:
-        """An API with its jobs in progress, then the most recent others, and its versions. Where they are
-        too many for one answer, `truncated` says so."""
+        """An API with its versions and its jobs: those in progress, then the most recent others.
+
+        If not all of these jobs fit in one answer, `truncated` names the field.
+        """
         recent = await self._store.list_jobs(deployment.name, limit=_RECENT)
         running = await self._store.list_jobs(
-            deployment.name, limit=_MOST_IN_PROGRESS, status=Status.RUNNING
+            deployment.name, limit=_MAX_IN_PROGRESS, status=Status.RUNNING
         )
         versions = await self._store.versions(deployment.name)
         jobs = _in_progress_first(running.jobs, recent.jobs)
-        statuses = self.listed(jobs)
+        statuses = self.page(jobs)
         answer: Json = {
-            "endpoint": f"{base(request)}/{deployment.endpoint}",
+            "endpoint": f"{base_url(request)}/{deployment.endpoint}",
             "api_versions": [
                 {"api_id": version.api_id, "last_updated": version.last_updated}
                 for version in versions
@@ -141,13 +154,13 @@ class Renderer:
         return with_texts(
             answer,
             spec=encode(shown_spec(deployment.spec)),
-            task_job_statuses=as_list(statuses),
+            task_job_statuses=json_array(statuses),
         )
 
 
-def base(request: Request) -> str:
-    """The address that a request came to, as its client knows it."""
-    host = request.headers.get(ASKED_AT) or request.headers.get("host")
+def base_url(request: Request) -> str:
+    """The operator's URL, as the client of a request knows it."""
+    host = request.headers.get(ORIGINAL_HOST) or request.headers.get("host")
     if host is None:  # HTTP/1.0
         return str(request.base_url).rstrip("/")
     return f"{request.scope['scheme']}://{host}"
@@ -155,7 +168,7 @@ def base(request: Request) -> str:
 
 def _in_progress_first(running: Iterable[JobRecord], recent: list[JobRecord]) -> list[JobRecord]:
     first = list(running)
-    seen = {job.spec.job_id for job in first}
-    others = [job for job in recent if job.spec.job_id not in seen]
+    listed = {job.spec.job_id for job in first}
+    others = [job for job in recent if job.spec.job_id not in listed]
     stopping = [job for job in others if job.state in IN_PROGRESS]
     return first + stopping + [job for job in others if job.state not in IN_PROGRESS]

@@ -1,8 +1,10 @@
-"""The job routes: submit, status, stop, list. The same handlers answer at an API's endpoint, at the
-operator's own `/-/apis/{name}/jobs`, and at `/tasks/{name}`, where Cortex had them inside its cluster.
+"""The job routes: submit, status, stop, list.
 
-A path `/tasks/…` can be a job of the API whose endpoint is `tasks`, too: an id begins with a digit, a name
-with a letter.
+The same handlers answer at an API's endpoint, at the operator's own `/-/apis/{name}/jobs`, and at
+`/tasks/{name}`, where the original Cortex served them inside its cluster.
+
+A path `/tasks/…` can also name a job of the API whose endpoint is `tasks`. The two differ in their
+first character: ids begin with a digit, names with a letter.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from pydantic import AfterValidator
 from starlette.responses import Response
 
 from cortex.errors import Conflict, InvalidRequest, NotFound
-from cortex.operator.http.answers import Answer, read_submission, written
+from cortex.operator.http.answers import Answer, json_answer, read_submission
 from cortex.operator.http.context import Context, actor, context
-from cortex.operator.http.views import as_list, is_partial, shown, submitted
+from cortex.operator.http.views import is_partial, json_array, shown_status, submit_answer
 from cortex.spec.job import JobRecord, JobSpec, Submission, with_texts
 from cortex.spec.lifecycle import Status, Wanted
 from cortex.spec.times import new_id, now_ns
@@ -26,8 +28,8 @@ from cortex.store import Replay
 router = APIRouter(default_response_class=Answer)
 
 _MAX_WAIT_S = 3600.0
-_LISTED = 20
-_MAX_LISTED = 1000
+_PAGE_SIZE = 20
+_MAX_PAGE_SIZE = 1000
 
 _SUBMIT_DOC = {
     "requestBody": {
@@ -37,19 +39,28 @@ _SUBMIT_DOC = {
 }
 
 
-def _key(value: str | None) -> str | None:
+def _checked_key(value: str | None) -> str | None:
     if value is not None and not 0 < len(value) <= 255:
         raise ValueError("an Idempotency-Key has 1 to 255 characters")
     return value
 
 
-IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key"), AfterValidator(_key)]
-JobId = Annotated[str | None, Query(alias="jobID", description="The job.")]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        description="Submits with the same key and body make one job: repeats get the first answer.",
+    ),
+    AfterValidator(_checked_key),
+]
+JobId = Annotated[str | None, Query(alias="jobID", description="The job's id.")]
 Wait = Annotated[
     float, Query(ge=0, le=_MAX_WAIT_S, description="Seconds to wait for the job to complete.")
 ]
-Limit = Annotated[int, Query(ge=1, le=_MAX_LISTED, description="Entries on a page.")]
-Cursor = Annotated[int | None, Query(ge=1, lt=2**63, description="The page's `next_cursor`.")]
+Limit = Annotated[int, Query(ge=1, le=_MAX_PAGE_SIZE, description="Entries per page.")]
+Cursor = Annotated[
+    int | None, Query(ge=1, lt=2**63, description="The `next_cursor` of the previous page.")
+]
 
 
 @router.post("/{endpoint:endpoint}", openapi_extra=_SUBMIT_DOC, tags=["jobs"])
@@ -77,10 +88,10 @@ async def get(
     job_id: JobId = None,
     wait: Wait = 0,
     status: Status | None = None,
-    limit: Limit = _LISTED,
+    limit: Limit = _PAGE_SIZE,
     cursor: Cursor = None,
 ) -> Response:
-    """The status of one job (`jobID`), or the API's jobs, newest first."""
+    """Get the status of one job (`jobID`), or list the API's jobs, newest first."""
     ctx = context(request)
     if job_id is not None:
         return await status_at(ctx, request, endpoint, job_id, wait)
@@ -97,10 +108,10 @@ async def get_by_name(
     job_id: JobId = None,
     wait: Wait = 0,
     status: Status | None = None,
-    limit: Limit = _LISTED,
+    limit: Limit = _PAGE_SIZE,
     cursor: Cursor = None,
 ) -> Response:
-    """The status of one job (`jobID`), or the API's jobs, newest first."""
+    """Get the status of one job (`jobID`), or list the API's jobs, newest first."""
     ctx = context(request)
     if job_id is not None:
         return await _status(ctx, request, await ctx.job_of(name, job_id), wait)
@@ -111,7 +122,7 @@ async def get_by_name(
 @router.get("/-/apis/{name}/jobs/{job_id}", tags=["operator"])
 @router.get("/tasks/{name:api_name}/{job_id}", tags=["cortex"])
 async def status_by_name(request: Request, name: str, job_id: str, wait: Wait = 0) -> Response:
-    """The status of one job."""
+    """Get the status of one job."""
     ctx = context(request)
     return await _status(ctx, request, await ctx.job_of(name, job_id), wait)
 
@@ -120,7 +131,7 @@ async def status_by_name(request: Request, name: str, job_id: str, wait: Wait = 
 async def status_at_endpoint(
     request: Request, endpoint: str, job_id: str, wait: Wait = 0
 ) -> Response:
-    """The status of one job."""
+    """Get the status of one job."""
     return await status_at(context(request), request, endpoint, job_id, wait)
 
 
@@ -165,7 +176,7 @@ async def submit_to(
     """Submit a job to the API at an endpoint.
 
     Raises:
-        CortexError: as the contract has it.
+        CortexError: an error of the contract.
     """
     name = ctx.catalogue.name_at(endpoint) or await ctx.api_at(endpoint)
     return await _submit(ctx, request, name, key)
@@ -174,16 +185,16 @@ async def submit_to(
 async def status_at(
     ctx: Context, request: Request, endpoint: str, job_id: str, wait_s: float
 ) -> Response:
-    """The status of a job, once it has completed or `wait_s` seconds have passed.
+    """The status of a job, as soon as it has completed or `wait_s` seconds have passed.
 
     Raises:
-        NotFound: there is none.
+        NotFound: there is no such job.
     """
     return await _status(ctx, request, await ctx.job_at(endpoint, job_id), wait_s)
 
 
 async def _submit(ctx: Context, request: Request, name: str, key: str | None) -> Response:
-    submission = await read_submission(request, ctx.bodies, hashed=key is not None)
+    submission = await read_submission(request, ctx.bodies, with_digest=key is not None)
     draft = JobSpec(
         job_id=new_id(),
         api_name=name,
@@ -194,20 +205,19 @@ async def _submit(ctx: Context, request: Request, name: str, key: str | None) ->
     )
     replay = None if key is None else Replay(key, submission.digest or "")
     record = await ctx.jobs.submit(draft, replay)
-    return written(submitted(record.spec))
+    return json_answer(submit_answer(record.spec))
 
 
 async def _status(ctx: Context, request: Request, record: JobRecord, wait_s: float) -> Response:
     deadline = time.monotonic() + wait_s
-    while shown(record) is Status.RUNNING and (left_s := deadline - time.monotonic()) > 0:
+    while shown_status(record) is Status.RUNNING and (left_s := deadline - time.monotonic()) > 0:
         changed = await ctx.jobs.next_record(record.spec.job_id, left_s)
         if changed is None:
             raise _removed(record)
         record = changed
-    if shown(record) is Status.RUNNING:
-        answer = await ctx.forwarded(
-            request
-        )  # the leader knows why it waits, and what is unreachable
+    if shown_status(record) is Status.RUNNING:
+        # Only the leader knows why a job waits, and whether its node can be reached.
+        answer = await ctx.forwarded(request)
         if answer is not None:
             return answer
     if is_partial(record):
@@ -216,7 +226,7 @@ async def _status(ctx: Context, request: Request, record: JobRecord, wait_s: flo
             raise _removed(record)
         record = whole
     api_spec = await ctx.versions.shown(record.spec.api_id)
-    return written(ctx.renderer.job(record, api_spec, request))
+    return json_answer(ctx.renderer.job(record, api_spec, request))
 
 
 async def _list(
@@ -231,10 +241,10 @@ async def _list(
     if (answer := await ctx.forwarded(request)) is not None:
         return answer
     page = await ctx.store.list_jobs(name, limit=limit, status=status, cursor=cursor)
-    statuses = ctx.renderer.listed(page.jobs)
+    statuses = ctx.renderer.page(page.jobs)
     is_cut = len(statuses) < len(page.jobs)
     next_cursor = page.jobs[len(statuses) - 1].seq if is_cut else page.next_cursor
-    return written(with_texts({"next_cursor": next_cursor}, job_statuses=as_list(statuses)))
+    return json_answer(with_texts({"next_cursor": next_cursor}, job_statuses=json_array(statuses)))
 
 
 async def _stop(ctx: Context, request: Request, record: JobRecord) -> Answer:
@@ -243,18 +253,19 @@ async def _stop(ctx: Context, request: Request, record: JobRecord) -> Answer:
     if outcome.job is None:
         raise _removed(record)
     if not outcome.taken and outcome.job.wanted is not Wanted.STOP:
-        raise Conflict(f"the job {job_id} has already completed ({shown(outcome.job)})")
+        raise Conflict(f"the job {job_id} has already completed ({shown_status(outcome.job)})")
     return Answer({"message": f"stopped job {job_id}"})
 
 
 def _no_job_to_stop(path: str, name: str) -> InvalidRequest:
     return InvalidRequest(
-        f"say which job to stop: DELETE {path}/<job_id>; `cortex delete {name}` deletes the API"
+        f"the job to stop is missing; use DELETE {path}/<job_id>, or `cortex delete {name}` to "
+        "delete the API"
     )
 
 
 def _removed(record: JobRecord) -> NotFound:
     return NotFound(
-        f"the job {record.spec.job_id} has completed, and was removed: jobs are kept for a time "
-        "(`cortex serve --keep-jobs`)"
+        f"the job {record.spec.job_id} has completed and was removed: finished jobs are kept for a "
+        "limited time (`cortex serve --keep-jobs`)"
     )

@@ -1,4 +1,7 @@
-"""The operator's own routes, all under `/-/`, which no API's endpoint can take; its health and its metrics."""
+"""The operator's own routes: APIs, cluster, audit, health and metrics.
+
+Most are under `/-/`, where no API's endpoint can be.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,11 @@ import cortex
 from cortex.engines.base import Capacity
 from cortex.errors import InvalidSpec, NotFound
 from cortex.operator.deploy.deployer import Deployer, safe_name
-from cortex.operator.http.answers import UPLOAD_PATH, Answer, written
+from cortex.operator.http.answers import Answer, json_answer
 from cortex.operator.http.context import actor, context
+from cortex.operator.http.gate import UPLOAD_PATH
 from cortex.operator.http.routes.jobs import Cursor, Limit
-from cortex.operator.http.views import as_list
+from cortex.operator.http.views import json_array
 from cortex.operator.metrics import MEDIA_TYPE
 from cortex.spec.api import MILLI
 from cortex.spec.job import with_texts
@@ -25,25 +29,25 @@ from cortex.spec.times import rfc3339
 router = APIRouter(default_response_class=Answer, tags=["operator"])
 
 _MAX_CONFIG_BYTES = 1024 * 1024
-_LISTED = 50
+_PAGE_SIZE = 50
 
 
 @router.get("/healthz")
 async def healthz() -> Answer:
-    """Whether the process answers."""
+    """Check that the process answers."""
     return Answer({"status": "ok"})
 
 
 @router.get("/readyz")
 async def readyz(request: Request) -> Answer:
-    """Whether jobs can be stored: 503 when the store takes no writes."""
+    """Check that jobs can be stored: 503 if the store cannot be written."""
     await context(request).store.ping()
     return Answer({"status": "ready"})
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
-    """This operator's jobs, engine and process, as Prometheus reads them."""
+    """Get metrics of this operator's jobs, engine and process, in Prometheus' text format."""
     ctx = context(request)
     ctx.metrics.keep_only({api.name for api in ctx.catalogue.all()})
     live_jobs, engine = ctx.jobs.all_live(), ctx.jobs.engine
@@ -55,7 +59,7 @@ async def metrics(request: Request) -> Response:
 
 @router.get("/-/info")
 async def info(request: Request) -> Response:
-    """What this operator is and runs on. CPU in cores, memory in bytes."""
+    """Describe this operator: version, engine and capacity. CPU in cores, memory in bytes."""
     ctx = context(request)
     if (answer := await ctx.forwarded_or_fail(request)) is not None:
         return answer
@@ -73,7 +77,8 @@ async def info(request: Request) -> Response:
 
 @router.get("/-/cluster")
 async def cluster(request: Request) -> Response:
-    """The machines that jobs run on, and what is free on each. CPU in cores, memory in bytes."""
+    """List the machines that jobs run on, with their free capacity. CPU in cores, memory in
+    bytes."""
     ctx = context(request)
     if (answer := await ctx.forwarded_or_fail(request)) is not None:
         return answer
@@ -99,60 +104,60 @@ async def cluster(request: Request) -> Response:
 @router.post(UPLOAD_PATH)
 async def deploy(
     request: Request,
-    config: Annotated[UploadFile, File(description="The cortex.yaml.")],
-    project: Annotated[UploadFile, File(description="The project, as tar.gz.")],
-    force: Annotated[bool, Form(description="Replace an API that is deployed.")] = True,
+    config: Annotated[UploadFile, File(description="The file cortex.yaml.")],
+    project: Annotated[UploadFile, File(description="The project's files, as tar.gz.")],
+    force: Annotated[bool, Form(description="Replace APIs that are already deployed.")] = True,
 ) -> Response:
-    """Deploy every API of a cortex.yaml, all or none."""
+    """Deploy all APIs of a cortex.yaml, or none if one has a mistake."""
     ctx = context(request)
     file = safe_name(config.filename)
     content = await config.read(_MAX_CONFIG_BYTES + 1)
     if len(content) > _MAX_CONFIG_BYTES:
-        raise InvalidSpec(f"{file}: over the limit of 1 MiB")
+        raise InvalidSpec(f"{file}: the file is over the limit of 1 MiB")
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
-        raise InvalidSpec(f"{file}: not UTF-8 ({error}); save it as UTF-8") from error
-    done = await _deployer(request).deploy(
+        raise InvalidSpec(f"{file}: the file is not UTF-8 ({error}); save it as UTF-8") from error
+    deployed = await _deployer(request).deploy(
         file=file, text=text, archive=project.file, replace=force, actor=actor(request)
     )
-    deployed = [
+    answers = [
         with_texts(
             {"message": each.message, "warnings": list[JsonValue](each.warnings), "error": ""},
             api=await ctx.renderer.api(each.deployment, request),
         )
-        for each in done
+        for each in deployed
     ]
-    return written(as_list(deployed))
+    return json_answer(json_array(answers))
 
 
 @router.get("/-/apis")
 async def list_apis(request: Request) -> Response:
-    """All deployed APIs with their jobs in progress and recent ones."""
+    """List all deployed APIs, with their jobs in progress and recent jobs."""
     ctx = context(request)
     if (answer := await ctx.forwarded(request)) is not None:
         return answer
     deployments = await ctx.store.deployments()
     apis = [await ctx.renderer.api(each, request) for each in deployments]
-    return written(as_list(apis))
+    return json_answer(json_array(apis))
 
 
 @router.get("/-/apis/{name}")
 async def get_api(request: Request, name: str) -> Response:
-    """One deployed API, as a list of one."""
+    """Get one deployed API, as a list of one."""
     ctx = context(request)
     if (answer := await ctx.forwarded(request)) is not None:
         return answer
     for deployment in await ctx.store.deployments():
         if deployment.name == name:
-            return written(as_list([await ctx.renderer.api(deployment, request)]))
+            return json_answer(json_array([await ctx.renderer.api(deployment, request)]))
     raise NotFound(f"there is no API {name!r}; `cortex get` lists all")
 
 
 @router.get("/-/audit")
-async def audit(request: Request, limit: Limit = _LISTED, cursor: Cursor = None) -> Answer:
-    """Who deployed, deleted, stopped, made and revoked tokens, and which requests were refused for their
-    token; newest first."""
+async def audit(request: Request, limit: Limit = _PAGE_SIZE, cursor: Cursor = None) -> Answer:
+    """List audit entries, newest first: deploys, deletes, stops, changes of tokens, and requests
+    refused for their token."""
     page = await context(request).store.audit(limit, cursor)
     return Answer(
         {
@@ -167,7 +172,7 @@ async def audit(request: Request, limit: Limit = _LISTED, cursor: Cursor = None)
 
 @router.delete("/-/apis/{name}")
 async def delete_api(request: Request, name: str) -> Answer:
-    """Delete an API; its jobs in progress end as stopped."""
+    """Delete an API. Its jobs in progress are stopped."""
     stopped = await _deployer(request).undeploy(name, actor(request))
     jobs = f", and stopped {stopped} of its jobs" if stopped else ""
     return Answer({"message": f"deleted API {name}{jobs}"})
