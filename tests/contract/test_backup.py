@@ -232,7 +232,7 @@ def _project(name: str, link: str) -> bytes:
         (_manifest(store="postgresql"), "PostgreSQL; use --store"),
         (_manifest(store="x"), "not a backup"),
         (_manifest(created=1), "not a backup"),
-        (lambda found: {**found, "operator.db": b"no database" * 1000}, "no operator's database"),
+        (lambda found: {**found, "operator.db": b"no database" * 1000}, "the database in it cannot be read"),
         (lambda found: {**found, "operator.db": found["operator.db"][:8192]}, "database"),
         (lambda found: {"hello": b"x"}, "not a backup"),
     ],
