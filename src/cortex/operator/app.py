@@ -145,7 +145,7 @@ async def open_operator(
         leadership = Leadership(
             settings, store, peers.jobs, catalogue, versions, projects, environments, archive,
             metrics,
-            new_engine=lambda: _engine(settings, data_folder_id, projects), failed=on_failure,
+            new_engine=_engine_factory(settings, data_folder_id, projects), failed=on_failure,
         )  # fmt: skip
         await peers.open(leadership, settings.lease_s)
         ctx = Context(
@@ -274,9 +274,16 @@ def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _engine(settings: Settings, data_folder_id: str, projects: Projects) -> Engine:
+def _engine_factory(
+    settings: Settings, data_folder_id: str, projects: Projects
+) -> Callable[[], Engine]:
+    """Makes the engine of each term. What can fail of that fails now, at the start of a follower as well.
+
+    Raises:
+        StartupError: the namespace of a Ray cluster cannot be read or written.
+    """
     if settings.ray is None:
-        return LocalEngine(
+        return lambda: LocalEngine(
             settings.jobs,
             settings.capacity,
             settings.grace_s,
@@ -286,12 +293,13 @@ def _engine(settings: Settings, data_folder_id: str, projects: Projects) -> Engi
     from cortex.engines.ray import RayEngine
     from cortex.engines.ray.messages import Builds
 
-    return RayEngine(
+    ray, namespace = settings.ray, ray_namespace(settings, data_folder_id)
+    return lambda: RayEngine(
         settings.jobs,
-        settings.ray.address,
-        ray_namespace(settings, data_folder_id),
+        ray.address,
+        namespace,
         settings.grace_s,
-        settings.ray.node_dir,
+        ray.node_dir,
         projects,
         Builds(settings.builds.timeout_s, settings.builds.variables),
     )

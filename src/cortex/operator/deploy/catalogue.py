@@ -6,6 +6,7 @@ the versions in it. Where other operators deploy as well, it is read again when 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -52,6 +53,7 @@ class Catalogue:
             others_deploy: whether other operators may deploy to the same store.
         """
         self._store = store
+        self._reading = asyncio.Lock()
         self._others_deploy = others_deploy
         self._apis: dict[str, DeployedApi] = {}
         self._at: dict[str, str] = {}
@@ -87,7 +89,11 @@ class Catalogue:
         Raises:
             StorageUnavailable: it cannot be read now.
         """
-        specs = [deployment.spec for deployment in await self._store.deployments()]
+        async with self._reading:  # otherwise a slow read could overwrite the result of a later one
+            specs = [deployment.spec for deployment in await self._store.deployments()]
+            self._replace(specs)
+
+    def _replace(self, specs: list[ApiSpec]) -> None:
         names = {spec.name for spec in specs}
         removed = {name: {api.api_id} for name, api in self._apis.items() if name not in names}
         self.change(specs, removed)
@@ -106,7 +112,8 @@ class Catalogue:
         for name in removed:
             self._apis.pop(name, None)
         for spec in deployed:
-            api, before = DeployedApi.of(spec), self._apis.get(spec.name)
+            # It goes last: it may have the endpoint of an API that another operator has deleted.
+            api, before = DeployedApi.of(spec), self._apis.pop(spec.name, None)
             self._apis[api.name] = api
             if api != before:
                 changed.append((api, before))

@@ -197,9 +197,7 @@ class Dispatcher:
         self._starter.schedule()
 
     def api_removed(self, name: str, api_ids: Collection[str]) -> None:
-        """See `CatalogueListener`."""
-        self._starter.admission.limit(name, None)
-        self._starter.schedule()
+        """See `CatalogueListener`. The limit stays: without it, jobs whose stop is not read yet would start."""
 
     def observe(self, observation: Observation) -> None:
         """Take in an observation of the engine."""

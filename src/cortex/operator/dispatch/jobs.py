@@ -69,6 +69,7 @@ class Jobs:
         if (dispatcher := self._dispatcher) is not None:
             with suppress(Superseded):  # it claimed the job, and is not the leader any longer
                 record = await dispatcher.submit(draft, replay)
+                self._wake(record.spec.job_id)  # a poll may have come between the commit and this
                 if dispatcher is not self._notified:  # its term has ended meanwhile
                     self._notify(record.spec.job_id)
                 return record
@@ -151,8 +152,7 @@ class Jobs:
 
     def on_job_changed(self, job_id: str, *, own: bool) -> None:
         """See `store.ChangeListener`."""
-        for changed in self._waiting.get(job_id, ()):
-            changed.set()
+        self._wake(job_id)
         if self._notified is not None and not own:
             self._notified.on_job_changed(job_id)
 
@@ -178,6 +178,10 @@ class Jobs:
     def _is_current(self) -> bool:
         """Whether memory is as current as the store: no other operator can write there."""
         return self._dispatcher is not None and not self._store.is_shared
+
+    def _wake(self, job_id: str) -> None:
+        for changed in self._waiting.get(job_id, ()):
+            changed.set()
 
     def _notify(self, job_id: str) -> None:
         """The store does not notify of this operator's own writes, and this one may lead meanwhile."""

@@ -108,21 +108,14 @@ class LeaderProxy:
             await self._refresh()
         return None
 
-    async def forward_or_fail(self, request: Request) -> Response:
-        """The leader's response; the caller has checked that this operator is not the leader.
-
-        Raises:
-            NoLeader: no leader can be reached now.
-        """
-        response = await self.forward(request)
-        if response is None:
-            raise NoLeader("no leader right now, and only the leader can answer this; retry")
-        return response
-
     async def _send(
         self, leader: _Leader, request: Request, or_status: int | None
     ) -> Response | None:
-        client = await self._client()
+        try:
+            client = await self._client()
+        except OSError as error:  # no thread is left
+            log.warning("cannot reach the leader", at=leader.address, error=str(error))
+            return None
         import httpx
 
         sending = asyncio.ensure_future(
@@ -154,6 +147,7 @@ class LeaderProxy:
             await in_thread(importlib.import_module, "httpx")
             import httpx
 
+        if self._http is None:  # another request may have made it during the import
             self._http = httpx.AsyncClient(
                 timeout=httpx.Timeout(_RESPONSE_TIMEOUT_S, read=_SILENCE_TIMEOUT_S),
                 limits=httpx.Limits(

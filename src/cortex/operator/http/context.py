@@ -118,7 +118,10 @@ class Context:
         Raises:
             NoLeader: no leader can be reached right now.
         """
-        return None if self.jobs.is_leader else await self.leader.forward_or_fail(request)
+        response = await self.forwarded(request)
+        if response is None and not self.jobs.is_leader:  # it may have become the leader meanwhile
+            raise NoLeader("no leader right now, and only the leader can answer this; retry")
+        return response
 
     def engine(self) -> Engine:
         """The leader's engine.

@@ -55,11 +55,17 @@ async def follow(
             if not watching and watcher.watch_open_log(path, grown.set):
                 watching = True  # the log was created meanwhile, and may not grow for a long time
                 continue
-            if not await _first_of(grown.wait(), writer.changed()):
+            if not await _first_of(grown.wait(), _changed(find_writer)):
                 yield None
     finally:
         if watching:
             watcher.remove(path, grown.set)
+
+
+async def _changed(find_writer: Callable[[], Writer | None]) -> None:
+    """Return at the next change of the writer, or at once where it has ended since it was found last."""
+    if (writer := find_writer()) is not None:
+        await writer.changed()
 
 
 def event(name: str, data: str, event_id: int | None = None) -> str:

@@ -1,0 +1,240 @@
+"""Races of the operator's parts: between a log and its job's end, reads of the catalogue, submits and long polls."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from cortex.joblog.folders import JobFolders
+from cortex.joblog.reader import Log
+from cortex.joblog.watch import FileWatch
+from cortex.operator.deploy.catalogue import Catalogue
+from cortex.operator.deploy.deployer import Deployer
+from cortex.operator.dispatch.dispatcher import Dispatcher
+from cortex.operator.dispatch.jobs import Jobs
+from cortex.operator.dispatch.live_jobs import LiveJob
+from cortex.operator.http.context import Context
+from cortex.operator.logs import follow
+from cortex.spec.api import ApiSpec, Limits, Networking
+from cortex.spec.audit import UNKNOWN
+from cortex.spec.job import JobRecord
+from cortex.store import Store
+from unit.scripted import ScriptedEngine, World
+from unit.test_machine import Environments
+from unit.test_store import draft, spec
+
+LIMIT = 10**6
+T = TypeVar("T")
+
+
+async def limited(work: Coroutine[Any, Any, T]) -> T:
+    return await asyncio.wait_for(work, 60)
+
+
+def test_the_end_of_a_followed_log_is_not_missed_while_the_log_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log"
+    log.write_text("all of it")
+    monkeypatch.setattr(follow, "_KEEP_ALIVE_S", 3600)
+
+    async def work() -> list[tuple[int, str] | None]:
+        none: Any = None
+        live = {"a": LiveJob(none, lambda _: None)}
+        watcher = FileWatch("log watch")
+        watcher.open()
+        found: list[tuple[int, str] | None] = []
+        try:
+            async for piece in follow.follow(Log(log, LIMIT), 0, lambda: live.get("a"), watcher):
+                found.append(piece)
+                if live:  # the job ends while the piece is sent
+                    live.pop("a").notify()
+        finally:
+            await watcher.close()
+        return found
+
+    assert asyncio.run(limited(work())) == [(9, "all of it")]
+
+
+class SlowStore:
+    """A store whose first read of the deployments answers late."""
+
+    def __init__(self) -> None:
+        self.now: list[Any] = []
+        self.release = asyncio.Event()
+        self.reads = 0
+
+    async def deployments(self) -> list[Any]:
+        self.reads += 1
+        found = list(self.now)
+        if self.reads == 1:
+            await self.release.wait()
+        return found
+
+
+class Deployment:
+    def __init__(self, of: Any) -> None:
+        self.spec = of
+
+
+def test_a_late_read_does_not_undo_a_later_one() -> None:
+    async def work() -> Any:
+        store = SlowStore()
+        first = spec()
+        second = first.model_copy(update={"api_id": "second", "limits": Limits(max_running=1)})
+        catalogue = Catalogue(store, others_deploy=True)  # type: ignore[arg-type]
+        store.now = [Deployment(first)]
+        route = asyncio.ensure_future(catalogue.refresh_if_others_deploy())  # GET /unknown
+        await asyncio.sleep(0)
+        store.now = [Deployment(second)]  # another operator deploys, and notifies
+        notified = asyncio.ensure_future(catalogue.refresh())
+        await asyncio.sleep(0.1)
+        store.release.set()
+        await asyncio.gather(route, notified)
+        return catalogue.find("a")
+
+    assert asyncio.run(work()).api_id == "second"
+
+
+def test_a_deploy_takes_an_endpoint_from_an_api_that_was_deleted_elsewhere() -> None:
+    store: Any = None
+    catalogue = Catalogue(store, others_deploy=True)
+    b = spec().model_copy(
+        update={"name": "b", "api_id": "b1", "networking": Networking(endpoint="b")}
+    )
+    a = spec().model_copy(
+        update={"name": "a", "api_id": "a1", "networking": Networking(endpoint="x")}
+    )
+    catalogue.change([b, a])
+    # Another operator deletes `a`; before this one has read that, it deploys `b` at /x.
+    catalogue.change(
+        [b.model_copy(update={"api_id": "b2", "networking": Networking(endpoint="x")})]
+    )
+    assert catalogue.name_at("x") == "b"
+
+
+def test_a_long_poll_that_comes_before_the_submit_goes_on_is_woken(tmp_path: Path) -> None:
+    async def work() -> JobRecord | None:
+        leader = Leader(tmp_path)
+        async with leader.opened(spec()):
+            submit, committed, goes_on = leader.store.submit, asyncio.Event(), asyncio.Event()
+
+            async def late(*arguments: Any) -> Any:
+                stored = await submit(*arguments)
+                committed.set()
+                await goes_on.wait()
+                return stored
+
+            leader.store.submit = late  # type: ignore[method-assign,assignment]
+            job = draft()
+            submitted = asyncio.ensure_future(leader.jobs.submit(job, None))
+            await committed.wait()
+            poll = asyncio.ensure_future(leader.jobs.next_record(job.job_id, 3600))
+            while job.job_id not in leader.jobs._waiting:  # noqa: ASYNC110  # nothing reports it
+                await asyncio.sleep(0.01)
+            goes_on.set()
+            await submitted
+            return await asyncio.wait_for(poll, 60)
+
+    record = asyncio.run(work())
+    assert record is not None
+
+
+class Forwards:
+    """Finds no other leader, because this operator has become it meanwhile."""
+
+    def __init__(self, becomes_leader: Any) -> None:
+        self._becomes_leader = becomes_leader
+
+    async def forward(self, request: Any, or_status: int | None = None) -> None:
+        self._becomes_leader()
+
+
+def test_an_operator_that_becomes_the_leader_while_it_forwards_answers_itself() -> None:
+    none: Any = None
+    jobs = Jobs(none, lambda: None, lambda: None)
+    dispatcher: Any = object()
+    leader: Any = Forwards(lambda: jobs.dispatch_with(dispatcher))
+    ctx = Context(none, none, jobs, none, none, none, none, leader)
+    assert asyncio.run(ctx.forwarded_or_fail(none)) is None
+
+
+class Leader:
+    """A dispatcher on a scripted engine, and the handles that the engine was asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store = Store(f"sqlite:///{folder / 'operator.db'}")
+        self.claims: list[str] = []
+        self.catalogue = Catalogue(self.store, others_deploy=True)
+        self.jobs = Jobs(self.store, lambda: None, lambda: None)
+        self.folder = folder
+
+    @asynccontextmanager
+    async def opened(self, api: ApiSpec) -> AsyncIterator[Dispatcher]:
+        engine = ScriptedEngine(World(), 1000)
+        claim = engine.claim
+
+        def counted(job_id: str, attempt: int) -> str:
+            self.claims.append(job_id)
+            return claim(job_id, attempt)
+
+        engine.claim = counted  # type: ignore[method-assign]
+        versions = Environments(self.store, {api.name: "ready"})
+        await self.store.deploy([api])
+        await versions.spec(api.api_id)
+        await self.catalogue.refresh()
+        folders = JobFolders(self.folder)
+        dispatcher = Dispatcher(self.store, engine, versions, self.catalogue, folders)
+        self.jobs.begin_term(dispatcher)
+        await engine.open(dispatcher.observe)
+        await dispatcher.open()
+        self.jobs.dispatch_with(dispatcher)
+        try:
+            yield dispatcher
+        finally:
+            await dispatcher.close()
+            self.store.close()
+
+
+ONE_AT_A_TIME = spec().model_copy(update={"limits": Limits(max_running=1)})
+
+
+def test_the_jobs_of_an_api_that_another_operator_deleted_are_not_claimed(tmp_path: Path) -> None:
+    async def work() -> list[str]:
+        leader = Leader(tmp_path)
+        async with leader.opened(ONE_AT_A_TIME) as dispatcher:
+            for _ in range(50):
+                await dispatcher.submit(draft(), None)
+            stopped = await leader.store.undeploy("a", "deleted")
+            await leader.catalogue.refresh()  # before the jobs' stops are read
+            for job in stopped:
+                dispatcher.on_job_changed(job.spec.job_id)
+            while dispatcher.live_jobs.all()[1:]:  # noqa: ASYNC110  # the first has been claimed
+                await asyncio.sleep(0.01)
+            return leader.claims
+
+    assert len(asyncio.run(work())) == 1
+
+
+def test_a_leader_claims_no_job_of_an_api_that_it_deletes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Jobs, "_is_current", False)  # as where other operators store stops as well
+
+    async def work() -> list[str]:
+        leader = Leader(tmp_path)
+        none: Any = None
+        async with leader.opened(ONE_AT_A_TIME) as dispatcher:
+            for _ in range(50):
+                await leader.jobs.submit(draft(), None)
+            await Deployer(leader.store, none, leader.catalogue, leader.jobs).undeploy("a", UNKNOWN)
+            while dispatcher.live_jobs.all()[1:]:  # noqa: ASYNC110  # the first has been claimed
+                await asyncio.sleep(0.01)
+            return leader.claims
+
+    assert len(asyncio.run(work())) == 1
