@@ -19,7 +19,7 @@ from cortex.spec.lifecycle import Event
 from cortex.store import Store
 from cortex.worker import processes
 from unit.driver import eventually, sessions
-from unit.test_store import FACTS, draft, spec
+from unit.test_store import EVENTS, draft, spec
 
 
 async def started(settings: Settings, store: Store, files: ObjectStore | None) -> str:
@@ -128,9 +128,7 @@ def test_a_folder_that_is_not_lost_costs_no_jobs(home: Home, tmp_path: Path) -> 
     async def job() -> JobRecord:
         await store.deploy([spec()])
         record, _ = await store.submit(draft())
-        return (
-            await store.apply(record.spec.job_id, Event.CLAIM, FACTS[Event.CLAIM])
-        ).job or record
+        return (await store.apply(record.spec.job_id, EVENTS[Event.CLAIM])).job or record
 
     running = asyncio.run(job())
     home.database = theirs

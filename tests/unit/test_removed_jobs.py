@@ -29,8 +29,8 @@ from unit.test_store import draft, path_to, spec
 
 async def remove(store: Store, job_id: str) -> None:
     """Let a job end, and retention remove it."""
-    for event, facts in path_to(State.SUCCEEDED):
-        await store.apply(job_id, event, facts)
+    for event in path_to(State.SUCCEEDED):
+        await store.apply(job_id, event)
     await store.remove_jobs([job_id])
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -19,29 +20,28 @@ from cortex.spec.api import ApiSpec, Definition, Networking
 from cortex.spec.job import JobSpec, encode
 from cortex.spec.lifecycle import FINAL, SHOWN, TRANSITIONS, Event, State, Status, Wanted
 from cortex.spec.times import new_id, now_ns, rfc3339
-from cortex.store import Facts, Replay, Store
+from cortex.store import Replay, Store, events
 from cortex.store.database import connect, migrate
 from cortex.store.group import locks
 from cortex.store.schema import REVISION, metadata
 from unit.driver import Driver, driving, eventually
 
-ENDING: Facts = {
-    "of_attempt": 1, "start_ns": None, "end_ns": 1, "message": "m", "exit_code": 3, "result": None,
-}  # fmt: skip
-PATHS: dict[State, list[tuple[Event, Facts]]] = {
+EVENTS: dict[Event, events.JobEvent] = {
+    Event.CLAIM: events.Claim(0, "h"),
+    Event.UNCLAIM: events.Unclaim(1),
+    Event.START: events.Start(1, 1),
+    Event.RETRY: events.Retry(1, "m"),
+    Event.STOP: events.Stop(1, "stopped"),
+}
+PATHS: dict[State, list[events.JobEvent]] = {
     State.WAITING: [],
-    State.STARTING: [(Event.CLAIM, {"of_attempt": 0, "handle": "h"})],
-    State.RUNNING: [
-        (Event.CLAIM, {"of_attempt": 0, "handle": "h"}),
-        (Event.START, {"of_attempt": 1, "start_ns": 1}),
-    ],
+    State.STARTING: [EVENTS[Event.CLAIM]],
+    State.RUNNING: [EVENTS[Event.CLAIM], EVENTS[Event.START]],
 }
-FACTS: dict[Event, Facts] = {
-    Event.CLAIM: {"of_attempt": 0, "handle": "h"},
-    Event.UNCLAIM: {"of_attempt": 1},
-    Event.START: {"of_attempt": 1, "start_ns": 1},
-    Event.STOP: {"end_ns": 1, "message": "stopped"},
-}
+
+
+def end(event: Event, **changes: Any) -> events.End:
+    return replace(events.End(event, 1, 1, "m", exit_code=3), **changes)
 
 
 def spec(name: str = "a", endpoint: str | None = None) -> ApiSpec:
@@ -91,14 +91,14 @@ def test_the_store_takes_exactly_the_events_of_the_table(
 ) -> None:
     async def work(store: Store) -> None:
         job, _ = await store.submit(draft())
-        for step, facts in path_to(state):
-            assert (await store.apply(job.spec.job_id, step, facts)).taken
+        for step in path_to(state):
+            assert (await store.apply(job.spec.job_id, step)).taken
         before = await store.job(job.spec.job_id)
         assert before is not None and before.state is state
-        facts = {**FACTS.get(event, ENDING)}
-        if event not in (Event.STOP,):
-            facts["of_attempt"] = before.attempt
-        outcome = await store.apply(job.spec.job_id, event, facts)
+        taken = EVENTS.get(event) or end(event)
+        if not isinstance(taken, events.Stop):
+            taken = replace(taken, attempt=before.attempt)
+        outcome = await store.apply(job.spec.job_id, taken)
         expected = TRANSITIONS.get((state, event))
         assert outcome.taken == (expected is not None)
         assert outcome.job == await store.job(job.spec.job_id)
@@ -146,23 +146,23 @@ def test_the_keys_of_advisory_locks_differ_and_stay_the_same_for_all_versions() 
 def test_words_that_are_no_text_are_stored_as_escapes(url: str) -> None:
     async def work(store: Store) -> None:
         job, _ = await store.submit(draft())
-        for step, facts in PATHS[State.RUNNING]:
-            await store.apply(job.spec.job_id, step, facts)
-        ending = {**ENDING, "message": "ValueError: \ud800"}
-        ended = (await store.apply(job.spec.job_id, Event.FAIL, ending)).job
+        for step in PATHS[State.RUNNING]:
+            await store.apply(job.spec.job_id, step)
+        failed = end(Event.FAIL, message="ValueError: \ud800")
+        ended = (await store.apply(job.spec.job_id, failed)).job
         assert ended is not None and ended.message == "ValueError: \\ud800"
         assert await store.job(job.spec.job_id) == ended
 
     with_store(url, work)
 
 
-def path_to(state: State) -> list[tuple[Event, Facts]]:
+def path_to(state: State) -> list[events.JobEvent]:
     if state in PATHS:
         return PATHS[state]
     if state is State.CANCELLED:
-        return [(Event.STOP, FACTS[Event.STOP])]
+        return [EVENTS[Event.STOP]]
     last = next(e for (s, e), t in TRANSITIONS.items() if t is state and s is State.RUNNING)
-    return [*PATHS[State.RUNNING], (last, ENDING)]
+    return [*PATHS[State.RUNNING], end(last)]
 
 
 @pytest.mark.parametrize("state", [State.STARTING, State.RUNNING])
@@ -172,13 +172,13 @@ def path_to(state: State) -> list[tuple[Event, Facts]]:
 def test_an_acknowledged_stop_is_final(url: str, state: State, event: Event) -> None:
     async def work(store: Store) -> None:
         job, _ = await store.submit(draft())
-        for step, facts in PATHS[state]:
-            await store.apply(job.spec.job_id, step, facts)
-        stopped = (await store.apply(job.spec.job_id, Event.STOP, FACTS[Event.STOP])).job
+        for step in PATHS[state]:
+            await store.apply(job.spec.job_id, step)
+        stopped = (await store.apply(job.spec.job_id, EVENTS[Event.STOP])).job
         assert stopped is not None and stopped.wanted is Wanted.STOP
-        again = await store.apply(job.spec.job_id, Event.STOP, {"end_ns": 2**62, "message": "x"})
+        again = await store.apply(job.spec.job_id, events.Stop(2**62, "x"))
         assert not again.taken
-        ended = (await store.apply(job.spec.job_id, event, {**ENDING, "end_ns": 2**62})).job
+        ended = (await store.apply(job.spec.job_id, end(event, end_ns=2**62))).job
         assert ended is not None
         assert SHOWN[ended.state, ended.wanted] is Status.STOPPED
         shown = ("start_ns", "end_ns", "message", "result")
@@ -190,9 +190,9 @@ def test_an_acknowledged_stop_is_final(url: str, state: State, event: Event) -> 
 def test_times_are_ordered_whatever_the_clock_says(url: str) -> None:
     async def work(store: Store) -> None:
         job, _ = await store.submit(draft())
-        for step, facts in PATHS[State.RUNNING]:
-            await store.apply(job.spec.job_id, step, facts)
-        done = (await store.apply(job.spec.job_id, Event.SUCCEED, {**ENDING, "end_ns": 5})).job
+        for step in PATHS[State.RUNNING]:
+            await store.apply(job.spec.job_id, step)
+        done = (await store.apply(job.spec.job_id, end(Event.SUCCEED, end_ns=5))).job
         assert done is not None and done.start_ns is not None and done.end_ns is not None
         assert job.spec.created_ns <= done.start_ns <= done.end_ns
 
@@ -202,10 +202,10 @@ def test_times_are_ordered_whatever_the_clock_says(url: str) -> None:
 def test_an_event_of_an_earlier_attempt_changes_nothing(url: str) -> None:
     async def work(store: Store) -> None:
         job, _ = await store.submit(draft())
-        await store.apply(job.spec.job_id, Event.CLAIM, FACTS[Event.CLAIM])
-        await store.apply(job.spec.job_id, Event.UNCLAIM, {"of_attempt": 1})
-        await store.apply(job.spec.job_id, Event.CLAIM, {"of_attempt": 1, "handle": "h"})
-        late = await store.apply(job.spec.job_id, Event.SUCCEED, ENDING)
+        await store.apply(job.spec.job_id, EVENTS[Event.CLAIM])
+        await store.apply(job.spec.job_id, events.Unclaim(1))
+        await store.apply(job.spec.job_id, events.Claim(1, "h"))
+        late = await store.apply(job.spec.job_id, end(Event.SUCCEED))
         assert not late.taken
         assert late.job is not None and late.job.state is State.STARTING
 
@@ -214,7 +214,7 @@ def test_an_event_of_an_earlier_attempt_changes_nothing(url: str) -> None:
 
 def test_an_unknown_job_takes_nothing(url: str) -> None:
     async def work(store: Store) -> None:
-        outcome = await store.apply("nothing", Event.STOP, FACTS[Event.STOP])
+        outcome = await store.apply("nothing", EVENTS[Event.STOP])
         assert (outcome.taken, outcome.job) == (False, None)
 
     with_store(url, work)
@@ -240,7 +240,7 @@ def test_undeploy_stops_what_is_in_progress(url: str) -> None:
     async def work(store: Store) -> None:
         waiting, _ = await store.submit(draft())
         done, _ = await store.submit(draft())
-        await store.apply(done.spec.job_id, Event.LOSE, {**ENDING, "of_attempt": 0})
+        await store.apply(done.spec.job_id, end(Event.LOSE, attempt=0))
         stopped = await store.undeploy("a", "deleted")
         assert [job.spec.job_id for job in stopped] == [waiting.spec.job_id]
         with pytest.raises(NotFound):

@@ -18,10 +18,10 @@ from cortex.errors import OverWaitingBytes
 from cortex.spec.api import Limits
 from cortex.spec.job import JobRecord, JobSpec, encode
 from cortex.spec.lifecycle import Event
-from cortex.store import InitialClaim, Store
+from cortex.store import InitialClaim, Store, events
 from cortex.store.schema import jobs, long_texts
 from unit.driver import driving, eventually
-from unit.test_store import ENDING, FACTS, draft, spec, with_store
+from unit.test_store import EVENTS, draft, end, spec, with_store
 
 LONG = encode({"text": "ä" * 5000})
 
@@ -62,10 +62,10 @@ def test_a_long_config_is_told_where_a_job_is_claimed_or_asked_for_whole(url: st
         assert (await store.list_jobs("a", limit=10)).jobs == [without]
         assert await store.jobs([job_id]) == await store.jobs_in_progress() == [without]
         assert await store.whole_job(job_id) == job
-        claimed = (await store.apply(job_id, Event.CLAIM, FACTS[Event.CLAIM], without.spec)).job
+        claimed = (await store.apply(job_id, EVENTS[Event.CLAIM], without.spec)).job
         assert claimed is not None
         assert claimed.spec.config == LONG
-        started = (await store.apply(job_id, Event.START, FACTS[Event.START])).job
+        started = (await store.apply(job_id, EVENTS[Event.START])).job
         assert started is not None
         assert started.spec.config is None
         assert await store.whole_job("nothing") is None
@@ -78,20 +78,20 @@ def test_a_long_result_is_there_unless_the_job_was_stopped(url: str) -> None:
         job, _ = await store.submit(draft())
         job_id = job.spec.job_id
         for step in (Event.CLAIM, Event.START, *([Event.STOP] if stop else [])):
-            assert (await store.apply(job_id, step, FACTS[step])).taken
-        end = (await store.apply(job_id, Event.SUCCEED, {**ENDING, "result": LONG})).job
-        assert end is not None
-        assert (end.has_result, end.result) == (not stop, None)
-        assert await store.job(job_id) == end
+            assert (await store.apply(job_id, EVENTS[step])).taken
+        last = (await store.apply(job_id, end(Event.SUCCEED, result=LONG))).job
+        assert last is not None
+        assert (last.has_result, last.result) == (not stop, None)
+        assert await store.job(job_id) == last
         whole = await store.whole_job(job_id)
-        assert whole == replace(end, result=None if stop else LONG)
-        return end
+        assert whole == replace(last, result=None if stop else LONG)
+        return last
 
     async def work(store: Store) -> None:
-        end = await ended(store, stop=False)
+        last = await ended(store, stop=False)
         await ended(store, stop=True)
         assert await texts(store) == 1
-        await store.remove_jobs([end.spec.job_id])
+        await store.remove_jobs([last.spec.job_id])
         assert await texts(store) == 0
 
     with_store(url, work)
@@ -119,11 +119,11 @@ def test_no_more_bytes_wait_than_may(url: str) -> None:
                 await store.submit(long(2000))
             with pytest.raises(OverWaitingBytes):
                 await store.submit(draft())
-            taken = await store.apply(first.spec.job_id, Event.CLAIM, FACTS[Event.CLAIM])
+            taken = await store.apply(first.spec.job_id, EVENTS[Event.CLAIM])
             assert taken.taken
             await submitted(store, long(3000))
             # What waits again counts; one that is claimed at once does not.
-            assert (await store.apply(first.spec.job_id, Event.UNCLAIM, {"of_attempt": 1})).taken
+            assert (await store.apply(first.spec.job_id, events.Unclaim(1))).taken
             with pytest.raises(OverWaitingBytes):
                 await store.submit(draft())
             api_id = first.spec.api_id
@@ -213,7 +213,7 @@ def test_rows_of_before_are_read_and_count(tmp_path: Path) -> None:
             assert (whole.spec.config, whole.result) == (LONG, LONG)
             with pytest.raises(OverWaitingBytes):
                 await store.submit(long(20_000))
-            claimed = (await store.apply("1a", Event.CLAIM, FACTS[Event.CLAIM], waits.spec)).job
+            claimed = (await store.apply("1a", EVENTS[Event.CLAIM], waits.spec)).job
             assert claimed is not None
             assert claimed.spec.config == LONG
             await submitted(store, long(20_000))

@@ -27,7 +27,7 @@ from cortex.store import InitialClaim, Outcome, Store
 from cortex.store.group.locks import LEADER_LOCK
 from postgresql import PASSWORD, USER, Server, server
 from unit.driver import ADDRESS, Driver, driving, eventually, sessions
-from unit.test_store import ENDING, FACTS, draft, spec, with_store
+from unit.test_store import EVENTS, draft, end, spec, with_store
 
 LOCKS = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted AND database = %s"
 
@@ -70,9 +70,9 @@ def test_a_write_whose_commit_loses_the_connection_is_made_once(
         assert sorted(await stored(store)) == sorted(job.spec.job_id for job, _ in jobs)
         job_id = jobs[0][0].spec.job_id
         between.cut = cut
-        assert (await store.apply(job_id, Event.CLAIM, FACTS[Event.CLAIM])).taken
+        assert (await store.apply(job_id, EVENTS[Event.CLAIM])).taken
         between.cut = cut
-        assert (await store.apply(job_id, Event.STOP, FACTS[Event.STOP])).taken
+        assert (await store.apply(job_id, EVENTS[Event.STOP])).taken
 
     with proxy(postgresql.folder) as between:
         with_store(through(between, database), work)
@@ -249,15 +249,15 @@ def test_what_is_the_drivers_alone_is_not_stored_for_others(database: str) -> No
             await second.deploy([spec()])
             job, _ = await second.submit(draft())
             job_id = job.spec.job_id
-            for event_, facts in FACTS.items():
-                if event_ is not Event.STOP:
+            for kind, event in EVENTS.items():
+                if kind is not Event.STOP:
                     with pytest.raises(Superseded):
-                        await second.apply(job_id, event_, facts)
+                        await second.apply(job_id, event)
             with pytest.raises(Superseded):
                 await second.submit(draft(), claim=InitialClaim(job.spec.api_id, "handle"))
             assert await stored(second) == [job_id]
-            assert (await first.apply(job_id, Event.CLAIM, FACTS[Event.CLAIM])).taken
-            assert (await second.apply(job_id, Event.STOP, FACTS[Event.STOP])).taken
+            assert (await first.apply(job_id, EVENTS[Event.CLAIM])).taken
+            assert (await second.apply(job_id, EVENTS[Event.STOP])).taken
 
     asyncio.run(main())
 
@@ -290,7 +290,7 @@ def test_an_operator_of_a_folder_that_was_given_up_for_lost_stores_nothing_when_
         with pytest.raises(Superseded, match="was declared lost"):
             await away.submit(draft())
         with pytest.raises(Superseded, match="was declared lost"):
-            await away.apply(job.spec.job_id, Event.STOP, FACTS[Event.STOP])
+            await away.apply(job.spec.job_id, EVENTS[Event.STOP])
         assert await stored(store) == [job.spec.job_id]
         assert store.operators.data_folder_ids() == {"there"}
         await away.operators.leave()
@@ -372,7 +372,7 @@ def test_a_lock_that_is_lost_is_taken_again_and_the_term_goes_on(
             connection.execute("SELECT pg_terminate_backend(%s)", [before])
         await eventually(lambda: lock_of(postgresql, name) not in (None, before))
         job, _ = await store.submit(draft())
-        assert (await store.apply(job.spec.job_id, Event.CLAIM, FACTS[Event.CLAIM])).taken
+        assert (await store.apply(job.spec.job_id, EVENTS[Event.CLAIM])).taken
         assert (driver.drives, driver.terms) == (True, 1)
 
     with_store(database, work, driver)
@@ -397,10 +397,10 @@ def test_an_operator_whose_lock_somebody_else_took_stores_nothing_more(
             ]
             for _ in range(2):
                 with pytest.raises(Superseded):
-                    await store.apply(job.spec.job_id, Event.CLAIM, FACTS[Event.CLAIM])
+                    await store.apply(job.spec.job_id, EVENTS[Event.CLAIM])
             assert await other.job(job.spec.job_id) == job
             await eventually(lambda: not driver.drives)
-            assert (await other.apply(job.spec.job_id, Event.CLAIM, FACTS[Event.CLAIM])).taken
+            assert (await other.apply(job.spec.job_id, EVENTS[Event.CLAIM])).taken
             # It goes on as one that does not drive, and drives again when it is its turn.
             second, _ = await store.submit(draft())
             assert sorted(await stored(other)) == sorted([job.spec.job_id, second.spec.job_id])
@@ -426,12 +426,12 @@ def test_an_operator_that_does_not_renew_its_lease_is_superseded(
             # Its own lease is long: a busy machine may hold it up for more than a second, too.
             async with standing(database) as (other, taker):
                 await eventually(lambda: taker.drives)
-                claimed = await other.apply(job.spec.job_id, Event.CLAIM, FACTS[Event.CLAIM])
+                claimed = await other.apply(job.spec.job_id, EVENTS[Event.CLAIM])
                 assert claimed.taken
                 between.is_mute = False
                 await eventually(lambda: not driver.drives)
                 with pytest.raises(Superseded):
-                    await hung.apply(job.spec.job_id, Event.LOSE, ENDING)
+                    await hung.apply(job.spec.job_id, end(Event.LOSE))
                 assert await hung.job(job.spec.job_id) == claimed.job
 
     with proxy(postgresql.folder) as between:
@@ -491,9 +491,9 @@ def test_every_change_is_told_to_all_as_it_is_committed(database: str) -> None:
             await eventually(lambda: told.apis == 1)
             job, _ = await second.submit(draft())
             job_id = job.spec.job_id
-            await first.apply(job_id, Event.CLAIM, FACTS[Event.CLAIM])
-            await second.apply(job_id, Event.STOP, FACTS[Event.STOP])
-            await first.apply(job_id, Event.LOSE, ENDING)
+            await first.apply(job_id, EVENTS[Event.CLAIM])
+            await second.apply(job_id, EVENTS[Event.STOP])
+            await first.apply(job_id, end(Event.LOSE))
             await eventually(lambda: len(told.jobs) == 4)
             assert told.jobs == [(job_id, own) for own in (False, True, False, True)]
             await second.undeploy("a", "deleted")
@@ -612,8 +612,8 @@ def test_writes_that_are_in_each_others_way_are_made(database: str) -> None:
             jobs = [(await first.submit(draft()))[0].spec.job_id for _ in range(30)]
             work: list[Awaitable[Outcome]] = []
             for one, other in zip(jobs, reversed(jobs), strict=True):
-                work.append(first.apply(one, Event.CLAIM, FACTS[Event.CLAIM]))
-                work.append(second.apply(other, Event.STOP, FACTS[Event.STOP]))
+                work.append(first.apply(one, EVENTS[Event.CLAIM]))
+                work.append(second.apply(other, EVENTS[Event.STOP]))
             await asyncio.gather(*work)
             found = await first.jobs(jobs)
             assert {job.wanted for job in found} == {Wanted.STOP}
@@ -719,9 +719,9 @@ def test_a_commit_waits_for_the_disk_whatever_the_server_says(
 def test_text_that_postgresql_cannot_hold_is_stored_without_it(emptied: str) -> None:
     async def work(store: Store) -> None:
         job, _ = await store.submit(replace(draft(), config=encode({"x": "a\0b"})))
-        await store.apply(job.spec.job_id, Event.CLAIM, FACTS[Event.CLAIM])
-        said = {**ENDING, "message": "a\0b", "result": '"a\\u0000b"'}
-        ended = (await store.apply(job.spec.job_id, Event.SUCCEED, said)).job
+        await store.apply(job.spec.job_id, EVENTS[Event.CLAIM])
+        succeeded = end(Event.SUCCEED, message="a\0b", result='"a\\u0000b"')
+        ended = (await store.apply(job.spec.job_id, succeeded)).job
         assert ended is not None
         assert (ended.message, ended.result) == ("a\ufffdb", '"a\\u0000b"')
         assert ended.spec.config == encode({"x": "a\0b"})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import update
 
 from cortex.spec.lifecycle import Event, State
-from cortex.store import Facts, Store
+from cortex.store import Store
+from cortex.store.events import End
 from cortex.store.schema import jobs
 from cortex.worker.checks import Invalid
 from cortex.worker.messages import ExitRecord
@@ -18,9 +20,7 @@ from unit.test_store import PATHS, draft, url, with_store
 
 __all__ = ["url"]
 NUMBER = 60
-SUCCEEDED: Facts = {
-    "of_attempt": 1, "start_ns": 1, "end_ns": 2, "message": None, "exit_code": 0, "result": "1",
-}  # fmt: skip
+SUCCEEDED = End(Event.SUCCEED, 1, 2, None, start_ns=1, exit_code=0, result="1")
 
 
 def taken() -> list[ExitRecord]:
@@ -39,17 +39,18 @@ def test_what_passes_is_stored_and_shown(url: str) -> None:  # it is a fixture
     async def work(store: Store) -> None:
         for record in taken():
             job, _ = await store.submit(draft())
-            for step, facts in PATHS[State.RUNNING]:
-                await store.apply(job.spec.job_id, step, facts)
-            ending = {
-                "of_attempt": 1,
-                "start_ns": record.start_ns,
-                "end_ns": record.end_ns,
-                "message": record.message,
-                "exit_code": record.exit_code,
-                "result": json.dumps(record.result) if record.has_result else None,
-            }
-            assert (await store.apply(job.spec.job_id, Event.SUCCEED, ending)).taken
+            for step in PATHS[State.RUNNING]:
+                await store.apply(job.spec.job_id, step)
+            ending = End(
+                Event.SUCCEED,
+                1,
+                record.end_ns,
+                record.message,
+                start_ns=record.start_ns,
+                exit_code=record.exit_code,
+                result=json.dumps(record.result) if record.has_result else None,
+            )
+            assert (await store.apply(job.spec.job_id, ending)).taken
             shown = await store.job(job.spec.job_id)
             assert shown is not None
             check_strict([shown.result, shown.message, shown.exit_code, shown.end_ns])
@@ -68,12 +69,9 @@ def test_a_result_that_cannot_be_shown_is_left_out(
 ) -> None:  # it is a fixture
     async def work(store: Store) -> None:
         job, _ = await store.submit(draft())
-        for step, facts in PATHS[State.RUNNING]:
-            await store.apply(job.spec.job_id, step, facts)
-        ending = {
-            "of_attempt": 1, "start_ns": 1, "end_ns": 2, "message": None, "exit_code": 0, "result": stored,
-        }  # fmt: skip
-        shown = (await store.apply(job.spec.job_id, Event.SUCCEED, ending)).job
+        for step in PATHS[State.RUNNING]:
+            await store.apply(job.spec.job_id, step)
+        shown = (await store.apply(job.spec.job_id, replace(SUCCEEDED, result=stored))).job
         assert shown is not None
         assert (shown.has_result, shown.result, shown.exit_code) == (False, None, 0)
         assert "not kept" in (shown.message or "")
@@ -85,8 +83,8 @@ def test_a_result_that_cannot_be_shown_is_left_out(
 def test_a_long_one_of_an_earlier_version_is_left_out_too(url: str) -> None:  # it is a fixture
     async def work(store: Store) -> None:
         job, _ = await store.submit(draft())
-        for step, facts in [*PATHS[State.RUNNING], (Event.SUCCEED, SUCCEEDED)]:
-            await store.apply(job.spec.job_id, step, facts)
+        for step in [*PATHS[State.RUNNING], SUCCEEDED]:
+            await store.apply(job.spec.job_id, step)
         with store._engine.begin() as connection:
             connection.execute(update(jobs).values(result="[" * 99999))
         whole = await store.whole_job(job.spec.job_id)

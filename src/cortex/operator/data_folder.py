@@ -24,11 +24,12 @@ import structlog
 from cortex.errors import StartupError, StorageUnavailable
 from cortex.objects import ObjectStore
 from cortex.operator.config.settings import Settings
-from cortex.operator.dispatch.live_jobs import platform_ending
+from cortex.operator.dispatch.live_jobs import platform_end
 from cortex.spec.job import JobRecord
 from cortex.spec.lifecycle import CLAIMED, Event
 from cortex.spec.times import new_id
-from cortex.store import SAVED, Facts, Store, put_back
+from cortex.store import SAVED, Store, put_back
+from cortex.store.events import Retry
 from cortex.worker import files as atomic_files
 from cortex.worker import processes
 
@@ -251,15 +252,11 @@ async def _give_up(store: Store, reason: str, *, is_final: bool) -> None:
             continue
         job_id, number = record.spec.job_id, record.losses + 1
         if not is_final and await _may_retry(store, record):
-            facts: Facts = {
-                "of_attempt": record.attempt,
-                "message": f"attempt {number} was lost: {reason}",
-            }
-            if (await store.apply(job_id, Event.RETRY, facts, record.spec)).taken:
+            retry = Retry(record.attempt, f"attempt {number} was lost: {reason}")
+            if (await store.apply(job_id, retry, record.spec)).taken:
                 log.warning("attempt lost", job=job_id, number=number, reason=reason)
                 continue
-        facts = {"of_attempt": record.attempt, **platform_ending(reason)}
-        await store.apply(job_id, Event.LOSE, facts, record.spec)
+        await store.apply(job_id, platform_end(Event.LOSE, record, reason), record.spec)
         log.warning("job lost", job=job_id, reason=reason)
 
 

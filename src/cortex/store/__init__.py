@@ -10,14 +10,13 @@ from cortex.store.group.notifications import ChangeListener
 from cortex.store.sqlite import SAVED, put_back
 from cortex.store.store import JobPage, Store
 from cortex.store.submissions import InitialClaim, Replay
-from cortex.store.transitions import Facts, Outcome
+from cortex.store.transitions import Outcome
 
 __all__ = [
     "SAVED",
     "ChangeListener",
     "DatabaseLock",
     "Deployment",
-    "Facts",
     "InitialClaim",
     "JobPage",
     "LeaderCallbacks",

@@ -16,13 +16,14 @@ from cortex.errors import StartupError
 from cortex.spec.api import ApiSpec
 from cortex.spec.audit import UNKNOWN, Action, Actor, AuditEntry
 from cortex.spec.job import JobRecord, JobSpec
-from cortex.spec.lifecycle import SHOWN, Event, Status
+from cortex.spec.lifecycle import SHOWN, Status
 from cortex.spec.times import new_id, now_ns
 from cortex.spec.tokens import Scope, Token
 from cortex.store import apis, audit, long_texts, retention, sqlite, tokens
 from cortex.store.apis import Deployment
 from cortex.store.audit import AuditPage
 from cortex.store.database import connect, migrate, read, reader
+from cortex.store.events import JobEvent, Retry, Stop, Unclaim
 from cortex.store.group import locks
 from cortex.store.group.group import OperatorGroup
 from cortex.store.group.locks import DatabaseLock
@@ -30,7 +31,7 @@ from cortex.store.group.member import session_name
 from cortex.store.group.sole import SoleOperator
 from cortex.store.schema import IS_IN_PROGRESS, jobs
 from cortex.store.submissions import InitialClaim, Replay, Submissions
-from cortex.store.transitions import BY_ID, Facts, Outcome, apply, record, whole_record
+from cortex.store.transitions import BY_ID, Outcome, apply, record, whole_record
 from cortex.store.writer import Writer
 
 T = TypeVar("T")
@@ -130,24 +131,23 @@ class Store:
     async def apply(
         self,
         job_id: str,
-        event: Event,
-        facts: Facts,
+        event: JobEvent,
         spec: JobSpec | None = None,
         actor: Actor = UNKNOWN,
     ) -> Outcome:
-        """Take one event of a job; see `transitions.apply`. Only the leader takes events but STOP.
+        """Take one event of a job; see `transitions.apply`. Only the leader takes events but `Stop`.
 
         Args:
-            actor: of a STOP, for the audit.
+            actor: of a `Stop`, for the audit.
 
         Raises:
             Superseded: another operator is the leader.
         """
 
         def write(connection: Connection) -> Outcome:
-            if event in (Event.UNCLAIM, Event.RETRY):
+            if isinstance(event, Unclaim | Retry):
                 self._submissions.waiting_bytes.on_waiting_again()
-            return apply(connection, job_id, event, facts, spec)
+            return apply(connection, job_id, event, spec)
 
         def stop(connection: Connection) -> Outcome:
             outcome = write(connection)
@@ -158,7 +158,9 @@ class Store:
             return outcome
 
         return await (
-            self._writer.run(stop) if event is Event.STOP else self.operators.write_as_leader(write)
+            self._writer.run(stop)
+            if isinstance(event, Stop)
+            else self.operators.write_as_leader(write)
         )
 
     async def job(self, job_id: str) -> JobRecord | None:

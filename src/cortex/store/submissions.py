@@ -15,9 +15,9 @@ from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import State, Wanted
 from cortex.store import long_texts
 from cortex.store.group.locks import WAITING_JOBS_LOCK
-from cortex.store.prepared import Prepared
+from cortex.store.prepared import Prepared, Value
 from cortex.store.schema import IS_WAITING, apis, jobs, versions
-from cortex.store.transitions import Facts, spec_text, whole_record
+from cortex.store.transitions import spec_text, whole_record
 from cortex.store.waiting_bytes import WaitingBytes
 
 
@@ -147,7 +147,7 @@ def _insert(
 ) -> JobRecord:
     state = State.WAITING if claim is None else State.STARTING
     config = spec.config or "{}"
-    values: Facts = {
+    values: dict[str, Value] = {
         "job_id": spec.job_id,
         "api_name": spec.api_name,
         "api_id": spec.api_id,

@@ -8,7 +8,6 @@ import.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -18,7 +17,8 @@ from sqlalchemy import ColumnElement, Connection, Update, bindparam, case, func,
 from cortex.spec.job import JobRecord, JobSpec, encode, with_texts
 from cortex.spec.lifecycle import TRANSITIONS, Event, State, Wanted, sources
 from cortex.store import long_texts
-from cortex.store.prepared import Prepared, Row, Value
+from cortex.store.events import Claim, JobEvent
+from cortex.store.prepared import Prepared, Row
 from cortex.store.schema import IS_IN_PROGRESS, jobs
 from cortex.worker.checks import NOT_KEPT, why_no_result
 
@@ -108,8 +108,6 @@ No other result begins with a space, and an operator of an older version on the 
 it as null.
 """
 
-Facts = Mapping[str, Value]
-
 BY_ID = Prepared(select(jobs).where(jobs.c.job_id == bindparam("job_id")))
 
 
@@ -122,43 +120,31 @@ class Outcome:
 
 
 def apply(
-    connection: Connection, job_id: str, event: Event, facts: Facts, spec: JobSpec | None = None
+    connection: Connection, job_id: str, event: JobEvent, spec: JobSpec | None = None
 ) -> Outcome:
     """Take one event, if the job is in a state that accepts it.
 
     Args:
-        facts: the statement's values: `of_attempt` (the attempt that the event is about) for all
-            but STOP; `handle` for CLAIM; `start_ns` for START; `message` for RETRY; `end_ns` and
-            `message` for STOP; `start_ns`, `end_ns`, `message`, `exit_code` and `result` (JSON
-            text) for an ending.
         spec: of the job, if the caller has it, to save decoding it from the row.
 
     Returns:
-        Whether the event was taken, and the job; after a CLAIM with its config, however long.
+        Whether the event was taken, and the job; after a claim with its config, however long.
     """
-    facts = _as_text(facts)
-    result = facts.get("result")
+    values = event.values()
+    result = values.get("result")
     is_long = isinstance(result, str) and long_texts.is_long(result)
-    values = {**facts, "result": _STORED_AS_LONG_TEXT} if is_long else facts
-    row = _STATEMENTS[event].first(connection, {"id": job_id, **values})
+    if is_long:
+        values = {**values, "result": _STORED_AS_LONG_TEXT}
+    row = _STATEMENTS[event.event].first(connection, {"id": job_id, **values})
     if row is None:
         row = BY_ID.first(connection, {"job_id": job_id})
         return Outcome(False, None if row is None else record(row, spec))
-    if event is Event.CLAIM:
+    if isinstance(event, Claim):
         return Outcome(True, long_texts.with_config(connection, whole_record(row, spec)))
     job = record(row, spec)
     if is_long and job.has_result:  # a stopped job has none
         long_texts.write(connection, job.seq, long_texts.Name.RESULT, str(result))
     return Outcome(True, job)
-
-
-def _as_text(facts: Facts) -> Facts:
-    """Escape lone surrogates in the message: a task may write them, and no database accepts
-    them."""
-    message = facts.get("message")
-    if not isinstance(message, str):
-        return facts
-    return {**facts, "message": message.encode("utf-8", "backslashreplace").decode()}
 
 
 def record(row: Row, spec: JobSpec | None = None) -> JobRecord:

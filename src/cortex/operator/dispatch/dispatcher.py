@@ -36,7 +36,7 @@ from cortex.operator.dispatch.refresh import Refresher
 from cortex.operator.dispatch.starter import Starter, attempt_of
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import CLAIMED, FINAL, Event, State, Wanted
-from cortex.store import Replay, Store
+from cortex.store import Replay, Store, events
 from cortex.system.background import Background
 
 log = structlog.get_logger()
@@ -240,7 +240,7 @@ class Dispatcher:
                 self._on_finished(live.job_id)
 
     async def _started(self, live: LiveJob, started: Started) -> None:
-        await self.live_jobs.apply(live, Event.START, {"start_ns": started.start_ns})
+        await self.live_jobs.apply(live, events.Start(live.record.attempt, started.start_ns))
 
     async def _ended(self, live: LiveJob, ended: Ended) -> None:
         event, message = event_of(ended)
@@ -250,14 +250,15 @@ class Dispatcher:
         result = json.dumps(ended.result) if ended.has_result and event is Event.SUCCEED else None
         record = await self.live_jobs.apply(
             live,
-            event,
-            {
-                "start_ns": ended.start_ns,
-                "end_ns": ended.end_ns,
-                "message": message,
-                "exit_code": ended.exit_code,
-                "result": result,
-            },
+            events.End(
+                event,
+                live.record.attempt,
+                ended.end_ns,
+                message,
+                start_ns=ended.start_ns,
+                exit_code=ended.exit_code,
+                result=result,
+            ),
         )
         if record is not None and ended.measures and self._on_measures is not None:
             self._on_measures(record.spec.api_name, ended.measures)
@@ -285,7 +286,7 @@ class Dispatcher:
         if live.stop_wanted or live.is_overdue or losses >= live.version.api.retries:
             return False
         words = f"attempt {losses + 1} was lost: {reason}"
-        if await self.live_jobs.apply(live, Event.RETRY, {"message": words}) is None:
+        if await self.live_jobs.apply(live, events.Retry(live.record.attempt, words)) is None:
             return live.record.wanted is Wanted.RUN  # False where a stop was stored in between
         log.warning("attempt lost", job=live.job_id, number=losses + 1, reason=reason)
         self._starter.release(live)
@@ -304,7 +305,7 @@ class Dispatcher:
         if failed >= _MAX_FAILED_STARTS and never.held_up_by is None:
             await self.live_jobs.fail(live, f"{failed} attempts to start it failed")
             return
-        record = await self.live_jobs.apply(live, Event.UNCLAIM, {})
+        record = await self.live_jobs.apply(live, events.Unclaim(live.record.attempt))
         if record is None:
             if live.record.wanted is Wanted.STOP:  # the stop was stored in between
                 await self.live_jobs.fail(live, "stopped before it started")

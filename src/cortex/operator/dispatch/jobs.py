@@ -17,9 +17,10 @@ from cortex.operator.dispatch.dispatcher import Dispatcher
 from cortex.operator.dispatch.live_jobs import LiveJob
 from cortex.spec.audit import Actor
 from cortex.spec.job import JobRecord, JobSpec
-from cortex.spec.lifecycle import IN_PROGRESS, Event, Wanted
+from cortex.spec.lifecycle import IN_PROGRESS, Wanted
 from cortex.spec.times import now_ns
-from cortex.store import Facts, Outcome, Replay, Store
+from cortex.store import Outcome, Replay, Store
+from cortex.store.events import Stop
 
 
 class Jobs:
@@ -84,8 +85,8 @@ class Jobs:
         Returns:
             An outcome that is not taken where the job is unknown, had completed, or was stopped before.
         """
-        facts: Facts = {"end_ns": now_ns(), "message": "stopped by a user"}
-        outcome = await self._store.apply(job_id, Event.STOP, facts, actor=actor)
+        stop = Stop(now_ns(), "stopped by a user")
+        outcome = await self._store.apply(job_id, stop, actor=actor)
         if outcome.taken and outcome.job is not None:
             self.stop_stored(outcome.job)
         return outcome

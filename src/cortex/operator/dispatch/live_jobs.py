@@ -18,7 +18,8 @@ from cortex.errors import OutcomeUnknown, StorageUnavailable, Superseded
 from cortex.spec.job import JobRecord
 from cortex.spec.lifecycle import FINAL, Event
 from cortex.spec.times import now_ns
-from cortex.store import Facts, Store
+from cortex.store import Store
+from cortex.store.events import End, JobEvent
 
 log = structlog.get_logger()
 
@@ -125,16 +126,15 @@ class LiveJobs:
         self._on_change(before, live)
         live.notify()
 
-    async def apply(self, live: LiveJob, event: Event, facts: Facts) -> JobRecord | None:
-        """Store an event of the job's current attempt. Retries for as long as the store takes no writes.
+    async def apply(self, live: LiveJob, event: JobEvent) -> JobRecord | None:
+        """Store an event. Retries for as long as the store takes no writes.
 
         Returns:
             The job after the event; None where the store did not take the event.
         """
-        facts = {"of_attempt": live.record.attempt, **facts}
         while True:
             try:
-                outcome = await self._store.apply(live.job_id, event, facts, live.record.spec)
+                outcome = await self._store.apply(live.job_id, event, live.record.spec)
                 break
             except Superseded:
                 await asyncio.Event().wait()  # the new leader attends to it; closing ends this wait
@@ -142,7 +142,7 @@ class LiveJobs:
                 log.error(
                     "store unavailable",
                     job=live.job_id,
-                    transition=event.value,
+                    transition=event.event.value,
                     error=error.message,
                 )
                 await asyncio.sleep(STORAGE_RETRY_S)
@@ -152,7 +152,7 @@ class LiveJobs:
 
     async def fail(self, live: LiveJob, reason: str) -> None:
         """The platform fails a job."""
-        await self.apply(live, Event.LOSE, platform_ending(reason))
+        await self.apply(live, platform_end(Event.LOSE, live.record, reason))
 
     def close(self) -> None:
         """Stop all timers, and wake all that wait for a change."""
@@ -161,12 +161,6 @@ class LiveJobs:
             live.notify()
 
 
-def platform_ending(message: str) -> Facts:
-    """The facts of an ending that the platform decides, without a report of the job's supervisor."""
-    return {
-        "start_ns": None,
-        "end_ns": now_ns(),
-        "message": message,
-        "exit_code": None,
-        "result": None,
-    }
+def platform_end(event: Event, record: JobRecord, message: str) -> End:
+    """An end that the platform decides, without a report of the job's supervisor."""
+    return End(event, record.attempt, now_ns(), message)

@@ -22,12 +22,13 @@ from cortex.operator.dispatch.live_jobs import (
     STORAGE_RETRY_S,
     LiveJob,
     LiveJobs,
-    platform_ending,
+    platform_end,
 )
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import Event, State
 from cortex.spec.times import now_ns
 from cortex.store import InitialClaim
+from cortex.store.events import Claim
 from cortex.system.background import Background
 
 log = structlog.get_logger()
@@ -122,7 +123,7 @@ class Starter:
             self._cancel(live.api_name, job_id)
             self.enqueue_later(live, f"the job's folder cannot be made: {error}")
             return
-        record = await self._live_jobs.apply(live, Event.CLAIM, {"handle": handle})
+        record = await self._live_jobs.apply(live, Claim(live.record.attempt, handle))
         if record is None:  # it was stopped, or its deadline has passed
             self._cancel(live.api_name, job_id)
             return
@@ -210,7 +211,7 @@ class Starter:
     async def _time_out(self, live: LiveJob) -> None:
         if live.record.state is State.WAITING:
             message = f"timeout of {live.record.spec.timeout} s passed while it waited"
-            await self._live_jobs.apply(live, Event.TIME_OUT, platform_ending(message))
+            await self._live_jobs.apply(live, platform_end(Event.TIME_OUT, live.record, message))
 
     def release(self, live: LiveJob) -> None:
         """A job runs or waits no longer: others may start."""
