@@ -171,7 +171,7 @@ def test_a_forged_record_of_an_end_is_a_lost_attempt_with_words(
     data, words = FORGED[name]
     found = lie(shared, liar, "record", data)
     assert found["status"] == "status_unexpected_error"
-    assert found["message"].startswith("the record of its end is not valid: ")
+    assert found["message"].startswith("its exit record is not valid: ")
     assert words in found["message"]
 
 
@@ -199,10 +199,10 @@ SAID: dict[str, tuple[bytes | object, str]] = {
     "a record with a text for a number": (said(ended=True, record=record(end_ns="x")), "end_ns"),
     "an empty record": (said(ended=True, record={}), "lacks a field"),
     "numbers that are none": (said(ended=True, start_ns=[1]), "start_ns"),
-    "its start again and again": (b"\n".join([json.dumps(said(recorded=True)).encode()] * 200), "before"),
-    "that it never began": (said(error="the disk is full", errno=28), "its job"),
+    "its start again and again": (b"\n".join([json.dumps(said(recorded=True)).encode()] * 200), "repeats an earlier"),
+    "that it never began": (said(error="the disk is full", errno=28), "could not begin, but"),
     "nothing": (said(), "nothing"),
-    "its end, while it runs": (said(ended=True, record=record()), "which runs"),
+    "its end, while it runs": (said(ended=True, record=record()), "but the job runs"),
 }  # fmt: skip
 
 
@@ -213,7 +213,7 @@ def test_who_speaks_for_its_supervising_process_is_lost_where_that_cannot_be(
     data, words = SAID[name]
     found = lie(shared, liar, "speak", data)
     assert found["status"] == "status_unexpected_error"
-    assert found["message"].startswith("what its supervising process said is not valid: ")
+    assert found["message"].startswith("a message of its supervisor is not valid: ")
     assert words in found["message"]
 
 

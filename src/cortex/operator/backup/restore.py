@@ -111,7 +111,7 @@ def _check_place(settings: Settings, *, replace: bool) -> None:
 def _check_nothing_runs(settings: Settings) -> None:
     if not settings.jobs.is_dir():
         return
-    mark, until = leftovers.identity(settings.jobs), time.monotonic() + _GOES_S
+    mark, until = leftovers.folder_identity(settings.jobs), time.monotonic() + _GOES_S
     while running := processes.with_variable(JOBS_FOLDER, mark):
         if time.monotonic() > until:
             raise StartupError(
