@@ -121,8 +121,8 @@ OUTCOMES: dict[str, tuple[bytes, str]] = {
     "2 MB": (b'{"has_result": true, "result": "' + b"x" * 1_100_000 + b'"}', "1100002 bytes"),
     "deep": (b'{"has_result": true, "result": ' + b"[" * 900 + b"]" * 900 + b"}", "nested over"),
     "very deep": (b'{"has_result": true, "result": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "deep"),
-    "no JSON": (b"\xff\x00", "no JSON"),
-    "a list": (b"[1]", "no object"),
+    "no JSON": (b"\xff\x00", "is not JSON"),
+    "a list": (b"[1]", "is not a JSON object"),
     "other types": (b'{"has_result": "yes", "result": 1}', "has_result"),
     "a message that is none": (b'{"message": {"a": 1}}', "message is a dict"),
 }  # fmt: skip
@@ -157,9 +157,9 @@ FORGED: dict[str, tuple[bytes | object, str]] = {
     "an end before the start": (record(end_ns=0), "end_ns is 0"),
     "an ending that is none": (record(ending="over"), "ending is 'over'"),
     "a message that is none": (record(message=[1]), "message is a list"),
-    "5 MB": (record(result="x" * 5_000_000), "the most"),
-    "a message of 7 MB": (record(message="x" * 7_000_000), "the most"),
-    "no JSON": (b"{", "no JSON"),
+    "5 MB": (record(result="x" * 5_000_000), "at most 1376256 are allowed"),
+    "a message of 7 MB": (record(message="x" * 7_000_000), "at most 1376256 are allowed"),
+    "no JSON": (b"{", "is not JSON"),
     "deep": (b"[" * 100_000, "deep"),
 }  # fmt: skip
 
@@ -194,8 +194,8 @@ def said(**fields: object) -> dict[str, object]:
 
 
 SAID: dict[str, tuple[bytes | object, str]] = {
-    "no JSON": (b"{", "no JSON"),
-    "cut": (b"x" * 70_000, "no JSON"),
+    "no JSON": (b"{", "is not JSON"),
+    "cut": (b"x" * 70_000, "is not JSON"),
     "a record with a text for a number": (said(ended=True, record=record(end_ns="x")), "end_ns"),
     "an empty record": (said(ended=True, record={}), "lacks a field"),
     "numbers that are none": (said(ended=True, start_ns=[1]), "start_ns"),
@@ -227,7 +227,7 @@ def test_no_job_speaks_for_another(
     forged = json.dumps({"job_id": "VICTIM", "attempt": 1, **fields})
     found = lie(shared, liar, "speak", forged.replace("VICTIM", victim["job_id"]).encode())
     assert found["status"] == "status_unexpected_error"
-    assert "not its own" in found["message"]
+    assert "names a job that the supervisor does not run" in found["message"]
 
 
 def test_counts_and_measures_that_are_none_spoil_no_metrics(shared: Operator, liar: str) -> None:
