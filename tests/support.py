@@ -332,7 +332,7 @@ def _end(*all_of_them: Operator) -> None:
         codes.append(each.stop())
     until(lambda: not processes_with(str(running.data_dir)), "all processes gone")
     root = running.data_dir / "jobs"
-    names = {path.name for path in root.iterdir()} | {_limits().prefix(root)}
+    names = {path.name for path in root.iterdir()} | {_limits().group_prefix(root)}
     until(lambda: not _swept(root, names), "the cgroups gone")
     for each, code in zip(all_of_them, codes, strict=True):
         told = each.log.read_text()
@@ -359,10 +359,10 @@ def _limits() -> ModuleType:
 def _swept(root: Path, names: set[str]) -> list[str]:
     """The control groups that are left, without those that a killed operator has left empty: the next one would
     remove them. The kernel may call one busy for a while after its last process was reaped."""
-    if left := _limits().existing(root):
+    if left := _limits().list_groups(root):
         for group in left:
-            _limits().cgroups.remove(group, within_s=0)
-        _limits().remove_places(root)
+            _limits().cgroups.remove(group, timeout_s=0)
+        _limits().remove_parents(root)
     return _cgroups(names)
 
 

@@ -121,8 +121,8 @@ OUTCOMES: dict[str, tuple[bytes, str]] = {
     "2 MB": (b'{"has_result": true, "result": "' + b"x" * 1_100_000 + b'"}', "1100002 bytes"),
     "deep": (b'{"has_result": true, "result": ' + b"[" * 900 + b"]" * 900 + b"}", "nested over"),
     "very deep": (b'{"has_result": true, "result": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "deep"),
-    "no JSON": (b"\xff\x00", "it is not JSON"),
-    "a list": (b"[1]", "it is not a JSON object"),
+    "no JSON": (b"\xff\x00", "is not JSON"),
+    "a list": (b"[1]", "is not a JSON object"),
     "other types": (b'{"has_result": "yes", "result": 1}', "has_result"),
     "a message that is none": (b'{"message": {"a": 1}}', "message is a dict"),
 }  # fmt: skip
@@ -157,9 +157,9 @@ FORGED: dict[str, tuple[bytes | object, str]] = {
     "an end before the start": (record(end_ns=0), "end_ns is 0"),
     "an ending that is none": (record(ending="over"), "ending is 'over'"),
     "a message that is none": (record(message=[1]), "message is a list"),
-    "5 MB": (record(result="x" * 5_000_000), "bytes; at most"),
-    "a message of 7 MB": (record(message="x" * 7_000_000), "bytes; at most"),
-    "no JSON": (b"{", "it is not JSON"),
+    "5 MB": (record(result="x" * 5_000_000), "at most 1376256 are allowed"),
+    "a message of 7 MB": (record(message="x" * 7_000_000), "at most 1376256 are allowed"),
+    "no JSON": (b"{", "is not JSON"),
     "deep": (b"[" * 100_000, "deep"),
 }  # fmt: skip
 
@@ -171,7 +171,7 @@ def test_a_forged_record_of_an_end_is_a_lost_attempt_with_words(
     data, words = FORGED[name]
     found = lie(shared, liar, "record", data)
     assert found["status"] == "status_unexpected_error"
-    assert found["message"].startswith("the record of its end is not valid: ")
+    assert found["message"].startswith("its exit record is not valid: ")
     assert words in found["message"]
 
 
@@ -194,15 +194,15 @@ def said(**fields: object) -> dict[str, object]:
 
 
 SAID: dict[str, tuple[bytes | object, str]] = {
-    "no JSON": (b"{", "it is not JSON"),
-    "cut": (b"x" * 70_000, "it is not JSON"),
+    "no JSON": (b"{", "is not JSON"),
+    "cut": (b"x" * 70_000, "is not JSON"),
     "a record with a text for a number": (said(ended=True, record=record(end_ns="x")), "end_ns"),
     "an empty record": (said(ended=True, record={}), "lacks a field"),
     "numbers that are none": (said(ended=True, start_ns=[1]), "start_ns"),
-    "its start again and again": (b"\n".join([json.dumps(said(recorded=True)).encode()] * 200), "before"),
-    "that it never began": (said(error="the disk is full", errno=28), "its job"),
+    "its start again and again": (b"\n".join([json.dumps(said(recorded=True)).encode()] * 200), "repeats an earlier"),
+    "that it never began": (said(error="the disk is full", errno=28), "could not begin, but"),
     "nothing": (said(), "nothing"),
-    "its end, while it runs": (said(ended=True, record=record()), "which runs"),
+    "its end, while it runs": (said(ended=True, record=record()), "but the job runs"),
 }  # fmt: skip
 
 
@@ -213,7 +213,7 @@ def test_who_speaks_for_its_supervising_process_is_lost_where_that_cannot_be(
     data, words = SAID[name]
     found = lie(shared, liar, "speak", data)
     assert found["status"] == "status_unexpected_error"
-    assert found["message"].startswith("what its supervising process said is not valid: ")
+    assert found["message"].startswith("a message of its supervisor is not valid: ")
     assert words in found["message"]
 
 
@@ -227,7 +227,7 @@ def test_no_job_speaks_for_another(
     forged = json.dumps({"job_id": "VICTIM", "attempt": 1, **fields})
     found = lie(shared, liar, "speak", forged.replace("VICTIM", victim["job_id"]).encode())
     assert found["status"] == "status_unexpected_error"
-    assert "not its own" in found["message"]
+    assert "names a job that the supervisor does not run" in found["message"]
 
 
 def test_counts_and_measures_that_are_none_spoil_no_metrics(shared: Operator, liar: str) -> None:

@@ -87,7 +87,7 @@ def task(config):
 
 
 def prefix(other: Operator) -> str:
-    return cgroup_support.prefix(other.data_dir / "jobs")
+    return cgroup_support.group_prefix(other.data_dir / "jobs")
 
 
 def limit_of(other: Operator) -> str:

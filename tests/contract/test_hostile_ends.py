@@ -64,7 +64,7 @@ def test_a_supervising_process_that_nobody_collects_is_dead(tmp_path: Path) -> N
             running.start()
             status = running.finished(running.url + path, job)
             assert status["status"] == "status_unexpected_error"
-            assert "supervising process was killed" in status["message"]
+            assert "supervisor was killed" in status["message"]
             assert state(supervisor) == "Z"
             until(lambda: is_idle(running), "it has nothing to do")
         finally:

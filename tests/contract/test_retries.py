@@ -70,7 +70,7 @@ def test_a_lost_job_is_tried_again_knows_it_and_its_log_says_so(shared: Operator
     assert "message" not in done
     lines = shared.log_of(endpoint, job).splitlines()
     assert lines[0].startswith("started 1")
-    words = "attempt 1 was lost: the supervising process was killed; attempt 2 begins"
+    words = "attempt 1 was lost: the supervisor was killed; attempt 2 begins"
     assert lines[2] == f"cortex: {words}"
     assert lines[3].startswith("started 2")
 
@@ -89,7 +89,7 @@ def test_while_the_next_attempt_runs_the_status_tells_of_the_loss(shared: Operat
     )
     seen = shared.status(endpoint, job)
     assert seen["status"] == "status_running"
-    assert seen["message"] == "attempt 1 was lost: the supervising process was killed"
+    assert seen["message"] == "attempt 1 was lost: the supervisor was killed"
     assert seen["created_time"] < seen["start_time"]
     assert shared.delete(endpoint, job).status_code == 200
     assert shared.status(endpoint, job)["message"] == "stopped by a user"
@@ -101,7 +101,7 @@ def test_a_job_that_is_lost_more_often_than_that_is_an_unexpected_error(shared: 
     lose(shared, endpoint, job)
     done = shared.finished(endpoint, job)
     assert done["status"] == "status_unexpected_error"
-    assert done["message"] == "the supervising process was killed"
+    assert done["message"] == "the supervisor was killed"
     assert "attempt" not in shared.log_of(endpoint, job)
 
 

@@ -280,16 +280,16 @@ class Bench:
     def left(self) -> list[str]:
         """Processes and control groups that belong to this data root."""
         found = [f"{pid}: {about}" for pid, about in processes(str(self.root.parent), self.jobs)]
-        prefix = cgroup_support.prefix(self.root)
+        prefix = cgroup_support.group_prefix(self.root)
         for folder, names, _ in os.walk("/sys/fs/cgroup"):
             found += [f"{folder}/{name}" for name in names if name.startswith(prefix)]
         return found
 
     def sweep(self) -> None:
         """Remove the empty groups of processes that have outlived their operator, as the next one would."""
-        for group in cgroup_support.existing(self.root):
+        for group in cgroup_support.list_groups(self.root):
             if cgroups.is_orphaned(group):
-                cgroups.remove(group, within_s=0)
+                cgroups.remove(group, timeout_s=0)
         for folder in self.left():
             if folder.endswith("-jobs"):
                 with contextlib.suppress(OSError):

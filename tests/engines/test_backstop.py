@@ -34,7 +34,7 @@ def bench(local_bench: Bench) -> Bench:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backstop, "LOOK_S", 0.1)
+    monkeypatch.setattr(backstop, "POLL_INTERVAL_S", 0.1)
 
 
 @contextlib.contextmanager
@@ -71,7 +71,7 @@ def test_a_job_that_its_supervisor_does_not_end_is_ended(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where the job has written into that process: here it was told of no deadline."""
-    monkeypatch.setattr(backstop, "AWAKE_S", 0.2)
+    monkeypatch.setattr(backstop, "RUNNING_OVERDUE_S", 0.2)
     bench.grace_s = 0.1
 
     async def scenario(engine: LocalEngine) -> None:
@@ -92,10 +92,10 @@ class Late:
     """An attempt that should have been over long ago."""
 
     pidfd: int
-    stopped_looks: int = 0
-    is_forced: bool = False
+    stopped_polls: int = 0
+    is_force_killed: bool = False
     job_id: str = "late"
-    over_at: float | None = 0.0
+    must_end_by: float | None = 0.0
     has_begun: bool = True
 
 
@@ -103,7 +103,7 @@ def after_a_look(late: Late) -> None:
     async def look() -> None:
         background = Background("failed")
         watching = backstop.Backstop(lambda: [late], background)
-        await watching._look()
+        await watching._poll()
         await background.finish()
 
     asyncio.run(look())
@@ -114,7 +114,7 @@ def test_a_supervisor_that_has_nothing_to_end_any_more_is_left_alone() -> None:
     with subprocess.Popen(["sleep", "300"]) as running:
         late = Late(os.pidfd_open(running.pid))
         after_a_look(late)
-        assert (running.poll(), late.is_forced) == (None, False)
+        assert (running.poll(), late.is_force_killed) == (None, False)
         running.kill()
         os.close(late.pidfd)
 
@@ -137,7 +137,7 @@ def test_what_cannot_be_ended_for_want_of_descriptors_is_ended_at_a_later_look(
             with monkeypatch.context() as short:
                 short.setattr(where, name, refuse)
                 after_a_look(late)
-            assert (running.poll(), late.is_forced) == (None, False)
+            assert (running.poll(), late.is_force_killed) == (None, False)
         after_a_look(late)
         assert running.wait() == -signal.SIGKILL
         os.close(late.pidfd)

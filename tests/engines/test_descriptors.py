@@ -32,13 +32,13 @@ opened = os.open(folder, os.O_RDONLY)  # as a supervising process has it
 running = subprocess.Popen(["sleep", "300"], stdin=opened, stdout=subprocess.DEVNULL, env={**os.environ, "CORTEX_JOB_ID": folder.name})
 start = StartRecord(pid=running.pid, ticks=processes.stat(running.pid)[2])
 (folder / "start.1").write_bytes(start.dumps())
-attempt = SimpleNamespace(number=1, handle=records.handle())
+attempt = SimpleNamespace(number=1, handle=records.make_handle())
 
 
 def ask():
     if asked == "look":
-        return type(records.look(folder, attempt)).__name__
-    return records.supervised(folder, 1)
+        return type(records.inspect_attempt(folder, attempt)).__name__
+    return records.is_supervised(folder, 1)
 
 
 _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -77,7 +77,7 @@ def test_what_there_are_too_few_to_ask_after_is_not_taken_to_be_gone(
 def test_what_a_killed_supervisor_left_is_ended_as_soon_as_it_can_be(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clean, asked = leftovers.clean, []
+    clean, asked = leftovers.end_leftovers, []
 
     def few(folder: Path, attempt: int) -> None:
         asked.append(attempt)
@@ -85,7 +85,7 @@ def test_what_a_killed_supervisor_left_is_ended_as_soon_as_it_can_be(
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         clean(folder, attempt)
 
-    monkeypatch.setattr(leftovers, "clean", few)
+    monkeypatch.setattr(leftovers, "end_leftovers", few)
 
     async def scenario(engine: LocalEngine) -> None:
         attempt = bench.sleeper()

@@ -38,9 +38,9 @@ def bench(local_bench: Bench) -> Bench:
 
 def forged(bench: Bench, name: str, data: bytes) -> Attempt:
     """An attempt of an earlier operator, with such a record."""
-    attempt = bench.attempt("def task(config): ...", handle=records.handle())
+    attempt = bench.attempt("def task(config): ...", handle=records.make_handle())
     bench.root.mkdir(exist_ok=True)
-    records.make(str(bench.folder(attempt)), None)
+    records.create_job_folder(str(bench.folder(attempt)), None)
     (bench.folder(attempt) / "start.1").write_text(json.dumps(START))
     (bench.folder(attempt) / name).write_bytes(data)
     return attempt
@@ -187,8 +187,8 @@ def test_a_record_that_its_owner_may_not_read_is_none(bench: Bench) -> None:
     def is_gone(own: Path) -> bool:
         for record in (own / attempt.spec.job_id).iterdir():
             record.chmod(0)
-        found = records.look(own / attempt.spec.job_id, attempt)
-        return isinstance(found, records.Gone) and found.exit is None
+        found = records.inspect_attempt(own / attempt.spec.job_id, attempt)
+        return isinstance(found, records.Exited) and found.exit is None
 
     assert by_its_owner(lay_out, is_gone)
 
@@ -214,7 +214,9 @@ def test_no_group_but_its_own_is_ended_with_a_job(bench: Bench, tmp_path: Path) 
         async def scenario(engine: LocalEngine) -> None:
             attempt = forged(bench, "exit.1", b"")
             group = (
-                tmp_path / "group" / f"{cgroup_support.prefix(bench.root)}{attempt.spec.job_id}-1"
+                tmp_path
+                / "group"
+                / f"{cgroup_support.group_prefix(bench.root)}{attempt.spec.job_id}-1"
             )
             group.mkdir(parents=True)
             (group / "cgroup.procs").write_text(f"{victim.pid}\n")
@@ -235,13 +237,13 @@ def test_a_process_of_somebody_elses_is_no_supervisor(bench: Bench) -> None:
     assert about is not None
     own = json.dumps({**START, "pid": os.getpid(), "ticks": about[2]}).encode()
     attempt = forged(bench, "start.1", own)
-    alive = records.look(bench.folder(attempt), attempt)
+    alive = records.inspect_attempt(bench.folder(attempt), attempt)
     assert isinstance(alive, records.Alive)
     os.close(alive.pidfd)
-    look = records.look(bench.folder(attempt), attempt, NOBODY)
-    assert isinstance(look, records.Gone)
+    look = records.inspect_attempt(bench.folder(attempt), attempt, NOBODY)
+    assert isinstance(look, records.Exited)
     same = replace(NOBODY, uid=os.getuid())
-    alive = records.look(bench.folder(attempt), attempt, same)
+    alive = records.inspect_attempt(bench.folder(attempt), attempt, same)
     assert isinstance(alive, records.Alive)
     os.close(alive.pidfd)
 
@@ -294,7 +296,7 @@ def test_a_fork_server_cannot_name_a_process_of_somebody_elses(bench: Bench) -> 
             await bench.start(engine, attempt)
             last = await bench.last(attempt)
             assert isinstance(last, Lost)
-            assert "not of the jobs' user" in last.reason
+            assert "not run as the jobs' user" in last.reason
             await engine.close()
             assert victim.poll() is None
 
@@ -361,7 +363,7 @@ def test_a_fork_server_for_which_users_code_speaks_harms_nobody_else(
         last = await bench.last(attempt)
         assert isinstance(last, Lost | NeverStarted)
         if isinstance(last, Lost):
-            assert "not valid" in last.reason or "not of the jobs' user" in last.reason
+            assert "not valid" in last.reason or "not run as the jobs' user" in last.reason
         engine.forget(versions=[attempt.spec.api_id])
         await until(lambda: len(set(os.listdir("/proc/self/fd")) - before) <= 1)
         bench.python = good
@@ -374,14 +376,14 @@ def test_a_fork_server_for_which_users_code_speaks_harms_nobody_else(
 
 def test_a_job_tells_of_no_gpu_that_it_has_not(bench: Bench) -> None:
     """The store knows which it has; a claim of an earlier version does not tell, and then its record may."""
-    attempt = bench.attempt("def task(config): ...", gpu=1, handle=records.handle(gpus=[1]))
-    old = replace(attempt, handle=records.handle())
+    attempt = bench.attempt("def task(config): ...", gpu=1, handle=records.make_handle(gpus=[1]))
+    old = replace(attempt, handle=records.make_handle())
     bench.root.mkdir(exist_ok=True)
-    records.make(str(bench.folder(attempt)), None)
+    records.create_job_folder(str(bench.folder(attempt)), None)
     job_id = attempt.spec.job_id
     for gpus, held in (([1], [1]), ([0, 1], []), ([], []), ([0, 0], []), (["0"], [])):
         start = {**START, "job_id": job_id, "attempt": 1, "gpus": gpus}
         bench.start_record(attempt).write_text(json.dumps(start))
-        assert records.held_gpus(bench.folder(attempt), attempt) == [1]
-        assert records.held_gpus(bench.folder(attempt), old) == held
-    assert records.held_gpus(bench.folder(attempt), replace(old, handle="[]")) == []
+        assert records.granted_gpus(bench.folder(attempt), attempt) == [1]
+        assert records.granted_gpus(bench.folder(attempt), old) == held
+    assert records.granted_gpus(bench.folder(attempt), replace(old, handle="[]")) == []

@@ -15,7 +15,7 @@ import pytest
 
 from cortex.engines.base import Lost
 from cortex.engines.local import LocalEngine, cgroup_support, cgroups
-from cortex.engines.local.cgroups import Place
+from cortex.engines.local.cgroups import CgroupParent
 from cortex.worker import processes
 from engines.bench import Bench, until
 
@@ -37,31 +37,31 @@ while time.monotonic() < until:
 """
 
 
-def places() -> list[Place]:
+def places() -> list[CgroupParent]:
     found = []
     for controller, folders in cgroup_support._mounts().items():
         if controller in ("", "freezer", "pids"):
             found.append(
-                Place("v1" if controller else "v2", folders[0] / f"cortex-test{os.getpid()}")
+                CgroupParent("v1" if controller else "v2", folders[0] / f"cortex-test{os.getpid()}")
             )
     return found
 
 
 @pytest.fixture(params=places(), ids=lambda place: place.folder.parent.name)
-def place(request: pytest.FixtureRequest) -> Iterator[Place]:
-    made: Place = request.param
+def place(request: pytest.FixtureRequest) -> Iterator[CgroupParent]:
+    made: CgroupParent = request.param
     try:
         made.folder.mkdir()
     except OSError as error:
         pytest.skip(f"this user has no control groups there: {error}")
     yield made
-    made.close()
+    made.remove()
     assert not made.folder.exists()
 
 
-def test_what_multiplies_in_a_group_and_in_those_below_it_ends(place: Place) -> None:
+def test_what_multiplies_in_a_group_and_in_those_below_it_ends(place: CgroupParent) -> None:
     bomb = subprocess.Popen([sys.executable, "-c", BOMB], stdin=subprocess.PIPE, env={})
-    group = place.hold("cortex-x-supervisor.1.1", bomb.pid)
+    group = place.create_group_of(bomb.pid, "cortex-x-supervisor.1.1")
     below = group / "a" / "b"
     below.mkdir(parents=True)
     assert bomb.stdin is not None
@@ -69,19 +69,19 @@ def test_what_multiplies_in_a_group_and_in_those_below_it_ends(place: Place) -> 
     end = time.monotonic() + 60
     while len(cgroups.members(group)) < 8 and time.monotonic() < end:
         time.sleep(0.01)
-    cgroups.put(below / "cgroup.procs", cgroups.members(group)[-1])
+    cgroups.write(below / "cgroup.procs", cgroups.members(group)[-1])
     members = cgroups.members(group) + cgroups.members(below)
-    assert cgroups.end(group, 60)
+    assert cgroups.kill_and_remove(group, 60)
     bomb.wait()
     assert not group.exists()
     assert not [pid for pid in members if (about := processes.stat(pid)) and about[0] not in "ZX"]
 
 
-def test_a_process_that_is_gone_gets_no_group(place: Place) -> None:
+def test_a_process_that_is_gone_gets_no_group(place: CgroupParent) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     with pytest.raises(ProcessLookupError):
-        place.hold("gone", gone.pid)
+        place.create_group_of(gone.pid, "gone")
     assert not (place.folder / "gone").exists()
 
 
@@ -98,22 +98,22 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def limited(engine: LocalEngine) -> None:
-    if engine._groups.memory is None:
+    if engine._cgroups.memory is None:
         pytest.skip("no control group limits memory here")
 
 
 def test_a_job_whose_group_cannot_be_made_is_lost_with_the_reason(bench: Bench) -> None:
     async def scenario(engine: LocalEngine) -> None:
         limited(engine)
-        place = engine._groups.memory
+        place = engine._cgroups.memory
         assert place is not None
-        engine._groups.memory = replace(place, folder=Path("/no/such"))
+        engine._cgroups.memory = replace(place, folder=Path("/no/such"))
         attempt = bench.attempt("def task(config): ...", mem=64 << 20)
         await bench.start(engine, attempt)
         last = await bench.last(attempt)
         assert isinstance(last, Lost)
         assert last.reason.startswith("its control group cannot be made: ")
-        engine._groups.memory = place
+        engine._cgroups.memory = place
 
     bench.run(scenario)
 
@@ -124,7 +124,7 @@ def test_a_job_whose_group_somebody_removes_is_lost_and_runs_without_no_limit(be
         bench.bare_environment({})
         attempt = bench.attempt("def task(config): ...", mem=64 << 20)
         await bench.start(engine, attempt)  # it waits for the interpreter
-        [group] = engine._groups._limits.values()
+        [group] = engine._cgroups._limits.values()
         group.rmdir()
         last = await bench.last(attempt)
         assert isinstance(last, Lost)
@@ -136,16 +136,16 @@ def test_a_job_whose_group_somebody_removes_is_lost_and_runs_without_no_limit(be
 def test_a_superseded_operator_that_closes_takes_no_groups_place(bench: Bench) -> None:
     async def scenario(engine: LocalEngine) -> None:
         limited(engine)
-        assert engine._groups.memory is not None
-        assert engine._groups.trees is not None
-        engine._groups.memory.close()
-        engine._groups.trees.close()
+        assert engine._cgroups.memory is not None
+        assert engine._cgroups.trees is not None
+        engine._cgroups.memory.remove()
+        engine._cgroups.trees.remove()
         attempt = bench.attempt(
             "def task(config): return open('/proc/self/cgroup').read()", mem=64 << 20
         )
         found = str((await bench.outcome(engine, attempt)).result)
         assert f"{attempt.spec.job_id}-1" in found
-        assert "supervisor." in found or engine._groups.memory == engine._groups.trees
+        assert "supervisor." in found or engine._cgroups.memory == engine._cgroups.trees
 
     bench.run(scenario)
 
@@ -157,7 +157,7 @@ def test_a_place_of_an_operator_that_was_killed_goes_although_another_hierarchy_
     of_another = next((mounts[each][-1] for each in ("pids", "cpu", "") if each in mounts), None)
     if of_another is None or not os.access(of_another, os.W_OK):
         pytest.skip("this user has no control groups")
-    place = of_another / f"{cgroup_support.prefix(bench.root)}jobs"
+    place = of_another / f"{cgroup_support.group_prefix(bench.root)}jobs"
     place.mkdir()
 
     async def scenario(engine: LocalEngine) -> None:
@@ -177,7 +177,7 @@ def test_a_place_that_works_stays_where_no_limit_does(
         pytest.skip("this user has no control groups")
     assert found.kind == "watchdog"
     assert found.trees.folder.is_dir()
-    found.trees.close()
+    found.trees.remove()
 
 
 def test_a_group_is_of_a_process_that_lives_or_an_orphan() -> None:

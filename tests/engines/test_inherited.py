@@ -43,25 +43,25 @@ ENDED = "[None, None, None] 1 [None]\nFalse\n"
 
 
 def test_only_what_descends_from_a_fork_server_and_nobody_knows_is_ended() -> None:
-    assert told("async def main(): await watch.end()") == ENDED
+    assert told("async def main(): await watch.end_orphans()") == ENDED
 
 
 def test_what_cannot_be_told_for_want_of_descriptors_is_asked_again() -> None:
     main = """
 def refuse(parent):
-    orphans.marked = marked
+    inherited.orphans.marked = marked
     raise OSError(24, "too many open files")
 
 async def main():
     global marked
-    marked, orphans.marked = orphans.marked, refuse
-    await watch.end()
+    marked, inherited.orphans.marked = inherited.orphans.marked, refuse
+    await watch.end_orphans()
 """
     assert told(main).endswith(ENDED)
 
 
 def test_nothing_is_ended_any_more_once_supervising_processes_are_let_go_of() -> None:
-    main = "async def main():\n    watch.close()\n    await watch.end()"
+    main = "async def main():\n    watch.close()\n    await watch.end_orphans()"
     assert told(main).endswith("True\n")
 
 

@@ -164,7 +164,7 @@ def test_operators_that_take_over_are_told_each_end_from_the_journal(bench: Benc
             bench.write(CODE)
             later = await begun(bench, engine, following(bench, first, number=9))
             for number, attempt in enumerate((*attempts, later)):
-                found = records.ended(bench.folder(attempt), 1).exit
+                found = records.read_exit(bench.folder(attempt), 1).exit
                 assert found is not None
                 assert found.result == (9 if attempt is later else number)
         bench.seen = seen

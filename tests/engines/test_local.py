@@ -91,7 +91,7 @@ def test_proxies_are_passed_on_from_the_operator(
 def test_a_deadline_ends_the_wait_for_an_interpreter_that_is_being_warmed(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fork_server, "READY_S", 3600)
+    monkeypatch.setattr(fork_server, "PRELOAD_TIMEOUT_S", 3600)
     bench.bare_environment({"third": "import time\ntime.sleep(300)\n"})
 
     async def scenario(engine: LocalEngine) -> None:

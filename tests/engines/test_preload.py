@@ -89,7 +89,7 @@ HARMFUL = {
     ),
     "an error": ("raise ValueError('no such device')\n", "ValueError: no such device"),
     "an exit": ("raise SystemExit(3)\n", "it cannot be imported: SystemExit: 3"),
-    "a crash": ("os.abort()\n", "the interpreter ended in its import"),
+    "a crash": ("os.abort()\n", "the interpreter exited during its import"),
 }
 
 
@@ -156,8 +156,8 @@ def test_only_what_is_harmful_is_left_out(bench: Bench) -> None:
 def test_an_import_that_takes_too_long_is_left_to_the_jobs(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fork_server, "READY_S", 0.5)
-    hurry = fork_server.ForkServer._hurry
+    monkeypatch.setattr(fork_server, "PRELOAD_TIMEOUT_S", 0.5)
+    hurry = fork_server.ForkServer._on_preload_timeout
 
     def hurry_an_import(server: fork_server.ForkServer) -> None:
         if server.importing is None:  # its interpreter may take longer than that to start
@@ -165,7 +165,7 @@ def test_an_import_that_takes_too_long_is_left_to_the_jobs(
         else:
             hurry(server)
 
-    monkeypatch.setattr(fork_server.ForkServer, "_hurry", hurry_an_import)
+    monkeypatch.setattr(fork_server.ForkServer, "_on_preload_timeout", hurry_an_import)
     slow = f"{PID}import time\nif 'CORTEX_JOB_ID' not in os.environ: time.sleep(600)\n"
     bench.bare_environment({"lib": slow})
 

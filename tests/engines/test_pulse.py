@@ -50,7 +50,7 @@ def bench(local_bench: Bench) -> Bench:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fork_server_health, "LOOK_S", 0.1)
+    monkeypatch.setattr(fork_server_health, "POLL_INTERVAL_S", 0.1)
 
 
 def server_of(bench: Bench, attempt: object) -> int:
@@ -152,5 +152,5 @@ def test_a_fork_server_is_ended_also_where_there_is_no_thread_to_wait_in(
 
     monkeypatch.setattr(fork_server_process, "in_thread", refuse)
     with subprocess.Popen(["sleep", "300"]) as running:
-        asyncio.run(fork_server_process.ended(running))
+        asyncio.run(fork_server_process.wait_or_kill(running))
         assert running.returncode == -signal.SIGKILL

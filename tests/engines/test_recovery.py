@@ -67,7 +67,7 @@ def test_a_killed_supervisor_loses_the_job_and_leaves_nothing(bench: Bench) -> N
         await bench.printed(attempt, "daemon")
         os.kill(json.loads(bench.start_record(attempt).read_text())["pid"], signal.SIGKILL)
         lost = await bench.last(attempt)
-        assert lost == Lost(attempt.spec.job_id, 1, "the supervising process was killed")
+        assert lost == Lost(attempt.spec.job_id, 1, "the supervisor was killed")
         assert bench.left_of_jobs() == []
 
     bench.run(scenario)
@@ -155,12 +155,12 @@ def test_recovering_while_the_folder_is_away_waits_for_it(bench: Bench) -> None:
 
 def test_what_a_killed_operator_left_of_control_groups_is_swept(bench: Bench) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        found = {engine._groups.memory, engine._groups.trees}
+        found = {engine._cgroups.memory, engine._cgroups.trees}
         places = {place for place in found if place is not None}
         for place in places:
             # A pid and its ticks that nobody has, and what earlier versions called it.
             for name in ("gone-1", "supervisor.1.1", "probe.1.1", "probe.1.1.limit", "probe123"):
-                (place.folder / f"{engine._groups.prefix}{name}" / "below").mkdir(parents=True)
+                (place.folder / f"{engine._cgroups.prefix}{name}" / "below").mkdir(parents=True)
         assert len([line for line in bench.left() if "-jobs/" in line]) >= 5 * len(places)
         async with bench.engine():
             await until(lambda: not [line for line in bench.left() if "-jobs/" in line])
@@ -260,7 +260,7 @@ def test_a_job_that_ended_is_told_so_also_while_its_supervisor_has_another(bench
         # An operator that comes up and had not stored the end of the first job yet.
         seen, bench.seen = bench.seen, []
         async with bench.engine() as other:
-            await other.recover(replace(first, handle=records.handle()))
+            await other.recover(replace(first, handle=records.make_handle()))
             assert (await bench.ended(first)).result == 1
             other.stop(first.spec.job_id)  # nothing that could reach the second
         bench.seen = seen
@@ -436,9 +436,9 @@ def test_an_operator_that_hung_leaves_alone_what_a_later_attempt_runs(tmp_path: 
     (folder / "start.2").touch()
     opened = os.open(folder, os.O_RDONLY)
     with sleeping("-" * JOB_ID_ROOM, opened), sleeping(folder.name) as running:
-        leftovers.clean(folder, 1)
+        leftovers.end_leftovers(folder, 1)
         assert running.poll() is None
-        leftovers.clean(folder, 2)
+        leftovers.end_leftovers(folder, 2)
         assert running.wait() == -signal.SIGKILL
     os.close(opened)
 
@@ -481,7 +481,7 @@ def test_a_process_that_shows_no_environment_at_one_look_is_found_at_the_next(
     with subprocess.Popen(["sleep", "300"], env=environment) as running:
         asyncio.run(until(lambda: with_variable("CORTEX_JOB_ID", folder.name)))
         try:
-            leftovers.clean(folder, 1)
+            leftovers.end_leftovers(folder, 1)
             assert running.wait(60) == -signal.SIGKILL
         finally:
             running.kill()

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from cortex.engines.base import Attempt, Ending, NeverStarted
-from cortex.engines.local import LocalEngine, start_throttle
+from cortex.engines.local import LocalEngine, supervisor_pool
 from cortex.spec.job import Json
 from cortex.worker.processes import children
 from engines.bench import SLEEP, Bench, until
@@ -55,8 +55,8 @@ async def silent(bench: Bench, engine: LocalEngine) -> Attempt:
 
 @pytest.fixture
 def one_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start_throttle, "MOST", 1)
-    monkeypatch.setattr(start_throttle, "LONGEST_S", 3600.0)
+    monkeypatch.setattr(supervisor_pool, "MAX_STARTING", 1)
+    monkeypatch.setattr(supervisor_pool, "START_TIMEOUT_S", 3600.0)
 
 
 @pytest.mark.usefixtures("one_at_once")
@@ -107,10 +107,10 @@ def test_a_version_that_is_replaced_hands_out_what_waits(bench: Bench) -> None:
 def test_those_that_never_say_that_they_began_hold_up_nobody_for_long(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start_throttle, "MOST", 3)  # also where there are very many cores
+    monkeypatch.setattr(supervisor_pool, "MAX_STARTING", 3)  # also where there are very many cores
 
     async def scenario(engine: LocalEngine) -> None:
-        first = [mute(bench) for _ in range(2 * start_throttle.MOST)]
+        first = [mute(bench) for _ in range(2 * supervisor_pool.MAX_STARTING)]
         for attempt in first:
             await bench.start(engine, attempt)
         assert (await bench.outcome(engine, plain(bench))).exit_code == 0
@@ -122,13 +122,13 @@ def test_those_that_never_say_that_they_began_hold_up_nobody_for_long(
 
 
 def test_many_jobs_begin_while_others_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start_throttle, "MOST", 3)
+    monkeypatch.setattr(supervisor_pool, "MAX_STARTING", 3)
 
     async def scenario(engine: LocalEngine) -> None:
         config: Json = {"file": str(bench.marker)}
         running = [
             bench.attempt(SLEEP, config=config, cpu_m=10, api_id="one")
-            for _ in range(3 * start_throttle.MOST)
+            for _ in range(3 * supervisor_pool.MAX_STARTING)
         ]
         for attempt in running:
             await bench.start(engine, attempt)

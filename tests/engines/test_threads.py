@@ -49,7 +49,7 @@ def run(
     async def main() -> None:
         engine = LocalEngine(bench.root, None, 1, "watchdog")
         engine._attempts.report = bench._saw
-        engine._prepare()
+        engine._prepare_machine()
         full.set()
         try:
             await scenario(engine)

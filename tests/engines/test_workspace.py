@@ -188,7 +188,7 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
     bench = made(tmp_path, None if request.param == "overlay" else "copy")
     yield bench
     nothing_is_left(bench)
-    assert list(workspaces.root_of(bench.root).glob("*")) == []
+    assert list(workspaces.workspaces_of(bench.root).glob("*")) == []
 
 
 def job(
@@ -211,7 +211,7 @@ def own(bench: Bench, attempt: Attempt) -> set[str]:
 
 def workspaces_of(bench: Bench) -> set[tuple[str, int]]:
     """All that is below the folder of the workspaces, with inodes."""
-    top = workspaces.root_of(bench.root)
+    top = workspaces.workspaces_of(bench.root)
     return {
         (name, os.lstat(Path(parent, name)).st_ino)
         for parent, folders, names in os.walk(top)
@@ -419,7 +419,7 @@ def test_a_killed_supervising_process_leaves_nothing_mounted_and_is_swept(bench:
 
     bench.run(scenario)
     assert mounts_below(bench.root.parent) == []
-    left = workspaces.root_of(bench.root) / "1-1-0"
+    left = workspaces.workspaces_of(bench.root) / "1-1-0"
     left.mkdir()
     (left / "of").touch()
 
@@ -452,7 +452,7 @@ def test_a_full_disk_holds_a_job_up_that_would_have_to_share(tmp_path: Path) -> 
     (bench.project / "large").write_text("x" * (1 << 20))
 
     async def scenario(engine: LocalEngine) -> None:
-        small = str(workspaces.root_of(bench.root))
+        small = str(workspaces.workspaces_of(bench.root))
         mount("-t", "tmpfs", "-o", "size=256k", "none", small)
         try:
             first = await bench.begin(engine, job(bench))
@@ -473,7 +473,7 @@ def test_a_full_disk_holds_a_job_up_that_would_have_to_share(tmp_path: Path) -> 
 
 def test_a_job_that_would_have_to_share_is_lost_in_words(bench: Bench) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        root = workspaces.root_of(bench.root)
+        root = workspaces.workspaces_of(bench.root)
         root.rmdir()
         root.write_text("in the way")
         attempt = job(bench)
@@ -592,7 +592,7 @@ sys.stdin.read()
 def test_a_data_folder_that_takes_no_workspaces_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / ".own").touch()
     with pytest.raises(StartupError, match="cannot be written"):
-        workspaces.lay_out(workspaces.root_of(tmp_path), None)
+        workspaces.prepare_workspaces(workspaces.workspaces_of(tmp_path), None)
 
 
 def mount(*arguments: str) -> None:

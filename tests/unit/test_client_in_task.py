@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import cortex
-from cortex.engines.local import folders
+from cortex.engines.local import workspaces
 from unit.client_stub import SUBMITTED, SUCCEEDED, VIEW, Stub, answer, events, job_view
 
 PACKAGE = Path(cortex.__file__).parent
@@ -37,7 +37,7 @@ def operator() -> Iterator[Stub]:
 
 @pytest.fixture
 def import_dir(tmp_path: Path) -> Path:
-    folders.lay_out(tmp_path / "jobs", tmp_path / "jobs" / ".import", None)
+    workspaces.prepare_jobs(tmp_path / "jobs", tmp_path / "jobs" / ".import", None)
     return tmp_path / "jobs" / ".import"
 
 

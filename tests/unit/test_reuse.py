@@ -81,13 +81,13 @@ def end_of(path: Path, result: object = None) -> ExitRecord:
 
 
 def found(path: Path) -> ExitRecord | None:
-    return records.ended(path, 1).exit
+    return records.read_exit(path, 1).exit
 
 
 def exit_of_gone(path: Path) -> ExitRecord | None:
     """The exit record of a job whose process does not run any more."""
-    state = records.look(path, attempt())
-    assert isinstance(state, records.Gone)
+    state = records.inspect_attempt(path, attempt())
+    assert isinstance(state, records.Exited)
     return state.exit
 
 
@@ -141,22 +141,22 @@ def test_a_start_record_of_an_earlier_job_names_nobody(jobs: Jobs) -> None:
     earlier = jobs.run()
     jobs.run()
     (earlier / "exit.1").unlink()
-    gone = records.look(earlier, attempt())
-    assert isinstance(gone, records.Gone)
+    gone = records.inspect_attempt(earlier, attempt())
+    assert isinstance(gone, records.Exited)
     assert gone.start is not None
     assert (gone.start.pid, gone.start.job_id) == (0, "")
     assert gone.start.gpus == []
 
 
 def attempt() -> Any:
-    return SimpleNamespace(number=1, handle=records.handle())
+    return SimpleNamespace(number=1, handle=records.make_handle())
 
 
 @contextmanager
 def fenced(path: Path) -> Iterator[int]:
     path.mkdir()
     folder = os.open(path, os.O_RDONLY)
-    assert records.look(path, attempt()) == records.Fenced()
+    assert records.inspect_attempt(path, attempt()) == records.Fenced()
     yield folder
     os.close(folder)
 
@@ -167,7 +167,7 @@ def test_a_start_that_is_fenced_is_refused(jobs: Jobs, earlier: int) -> None:
         jobs.run()
     with fenced(jobs.root / "fenced") as folder:
         assert not jobs.reuse.create_start(folder, "start.1", StartRecord(pid=1).dumps())
-        assert records.look(jobs.root / "fenced", attempt()) == records.Fenced()
+        assert records.inspect_attempt(jobs.root / "fenced", attempt()) == records.Fenced()
 
 
 def test_a_journal_does_not_grow_for_ever(jobs: Jobs) -> None:
@@ -286,8 +286,8 @@ def test_a_fence_that_a_job_writes_fences_off_no_other_job(
     running, folder = jobs.begin()
     (running / "start.1").write_bytes(b'{"fenced": true}')
     (path / "exit.1").unlink()
-    gone = records.look(path, asked())
-    assert isinstance(gone, records.Gone)
+    gone = records.inspect_attempt(path, asked())
+    assert isinstance(gone, records.Exited)
     assert gone.start is not None
     assert not gone.start.fenced
     os.close(folder)
@@ -297,7 +297,7 @@ def test_records_of_old_are_read(tmp_path: Path) -> None:
     folder = tmp_path / "job"
     folder.mkdir()
     (folder / "start.1").write_text('{"v": 1, "fenced": true, "pid": 0, "ticks": 0, "boot": ""}')
-    assert records.look(folder, attempt()) == records.Fenced()
+    assert records.inspect_attempt(folder, attempt()) == records.Fenced()
     (folder / "exit.1").write_text(
         '{"v": 1, "ending": "exited", "exit_code": 3, "start_ns": 1, "end_ns": 2, "message": null}'
     )
@@ -384,9 +384,9 @@ def test_killed_at_any_moment_it_leaves_each_job_as_it_is(tmp_path: Path) -> Non
             has_start = (folder / "start.1").exists()
             assert has_start or f"started {name}" not in said
             assert is_told(folder) or f"ended {name}" not in said
-            seen = records.look(folder, attempt())
-            assert isinstance(seen, records.Gone) == has_start
-            if isinstance(seen, records.Gone) and seen.exit is None and seen.start is not None:
+            seen = records.inspect_attempt(folder, attempt())
+            assert isinstance(seen, records.Exited) == has_start
+            if isinstance(seen, records.Exited) and seen.exit is None and seen.start is not None:
                 assert (seen.start.pid, seen.start.job_id) == (1 << 30, name)
             if has_start and (folder / "job.json").exists():
                 assert (folder / "job.json").read_bytes() == job_of(folder)

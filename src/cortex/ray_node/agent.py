@@ -72,7 +72,7 @@ class Agent:
             version=cortex.__version__,
             incarnation=self._seen.greet(),
             root=self._slot.identity,
-            local_handle=records.handle(),
+            local_handle=records.make_handle(),
             memory_limit=self._engine.capabilities.memory_limit,
             own_folder=self._engine.capabilities.own_folder,
             seq=self._seen.end,
@@ -296,5 +296,5 @@ def _ended(folder: Path, attempt: int) -> bool:
     """End a job that runs although its folder is missing; whether it ran."""
     if not processes.with_variable("CORTEX_JOB_ID", folder.name):
         return False
-    leftovers.clean(folder, attempt)
+    leftovers.end_leftovers(folder, attempt)
     return True

@@ -1,4 +1,4 @@
-"""The engine of one machine: a supervising process per job, forked from a warm interpreter."""
+"""The engine of one machine: each job has a supervisor, forked from a warm interpreter."""
 
 from __future__ import annotations
 

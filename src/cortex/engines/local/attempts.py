@@ -1,16 +1,16 @@
-"""Follows the attempts of the local engine to their ends. Owned by `engine`; fork servers and supervisors
-report to it.
+"""Follows the attempts of the local engine to their ends. Owned by `engine`; fork servers and
+supervisors report to it.
 
-Each attempt has a supervisor (`cortex.worker.supervisor.main`), which reports when it has written the
-attempt's exit record. The supervisor of an earlier operator is adopted (`adopted`). An attempt without a
-valid record of its end is lost: its processes are ended first, and then the loss is reported.
+Each attempt has a supervisor (`cortex.worker.supervisor.main`), which reports when it has written
+the attempt's exit record. The supervisor of an earlier operator is adopted (`AdoptedSupervisor`).
+An attempt without a valid exit record is lost: the engine ends its processes, and then reports the
+loss.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -30,9 +30,8 @@ from cortex.engines.base import (
     Waits,
 )
 from cortex.engines.local import leftovers, records
-from cortex.engines.local.adopted import AdoptedSupervisor
 from cortex.engines.local.backstop import Backstop
-from cortex.engines.local.supervisor import SupervisorHandle
+from cortex.engines.local.supervisor import AdoptedSupervisor, SupervisorHandle
 from cortex.engines.local.tracked import TrackedAttempt
 from cortex.joblog.folders import JobFolders
 from cortex.joblog.watch import FileWatch
@@ -44,10 +43,10 @@ from cortex.worker.messages import ExitRecord, Order, Reply
 
 log = structlog.get_logger()
 
-RETRY_S = 1.0
-_KILLED = "the supervising process was killed"
+RETRY_DELAY_S = 1.0
+_KILLED = "the supervisor was killed"
 _REBOOTED = "the machine restarted while the job ran"
-_COPIED = "it ran with another data folder, of which this one is a copy: what became of it there is not known here"
+_COPIED = "it ran with another data folder, of which this one is a copy; its outcome there is unknown here"
 
 
 class Attempts:
@@ -56,33 +55,34 @@ class Attempts:
     def __init__(
         self,
         folders: JobFolders,
-        free: Callable[[str], bool],
-        tidy: Callable[[], Awaitable[None]],
+        release: Callable[[str], bool],
+        end_leftovers: Callable[[], Awaitable[None]],
         account: Account | None = None,
     ) -> None:
         """
         Args:
             folders: of the jobs.
-            free: gives back what a job has taken; whether another job may be waiting for it.
-            tidy: ends processes that fork servers or the operator have inherited from killed supervisors.
+            release: releases the capacity of a job; whether another job may wait for it.
+            end_leftovers: ends the processes that fork servers or the operator have inherited from
+                killed supervisors.
             account: the user of the jobs, if that is not the operator's own.
         """
         self.report: Report = lambda _: None
         self._folders = folders
-        self._free = free
-        self._tidy = tidy
+        self._release = release
+        self._end_inherited = end_leftovers
         self._account = account
-        self._live: dict[str, TrackedAttempt] = {}
+        self._tracked: dict[str, TrackedAttempt] = {}
         self._background = Background("the local engine failed")
         self._exit_records = FileWatch("exit records")
-        self._backstop = Backstop(lambda: list(self._live.values()), self._background)
+        self._backstop = Backstop(lambda: list(self._tracked.values()), self._background)
 
     async def close(self) -> None:
         """Forget all attempts; jobs go on."""
         await self._background.close()
-        for live in self._live.values():
-            self._let_go(live)
-        self._live.clear()
+        for tracked in self._tracked.values():
+            self._detach(tracked)
+        self._tracked.clear()
         await self._exit_records.close()
 
     def supervisors(self) -> set[int]:
@@ -91,326 +91,301 @@ class Attempts:
         Raises:
             OSError: no descriptor is left to read them.
         """
-        held = [live.taken_over for live in self._live.values()]
+        adopted = [tracked.adopted for tracked in self._tracked.values()]
         return {
-            processes.pid_of(each.pidfd) for each in held if each is not None and each.pidfd >= 0
+            processes.pid_of(each.pidfd) for each in adopted if each is not None and each.pidfd >= 0
         }
 
-    def begin(
+    def track(
         self, attempt: Attempt, grace_s: float, supervisor: SupervisorHandle | None = None
     ) -> None:
-        """Follow an attempt that starts now.
+        """Track an attempt that starts now.
 
         Args:
             supervisor: the attempt's supervisor, if it has one already.
         """
-        start_record = self._start_of(attempt)
-        self._live[attempt.spec.job_id] = TrackedAttempt(
+        start_record = self._start_record_of(attempt)
+        self._tracked[attempt.spec.job_id] = TrackedAttempt(
             attempt, start_record, supervisor, grace_s=grace_s
         )
-        self._backstop.watch()
+        self._backstop.start_polling()
 
-    def wait(self, attempt: Attempt, withdraw: Callable[[Attempt], bool]) -> None:
-        """Withdraw the attempt's order at its deadline, if it waits for a fork server until then.
+    def withdraw_at_deadline(self, attempt: Attempt, withdraw: Callable[[Attempt], bool]) -> None:
+        """Withdraw the attempt's order at the deadline, if no supervisor has received it by then.
 
         Args:
-            withdraw: takes back an order that no supervisor has received; whether that succeeded.
+            withdraw: withdraws an order that no supervisor has received; whether that succeeded.
         """
-        live = self._live.get(attempt.spec.job_id)
-        if live is None or live.supervisor is not None or attempt.deadline is None:
+        tracked = self._tracked.get(attempt.spec.job_id)
+        if tracked is None or tracked.supervisor is not None or attempt.deadline is None:
             return
         left_s = max(0.0, attempt.deadline - time.monotonic())
         loop = asyncio.get_running_loop()
-        live.timer = loop.call_later(left_s, self._give_up, live, withdraw)
+        tracked.timer = loop.call_later(left_s, self._on_deadline, tracked, withdraw)
 
     async def recover(self, attempt: Attempt, grace_s: float) -> None:
-        """Follow an attempt that an earlier operator claimed."""
-        live = TrackedAttempt(attempt, self._start_of(attempt), grace_s=grace_s)
-        self._live[attempt.spec.job_id] = live
-        self._backstop.watch()
-        if not await self._take_up(live):
-            self._background.run(self._until_told(live))
+        """Track an attempt that an earlier operator claimed."""
+        tracked = TrackedAttempt(attempt, self._start_record_of(attempt), grace_s=grace_s)
+        self._tracked[attempt.spec.job_id] = tracked
+        self._backstop.start_polling()
+        if not await self._inspect(tracked):
+            self._background.run(self._inspect_until_readable(tracked))
 
     def stop(self, job_id: str, withdraw: Callable[[Attempt], bool]) -> None:
         """End an attempt, if the engine has one of this job.
 
         Args:
-            withdraw: takes back an order that no supervisor has received; whether that succeeded.
+            withdraw: withdraws an order that no supervisor has received; whether that succeeded.
         """
-        live = self._live.get(job_id)
-        if live is not None:
-            live.stop = True
-            live.stop_at = live.stop_at or time.monotonic()
-            if withdraw(live.attempt):
-                self._settle(live, self._never(live))
+        tracked = self._tracked.get(job_id)
+        if tracked is not None:
+            tracked.is_stopping = True
+            tracked.stop_requested_at = tracked.stop_requested_at or time.monotonic()
+            if withdraw(tracked.attempt):
+                self._finish(tracked, tracked.never_started())
             else:
-                self._signal(live)
+                self._stop_supervisor(tracked)
 
-    def waits(self, order: Order, reason: str) -> None:
+    def on_order_waits(self, order: Order, reason: str) -> None:
         """A fork server reports that an order has to wait."""
-        live = self._ordered(order.job_id, order.attempt)
-        if live is not None and not live.stop:
+        tracked = self._of_order(order.job_id, order.attempt)
+        if tracked is not None and not tracked.is_stopping:
             self.report(Waits(order.job_id, order.attempt, reason))
 
-    def given(self, supervisor: SupervisorHandle, order: Order) -> None:
+    def on_order_received(self, supervisor: SupervisorHandle, order: Order) -> None:
         """A fork server reports that a supervisor has received an order."""
-        live = self._ordered(order.job_id, order.attempt)
-        if live is not None:
-            self._cancel(live)
-            live.supervisor = supervisor
-            if live.stop:
+        tracked = self._of_order(order.job_id, order.attempt)
+        if tracked is not None:
+            self._cancel_timer(tracked)
+            tracked.supervisor = supervisor
+            if tracked.is_stopping:
                 supervisor.stop()
 
-    def recorded(self, reply: Reply) -> None:
+    def on_start_recorded(self, reply: Reply) -> None:
         """A supervisor reports that the job has started."""
-        live = self._ordered(reply.job_id, reply.attempt)
-        if live is not None:
-            self._started(live, reply.start_ns)
+        tracked = self._of_order(reply.job_id, reply.attempt)
+        if tracked is not None:
+            self._report_started(tracked, reply.start_ns)
 
-    def ended(self, reply: Reply) -> None:
+    def on_exit_recorded(self, reply: Reply) -> None:
         """A supervisor reports that the exit record is written."""
-        live = self._ordered(reply.job_id, reply.attempt)
-        if live is None:
+        tracked = self._of_order(reply.job_id, reply.attempt)
+        if tracked is None:
             return
-        live.supervisor = None
+        tracked.supervisor = None
         record = None if reply.record is None else ExitRecord(**reply.record)  # type: ignore[arg-type]  # it was read from JSON
         if record is not None and record.ending != "lost":
-            self._conclude_by(live, record)
+            self._finish_by_record(tracked, record)
         else:
-            self._background.run(self._conclude(live))
+            self._background.run(self._report_end(tracked))
 
-    def refused(self, reply: Reply) -> None:
+    def on_order_refused(self, reply: Reply) -> None:
         """A supervisor reports that it could not begin the attempt."""
-        live = self._ordered(reply.job_id, reply.attempt)
-        if live is None:
+        tracked = self._of_order(reply.job_id, reply.attempt)
+        if tracked is None:
             return
-        live.supervisor = None
-        self._background.run(
-            self._tidy_later()
-        )  # the supervisor is killed, and leaves its workspace
+        tracked.supervisor = None
+        # The engine kills the supervisor, which leaves its workspace.
+        self._background.run(self._end_inherited_later())
         error = OSError(reply.errno, reply.error)
         reason = f"the job's folder cannot be written: {error}"
         if is_storage(error):
-            self._settle(live, self._never(live, reason))
+            self._finish(tracked, tracked.never_started(reason))
         else:
-            self._settle(live, self._lost(live, reason))
+            self._finish(tracked, tracked.lost(reason))
 
-    def orphaned(self, order: Order, why: str | None) -> None:
+    def on_order_orphaned(self, order: Order, protocol_error: str | None) -> None:
         """A fork server reports that the supervisor of an order has exited."""
-        live = self._ordered(order.job_id, order.attempt)
-        if live is not None:
-            live.was_late = live.is_overdue
-            live.supervisor, live.why = None, why
-            self._background.run(self._conclude(live))
+        tracked = self._of_order(order.job_id, order.attempt)
+        if tracked is not None:
+            tracked.was_overdue = tracked.is_overdue
+            tracked.supervisor, tracked.protocol_error = None, protocol_error
+            self._background.run(self._report_end(tracked))
 
-    def not_forked(self, job_id: str, reason: str) -> None:
+    def on_order_failed(self, job_id: str, reason: str) -> None:
         """A fork server reports that an order failed for good."""
-        live = self._live.get(job_id)
-        if live is not None:
-            self._settle(live, self._lost(live, reason))
+        tracked = self._tracked.get(job_id)
+        if tracked is not None:
+            self._finish(tracked, tracked.lost(reason))
 
-    def held_up(self, job_id: str, reason: str) -> None:
+    def on_order_blocked(self, job_id: str, reason: str) -> None:
         """A fork server reports that the machine lacks something that an order needs."""
-        live = self._live.get(job_id)
-        if live is not None:
-            self._settle(live, self._never(live, reason))
+        tracked = self._tracked.get(job_id)
+        if tracked is not None:
+            self._finish(tracked, tracked.never_started(reason))
 
-    def unanswered(self, job_id: str) -> None:
+    def on_order_unanswered(self, job_id: str) -> None:
         """A fork server died before it answered: fence the attempt off, unless it has begun."""
-        live = self._live.get(job_id)
-        if live is not None:
-            self._background.run(self._until_told(live))
+        tracked = self._tracked.get(job_id)
+        if tracked is not None:
+            self._background.run(self._inspect_until_readable(tracked))
 
-    def _ordered(self, job_id: str | None, attempt: int) -> TrackedAttempt | None:
-        live = self._live.get(job_id or "")
-        return live if live is not None and live.attempt.number == attempt else None
+    def _of_order(self, job_id: str | None, attempt: int) -> TrackedAttempt | None:
+        tracked = self._tracked.get(job_id or "")
+        return tracked if tracked is not None and tracked.attempt.number == attempt else None
 
-    def _started(self, live: TrackedAttempt, start_ns: int) -> None:
-        if not live.has_started:
-            live.has_started = True
-            self.report(Started(live.job_id, live.attempt.number, start_ns))
+    def _report_started(self, tracked: TrackedAttempt, start_ns: int) -> None:
+        if not tracked.has_started:
+            tracked.has_started = True
+            self.report(Started(tracked.job_id, tracked.attempt.number, start_ns))
 
-    def _take_over(self, live: TrackedAttempt, pidfd: int) -> None:
-        held = AdoptedSupervisor(
-            pidfd, self._exit_of(live), self._exit_records, lambda: self._on_over(live)
+    def _adopt(self, tracked: TrackedAttempt, pidfd: int) -> None:
+        adopted = AdoptedSupervisor(
+            pidfd,
+            self._exit_record_of(tracked),
+            self._exit_records,
+            lambda: self._on_adopted_end(tracked),
         )
-        live.taken_over = held
-        if live.stop:
-            held.stop()
+        tracked.adopted = adopted
+        if tracked.is_stopping:
+            adopted.stop()
         with contextlib.suppress(OSError):  # the exit of the process reports the end as well, later
             # The record may be older than the watch.
-            if records.ended(self._of(live), live.attempt.number).exit is not None:
-                held.recorded()
+            if records.read_exit(self._folder_of(tracked), tracked.attempt.number).exit is not None:
+                adopted.on_exit_record()
 
-    def _on_over(self, live: TrackedAttempt) -> None:
-        live.taken_over = None
-        live.was_late = live.is_overdue
-        self._background.run(self._conclude(live))
+    def _on_adopted_end(self, tracked: TrackedAttempt) -> None:
+        tracked.adopted = None
+        tracked.was_overdue = tracked.is_overdue
+        self._background.run(self._report_end(tracked))
 
-    async def _conclude(self, live: TrackedAttempt) -> None:
+    async def _report_end(self, tracked: TrackedAttempt) -> None:
         """The supervisor has exited: report how the attempt ended, once its folder can be read."""
-        told = False
+        is_reported = False
         while True:
             try:
-                gone = records.ended(self._of(live), live.attempt.number)
-                if gone.start is None and gone.exit is None:
+                exited = records.read_exit(self._folder_of(tracked), tracked.attempt.number)
+                if exited.start is None and exited.exit is None:
                     break  # the supervisor was killed, or the disk was full, before any code ran
             except OSError as error:
-                if live.stop and told:
-                    gone = records.Gone(None, None, rebooted=False)
+                if tracked.is_stopping and is_reported:
+                    exited = records.Exited(None, None, rebooted=False)
                 else:
-                    told = self._unreachable(live, error, told=told)
-                    await asyncio.sleep(RETRY_S)
+                    is_reported = self._report_unreachable(tracked, error, is_reported=is_reported)
+                    await asyncio.sleep(RETRY_DELAY_S)
                     continue
-            await self._end(live, gone)
+            await self._finish_exited(tracked, exited)
             return
-        await self._until_told(live)
+        await self._inspect_until_readable(tracked)
 
-    async def _until_told(self, live: TrackedAttempt) -> None:
-        while not await self._take_up(live):  # noqa: ASYNC110  # the kernel does not report that a moved folder is back
-            await asyncio.sleep(RETRY_S)
+    async def _inspect_until_readable(self, tracked: TrackedAttempt) -> None:
+        while not await self._inspect(tracked):  # noqa: ASYNC110  # the kernel does not report that a moved folder is back
+            await asyncio.sleep(RETRY_DELAY_S)
 
-    async def _take_up(self, live: TrackedAttempt) -> bool:
-        """Determine the state of an attempt, and follow it from there; False if its folder cannot be read."""
+    async def _inspect(self, tracked: TrackedAttempt) -> bool:
+        """Determine the state of an attempt, and track it; False if its folder cannot be read."""
         try:
-            found = await in_thread(records.look, self._of(live), live.attempt, self._account)
+            found = await in_thread(
+                records.inspect_attempt, self._folder_of(tracked), tracked.attempt, self._account
+            )
         except OSError as error:
-            self._unreachable(live, error, told=False)
+            self._report_unreachable(tracked, error, is_reported=False)
             return False
         if isinstance(found, records.Fenced):
-            self._settle(live, self._never(live))
+            self._finish(tracked, tracked.never_started())
         elif isinstance(found, records.Alive):
-            self._started(live, found.start.start_ns)
-            self._take_over(live, found.pidfd)
+            self._report_started(tracked, found.start.start_ns)
+            self._adopt(tracked, found.pidfd)
         else:
-            await self._end(live, found)
+            await self._finish_exited(tracked, found)
         return True
 
-    async def _end(self, live: TrackedAttempt, gone: records.Gone) -> None:
-        record = gone.exit
+    async def _finish_exited(self, tracked: TrackedAttempt, exited: records.Exited) -> None:
+        record = exited.exit
         if record is not None and record.ending != "lost":
-            self._conclude_by(live, record)
+            self._finish_by_record(tracked, record)
             return
-        if gone.start is not None and gone.start.fenced:
-            self._settle(live, self._never(live))
+        if exited.start is not None and exited.start.fenced:
+            self._finish(tracked, tracked.never_started())
             return
-        if not gone.copied:
-            await self._clean(live)
-        if live.was_late and not live.stop:
-            start_ns = (gone.start.start_ns if gone.start else 0) or time.time_ns()
-            self._settle(live, self._timed_out(live, start_ns))
+        if not exited.copied:
+            await self._end_leftovers(tracked)
+        if tracked.was_overdue and not tracked.is_stopping:
+            start_ns = (exited.start.start_ns if exited.start else 0) or time.time_ns()
+            self._finish(tracked, tracked.timed_out(start_ns))
             return
         if record is not None:
             reason = record.message or _KILLED
-        elif gone.copied:
+        elif exited.copied:
             reason = _COPIED
-        elif live.why is not None or gone.why is not None:
-            reason = live.why or f"the record of its end is not valid: {gone.why}"
+        elif tracked.protocol_error is not None or exited.invalid is not None:
+            reason = tracked.protocol_error or f"its exit record is not valid: {exited.invalid}"
         else:
-            reason = _REBOOTED if gone.rebooted else _KILLED
-        self._settle(live, self._lost(live, reason))
+            reason = _REBOOTED if exited.rebooted else _KILLED
+        self._finish(tracked, tracked.lost(reason))
 
-    async def _tidy_later(self) -> None:
-        await asyncio.sleep(RETRY_S)
-        # No descriptor or thread is left: the next lost attempt tidies.
+    async def _end_inherited_later(self) -> None:
+        await asyncio.sleep(RETRY_DELAY_S)
+        # If no descriptor or thread is left now, the next lost attempt does it.
         with contextlib.suppress(OSError):
-            await self._tidy()
+            await self._end_inherited()
 
-    async def _clean(self, live: TrackedAttempt) -> None:
+    async def _end_leftovers(self, tracked: TrackedAttempt) -> None:
         while True:
             try:
-                await self._tidy()
-                await in_thread(leftovers.clean, self._of(live), live.attempt.number)
+                await self._end_inherited()
+                await in_thread(
+                    leftovers.end_leftovers, self._folder_of(tracked), tracked.attempt.number
+                )
             except OSError as error:
-                job_id = live.job_id
-                log.warning("cannot end what is left of a job", job=job_id, error=str(error))
-                await asyncio.sleep(RETRY_S)
+                job_id = tracked.job_id
+                log.warning(
+                    "cannot end the processes of a lost attempt", job=job_id, error=str(error)
+                )
+                await asyncio.sleep(RETRY_DELAY_S)
             else:
                 return
 
-    def _conclude_by(self, live: TrackedAttempt, record: ExitRecord) -> None:
-        if live.is_forced and live.was_late and record.ending == Ending.EXITED:
+    def _finish_by_record(self, tracked: TrackedAttempt, record: ExitRecord) -> None:
+        if tracked.is_force_killed and tracked.was_overdue and record.ending == Ending.EXITED:
             # The supervisor was alive after the deadline, without a record of an end.
-            self._settle(live, self._timed_out(live, record.start_ns))
+            self._finish(tracked, tracked.timed_out(record.start_ns))
             return
-        last = Ended(
-            job_id=live.job_id,
-            attempt=live.attempt.number,
-            ending=Ending(record.ending),
-            start_ns=record.start_ns,
-            end_ns=record.end_ns,
-            exit_code=record.exit_code,
-            message=record.message,
-            result=record.result,  # type: ignore[arg-type]  # it was read from JSON
-            has_result=record.has_result,
-            measures=tuple(record.measures),
-            hints=tuple(map(str, record.hints)),
-        )
-        self._settle(live, last)
+        self._finish(tracked, tracked.ended(record))
 
-    def _timed_out(self, live: TrackedAttempt, start_ns: int) -> Ended:
-        """The end of an attempt past its deadline whose supervisor could not record it."""
-        message = f"timeout of {live.attempt.spec.timeout} s passed"
-        end_ns = max(start_ns, time.time_ns())
-        return Ended(
-            live.job_id,
-            live.attempt.number,
-            Ending.TIMED_OUT,
-            start_ns,
-            end_ns,
-            exit_code=-signal.SIGKILL,
-            message=message,
-            result=None,
-            has_result=False,
-        )
-
-    def _lost(self, live: TrackedAttempt, reason: str) -> Lost:
-        return Lost(live.job_id, live.attempt.number, reason)
-
-    def _never(self, live: TrackedAttempt, held_up_by: str | None = None) -> NeverStarted:
-        return NeverStarted(live.job_id, live.attempt.number, held_up_by)
-
-    def _unreachable(self, live: TrackedAttempt, error: OSError, *, told: bool) -> bool:
-        if not told:
+    def _report_unreachable(
+        self, tracked: TrackedAttempt, error: OSError, *, is_reported: bool
+    ) -> bool:
+        if not is_reported:
             reason = f"the job's folder cannot be read: {error}"
-            self.report(Unreachable(live.job_id, live.attempt.number, reason))
+            self.report(Unreachable(tracked.job_id, tracked.attempt.number, reason))
         return True
 
-    def _settle(self, live: TrackedAttempt, last: Ended | Lost | NeverStarted) -> None:
-        if self._live.get(last.job_id) is not live:
+    def _finish(self, tracked: TrackedAttempt, last: Ended | Lost | NeverStarted) -> None:
+        if self._tracked.get(last.job_id) is not tracked:
             return
-        del self._live[last.job_id]
-        self._let_go(live)
-        freed = self._free(last.job_id)
+        del self._tracked[last.job_id]
+        self._detach(tracked)
+        freed = self._release(last.job_id)
         self.report(last)
         if freed:
             self.report(CapacityFreed())
 
-    def _give_up(self, live: TrackedAttempt, withdraw: Callable[[Attempt], bool]) -> None:
-        if withdraw(live.attempt):
-            self._settle(live, self._never(live))
+    def _on_deadline(self, tracked: TrackedAttempt, withdraw: Callable[[Attempt], bool]) -> None:
+        if withdraw(tracked.attempt):
+            self._finish(tracked, tracked.never_started())
 
-    def _cancel(self, live: TrackedAttempt) -> None:
-        if live.timer is not None:
-            live.timer.cancel()
+    def _cancel_timer(self, tracked: TrackedAttempt) -> None:
+        if tracked.timer is not None:
+            tracked.timer.cancel()
 
-    def _signal(self, live: TrackedAttempt) -> None:
-        if live.supervisor is not None:
-            live.supervisor.stop()
-        elif live.taken_over is not None:
-            live.taken_over.stop()
+    def _stop_supervisor(self, tracked: TrackedAttempt) -> None:
+        if tracked.supervisor is not None:
+            tracked.supervisor.stop()
+        elif tracked.adopted is not None:
+            tracked.adopted.stop()
 
-    def _let_go(self, live: TrackedAttempt) -> None:
-        self._cancel(live)
-        if live.taken_over is not None:
-            live.taken_over.close()
-            live.taken_over = None
+    def _detach(self, tracked: TrackedAttempt) -> None:
+        self._cancel_timer(tracked)
+        if tracked.adopted is not None:
+            tracked.adopted.close()
+            tracked.adopted = None
 
-    def _start_of(self, attempt: Attempt) -> Path:
+    def _start_record_of(self, attempt: Attempt) -> Path:
         return self._folders.start_record(attempt.spec.job_id, attempt.number)
 
-    def _exit_of(self, live: TrackedAttempt) -> Path:
-        return self._folders.exit_record(live.job_id, live.attempt.number)
+    def _exit_record_of(self, tracked: TrackedAttempt) -> Path:
+        return self._folders.exit_record(tracked.job_id, tracked.attempt.number)
 
-    def _of(self, live: TrackedAttempt) -> Path:
-        return self._folders.folder(live.job_id)
+    def _folder_of(self, tracked: TrackedAttempt) -> Path:
+        return self._folders.folder(tracked.job_id)

@@ -1,8 +1,8 @@
-"""Sees that jobs come to their ends where they have kept their supervising processes from that: a job can stop or trace
-a process of its own user. Owned by `attempts`.
+"""Ends jobs whose supervisors cannot: a job can stop or trace a process of its own user. Owned by
+`attempts`.
 
-A supervising process that is stopped is let go on. Where a job should be over, by its deadline or because somebody
-stops it, and its grace has passed as well, it is ended here, and its supervising process with it.
+The backstop polls the supervisors of all attempts. It sends SIGCONT to a stopped supervisor. Once a
+job's deadline or stop and its grace have passed, it kills the job and its supervisor.
 """
 
 from __future__ import annotations
@@ -16,106 +16,115 @@ from typing import Protocol
 
 import structlog
 
-from cortex.engines.local.supervisor import signal_to
+from cortex.engines.local.supervisor import send_signals
 from cortex.system.background import Background, in_thread
 from cortex.worker import processes
 
 log = structlog.get_logger()
 
-LOOK_S = 2.0
-LATE_S = 2.0
-"""Beyond the grace, for a supervising process that is stopped."""
-AWAKE_S = 60.0
-"""The same for one that runs: it has times of its own, as for what a job has left running."""
-MOST_STOPPED = 3  # looks at one that has not begun: then another process is to have its order
+POLL_INTERVAL_S = 2.0
+STOPPED_OVERDUE_S = 2.0
+"""The time beyond the grace that a stopped supervisor gets."""
+RUNNING_OVERDUE_S = 60.0
+"""The time beyond the grace that a running supervisor gets. It needs time of its own, for example
+to end the processes that a job left."""
+MAX_STOPPED_POLLS = 3
+"""A supervisor that is stopped in more polls than this, and has not begun, is killed: another
+process then gets its order."""
 
 
-class Watched(Protocol):
-    """An attempt."""
+class SupervisedAttempt(Protocol):
+    """An attempt, as the backstop needs it."""
 
-    stopped_looks: int
-    is_forced: bool
-    """Whether it is ended here, or was."""
+    stopped_polls: int
+    """The number of polls in a row that found the supervisor stopped."""
+    is_force_killed: bool
+    """Whether the backstop kills the attempt, or has killed it."""
 
     @property
     def job_id(self) -> str: ...
 
     @property
     def pidfd(self) -> int:
-        """Of its supervising process; negative where that has not got it yet, or is gone."""
+        """The supervisor's; negative before a supervisor has the order, and after its exit."""
 
     @property
-    def over_at(self) -> float | None:
-        """When it has to be over, its grace included, by the monotonic clock."""
+    def must_end_by(self) -> float | None:
+        """When the attempt has to be over, its grace included, by the monotonic clock."""
 
     @property
     def has_begun(self) -> bool: ...
 
 
 class Backstop:
-    """While there are attempts, it looks at their supervising processes now and then."""
+    """Polls the supervisors of attempts while there are attempts."""
 
-    def __init__(self, attempts: Callable[[], list[Watched]], background: Background) -> None:
+    def __init__(
+        self, attempts: Callable[[], list[SupervisedAttempt]], background: Background
+    ) -> None:
         self._attempts = attempts
         self._background = background
-        self._is_on = False
+        self._is_polling = False
 
-    def watch(self) -> None:
-        """There are attempts."""
-        if not self._is_on:
-            self._is_on = True
+    def start_polling(self) -> None:
+        """Poll until there are no attempts, if that does not happen already."""
+        if not self._is_polling:
+            self._is_polling = True
             self._background.run(self._run())
 
     async def _run(self) -> None:
         try:
             while self._attempts():
-                await asyncio.sleep(LOOK_S)
-                await self._look()
+                await asyncio.sleep(POLL_INTERVAL_S)
+                await self._poll()
         finally:
-            self._is_on = False
+            self._is_polling = False
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         try:
-            pids = {each: processes.pid_of(each.pidfd) for each in self._there()}
+            pids = {each: processes.pid_of(each.pidfd) for each in self._supervised()}
             stopped = await in_thread(_stopped, list(pids.values()))
         except OSError:
-            return  # for want of descriptors or threads: the next look comes
-        for each in self._there():
+            return  # no descriptor or thread is left: the next poll tries again
+        for each in self._supervised():
             self._judge(each, is_stopped=pids.get(each) in stopped)
 
-    def _there(self) -> list[Watched]:
-        return [each for each in self._attempts() if each.pidfd >= 0 and not each.is_forced]
+    def _supervised(self) -> list[SupervisedAttempt]:
+        return [each for each in self._attempts() if each.pidfd >= 0 and not each.is_force_killed]
 
-    def _judge(self, each: Watched, *, is_stopped: bool) -> None:
-        each.stopped_looks = each.stopped_looks + 1 if is_stopped else 0
-        late_s = 0.0 if each.over_at is None else time.monotonic() - each.over_at
-        if late_s >= (LATE_S if is_stopped else AWAKE_S):
-            self._background.run(self._force(each, is_stopped=is_stopped))
-        elif is_stopped and not each.has_begun and each.stopped_looks > MOST_STOPPED:
-            signal_to(each.pidfd, signal.SIGKILL)
+    def _judge(self, each: SupervisedAttempt, *, is_stopped: bool) -> None:
+        each.stopped_polls = each.stopped_polls + 1 if is_stopped else 0
+        overdue_s = 0.0 if each.must_end_by is None else time.monotonic() - each.must_end_by
+        if overdue_s >= (STOPPED_OVERDUE_S if is_stopped else RUNNING_OVERDUE_S):
+            self._background.run(self._force_kill(each, is_stopped=is_stopped))
+        elif is_stopped and not each.has_begun and each.stopped_polls > MAX_STOPPED_POLLS:
+            send_signals(each.pidfd, signal.SIGKILL)
         elif is_stopped:
-            signal_to(each.pidfd, signal.SIGCONT)
+            send_signals(each.pidfd, signal.SIGCONT)
 
-    async def _force(self, each: Watched, *, is_stopped: bool) -> None:
+    async def _force_kill(self, each: SupervisedAttempt, *, is_stopped: bool) -> None:
         try:
-            pidfd = os.dup(each.pidfd)  # the other one is closed as soon as the process is gone
+            pidfd = os.dup(
+                each.pidfd
+            )  # the attempt's is closed as soon as the supervisor has exited
         except OSError:
             return
         try:
-            # One that runs and has nothing below it has ended its job: its record waits for room on the disk, say.
+            # A running supervisor without descendants has ended its job: its record may wait for
+            # room on the disk.
             if is_stopped or await in_thread(processes.has_descendants, pidfd):
-                log.warning("a job is ended, for its supervisor does not do it", job=each.job_id)
-                each.is_forced = True
+                log.warning("killing a job that its supervisor does not end", job=each.job_id)
+                each.is_force_killed = True
                 await in_thread(processes.kill_with_descendants, pidfd)
         except OSError as error:
-            each.is_forced = False
-            log.warning("a job cannot be ended", job=each.job_id, error=str(error))
+            each.is_force_killed = False
+            log.warning("cannot kill a job", job=each.job_id, error=str(error))
         finally:
             os.close(pidfd)
 
 
 def _stopped(pids: list[int]) -> set[int]:
-    """Those of these processes that are stopped, or traced."""
+    """The subset of these processes that are stopped or traced."""
     found = set()
     for pid in pids:
         about = processes.stat(pid)

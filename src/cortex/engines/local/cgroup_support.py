@@ -1,5 +1,5 @@
-"""Which control groups work on this machine, found by trying them: those that limit memory, and those that hold what
-a supervising process forks. Called once when the local engine opens, in a thread.
+"""Detects by trial which control groups work on this machine: groups that limit memory, and groups
+that enclose the processes of a supervisor. Called once when the local engine opens, in a thread.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cortex.engines.local import cgroups
-from cortex.engines.local.cgroups import Place
+from cortex.engines.local.cgroups import CgroupParent
 from cortex.system.account import Account, identity
 from cortex.worker import processes
 from cortex.worker.cgroups import JOIN
@@ -22,18 +22,19 @@ from cortex.worker.cgroups import JOIN
 METHODS = {"v2": "cgroup v2", "v1": "cgroup v1", "watchdog": "watchdog"}
 _ROOT = "/sys/fs/cgroup"
 _PROBE_BYTES = 64 << 20
-_TRIAL_S = 10
+_TRIAL_TIMEOUT_S = 10
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC
 
 
 @dataclass(frozen=True)
 class CgroupSupport:
-    """How memory is limited (`kind`: v2, v1 or watchdog), and where groups are made."""
+    """How the memory of jobs is limited, and the folders of the groups."""
 
-    kind: str
-    memory: Place | None = None
-    trees: Place | None = None
-    """For what supervising processes fork."""
+    kind: str  # v2, v1 or watchdog
+    memory: CgroupParent | None = None
+    """The folder of groups that limit memory."""
+    trees: CgroupParent | None = None
+    """The folder of groups that enclose what supervisors fork."""
 
     @property
     def method(self) -> str:
@@ -44,78 +45,83 @@ WATCHDOG = CgroupSupport("watchdog")
 """No control groups at all."""
 
 
-def prefix(root: Path) -> str:
-    """What names of groups of this data root begin with, so that two operators never meet; nor do those of two
-    containers, each with pids of its own."""
-    place = bytes(root.resolve())
-    pids = os.stat("/proc/self/ns/pid").st_ino  # noqa: PTH116  # no Path follows this link
-    if pids != _FIRST_PID_NAMESPACE:
-        place += b"%d" % pids
-    return f"cortex-{hashlib.sha256(place).hexdigest()[:12]}-"
+def group_prefix(root: Path) -> str:
+    """What the names of this data root's groups begin with. No two operators share it, nor do the
+    operators of two containers, each of which has pids of its own."""
+    seed = bytes(root.resolve())
+    pid_namespace = os.stat("/proc/self/ns/pid").st_ino  # noqa: PTH116  # no Path follows this link
+    if pid_namespace != _FIRST_PID_NAMESPACE:
+        seed += b"%d" % pid_namespace
+    return f"cortex-{hashlib.sha256(seed).hexdigest()[:12]}-"
 
 
 def group_name(root: Path, job_id: str, attempt: int) -> str:
-    """What the group of an attempt is called, wherever it is."""
-    return f"{prefix(root)}{job_id}-{attempt}"
+    """The name of an attempt's group, in every hierarchy."""
+    return f"{group_prefix(root)}{job_id}-{attempt}"
 
 
-def existing(root: Path) -> list[Path]:
-    """All groups of this data root that are there, wherever an operator made them."""
-    place = _place(root)
-    return [group for group in _all_of(root) if group.name != place]
+def list_groups(root: Path) -> list[Path]:
+    """All groups of this data root, in every hierarchy and by every operator."""
+    parent = _parent_name(root)
+    return [group for group in _folders_of(root) if group.name != parent]
 
 
-def remove_places(root: Path) -> None:
-    """Remove the folders of groups of this data root in which none is, wherever an operator made them: which hierarchy
-    works may have changed since."""
-    place = _place(root)
-    for folder in _all_of(root):
-        if folder.name == place:
-            with suppress(OSError):  # there are groups in it
+def remove_parents(root: Path) -> None:
+    """Remove this data root's group folders that are empty, in all hierarchies: the hierarchy that
+    works may have changed since an operator made them."""
+    parent = _parent_name(root)
+    for folder in _folders_of(root):
+        if folder.name == parent:
+            with suppress(OSError):  # it has groups
                 folder.rmdir()
 
 
-def _place(root: Path) -> str:
+def _parent_name(root: Path) -> str:
     """The name of the folder of groups in each hierarchy."""
-    return f"{prefix(root)}jobs"
+    return f"{group_prefix(root)}jobs"
 
 
-def _all_of(root: Path) -> list[Path]:
-    name, place = prefix(root), _place(root)
+def _folders_of(root: Path) -> list[Path]:
+    """The groups of this data root, and the folders of its groups."""
+    prefix, parent = group_prefix(root), _parent_name(root)
     found = []
-    for parent, names, _ in os.walk(_ROOT):
-        own = [each for each in names if each.startswith(name)]
-        found += [Path(parent, each) for each in own]
-        names[:] = [each for each in names if each not in own or each == place]
+    for folder, names, _ in os.walk(_ROOT):
+        own = [name for name in names if name.startswith(prefix)]
+        found += [Path(folder, name) for name in own]
+        names[:] = [name for name in names if name not in own or name == parent]
     return found
 
 
 def probe(root: Path, account: Account | None = None) -> CgroupSupport:
-    """The best that works for this user, and for `account` where jobs are its: tried with a process, because rights
-    are not enough to tell (a group may be writable, and moving a process into it forbidden all the same)."""
-    name = prefix(root)
+    """The best support for this user, and for `account` if jobs run as that user. A process tries
+    each candidate, because rights alone do not show it: a group may be writable although moving a
+    process into it is forbidden."""
+    prefix = group_prefix(root)
     mounts = _mounts()
-    places = {
-        controller: [Place("v2" if controller == "" else "v1", f / f"{name}jobs") for f in folders]
+    parents = {
+        controller: [
+            CgroupParent("v2" if controller == "" else "v1", folder / f"{prefix}jobs")
+            for folder in folders
+        ]
         for controller, folders in mounts.items()
     }
-    v2 = places.get("", [])
-    for place in v2:
-        if _works(name, account, place, place):
-            return CgroupSupport("v2", place, place)
-    for folder, place in zip(mounts.get("", []), v2, strict=True):
-        if _delegate(folder) and _works(name, account, place, place):
-            return CgroupSupport("v2", place, place)
-    # Freezers first: to enter a v2 group takes 12-20 ms, and what is frozen is killed as surely.
-    candidates = [*places.get("freezer", []), *v2, *places.get("pids", [])]
-    trees = next((place for place in candidates if _works(name, account, place, None)), None)
-    for place in places.get("memory", []):
-        if _works(name, account, trees, place):
-            return CgroupSupport("v1", place, trees)
+    v2 = parents.get("", [])
+    for parent in v2:
+        if _works(prefix, account, parent, parent):
+            return CgroupSupport("v2", parent, parent)
+    for folder, parent in zip(mounts.get("", []), v2, strict=True):
+        if _delegate(folder) and _works(prefix, account, parent, parent):
+            return CgroupSupport("v2", parent, parent)
+    # Freezers first: entering a v2 group takes 12-20 ms, and killing frozen processes is as safe.
+    candidates = [*parents.get("freezer", []), *v2, *parents.get("pids", [])]
+    trees = next((parent for parent in candidates if _works(prefix, account, parent, None)), None)
+    for parent in parents.get("memory", []):
+        if _works(prefix, account, trees, parent):
+            return CgroupSupport("v1", parent, trees)
     return CgroupSupport("watchdog", None, trees)
 
 
-# What a supervising process and its job do.
+# Does what a supervisor and its job do.
 _TRIAL = """
 import os, sys
 sys.stdin.read()
@@ -124,18 +130,21 @@ if sys.argv[1] != "-1":
 """
 
 
-def _works(name: str, account: Account | None, trees: Place | None, memory: Place | None) -> bool:
-    """Whether a process of the account can be put into a group, and move itself into one with a limit."""
+def _works(
+    prefix: str, account: Account | None, trees: CgroupParent | None, memory: CgroupParent | None
+) -> bool:
+    """Whether a process of the account can be moved into a group of `trees`, and can move itself
+    into a group of `memory`, which has a limit."""
     about = processes.stat("self")
-    trial = f"{name}probe.{os.getpid()}.{about[2] if about else 0}"
-    places = {place for place in (trees, memory) if place is not None}
+    trial = f"{prefix}probe.{os.getpid()}.{about[2] if about else 0}"
+    parents = {parent for parent in (trees, memory) if parent is not None}
     join = "" if memory is None else JOIN[memory.kind]
-    folder, process, is_done = -1, None, False
+    folder, process, has_succeeded = -1, None, False
     try:
-        for place in places:
-            place.open_up(account)
+        for parent in parents:
+            parent.create(account)
         if memory is not None:
-            group = memory.limit(f"{trial}.limit", _PROBE_BYTES, account)
+            group = memory.create_limited_group(f"{trial}.limit", _PROBE_BYTES, account)
             folder = os.open(group, os.O_PATH | os.O_CLOEXEC)
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _TRIAL, str(folder), join],
@@ -147,8 +156,8 @@ def _works(name: str, account: Account | None, trees: Place | None, memory: Plac
             **identity(account),
         )
         if trees is not None:
-            trees.hold(trial, process.pid)
-        is_done = _ends_well(process)
+            trees.create_group_of(process.pid, trial)
+        has_succeeded = _run_trial(process)
     except OSError:
         pass
     finally:
@@ -157,31 +166,32 @@ def _works(name: str, account: Account | None, trees: Place | None, memory: Plac
         if process is not None:
             process.kill()
             process.communicate()
-        for place in places:
+        for parent in parents:
             for made in (trial, f"{trial}.limit"):
-                cgroups.remove(place.folder / made)
-        tried = memory or trees  # of two places the other works
-        if tried is not None and not is_done:
-            tried.close()
-    return is_done
+                cgroups.remove(parent.folder / made)
+        tried = memory or trees  # where both are given, `trees` is known to work
+        if tried is not None and not has_succeeded:
+            tried.remove()
+    return has_succeeded
 
 
-def _ends_well(process: subprocess.Popen[bytes]) -> bool:
-    """Let a trial begin. It is waited for by its pidfd: `subprocess` would sleep, which no clock that is set may fail."""
+def _run_trial(process: subprocess.Popen[bytes]) -> bool:
+    """Let a trial begin, and wait for its end; whether it succeeded. It waits for a pidfd:
+    `subprocess` polls by the clock, which an administrator may set meanwhile."""
     assert process.stdin is not None
     process.stdin.close()
     pidfd = os.pidfd_open(process.pid)
     try:
-        end = select.poll()
-        end.register(pidfd, select.POLLIN)
-        return bool(end.poll(_TRIAL_S * 1000)) and process.wait() == 0
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        return bool(poller.poll(_TRIAL_TIMEOUT_S * 1000)) and process.wait() == 0
     finally:
         os.close(pidfd)
 
 
 def _mounts() -> dict[str, list[Path]]:
-    """Folders of the v2 hierarchy ("") and of v1's controllers: this process's own first, then those above it, up to
-    the mount."""
+    """The folders of groups, by v1 controller or "" for v2: the group of this process first, then
+    the groups above it, up to the mount."""
     own = {}
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
@@ -207,26 +217,29 @@ def _upwards(mount: Path, top: str, path: str) -> list[Path]:
 
 
 def _delegate(folder: Path) -> bool:
-    """Give a v2 group the memory controller for groups below it. v2 allows that only where no process is, so the
-    operator moves one down, if it is alone there. In the group of a systemd service it does not: while jobs run below,
-    systemd could not start the service again, for it starts processes right in that group."""
+    """Delegate the memory controller of a v2 group to the groups below it; whether that succeeded.
+
+    v2 allows that only for a group without processes. If only the operator is in it, the operator
+    moves itself into a new group below. It does not leave the group of a systemd service: systemd
+    starts processes right in that group, and so could not restart the service while jobs run below.
+    """
     try:
         if "memory" not in (folder / "cgroup.controllers").read_text().split():
             return False
-        there = cgroups.members(folder)
-        if set(there) - _family() or (there and folder.suffix == ".service"):
+        pids = cgroups.members(folder)
+        if set(pids) - _own_processes() or (pids and folder.suffix == ".service"):
             return False
-        if there:
+        if pids:
             leaf = folder / "cortex-operator"
             leaf.mkdir(exist_ok=True)
-            for pid in there:
+            for pid in pids:
                 with suppress(ProcessLookupError):
-                    cgroups.put(leaf / "cgroup.procs", pid)
-        cgroups.put(folder / "cgroup.subtree_control", "+memory")
+                    cgroups.write(leaf / "cgroup.procs", pid)
+        cgroups.write(folder / "cgroup.subtree_control", "+memory")
     except OSError:
         return False
     return True
 
 
-def _family() -> set[int]:
+def _own_processes() -> set[int]:
     return {os.getpid(), *processes.descendants(os.getpid())}

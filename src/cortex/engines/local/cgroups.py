@@ -1,8 +1,9 @@
-"""Control groups as the local engine has them: one for each supervising process, in which all is that it forks, and
-one with the limit for each job that has `mem`. The engine makes them, keeps what can be set in them to itself, and
-ends what is left in one. A job can leave neither: it finds no file of any by a name, and may not write to its own.
+"""The control groups of the local engine: one for each supervisor, with all processes that it
+forks, and one with the memory limit for each job that has `mem`.
 
-Whether there are any and where they are is found out by `limits`.
+The engine makes the groups, is alone in setting their limits, and ends the processes that are left
+in one. A job can leave neither group: it finds no file of any group by a path, and may not write to
+the files of its own groups. `cgroup_support` detects whether groups work, and in which folders.
 """
 
 from __future__ import annotations
@@ -26,253 +27,256 @@ from cortex.worker.cgroups import JOIN
 
 log = structlog.get_logger()
 
-END_S = 5.0
-RETRY_S = 1.0
-GONE_S = 1.0
-_PAUSE_S = 0.005
-# Each kind's files that are to be written with the limit, and whether they have to be there: swap accounting is a
-# choice of the kernel's configuration.
+END_TIMEOUT_S = 5.0
+RETRY_DELAY_S = 1.0
+REMOVE_TIMEOUT_S = 1.0
+_POLL_INTERVAL_S = 0.005
+# The files of each kind that get the limit, and whether a group must have them: the kernel's
+# configuration decides on swap accounting.
 _LIMIT = {
     "v2": [("memory.max", True), ("memory.swap.max", False)],
     "v1": [("memory.limit_in_bytes", True), ("memory.memsw.limit_in_bytes", False)],
 }
 _PEAK = ("memory.max_usage_in_bytes", "memory.peak", "memory.current")
-# Files that stop all of a group, and what is written there for that and for its end.
+# Files that freeze a group, with the contents that freeze and thaw it.
 _FREEZERS = [("freezer.state", "FROZEN", "THAWED"), ("cgroup.freeze", "1", "0")]
-_PROBE_OF_OLD = re.compile(r"-probe\d+$")
-_MADE_FOR = re.compile(r"-(?:supervisor|probe)\.(\d+)\.(\d+)(?:\.limit)?$")
+_PROBE_OF_EARLIER_VERSIONS = re.compile(r"-probe\d+$")
+_OWNER = re.compile(r"-(?:supervisor|probe)\.(\d+)\.(\d+)(?:\.limit)?$")
 
 
 @dataclass(frozen=True)
-class Place:
-    """A folder of one hierarchy, which holds groups of one data root and nothing else."""
+class CgroupParent:
+    """A folder in one hierarchy, with the groups of one data root and nothing else."""
 
     kind: str  # v1, v2
     folder: Path
 
-    def open_up(self, account: Account | None) -> None:
-        """Make it, so that `account` can join a group in it whose folder it is given, and finds none by itself.
+    def create(self, account: Account | None) -> None:
+        """Create the folder. `account` can join a group in it through a descriptor, and finds no
+        group by its path.
 
         Raises:
-            OSError: this user may not.
+            OSError: this user may not create it.
         """
         self.folder.mkdir(exist_ok=True)
         if self.kind == "v2":
-            _put(self.folder / "cgroup.subtree_control", "+memory")
+            _try_write(self.folder / "cgroup.subtree_control", "+memory")
         if account is not None:
-            os.chown(self.folder, 0, 0)  # earlier versions gave it away
+            os.chown(self.folder, 0, 0)  # earlier versions gave it to the account
             self.folder.chmod(0o700)
-            if self.kind == "v2":  # who moves a process may do so in the group above both
+            if self.kind == "v2":
+                # Moving a process takes this right in the common ancestor of both groups.
                 _give(self.folder / "cgroup.procs", account)
 
-    def close(self) -> None:
-        """Remove it, unless there are groups in it."""
+    def remove(self) -> None:
+        """Remove the folder, unless it has groups."""
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
-    def limit(self, name: str, amount: int, account: Account | None) -> Path:
-        """Make a group with a memory limit, which `account` may join and not change.
+    def create_limited_group(self, name: str, amount: int, account: Account | None) -> Path:
+        """Create a group with a memory limit. `account` may join it, but not change it.
 
         Raises:
-            OSError: this user may not, or the kernel has no such limit here.
+            OSError: this user may not create it, or the kernel has no such limit here.
         """
         group = self.folder / name
-        group.mkdir(exist_ok=True)  # the order was given to one that is gone
+        group.mkdir(exist_ok=True)  # the first order may have gone to a supervisor that had exited
         try:
             self._set_up(group, amount, account)
         except OSError:
-            remove(group, within_s=0)
+            remove(group, timeout_s=0)
             raise
         return group
 
-    def hold(self, name: str, pid: int) -> Path:
-        """Make a group and move a process into it.
+    def create_group_of(self, pid: int, name: str) -> Path:
+        """Create a group and move a process into it.
 
         Raises:
-            OSError: this user may not, or the process is gone.
+            OSError: this user may not, or the process has exited.
         """
         group = self.folder / name
         group.mkdir()
         try:
-            put(group / JOIN[self.kind], pid)
+            write(group / JOIN[self.kind], pid)
         except OSError:
-            remove(group, within_s=0)
+            remove(group, timeout_s=0)
             raise
         return group
 
     def _set_up(self, group: Path, amount: int, account: Account | None) -> None:
-        for file, is_needed in _LIMIT[self.kind]:
-            if is_needed or (group / file).exists():
-                # Without swap the limit is that of both together (v1), or there is none (v2).
-                put(group / file, 0 if file == "memory.swap.max" else amount)
+        for file, is_required in _LIMIT[self.kind]:
+            if is_required or (group / file).exists():
+                # A job gets no swap: v1 limits the sum of both to the same amount, v2 limits swap
+                # to 0.
+                write(group / file, 0 if file == "memory.swap.max" else amount)
         if self.kind == "v2":
-            put(group / "memory.oom.group", 1)
+            write(group / "memory.oom.group", 1)
         if account is not None:
             _give(group / JOIN[self.kind], account)
             if self.kind == "v1":
                 _give(group / "cgroup.event_control", account)
 
 
-class Groups:
-    """Those of one engine. It opens with none."""
+class CgroupManager:
+    """The control groups of one engine. The engine sets the attributes when it opens."""
 
     def __init__(self) -> None:
         self.prefix = ""
-        self.trees: Place | None = None
-        """Where supervising processes have theirs."""
-        self.memory: Place | None = None
-        """Where jobs have theirs."""
+        """What the names of all groups begin with."""
+        self.trees: CgroupParent | None = None
+        """The folder of the supervisors' groups."""
+        self.memory: CgroupParent | None = None
+        """The folder of the jobs' groups, which have memory limits."""
         self.account: Account | None = None
         self._limits: dict[str, Path] = {}  # by job
-        self._earlier: dict[str, Path] = {}  # by name
-        self._ending: list[Path] = []
-        self._followed: dict[int, Path] = {}  # by pidfd
+        self._earlier: dict[str, Path] = {}  # jobs' groups that an earlier operator made, by name
+        self._to_remove: list[Path] = []
+        self._watched: dict[int, Path] = {}  # by the pidfd of an earlier operator's supervisor
         self._background = Background("a control group could not be ended")
 
-    def limit(self, job_id: str, attempt: int, amount: int) -> str | None:
-        """The group in which an attempt of a job will be held to so much memory.
+    def limit_memory(self, job_id: str, attempt: int, amount: int) -> str | None:
+        """Create the group that limits the memory of an attempt; None where this machine has no
+        groups.
 
         Raises:
-            OSError: it cannot be made.
+            OSError: the group cannot be created.
         """
         if self.memory is None:
             return None
         name = f"{self.prefix}{job_id}-{attempt}"
         try:
-            group = self.memory.limit(name, amount, self.account)
-        except (
-            FileNotFoundError
-        ):  # an operator that is superseded has removed the place as it closed
-            self.memory.open_up(self.account)
-            group = self.memory.limit(name, amount, self.account)
+            group = self.memory.create_limited_group(name, amount, self.account)
+        except FileNotFoundError:  # a superseded operator has removed the folder when it closed
+            self.memory.create(self.account)
+            group = self.memory.create_limited_group(name, amount, self.account)
         self._limits[job_id] = group
         return str(group)
 
-    def take_over(self, job_id: str, attempt: int) -> None:
-        """A job that an earlier operator has started may have such a group."""
+    def adopt_limit(self, job_id: str, attempt: int) -> None:
+        """Take over the memory group of an earlier operator's attempt, if it has one."""
         group = self._earlier.pop(f"{self.prefix}{job_id}-{attempt}", None)
         if group is not None:
             self._limits[job_id] = group
 
-    def release(self, job_id: str) -> None:
-        """A job is over."""
+    def release_limit(self, job_id: str) -> None:
+        """End the memory group of a job whose attempt is over."""
         group = self._limits.pop(job_id, None)
         if group is not None:
-            self.end(group)
+            self.end_group(group)
 
-    def hold(self, pidfd: int) -> Held:
-        """Put a new supervising process into a group of its own. Blocking."""
+    def enclose_supervisor(self, pidfd: int) -> SupervisorCgroup:
+        """Move a new supervisor into a group of its own. Blocking."""
         try:
             pid = processes.pid_of(pidfd)
             about = processes.stat(pid)
             if self.trees is not None and about is not None:
                 name = f"{self.prefix}supervisor.{pid}.{about[2]}"
                 try:
-                    return Held(self, self.trees.hold(name, pid))
-                except FileNotFoundError:  # as in `limit`
-                    self.trees.open_up(self.account)
-                    return Held(self, self.trees.hold(name, pid))
+                    return SupervisorCgroup(self, self.trees.create_group_of(pid, name))
+                except FileNotFoundError:  # as in `limit_memory`
+                    self.trees.create(self.account)
+                    return SupervisorCgroup(self, self.trees.create_group_of(pid, name))
         except ProcessLookupError:
-            pass  # it is gone
+            pass  # it has exited
         except OSError as error:
-            log.warning("a supervising process gets no control group", error=str(error))
-        return Held(self, None)
+            log.warning("cannot create the control group of a supervisor", error=str(error))
+        return SupervisorCgroup(self, None)
 
-    def end(self, group: Path | None, then: Callable[[], None] = lambda: None) -> None:
-        """Nothing is to be left in a group, nor the group.
+    def end_group(self, group: Path | None, then: Callable[[], None] = lambda: None) -> None:
+        """Kill all processes in a group, and remove the group.
 
         Args:
-            then: is called when that is so; at once, if it can be.
+            then: called when that is done; before this method returns, if the group is empty.
         """
-        if group is None or remove(group, within_s=0):
+        if group is None or remove(group, timeout_s=0):
             then()
         else:
             self._background.run(self._end(group, then))
 
-    def let_go(self, group: Path | None) -> None:
-        """Nothing is left in a group but a process that is about to end."""
+    def remove_on_close(self, group: Path | None) -> None:
+        """End a group in `close`: its supervisor has no job, and is about to exit."""
         if group is not None:
-            self._ending.append(group)
+            self._to_remove.append(group)
 
-    def take_up(self, found: list[Path]) -> None:
-        """End what is left in groups of processes that are gone, and, as soon as they are, in those of an earlier
-        operator's that live.
+    def recover_groups(self, existing: list[Path]) -> None:
+        """End the groups of supervisors that have exited. End those of living supervisors of an
+        earlier operator as soon as they exit.
 
         Args:
-            found: all that there are of this data root.
+            existing: all groups of this data root.
         """
-        for group in found:
-            owner = _MADE_FOR.findall(group.name)
-            if _PROBE_OF_OLD.search(group.name):
-                self.end(group)
+        for group in existing:
+            owner = _OWNER.findall(group.name)
+            if _PROBE_OF_EARLIER_VERSIONS.search(group.name):
+                self.end_group(group)
             elif not owner:
                 self._earlier[group.name] = group
             elif (pidfd := processes.open_pidfd(*map(int, owner[0]))) is None:
-                self.end(group)
+                self.end_group(group)
             else:
-                self._followed[pidfd] = group
-                asyncio.get_running_loop().add_reader(pidfd, self._on_gone, pidfd)
+                self._watched[pidfd] = group
+                asyncio.get_running_loop().add_reader(pidfd, self._on_exit, pidfd)
 
     async def close(self) -> None:
-        """Remove the groups that are not needed any more; what runs goes on."""
-        for pidfd in list(self._followed):
+        """Remove the groups that are no longer needed. Running jobs go on."""
+        for pidfd in list(self._watched):
             has_job = bool(processes.children(processes.pid_of(pidfd)))
-            group = self._let_be(pidfd)
+            group = self._unwatch(pidfd)
             if not has_job:
-                self.let_go(group)
+                self.remove_on_close(group)
         await self._background.finish()
         await in_thread(self._remove)
 
-    def _on_gone(self, pidfd: int) -> None:
-        self.end(self._let_be(pidfd))
+    def _on_exit(self, pidfd: int) -> None:
+        self.end_group(self._unwatch(pidfd))
 
-    def _let_be(self, pidfd: int) -> Path:
+    def _unwatch(self, pidfd: int) -> Path:
         asyncio.get_running_loop().remove_reader(pidfd)
         os.close(pidfd)
-        return self._followed.pop(pidfd)
+        return self._watched.pop(pidfd)
 
     def _remove(self) -> None:
-        for group in self._ending:
-            remove(group, END_S)
+        for group in self._to_remove:
+            remove(group, END_TIMEOUT_S)
 
     async def _end(self, group: Path, then: Callable[[], None]) -> None:
         while True:
             try:
-                is_ended = await in_thread(end, group)
+                is_ended = await in_thread(kill_and_remove, group)
             except OSError as error:
-                log.warning("a control group cannot be ended", group=str(group), error=str(error))
-                await asyncio.sleep(RETRY_S)
+                log.warning("cannot end a control group", group=str(group), error=str(error))
+                await asyncio.sleep(RETRY_DELAY_S)
             else:
                 break
         if not is_ended:
-            log.warning("what is left in a control group does not end", group=str(group))
+            log.warning("processes in a control group do not end", group=str(group))
         then()
 
 
-class Held:
-    """The group that a supervising process is in, if there is one."""
+class SupervisorCgroup:
+    """The control group of one supervisor, if it has one."""
 
-    def __init__(self, groups: Groups, group: Path | None) -> None:
-        self._groups = groups
+    def __init__(self, manager: CgroupManager, group: Path | None) -> None:
+        self._manager = manager
         self._group = group
 
     def end(self, then: Callable[[], None]) -> None:
-        """The process is gone: nothing is to be left of its job.
+        """End all processes that the supervisor left when it exited.
 
         Args:
-            then: is called when that is so; at once, if it can be.
+            then: called when that is done; before this method returns, if the group is empty.
         """
-        self._groups.end(self._group, then)
+        self._manager.end_group(self._group, then)
 
-    def let_go(self) -> None:
-        """The process has no job, and is about to end by itself."""
-        self._groups.let_go(self._group)
+    def remove_on_close(self) -> None:
+        """See `CgroupManager.remove_on_close`."""
+        self._manager.remove_on_close(self._group)
 
 
 def is_orphaned(group: Path) -> bool:
-    """Whether this is the group of a supervising process, or of an operator that tried whether groups work, and that
-    is gone, or about to be: a zombie watches over nobody."""
-    found = _MADE_FOR.findall(group.name)
+    """Whether the supervisor of this group has exited, or the operator that made the group as a
+    probe. A zombie counts as exited: it supervises nothing."""
+    found = _OWNER.findall(group.name)
     if not found:
         return False
     pid, ticks = map(int, found[0])
@@ -289,54 +293,56 @@ def was_used(group: Path) -> bool:
     return False
 
 
-def end(group: Path, within_s: float = END_S) -> bool:
-    """Kill all that is in a group and in those below it, and remove them; False if that takes longer. Blocking.
+def kill_and_remove(group: Path, timeout_s: float = END_TIMEOUT_S) -> bool:
+    """Kill all processes in a group and in the groups below it, and remove these groups; False if
+    that takes longer. Blocking.
 
     Raises:
-        OSError: what is left cannot be told, for want of descriptors or memory.
+        OSError: no descriptor or memory is left to list the processes.
     """
-    until = time.monotonic() + within_s
+    until = time.monotonic() + timeout_s
     while True:
-        for each in _with_below(group):
+        for each in _with_groups_below(group):
             _kill(each)
-        if remove(group, within_s=_PAUSE_S):
+        if remove(group, timeout_s=_POLL_INTERVAL_S):
             return True
         if time.monotonic() > until:
             return False
-        time.sleep(_PAUSE_S)
+        time.sleep(_POLL_INTERVAL_S)
 
 
-def remove(group: Path, within_s: float = GONE_S) -> bool:
-    """Remove a group and those below it, if no process is in any. Right after its last process was reaped the kernel
-    may still say EBUSY."""
-    until = time.monotonic() + within_s
+def remove(group: Path, timeout_s: float = REMOVE_TIMEOUT_S) -> bool:
+    """Remove a group and the groups below it, if they have no process; whether that succeeded. The
+    kernel may answer EBUSY for a while after the last process was reaped."""
+    until = time.monotonic() + timeout_s
     while True:
         try:
-            for each in _with_below(group):
+            for each in _with_groups_below(group):
                 each.rmdir()
         except FileNotFoundError:
             return True
         except OSError:
             if time.monotonic() >= until:
                 return False
-            time.sleep(_PAUSE_S)
+            time.sleep(_POLL_INTERVAL_S)
         else:
             return True
 
 
 def members(group: Path) -> list[int]:
-    """The processes in a group."""
+    """The pids of the processes in a group."""
     try:
         return [int(line) for line in (group / "cgroup.procs").read_text().split()]
     except OSError:
         return []
 
 
-def put(file: Path, content: object) -> None:
-    """Write to a file of a group, which is there.
+def write(file: Path, content: object) -> None:
+    """Write to an existing file of a group.
 
     Raises:
-        OSError: there is none, this user may not, or the kernel refuses it.
+        OSError: the file does not exist, this user may not write to it, or the kernel refuses the
+            content.
     """
     fd = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
     try:
@@ -349,30 +355,33 @@ def _give(file: Path, account: Account) -> None:
     os.chown(file, account.uid, account.gid)
 
 
-def _with_below(group: Path) -> list[Path]:
-    """A group and those in it, which a job with enough rights has made, the innermost first."""
+def _with_groups_below(group: Path) -> list[Path]:
+    """A group and the groups that a job with enough rights made below it, the innermost first."""
     return [Path(folder) for folder, _, _ in os.walk(group, topdown=False)]
 
 
 def _kill(group: Path) -> None:
-    """At one stroke where the kernel can (v2 since 5.14), else while they are frozen: a fork bomb cannot outrun it."""
-    if _put(group / "cgroup.kill", "1"):
+    """Kill all processes in a group: with one write where the kernel can (v2 since 5.14), else
+    while they are frozen. A fork bomb outruns neither."""
+    if _try_write(group / "cgroup.kill", "1"):
         return
     for file, frozen, _ in _FREEZERS:
-        _put(group / file, frozen)
+        _try_write(group / file, frozen)
     found = {pid: about[2] for pid in members(group) if (about := processes.stat(pid)) is not None}
-    there = members(group)  # no other process has got such a pid in between
-    short = processes.send({p: ticks for p, ticks in found.items() if p in there}, signal.SIGKILL)
+    still_there = members(group)  # their pids were not reused in between
+    shortage = processes.send(
+        {pid: ticks for pid, ticks in found.items() if pid in still_there}, signal.SIGKILL
+    )
     for file, _, thawed in _FREEZERS:
-        _put(group / file, thawed)
-    if short is not None:
-        raise short
+        _try_write(group / file, thawed)
+    if shortage is not None:
+        raise shortage
 
 
-def _put(file: Path, text: str) -> bool:
-    """Write to a file of a group, if there is such a file."""
+def _try_write(file: Path, text: str) -> bool:
+    """Write to a file of a group; False if it does not exist, or refuses the content."""
     try:
-        put(file, text)
+        write(file, text)
     except OSError:
-        return False  # there is not, or the group is gone
+        return False
     return True

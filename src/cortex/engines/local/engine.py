@@ -23,9 +23,9 @@ from cortex.engines.base import (
     Report,
     Version,
 )
-from cortex.engines.local import cgroup_support, cgroups, folders, records, workspaces
+from cortex.engines.local import cgroup_support, cgroups, records, workspaces
 from cortex.engines.local.attempts import Attempts
-from cortex.engines.local.cgroups import Groups
+from cortex.engines.local.cgroups import CgroupManager
 from cortex.engines.local.fork_server_pool import ForkServerPool
 from cortex.engines.local.machine import MachineLedger, detect
 from cortex.engines.local.orphans import Orphans
@@ -67,31 +67,31 @@ class LocalEngine:
         self._grace_s = grace_s
         self._memory_limit = memory_limit
         self.ledger = MachineLedger(total or NOTHING, self._undo_prepare, self._report_freed)
-        self._limits = cgroup_support.WATCHDOG
-        self._groups = Groups()
+        self._cgroup_support = cgroup_support.WATCHDOG
+        self._cgroups = CgroupManager()
         self._inherits = inherits
-        self._inherited = Orphans(self._processes)
-        self._attempts = Attempts(self._folders, self._free, self._tidy, account)
+        self._orphans = Orphans(self._processes)
+        self._attempts = Attempts(self._folders, self._release, self._end_leftovers, account)
         self._prepared: dict[str, SupervisorHandle] = {}
         self._import_dir = self._root / ".import"
         self._account = account
-        self._workspaces = workspaces.root_of(self._root)
+        self._workspaces = workspaces.workspaces_of(self._root)
         self._own_folder = own_folder
         self._servers = ForkServerPool(
             self._attempts,
             self._import_dir,
             self._workspaces,
-            self._inherited,
+            self._orphans,
             account,
-            self._groups,
+            self._cgroups,
         )
         self._sweep: asyncio.Future[None] | None = None
-        self._handle = records.handle()
+        self._handle = records.make_handle()
 
     @property
     def capabilities(self) -> Capabilities:
         own_folder = self._servers.own_folder
-        return Capabilities("local", self.ledger.total, self._limits.method, own_folder)
+        return Capabilities("local", self.ledger.total, self._cgroup_support.method, own_folder)
 
     async def open(self, report: Report) -> None:
         self._attempts.report = report
@@ -103,28 +103,28 @@ class LocalEngine:
             raise StartupError(
                 f"the local engine needs pidfd_open, Linux 5.3 or later: {error}"
             ) from error
-        self._groups.take_up(await asyncio.to_thread(self._prepare))
+        self._cgroups.recover_groups(await asyncio.to_thread(self._prepare_machine))
         if self._inherits:
-            self._inherited.open()
+            self._orphans.open()
         # In the background: there may be very many files.
         self._sweep = asyncio.ensure_future(asyncio.to_thread(workspaces.sweep, self._workspaces))
 
     async def close(self) -> None:
-        self._inherited.close()
+        self._orphans.close()
         await self._attempts.close()
         for job_id in self._prepared:  # their supervisors never start them
-            self._groups.release(job_id)
+            self._cgroups.release_limit(job_id)
         await self._servers.close()
         if self._sweep is not None:
             await self._sweep
-        await self._groups.close()
-        await in_thread(cgroup_support.remove_places, self._root)
+        await self._cgroups.close()
+        await in_thread(cgroup_support.remove_parents, self._root)
 
     def claim(self, job_id: str, attempt: int) -> str:
         # From here on a missing folder was moved or lost. Without it the attempt may have begun.
-        records.make(self._folders.folder_name(job_id), self._account)
+        records.create_job_folder(self._folders.folder_name(job_id), self._account)
         gpus = self.ledger.gpus(job_id)
-        return records.handle(self._root, gpus) if gpus else self._handle
+        return records.make_handle(self._root, gpus) if gpus else self._handle
 
     def prepare(self, attempt: Attempt) -> None:
         try:
@@ -132,101 +132,109 @@ class LocalEngine:
         except OSError:
             return  # `start` reports it
         order.held = True
-        supervisor = self._servers.prepare(attempt.version, order)
+        supervisor = self._servers.send_held_order(attempt.version, order)
         if supervisor is not None:
             self._prepared[order.job_id] = supervisor
 
     def start(self, attempt: Attempt) -> None:
         prepared = self._prepared.pop(attempt.spec.job_id, None)
-        kept = _without_config(attempt)
-        if prepared is not None and prepared.go():
-            self._attempts.begin(kept, self._grace_of(attempt), prepared)
+        tracked = _without_config(attempt)
+        if prepared is not None and prepared.send_go():
+            self._attempts.track(tracked, self._grace_of(attempt), prepared)
         else:
-            self._attempts.begin(kept, self._grace_of(attempt))
+            self._attempts.track(tracked, self._grace_of(attempt))
             try:
                 order = self._order(attempt)
             except OSError as error:
                 reason = f"its control group cannot be made: {error}"
-                self._attempts.not_forked(attempt.spec.job_id, reason)
+                self._attempts.on_order_failed(attempt.spec.job_id, reason)
                 return
-            self._servers.order(attempt.version, order)
-            self._attempts.wait(kept, self._withdraw)
+            self._servers.submit_order(attempt.version, order)
+            self._attempts.withdraw_at_deadline(tracked, self._withdraw_order)
 
     def stop(self, job_id: str) -> None:
-        self._attempts.stop(job_id, self._withdraw)
+        self._attempts.stop(job_id, self._withdraw_order)
 
     async def recover(self, attempt: Attempt) -> None:
         job_id = attempt.spec.job_id
-        gpus = records.held_gpus(self._folders.folder(job_id), attempt)
+        gpus = records.granted_gpus(self._folders.folder(job_id), attempt)
         self.ledger.reserve_granted(job_id, attempt.version.api.compute, gpus)
-        self._groups.take_over(job_id, attempt.number)
+        self._cgroups.adopt_limit(job_id, attempt.number)
         await self._attempts.recover(attempt, self._grace_of(attempt))
 
     def warm(self, version: Version) -> None:
         self._servers.warm(version)
 
     def forget(self, *, versions: Sequence[str] = (), jobs: Sequence[str] = ()) -> None:
-        """See `Engine.forget`. All that this engine keeps of a job is in the job's folder."""
+        """See `Engine.forget`. This engine has no data of a job outside the job's folder."""
         for api_id in versions:
             self._servers.forget(api_id)
 
     def _grace_of(self, attempt: Attempt) -> float:
         return self._grace_s if attempt.grace_s is None else attempt.grace_s
 
-    def _withdraw(self, attempt: Attempt) -> bool:
-        return self._servers.withdraw(attempt.version, attempt.spec.job_id)
+    def _withdraw_order(self, attempt: Attempt) -> bool:
+        return self._servers.withdraw_order(attempt.version, attempt.spec.job_id)
 
     def _processes(self) -> set[int]:
         return self._servers.processes() | self._attempts.supervisors()
 
-    async def _tidy(self) -> None:
+    async def _end_leftovers(self) -> None:
         # Processes that a killed supervisor left must not run beside the job's next attempt.
-        await self._servers.tidy()
+        await self._servers.end_leftovers()
         await in_thread(workspaces.sweep, self._workspaces)
 
-    def _free(self, job_id: str) -> bool:
-        """Give back all that a job has taken; whether another job may be waiting for it."""
-        self._groups.release(job_id)
+    def _release(self, job_id: str) -> bool:
+        """Release a job's capacity and control group; whether another job may wait for them."""
+        self._cgroups.release_limit(job_id)
         return self.ledger.give_back(job_id) and self.ledger.pop_refused()
 
     def _undo_prepare(self, job_id: str) -> None:
         prepared = self._prepared.pop(job_id, None)
         if prepared is not None:
-            prepared.withdraw()
-        self._groups.release(job_id)
+            prepared.withdraw_held_order()
+        self._cgroups.release_limit(job_id)
 
     def _report_freed(self) -> None:
         self._attempts.report(CapacityFreed())
 
-    def _prepare(self) -> list[Path]:
-        """Prepare folders, control groups and the ledger; the control groups that exist. Blocks."""
-        folders.lay_out(self._root, self._import_dir, self._account)
-        self._handle = records.handle(self._root)
+    def _prepare_machine(self) -> list[Path]:
+        """Prepare folders, control groups and the ledger. Blocking.
+
+        Returns:
+            The control groups of this data root whose attempts may still run.
+        """
+        workspaces.prepare_jobs(self._root, self._import_dir, self._account)
+        self._handle = records.make_handle(self._root)
         self.ledger.set_total(self._total or detect())
         if self._memory_limit != "watchdog":
-            self._limits = cgroup_support.probe(self._root, self._account)
-        self._groups.prefix, self._groups.account = cgroup_support.prefix(self._root), self._account
-        self._groups.memory, self._groups.trees = self._limits.memory, self._limits.trees
-        workspaces.lay_out(self._workspaces, self._account)
+            self._cgroup_support = cgroup_support.probe(self._root, self._account)
+        self._cgroups.prefix = cgroup_support.group_prefix(self._root)
+        self._cgroups.account = self._account
+        self._cgroups.memory = self._cgroup_support.memory
+        self._cgroups.trees = self._cgroup_support.trees
+        workspaces.prepare_workspaces(self._workspaces, self._account)
         self._servers.own_folder = self._own_folder or workspaces.probe(
             self._workspaces, self._account
         )
         return [
-            group for group in cgroup_support.existing(self._root) if not self._is_removed(group)
+            group
+            for group in cgroup_support.list_groups(self._root)
+            if not self._remove_if_ended(group)
         ]
 
-    def _is_removed(self, group: Path) -> bool:
-        """Remove a control group, if its job has ended; whether that succeeded."""
-        job_id, _, number = group.name.removeprefix(self._groups.prefix).rpartition("-")
-        if not number.isdigit() or records.supervised(self._folders.folder(job_id), int(number)):
+    def _remove_if_ended(self, group: Path) -> bool:
+        """Remove the control group of an attempt that has ended; whether that succeeded."""
+        job_id, _, number = group.name.removeprefix(self._cgroups.prefix).rpartition("-")
+        if not number.isdigit() or records.is_supervised(self._folders.folder(job_id), int(number)):
             return False
-        if cgroups.remove(group, within_s=0):
+        if cgroups.remove(group, timeout_s=0):
             return True
         try:
-            is_recorded = records.ended(self._folders.folder(job_id), int(number)).exit is not None
+            exited = records.read_exit(self._folders.folder(job_id), int(number))
         except OSError:
             return False
-        return is_recorded and cgroups.end(group)
+        return exited.exit is not None and cgroups.kill_and_remove(group)
 
     def _order(self, attempt: Attempt) -> Order:
         spec, compute = attempt.spec, attempt.version.api.compute
@@ -234,7 +242,7 @@ class LocalEngine:
         gpus = self.ledger.gpus(spec.job_id)
         group = None
         if compute.mem is not None:
-            group = self._groups.limit(spec.job_id, attempt.number, compute.mem)
+            group = self._cgroups.limit_memory(spec.job_id, attempt.number, compute.mem)
         return Order(
             job_id=spec.job_id,
             attempt=attempt.number,
@@ -244,7 +252,7 @@ class LocalEngine:
             deadline=attempt.deadline,
             log_limit=attempt.version.api.limits.log,
             mem=compute.mem,
-            memory_kind=None if compute.mem is None else self._limits.kind,
+            memory_kind=None if compute.mem is None else self._cgroup_support.kind,
             memory_dir=group,
             gpus=gpus,
             visible_gpus=",".join(map(str, gpus)) if self.ledger.total.gpu else None,
@@ -256,7 +264,7 @@ class LocalEngine:
 
 
 def _without_config(attempt: Attempt) -> Attempt:
-    """The attempt as the engine keeps it while it runs, without a long config."""
+    """The attempt as `attempts` tracks it, without a long config."""
     if len(attempt.spec.config or "") <= MAX_INLINE_BYTES:
         return attempt
     return replace(attempt, spec=replace(attempt.spec, config=None))

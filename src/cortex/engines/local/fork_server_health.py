@@ -1,9 +1,9 @@
-"""Sees that a fork server does its work while somebody waits for that: users' code runs as its user, and can stop it,
-trace it, or read what it is asked. One that was stopped is let go on; one that does not come to answer is ended, and
-another takes its place. Owned by `forkserver`.
+"""Checks that a fork server works while orders wait for it. Owned by `fork_server`.
 
-An import ahead may take minutes on a cold disk: a fork server that is not ready yet is ended for its silence by nobody
-here.
+Users' code runs as the fork server's user: it can stop or trace the process, or read the requests
+from its socket. The health check sends SIGCONT to a stopped fork server, and kills one that does
+not answer; the pool then starts another one. It does not kill a fork server for its silence before
+that is ready: an import ahead may take minutes on a cold disk.
 """
 
 from __future__ import annotations
@@ -18,86 +18,86 @@ from cortex.worker import processes
 
 log = structlog.get_logger()
 
-LOOK_S = 2.0
-# Looks in a row, after which it is ended.
-MOST_STOPPED = 3
-MOST_ASLEEP = 5
-"""One that has something to do is not asleep, whatever else the machine does."""
-MOST_BUSY = 30
+POLL_INTERVAL_S = 2.0
+# Polls in a row in one state, after which the fork server is killed.
+MAX_STOPPED_POLLS = 3
+MAX_ASLEEP_POLLS = 5
+"""A fork server with requests to answer does not sleep, whatever else the machine does."""
+MAX_SILENT_POLLS = 30
 
 STOPPED = "waits for its fork server, which something has stopped (SIGSTOP, or a debugger)"
 SILENT = "waits for its fork server, which does not answer"
 
 
-class Watched(Protocol):
-    """A fork server."""
+class CheckedForkServer(Protocol):
+    """A fork server, as its health check needs it."""
 
     @property
     def ready(self) -> bool: ...
 
     @property
-    def is_awaited(self) -> bool:
-        """Whether it has something to do."""
+    def has_work(self) -> bool:
+        """Whether it has requests to answer, or is not ready yet."""
 
     @property
     def pid(self) -> int | None: ...
 
     def send_signal(self, number: signal.Signals) -> None: ...
 
-    def tell_waiting(self) -> None: ...
+    def report_waiting_orders(self) -> None: ...
 
 
 class HealthCheck:
-    """One fork server's."""
+    """The health check of one fork server."""
 
-    def __init__(self, server: Watched) -> None:
-        self.why_still: str | None = None
-        """Why it does not get on, in words."""
+    def __init__(self, server: CheckedForkServer) -> None:
+        self.problem: str | None = None
+        """Why the fork server makes no progress, in words."""
         self._server = server
         self._stopped = self._silent = self._asleep = 0
         self._timer: asyncio.TimerHandle | None = None
 
-    def watch(self) -> None:
-        """It has something to do."""
+    def start_polling(self) -> None:
+        """Poll until the fork server has no work, if that does not happen already."""
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._look)
+            self._timer = asyncio.get_running_loop().call_later(POLL_INTERVAL_S, self._poll)
 
-    def heard(self) -> None:
-        """It has said something."""
+    def reset(self) -> None:
+        """The fork server has sent a message, or needs no check."""
         self._stopped = self._silent = self._asleep = 0
-        self.why_still = None
+        self.problem = None
 
     def close(self) -> None:
-        """It is about to end."""
+        """Poll no more."""
         if self._timer is not None:
             self._timer.cancel()
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         self._timer = None
         pid = self._server.pid
-        if not self._server.is_awaited or pid is None:
-            self.heard()
+        if not self._server.has_work or pid is None:
+            self.reset()
             return
-        self.watch()
+        self.start_polling()
         try:
             about = processes.stat(pid)
         except OSError:
-            return  # for want of descriptors: the next look comes
+            return  # no descriptor is left: the next poll tries again
         state = "Z" if about is None else about[0]
         if state in "Tt":
             self._stopped += 1
-            self.why_still = STOPPED
+            self.problem = STOPPED
             self._server.send_signal(signal.SIGCONT)
         elif self._server.ready:
             self._stopped = 0
             self._silent += 1
             self._asleep = self._asleep + 1 if state == "S" else 0
-            self.why_still = SILENT
+            self.problem = SILENT
         else:
-            self.heard()
+            self.reset()
             return
-        is_still = self._stopped >= MOST_STOPPED or self._asleep >= MOST_ASLEEP
-        if is_still or self._silent >= MOST_BUSY:
-            log.warning("a fork server is ended", pid=pid, reason=self.why_still)
+        is_stuck = self._stopped >= MAX_STOPPED_POLLS or self._asleep >= MAX_ASLEEP_POLLS
+        if is_stuck or self._silent >= MAX_SILENT_POLLS:
+            log.warning("killing a fork server", pid=pid, reason=self.problem)
             self._server.send_signal(signal.SIGKILL)
-        self._server.tell_waiting()
+        self._server.report_waiting_orders()

@@ -1,5 +1,5 @@
-"""The process of a fork server, seen from the operator: its start, what comes through its socket, its end. Used by
-`forkserver`.
+"""The process of a fork server, as the operator handles it: start it, receive its messages, wait
+for its end. Used by `fork_server`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import array
 import contextlib
 import os
 import select
+import signal
 import socket
 import subprocess
 import tempfile
@@ -18,64 +19,70 @@ from cortex.engines.base import Version
 from cortex.engines.local import leftovers
 from cortex.system.account import Account, identity
 from cortex.system.background import in_thread
+from cortex.worker import processes
 from cortex.worker.forkserver import main
 from cortex.worker.messages import JOB_ID_ROOM, JOBS_FOLDER, MAX_MESSAGE, Setup
 
-FDS = 2
-"""A pidfd and a socket come with each supervising process."""
-_END_S = 5
-_COLLECTED_S = 1
-"""For one that has ended: it takes longer only where a job traces it, and then as long as that job likes."""
+FDS_PER_SUPERVISOR = 2
+"""A pidfd and a socket come with the message of each new supervisor."""
+_EXIT_TIMEOUT_S = 5
+_REAP_TIMEOUT_S = 1
+"""For a process that has exited. It takes longer only if a job traces the process: then until that
+job lets go of it."""
 _SCRIPT = str(Path(main.__file__).absolute())
 
 
-def start(
-    theirs: socket.socket,
+def start_process(
+    its_socket: socket.socket,
     errors: IO[bytes] | None,
     version: Version,
     setup: Setup,
     account: Account | None,
 ) -> subprocess.Popen[bytes]:
-    """Start one, with its end of the socket, and a file for what it says to people.
+    """Start a fork server.
+
+    Args:
+        its_socket: the fork server's end of the socket pair.
+        errors: the file that gets its standard output and standard error.
 
     Raises:
-        OSError: it cannot be started.
+        OSError: the process cannot be started.
     """
     with tempfile.TemporaryFile() as stdin:
         stdin.write(setup.dumps())
         stdin.seek(0)
         return subprocess.Popen(
-            [str(version.python), "-s", _SCRIPT, str(theirs.fileno())],
+            [str(version.python), "-s", _SCRIPT, str(its_socket.fileno())],
             stdin=stdin,
             stdout=errors,
             stderr=errors,
             env={
-                **_for_interpreter(setup.env),
+                **_interpreter_env(setup.env),
                 "CORTEX_JOB_ID": "-" * JOB_ID_ROOM,
-                JOBS_FOLDER: leftovers.identity(Path(setup.import_dir).parent),
+                JOBS_FOLDER: leftovers.folder_identity(Path(setup.import_dir).parent),
             },
             cwd=setup.project,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[its_socket.fileno()],
             start_new_session=True,
             **identity(account),
         )
 
 
-def _for_interpreter(env: dict[str, str]) -> dict[str, str]:
-    """Without the user's own folders: what lies there could shadow what the fork server is made of. It
-    puts them on the path of jobs itself."""
+def _interpreter_env(env: dict[str, str]) -> dict[str, str]:
+    """The environment without PYTHONPATH: modules in the user's folders could shadow those of the
+    fork server, which adds these folders to the path of jobs."""
     return {name: value for name, value in env.items() if name != "PYTHONPATH"}
 
 
 def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
-    """The next message, and the descriptors that come with it.
+    """The next message and its descriptors.
 
     Raises:
-        OSError: there is none now, or the connection is gone.
+        OSError: there is no message now, or the connection is broken.
     """
-    room = socket.CMSG_SPACE(FDS * array.array("i").itemsize)
-    # Descriptors that arrive would else be inherited by whatever the operator starts.
-    data, ancillary, _, _ = sock.recvmsg(MAX_MESSAGE, room, socket.MSG_CMSG_CLOEXEC)
+    size = socket.CMSG_SPACE(FDS_PER_SUPERVISOR * array.array("i").itemsize)
+    # Without this flag, processes that the operator starts would inherit the descriptors.
+    data, ancillary, _, _ = sock.recvmsg(MAX_MESSAGE, size, socket.MSG_CMSG_CLOEXEC)
     fds = array.array("i")
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -84,7 +91,7 @@ def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
 
 
 def is_socket(fd: int) -> bool:
-    """Whether it is of the kind that supervising processes have."""
+    """Whether a descriptor is a socket of the kind that supervisors have."""
     try:
         with socket.socket(fileno=os.dup(fd)) as found:
             kind = found.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
@@ -93,34 +100,52 @@ def is_socket(fd: int) -> bool:
         return False
 
 
-async def ended(process: subprocess.Popen[bytes]) -> None:
-    """Wait for the end of one, which is about to come, or bring it about."""
+def is_own(pidfd: int, account: Account | None) -> bool:
+    """Whether a descriptor is the pidfd of a process that the fork server's user may signal. The
+    operator, which may have more rights, sends signals to each supervisor; users' code, which runs
+    in fork servers, must not choose another process for that.
+
+    Args:
+        account: the fork server's user, if that is not the operator's own.
+    """
+    try:
+        with contextlib.suppress(ProcessLookupError):  # a pidfd of a process that has exited
+            signal.pidfd_send_signal(pidfd, 0)
+        if account is None:
+            return True
+        return processes.owner(processes.pid_of(pidfd)) == account.uid
+    except OSError:
+        return False
+
+
+async def wait_or_kill(process: subprocess.Popen[bytes]) -> None:
+    """Wait for the exit of a fork server that is about to exit, and kill it if it does not."""
     try:
         await in_thread(_wait, process)
-    except OSError:  # there is no thread to wait in
+    except OSError:  # no thread is left to wait in
         process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_COLLECTED_S)
+            process.wait(_REAP_TIMEOUT_S)
 
 
 def _wait(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None and not _ends(process.pid):
+    if process.poll() is None and not _exits(process.pid):
         process.kill()
-        _ends(process.pid)
+        _exits(process.pid)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_COLLECTED_S)
+        process.wait(_REAP_TIMEOUT_S)
 
 
-def _ends(pid: int) -> bool:
-    """Whether a child does so by itself within a time, by the kernel's clock: that of the system may be
-    set meanwhile."""
+def _exits(pid: int) -> bool:
+    """Whether a child exits within the timeout, by the kernel's clock: an administrator may set the
+    system's clock meanwhile."""
     try:
-        pidfd = os.pidfd_open(pid)  # it is not reaped yet: it is surely this one
+        pidfd = os.pidfd_open(pid)  # the child is not reaped yet, so the pid is not reused
     except OSError:
-        return False  # there are no descriptors to wait with
+        return False  # no descriptor is left to wait with
     try:
-        poller = select.poll()  # a select takes no descriptor from 1024 on
+        poller = select.poll()  # select(2) takes no descriptor from 1024 on
         poller.register(pidfd, select.POLLIN)
-        return bool(poller.poll(_END_S * 1000))
+        return bool(poller.poll(_EXIT_TIMEOUT_S * 1000))
     finally:
         os.close(pidfd)

@@ -1,5 +1,5 @@
-"""The capacity of this machine, and the ledger of what jobs have reserved of it. Called by the local
-engine; the operator calls the ledger.
+"""The capacity of this machine, and the ledger of what jobs have reserved of it. Called by the
+local engine; the operator calls the ledger.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cortex.spec.api import MILLI, Compute
 
 
 def detect() -> Capacity:
-    """The cores that this process may run on, the memory of its control group, and the NVIDIA GPUs."""
+    """The cores that this process may use, the memory of its control group, the NVIDIA GPUs."""
     return Capacity(cpu_m=len(os.sched_getaffinity(0)) * MILLI, mem=_memory(), gpu=_gpus())
 
 
@@ -41,7 +41,8 @@ class MachineLedger:
         """
         Args:
             undo_prepare: called with the job whose reservation `release` gives back.
-            report_freed: called when `release` has freed capacity and a reservation was refused before.
+            report_freed: called when `release` has freed capacity and a reservation was refused
+                before.
         """
         self.total = total
         self.free = total
@@ -76,8 +77,8 @@ class MachineLedger:
         return None
 
     def reserve_granted(self, job_id: str, compute: Compute, gpus: list[int]) -> None:
-        """Count what a job was granted before or elsewhere, by an earlier operator or by Ray, even if
-        that exceeds what is free.
+        """Count what a job was granted before or elsewhere, by an earlier operator or by Ray, even
+        if that exceeds what is free.
 
         Args:
             gpus: the indices of the job's GPUs, if they are known.

@@ -1,9 +1,12 @@
-"""What the operator inherits. A fork server is the parent of whatever a supervising process that was killed has left;
-where that is killed too, the operator is the next: what is left belongs to nobody and is ended here, also where it has
-left its session and cleared its environment. Owned by the local engine.
+"""Ends the processes that the operator inherits from killed fork servers. Owned by the local
+engine.
 
-The operator has other children, environments that are built say. What descends from a fork server is told from them
-by a mark that it cannot take off (`cortex.worker.forkserver.orphans`).
+A fork server is the parent of all processes that its killed supervisors left. If the fork server is
+killed, the operator becomes their parent. No supervisor is responsible for these orphans: the
+operator ends them, even if they have left their session and cleared their environment.
+
+The operator has other children, for example builds of environments. Descendants of a fork server
+have a mark that they cannot remove (`cortex.worker.forkserver.orphans`).
 """
 
 from __future__ import annotations
@@ -22,55 +25,56 @@ from cortex.worker.forkserver import orphans
 
 log = structlog.get_logger()
 
-LONGEST_S = 5.0
-_PAUSE_S = 0.01
+END_TIMEOUT_S = 5.0
+_POLL_INTERVAL_S = 0.01
 
 
 class Orphans:
-    """All of the operator's process."""
+    """The orphans that the operator's process inherits."""
 
     def __init__(self, known: Callable[[], set[int]]) -> None:
         """
         Args:
-            known: the fork servers and supervising processes that there are.
+            known: the pids of the engine's fork servers and supervisors, which are no orphans.
         """
         self._known = known
-        self._there_before: set[int] = set()
+        self._older: set[int] = set()
         self._lock = asyncio.Lock()
-        self.is_on = False
+        self.is_inheriting = False
 
     def open(self) -> None:
-        """Inherit from now on. What is there already may be supervising processes that nobody has taken over yet."""
+        """Inherit orphans from now on. Children that exist already are spared: they may be
+        supervisors that no operator has adopted yet."""
         processes.prctl(processes.PR_SET_CHILD_SUBREAPER, 1)
-        self._there_before = orphans.marked(os.getpid())
-        self.is_on = True
+        self._older = orphans.marked(os.getpid())
+        self.is_inheriting = True
 
     def close(self) -> None:
-        """From now on supervising processes are let go of, and end nothing that they have."""
-        self.is_on = False
+        """End no orphans from now on: the engine detaches from its supervisors."""
+        self.is_inheriting = False
 
-    async def end(self) -> None:
-        """End and collect what was inherited and belongs to nobody."""
+    async def end_orphans(self) -> None:
+        """Kill and reap the orphans of the operator's process."""
         async with self._lock:
-            until = time.monotonic() + LONGEST_S
-            while self.is_on and time.monotonic() < until:
+            until = time.monotonic() + END_TIMEOUT_S
+            while self.is_inheriting and time.monotonic() < until:
                 try:
-                    if not await self._ended_some():
+                    if not await self._end_some():
                         return
                 except OSError as error:
-                    log.warning("what was inherited cannot be told", error=str(error))
-                await asyncio.sleep(_PAUSE_S)
+                    log.warning("cannot list inherited processes", error=str(error))
+                await asyncio.sleep(_POLL_INTERVAL_S)
 
-    async def _ended_some(self) -> bool:
+    async def _end_some(self) -> bool:
         found = await in_thread(orphans.marked, os.getpid())
-        strangers = found - self._known() - self._there_before
-        if not strangers or not self.is_on:
+        unknown = found - self._known() - self._older
+        if not unknown or not self.is_inheriting:
             return False
-        await in_thread(_end, strangers)
+        await in_thread(_kill, unknown)
         return True
 
 
-def _end(pids: set[int]) -> None:
+def _kill(pids: set[int]) -> None:
     processes.kill_all(lambda: (each for pid in pids for each in processes.tree(pid)))
     for pid in pids:
         with contextlib.suppress(ChildProcessError):

@@ -1,6 +1,6 @@
-"""The records in a job's folder, as the local engine reads them: `start.<n>` and `exit.<n>`. The job can
-write to its folder. Its records are checked before the engine believes them, and where they cannot be
-believed, the processes of the machine show what runs (`leftovers`).
+"""The records in a job's folder, as the local engine reads them: `start.<n>` and `exit.<n>`. The
+job can write to its folder. Its records are checked before the engine believes them, and where they
+cannot be believed, the processes of the machine show what runs (`leftovers`).
 
 Blocking and short; called by the engine, in threads where a disk may be slow.
 """
@@ -21,9 +21,9 @@ from cortex.worker import beneath, checks, files, processes
 from cortex.worker.messages import ExitRecord, StartRecord
 
 HANDLE_VERSION = 1
-_MOST_LINES = 4096
+_MAX_LINES = 4096
 """The lines that are read of a journal, which is no longer than `reuse.MAX_JOURNAL`."""
-_MOST_RECORDS = 64
+_MAX_RECORDS = 64
 """The lines of a journal that may name one job: its own record, and results of other jobs."""
 
 
@@ -41,34 +41,34 @@ class Alive:
 
 
 @dataclass(frozen=True)
-class Gone:
+class Exited:
     """The attempt's supervisor has exited."""
 
     exit: ExitRecord | None
     start: StartRecord | None
     rebooted: bool
-    why: str | None = None
-    """What is wrong with the exit record, if the file is not a valid one."""
+    invalid: str | None = None
+    """Why the exit record is not valid, if that is so."""
     copied: bool = False
     """Whether the attempt ran with another data folder, of which this one is a copy."""
 
 
-AttemptState = Fenced | Alive | Gone
+AttemptState = Fenced | Alive | Exited
 
 
-def handle(root: Path | None = None, gpus: Sequence[int] = ()) -> str:
+def make_handle(root: Path | None = None, gpus: Sequence[int] = ()) -> str:
     """The handle of an attempt, which the store keeps.
 
     Args:
         root: the folder of all jobs, if a copy of it must be recognized.
         gpus: the indices of the attempt's GPUs.
     """
-    held = {"gpus": list(gpus)} if gpus else {}
-    of_root = {} if root is None else {"folder": leftovers.identity(root)}
-    return json.dumps({"v": HANDLE_VERSION, "boot": processes.boot_id(), **held, **of_root})
+    of_gpus = {"gpus": list(gpus)} if gpus else {}
+    of_root = {} if root is None else {"folder": leftovers.folder_identity(root)}
+    return json.dumps({"v": HANDLE_VERSION, "boot": processes.boot_id(), **of_gpus, **of_root})
 
 
-def make(folder: str, account: Account | None) -> None:
+def create_job_folder(folder: str, account: Account | None) -> None:
     """Create a job's folder. The supervisor lays it out.
 
     Raises:
@@ -80,28 +80,31 @@ def make(folder: str, account: Account | None) -> None:
         account.own(Path(folder))
 
 
-def held_gpus(folder: Path, attempt: Attempt) -> list[int]:
-    """The indices of a recovered attempt's GPUs. Handles of earlier versions lack them: then the start record
-    has them, if it can be read now. The job can write that record, and gets no more than it asked for."""
-    held = _of_handle(attempt.handle, "gpus")
-    if isinstance(held, list):
-        return held
+def granted_gpus(folder: Path, attempt: Attempt) -> list[int]:
+    """The indices of a recovered attempt's GPUs. Handles of earlier versions lack them: then the
+    start record has them, if it can be read now. The job can write that record, and gets no more
+    than it asked for."""
+    granted = _of_handle(attempt.handle, "gpus")
+    if isinstance(granted, list):
+        return granted
     try:
         with _opened(folder, must_exist=True) as fd:
             assert fd is not None
             start = _start(fd, folder.name, attempt.number)
     except OSError:
         return []
-    told = [] if start is None else start.gpus
-    return told if len(set(told)) == len(told) == attempt.version.api.compute.gpu else []
+    recorded = [] if start is None else start.gpus
+    return (
+        recorded if len(set(recorded)) == len(recorded) == attempt.version.api.compute.gpu else []
+    )
 
 
-def look(folder: Path, attempt: Attempt, account: Account | None = None) -> AttemptState:
+def inspect_attempt(folder: Path, attempt: Attempt, account: Account | None = None) -> AttemptState:
     """The state of an attempt. Fences off an attempt that has not started.
 
     Args:
-        account: the user of the jobs and their supervisors, whatever a record says, if that is not the
-            operator's own.
+        account: the user of the jobs and their supervisors, whatever a record says, if that is not
+            the operator's own.
 
     Raises:
         OSError: the folder cannot be read now.
@@ -110,14 +113,14 @@ def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Atte
     ran_in = _of_handle(attempt.handle, "folder")
     with _opened(folder, must_exist=not rebooted) as fd:
         if fd is None:
-            return Gone(None, None, rebooted=True)
+            return Exited(None, None, rebooted=True)
         start = _start(fd, folder.name, attempt.number)
-        over, why = _exit(fd, folder.name, attempt.number)
-        copied = ran_in is not None and ran_in != leftovers.identity(folder.parent)
+        record, invalid = _exit(fd, folder.name, attempt.number)
+        copied = ran_in is not None and ran_in != leftovers.folder_identity(folder.parent)
         # The exit record first: the supervisor may be alive with another job.
-        if rebooted or copied or over is not None:
+        if rebooted or copied or record is not None:
             forger = None if rebooted or copied else _forger(start, fd, folder.name, account)
-            return forger or Gone(over, start, rebooted, why, copied)
+            return forger or Exited(record, start, rebooted, invalid, copied)
         if start is None:
             fence = StartRecord(job_id=folder.name, attempt=attempt.number, fenced=True)
             with beneath.opened(str(folder.parent)) as above:
@@ -127,15 +130,15 @@ def look(folder: Path, attempt: Attempt, account: Account | None = None) -> Atte
             if not (_is_laid_out(fd) and leftovers.has_begun(folder, attempt.number)):
                 return Fenced()
             start = StartRecord()
-        alive = _alive(start, fd, account) or _alive(leftovers.supervisor(fd), fd, account)
+        alive = _alive(start, fd, account) or _alive(leftovers.find_supervisor(fd), fd, account)
         if alive is not None:
             return alive
-        over, why = _exit(fd, folder.name, attempt.number)
-        return Gone(over, start, rebooted=False, why=why)
+        record, invalid = _exit(fd, folder.name, attempt.number)
+        return Exited(record, start, rebooted=False, invalid=invalid)
 
 
-def ended(folder: Path, attempt: int) -> Gone:
-    """The records that a supervisor has left which has just exited. Without an exit record, `look`
+def read_exit(folder: Path, attempt: int) -> Exited:
+    """The records of a supervisor that has just exited. Without an exit record, `inspect_attempt`
     determines the state.
 
     Raises:
@@ -144,26 +147,26 @@ def ended(folder: Path, attempt: int) -> Gone:
     # Both are read through one open folder: it may be moved away, or back, in between.
     with _opened(folder, must_exist=True) as fd:
         assert fd is not None
-        over, why = _exit(fd, folder.name, attempt)
-        start = None if over is None else _start(fd, folder.name, attempt)
-        return Gone(over, start, rebooted=False, why=why)
+        record, invalid = _exit(fd, folder.name, attempt)
+        start = None if record is None else _start(fd, folder.name, attempt)
+        return Exited(record, start, rebooted=False, invalid=invalid)
 
 
-def supervised(folder: Path, attempt: int) -> bool:
+def is_supervised(folder: Path, attempt: int) -> bool:
     """Whether a supervisor of this attempt is alive, or may still start."""
     try:
         with _opened(folder, must_exist=True) as fd:
             assert fd is not None
             start = _start(fd, folder.name, attempt)
-            over = _exit(fd, folder.name, attempt)[0] is not None
-            forger = _forger(start, fd, folder.name, None) if over else None
+            has_exit = _exit(fd, folder.name, attempt)[0] is not None
+            forger = _forger(start, fd, folder.name, None) if has_exit else None
     except OSError:
         return False
     if forger is not None:
         os.close(forger.pidfd)
         return True
-    if start is None or over:
-        return not over
+    if start is None or has_exit:
+        return not has_exit
     try:
         pidfd = None if start.fenced else processes.open_pidfd(start.pid, start.ticks)
     except OSError:
@@ -219,7 +222,7 @@ def _alive(
 def _forger(
     start: StartRecord | None, folder: int, job_id: str, account: Account | None
 ) -> Alive | None:
-    """The supervisor of a job that still runs although an exit record exists: the job has forged it."""
+    """The supervisor of a job that still runs although an exit record exists: a forged record."""
     alive = _alive(start, folder, account, if_unknown=False)
     if alive is None:
         return None
@@ -233,16 +236,16 @@ def _forger(
 
 
 def _is_laid_out(folder: int) -> bool:
-    """Whether a supervisor has laid out the folder. If not, the attempt is not worth a search through all
-    processes and groups: there may be very many such attempts."""
+    """Whether a supervisor has laid out the folder. If not, the attempt is not worth a search
+    through all processes and groups: there may be very many such attempts."""
     return any(not name.startswith("start.") for name in os.listdir(folder))
 
 
 def _start(folder: int, job_id: str, attempt: int) -> StartRecord | None:
-    """The start record of an attempt; None where none exists, an empty record where it cannot be read. A
-    record is complete before it gets its name. An incomplete record was spoilt by the job or a loss of
-    power. A record that names another job is that of a later job, and then this attempt has an exit
-    record."""
+    """The start record of an attempt; None where none exists, an empty record where it cannot be
+    read. A record is complete before it gets its name. An incomplete record was spoilt by the job
+    or a loss of power. A record that names another job is that of a later job, and then this
+    attempt has an exit record."""
     name = f"start.{attempt}"
     data = _read(folder, name)
     if data is None:
@@ -255,22 +258,22 @@ def _start(folder: int, job_id: str, attempt: int) -> StartRecord | None:
 
 
 def _exit(folder: int, job_id: str, attempt: int) -> tuple[ExitRecord | None, str | None]:
-    """The exit record of an attempt, or what is wrong with the file. Each record of a journal is a line; a
-    record with a file of its own has no newline. The first record of the attempt counts: the lines after
-    it are of later jobs, which may spoil them."""
+    """The exit record of an attempt, or what is wrong with the file. Each record of a journal is a
+    line; a record with a file of its own has no newline. The first record of the attempt counts:
+    the lines after it are of later jobs, which may spoil them."""
     name = f"exit.{attempt}"
-    *lines, last = (_read(folder, name) or b"").split(b"\n", _MOST_LINES)
+    *lines, last = (_read(folder, name) or b"").split(b"\n", _MAX_LINES)
     own = job_id.encode()
-    why = None
-    for data in [*[line for line in lines if own in line][:_MOST_RECORDS], last]:
+    invalid = None
+    for data in [*[line for line in lines if own in line][:_MAX_RECORDS], last]:
         try:
             record = _exit_of(data) if data else None
         except checks.Invalid as error:
-            why = why or str(error)
+            invalid = invalid or str(error)
             continue
         if record is not None and _is_of(record, job_id, attempt, folder, name):
             return record, None
-    return None, why
+    return None, invalid
 
 
 def _exit_of(data: bytes) -> ExitRecord:
@@ -284,9 +287,9 @@ def _exit_of(data: bytes) -> ExitRecord:
 def _is_of(
     record: StartRecord | ExitRecord, job_id: str, attempt: int, folder: int, name: str
 ) -> bool:
-    """Whether a record belongs to the attempt in whose folder it has this name. Records of earlier versions
-    name no job and have files of their own. In a file that several jobs share, any of them may have
-    written the record."""
+    """Whether a record belongs to the attempt in whose folder it has this name. Records of earlier
+    versions name no job and have files of their own. In a file that several jobs share, any of them
+    may have written the record."""
     if record.job_id != "":
         return (record.job_id, record.attempt) == (job_id, attempt)
     try:
@@ -296,8 +299,8 @@ def _is_of(
 
 
 def _read(folder: int, name: str) -> bytes | None:
-    """The content of a record; empty where the file cannot be a record or its owner may not read it; None
-    where no file exists."""
+    """The content of a record; empty where the file cannot be a record or its owner may not read
+    it; None where no file exists."""
     try:
         data = files.read(folder, name)
     except PermissionError:

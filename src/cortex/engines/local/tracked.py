@@ -1,38 +1,42 @@
-"""What the local engine keeps in memory of an attempt whose end has not been reported. Owned by `attempts`."""
+"""The state that the local engine has of an attempt until it reports the end. Owned by
+`attempts`."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cortex.engines.base import Attempt
-from cortex.engines.local.adopted import AdoptedSupervisor
-from cortex.engines.local.supervisor import SupervisorHandle
+from cortex.engines.base import Attempt, Ended, Ending, Lost, NeverStarted
+from cortex.engines.local.supervisor import AdoptedSupervisor, SupervisorHandle
+from cortex.worker.messages import ExitRecord
 
 
 @dataclass(eq=False)
 class TrackedAttempt:
-    """One of them."""
+    """An attempt whose end has not been reported."""
 
     attempt: Attempt
     start_record: Path
     supervisor: SupervisorHandle | None = None
-    taken_over: AdoptedSupervisor | None = None
+    adopted: AdoptedSupervisor | None = None
+    """The attempt's supervisor, if an earlier operator started it."""
     grace_s: float = 0.0
-    stop: bool = False
-    stop_at: float | None = None
+    is_stopping: bool = False
+    stop_requested_at: float | None = None
     has_started: bool = False
-    stopped_looks: int = 0
-    is_forced: bool = False
-    why: str | None = None
-    """Why it is lost, where its supervising process was given up."""
-    was_late: bool = False
-    """Whether its supervising process was there at its deadline, without a record of an end."""
-    # Of the deadline, until a supervising process keeps that.
+    """Whether the start was reported."""
+    stopped_polls: int = 0
+    is_force_killed: bool = False
+    protocol_error: str | None = None
+    """Why the engine killed the supervisor, if it did: the reason of the loss."""
+    was_overdue: bool = False
+    """Whether the supervisor was alive at the deadline, without an exit record."""
     timer: asyncio.TimerHandle | None = None
+    """Ends the attempt at its deadline, until a supervisor does that."""
 
     @property
     def job_id(self) -> str:
@@ -40,21 +44,69 @@ class TrackedAttempt:
 
     @property
     def pidfd(self) -> int:
-        held = self.supervisor or self.taken_over
-        return -1 if held is None else held.pidfd
+        """The supervisor's; negative while there is no supervisor."""
+        current = self.supervisor or self.adopted
+        return -1 if current is None else current.pidfd
 
     @property
     def has_begun(self) -> bool:
-        """Also where its supervising process has not told of it: the job may have stopped that at once."""
+        """Whether a start record exists. The supervisor may not have reported it: its job can stop
+        it at once."""
         return self.has_started or os.path.lexists(self.start_record)
 
     @property
-    def over_at(self) -> float | None:
-        asked = [at for at in (self.attempt.deadline, self.stop_at) if at is not None]
-        return min(asked) + self.grace_s if asked else None
+    def must_end_by(self) -> float | None:
+        """When the attempt has to be over, its grace included, by the monotonic clock."""
+        ends = [at for at in (self.attempt.deadline, self.stop_requested_at) if at is not None]
+        return min(ends) + self.grace_s if ends else None
 
     @property
     def is_overdue(self) -> bool:
+        """Whether the deadline passed before the supervisor exited; if it has not, before now."""
         deadline = self.attempt.deadline
-        ended = None if self.supervisor is None else self.supervisor.gone_at
-        return deadline is not None and (ended or time.monotonic()) >= deadline
+        exited_at = None if self.supervisor is None else self.supervisor.exited_at
+        return deadline is not None and (exited_at or time.monotonic()) >= deadline
+
+    def ended(self, record: ExitRecord) -> Ended:
+        """The end of the attempt as its supervisor recorded it."""
+        return Ended(
+            job_id=self.job_id,
+            attempt=self.attempt.number,
+            ending=Ending(record.ending),
+            start_ns=record.start_ns,
+            end_ns=record.end_ns,
+            exit_code=record.exit_code,
+            message=record.message,
+            result=record.result,  # type: ignore[arg-type]  # it was read from JSON
+            has_result=record.has_result,
+            measures=tuple(record.measures),
+            hints=tuple(map(str, record.hints)),
+        )
+
+    def timed_out(self, start_ns: int) -> Ended:
+        """The end of an attempt past its deadline whose supervisor could not record it."""
+        message = f"timeout of {self.attempt.spec.timeout} s passed"
+        end_ns = max(start_ns, time.time_ns())
+        return Ended(
+            self.job_id,
+            self.attempt.number,
+            Ending.TIMED_OUT,
+            start_ns,
+            end_ns,
+            exit_code=-signal.SIGKILL,
+            message=message,
+            result=None,
+            has_result=False,
+        )
+
+    def lost(self, reason: str) -> Lost:
+        """The loss of the attempt."""
+        return Lost(self.job_id, self.attempt.number, reason)
+
+    def never_started(self, held_up_by: str | None = None) -> NeverStarted:
+        """The end of an attempt of which no code ran.
+
+        Args:
+            held_up_by: what the machine lacked, if that is the reason.
+        """
+        return NeverStarted(self.job_id, self.attempt.number, held_up_by)

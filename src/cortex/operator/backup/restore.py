@@ -118,7 +118,10 @@ def _check_destination(settings: Settings, *, replace: bool) -> None:
 def _check_nothing_runs(settings: Settings) -> None:
     if not settings.jobs.is_dir():
         return
-    identity, deadline = leftovers.identity(settings.jobs), time.monotonic() + _JOBS_END_TIMEOUT_S
+    identity, deadline = (
+        leftovers.folder_identity(settings.jobs),
+        time.monotonic() + _JOBS_END_TIMEOUT_S,
+    )
     while running := processes.with_variable(JOBS_FOLDER, identity):
         if time.monotonic() > deadline:
             raise StartupError(
