@@ -37,7 +37,7 @@ from cortex.store.transitions import spec_text
 from figures import aligned
 from load import Connection
 from memory import pss
-from postgresql import server
+from postgresql_server import server
 from simulated import cluster, name
 
 HERE = Path(__file__).parent

@@ -10,47 +10,47 @@ from pathlib import Path
 import pytest
 from _pytest.nodeid import coerce_node_id
 
-import s3 as s3_server
-from awaited import Awaited, Connect, in_a_task
+import s3_server
+from client_variants import AwaitedClient, Connect, client_in_a_task
 from cortex.sdk import Client
 from cortex.store import Store
-from postgresql import Server, server
-from s3 import S3
-from support import PROBE, Operator, operator, probe_yaml
-from way import Way
+from operator_harness import PROBE, Operator, operator, probe_yaml
+from operator_proxy import OperatorProxy
+from postgresql_server import PostgreSQLServer, server
+from s3_server import S3Server
 
 # A shell lets what it runs in the background ignore it, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+def shared_operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
     """One operator for all tests of a test process that neither kill nor fill it."""
     with operator(tmp_path_factory.mktemp("shared")) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def probe(shared: Operator) -> str:
+def probe(shared_operator: Operator) -> str:
     """The endpoint of the probe on the shared operator."""
-    return shared.deployed(probe_yaml(), {"probe.py": PROBE})
+    return shared_operator.deployed(probe_yaml(), {"probe.py": PROBE})
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Iterator[Operator]:
+def own_operator(tmp_path: Path) -> Iterator[Operator]:
     """An operator for one test, which may kill it; it has one core for jobs."""
     with operator(tmp_path, "--cpu", "1") as running:
         yield running
 
 
 @pytest.fixture
-def patient(tmp_path: Path) -> Iterator[Operator]:
+def patient_operator(tmp_path: Path) -> Iterator[Operator]:
     """An operator that gives a stopped job time to save its work, also where the machine is busy."""
     with operator(tmp_path, "--grace", "30") as running:
         yield running
 
 
-@pytest.fixture(params=[Client, Awaited, in_a_task], ids=["sync", "async", "task"])
+@pytest.fixture(params=[Client, AwaitedClient, client_in_a_task], ids=["sync", "async", "task"])
 def connect(request: pytest.FixtureRequest) -> Connect:
     """Makes a client; each test that uses it is run with all."""
     made: Connect = request.param
@@ -58,29 +58,29 @@ def connect(request: pytest.FixtureRequest) -> Connect:
 
 
 @pytest.fixture
-def way(own: Operator) -> Iterator[Way]:
+def operator_proxy(own_operator: Operator) -> Iterator[OperatorProxy]:
     """A way to an operator that has the probe, and which the test may kill."""
-    own.deployed(probe_yaml(), {"probe.py": PROBE})
-    with closing(Way(own)) as made:
+    own_operator.deployed(probe_yaml(), {"probe.py": PROBE})
+    with closing(OperatorProxy(own_operator)) as made:
         yield made
 
 
 @pytest.fixture(scope="session")
-def postgresql() -> Iterator[Server]:
+def postgresql() -> Iterator[PostgreSQLServer]:
     """A PostgreSQL server for all tests of a test process that do not kill it."""
     with server() as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def s3() -> Iterator[S3]:
+def s3() -> Iterator[S3Server]:
     """An S3 server for all tests of a test process that do not stop it."""
     with s3_server.server() as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def migrated(postgresql: Server) -> str:
+def migrated_database(postgresql: PostgreSQLServer) -> str:
     """A database with the store's tables, which others are copies of."""
     name = postgresql.create()
     Store(postgresql.url(name)).close()
@@ -88,24 +88,24 @@ def migrated(postgresql: Server) -> str:
 
 
 @pytest.fixture(scope="session")
-def reused(postgresql: Server, migrated: str) -> str:
-    return postgresql.create(template=migrated)
+def reused_database(postgresql: PostgreSQLServer, migrated_database: str) -> str:
+    return postgresql.create(template=migrated_database)
 
 
 @pytest.fixture
-def emptied(postgresql: Server, reused: str) -> str:
+def empty_database(postgresql: PostgreSQLServer, reused_database: str) -> str:
     """The URL of a database whose tables are empty: quicker than one that is made for the test."""
-    with postgresql.connected(reused) as connection:
+    with postgresql.connected(reused_database) as connection:
         connection.execute(
             "TRUNCATE jobs, long_texts, apis, versions, tokens, operators RESTART IDENTITY"
         )
-    return postgresql.url(reused)
+    return postgresql.url(reused_database)
 
 
 @pytest.fixture
-def database(postgresql: Server, migrated: str) -> Iterator[str]:
+def database(postgresql: PostgreSQLServer, migrated_database: str) -> Iterator[str]:
     """The URL of a database for one test."""
-    name = postgresql.create(template=migrated)
+    name = postgresql.create(template=migrated_database)
     yield postgresql.url(name)
     postgresql.drop(name)
 

@@ -11,22 +11,22 @@ from typing import Any
 import pytest
 
 import cortex
-from support import PATIENCE_S, PROBE, Operator
+from operator_harness import PROBE, WAIT_TIMEOUT_S, Operator
 
 SPEC = {"kind": "TaskAPI", "compute": {"cpu": "1m"}}
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, PATIENCE_S))
+    asyncio.run(asyncio.wait_for(test, WAIT_TIMEOUT_S))
 
 
-def test_jobs_are_submitted_and_waited_for_at_once(shared: Operator, probe: str) -> None:
+def test_jobs_are_submitted_and_waited_for_at_once(shared_operator: Operator, probe: str) -> None:
     async def test() -> None:
-        async with cortex.AsyncClient(shared.url) as client:
+        async with cortex.AsyncClient(shared_operator.url) as client:
 
             async def done(number: int) -> object:
                 job = await client.submit_job("probe", {"number": number})
-                view = await client.get_job("probe", job["job_id"], wait=PATIENCE_S)
+                view = await client.get_job("probe", job["job_id"], wait=WAIT_TIMEOUT_S)
                 result: Any = view["job_status"]["result"]
                 return result["number"]
 
@@ -36,16 +36,16 @@ def test_jobs_are_submitted_and_waited_for_at_once(shared: Operator, probe: str)
 
 
 def test_waits_do_not_hold_up_what_ends_them(
-    shared: Operator, probe: str, monkeypatch: pytest.MonkeyPatch
+    shared_operator: Operator, probe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cortex.sdk.transport_async._MAX_WAITING_REQUESTS", 1)
     monkeypatch.setattr("cortex.sdk.transport_async._MAX_REQUESTS", 1)
 
     async def test() -> None:
-        async with cortex.AsyncClient(shared.url) as client:
+        async with cortex.AsyncClient(shared_operator.url) as client:
             jobs = [await client.submit_job("probe", {"do": "sleep", "s": 300}) for _ in range(3)]
             waits = [
-                asyncio.create_task(client.get_job("probe", job["job_id"], wait=PATIENCE_S))
+                asyncio.create_task(client.get_job("probe", job["job_id"], wait=WAIT_TIMEOUT_S))
                 for job in jobs
             ]
             await asyncio.sleep(0)
@@ -57,22 +57,22 @@ def test_waits_do_not_hold_up_what_ends_them(
 
 
 def test_a_wait_that_is_cancelled_ends_and_leaves_the_client_in_order(
-    shared: Operator, probe: str
+    shared_operator: Operator, probe: str
 ) -> None:
     async def test() -> None:
-        async with cortex.AsyncClient(shared.url) as client:
+        async with cortex.AsyncClient(shared_operator.url) as client:
             job = await client.submit_job("probe", {"do": "sleep", "s": 300})
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.1):
-                    await client.get_job("probe", job["job_id"], wait=PATIENCE_S)
+                    await client.get_job("probe", job["job_id"], wait=WAIT_TIMEOUT_S)
             await client.stop_job("probe", job["job_id"])
 
     run(test())
 
 
-def test_a_log_that_is_left_early_is_closed(shared: Operator, probe: str) -> None:
+def test_a_log_that_is_left_early_is_closed(shared_operator: Operator, probe: str) -> None:
     async def test() -> None:
-        async with cortex.AsyncClient(shared.url) as client:
+        async with cortex.AsyncClient(shared_operator.url) as client:
             job = await client.submit_job("probe", {"do": "sleep", "s": 300})
             async with aclosing(client.stream_job_logs("probe", job["job_id"])) as log:
                 async for text in log:
@@ -83,18 +83,18 @@ def test_a_log_that_is_left_early_is_closed(shared: Operator, probe: str) -> Non
     run(test())
 
 
-def test_tasks_are_deployed_at_once_each_as_it_is(shared: Operator) -> None:
+def test_tasks_are_deployed_at_once_each_as_it_is(shared_operator: Operator) -> None:
     def task(number: int) -> Any:
         return lambda config: number
 
     async def test() -> None:
-        async with cortex.AsyncClient(shared.url) as client:
+        async with cortex.AsyncClient(shared_operator.url) as client:
 
             async def result(number: int) -> object:
                 name = f"at-once-{number}"
                 await client.create_api({**SPEC, "name": name}, task=task(number))
                 job = await client.submit_job(name)
-                view = await client.get_job(name, job["job_id"], wait=PATIENCE_S)
+                view = await client.get_job(name, job["job_id"], wait=WAIT_TIMEOUT_S)
                 return view["job_status"]["result"]
 
             assert await asyncio.gather(*map(result, range(3))) == [0, 1, 2]
@@ -103,7 +103,7 @@ def test_tasks_are_deployed_at_once_each_as_it_is(shared: Operator) -> None:
 
 
 def test_a_deploy_that_is_cancelled_while_it_packs_leaves_nothing(
-    shared: Operator, tmp_path: Path
+    shared_operator: Operator, tmp_path: Path
 ) -> None:
     (tmp_path / "probe.py").write_text(PROBE)
     for number in range(200):
@@ -111,7 +111,7 @@ def test_a_deploy_that_is_cancelled_while_it_packs_leaves_nothing(
     spec = {**SPEC, "name": "cancelled", "definition": {"path": "probe.py"}}
 
     async def test() -> None:
-        async with cortex.AsyncClient(shared.url) as client:
+        async with cortex.AsyncClient(shared_operator.url) as client:
             deploy = asyncio.create_task(client.create_api(spec, project_dir=tmp_path))
             await asyncio.sleep(0)
             deploy.cancel()

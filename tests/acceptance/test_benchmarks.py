@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from support import processes_with, until
+from operator_harness import processes_with, until
 
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "benchmarks" / "run.py"

@@ -12,27 +12,27 @@ from pathlib import Path
 
 import pytest
 
-import loaded
-from support import PATIENCE_S, PROBE, Operator, probe_yaml, until
-from way import Way
+import preloaded_cli
+from operator_harness import PROBE, WAIT_TIMEOUT_S, Operator, probe_yaml, until
+from operator_proxy import OperatorProxy
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def cortex(shared: Operator, tmp_path: Path) -> Run:
+def cortex(shared_operator: Operator, tmp_path: Path) -> Run:
     """Runs the command in a folder of its own, with an environment that is the shared operator."""
 
     def run(*arguments: str, code: int = 0, answer: str = "") -> subprocess.CompletedProcess[str]:
         config = {"CORTEX_CLI_CONFIG_DIR": str(tmp_path / "config")}
         environment = {**os.environ, **config}
-        done = loaded.run(*arguments, cwd=tmp_path, env=environment, answer=answer)
+        done = preloaded_cli.run(*arguments, cwd=tmp_path, env=environment, answer=answer)
         assert done.returncode == code, (arguments, done.stdout, done.stderr)
         assert "Traceback" not in done.stderr
         assert "\x1b[" not in done.stdout + done.stderr, "no colours when not on a terminal"
         return done
 
-    run("env", "configure", "test", "--operator-endpoint", shared.url)
+    run("env", "configure", "test", "--operator-endpoint", shared_operator.url)
     return run
 
 
@@ -42,9 +42,11 @@ def project(folder: Path, name: str, file: str = "cortex.yaml") -> Path:
     return folder / file
 
 
-def test_the_cluster_of_a_local_operator_is_its_machine(cortex: Run, shared: Operator) -> None:
+def test_the_cluster_of_a_local_operator_is_its_machine(
+    cortex: Run, shared_operator: Operator
+) -> None:
     told = json.loads(cortex("cluster", "info", "-o", "json").stdout)
-    capacity = shared.http.get(f"{shared.url}/-/info").json()["capacity"]
+    capacity = shared_operator.http.get(f"{shared_operator.url}/-/info").json()["capacity"]
     assert (told["engine"], len(told["nodes"])) == ("local", 1)
     node = told["nodes"][0]
     assert (node["total"], node["is_ready"], node["problem"]) == (capacity, True, None)
@@ -54,19 +56,19 @@ def test_the_cluster_of_a_local_operator_is_its_machine(cortex: Run, shared: Ope
     assert f"of {capacity['cpu']:g}" in line
 
 
-def test_the_life_of_an_api(cortex: Run, shared: Operator, tmp_path: Path) -> None:
+def test_the_life_of_an_api(cortex: Run, shared_operator: Operator, tmp_path: Path) -> None:
     project(tmp_path, "cli-life")
     (done,) = json.loads(cortex("deploy", "-o", "json").stdout)
     assert (done["message"], done["error"]) == ("created cli-life", "")
     endpoint = done["api"]["endpoint"]
-    job = shared.submit(endpoint, config={"do": "say", "lines": 3})
+    job = shared_operator.submit(endpoint, config={"do": "say", "lines": 3})
     assert cortex("logs", "cli-life", job["job_id"]).stdout == "line 0\nline 1\nline 2\n"
-    shared.finished(endpoint, job)
+    shared_operator.finished(endpoint, job)
 
     shown = json.loads(cortex("get", "cli-life", job["job_id"], "-o", "json").stdout)
-    assert shown == shared.http.get(f"{endpoint}/{job['job_id']}").json()
+    assert shown == shared_operator.http.get(f"{endpoint}/{job['job_id']}").json()
     listed = json.loads(cortex("get", "--output", "json", "cli-life").stdout)
-    assert listed == shared.http.get(f"{shared.url}/-/apis/cli-life").json()
+    assert listed == shared_operator.http.get(f"{shared_operator.url}/-/apis/cli-life").json()
     assert "cli-life" in {
         api["spec"]["name"] for api in json.loads(cortex("get", "-o", "json").stdout)
     }
@@ -77,7 +79,7 @@ def test_the_life_of_an_api(cortex: Run, shared: Operator, tmp_path: Path) -> No
     assert "succeeded" in cortex("get", "cli-life", job["job_id"]).stdout
     assert "cli-life" in cortex("get").stdout
 
-    running = shared.submit(endpoint, config={"do": "sleep", "s": 300})
+    running = shared_operator.submit(endpoint, config={"do": "sleep", "s": 300})
     stopped = json.loads(cortex("delete", "cli-life", running["job_id"], "-o", "json").stdout)
     assert stopped == {"message": f"stopped job {running['job_id']}"}
     refused = cortex("delete", "cli-life", code=2)
@@ -90,32 +92,34 @@ def test_the_life_of_an_api(cortex: Run, shared: Operator, tmp_path: Path) -> No
 
 
 @pytest.fixture
-def away(way: Way, tmp_path: Path) -> dict[str, str]:
+def away(operator_proxy: OperatorProxy, tmp_path: Path) -> dict[str, str]:
     """The surroundings of a command whose operator the test may kill."""
     surroundings = {**os.environ, "CORTEX_CLI_CONFIG_DIR": str(tmp_path / "cli")}
-    done = loaded.run("env", "configure", "w", "--operator-endpoint", way.url, env=surroundings)
+    done = preloaded_cli.run(
+        "env", "configure", "w", "--operator-endpoint", operator_proxy.url, env=surroundings
+    )
     assert done.returncode == 0, done.stderr
     return surroundings
 
 
 def test_a_wait_goes_on_over_the_death_of_the_operator(
-    own: Operator, way: Way, away: dict[str, str], tmp_path: Path
+    own_operator: Operator, operator_proxy: OperatorProxy, away: dict[str, str], tmp_path: Path
 ) -> None:
     out, err = (tmp_path / "out").open("w+"), (tmp_path / "err").open("w+")
     config = json.dumps({"do": "sleep", "s": 300})
     with out, err:
-        waiting = loaded.start(
+        waiting = preloaded_cli.start(
             "submit", "probe", "--wait", "--config", config, "-o", "json",
             stdin=0, stdout=out.fileno(), stderr=err.fileno(), env=away,
         )  # fmt: skip
         try:
-            assert way.waits.wait(PATIENCE_S)
-            own.kill()
-            until(lambda: way.refused, "asked again while nobody was there")
-            own.start()
-            (job,) = own.http.get(f"{own.url}/probe").json()["job_statuses"]
-            own.delete(f"{own.url}/probe", job)
-            assert waiting.wait(PATIENCE_S) == 3
+            assert operator_proxy.waits.wait(WAIT_TIMEOUT_S)
+            own_operator.kill()
+            until(lambda: operator_proxy.refused, "asked again while nobody was there")
+            own_operator.start()
+            (job,) = own_operator.http.get(f"{own_operator.url}/probe").json()["job_statuses"]
+            own_operator.delete(f"{own_operator.url}/probe", job)
+            assert waiting.wait(WAIT_TIMEOUT_S) == 3
         finally:
             waiting.kill()
         out.seek(0)
@@ -124,27 +128,27 @@ def test_a_wait_goes_on_over_the_death_of_the_operator(
 
 
 def test_watching_on_a_terminal_says_once_that_the_operator_is_gone_and_goes_on(
-    own: Operator, way: Way, away: dict[str, str]
+    own_operator: Operator, operator_proxy: OperatorProxy, away: dict[str, str]
 ) -> None:
-    job = own.submit(f"{own.url}/probe", config={"do": "sleep", "s": 300})
-    own.await_log(f"{own.url}/probe", job, "asleep")
+    job = own_operator.submit(f"{own_operator.url}/probe", config={"do": "sleep", "s": 300})
+    own_operator.await_log(f"{own_operator.url}/probe", job, "asleep")
     mine, terminal = pty.openpty()
-    watching = loaded.start(
+    watching = preloaded_cli.start(
         "get", "probe", job["job_id"], "--watch",
         stdin=terminal, stdout=terminal, stderr=terminal, env=away,
     )  # fmt: skip
     os.close(terminal)
     try:
         seen = shown(mine, "running")
-        own.kill()
+        own_operator.kill()
         seen += shown(mine, "until the operator answers")
-        asked = way.refused
-        until(lambda: way.refused > asked, "asked again while nobody was there")
-        own.start()
+        asked = operator_proxy.refused
+        until(lambda: operator_proxy.refused > asked, "asked again while nobody was there")
+        own_operator.start()
         seen += shown(mine, "The operator answers again")
-        own.delete(f"{own.url}/probe", job)
+        own_operator.delete(f"{own_operator.url}/probe", job)
         seen += shown(mine, "stopped")
-        assert watching.wait(PATIENCE_S) == 0
+        assert watching.wait(WAIT_TIMEOUT_S) == 0
     finally:
         watching.kill()
         os.close(mine)
@@ -157,23 +161,23 @@ def shown(terminal: int, words: str) -> str:
     with selectors.DefaultSelector() as selector:
         selector.register(terminal, selectors.EVENT_READ)
         while words.encode() not in seen:
-            assert selector.select(PATIENCE_S), f"never: {words!r} after {seen!r}"
+            assert selector.select(WAIT_TIMEOUT_S), f"never: {words!r} after {seen!r}"
             seen += os.read(terminal, 4096)
     return seen.decode(errors="replace")
 
 
 def test_a_log_is_printed_as_far_as_it_is_written(
-    cortex: Run, shared: Operator, probe: str
+    cortex: Run, shared_operator: Operator, probe: str
 ) -> None:
-    job = shared.submit(probe, config={"do": "sleep", "s": 300})
-    shared.await_log(probe, job, "asleep")
+    job = shared_operator.submit(probe, config={"do": "sleep", "s": 300})
+    shared_operator.await_log(probe, job, "asleep")
     assert cortex("logs", "--no-follow", "probe", job["job_id"]).stdout == "asleep\n"
-    assert shared.status(probe, job)["status"] == "status_running"
-    shared.delete(probe, job)
+    assert shared_operator.status(probe, job)["status"] == "status_running"
+    shared_operator.delete(probe, job)
 
 
 def test_submit_prints_what_the_operator_answers(
-    cortex: Run, shared: Operator, tmp_path: Path
+    cortex: Run, shared_operator: Operator, tmp_path: Path
 ) -> None:
     project(tmp_path, "cli-submit")
     cortex("deploy")
@@ -183,7 +187,7 @@ def test_submit_prints_what_the_operator_answers(
 
 
 def test_a_step_that_is_begun_again_with_its_key_waits_for_its_job(
-    cortex: Run, shared: Operator, probe: str
+    cortex: Run, shared_operator: Operator, probe: str
 ) -> None:
     step = ("submit", "probe", "--wait", "--idempotency-key", "step 1", "-o", "json")
     shown = json.loads(cortex(*step).stdout)
@@ -213,12 +217,12 @@ def test_an_operator_that_is_not_there(cortex: Run) -> None:
     assert failed.stdout == ""
 
 
-def test_environments(cortex: Run, shared: Operator) -> None:
+def test_environments(cortex: Run, shared_operator: Operator) -> None:
     cortex("env", "configure", "other", "--operator-endpoint", "http://127.0.0.1:1")
     cortex("env", "default", "other")
     listed = json.loads(cortex("env", "list", "-o", "json").stdout)
     assert listed["default_environment"] == "other"
-    assert {"name": "test", "operator_endpoint": shared.url} in listed["environments"]
+    assert {"name": "test", "operator_endpoint": shared_operator.url} in listed["environments"]
     cortex("env", "delete", "other")
     assert "other" not in cortex("env", "list").stdout
 

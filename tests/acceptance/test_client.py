@@ -11,21 +11,21 @@ from typing import Any
 import pytest
 
 import cortex
-from awaited import Awaited, Connect
+from client_variants import AwaitedClient, Connect
 from cortex.errors import Conflict, InvalidRequest, InvalidSpec, NotFound
-from support import PATIENCE_S, PROBE, Operator, until
-from way import Way
+from operator_harness import PROBE, WAIT_TIMEOUT_S, Operator, until
+from operator_proxy import OperatorProxy
 
 
-@pytest.fixture(params=[cortex.client, Awaited.of_environment], ids=["sync", "async"])
+@pytest.fixture(params=[cortex.client, AwaitedClient.of_environment], ids=["sync", "async"])
 def client(
-    shared: Operator,
+    shared_operator: Operator,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> Iterator[cortex.Client]:
     monkeypatch.setenv("CORTEX_CLI_CONFIG_DIR", str(tmp_path / "config"))
-    cortex.new_client("test", shared.url).close()
+    cortex.new_client("test", shared_operator.url).close()
     with request.param() as made:
         yield made
 
@@ -34,7 +34,7 @@ def api(name: str) -> dict[str, object]:
     return {"name": name, "kind": "TaskAPI", "compute": {"cpu": "1m"}}
 
 
-def test_a_function_is_deployed_and_run(client: cortex.Client, shared: Operator) -> None:
+def test_a_function_is_deployed_and_run(client: cortex.Client, shared_operator: Operator) -> None:
     factor = 3
 
     def task(config: dict[str, int]) -> int:
@@ -44,7 +44,7 @@ def test_a_function_is_deployed_and_run(client: cortex.Client, shared: Operator)
     client.create_api(api("from-function"), task=task)
     job = client.submit_job("from-function", config={"x": 14}, timeout=300)
     assert "".join(client.stream_job_logs("from-function", job["job_id"])) == "computing\n"
-    done = client.get_job("from-function", job["job_id"], wait=PATIENCE_S)
+    done = client.get_job("from-function", job["job_id"], wait=WAIT_TIMEOUT_S)
     assert done["job_status"]["result"] == 42
 
 
@@ -60,7 +60,7 @@ def test_a_class_is_deployed_and_run_with_requirements(client: cortex.Client) ->
 
     client.create_api(api("from-class"), task=Task, requirements=["six"])
     job = client.submit_job("from-class")
-    done = client.get_job("from-class", job["job_id"], wait=PATIENCE_S)
+    done = client.get_job("from-class", job["job_id"], wait=WAIT_TIMEOUT_S)
     assert done["job_status"]["result"] == "six"
 
 
@@ -72,7 +72,7 @@ def test_a_folder_is_deployed_and_left_as_it_was(client: cortex.Client, tmp_path
     client.create_api(spec, project_dir=folder)
     assert sorted(path.name for path in folder.iterdir()) == ["probe.py"]
     job = client.submit_job("from-folder")
-    done = client.get_job("from-folder", job["job_id"], wait=PATIENCE_S)
+    done = client.get_job("from-folder", job["job_id"], wait=WAIT_TIMEOUT_S)
     assert done["job_status"]["result"] == {"a": 1}
 
     running = client.submit_job("from-folder", config={"do": "sleep", "s": 300})
@@ -95,7 +95,7 @@ def test_mistakes_are_raised_as_what_they_are(client: cortex.Client, tmp_path: P
         client.submit_job("nothing")
 
 
-def test_environments(client: cortex.Client, shared: Operator) -> None:
+def test_environments(client: cortex.Client, shared_operator: Operator) -> None:
     listed = cortex.env_list()
     assert listed["default_environment"] == "test"
     assert cortex.client("test").list_apis() is not None
@@ -104,66 +104,70 @@ def test_environments(client: cortex.Client, shared: Operator) -> None:
 
 
 def test_a_wait_goes_on_over_the_death_of_the_operator(
-    connect: Connect, own: Operator, way: Way
+    connect: Connect, own_operator: Operator, operator_proxy: OperatorProxy
 ) -> None:
-    with connect(way.url) as client, ThreadPoolExecutor(1) as pool:
+    with connect(operator_proxy.url) as client, ThreadPoolExecutor(1) as pool:
         job = client.submit_job("probe", {"do": "sleep", "s": 300})
-        waiting = pool.submit(client.get_job, "probe", job["job_id"], wait=PATIENCE_S)
-        assert way.waits.wait(PATIENCE_S)
-        own.kill()
-        until(lambda: way.refused, "asked again while nobody was there")
-        own.start()
-        assert own.delete(f"{own.url}/probe", job).status_code == 200
-        assert waiting.result(PATIENCE_S)["job_status"]["status"] == "status_stopped"
+        waiting = pool.submit(client.get_job, "probe", job["job_id"], wait=WAIT_TIMEOUT_S)
+        assert operator_proxy.waits.wait(WAIT_TIMEOUT_S)
+        own_operator.kill()
+        until(lambda: operator_proxy.refused, "asked again while nobody was there")
+        own_operator.start()
+        assert own_operator.delete(f"{own_operator.url}/probe", job).status_code == 200
+        assert waiting.result(WAIT_TIMEOUT_S)["job_status"]["status"] == "status_stopped"
 
 
 def test_a_job_is_known_after_its_operator_died_and_came_back(
-    connect: Connect, own: Operator, way: Way
+    connect: Connect, own_operator: Operator, operator_proxy: OperatorProxy
 ) -> None:
-    with connect(way.url) as client:
+    with connect(operator_proxy.url) as client:
         job = client.submit_job("probe", {"x": 1})
-        own.kill()
-        own.start()
-        view = client.get_job("probe", job["job_id"], wait=PATIENCE_S)
+        own_operator.kill()
+        own_operator.start()
+        view = client.get_job("probe", job["job_id"], wait=WAIT_TIMEOUT_S)
     assert view["job_status"]["status"] == "status_succeeded"
     result: Any = view["job_status"]["result"]
     assert result["x"] == 1
 
 
 def test_a_log_is_followed_over_the_death_of_the_operator(
-    connect: Connect, own: Operator, way: Way
+    connect: Connect, own_operator: Operator, operator_proxy: OperatorProxy
 ) -> None:
-    with connect(way.url) as client:
+    with connect(operator_proxy.url) as client:
         job = client.submit_job("probe", {"do": "sleep", "s": 300})
         log = client.stream_job_logs("probe", job["job_id"])
         assert next(log) == "asleep\n"
-        own.kill()
-        own.start()
+        own_operator.kill()
+        own_operator.start()
         client.stop_job("probe", job["job_id"])
         assert "".join(log) == ""
 
 
-def test_a_log_is_read_as_far_as_it_is_written(connect: Connect, own: Operator, way: Way) -> None:
-    with connect(way.url) as client:
+def test_a_log_is_read_as_far_as_it_is_written(
+    connect: Connect, own_operator: Operator, operator_proxy: OperatorProxy
+) -> None:
+    with connect(operator_proxy.url) as client:
         running = client.submit_job("probe", {"do": "sleep", "s": 300})
-        own.await_log(f"{own.url}/probe", running, "asleep")
+        own_operator.await_log(f"{own_operator.url}/probe", running, "asleep")
         assert "".join(client.read_job_logs("probe", running["job_id"])) == "asleep\n"
         with pytest.raises(NotFound):
             "".join(client.read_job_logs("probe", "nothing"))
 
 
-def test_a_submit_whose_answer_was_lost_is_one_job(connect: Connect, way: Way) -> None:
-    way.to_lose = 2
-    with connect(way.url) as client:
+def test_a_submit_whose_answer_was_lost_is_one_job(
+    connect: Connect, operator_proxy: OperatorProxy
+) -> None:
+    operator_proxy.to_lose = 2
+    with connect(operator_proxy.url) as client:
         job = client.submit_job("probe", {"do": "echo"})
         page = client.list_jobs("probe")
-    assert [answer.split()[1] for answer in way.lost] == [b"200", b"200"]
+    assert [answer.split()[1] for answer in operator_proxy.lost] == [b"200", b"200"]
     assert [each["job_id"] for each in page["job_statuses"]] == [job["job_id"]]
     assert page["next_cursor"] is None
 
 
-def test_a_key_of_ones_own_is_one_job(connect: Connect, way: Way) -> None:
-    with connect(way.url) as client:
+def test_a_key_of_ones_own_is_one_job(connect: Connect, operator_proxy: OperatorProxy) -> None:
+    with connect(operator_proxy.url) as client:
         first = client.submit_job("probe", {"x": "\ud800"}, 300, idempotency_key="order 17")
         again = client.submit_job("probe", {"x": "\ud800"}, 300, idempotency_key="order 17")
         assert again == first
@@ -173,11 +177,11 @@ def test_a_key_of_ones_own_is_one_job(connect: Connect, way: Way) -> None:
         assert client.submit_job("probe")["job_id"] != first["job_id"]
 
 
-def test_jobs_are_listed_page_by_page(connect: Connect, way: Way) -> None:
-    with connect(way.url) as client:
+def test_jobs_are_listed_page_by_page(connect: Connect, operator_proxy: OperatorProxy) -> None:
+    with connect(operator_proxy.url) as client:
         jobs = [client.submit_job("probe", timeout=300)["job_id"] for _ in range(3)]
         for job in jobs:
-            client.get_job("probe", job, wait=PATIENCE_S)
+            client.get_job("probe", job, wait=WAIT_TIMEOUT_S)
         page = client.list_jobs("probe", "status_succeeded", limit=2)
         rest = client.list_jobs("probe", limit=2, cursor=page["next_cursor"])
         found = [each["job_id"] for each in page["job_statuses"] + rest["job_statuses"]]
@@ -206,13 +210,13 @@ class Task:
 """
 
 
-def test_a_task_submits_to_another_api_and_waits_for_it(shared: Operator) -> None:
+def test_a_task_submits_to_another_api_and_waits_for_it(shared_operator: Operator) -> None:
     yaml = "- {{name: {}, kind: TaskAPI, definition: {{path: chain.py}}, compute: {{cpu: 1m}}}}\n"
-    shared.deployed(yaml.format("chain-last"), {"chain.py": CHAIN})
-    first = shared.deployed(yaml.format("chain-first"), {"chain.py": CHAIN})
-    job = shared.submit(first, config={"url": shared.url, "next": "chain-last"})
-    ended = shared.finished(first, job)
-    log = shared.log_of(first, job)
+    shared_operator.deployed(yaml.format("chain-last"), {"chain.py": CHAIN})
+    first = shared_operator.deployed(yaml.format("chain-first"), {"chain.py": CHAIN})
+    job = shared_operator.submit(first, config={"url": shared_operator.url, "next": "chain-last"})
+    ended = shared_operator.finished(first, job)
+    log = shared_operator.log_of(first, job)
     assert (ended["status"], ended.get("result")) == ("status_succeeded", "the last"), log
     record = json.loads(log.splitlines()[0])
     assert (record["job_id"], record["loss"]) == (job["job_id"], "NaN")

@@ -21,7 +21,7 @@ from ruamel.yaml import YAML
 
 from cortex.operator.config.schema import Configuration, variable
 from cortex.operator.config.sources import FILE_VARIABLE, load
-from support import CORTEX
+from operator_harness import CORTEX
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "docs" / "deploy"

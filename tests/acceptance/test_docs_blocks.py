@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support import CORTEX, Operator
+from operator_harness import CORTEX, Operator
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,7 +18,7 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
-def run(shared: Operator, folder: Path, *command: str) -> str:
+def run(shared_operator: Operator, folder: Path, *command: str) -> str:
     env = {**os.environ, "CORTEX_CLI_CONFIG_DIR": str(folder / "config")}
     done = subprocess.run(
         command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False
@@ -27,39 +27,52 @@ def run(shared: Operator, folder: Path, *command: str) -> str:
     return done.stdout
 
 
-def configure(shared: Operator, folder: Path) -> None:
-    run(shared, folder, CORTEX, "env", "configure", "docs", "--operator-endpoint", shared.url)
+def configure(shared_operator: Operator, folder: Path) -> None:
+    run(
+        shared_operator,
+        folder,
+        CORTEX,
+        "env",
+        "configure",
+        "docs",
+        "--operator-endpoint",
+        shared_operator.url,
+    )
 
 
-def test_the_first_screen_of_the_readme(shared: Operator, tmp_path: Path) -> None:
+def test_the_first_screen_of_the_readme(shared_operator: Operator, tmp_path: Path) -> None:
     (code,) = blocks("README.md", "python")
     (yaml,) = blocks("README.md", "yaml")
     commands = blocks("README.md", "sh")[0]
     # Another name: the example of that name is deployed on the same operator by other tests.
     (tmp_path / "iris.py").write_text(code)
     (tmp_path / "cortex.yaml").write_text(yaml.replace("name: iris", "name: readme"))
-    configure(shared, tmp_path)
+    configure(shared_operator, tmp_path)
     (submit,) = re.findall(r"-d '(.*)'", commands)
     lines = [line.partition("#")[0].split() for line in commands.splitlines()]
     shown = [line[1:] for line in lines if line[:1] == ["cortex"] and line[1] != "serve"]
     assert [line[0] for line in shown] == ["deploy", "get", "logs", "delete"]
-    run(shared, tmp_path, CORTEX, *shown[0])
-    response = shared.http.post(
-        f"{shared.url}/readme", content=submit, headers={"Content-Type": "application/json"}
+    run(shared_operator, tmp_path, CORTEX, *shown[0])
+    response = shared_operator.http.post(
+        f"{shared_operator.url}/readme",
+        content=submit,
+        headers={"Content-Type": "application/json"},
     )
     job = response.json()
-    done = shared.finished(f"{shared.url}/readme", job)
+    done = shared_operator.finished(f"{shared_operator.url}/readme", job)
     assert done["result"] == {"accuracy": 0.97}
     for line in shown[1:]:
         words = [{"iris": "readme", "JOB_ID": job["job_id"]}.get(word, word) for word in line]
-        run(shared, tmp_path, CORTEX, *words)
+        run(shared_operator, tmp_path, CORTEX, *words)
 
 
-def test_the_examples_of_the_python_clients(shared: Operator, tmp_path: Path) -> None:
+def test_the_examples_of_the_python_clients(shared_operator: Operator, tmp_path: Path) -> None:
     code, of_asyncio = blocks("docs/cli.md", "python")
-    configure(shared, tmp_path)
+    configure(shared_operator, tmp_path)
     (tmp_path / "example.py").write_text(code)
-    assert "status_succeeded {'rows': 300}" in run(shared, tmp_path, sys.executable, "example.py")
+    assert "status_succeeded {'rows': 300}" in run(
+        shared_operator, tmp_path, sys.executable, "example.py"
+    )
     (tmp_path / "example.py").write_text(of_asyncio)
-    told = run(shared, tmp_path, sys.executable, "-X", "dev", "-W", "error", "example.py")
+    told = run(shared_operator, tmp_path, sys.executable, "-X", "dev", "-W", "error", "example.py")
     assert told.splitlines() == ["{'rows': 150}", "{'rows': 300}", "{'rows': 450}"]

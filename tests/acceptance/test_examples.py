@@ -11,56 +11,56 @@ from pathlib import Path
 import pytest
 
 from cortex.projects.pack import pack
-from support import CORTEX, Operator, processes_with, until
+from operator_harness import CORTEX, Operator, processes_with, until
 
 ROOT = Path(__file__).parents[2]
 
 
-def deploy(shared: Operator, example: str) -> str:
+def deploy(shared_operator: Operator, example: str) -> str:
     folder = ROOT / "examples" / example
     archive = io.BytesIO()
     pack(folder, archive)
-    response = shared.upload((folder / "cortex.yaml").read_text(), archive.getvalue())
+    response = shared_operator.upload((folder / "cortex.yaml").read_text(), archive.getvalue())
     assert response.status_code == 200, response.text
     return str(response.json()[0]["api"]["endpoint"])
 
 
-def saved(shared: Operator, job: dict[str, str]) -> list[Path]:
-    folder = shared.data_dir / "jobs" / job["job_id"] / "files"
+def saved(shared_operator: Operator, job: dict[str, str]) -> list[Path]:
+    folder = shared_operator.data_dir / "jobs" / job["job_id"] / "files"
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_iris_trains_and_writes_a_model(shared: Operator) -> None:
-    endpoint = deploy(shared, "iris")
-    job = shared.submit(endpoint, config={"C": 0.5})
-    done = shared.finished(endpoint, job)
-    assert done["status"] == "status_succeeded", shared.log_of(endpoint, job)
+def test_iris_trains_and_writes_a_model(shared_operator: Operator) -> None:
+    endpoint = deploy(shared_operator, "iris")
+    job = shared_operator.submit(endpoint, config={"C": 0.5})
+    done = shared_operator.finished(endpoint, job)
+    assert done["status"] == "status_succeeded", shared_operator.log_of(endpoint, job)
     assert done["result"]["accuracy"] > 0.8
-    assert [path.stat().st_size > 100 for path in saved(shared, job)] == [True]
+    assert [path.stat().st_size > 100 for path in saved(shared_operator, job)] == [True]
 
 
-def test_wordcount_processes_a_file(shared: Operator) -> None:
-    endpoint = deploy(shared, "wordcount")
-    job = shared.submit(endpoint)
-    assert shared.finished(endpoint, job)["status"] == "status_succeeded"
-    assert any(character.isdigit() for character in shared.log_of(endpoint, job))
+def test_wordcount_processes_a_file(shared_operator: Operator) -> None:
+    endpoint = deploy(shared_operator, "wordcount")
+    job = shared_operator.submit(endpoint)
+    assert shared_operator.finished(endpoint, job)["status"] == "status_succeeded"
+    assert any(character.isdigit() for character in shared_operator.log_of(endpoint, job))
 
 
-def test_checkpoint_saves_when_stopped_and_resumes(patient: Operator) -> None:
-    endpoint = deploy(patient, "checkpoint")
-    job = patient.submit(endpoint, config={"steps": 10_000, "interval_s": 0.05})
-    patient.await_log(endpoint, job, "step")
-    assert patient.delete(endpoint, job).status_code == 200
-    until(lambda: saved(patient, job), "the checkpoint")
+def test_checkpoint_saves_when_stopped_and_resumes(patient_operator: Operator) -> None:
+    endpoint = deploy(patient_operator, "checkpoint")
+    job = patient_operator.submit(endpoint, config={"steps": 10_000, "interval_s": 0.05})
+    patient_operator.await_log(endpoint, job, "step")
+    assert patient_operator.delete(endpoint, job).status_code == 200
+    until(lambda: saved(patient_operator, job), "the checkpoint")
     until(lambda: not processes_with(job["job_id"]), "its processes gone")
-    (checkpoint,) = saved(patient, job)
+    (checkpoint,) = saved(patient_operator, job)
     steps = json.loads(checkpoint.read_text())["steps"]
-    again = patient.submit(
+    again = patient_operator.submit(
         endpoint, config={"steps": steps + 3, "interval_s": 0.01, "checkpoint": str(checkpoint)}
     )
-    done = patient.finished(endpoint, again)
+    done = patient_operator.finished(endpoint, again)
     assert (done["status"], done["result"]["steps"]) == ("status_succeeded", steps + 3)
-    assert f"resuming after step {steps}" in patient.log_of(endpoint, again)
+    assert f"resuming after step {steps}" in patient_operator.log_of(endpoint, again)
 
 
 @pytest.mark.parametrize("example", ["iris", "wordcount", "checkpoint"])

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _BLOCK = 1 << 20
-_PATIENCE_S = 60
+_WAIT_TIMEOUT_S = 60
 
 
 class Disk:
@@ -51,7 +51,7 @@ def mounted(folder: Path, options: str = "size=48m") -> Iterator[Disk]:
 
 def _once_unused(*command: str) -> None:
     """A process of the last job may be about to end, or to close its files."""
-    until = time.monotonic() + _PATIENCE_S
+    until = time.monotonic() + _WAIT_TIMEOUT_S
     while subprocess.run([*_root(), *command], check=False).returncode != 0:
         assert time.monotonic() < until, f"still in use: {command}"
         time.sleep(0.1)

@@ -27,7 +27,7 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cortex.worker import trees
-from support import FINAL, Operator, operator, reachable, until
+from operator_harness import FINAL, Operator, operator, reachable, until
 
 USER = "nobody"
 TIMEOUT_S = 8

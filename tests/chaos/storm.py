@@ -31,15 +31,15 @@ import httpx
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from chaos.disk import Disk, mounted
 from cortex.spec.times import parse_rfc3339
-from postgresql import Server, server
-from support import FINAL, Operator, operators, processes_with, until
+from operator_harness import FINAL, Operator, operators, processes_with, until
+from postgresql_server import PostgreSQLServer, server
 
 KILLED = ["operator", "fork server", "supervisor", "worker"]
 LINES = 200
 LEASE_S = 2
 LONGEST_S = 20  # the longest timeout of a job that has one
 COMES_BACK = 0.2  # how likely whoever was killed is started again before the next step
-PATIENCE_S = 6  # for an answer, where another operator can be asked
+WAIT_TIMEOUT_S = 6  # for an answer, where another operator can be asked
 ANSWERED_S = 120  # within which somebody answers
 FROZEN_S = 10  # the longest that a process is stopped, so that `SLACK_S` has room for it
 SLACK_S = (
@@ -149,7 +149,7 @@ class Job:
 class Database:
     """A PostgreSQL server that something starts again a while after it was killed."""
 
-    def __init__(self, running: Server) -> None:
+    def __init__(self, running: PostgreSQLServer) -> None:
         self._server = running
         self._return: threading.Timer | None = None
 
@@ -190,7 +190,7 @@ class Storm:
         self.jobs: list[Job] = []
         self.kills: Counter[str] = Counter()
         self.freezes: Counter[str] = Counter()
-        self.most_wait_s = PATIENCE_S // 2 if self.are_several else 20
+        self.most_wait_s = WAIT_TIMEOUT_S // 2 if self.are_several else 20
         running = all_of_them[0]
         self.marks = running.data_dir.parent / "marks"
         self.frozen: list[int] = []
@@ -199,7 +199,7 @@ class Storm:
         response = running.deploy(YAML, {"task.py": task, "hungry.py": HUNGRY.replace("\\n", "\n")})
         assert response.status_code == 200, response.text
         for each in all_of_them if self.are_several else ():
-            each.http.timeout = PATIENCE_S
+            each.http.timeout = WAIT_TIMEOUT_S
 
     def run(self, jobs: int, kills: int) -> None:
         """Submit `jobs` and kill `kills` times, in random order; then wait and check it all."""

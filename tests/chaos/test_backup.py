@@ -13,8 +13,8 @@ from typing import Any, Self
 
 import httpx
 
-import loaded
-from support import FINAL, PROBE, Operator, operator, probe_yaml, until
+import preloaded_cli
+from operator_harness import FINAL, PROBE, Operator, operator, probe_yaml, until
 
 BACKUPS, JOBS = 3, 12
 APIS = 3
@@ -39,8 +39,8 @@ class Told:
 class Storm:
     """Clients that submit, stop, deploy and delete, each in a thread of its own."""
 
-    def __init__(self, own: Operator, seed: int) -> None:
-        self.own = own
+    def __init__(self, own_operator: Operator, seed: int) -> None:
+        self.own = own_operator
         self.told: dict[str, Told] = {}
         self.failed: list[str] = []
         self.is_over = threading.Event()
@@ -103,20 +103,22 @@ class Storm:
 
 
 def test_what_was_final_is_in_the_backup_as_it_was_told(tmp_path: Path) -> None:
-    with operator(tmp_path / "own", "--cpu", "2") as own:
+    with operator(tmp_path / "own", "--cpu", "2") as own_operator:
         taken: list[tuple[Path, set[str]]] = []
-        with Storm(own, seed=7) as storm:
+        with Storm(own_operator, seed=7) as storm:
             for number in range(BACKUPS):
                 least = len(storm.told) + JOBS
                 until(lambda least=least: len(storm.told) >= least, "some jobs have ended")
                 before = set(storm.told)
                 file = tmp_path / f"{number}.tar.gz"
-                done = loaded.run("backup", str(file), "--data-dir", str(own.data_dir))
+                done = preloaded_cli.run(
+                    "backup", str(file), "--data-dir", str(own_operator.data_dir)
+                )
                 assert done.returncode == 0, done.stderr
                 taken.append((file, before))
         for number, (file, before) in enumerate(taken):
             folder = tmp_path / f"restored{number}"
-            done = loaded.run("restore", str(file), "--data-dir", str(folder / "data"))
+            done = preloaded_cli.run("restore", str(file), "--data-dir", str(folder / "data"))
             assert done.returncode == 0, done.stderr
             final = _final(folder / "data" / "operator.db")
             assert before <= final  # what was acknowledged before is in it

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support import PROBE, Operator, operator, probe_yaml, until
+from operator_harness import PROBE, Operator, operator, probe_yaml, until
 
 LIBRARY = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
 SLEEP = {"do": "sleep", "s": 300}

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import httpx
 
-import loaded
-import support
-from postgresql import PASSWORD, Server, server
-from support import PROBE, Operator, operator, probe_yaml, until
+import operator_harness
+import preloaded_cli
+from operator_harness import PROBE, Operator, operator, probe_yaml, until
+from postgresql_server import PASSWORD, PostgreSQLServer, server
 
 ASLEEP = {"do": "sleep", "s": 300}
 
 
 @contextmanager
-def on_server(tmp_path: Path, *options: str) -> Iterator[tuple[Operator, Server]]:
+def on_server(tmp_path: Path, *options: str) -> Iterator[tuple[Operator, PostgreSQLServer]]:
     """An operator with a server of its own."""
     with server() as running:
         url = running.url(running.create())
@@ -168,7 +168,7 @@ def test_an_operator_ends_at_once_while_its_server_is_down(tmp_path: Path) -> No
 
 def refused(folder: Path, *options: str) -> str:
     """What `cortex serve` says when it does not start."""
-    said = support.refused(folder, *options)
+    said = operator_harness.refused(folder, *options)
     assert PASSWORD not in said
     return said
 
@@ -186,7 +186,7 @@ def test_tokens_are_made_in_the_same_store_however_that_is_named(
     config.write_text(f"store: {database}\n")
 
     def cortex(*words: str, **variables: str) -> str:
-        done = loaded.run("token", *words, env={**os.environ, **variables})
+        done = preloaded_cli.run("token", *words, env={**os.environ, **variables})
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import loaded
+import preloaded_cli
 from chaos.disk import Disk, mounted
-from support import PROBE, Operator, operator, probe_yaml, until
+from operator_harness import PROBE, Operator, operator, probe_yaml, until
 
 SLEEP = {"do": "sleep", "s": 300}
 WAITS = """
@@ -154,7 +154,7 @@ def test_a_disk_that_becomes_read_only_refuses_writes_until_it_is_mended(tmp_pat
 
 
 def serve(data: Path) -> tuple[int, str]:
-    done = loaded.run("serve", "--port", "0", "--data-dir", str(data))
+    done = preloaded_cli.run("serve", "--port", "0", "--data-dir", str(data))
     assert "Traceback" not in done.stderr
     return done.returncode, done.stderr
 

@@ -18,15 +18,15 @@ from cortex.operator.http.refusals import MAX_KINDS, Refusals
 from cortex.spec.audit import Action, Actor, AuditEntry
 from cortex.store import Store
 from cortex.store import audit as audit_of_store
-from guarded import cortex, guarded, token
-from support import PROBE, Operator, operator, probe_yaml, until
+from operator_harness import PROBE, Operator, operator, probe_yaml, until
+from operator_with_tokens import cortex, operator_with_tokens, token
 
 DAY_NS = 86_400 * 10**9
 
 
 @pytest.fixture(scope="module")
 def safe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Operator, dict[str, str]]]:
-    with guarded(tmp_path_factory.mktemp("audited"), "--require-token") as made:
+    with operator_with_tokens(tmp_path_factory.mktemp("audited"), "--require-token") as made:
         made[0].deployed(probe_yaml(), {"probe.py": PROBE})
         yield made
 
@@ -152,9 +152,9 @@ def test_the_command_shows_it(safe: tuple[Operator, dict[str, str]], tmp_path: P
     assert "needs 'deploy'" in cortex("audit", code=1, **variables)
 
 
-def test_an_operator_without_tokens_has_an_audit_too(shared: Operator) -> None:
-    shared.deployed(probe_yaml("anybody"), {"probe.py": PROBE})
-    [entry] = [e for e in audit(shared) if e["api_name"] == "anybody"]
+def test_an_operator_without_tokens_has_an_audit_too(shared_operator: Operator) -> None:
+    shared_operator.deployed(probe_yaml("anybody"), {"probe.py": PROBE})
+    [entry] = [e for e in audit(shared_operator) if e["api_name"] == "anybody"]
     assert (entry["action"], entry["by"], entry["address"]) == ("deploy", None, "127.0.0.1")
 
 
@@ -239,23 +239,23 @@ def connections(running: Operator) -> int:
     return sum(1 for fields in lines if fields[1].endswith(port) and fields[3] == "01")
 
 
-def test_the_data_folder_is_closed_to_other_users(shared: Operator) -> None:
+def test_the_data_folder_is_closed_to_other_users(shared_operator: Operator) -> None:
     for name in ("projects", "environments", "jobs", "locks", "archived"):
-        mode = stat.S_IMODE((shared.data_dir / name).stat().st_mode)
+        mode = stat.S_IMODE((shared_operator.data_dir / name).stat().st_mode)
         assert mode & 0o077 == 0, (name, oct(mode))
 
 
-def test_series_of_a_deleted_api_are_gone(shared: Operator) -> None:
-    endpoint = shared.deployed(probe_yaml("counted"), {"probe.py": PROBE})
-    shared.run(endpoint)
-    running = shared.submit(endpoint, config={"do": "sleep", "s": 300})
-    shared.await_log(endpoint, running, "asleep")
+def test_series_of_a_deleted_api_are_gone(shared_operator: Operator) -> None:
+    endpoint = shared_operator.deployed(probe_yaml("counted"), {"probe.py": PROBE})
+    shared_operator.run(endpoint)
+    running = shared_operator.submit(endpoint, config={"do": "sleep", "s": 300})
+    shared_operator.await_log(endpoint, running, "asleep")
 
     def series() -> str:
-        return shared.http.get(f"{shared.url}/metrics").text
+        return shared_operator.http.get(f"{shared_operator.url}/metrics").text
 
     until(lambda: 'cortex_jobs_ended_total{api="counted"' in series(), "it is counted")
-    shared.http.delete(f"{shared.url}/-/apis/counted")
+    shared_operator.http.delete(f"{shared_operator.url}/-/apis/counted")
     until(lambda: 'api="counted"' not in series(), "its series are gone")
     assert "cortex_operator_info" in series()
 

@@ -19,23 +19,23 @@ from alembic.config import Config
 from sqlalchemy import create_engine
 
 import cortex.store
-import loaded
-from postgresql import Server
-from support import PROBE, Operator, operator, probe_yaml, processes_with, refused, until
+import preloaded_cli
+from operator_harness import PROBE, Operator, operator, probe_yaml, processes_with, refused, until
+from postgresql_server import PostgreSQLServer
 
 SLEEP = {"do": "sleep", "s": 300}
 
 
 def run(*words: str | Path, code: int = 0, **environment: str) -> str:
     """What the command says."""
-    done = loaded.run(*map(str, words), env={**os.environ, **environment})
+    done = preloaded_cli.run(*map(str, words), env={**os.environ, **environment})
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
 
 
-def backed_up(own: Operator, file: Path) -> Path:
-    run("backup", file, "--data-dir", own.data_dir)
+def backed_up(own_operator: Operator, file: Path) -> Path:
+    run("backup", file, "--data-dir", own_operator.data_dir)
     assert file.stat().st_mode & 0o777 == 0o600
     assert [path.name for path in file.parent.glob(".cortex-backup-*")] == []
     return file
@@ -69,11 +69,11 @@ def written(file: Path, contents: dict[str, bytes]) -> Path:
 
 
 @pytest.fixture
-def backup(own: Operator, tmp_path: Path) -> Path:
+def backup(own_operator: Operator, tmp_path: Path) -> Path:
     """That of an operator with an API and a job that has ended."""
-    endpoint = own.deployed(probe_yaml(), {"probe.py": PROBE})
-    own.run(endpoint, config={"do": "say", "lines": 3})
-    return backed_up(own, tmp_path / "backup.tar.gz")
+    endpoint = own_operator.deployed(probe_yaml(), {"probe.py": PROBE})
+    own_operator.run(endpoint, config={"do": "say", "lines": 3})
+    return backed_up(own_operator, tmp_path / "backup.tar.gz")
 
 
 def is_refused(file: Path, folder: Path) -> str:
@@ -83,26 +83,32 @@ def is_refused(file: Path, folder: Path) -> str:
     return said
 
 
-def test_what_an_operator_had_is_there_again(own: Operator, tmp_path: Path) -> None:
-    path = own.deployed(
+def test_what_an_operator_had_is_there_again(own_operator: Operator, tmp_path: Path) -> None:
+    path = own_operator.deployed(
         probe_yaml(more="  limits: {log: 64Ki}\n"), {"probe.py": PROBE, "sub/data": "A=b"}
-    ).removeprefix(own.url)
-    done = own.submit(own.url + path, config={"a": [1, 2]})
-    own.finished(own.url + path, done)
-    failed = own.submit(own.url + path, config={"do": "fail", "message": "no"})
-    own.finished(own.url + path, failed)
-    said = own.submit(own.url + path, config={"do": "say", "lines": 10_000})  # over its limit
-    own.finished(own.url + path, said)
-    (own.data_dir / "locks" / "l").mkdir()
-    (own.data_dir / "locks" / "l" / "linux-3.11.lock").write_text("a==1\n")
-    secret = run("token", "create", "t", "--scope", "read", "--data-dir", own.data_dir)
-    file = backed_up(own, tmp_path / "backup.tar.gz")
-    later = own.submit(own.url + path)
-    own.finished(own.url + path, later)
+    ).removeprefix(own_operator.url)
+    done = own_operator.submit(own_operator.url + path, config={"a": [1, 2]})
+    own_operator.finished(own_operator.url + path, done)
+    failed = own_operator.submit(own_operator.url + path, config={"do": "fail", "message": "no"})
+    own_operator.finished(own_operator.url + path, failed)
+    said = own_operator.submit(
+        own_operator.url + path, config={"do": "say", "lines": 10_000}
+    )  # over its limit
+    own_operator.finished(own_operator.url + path, said)
+    (own_operator.data_dir / "locks" / "l").mkdir()
+    (own_operator.data_dir / "locks" / "l" / "linux-3.11.lock").write_text("a==1\n")
+    secret = run("token", "create", "t", "--scope", "read", "--data-dir", own_operator.data_dir)
+    file = backed_up(own_operator, tmp_path / "backup.tar.gz")
+    later = own_operator.submit(own_operator.url + path)
+    own_operator.finished(own_operator.url + path, later)
     with restored(file, tmp_path / "other") as other:
         for job in (done, failed, said):
-            assert other.status(other.url + path, job) == own.status(own.url + path, job)
-            assert other.log_of(other.url + path, job) == own.log_of(own.url + path, job)
+            assert other.status(other.url + path, job) == own_operator.status(
+                own_operator.url + path, job
+            )
+            assert other.log_of(other.url + path, job) == own_operator.log_of(
+                own_operator.url + path, job
+            )
         assert "of the log are gone" in other.log_of(other.url + path, said)
         assert other.http.get(f"{other.url}{path}/{later['job_id']}").status_code == 404
         assert other.run(other.url + path, config={"b": 1})["status"] == "status_succeeded"
@@ -112,28 +118,32 @@ def test_what_an_operator_had_is_there_again(own: Operator, tmp_path: Path) -> N
         assert (folder / "sub" / "data").read_text() == "A=b"
         assert (other.data_dir / "operator.db").stat().st_mode & 0o777 == 0o600
         assert (other.data_dir / "folder.id").read_text() != (
-            own.data_dir / "folder.id"
+            own_operator.data_dir / "folder.id"
         ).read_text()
     assert secret.strip()
-    own.kill()  # and without an operator
-    backed_up(own, file)
+    own_operator.kill()  # and without an operator
+    backed_up(own_operator, file)
     with restored(file, tmp_path / "third") as third:
         assert third.status(third.url + path, later)["status"] == "status_succeeded"
 
 
 def test_what_ran_is_lost_or_tried_again_and_the_original_s_goes_on(
-    own: Operator, tmp_path: Path
+    own_operator: Operator, tmp_path: Path
 ) -> None:
-    once = own.deployed(probe_yaml("once"), {"probe.py": PROBE}).removeprefix(own.url)
-    again = own.deployed(probe_yaml("again", more="  retries: 1\n"), {"probe.py": PROBE})
-    again = again.removeprefix(own.url)
-    full = own.deployed(probe_yaml("full").replace("1m", '"1"'), {"probe.py": PROBE})
-    full = full.removeprefix(own.url)
-    jobs = {path: own.submit(own.url + path, config=SLEEP) for path in (once, again)}
+    once = own_operator.deployed(probe_yaml("once"), {"probe.py": PROBE}).removeprefix(
+        own_operator.url
+    )
+    again = own_operator.deployed(probe_yaml("again", more="  retries: 1\n"), {"probe.py": PROBE})
+    again = again.removeprefix(own_operator.url)
+    full = own_operator.deployed(probe_yaml("full").replace("1m", '"1"'), {"probe.py": PROBE})
+    full = full.removeprefix(own_operator.url)
+    jobs = {
+        path: own_operator.submit(own_operator.url + path, config=SLEEP) for path in (once, again)
+    }
     for path, job in jobs.items():
-        own.await_log(own.url + path, job, "asleep")
-    waits = own.submit(own.url + full)
-    file = backed_up(own, tmp_path / "backup.tar.gz")
+        own_operator.await_log(own_operator.url + path, job, "asleep")
+    waits = own_operator.submit(own_operator.url + full)
+    file = backed_up(own_operator, tmp_path / "backup.tar.gz")
     workers = {path: processes_with(f"CORTEX_JOB_ID={job['job_id']}") for path, job in jobs.items()}
     with restored(file, tmp_path / "other", "--cpu", "2") as other:
         told = other.finished(other.url + once, jobs[once])
@@ -146,31 +156,31 @@ def test_what_ran_is_lost_or_tried_again_and_the_original_s_goes_on(
         assert other.delete(other.url + again, jobs[again]).status_code == 200
     for path, job in jobs.items():
         assert processes_with(f"CORTEX_JOB_ID={job['job_id']}") == workers[path]
-        assert own.status(own.url + path, job)["status"] == "status_running"
+        assert own_operator.status(own_operator.url + path, job)["status"] == "status_running"
 
 
 def test_a_folder_with_data_or_an_operator_is_left_alone(
-    own: Operator, backup: Path, tmp_path: Path
+    own_operator: Operator, backup: Path, tmp_path: Path
 ) -> None:
-    data = ("restore", backup, "--data-dir", own.data_dir)
+    data = ("restore", backup, "--data-dir", own_operator.data_dir)
     assert "in use by another operator" in run(*data, "--force", code=1)
-    path = f"/{own.http.get(own.url + '/-/apis').json()[0]['spec']['name']}"
-    job = own.submit(own.url + path, config=SLEEP)
-    own.await_log(own.url + path, job, "asleep")
-    assert own.stop() == 0
+    path = f"/{own_operator.http.get(own_operator.url + '/-/apis').json()[0]['spec']['name']}"
+    job = own_operator.submit(own_operator.url + path, config=SLEEP)
+    own_operator.await_log(own_operator.url + path, job, "asleep")
+    assert own_operator.stop() == 0
     assert "--force" in run(*data, code=1)
     assert "still run" in run(*data, "--force", code=1)
-    own.start()
-    assert own.status(own.url + path, job)["status"] == "status_running"
-    own.delete(own.url + path, job)
+    own_operator.start()
+    assert own_operator.status(own_operator.url + path, job)["status"] == "status_running"
+    own_operator.delete(own_operator.url + path, job)
     until(lambda: not processes_with(job["job_id"]), "the job gone")
-    own.kill()
+    own_operator.kill()
     run(*data, "--force")
-    own.start()
-    assert own.http.get(f"{own.url}{path}/{job['job_id']}").status_code == 404
-    (aside,) = own.data_dir.glob("replaced-*")
+    own_operator.start()
+    assert own_operator.http.get(f"{own_operator.url}{path}/{job['job_id']}").status_code == 404
+    (aside,) = own_operator.data_dir.glob("replaced-*")
     assert (aside / "operator.db").exists()
-    assert own.run(own.url + path)["status"] == "status_succeeded"
+    assert own_operator.run(own_operator.url + path)["status"] == "status_succeeded"
 
 
 def test_one_that_was_cut_off_is_told_and_can_be_done_again(backup: Path, tmp_path: Path) -> None:
@@ -289,26 +299,28 @@ def test_a_backup_of_older_tables_is_brought_up_to_date(backup: Path, tmp_path: 
         assert other.run(f"{other.url}/probe")["status"] == "status_succeeded"
 
 
-def test_a_log_that_a_job_has_made_endless_is_bounded(own: Operator, tmp_path: Path) -> None:
-    endpoint = own.deployed(probe_yaml(more="  limits: {log: 1Mi}\n"), {"probe.py": PROBE})
-    job = own.submit(endpoint)
-    own.finished(endpoint, job)
-    os.truncate(own.data_dir / "jobs" / job["job_id"] / "log", 1 << 40)
-    file = backed_up(own, tmp_path / "backup.tar.gz")
+def test_a_log_that_a_job_has_made_endless_is_bounded(
+    own_operator: Operator, tmp_path: Path
+) -> None:
+    endpoint = own_operator.deployed(probe_yaml(more="  limits: {log: 1Mi}\n"), {"probe.py": PROBE})
+    job = own_operator.submit(endpoint)
+    own_operator.finished(endpoint, job)
+    os.truncate(own_operator.data_dir / "jobs" / job["job_id"] / "log", 1 << 40)
+    file = backed_up(own_operator, tmp_path / "backup.tar.gz")
     assert 1 << 20 <= len(members(file)[f"jobs/{job['job_id']}/log"]) <= 2 << 20
 
 
-def test_a_project_that_is_gone_is_told(own: Operator, tmp_path: Path) -> None:
-    own.deployed(probe_yaml(), {"probe.py": PROBE})
-    (project,) = (own.data_dir / "projects").iterdir()
+def test_a_project_that_is_gone_is_told(own_operator: Operator, tmp_path: Path) -> None:
+    own_operator.deployed(probe_yaml(), {"probe.py": PROBE})
+    (project,) = (own_operator.data_dir / "projects").iterdir()
     (project / "probe.py").write_text("changed")
     file = tmp_path / "backup.tar.gz"
-    assert f"{project.name} was changed" in run("backup", file, "--data-dir", own.data_dir)
+    assert f"{project.name} was changed" in run("backup", file, "--data-dir", own_operator.data_dir)
     assert f"{project.name} was changed" in run("restore", file, "--data-dir", tmp_path / "other")
     assert (tmp_path / "other" / "projects" / project.name / "probe.py").read_text() == "changed"
     shutil.rmtree(project)
     assert f"{project.name} is deployed but missing from the data folder" in run(
-        "backup", file, "--data-dir", own.data_dir
+        "backup", file, "--data-dir", own_operator.data_dir
     )
 
 
@@ -346,7 +358,7 @@ def test_where_there_is_nothing_to_back_up_that_is_told(tmp_path: Path) -> None:
 
 
 def test_postgresql_is_backed_up_by_its_own_programs(
-    postgresql: Server, database: str, tmp_path: Path
+    postgresql: PostgreSQLServer, database: str, tmp_path: Path
 ) -> None:
     file, other_data = tmp_path / "backup.tar.gz", tmp_path / "other" / "data"
     name = postgresql.create()

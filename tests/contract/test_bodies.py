@@ -24,7 +24,7 @@ import pytest
 
 from cortex.operator.http.wire import MAX_DISCARDED_BYTES
 from cortex.projects.pack import pack
-from support import PROBE, Operator, probe_yaml, until
+from operator_harness import PROBE, Operator, probe_yaml, until
 
 CONFIG = {"config": {"kept": "ä" * 5000}}
 BODY = json.dumps(CONFIG, ensure_ascii=False).encode()
@@ -125,21 +125,21 @@ def test_another_coding_is_refused_by_name(probe: str, coding: str) -> None:
     ids=range(10),
 )
 def test_a_body_that_is_not_what_its_coding_says_is_refused(
-    shared: Operator, probe: str, coding: str, body: bytes, named: str
+    shared_operator: Operator, probe: str, coding: str, body: bytes, named: str
 ) -> None:
     by_key = {"Idempotency-Key": "broken"}  # takes the framework's way to the route
     for headers in ({}, by_key):
         answer = sent(probe, body, coding, **headers)
         assert (answer.status_code, answer.json()["kind"]) == (400, "request.invalid")
         assert named in answer.json()["message"]
-    assert "crashed" not in shared.log.read_text()
+    assert "crashed" not in shared_operator.log.read_text()
 
 
-def test_a_bomb_is_refused_in_bounded_memory(own: Operator) -> None:
-    endpoint = own.deployed(probe_yaml(), {"probe.py": PROBE})
+def test_a_bomb_is_refused_in_bounded_memory(own_operator: Operator) -> None:
+    endpoint = own_operator.deployed(probe_yaml(), {"probe.py": PROBE})
     bomb = gzip.compress(bytes(256 * MIB), 1)
     assert len(bomb) < 2 * MIB
-    before = peak_kib(own.process.pid)
+    before = peak_kib(own_operator.process.pid)
     for coding, body in (("gzip", bomb), ("gzip", in_pieces(bomb, 65536))):
         answer = sent(endpoint, body, coding)
         assert (answer.status_code, answer.json()["kind"]) == (413, "request.too_large")
@@ -147,7 +147,7 @@ def test_a_bomb_is_refused_in_bounded_memory(own: Operator) -> None:
     empty = gzip.compress(b"")
     answer = sent(endpoint, empty * (10 * MIB // len(empty) + 2), "gzip")
     assert answer.status_code == 413
-    assert peak_kib(own.process.pid) - before < 64 * 1024
+    assert peak_kib(own_operator.process.pid) - before < 64 * 1024
 
 
 def peak_kib(pid: int) -> int:
@@ -156,14 +156,16 @@ def peak_kib(pid: int) -> int:
     return int(found[1])
 
 
-def test_a_compressed_upload_is_unpacked_and_bounded(shared: Operator, tmp_path: Path) -> None:
+def test_a_compressed_upload_is_unpacked_and_bounded(
+    shared_operator: Operator, tmp_path: Path
+) -> None:
     yaml = probe_yaml("packed")
     (tmp_path / "probe.py").write_text(PROBE)
     archive = io.BytesIO()
     pack(tmp_path, archive)
     form = httpx.Request(
         "POST",
-        f"{shared.url}/-/apis",
+        f"{shared_operator.url}/-/apis",
         files={"config": ("cortex.yaml", yaml.encode()), "project": ("p", archive.getvalue())},
     )
     of_form = {"Content-Type": form.headers["content-type"]}
@@ -262,9 +264,11 @@ def test_a_connection_goes_on_after_a_413(probe: str, is_chunked: bool) -> None:
     ],
 )
 def test_every_early_answer_reaches_a_client_that_still_sends(
-    shared: Operator, probe: str, path: str, headers: dict[str, str], status: int
+    shared_operator: Operator, probe: str, path: str, headers: dict[str, str], status: int
 ) -> None:
-    request = urllib.request.Request(shared.url + path, bytes(9 * MIB), {**JSON, **headers})
+    request = urllib.request.Request(
+        shared_operator.url + path, bytes(9 * MIB), {**JSON, **headers}
+    )
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=60)
     with refused.value as answer:
@@ -274,9 +278,9 @@ def test_every_early_answer_reaches_a_client_that_still_sends(
 @pytest.mark.parametrize("form", [b"Content-Length: 536870912", b"Transfer-Encoding: chunked"])
 @pytest.mark.parametrize("keeps", [b"keep-alive", b"close"])
 def test_what_is_read_and_thrown_away_is_bounded(
-    shared: Operator, probe: str, form: bytes, keeps: bytes
+    shared_operator: Operator, probe: str, form: bytes, keeps: bytes
 ) -> None:
-    parts = urlsplit(shared.url)
+    parts = urlsplit(shared_operator.url)
     length = 2 * MAX_DISCARDED_BYTES
     piece = bytes(MIB)
     if b"chunked" in form:
@@ -290,18 +294,23 @@ def test_what_is_read_and_thrown_away_is_bounded(
                 connection.sendall(piece)
                 sent_bytes += MIB
     assert MAX_DISCARDED_BYTES <= sent_bytes < length
-    until(lambda: shared.http.get(f"{shared.url}/healthz").status_code == 200, "it goes on")
+    until(
+        lambda: shared_operator.http.get(f"{shared_operator.url}/healthz").status_code == 200,
+        "it goes on",
+    )
 
 
-def newest(shared: Operator, probe: str) -> list[str]:
+def newest(shared_operator: Operator, probe: str) -> list[str]:
     """The ids of its newest jobs: jobs of earlier tests may still move on, but none may be new."""
-    return [job["job_id"] for job in shared.http.get(probe).json()["job_statuses"]]
+    return [job["job_id"] for job in shared_operator.http.get(probe).json()["job_statuses"]]
 
 
-def test_what_follows_an_answer_that_closes_is_no_request(shared: Operator, probe: str) -> None:
+def test_what_follows_an_answer_that_closes_is_no_request(
+    shared_operator: Operator, probe: str
+) -> None:
     """Nothing that a client smuggles behind a refused body is acted upon."""
-    parts = urlsplit(shared.url)
-    before = newest(shared, probe)
+    parts = urlsplit(shared_operator.url)
+    before = newest(shared_operator, probe)
     behind = b"POST /probe HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}"
     with socket.create_connection((parts.hostname, parts.port), 60) as connection:
         head = b"POST /probe HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
@@ -313,7 +322,7 @@ def test_what_follows_an_answer_that_closes_is_no_request(shared: Operator, prob
                 received += piece
     assert received.startswith(b"HTTP/1.1 413 ")
     assert received.count(b"HTTP/1.1") == 1
-    assert newest(shared, probe) == before
+    assert newest(shared_operator, probe) == before
 
 
 FORM = "application/x-www-form-urlencoded"
@@ -331,10 +340,10 @@ def test_json_under_the_type_of_a_form_is_taken_as_plain_curl_sends_it(probe: st
     ["Origin", "Sec-Fetch-Site", "Sec-Fetch-Mode", "Sec-Fetch-Dest", "sec-fetch-user"],
 )
 def test_json_under_the_type_of_a_form_is_refused_from_a_page(
-    shared: Operator, probe: str, name: str
+    shared_operator: Operator, probe: str, name: str
 ) -> None:
-    value = shared.url if name == "Origin" else "same-origin"
-    for path in (probe, f"{shared.url}/-/apis/probe/jobs"):
+    value = shared_operator.url if name == "Origin" else "same-origin"
+    for path in (probe, f"{shared_operator.url}/-/apis/probe/jobs"):
         answer = httpx.post(
             path, content=b"{}", headers={"Content-Type": FORM, name: value}, timeout=60
         )

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from another_user import UID, USER, operator_as_root
-from builds import files
-from support import PROBE, Operator, probe_yaml, until
+from build_projects import files
+from operator_harness import PROBE, Operator, probe_yaml, until
+from root_operator import UID, USER, operator_as_root
 
 SWAPPER = """
 import os, time

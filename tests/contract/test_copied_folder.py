@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from support import PROBE, Operator, operator, probe_yaml, processes_with, until
+from operator_harness import PROBE, Operator, operator, probe_yaml, processes_with, until
 
 SLEEP = {"do": "sleep", "s": 300}
 SPAWN = """
@@ -20,11 +20,11 @@ SPAWN = """
 
 
 @contextmanager
-def copied(own: Operator, tmp_path: Path) -> Iterator[Operator]:
+def copied(own_operator: Operator, tmp_path: Path) -> Iterator[Operator]:
     """An operator on a copy of another's folder, which goes on too."""
-    own.kill()  # or its database would be copied while it is written
-    subprocess.run(["cp", "-a", own.data_dir, tmp_path / "copy"], check=True)
-    own.start()
+    own_operator.kill()  # or its database would be copied while it is written
+    subprocess.run(["cp", "-a", own_operator.data_dir, tmp_path / "copy"], check=True)
+    own_operator.start()
     other = Operator(tmp_path / "other", "--grace", "1", data_dir=tmp_path / "copy")
     other.folder.mkdir()
     other.start()
@@ -41,15 +41,19 @@ def _workers(job: dict[str, str]) -> list[int]:
     return sorted(processes_with(f"CORTEX_JOB_ID={job['job_id']}"))
 
 
-def test_a_stop_at_a_copy_does_not_stop_the_original_s_job(own: Operator, tmp_path: Path) -> None:
-    path = own.deployed(probe_yaml(), {"probe.py": PROBE + SPAWN}).removeprefix(own.url)
-    done = own.submit(own.url + path)
-    own.finished(own.url + path, done)
-    job = own.submit(own.url + path, config={"do": "spawn"})
-    own.await_log(own.url + path, job, "asleep")
+def test_a_stop_at_a_copy_does_not_stop_the_original_s_job(
+    own_operator: Operator, tmp_path: Path
+) -> None:
+    path = own_operator.deployed(probe_yaml(), {"probe.py": PROBE + SPAWN}).removeprefix(
+        own_operator.url
+    )
+    done = own_operator.submit(own_operator.url + path)
+    own_operator.finished(own_operator.url + path, done)
+    job = own_operator.submit(own_operator.url + path, config={"do": "spawn"})
+    own_operator.await_log(own_operator.url + path, job, "asleep")
     processes = _workers(job)
     assert len(processes) == 2
-    with copied(own, tmp_path) as copy:
+    with copied(own_operator, tmp_path) as copy:
         told = copy.finished(copy.url + path, job)
         assert told["status"] == "status_unexpected_error"
         assert "this one is a copy" in told["message"]
@@ -57,21 +61,21 @@ def test_a_stop_at_a_copy_does_not_stop_the_original_s_job(own: Operator, tmp_pa
         assert copy.delete(copy.url + path, job).status_code in (200, 409)
         assert copy.http.delete(f"{copy.url}/-/apis/probe").status_code == 200
     assert _workers(job) == processes
-    assert own.status(own.url + path, job)["status"] == "status_running"
-    assert own.delete(own.url + path, job).status_code == 200
+    assert own_operator.status(own_operator.url + path, job)["status"] == "status_running"
+    assert own_operator.delete(own_operator.url + path, job).status_code == 200
     until(lambda: not _workers(job), "the job gone")
-    assert own.status(own.url + path, job)["status"] == "status_stopped"
+    assert own_operator.status(own_operator.url + path, job)["status"] == "status_stopped"
 
 
 def test_an_attempt_that_a_copy_loses_takes_nothing_of_the_original_s_along(
-    own: Operator, tmp_path: Path
+    own_operator: Operator, tmp_path: Path
 ) -> None:
     yaml = probe_yaml(more="  retries: 1\n")
-    path = own.deployed(yaml, {"probe.py": PROBE + SPAWN}).removeprefix(own.url)
-    job = own.submit(own.url + path, config={"do": "spawn"})
-    own.await_log(own.url + path, job, "asleep")
+    path = own_operator.deployed(yaml, {"probe.py": PROBE + SPAWN}).removeprefix(own_operator.url)
+    job = own_operator.submit(own_operator.url + path, config={"do": "spawn"})
+    own_operator.await_log(own_operator.url + path, job, "asleep")
     processes = _workers(job)
-    with copied(own, tmp_path) as copy:
+    with copied(own_operator, tmp_path) as copy:
         until(lambda: copy.log_of(copy.url + path, job).count("asleep") == 2, "tried again there")
         theirs = set(_workers(job)) - set(processes)
         (worker,) = (pid for pid in theirs if _parent(pid) not in theirs and _parent(pid) != 1)
@@ -79,19 +83,21 @@ def test_an_attempt_that_a_copy_loses_takes_nothing_of_the_original_s_along(
         assert copy.finished(copy.url + path, job)["status"] == "status_unexpected_error"
         until(lambda: _workers(job) == processes, "what the copy's attempt left is gone")
         assert copy.http.delete(f"{copy.url}/-/apis/probe").status_code == 200
-    assert own.status(own.url + path, job)["status"] == "status_running"
+    assert own_operator.status(own_operator.url + path, job)["status"] == "status_running"
 
 
 def test_a_folder_that_was_moved_is_the_same(tmp_path: Path) -> None:
-    with operator(tmp_path) as own:
-        path = own.deployed(probe_yaml(), {"probe.py": PROBE}).removeprefix(own.url)
-        job = own.submit(own.url + path, config=SLEEP)
-        own.await_log(own.url + path, job, "asleep")
-        own.kill()
-        own.data_dir = own.data_dir.rename(tmp_path / "moved")
-        own.start()
-        assert own.status(own.url + path, job)["status"] == "status_running"
-        assert own.delete(own.url + path, job).status_code == 200
+    with operator(tmp_path) as own_operator:
+        path = own_operator.deployed(probe_yaml(), {"probe.py": PROBE}).removeprefix(
+            own_operator.url
+        )
+        job = own_operator.submit(own_operator.url + path, config=SLEEP)
+        own_operator.await_log(own_operator.url + path, job, "asleep")
+        own_operator.kill()
+        own_operator.data_dir = own_operator.data_dir.rename(tmp_path / "moved")
+        own_operator.start()
+        assert own_operator.status(own_operator.url + path, job)["status"] == "status_running"
+        assert own_operator.delete(own_operator.url + path, job).status_code == 200
         until(lambda: not _workers(job), "the job gone")
 
 

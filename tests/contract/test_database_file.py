@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from support import PROBE, Operator, probe_yaml, refused
+from operator_harness import PROBE, Operator, probe_yaml, refused
 
 
 def _remove(data: Path) -> None:
@@ -43,113 +43,121 @@ def _move(data: Path) -> None:
     (data / "operator.db").rename(data / "moved")
 
 
-def _is_refused(own: Operator, endpoint: str) -> str:
+def _is_refused(own_operator: Operator, endpoint: str) -> str:
     """Nothing is acknowledged any more; what the operator says."""
-    submit = own.http.post(endpoint, json={})
-    ready = own.http.get(f"{own.url}/readyz")
+    submit = own_operator.http.post(endpoint, json={})
+    ready = own_operator.http.get(f"{own_operator.url}/readyz")
     assert (submit.status_code, ready.status_code) == (503, 503)
     assert submit.json()["kind"] in ("storage.unavailable", "operator.outcome_unknown")
-    assert own.http.get(f"{own.url}/healthz").status_code == 200
+    assert own_operator.http.get(f"{own_operator.url}/healthz").status_code == 200
     return str(ready.json()["message"])
 
 
 @pytest.mark.parametrize("harm", [_remove, _remove_all, _remove_wal, _remove_shm, _replace, _move])
 def test_nothing_is_acknowledged_that_would_be_gone_and_what_was_is_saved(
-    own: Operator, harm: Callable[[Path], None]
+    own_operator: Operator, harm: Callable[[Path], None]
 ) -> None:
-    endpoint = own.deployed(probe_yaml(), {"probe.py": PROBE})
-    path = endpoint.removeprefix(own.url)
-    done = own.submit(endpoint, config={"a": 1})
-    assert own.finished(endpoint, done)["status"] == "status_succeeded"
-    runs = own.submit(endpoint, config={"do": "sleep", "s": 300})
-    own.await_log(endpoint, runs, "asleep")
-    harm(own.data_dir)
-    message = _is_refused(own, endpoint)
+    endpoint = own_operator.deployed(probe_yaml(), {"probe.py": PROBE})
+    path = endpoint.removeprefix(own_operator.url)
+    done = own_operator.submit(endpoint, config={"a": 1})
+    assert own_operator.finished(endpoint, done)["status"] == "status_succeeded"
+    runs = own_operator.submit(endpoint, config={"do": "sleep", "s": 300})
+    own_operator.await_log(endpoint, runs, "asleep")
+    harm(own_operator.data_dir)
+    message = _is_refused(own_operator, endpoint)
     assert "operator.db" in message
-    assert own.status(endpoint, done)["status"] == "status_succeeded"  # reads go on
-    (saved,) = own.data_dir.glob("operator.db.saved-*")
+    assert own_operator.status(endpoint, done)["status"] == "status_succeeded"  # reads go on
+    (saved,) = own_operator.data_dir.glob("operator.db.saved-*")
     assert str(saved) in message
     assert saved.stat().st_mode & 0o777 == 0o600
-    assert _is_refused(own, endpoint) == message  # and saved once
-    own.kill()
-    assert str(saved) in refused(own.data_dir)  # it does not begin anew, or with less
+    assert _is_refused(own_operator, endpoint) == message  # and saved once
+    own_operator.kill()
+    assert str(saved) in refused(own_operator.data_dir)  # it does not begin anew, or with less
     for end in ("-wal", "-shm"):
-        (own.data_dir / f"operator.db{end}").unlink(missing_ok=True)
-    saved.rename(own.data_dir / "operator.db")
-    own.start()
-    endpoint = own.url + path
-    assert own.status(endpoint, done)["result"] == {
+        (own_operator.data_dir / f"operator.db{end}").unlink(missing_ok=True)
+    saved.rename(own_operator.data_dir / "operator.db")
+    own_operator.start()
+    endpoint = own_operator.url + path
+    assert own_operator.status(endpoint, done)["result"] == {
         "base": 1,
         "nested": {"kept": True, "replaced": "no"},
         "a": 1,
     }
-    assert own.status(endpoint, runs)["status"] == "status_running"
-    assert own.delete(endpoint, runs).status_code == 200
-    assert own.run(endpoint)["status"] == "status_succeeded"
+    assert own_operator.status(endpoint, runs)["status"] == "status_running"
+    assert own_operator.delete(endpoint, runs).status_code == 200
+    assert own_operator.run(endpoint)["status"] == "status_succeeded"
 
 
-def test_all_goes_on_when_the_file_is_back(own: Operator) -> None:
-    endpoint = own.deployed(probe_yaml(), {"probe.py": PROBE})
-    _move(own.data_dir)
-    _is_refused(own, endpoint)
-    (own.data_dir / "moved").rename(own.data_dir / "operator.db")
-    assert own.run(endpoint)["status"] == "status_succeeded"
-    assert list(own.data_dir.glob("*saved*")) == []
-    assert own.http.get(f"{own.url}/readyz").status_code == 200
-    assert own.run(endpoint)["status"] == "status_succeeded"
+def test_all_goes_on_when_the_file_is_back(own_operator: Operator) -> None:
+    endpoint = own_operator.deployed(probe_yaml(), {"probe.py": PROBE})
+    _move(own_operator.data_dir)
+    _is_refused(own_operator, endpoint)
+    (own_operator.data_dir / "moved").rename(own_operator.data_dir / "operator.db")
+    assert own_operator.run(endpoint)["status"] == "status_succeeded"
+    assert list(own_operator.data_dir.glob("*saved*")) == []
+    assert own_operator.http.get(f"{own_operator.url}/readyz").status_code == 200
+    assert own_operator.run(endpoint)["status"] == "status_succeeded"
 
 
-def test_a_data_folder_that_is_moved_away_takes_nothing_until_it_is_back(own: Operator) -> None:
-    endpoint = own.deployed(probe_yaml(), {"probe.py": PROBE})
-    own.run(endpoint)  # so that nothing is built there any more
-    away = own.data_dir.with_name("away")
-    own.data_dir.rename(away)
+def test_a_data_folder_that_is_moved_away_takes_nothing_until_it_is_back(
+    own_operator: Operator,
+) -> None:
+    endpoint = own_operator.deployed(probe_yaml(), {"probe.py": PROBE})
+    own_operator.run(endpoint)  # so that nothing is built there any more
+    away = own_operator.data_dir.with_name("away")
+    own_operator.data_dir.rename(away)
     try:
-        assert "could not be saved" in _is_refused(own, endpoint)
-        assert not own.data_dir.exists()
+        assert "could not be saved" in _is_refused(own_operator, endpoint)
+        assert not own_operator.data_dir.exists()
     finally:
-        shutil.rmtree(own.data_dir, ignore_errors=True)
-        away.rename(own.data_dir)
-    end = own.run(endpoint)
+        shutil.rmtree(own_operator.data_dir, ignore_errors=True)
+        away.rename(own_operator.data_dir)
+    end = own_operator.run(endpoint)
     assert end["status"] == "status_succeeded", str(end)
 
 
 @contextmanager
-def _locked(own: Operator) -> Iterator[None]:
-    with closing(sqlite3.connect(own.data_dir / "operator.db", isolation_level=None)) as other:
+def _locked(own_operator: Operator) -> Iterator[None]:
+    with closing(
+        sqlite3.connect(own_operator.data_dir / "operator.db", isolation_level=None)
+    ) as other:
         other.execute("BEGIN IMMEDIATE")
         yield
 
 
-def test_behind_a_locked_database_each_is_answered_in_time_and_reads_go_on(own: Operator) -> None:
-    endpoint = own.deployed(probe_yaml(), {"probe.py": PROBE})
-    done = own.submit(endpoint)
-    own.finished(endpoint, done)
+def test_behind_a_locked_database_each_is_answered_in_time_and_reads_go_on(
+    own_operator: Operator,
+) -> None:
+    endpoint = own_operator.deployed(probe_yaml(), {"probe.py": PROBE})
+    done = own_operator.submit(endpoint)
+    own_operator.finished(endpoint, done)
     taken: list[float] = []
 
     def submit(number: int) -> int:
         time.sleep(number)  # each comes while the one before waits
         began = time.monotonic()
-        code = own.http.post(endpoint, json={}).status_code
+        code = own_operator.http.post(endpoint, json={}).status_code
         taken.append(time.monotonic() - began)
         return code
 
-    with _locked(own), ThreadPoolExecutor(4) as pool:
+    with _locked(own_operator), ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(submit, number) for number in range(4)]
         began = time.monotonic()
-        assert own.status(endpoint, done)["status"] == "status_succeeded"
+        assert own_operator.status(endpoint, done)["status"] == "status_succeeded"
         assert time.monotonic() - began < 9  # the others wait for 10 s
         assert [answer.result() for answer in answers] == [503] * 4
     assert max(taken) < 30  # not 10 s for each, one after the other
-    assert own.run(endpoint)["status"] == "status_succeeded"
+    assert own_operator.run(endpoint)["status"] == "status_succeeded"
 
 
-def test_who_waits_behind_a_locked_database_is_taken_when_it_is_free(own: Operator) -> None:
-    endpoint = own.deployed(probe_yaml(), {"probe.py": PROBE})
-    with _locked(own):
+def test_who_waits_behind_a_locked_database_is_taken_when_it_is_free(
+    own_operator: Operator,
+) -> None:
+    endpoint = own_operator.deployed(probe_yaml(), {"probe.py": PROBE})
+    with _locked(own_operator):
         answers: list[int] = []
         thread = threading.Thread(
-            target=lambda: answers.append(own.http.post(endpoint, json={}).status_code)
+            target=lambda: answers.append(own_operator.http.post(endpoint, json={}).status_code)
         )
         thread.start()
         time.sleep(2)

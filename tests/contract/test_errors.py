@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from support import Operator
+from operator_harness import Operator
 
 
 def refused(response: httpx.Response, status: int) -> str:
@@ -23,78 +23,83 @@ def refused(response: httpx.Response, status: int) -> str:
 
 
 @pytest.mark.parametrize("path", ["/nothing", "/-/nothing", "/a/b/c/d", "/", "/-/apis/nothing"])
-def test_what_is_not_there(shared: Operator, path: str) -> None:
-    refused(shared.http.get(shared.url + path), 404)
+def test_what_is_not_there(shared_operator: Operator, path: str) -> None:
+    refused(shared_operator.http.get(shared_operator.url + path), 404)
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 @pytest.mark.parametrize("job_id", ["nothing", "01m86r4cr7z0cxg55g", "%00", "%ff", "a" * 3000])
-def test_an_unknown_job(shared: Operator, probe: str, method: str, job_id: str) -> None:
-    refused(shared.http.request(method, f"{probe}/{job_id}"), 404)
-    refused(shared.http.request(method, f"{probe}?jobID={job_id}"), 404)
+def test_an_unknown_job(shared_operator: Operator, probe: str, method: str, job_id: str) -> None:
+    refused(shared_operator.http.request(method, f"{probe}/{job_id}"), 404)
+    refused(shared_operator.http.request(method, f"{probe}?jobID={job_id}"), 404)
 
 
-def test_an_unknown_api(shared: Operator) -> None:
-    refused(shared.http.post(f"{shared.url}/nothing", json={}), 404)
-    refused(shared.http.delete(f"{shared.url}/-/apis/nothing"), 404)
+def test_an_unknown_api(shared_operator: Operator) -> None:
+    refused(shared_operator.http.post(f"{shared_operator.url}/nothing", json={}), 404)
+    refused(shared_operator.http.delete(f"{shared_operator.url}/-/apis/nothing"), 404)
 
 
-def test_a_job_is_found_only_at_its_own_api(shared: Operator, probe: str) -> None:
-    from support import PROBE, probe_yaml
+def test_a_job_is_found_only_at_its_own_api(shared_operator: Operator, probe: str) -> None:
+    from operator_harness import PROBE, probe_yaml
 
-    other = shared.deployed(probe_yaml("other"), {"probe.py": PROBE})
-    job = shared.submit(probe)
-    refused(shared.http.get(f"{other}/{job['job_id']}"), 404)
-    refused(shared.http.delete(f"{other}/{job['job_id']}"), 404)
-    refused(shared.http.get(f"{other}/{job['job_id']}/logs"), 404)
+    other = shared_operator.deployed(probe_yaml("other"), {"probe.py": PROBE})
+    job = shared_operator.submit(probe)
+    refused(shared_operator.http.get(f"{other}/{job['job_id']}"), 404)
+    refused(shared_operator.http.delete(f"{other}/{job['job_id']}"), 404)
+    refused(shared_operator.http.get(f"{other}/{job['job_id']}/logs"), 404)
 
 
 @pytest.mark.parametrize(("method", "path"), [("PUT", ""), ("PATCH", ""), ("POST", "/job")])
-def test_methods_that_are_not_allowed(shared: Operator, probe: str, method: str, path: str) -> None:
-    response = shared.http.request(method, probe + path, json={})
+def test_methods_that_are_not_allowed(
+    shared_operator: Operator, probe: str, method: str, path: str
+) -> None:
+    response = shared_operator.http.request(method, probe + path, json={})
     refused(response, 405)
     assert "GET" in response.headers["allow"]
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "https://localhost"])
-def test_a_foreign_origin(shared: Operator, probe: str, origin: str) -> None:
-    message = refused(shared.http.post(probe, json={}, headers={"Origin": origin}), 403)
+def test_a_foreign_origin(shared_operator: Operator, probe: str, origin: str) -> None:
+    message = refused(shared_operator.http.post(probe, json={}, headers={"Origin": origin}), 403)
     assert "--allow-origin" in message
 
 
-def test_the_own_origin(shared: Operator, probe: str) -> None:
-    response = shared.http.post(probe, json={}, headers={"Origin": shared.url})
+def test_the_own_origin(shared_operator: Operator, probe: str) -> None:
+    response = shared_operator.http.post(probe, json={}, headers={"Origin": shared_operator.url})
     assert response.status_code == 200
 
 
-def test_health(shared: Operator) -> None:
-    assert shared.http.get(f"{shared.url}/healthz").json() == {"status": "ok"}
-    assert shared.http.get(f"{shared.url}/readyz").json() == {"status": "ready"}
+def test_health(shared_operator: Operator) -> None:
+    assert shared_operator.http.get(f"{shared_operator.url}/healthz").json() == {"status": "ok"}
+    assert shared_operator.http.get(f"{shared_operator.url}/readyz").json() == {"status": "ready"}
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
-def test_health_without_a_body(shared: Operator, path: str) -> None:
+def test_health_without_a_body(shared_operator: Operator, path: str) -> None:
     """As load balancers ask that look at the status alone."""
-    told, asked = (shared.http.request(method, shared.url + path) for method in ("GET", "HEAD"))
+    told, asked = (
+        shared_operator.http.request(method, shared_operator.url + path)
+        for method in ("GET", "HEAD")
+    )
     assert (asked.status_code, asked.content) == (200, b"")
     for name in ("content-type", "content-length"):
         assert asked.headers[name] == told.headers[name]
 
 
-def test_info(shared: Operator) -> None:
-    info = shared.http.get(f"{shared.url}/-/info").json()
+def test_info(shared_operator: Operator) -> None:
+    info = shared_operator.http.get(f"{shared_operator.url}/-/info").json()
     assert info["engine"] == "local"
     assert info["own_folder"] == ("overlay" if os.geteuid() == 0 else "copy")
     assert info["capacity"]["cpu"] > 0
 
 
-def test_openapi(shared: Operator) -> None:
-    paths = shared.http.get(f"{shared.url}/-/openapi.json").json()["paths"]
+def test_openapi(shared_operator: Operator) -> None:
+    paths = shared_operator.http.get(f"{shared_operator.url}/-/openapi.json").json()["paths"]
     assert {"/{endpoint}", "/{endpoint}/{job_id}", "/-/apis"} <= paths.keys()
 
 
-def test_openapi_describes_errors_as_they_are_answered(shared: Operator) -> None:
-    described = shared.http.get(f"{shared.url}/-/openapi.json").json()
+def test_openapi_describes_errors_as_they_are_answered(shared_operator: Operator) -> None:
+    described = shared_operator.http.get(f"{shared_operator.url}/-/openapi.json").json()
     for methods in described["paths"].values():
         for operation in methods.values():
             assert operation["responses"].keys() == {"200", "default"}
@@ -104,9 +109,9 @@ def test_openapi_describes_errors_as_they_are_answered(shared: Operator) -> None
     assert fields.keys() == {"kind", "message"}
 
 
-def sent(shared: Operator, data: bytes) -> httpx.Response:
+def sent(shared_operator: Operator, data: bytes) -> httpx.Response:
     """What comes back for bytes on a connection that the operator then closes."""
-    parts = urlsplit(shared.url)
+    parts = urlsplit(shared_operator.url)
     with socket.create_connection((parts.hostname, parts.port), 30) as connection:
         connection.sendall(data)
         received = b""
@@ -131,25 +136,27 @@ def sent(shared: Operator, data: bytes) -> httpx.Response:
     ],
     ids=["tls", "host", "hosts", "connect", "long", "length", "chunk"],
 )
-def test_what_is_no_http_is_refused_as_json_too(shared: Operator, probe: str, data: bytes) -> None:
-    response = sent(shared, data)
+def test_what_is_no_http_is_refused_as_json_too(
+    shared_operator: Operator, probe: str, data: bytes
+) -> None:
+    response = sent(shared_operator, data)
     assert "HTTP" in refused(response, 400)
     assert response.headers["connection"] == "close"
 
 
-def test_an_offer_to_upgrade_costs_no_body(shared: Operator, probe: str) -> None:
+def test_an_offer_to_upgrade_costs_no_body(shared_operator: Operator, probe: str) -> None:
     """Java's client offers HTTP/2 with every request, bodies included, unless it is told not to."""
     body = b'{"config": {"kept": true}}'
     request = (
         b"POST /probe HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings%s\r\nUpgrade: h2c\r\n"
         b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\nContent-Length: %d\r\n\r\n%s"
     )
-    response = sent(shared, request % (b", close", len(body), body))
+    response = sent(shared_operator, request % (b", close", len(body), body))
     assert (response.status_code, response.json()["config"]) == (200, {"kept": True})
 
 
-def test_a_header_that_trickles_in_has_a_limit(shared: Operator) -> None:
-    parts = urlsplit(shared.url)
+def test_a_header_that_trickles_in_has_a_limit(shared_operator: Operator) -> None:
+    parts = urlsplit(shared_operator.url)
     with socket.create_connection((parts.hostname, parts.port), 30) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
         with contextlib.suppress(ConnectionError):  # it is closed before all is sent
@@ -161,14 +168,14 @@ def test_a_header_that_trickles_in_has_a_limit(shared: Operator) -> None:
 
 
 def test_clients_that_leave_in_the_middle_leave_no_error_in_the_log(
-    shared: Operator, probe: str
+    shared_operator: Operator, probe: str
 ) -> None:
-    parts = urlsplit(shared.url)
+    parts = urlsplit(shared_operator.url)
     form = b"Content-Type: multipart/form-data; boundary=b\r\n"
     for path, more in ((b"/probe", b""), (b"/-/apis", form)):
         with socket.create_connection((parts.hostname, parts.port), 30) as connection:
             head = b"POST %s HTTP/1.1\r\nHost: localhost\r\n%sContent-Length: 9\r\n\r\n{"
             connection.sendall(head % (path, more))
-    job = shared.run(probe)
+    job = shared_operator.run(probe)
     assert job["status"] == "status_succeeded"
-    assert "crashed" not in shared.log.read_text()
+    assert "crashed" not in shared_operator.log.read_text()

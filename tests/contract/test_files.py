@@ -14,10 +14,8 @@ from typing import Any
 
 import pytest
 
-from gate import Gate, gate
-from postgresql import Server
-from s3 import S3
-from support import (
+from network_gate import NetworkGate, network_gate
+from operator_harness import (
     PROBE,
     Operator,
     operator,
@@ -27,6 +25,8 @@ from support import (
     refused,
     until,
 )
+from postgresql_server import PostgreSQLServer
+from s3_server import S3Server
 
 pytestmark = pytest.mark.xdist_group("s3")  # whose server is slow to start
 SAY = {"do": "say", "lines": 3}
@@ -35,7 +35,7 @@ ASLEEP = {"do": "sleep", "s": 300}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def credentials(s3: S3) -> Iterator[pytest.MonkeyPatch]:
+def credentials(s3: S3Server) -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in s3.environment.items():
             patch.setenv(name, value)
@@ -43,14 +43,14 @@ def credentials(s3: S3) -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.fixture
-def bucket(s3: S3) -> str:
+def bucket(s3: S3Server) -> str:
     return s3.bucket()
 
 
 @pytest.fixture
-def way(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+def way(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[NetworkGate]:
     """The way of an operator of the test's own to the server."""
-    with gate(s3.port) as made:
+    with network_gate(s3.port) as made:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", made.url)
         yield made
 
@@ -60,9 +60,9 @@ class Kept:
     """An operator with a store of files, that several tests use, and whose way there they may shut."""
 
     running: Operator
-    s3: S3
+    s3: S3Server
     bucket: str
-    way: Gate
+    way: NetworkGate
     before: Any
     """A job that had ended before there was a store of files."""
 
@@ -89,9 +89,9 @@ class Kept:
 
 
 @pytest.fixture(scope="module")
-def kept(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
+def kept(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
     bucket = s3.bucket()
-    with gate(s3.port) as way, operator(tmp_path_factory.mktemp("kept")) as running:
+    with network_gate(s3.port) as way, operator(tmp_path_factory.mktemp("kept")) as running:
         job = running.submit(deploy_probe(running), config=SAY)
         running.finished(f"{running.url}/probe", job)
         running.kill()
@@ -118,9 +118,12 @@ class Moved:
 
 @pytest.fixture(scope="module")
 def moved(
-    s3: S3, postgresql: Server, migrated: str, tmp_path_factory: pytest.TempPathFactory
+    s3: S3Server,
+    postgresql: PostgreSQLServer,
+    migrated_database: str,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Moved]:
-    database, bucket = postgresql.create(template=migrated), s3.bucket()
+    database, bucket = postgresql.create(template=migrated_database), s3.bucket()
     options = ["--store", postgresql.url(database), "--files", f"s3://{bucket}/some/prefix"]
     folder = tmp_path_factory.mktemp("moved")
     (folder / "first").mkdir()
@@ -153,7 +156,7 @@ def deploy_probe(running: Operator) -> str:
     return running.deployed(probe_yaml(), {"probe.py": PROBE, "empty/.keep": ""})
 
 
-def archived(s3: S3, bucket: str, job: Any) -> bool:
+def archived(s3: S3Server, bucket: str, job: Any) -> bool:
     return f"some/prefix/logs/{job['job_id']}/log" in s3.keys(bucket)
 
 
@@ -210,7 +213,7 @@ def test_a_folder_that_may_still_run_jobs_is_given_up_only_when_it_is_named(
 
 
 def test_a_log_that_one_operator_archived_any_other_has(
-    s3: S3, bucket: str, database: str, tmp_path: Path
+    s3: S3Server, bucket: str, database: str, tmp_path: Path
 ) -> None:
     options = ("--store", database, "--files", f"s3://{bucket}/some/prefix")
     with operators(tmp_path, 2, *options) as (one, other):
@@ -363,7 +366,7 @@ def test_a_project_that_is_not_here_is_fetched_and_one_that_is_gone_is_told(kept
 
 
 def test_what_is_needed_from_there_is_waited_for_and_what_is_to_be_removed_goes_later(
-    tmp_path: Path, s3: S3, bucket: str, way: Gate
+    tmp_path: Path, s3: S3Server, bucket: str, way: NetworkGate
 ) -> None:
     options = ("--keep-logs", str(4 / 86_400), "--files", f"s3://{bucket}/some/prefix")
     with operator(tmp_path, *options) as running:

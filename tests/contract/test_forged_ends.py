@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-import loaded
-from support import FINAL, PROBE, TIME, Operator, operator, probe_yaml
+import preloaded_cli
+from operator_harness import FINAL, PROBE, TIME, Operator, operator, probe_yaml
 
 END = {
     "v": 1, "ending": "exited", "exit_code": 0, "start_ns": 1, "end_ns": 2, "message": None,
@@ -67,20 +67,20 @@ def speak(data):
 
 
 @pytest.fixture(scope="module")
-def liar(shared: Operator) -> str:
-    return shared.deployed(YAML, {"liar.py": LIAR})
+def liar(shared_operator: Operator) -> str:
+    return shared_operator.deployed(YAML, {"liar.py": LIAR})
 
 
 @pytest.fixture
-def victim(shared: Operator, probe: str, tmp_path: Path) -> Any:
+def victim(shared_operator: Operator, probe: str, tmp_path: Path) -> Any:
     """A job of somebody else's, which runs meanwhile and is well in the end."""
     go = tmp_path / "go"
-    job = shared.submit(probe, config={"do": "say", "go": str(go)})
-    shared.await_log(probe, job, "line 0")
+    job = shared_operator.submit(probe, config={"do": "say", "go": str(go)})
+    shared_operator.await_log(probe, job, "line 0")
     yield job
-    assert shared.status(probe, job)["status"] == "status_running"
+    assert shared_operator.status(probe, job)["status"] == "status_running"
     go.touch()
-    assert shared.finished(probe, job)["status"] == "status_succeeded"
+    assert shared_operator.finished(probe, job)["status"] == "status_succeeded"
 
 
 def lie(operator: Operator, endpoint: str, by: str, data: bytes | object) -> Any:
@@ -105,7 +105,7 @@ def check_lists(operator: Operator, endpoint: str, job_id: str) -> None:
 
 def cortex(operator: Operator, *words: str) -> str:
     environment = {**os.environ, "CORTEX_OPERATOR_ENDPOINT": operator.url}
-    done = loaded.run(*words, env=environment)
+    done = preloaded_cli.run(*words, env=environment)
     assert done.returncode == 0, done.stderr
     return str(done.stdout)
 
@@ -130,25 +130,25 @@ OUTCOMES: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("name", OUTCOMES)
 def test_what_a_job_says_of_itself_is_left_out_where_it_cannot_be_kept(
-    shared: Operator, liar: str, name: str
+    shared_operator: Operator, liar: str, name: str
 ) -> None:
     data, words = OUTCOMES[name]
-    found = lie(shared, liar, "outcome", data)
+    found = lie(shared_operator, liar, "outcome", data)
     assert found["status"] == "status_succeeded"
     assert "result" not in found
     assert found["message"].startswith("the task's return value was not kept: ")
     assert words in found["message"]
 
 
-def test_a_message_of_a_megabyte_is_a_line(shared: Operator, liar: str) -> None:
+def test_a_message_of_a_megabyte_is_a_line(shared_operator: Operator, liar: str) -> None:
     said = {"message": "a\ud800\0" + "b" * 1_100_000, "has_result": True, "result": "\ud800\0"}
-    found = lie(shared, liar, "outcome", said)
+    found = lie(shared_operator, liar, "outcome", said)
     assert found["message"].startswith("a\\ud800")
     assert len(found["message"]) == 500
     assert found["result"] == "\ud800\0"
-    shown = cortex(shared, "get", "liar", found["job_id"], "-o", "json")
+    shown = cortex(shared_operator, "get", "liar", found["job_id"], "-o", "json")
     assert json.loads(shown)["job_status"]["message"] == found["message"]
-    cortex(shared, "get", "liar", found["job_id"])
+    cortex(shared_operator, "get", "liar", found["job_id"])
 
 
 FORGED: dict[str, tuple[bytes | object, str]] = {
@@ -166,24 +166,29 @@ FORGED: dict[str, tuple[bytes | object, str]] = {
 
 @pytest.mark.parametrize("name", FORGED)
 def test_a_forged_record_of_an_end_is_a_lost_attempt_with_words(
-    shared: Operator, liar: str, name: str
+    shared_operator: Operator, liar: str, name: str
 ) -> None:
     data, words = FORGED[name]
-    found = lie(shared, liar, "record", data)
+    found = lie(shared_operator, liar, "record", data)
     assert found["status"] == "status_unexpected_error"
     assert found["message"].startswith("its exit record is not valid: ")
     assert words in found["message"]
 
 
-def test_a_lie_about_oneself_is_a_valid_record_or_none(shared: Operator, liar: str) -> None:
+def test_a_lie_about_oneself_is_a_valid_record_or_none(
+    shared_operator: Operator, liar: str
+) -> None:
     found = lie(
-        shared, liar, "record", record(end_ns=4_600_000_000 * 10**9, message="x" * 1_200_000)
+        shared_operator,
+        liar,
+        "record",
+        record(end_ns=4_600_000_000 * 10**9, message="x" * 1_200_000),
     )
     assert found["status"] == "status_succeeded"
     assert found["result"] == "a lie"
     assert len(found["message"]) == 500
     nan = json.dumps(record()).replace('"a lie"', "NaN").encode()
-    found = lie(shared, liar, "record", nan)
+    found = lie(shared_operator, liar, "record", nan)
     assert found["status"] == "status_succeeded"
     assert "result" not in found
     assert "not JSON" in found["message"]
@@ -208,10 +213,10 @@ SAID: dict[str, tuple[bytes | object, str]] = {
 
 @pytest.mark.parametrize("name", SAID)
 def test_who_speaks_for_its_supervising_process_is_lost_where_that_cannot_be(
-    shared: Operator, liar: str, victim: Any, name: str
+    shared_operator: Operator, liar: str, victim: Any, name: str
 ) -> None:
     data, words = SAID[name]
-    found = lie(shared, liar, "speak", data)
+    found = lie(shared_operator, liar, "speak", data)
     assert found["status"] == "status_unexpected_error"
     assert found["message"].startswith("a message of its supervisor is not valid: ")
     assert words in found["message"]
@@ -222,19 +227,21 @@ def test_who_speaks_for_its_supervising_process_is_lost_where_that_cannot_be(
     [{"ended": True, "record": {**END, "job_id": "VICTIM", "attempt": 1}}, {"error": "no"}],
 )
 def test_no_job_speaks_for_another(
-    shared: Operator, liar: str, victim: Any, fields: dict[str, object]
+    shared_operator: Operator, liar: str, victim: Any, fields: dict[str, object]
 ) -> None:
     forged = json.dumps({"job_id": "VICTIM", "attempt": 1, **fields})
-    found = lie(shared, liar, "speak", forged.replace("VICTIM", victim["job_id"]).encode())
+    found = lie(shared_operator, liar, "speak", forged.replace("VICTIM", victim["job_id"]).encode())
     assert found["status"] == "status_unexpected_error"
     assert "names a job that the supervisor does not run" in found["message"]
 
 
-def test_counts_and_measures_that_are_none_spoil_no_metrics(shared: Operator, liar: str) -> None:
+def test_counts_and_measures_that_are_none_spoil_no_metrics(
+    shared_operator: Operator, liar: str
+) -> None:
     told = [["gauge", "\ud800", [["\udc00", "\udc00"]], [1.0]], ["counter", "c", [], [10**400]], 7]
-    found = lie(shared, liar, "outcome", {"measures": told})
+    found = lie(shared_operator, liar, "outcome", {"measures": told})
     assert found["status"] == "status_succeeded"
-    assert "udc00" in shared.http.get(f"{shared.url}/metrics").text
+    assert "udc00" in shared_operator.http.get(f"{shared_operator.url}/metrics").text
 
 
 STORED = {

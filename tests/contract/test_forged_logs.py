@@ -12,7 +12,7 @@ import pytest
 
 from contract.test_logs import events
 from cortex.joblog.reader import REPLACED
-from support import Operator, operator, until
+from operator_harness import Operator, operator, until
 
 LIMIT = 1 << 20
 MOST = LIMIT + (256 << 10)
@@ -80,22 +80,22 @@ def forger(archiving: tuple[Operator, Path]) -> str:
     return archiving[0].deployed(YAML, {"forger.py": FORGER})
 
 
-def read_all(own: Operator, endpoint: str, job: Any, folder: Path) -> str:
+def read_all(own_operator: Operator, endpoint: str, job: Any, folder: Path) -> str:
     """Its log as it is served: whole, followed and from the store of files, and never more than it may be."""
     url = f"{endpoint}/{job['job_id']}/logs"
-    text = own.http.get(url).text
+    text = own_operator.http.get(url).text
     assert len(text) <= MOST
-    followed = "".join(json.loads(each["data"]) for each in list(events(own, url))[:-1])
+    followed = "".join(json.loads(each["data"]) for each in list(events(own_operator, url))[:-1])
     assert followed == text
-    part = own.http.get(url, headers={"Range": f"bytes=0-{LARGEST - 1}"})
+    part = own_operator.http.get(url, headers={"Range": f"bytes=0-{LARGEST - 1}"})
     assert part.status_code in (200, 206, 416)
     assert len(part.content) <= MOST
-    until((own.data_dir / "archived" / job["job_id"]).exists, "it is archived")
+    until((own_operator.data_dir / "archived" / job["job_id"]).exists, "it is archived")
     stored = folder / "logs" / job["job_id"] / "log"
     assert stored.stat().st_size <= MOST
     for name in ("log", "log.cut"):
-        (own.data_dir / "jobs" / job["job_id"] / name).unlink(missing_ok=True)
-    assert own.http.get(url).text == text
+        (own_operator.data_dir / "jobs" / job["job_id"] / name).unlink(missing_ok=True)
+    assert own_operator.http.get(url).text == text
     return text
 
 
@@ -104,10 +104,10 @@ def read_all(own: Operator, endpoint: str, job: Any, folder: Path) -> str:
 def test_a_log_as_large_as_a_file_can_be_is_cut(
     archiving: tuple[Operator, Path], forger: str, size: int, hurry: bool
 ) -> None:
-    own, folder = archiving
-    found = own.run(forger, config={"size": size, "hurry": hurry})
+    own_operator, folder = archiving
+    found = own_operator.run(forger, config={"size": size, "hurry": hurry})
     assert found["status"] == ("status_unexpected_error" if hurry else "status_succeeded")
-    text = read_all(own, forger, found, folder)
+    text = read_all(own_operator, forger, found, folder)
     assert text.startswith("first\n")
     assert "of the log are gone: limits.log is 1 MiB]" in text
 
@@ -116,12 +116,14 @@ def test_a_log_as_large_as_a_file_can_be_is_cut(
 def test_what_a_job_says_is_gone_of_its_log_is_believed_where_it_can_be_true(
     archiving: tuple[Operator, Path], forger: str, name: str
 ) -> None:
-    own, folder = archiving
+    own_operator, folder = archiving
     cut = None if CUTS[name] is None else json.dumps(CUTS[name])
-    found = own.run(forger, config={"size": 1 << 32, "cut": cut, "hurry": True})
-    assert "of the log are gone: limits.log is 1 MiB]" in read_all(own, forger, found, folder)
-    found = own.run(forger, config={"cut": cut})
-    text = read_all(own, forger, found, folder)
+    found = own_operator.run(forger, config={"size": 1 << 32, "cut": cut, "hurry": True})
+    assert "of the log are gone: limits.log is 1 MiB]" in read_all(
+        own_operator, forger, found, folder
+    )
+    found = own_operator.run(forger, config={"cut": cut})
+    text = read_all(own_operator, forger, found, folder)
     assert text.endswith("irst\nlast\n")
     assert text.startswith("[cortex: " if name == "all but nothing" else "first")
 
@@ -130,26 +132,26 @@ def test_what_a_job_says_is_gone_of_its_log_is_believed_where_it_can_be_true(
 def test_what_is_no_file_is_told_to_be_none(
     archiving: tuple[Operator, Path], forger: str, instead: str
 ) -> None:
-    own, folder = archiving
-    found = own.run(forger, config={"instead": instead})
+    own_operator, folder = archiving
+    found = own_operator.run(forger, config={"instead": instead})
     assert found["status"] == "status_succeeded"
-    assert own.log_of(forger, found) == REPLACED
-    until((own.data_dir / "archived" / found["job_id"]).exists, "it is archived")
+    assert own_operator.log_of(forger, found) == REPLACED
+    until((own_operator.data_dir / "archived" / found["job_id"]).exists, "it is archived")
     assert (folder / "logs" / found["job_id"] / "log").read_text() == REPLACED
-    assert own.log_of(forger, found) == REPLACED
+    assert own_operator.log_of(forger, found) == REPLACED
 
 
 def test_a_large_log_of_a_job_that_runs_is_cut_too(
     archiving: tuple[Operator, Path], forger: str
 ) -> None:
     """Its supervising process is stopped, and would have cut it else."""
-    own, _ = archiving
+    own_operator, _ = archiving
     code = FORGER.replace("SIGKILL", "SIGSTOP")
-    endpoint = own.deployed(YAML.replace("forger", "holder"), {"holder.py": code})
-    job = own.submit(endpoint, config={"size": 1 << 45, "hurry": True})
-    log = own.data_dir / "jobs" / job["job_id"] / "log"
+    endpoint = own_operator.deployed(YAML.replace("forger", "holder"), {"holder.py": code})
+    job = own_operator.submit(endpoint, config={"size": 1 << 45, "hurry": True})
+    log = own_operator.data_dir / "jobs" / job["job_id"] / "log"
     until(lambda: log.exists() and log.stat().st_size > LIMIT, "it is large")
-    text = own.log_of(endpoint, job)
+    text = own_operator.log_of(endpoint, job)
     assert text.startswith("first\n")
     assert len(text) <= MOST
-    own.delete(endpoint, job)
+    own_operator.delete(endpoint, job)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from another_user import operator_as_root, passable_folder
-from support import Operator, probe_yaml, until
+from operator_harness import Operator, probe_yaml, until
+from root_operator import operator_as_root, passable_folder
 
 RECORD = json.dumps({
     "v": 1, "ending": "exited", "exit_code": 0, "start_ns": 1, "end_ns": 2, "message": None,

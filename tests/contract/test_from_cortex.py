@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from support import PROBE, Operator, operator, probe_yaml, until
+from operator_harness import PROBE, Operator, operator, probe_yaml, until
 
 SLEEP = {"do": "sleep", "s": 300}
 MASK = "********"
@@ -24,72 +24,82 @@ def asked(running: Operator, method: str, path: str, **more: Any) -> httpx.Respo
 
 
 @pytest.mark.parametrize("form", ["/tasks/probe?jobID={}", "/tasks/probe/{}", "/tasks/probe/{}/"])
-def test_a_job_by_the_name_of_its_api(shared: Operator, probe: str, form: str) -> None:
-    job = asked(shared, "POST", "/tasks/probe", json={"config": SLEEP}).json()
+def test_a_job_by_the_name_of_its_api(shared_operator: Operator, probe: str, form: str) -> None:
+    job = asked(shared_operator, "POST", "/tasks/probe", json={"config": SLEEP}).json()
     path = form.format(job["job_id"])
-    answer = asked(shared, "GET", path).json()
+    answer = asked(shared_operator, "GET", path).json()
     assert answer.keys() >= {"job_status", "endpoint", "api_spec"}
     assert answer["endpoint"] == f"{probe}/{job['job_id']}"
     assert answer["job_status"]["status"] == "status_running"
-    assert asked(shared, "HEAD", path).status_code == 200
-    stopped = asked(shared, "DELETE", path)
+    assert asked(shared_operator, "HEAD", path).status_code == 200
+    stopped = asked(shared_operator, "DELETE", path)
     assert stopped.json() == {"message": f"stopped job {job['job_id']}"}
-    until(lambda: asked(shared, "GET", path).json() == shared.get(probe, job), "the same answer")
+    until(
+        lambda: asked(shared_operator, "GET", path).json() == shared_operator.get(probe, job),
+        "the same answer",
+    )
 
 
-def test_the_name_counts_and_not_the_endpoint(shared: Operator) -> None:
+def test_the_name_counts_and_not_the_endpoint(shared_operator: Operator) -> None:
     more = "  networking: {endpoint: moved-away}\n"
-    endpoint = shared.deployed(probe_yaml("moved", more), {"probe.py": PROBE})
-    job = asked(shared, "POST", "/tasks/moved/", json={}).json()
-    assert shared.finished(endpoint, job)["status"] == "status_succeeded"
-    assert asked(shared, "GET", f"/tasks/moved/{job['job_id']}/logs").status_code == 200
-    listed = asked(shared, "GET", "/tasks/moved", params={"limit": 1}).json()["job_statuses"]
+    endpoint = shared_operator.deployed(probe_yaml("moved", more), {"probe.py": PROBE})
+    job = asked(shared_operator, "POST", "/tasks/moved/", json={}).json()
+    assert shared_operator.finished(endpoint, job)["status"] == "status_succeeded"
+    assert asked(shared_operator, "GET", f"/tasks/moved/{job['job_id']}/logs").status_code == 200
+    listed = asked(shared_operator, "GET", "/tasks/moved", params={"limit": 1}).json()[
+        "job_statuses"
+    ]
     assert [each["job_id"] for each in listed] == [job["job_id"]]
-    assert asked(shared, "POST", "/tasks/moved-away", json={}).status_code == 404
-    shared.http.delete(f"{shared.url}/-/apis/moved")
-    assert asked(shared, "POST", "/tasks/moved", json={}).status_code == 404
-    assert asked(shared, "GET", f"/tasks/moved/{job['job_id']}").status_code == 200
+    assert asked(shared_operator, "POST", "/tasks/moved-away", json={}).status_code == 404
+    shared_operator.http.delete(f"{shared_operator.url}/-/apis/moved")
+    assert asked(shared_operator, "POST", "/tasks/moved", json={}).status_code == 404
+    assert asked(shared_operator, "GET", f"/tasks/moved/{job['job_id']}").status_code == 200
 
 
-def test_what_is_wrong_at_tasks(shared: Operator, probe: str) -> None:
+def test_what_is_wrong_at_tasks(shared_operator: Operator, probe: str) -> None:
     for method, path in (("GET", "/tasks/nothing"), ("POST", "/tasks/nothing")):
-        answer = asked(shared, method, path, json={})
+        answer = asked(shared_operator, method, path, json={})
         assert (answer.status_code, answer.json()["kind"]) == (404, "not_found")
         assert "'nothing'" in answer.json()["message"]
     for path in ("/tasks/nothing?jobID=1", "/tasks/probe/1", "/tasks/nothing/1/logs", "/tasks"):
-        assert asked(shared, "GET", path).json()["kind"] == "not_found"
+        assert asked(shared_operator, "GET", path).json()["kind"] == "not_found"
     for path in ("/tasks/probe", "/-/apis/probe/jobs"):
-        answer = asked(shared, "DELETE", path)
+        answer = asked(shared_operator, "DELETE", path)
         assert (answer.status_code, answer.json()["kind"]) == (400, "request.invalid")
         assert f"DELETE {path}/<job_id>" in answer.json()["message"]
-    assert asked(shared, "DELETE", "/tasks/nothing").status_code == 404
+    assert asked(shared_operator, "DELETE", "/tasks/nothing").status_code == 404
 
 
 @pytest.mark.parametrize(
     ("name", "more"), [("tasks", ""), ("at-tasks", "  networking: {endpoint: tasks}\n")]
 )
 def test_an_api_that_is_called_tasks_keeps_all_of_its_paths(
-    shared: Operator, probe: str, name: str, more: str
+    shared_operator: Operator, probe: str, name: str, more: str
 ) -> None:
-    endpoint = shared.deployed(probe_yaml(name, more), {"probe.py": PROBE})
-    assert endpoint == f"{shared.url}/tasks"
-    job = shared.submit(endpoint, config=SLEEP)
-    shared.await_log(endpoint, job, "asleep")
-    until(lambda: shared.status(endpoint, job)["worker_counts"]["running"], "it is seen to run")
-    by_path = asked(shared, "GET", f"/tasks/{job['job_id']}").json()
-    assert by_path == asked(shared, "GET", f"/tasks?jobID={job['job_id']}").json()
+    endpoint = shared_operator.deployed(probe_yaml(name, more), {"probe.py": PROBE})
+    assert endpoint == f"{shared_operator.url}/tasks"
+    job = shared_operator.submit(endpoint, config=SLEEP)
+    shared_operator.await_log(endpoint, job, "asleep")
+    until(
+        lambda: shared_operator.status(endpoint, job)["worker_counts"]["running"],
+        "it is seen to run",
+    )
+    by_path = asked(shared_operator, "GET", f"/tasks/{job['job_id']}").json()
+    assert by_path == asked(shared_operator, "GET", f"/tasks?jobID={job['job_id']}").json()
     assert by_path["endpoint"] == f"{endpoint}/{job['job_id']}"
-    assert asked(shared, "GET", f"/tasks/{job['job_id']}/logs").status_code == 200
-    assert asked(shared, "GET", "/tasks").json()["job_statuses"][0]["job_id"] == job["job_id"]
-    assert asked(shared, "DELETE", f"/tasks/{job['job_id']}").status_code == 200
+    assert asked(shared_operator, "GET", f"/tasks/{job['job_id']}/logs").status_code == 200
+    assert (
+        asked(shared_operator, "GET", "/tasks").json()["job_statuses"][0]["job_id"] == job["job_id"]
+    )
+    assert asked(shared_operator, "DELETE", f"/tasks/{job['job_id']}").status_code == 200
     # Another API, and this one, by their names beside it.
-    other = asked(shared, "POST", "/tasks/probe", json={}).json()
+    other = asked(shared_operator, "POST", "/tasks/probe", json={}).json()
     assert other["api_name"] == "probe"
-    assert asked(shared, "GET", f"/tasks/probe/{other['job_id']}").status_code == 200
-    assert asked(shared, "POST", f"/tasks/{name}", json={}).json()["api_name"] == name
-    assert asked(shared, "GET", f"/tasks/{other['job_id']}").status_code == 404
-    shared.http.delete(f"{shared.url}/-/apis/{name}")
-    assert asked(shared, "GET", f"/tasks/{job['job_id']}").status_code == 200
+    assert asked(shared_operator, "GET", f"/tasks/probe/{other['job_id']}").status_code == 200
+    assert asked(shared_operator, "POST", f"/tasks/{name}", json={}).json()["api_name"] == name
+    assert asked(shared_operator, "GET", f"/tasks/{other['job_id']}").status_code == 404
+    shared_operator.http.delete(f"{shared_operator.url}/-/apis/{name}")
+    assert asked(shared_operator, "GET", f"/tasks/{job['job_id']}").status_code == 200
 
 
 WRITTEN = """
@@ -123,11 +133,11 @@ def specs(running: Operator, endpoint: str) -> Iterator[Any]:
     [("10m", "10m", 10), ("0.01", "0.01", 10), ('"0.01"', "0.01", 10), ("1", "1", 1000)],
 )
 def test_the_keys_of_cortex_stand_beside_ours(
-    shared: Operator, cpu: str, shown: str, cpu_m: int
+    shared_operator: Operator, cpu: str, shown: str, cpu_m: int
 ) -> None:
-    (deployed,) = shared.deploy(WRITTEN % cpu, {"probe.py": PROBE}).json()
+    (deployed,) = shared_operator.deploy(WRITTEN % cpu, {"probe.py": PROBE}).json()
     endpoint = deployed["api"]["endpoint"]
-    for spec in (deployed["api"]["spec"], *specs(shared, endpoint)):
+    for spec in (deployed["api"]["spec"], *specs(shared_operator, endpoint)):
         assert spec["id"] == spec["spec_id"] == spec["api_id"]
         assert (spec["compute"]["cpu"], spec["compute"]["cpu_m"]) == (shown, cpu_m)
         assert spec["compute"]["mem"] == 512 << 20
@@ -137,12 +147,12 @@ def test_the_keys_of_cortex_stand_beside_ours(
             "definition": {"path": "probe.py", "config": {"depth": 3}, "env": {"TOKEN": MASK}},
             "compute": {"cpu": {"0.01": 0.01, "1": 1}.get(cpu, shown), "mem": "512Mi"},
         }
-    shared.http.delete(f"{shared.url}/-/apis/written")
+    shared_operator.http.delete(f"{shared_operator.url}/-/apis/written")
 
 
-def test_an_api_without_compute_shows_the_default(shared: Operator) -> None:
+def test_an_api_without_compute_shows_the_default(shared_operator: Operator) -> None:
     yaml = "- name: defaults\n  kind: TaskAPI\n  definition: {path: probe.py}\n"
-    (deployed,) = shared.deploy(yaml, {"probe.py": PROBE}).json()
+    (deployed,) = shared_operator.deploy(yaml, {"probe.py": PROBE}).json()
     spec = deployed["api"]["spec"]
     assert (spec["compute"]["cpu"], spec["compute"]["cpu_m"]) == ("200m", 200)
     assert "compute" not in spec["submitted_api_spec"]

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from another_user import UID, operator_as_root
 from cortex.engines.local import cgroup_support
-from support import PROBE, Operator, probe_yaml, until
+from operator_harness import PROBE, Operator, probe_yaml, until
+from root_operator import UID, operator_as_root
 
 LIMITED = probe_yaml("limited").replace("cpu: 1m", "cpu: 1m, mem: 64Mi")
 
@@ -250,6 +250,9 @@ def test_a_setuid_program_gives_a_job_no_rights(other: Operator) -> None:
     assert other.run(endpoint, config={"program": str(program)})["result"] == [str(UID), "1", "1"]
 
 
-def test_nor_does_it_without_another_user(shared: Operator) -> None:
-    endpoint = shared.deployed(probe_yaml("climber"), {"probe.py": SETUID})
-    assert shared.run(endpoint, config={"program": "/usr/bin/id"})["result"][1:] == ["1", "1"]
+def test_nor_does_it_without_another_user(shared_operator: Operator) -> None:
+    endpoint = shared_operator.deployed(probe_yaml("climber"), {"probe.py": SETUID})
+    assert shared_operator.run(endpoint, config={"program": "/usr/bin/id"})["result"][1:] == [
+        "1",
+        "1",
+    ]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from builds import files
-from support import Operator, operator, probe_yaml, until
+from build_projects import files
+from operator_harness import Operator, operator, probe_yaml, until
 
 TASK = "def task(config):\n    import made\n    return made.VALUE\n"
 
@@ -36,117 +36,123 @@ class Build:
         until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in self.pids()), "its end")
 
 
-def succeeds(own: Operator, name: str, build: Build) -> None:
-    endpoint = own.deployed(probe_yaml(name), build.files)
+def succeeds(own_operator: Operator, name: str, build: Build) -> None:
+    endpoint = own_operator.deployed(probe_yaml(name), build.files)
     build.go.touch()
-    assert own.run(endpoint)["result"] == 7
+    assert own_operator.run(endpoint)["result"] == 7
 
 
 def test_a_build_over_its_time_limit_fails_the_jobs_that_wait_for_it(tmp_path: Path) -> None:
     build = Build(tmp_path, "hang")
-    with operator(tmp_path, "--build-timeout", "2.5") as own:
-        endpoint = own.deployed(probe_yaml("hang"), build.files)
-        done = own.run(endpoint)
+    with operator(tmp_path, "--build-timeout", "2.5") as own_operator:
+        endpoint = own_operator.deployed(probe_yaml("hang"), build.files)
+        done = own_operator.run(endpoint)
         assert done["status"] == "status_unexpected_error"
         assert "not built within 2.5 s" in done["message"]
         assert "--build-timeout" in done["message"]
-        assert "timed out: it took longer than 2.5 s" in own.log_of(endpoint, done)
+        assert "timed out: it took longer than 2.5 s" in own_operator.log_of(endpoint, done)
         build.ended()
 
 
-def test_a_deleted_api_leaves_its_build_and_holds_up_nobody(own: Operator, tmp_path: Path) -> None:
+def test_a_deleted_api_leaves_its_build_and_holds_up_nobody(
+    own_operator: Operator, tmp_path: Path
+) -> None:
     hanging = [Build(tmp_path, f"hang{n}") for n in range(2)]
     for number, build in enumerate(hanging):
-        endpoint = own.deployed(probe_yaml(f"hang{number}"), build.files)
-        own.submit(endpoint)
+        endpoint = own_operator.deployed(probe_yaml(f"hang{number}"), build.files)
+        own_operator.submit(endpoint)
         build.begun()
     other = Build(tmp_path, "other")
-    endpoint = own.deployed(probe_yaml("other"), other.files)
-    job = own.submit(endpoint)
+    endpoint = own_operator.deployed(probe_yaml("other"), other.files)
+    job = own_operator.submit(endpoint)
     assert other.pids() == []
     for number, build in enumerate(hanging):
-        own.http.delete(f"{own.url}/-/apis/hang{number}")
+        own_operator.http.delete(f"{own_operator.url}/-/apis/hang{number}")
         build.ended()
     other.go.touch()
-    assert own.finished(endpoint, job)["result"] == 7
+    assert own_operator.finished(endpoint, job)["result"] == 7
     assert [len(build.pids()) for build in hanging] == [1, 1]
 
 
 def test_a_superseded_version_leaves_its_build_when_no_job_waits_for_it(
-    own: Operator, tmp_path: Path
+    own_operator: Operator, tmp_path: Path
 ) -> None:
     first, second = Build(tmp_path, "first"), Build(tmp_path, "second")
-    own.deployed(probe_yaml(), first.files)
+    own_operator.deployed(probe_yaml(), first.files)
     first.begun()
-    succeeds(own, "probe", second)
+    succeeds(own_operator, "probe", second)
     first.ended()
 
 
-def test_a_build_goes_on_as_long_as_a_job_waits_for_it(own: Operator, tmp_path: Path) -> None:
+def test_a_build_goes_on_as_long_as_a_job_waits_for_it(
+    own_operator: Operator, tmp_path: Path
+) -> None:
     first, second = Build(tmp_path, "first"), Build(tmp_path, "second")
-    endpoint = own.deployed(probe_yaml(), first.files)
-    jobs = [own.submit(endpoint) for _ in range(2)]
+    endpoint = own_operator.deployed(probe_yaml(), first.files)
+    jobs = [own_operator.submit(endpoint) for _ in range(2)]
     pid = first.begun()
-    succeeds(own, "probe", second)
-    own.delete(endpoint, jobs[0])
-    assert own.finished(endpoint, jobs[0])["status"] == "status_stopped"
+    succeeds(own_operator, "probe", second)
+    own_operator.delete(endpoint, jobs[0])
+    assert own_operator.finished(endpoint, jobs[0])["status"] == "status_stopped"
     assert Path(f"/proc/{pid}").exists()
-    own.delete(endpoint, jobs[1])
+    own_operator.delete(endpoint, jobs[1])
     first.ended()
-    assert own.finished(endpoint, jobs[1])["status"] == "status_stopped"
+    assert own_operator.finished(endpoint, jobs[1])["status"] == "status_stopped"
 
 
 def test_a_job_that_times_out_leaves_the_build_of_a_superseded_version(
-    own: Operator, tmp_path: Path
+    own_operator: Operator, tmp_path: Path
 ) -> None:
     first, second = Build(tmp_path, "first"), Build(tmp_path, "second")
-    endpoint = own.deployed(probe_yaml(), first.files)
+    endpoint = own_operator.deployed(probe_yaml(), first.files)
     first.begun()
-    job = own.submit(endpoint, timeout=3)
-    succeeds(own, "probe", second)
-    assert own.finished(endpoint, job)["status"] == "status_timed_out"
+    job = own_operator.submit(endpoint, timeout=3)
+    succeeds(own_operator, "probe", second)
+    assert own_operator.finished(endpoint, job)["status"] == "status_timed_out"
     first.ended()
 
 
 def test_a_new_version_of_the_same_requirements_goes_on_with_the_build(
-    own: Operator, tmp_path: Path
+    own_operator: Operator, tmp_path: Path
 ) -> None:
     build = Build(tmp_path, "same")
-    own.deployed(probe_yaml(), build.files)
+    own_operator.deployed(probe_yaml(), build.files)
     build.begun()
-    endpoint = own.deployed(probe_yaml(more="  limits: {max_running: 3}\n"), build.files)
-    job = own.submit(endpoint)
+    endpoint = own_operator.deployed(probe_yaml(more="  limits: {max_running: 3}\n"), build.files)
+    job = own_operator.submit(endpoint)
     build.go.touch()
-    assert own.finished(endpoint, job)["result"] == 7
+    assert own_operator.finished(endpoint, job)["result"] == 7
     assert len(build.pids()) == 1
 
 
 @pytest.mark.parametrize("way", ["kill", "stop"])
 def test_a_build_ends_with_its_operator_and_is_begun_again_once(
-    own: Operator, tmp_path: Path, way: str
+    own_operator: Operator, tmp_path: Path, way: str
 ) -> None:
     build = Build(tmp_path, "slow")
-    endpoint = own.deployed(probe_yaml(), build.files)
-    job = own.submit(endpoint)
+    endpoint = own_operator.deployed(probe_yaml(), build.files)
+    job = own_operator.submit(endpoint)
     build.begun()
     for restart in range(2):
-        getattr(own, way)()
+        getattr(own_operator, way)()
         build.ended()
-        own.start()
+        own_operator.start()
         build.begun(restart + 2)
     build.go.touch()
-    endpoint = f"{own.url}/probe"
-    assert own.finished(endpoint, job)["result"] == 7
+    endpoint = f"{own_operator.url}/probe"
+    assert own_operator.finished(endpoint, job)["result"] == 7
     assert len(build.pids()) == 3
 
 
-def test_an_api_that_is_deployed_again_is_built_again(own: Operator, tmp_path: Path) -> None:
+def test_an_api_that_is_deployed_again_is_built_again(
+    own_operator: Operator, tmp_path: Path
+) -> None:
     build = Build(tmp_path, "again")
-    own.deployed(probe_yaml(), build.files)
+    own_operator.deployed(probe_yaml(), build.files)
     build.begun()
-    own.http.delete(f"{own.url}/-/apis/probe")
+    own_operator.http.delete(f"{own_operator.url}/-/apis/probe")
     build.ended()
-    endpoint = own.deployed(probe_yaml(), build.files)
+    endpoint = own_operator.deployed(probe_yaml(), build.files)
     build.begun(2)
     build.go.touch()
-    assert own.run(endpoint)["result"] == 7
+    assert own_operator.run(endpoint)["result"] == 7

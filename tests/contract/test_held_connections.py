@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from cortex.sdk import Client
-from support import PROBE, Operator, operator, probe_yaml, until
+from operator_harness import PROBE, Operator, operator, probe_yaml, until
 
 DESCRIPTORS = 256
 MANY = 400  # more than there are descriptors, or places in half of them

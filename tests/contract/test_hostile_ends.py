@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from cortex.worker import processes
-from hostile import HIDES, begun, deployed, left, state, supervisor_of, warmed_up
-from support import PROBE, Operator, operator, probe_yaml, until
+from hostile_jobs import HIDES, begun, deployed, left, state, supervisor_of, warmed_up
+from operator_harness import PROBE, Operator, operator, probe_yaml, until
 
 # As a container whose first process is a shell: it inherits whatever is left, and waits for none of it.
 COLLECTS_NOTHING = """

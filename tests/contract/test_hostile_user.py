@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from another_user import operator_as_root
-from hostile import HIDES, begun, deployed, left, warmed_up
-from support import Operator, probe_yaml, until
+from hostile_jobs import HIDES, begun, deployed, left, warmed_up
+from operator_harness import Operator, probe_yaml, until
+from root_operator import operator_as_root
 
 USER = "games"  # nobody's processes are other tests'
 pytestmark = pytest.mark.xdist_group(USER)  # all of its processes are counted together

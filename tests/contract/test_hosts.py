@@ -12,14 +12,14 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from awaited import Connect
+from client_variants import Connect
 from contract.test_bodies import newest
 from contract.test_tokens import routes
 from cortex.cli.main import run as cortex
 from cortex.errors import ForeignHost
 from cortex.projects.pack import pack
-from guarded import guarded
-from support import PROBE, Operator, operator, probe_yaml
+from operator_harness import PROBE, Operator, operator, probe_yaml
+from operator_with_tokens import operator_with_tokens
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
 EVIL = "evil.example"
@@ -48,33 +48,42 @@ def exchanged(running: Operator, head: bytes) -> bytes:
         return b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n")[0]
 
 
-def test_a_rebound_page_runs_no_code(shared: Operator, probe: str, tmp_path: Path) -> None:
-    before = newest(shared, probe)
-    headers = as_a_page(shared)
-    assert refused(shared.http.post(probe, json={}, headers=headers))
+def test_a_rebound_page_runs_no_code(shared_operator: Operator, probe: str, tmp_path: Path) -> None:
+    before = newest(shared_operator, probe)
+    headers = as_a_page(shared_operator)
+    assert refused(shared_operator.http.post(probe, json={}, headers=headers))
     keyed = {**headers, "Idempotency-Key": "rebound"}
-    assert refused(shared.http.post(probe, json={}, headers=keyed))
+    assert refused(shared_operator.http.post(probe, json={}, headers=keyed))
     (tmp_path / "evil.py").write_text(PROBE)
     archive = io.BytesIO()
     pack(tmp_path, archive)
     yaml = probe_yaml("evil").replace("probe.py", "evil.py")
     form = {"config": ("cortex.yaml", yaml.encode()), "project": ("p", archive.getvalue())}
-    assert refused(shared.http.post(f"{shared.url}/-/apis", files=form, headers=headers))
-    assert shared.http.get(f"{shared.url}/-/apis/evil").status_code == 404
-    assert newest(shared, probe) == before
+    assert refused(
+        shared_operator.http.post(f"{shared_operator.url}/-/apis", files=form, headers=headers)
+    )
+    assert shared_operator.http.get(f"{shared_operator.url}/-/apis/evil").status_code == 404
+    assert newest(shared_operator, probe) == before
 
 
-def test_no_route_answers_it_by_any_method(shared: Operator, probe: str) -> None:
-    paths = {path for _, path in routes(shared)} | {"/", "/nothing", "/-/openapi.json", "/probe/1/"}
+def test_no_route_answers_it_by_any_method(shared_operator: Operator, probe: str) -> None:
+    paths = {path for _, path in routes(shared_operator)} | {
+        "/",
+        "/nothing",
+        "/-/openapi.json",
+        "/probe/1/",
+    }
     assert {"/healthz", "/readyz", "/metrics", "/-/apis"} <= paths
     for path in sorted(paths):
         for method in METHODS:
-            answer = shared.http.request(method, shared.url + path, headers=as_a_page(shared))
+            answer = shared_operator.http.request(
+                method, shared_operator.url + path, headers=as_a_page(shared_operator)
+            )
             assert refused(answer), (method, path)
 
 
-def test_no_spelling_gets_past(shared: Operator, probe: str) -> None:
-    port = urlsplit(shared.url).port
+def test_no_spelling_gets_past(shared_operator: Operator, probe: str) -> None:
+    port = urlsplit(shared_operator.url).port
     for host in (
         EVIL, f"{EVIL}.", EVIL.upper(), f"localhost.{EVIL}", "localhost@evil.example", "localhost:80:80",
         f"evil-localhost:{port}", "localhost:-1", "localhost:x", "127.0.0.1.nip.io", f"127.0.0.1.{EVIL}",
@@ -82,17 +91,21 @@ def test_no_spelling_gets_past(shared: Operator, probe: str) -> None:
         "xn--vil-bma.example", "\xebvil.example", "localhost%00.evil.example", "0x7f.1", "127.1", "127.0.0.01",
         ".localhost.evil.example", "localhost..", "*", "null", "a" * 5000,
     ):  # fmt: skip
-        answer = shared.http.post(probe, json={}, headers={b"Host": host.encode("latin-1")})
+        answer = shared_operator.http.post(
+            probe, json={}, headers={b"Host": host.encode("latin-1")}
+        )
         assert refused(answer), host
     # Nobody in between is believed: there may be nobody in between.
     spoofs = {"X-Forwarded-Host": "localhost", "Forwarded": "host=localhost"}
     spoofs |= {"Cortex-Relayed": "1", "Cortex-Asked-At": "localhost"}
-    assert refused(shared.http.post(probe, json={}, headers={**as_a_page(shared), **spoofs}))
+    assert refused(
+        shared_operator.http.post(probe, json={}, headers={**as_a_page(shared_operator), **spoofs})
+    )
     ours = {"X-Forwarded-Host": EVIL, "Forwarded": f"host={EVIL}"}
-    assert shared.http.post(probe, json={}, headers=ours).status_code == 200
+    assert shared_operator.http.post(probe, json={}, headers=ours).status_code == 200
 
 
-def test_a_target_in_absolute_form_is_what_is_asked(shared: Operator, probe: str) -> None:
+def test_a_target_in_absolute_form_is_what_is_asked(shared_operator: Operator, probe: str) -> None:
     for head, status in (
         (b"GET http://evil.example/healthz HTTP/1.1\r\nHost: localhost\r\n", b"421"),
         (b"GET http://evil.example?/healthz HTTP/1.0\r\n", b"421"),
@@ -106,12 +119,12 @@ def test_a_target_in_absolute_form_is_what_is_asked(shared: Operator, probe: str
         (b"GET /healthz HTTP/1.0\r\n", b"200"),  # as load balancers ask, and no browser
         (b"OPTIONS * HTTP/1.1\r\nHost: evil.example\r\n", b"421"),
     ):
-        line = exchanged(shared, head)
+        line = exchanged(shared_operator, head)
         # A target without a path may also be refused for that.
         assert line.split()[1] == status or (b"?" in head and line.split()[1] == b"400"), head
 
 
-def test_the_machines_own_names_are_taken(shared: Operator, probe: str) -> None:
+def test_the_machines_own_names_are_taken(shared_operator: Operator, probe: str) -> None:
     machine = socket.gethostname()
     for host in (
         "localhost", "LocalHost", "localhost.", "a.b.localhost", "127.0.0.1", "127.8.7.6", "[::1]", "[::1]:80",
@@ -120,7 +133,7 @@ def test_the_machines_own_names_are_taken(shared: Operator, probe: str) -> None:
     ):  # fmt: skip
         for port in ("", ":9", ":65535"):
             named = host if host.endswith("]:80") else host + port
-            answer = shared.http.get(probe, headers={"Host": named})
+            answer = shared_operator.http.get(probe, headers={"Host": named})
             assert answer.status_code == 200, (named, answer.text)
 
 
@@ -143,7 +156,7 @@ def test_names_that_are_allowed_are_taken_and_no_others(tmp_path: Path) -> None:
 
 
 def test_with_tokens_an_operator_has_any_name(tmp_path: Path) -> None:
-    with guarded(tmp_path, "--require-token") as (running, tokens):
+    with operator_with_tokens(tmp_path, "--require-token") as (running, tokens):
         host = {"Host": EVIL}
         assert running.http.get(f"{running.url}/healthz", headers=host).status_code == 200
         with_token = {**host, "Authorization": f"Bearer {tokens['read']}"}

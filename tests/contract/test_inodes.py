@@ -6,20 +6,20 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from support import Operator, probe_yaml
+from operator_harness import Operator, probe_yaml
 
 
-def test_a_job_makes_two_inodes_in_the_data_folder_all_in_all(shared: Operator) -> None:
-    endpoint = shared.deployed(
+def test_a_job_makes_two_inodes_in_the_data_folder_all_in_all(shared_operator: Operator) -> None:
+    endpoint = shared_operator.deployed(
         probe_yaml("frugal"), {"probe.py": "def task(config):\n    print('a line')\n    return 1\n"}
     )
-    ended = [shared.run(endpoint)]
-    before = inodes(shared)
+    ended = [shared_operator.run(endpoint)]
+    before = inodes(shared_operator)
     for _ in range(10):
-        ended.append(shared.run(endpoint))
+        ended.append(shared_operator.run(endpoint))
     assert {job["status"] for job in ended} == {"status_succeeded"}
     # The first job of a supervising process makes some more, and a later job may be that.
-    assert len(inodes(shared) - before) < 3 * 10
+    assert len(inodes(shared_operator) - before) < 3 * 10
 
 
 def inodes(operator: Operator) -> set[int]:

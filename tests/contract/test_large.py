@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from support import PROBE, Operator, operator, probe_yaml, until
+from operator_harness import PROBE, Operator, operator, probe_yaml, until
 
 MIB = 1024**2
 SLEEP = {"do": "sleep", "s": 300}
@@ -70,69 +70,71 @@ def peak_bytes(running: Operator) -> int:
     raise AssertionError("no VmHWM")
 
 
-def busy(own: Operator) -> tuple[str, Any]:
+def busy(own_operator: Operator) -> tuple[str, Any]:
     """An endpoint whose jobs wait, and the job that they wait for."""
     yaml = probe_yaml(more="  limits: {max_running: 1}\n")
-    endpoint = own.deployed(yaml, {"probe.py": PROBE})
-    first = own.submit(endpoint, config=SLEEP)
-    until(lambda: own.status(endpoint, first)["worker_counts"]["running"], "the first runs")
+    endpoint = own_operator.deployed(yaml, {"probe.py": PROBE})
+    first = own_operator.submit(endpoint, config=SLEEP)
+    until(
+        lambda: own_operator.status(endpoint, first)["worker_counts"]["running"], "the first runs"
+    )
     return endpoint, first
 
 
-def post(own: Operator, endpoint: str, body: bytes, **headers: str) -> httpx.Response:
-    response = own.http.post(endpoint, content=body, headers=headers)
+def post(own_operator: Operator, endpoint: str, body: bytes, **headers: str) -> httpx.Response:
+    response = own_operator.http.post(endpoint, content=body, headers=headers)
     assert response.status_code == 200, response.text[:1000]
     return response
 
 
-def test_large_configs_that_wait_hold_up_nobody(own: Operator) -> None:
-    endpoint, first = busy(own)
-    before = peak_bytes(own)
-    with pinged(own) as took:
-        jobs = [post(own, endpoint, ROWS).json() for _ in range(4)]
+def test_large_configs_that_wait_hold_up_nobody(own_operator: Operator) -> None:
+    endpoint, first = busy(own_operator)
+    before = peak_bytes(own_operator)
+    with pinged(own_operator) as took:
+        jobs = [post(own_operator, endpoint, ROWS).json() for _ in range(4)]
         for _ in range(5):
-            page = own.http.get(endpoint, params={"limit": 1000})
-            apis = own.http.get(f"{own.url}/-/apis")
+            page = own_operator.http.get(endpoint, params={"limit": 1000})
+            apis = own_operator.http.get(f"{own_operator.url}/-/apis")
             assert len(page.content) + len(apis.content) < 100_000
-        one = own.http.get(f"{endpoint}/{jobs[0]['job_id']}")
+        one = own_operator.http.get(f"{endpoint}/{jobs[0]['job_id']}")
         assert one.json()["job_status"]["config"] == json.loads(ROWS)["config"]
     assert max(took) < 1.0  # a tenth of it on a machine that has nothing else to do
-    assert peak_bytes(own) - before < 80 * MIB  # all are 30 MB as text, 200 MB as objects
-    own.kill()
-    own.start()
-    endpoint = f"{own.url}/probe"
-    assert peak_bytes(own) - before < 80 * MIB
+    assert peak_bytes(own_operator) - before < 80 * MIB  # all are 30 MB as text, 200 MB as objects
+    own_operator.kill()
+    own_operator.start()
+    endpoint = f"{own_operator.url}/probe"
+    assert peak_bytes(own_operator) - before < 80 * MIB
     for job in jobs[1:]:
-        own.delete(endpoint, job)
-    own.delete(endpoint, first)
-    end = own.finished(endpoint, jobs[0])
+        own_operator.delete(endpoint, job)
+    own_operator.delete(endpoint, first)
+    end = own_operator.finished(endpoint, jobs[0])
     assert (end["status"], "result" in end) == ("status_succeeded", False)  # its echo is too long
 
 
-def test_a_job_gets_its_large_config_after_it_waited_and_at_once(own: Operator) -> None:
-    own.deployed(
+def test_a_job_gets_its_large_config_after_it_waited_and_at_once(own_operator: Operator) -> None:
+    own_operator.deployed(
         "- name: size\n  kind: TaskAPI\n  definition:\n    path: size.py\n    config: {below: {a: 1}}\n"
         "  compute: {cpu: 1}\n",
         {"size.py": "def task(config):\n    return [len(config['text']), config['below']]\n"},
     )
-    endpoint, first = busy(own)
+    endpoint, first = busy(own_operator)
     config = {"text": "é" * 300_000, "below": {"b": 2}}
-    waits = own.submit(f"{own.url}/size", config=config)
-    own.delete(endpoint, first)
+    waits = own_operator.submit(f"{own_operator.url}/size", config=config)
+    own_operator.delete(endpoint, first)
     told = [300_000, {"a": 1, "b": 2}]
-    assert own.finished(f"{own.url}/size", waits)["result"] == told
-    end = own.run(f"{own.url}/size", config=config)
+    assert own_operator.finished(f"{own_operator.url}/size", waits)["result"] == told
+    end = own_operator.run(f"{own_operator.url}/size", config=config)
     assert (end["result"], end["config"]) == (told, config)
 
 
-def test_lists_leave_out_what_is_long_and_say_so(shared: Operator, probe: str) -> None:
-    small = shared.run(probe, config={"text": "x" * 1000})
-    large = shared.run(probe, config={"text": "x" * 3000})
+def test_lists_leave_out_what_is_long_and_say_so(shared_operator: Operator, probe: str) -> None:
+    small = shared_operator.run(probe, config={"text": "x" * 1000})
+    large = shared_operator.run(probe, config={"text": "x" * 3000})
     assert large["config"] == {"text": "x" * 3000}
     assert large["result"]["text"] == "x" * 3000
     assert "truncated" not in large
-    api = shared.http.get(f"{shared.url}/-/apis/probe").json()[0]
-    page = shared.http.get(probe, params={"limit": 50}).json()
+    api = shared_operator.http.get(f"{shared_operator.url}/-/apis/probe").json()[0]
+    page = shared_operator.http.get(probe, params={"limit": 50}).json()
     for listed in (page["job_statuses"], api["task_job_statuses"]):
         by_id = {status["job_id"]: status for status in listed}
         assert by_id[small["job_id"]] == small
@@ -140,61 +142,64 @@ def test_lists_leave_out_what_is_long_and_say_so(shared: Operator, probe: str) -
         assert by_id[large["job_id"]] == {**large, **left_out}
 
 
-def test_the_end_of_a_followed_log_tells_all(shared: Operator, probe: str) -> None:
-    end = shared.run(probe, config={"text": "x" * 3000})
-    events = shared.http.get(
+def test_the_end_of_a_followed_log_tells_all(shared_operator: Operator, probe: str) -> None:
+    end = shared_operator.run(probe, config={"text": "x" * 3000})
+    events = shared_operator.http.get(
         f"{probe}/{end['job_id']}/logs", headers={"Accept": "text/event-stream"}
     )
     last = events.text.strip().splitlines()[-1].removeprefix("data: ")
     assert json.loads(last) == end
 
 
-def test_a_page_ends_before_it_is_large_and_the_next_goes_on(own: Operator) -> None:
-    endpoint, _ = busy(own)
+def test_a_page_ends_before_it_is_large_and_the_next_goes_on(own_operator: Operator) -> None:
+    endpoint, _ = busy(own_operator)
     config = {"text": "x" * 2000}
     with ThreadPoolExecutor(8) as pool:
-        jobs = list(pool.map(lambda _: own.submit(endpoint, config=config), range(500)))
+        jobs = list(pool.map(lambda _: own_operator.submit(endpoint, config=config), range(500)))
     found: list[str] = []
     cursor, pages = None, 0
     while cursor is not None or not pages:
         query = {"limit": 1000} | ({} if cursor is None else {"cursor": cursor})
-        response = own.http.get(endpoint, params=query)
+        response = own_operator.http.get(endpoint, params=query)
         assert len(response.content) < 1.1 * MIB
         found += [status["job_id"] for status in response.json()["job_statuses"]]
         cursor, pages = response.json()["next_cursor"], pages + 1
     assert pages == 2
     assert len(found) == len(set(found)) == 501
     assert {job["job_id"] for job in jobs} < set(found)
-    (api,) = own.http.get(f"{own.url}/-/apis").json()
+    (api,) = own_operator.http.get(f"{own_operator.url}/-/apis").json()
     assert api["truncated"] == ["task_job_statuses"]
     assert len(api["task_job_statuses"]) < 500
 
 
 def test_what_waits_is_bounded_in_bytes_also_across_a_crash(tmp_path: Path) -> None:
-    with operator(tmp_path, "--cpu", "1", "--max-waiting-bytes", "100Ki") as own:
-        endpoint, first = busy(own)
+    with operator(tmp_path, "--cpu", "1", "--max-waiting-bytes", "100Ki") as own_operator:
+        endpoint, first = busy(own_operator)
         config = {"text": "x" * 40_000}
-        two = [own.submit(endpoint, config=config) for _ in range(2)]
+        two = [own_operator.submit(endpoint, config=config) for _ in range(2)]
         for body in ({"config": config}, {"config": {"text": "x" * 200_000}}):
             for key in ({}, {"Idempotency-Key": "a"}):
-                refused = own.http.post(endpoint, json=body, headers=key)
+                refused = own_operator.http.post(endpoint, json=body, headers=key)
                 assert refused.status_code == 429, refused.text
                 assert refused.json()["kind"] == "limit.max_waiting_bytes"
                 assert "--max-waiting-bytes" in refused.json()["message"]
                 assert int(refused.headers["retry-after"]) > 0
-        own.submit(endpoint, config={"text": "x" * 10_000})
-        own.kill()
-        own.start()
-        endpoint = f"{own.url}/probe"
-        assert own.http.post(endpoint, json={"config": config}).status_code == 429
-        own.delete(endpoint, two[0])
+        own_operator.submit(endpoint, config={"text": "x" * 10_000})
+        own_operator.kill()
+        own_operator.start()
+        endpoint = f"{own_operator.url}/probe"
+        assert own_operator.http.post(endpoint, json={"config": config}).status_code == 429
+        own_operator.delete(endpoint, two[0])
         # What was full is looked at again after a moment.
-        until(lambda: own.http.post(endpoint, json={"config": config}).status_code == 200, "room")
-        (third,) = own.http.get(endpoint, params={"limit": 1}).json()["job_statuses"]
-        assert own.http.post(endpoint, json={"config": config}).status_code == 429
-        own.delete(endpoint, first)
+        until(
+            lambda: own_operator.http.post(endpoint, json={"config": config}).status_code == 200,
+            "room",
+        )
+        (third,) = own_operator.http.get(endpoint, params={"limit": 1}).json()["job_statuses"]
+        assert own_operator.http.post(endpoint, json={"config": config}).status_code == 429
+        own_operator.delete(endpoint, first)
         for job in (two[1], third):
-            assert own.finished(endpoint, job)["result"]["text"] == config["text"]
+            assert own_operator.finished(endpoint, job)["result"]["text"] == config["text"]
 
 
 @pytest.mark.parametrize(
@@ -214,10 +219,12 @@ def test_what_waits_is_bounded_in_bytes_also_across_a_crash(tmp_path: Path) -> N
         b'{"timeout": 60, "config": {"a": "\xc3\xa9\\ud800"}}',
     ],
 )
-def test_a_large_body_is_answered_as_a_small_one(shared: Operator, probe: str, body: bytes) -> None:
+def test_a_large_body_is_answered_as_a_small_one(
+    shared_operator: Operator, probe: str, body: bytes
+) -> None:
     def answer(body: bytes) -> tuple[int, object]:
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
-        response = shared.http.post(probe, content=body, headers=headers)
+        response = shared_operator.http.post(probe, content=body, headers=headers)
         found = response.json()
         told = ("config", "timeout", "kind", "message")
         return response.status_code, {name: found.get(name) for name in told}
@@ -227,38 +234,38 @@ def test_a_large_body_is_answered_as_a_small_one(shared: Operator, probe: str, b
     assert (small[0], set(small[1])) == (large[0], set(large[1]))  # type: ignore[call-overload]
 
 
-def test_a_key_tells_large_bodies_apart_and_head_is_get(own: Operator) -> None:
-    endpoint, _ = busy(own)
+def test_a_key_tells_large_bodies_apart_and_head_is_get(own_operator: Operator) -> None:
+    endpoint, _ = busy(own_operator)
     key = {"Idempotency-Key": "k"}
-    first = post(own, endpoint, TEXT, **key).json()
-    again = post(own, endpoint, b" " + TEXT, **key).json()
+    first = post(own_operator, endpoint, TEXT, **key).json()
+    again = post(own_operator, endpoint, b" " + TEXT, **key).json()
     assert again == first
     one = f"{endpoint}/{first['job_id']}"
-    assert own.http.get(one).json()["job_status"]["config"] == json.loads(TEXT)["config"]
-    head = own.http.head(one)
+    assert own_operator.http.get(one).json()["job_status"]["config"] == json.loads(TEXT)["config"]
+    head = own_operator.http.head(one)
     assert (head.status_code, head.content) == (200, b"")
-    assert int(head.headers["content-length"]) == len(own.http.get(one).content)
-    other = own.http.post(endpoint, content=ROWS, headers=key)
+    assert int(head.headers["content-length"]) == len(own_operator.http.get(one).content)
+    other = own_operator.http.post(endpoint, content=ROWS, headers=key)
     assert (other.status_code, other.json()["kind"]) == (409, "conflict")
 
 
-def test_a_reader_of_bodies_that_is_killed_is_replaced(own: Operator) -> None:
-    endpoint, _ = busy(own)
-    post(own, endpoint, TEXT)
-    (pid,) = readers(own)
+def test_a_reader_of_bodies_that_is_killed_is_replaced(own_operator: Operator) -> None:
+    endpoint, _ = busy(own_operator)
+    post(own_operator, endpoint, TEXT)
+    (pid,) = readers(own_operator)
     os.kill(pid, signal.SIGKILL)
-    post(own, endpoint, TEXT)
-    (other,) = readers(own)
+    post(own_operator, endpoint, TEXT)
+    (other,) = readers(own_operator)
     assert other != pid
-    assert own.stop() == 0
+    assert own_operator.stop() == 0
     assert not Path(f"/proc/{other}").exists()
-    own.start()
+    own_operator.start()
 
 
-def readers(own: Operator) -> list[int]:
+def readers(own_operator: Operator) -> list[int]:
     """The processes that read the operator's large bodies."""
     listed = subprocess.run(
-        ["pgrep", "-P", str(own.process.pid), "-f", "cortex.operator.http.body_reader"],
+        ["pgrep", "-P", str(own_operator.process.pid), "-f", "cortex.operator.http.body_reader"],
         capture_output=True,
         text=True,
         check=False,

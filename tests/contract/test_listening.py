@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from support import PROBE, operator, probe_yaml
+from operator_harness import PROBE, operator, probe_yaml
 
 # In mounts of its own, with a resolver that knows no name at all.
 NAMELESS = (

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from contract.test_logs import events
-from support import Operator, until
+from operator_harness import Operator, until
 
 LIMIT = 256 << 10
 MARKER = re.compile(r"^\[cortex: \S+ [KM]iB of the log are gone: limits\.log is 256 KiB\]$", re.M)
@@ -60,56 +60,58 @@ def checked(text: str, lines: int) -> tuple[list[int], list[int]]:
     return numbers[0], numbers[1]
 
 
-def test_a_log_over_its_limit_keeps_its_beginning_and_its_end(own: Operator) -> None:
-    endpoint, job = chatter(own, LINES)
-    assert own.finished(endpoint, job)["status"] == "status_succeeded"
-    checked(own.log_of(endpoint, job), LINES)
-    assert on_disk(own, job) <= LIMIT + (64 << 10)
+def test_a_log_over_its_limit_keeps_its_beginning_and_its_end(own_operator: Operator) -> None:
+    endpoint, job = chatter(own_operator, LINES)
+    assert own_operator.finished(endpoint, job)["status"] == "status_succeeded"
+    checked(own_operator.log_of(endpoint, job), LINES)
+    assert on_disk(own_operator, job) <= LIMIT + (64 << 10)
 
 
 def test_the_limit_holds_while_the_job_runs_and_no_operator_does(
-    own: Operator, tmp_path: Path
+    own_operator: Operator, tmp_path: Path
 ) -> None:
-    endpoint, job = chatter(own, LINES, go=tmp_path / "go")
-    own.await_log(endpoint, job, "line 0\n")
-    own.kill()
+    endpoint, job = chatter(own_operator, LINES, go=tmp_path / "go")
+    own_operator.await_log(endpoint, job, "line 0\n")
+    own_operator.kill()
     (tmp_path / "go").touch()
-    log = own.data_dir / "jobs" / job["job_id"] / "log"
+    log = own_operator.data_dir / "jobs" / job["job_id"] / "log"
     until(lambda: log.read_bytes().endswith(b"done\n"), "it has said everything")
-    until(lambda: on_disk(own, job) <= LIMIT + (64 << 10), "it is cut")
-    own.start()
-    endpoint = endpoint.replace(endpoint.rpartition("/")[0], own.url)
-    checked(own.log_of(endpoint, job), LINES)
-    own.delete(endpoint, job)
+    until(lambda: on_disk(own_operator, job) <= LIMIT + (64 << 10), "it is cut")
+    own_operator.start()
+    endpoint = endpoint.replace(endpoint.rpartition("/")[0], own_operator.url)
+    checked(own_operator.log_of(endpoint, job), LINES)
+    own_operator.delete(endpoint, job)
 
 
-def test_a_follower_is_told_what_it_missed(own: Operator) -> None:
-    endpoint, job = chatter(own, LINES)
-    own.finished(endpoint, job)
-    seen = list(events(own, f"{endpoint}/{job['job_id']}/logs"))
+def test_a_follower_is_told_what_it_missed(own_operator: Operator) -> None:
+    endpoint, job = chatter(own_operator, LINES)
+    own_operator.finished(endpoint, job)
+    seen = list(events(own_operator, f"{endpoint}/{job['job_id']}/logs"))
     text = "".join(json.loads(event["data"]) for event in seen[:-1])
-    assert text == own.log_of(endpoint, job)
+    assert text == own_operator.log_of(endpoint, job)
     assert seen[-1]["event"] == "end"
     # An offset goes on counting what is gone: who resumes gets the rest, nothing twice.
     pieces = [(int(event["id"]), json.loads(event["data"])) for event in seen[:-1]]
     index = next(i for i, (_, piece) in enumerate(pieces) if MARKER.search(piece))
-    resumed = own.http.get(f"{endpoint}/{job['job_id']}/logs", params={"offset": pieces[index][0]})
+    resumed = own_operator.http.get(
+        f"{endpoint}/{job['job_id']}/logs", params={"offset": pieces[index][0]}
+    )
     assert resumed.text == "".join(piece for _, piece in pieces[index + 1 :])
 
 
-def test_a_range_is_what_is_there_of_it(own: Operator) -> None:
-    endpoint, job = chatter(own, LINES)
-    own.finished(endpoint, job)
+def test_a_range_is_what_is_there_of_it(own_operator: Operator) -> None:
+    endpoint, job = chatter(own_operator, LINES)
+    own_operator.finished(endpoint, job)
     url = f"{endpoint}/{job['job_id']}/logs"
-    gone = json.loads((own.data_dir / "jobs" / job["job_id"] / "log.cut").read_text())
+    gone = json.loads((own_operator.data_dir / "jobs" / job["job_id"] / "log.cut").read_text())
 
     def part(first: int, last: int) -> tuple[int, str | None]:
-        answer = own.http.get(url, headers={"Range": f"bytes={first}-{last}"})
+        answer = own_operator.http.get(url, headers={"Range": f"bytes={first}-{last}"})
         if answer.status_code == 206:
             assert "\0" not in answer.text
         return answer.status_code, answer.headers.get("content-range")
 
-    size = (own.data_dir / "jobs" / job["job_id"] / "log").stat().st_size
+    size = (own_operator.data_dir / "jobs" / job["job_id"] / "log").stat().st_size
     start, end = gone["start"], gone["end"]
     assert part(0, 9) == (206, f"bytes 0-9/{size}")
     assert part(0, end) == (206, f"bytes 0-{start - 1}/{size}")
@@ -119,12 +121,12 @@ def test_a_range_is_what_is_there_of_it(own: Operator) -> None:
 
 @pytest.mark.parametrize("content", ["", "{}", "[", '{"start": "a", "end": 3, "limit": 1}', "\0"])
 def test_a_job_that_spoils_its_record_of_the_cut_spoils_nothing_else(
-    own: Operator, content: str
+    own_operator: Operator, content: str
 ) -> None:
-    endpoint, job = chatter(own, 3)
-    own.finished(endpoint, job)
-    (own.data_dir / "jobs" / job["job_id"] / "log.cut").write_text(content)
-    assert own.log_of(endpoint, job) == "line 0\nline 1\nline 2\ndone\n"
+    endpoint, job = chatter(own_operator, 3)
+    own_operator.finished(endpoint, job)
+    (own_operator.data_dir / "jobs" / job["job_id"] / "log.cut").write_text(content)
+    assert own_operator.log_of(endpoint, job) == "line 0\nline 1\nline 2\ndone\n"
 
 
 def test_a_file_system_that_cannot_drop_a_part_says_so_once(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from support import PATIENCE_S, PROBE, Operator, probe_yaml
+from operator_harness import PROBE, WAIT_TIMEOUT_S, Operator, probe_yaml
 
 STREAM = {"Accept": "text/event-stream"}
 
 
-def events(shared: Operator, url: str, **headers: str) -> Iterator[dict[str, str]]:
-    with shared.http.stream("GET", url, headers={**STREAM, **headers}) as response:
+def events(shared_operator: Operator, url: str, **headers: str) -> Iterator[dict[str, str]]:
+    with shared_operator.http.stream("GET", url, headers={**STREAM, **headers}) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         fields: dict[str, str] = {}
         for line in response.iter_lines():
@@ -28,13 +28,13 @@ def events(shared: Operator, url: str, **headers: str) -> Iterator[dict[str, str
                 fields = {}
 
 
-def test_the_whole_log_and_parts_of_it(shared: Operator, probe: str) -> None:
-    job = shared.submit(probe, config={"do": "say", "lines": 3})
-    shared.finished(probe, job)
+def test_the_whole_log_and_parts_of_it(shared_operator: Operator, probe: str) -> None:
+    job = shared_operator.submit(probe, config={"do": "say", "lines": 3})
+    shared_operator.finished(probe, job)
     url = f"{probe}/{job['job_id']}/logs"
-    assert shared.http.get(url).text == "line 0\nline 1\nline 2\n"
-    assert shared.http.get(url, params={"offset": 7}).text == "line 1\nline 2\n"
-    assert shared.http.get(url, params={"offset": 1000}).text == ""
+    assert shared_operator.http.get(url).text == "line 0\nline 1\nline 2\n"
+    assert shared_operator.http.get(url, params={"offset": 7}).text == "line 1\nline 2\n"
+    assert shared_operator.http.get(url, params={"offset": 1000}).text == ""
 
 
 @pytest.mark.parametrize(
@@ -51,40 +51,49 @@ def test_the_whole_log_and_parts_of_it(shared: Operator, probe: str) -> None:
     ],
 )
 def test_a_range_of_a_log(
-    shared: Operator, probe: str, header: str, status: int, text: str, content_range: str | None
+    shared_operator: Operator,
+    probe: str,
+    header: str,
+    status: int,
+    text: str,
+    content_range: str | None,
 ) -> None:
-    job = shared.submit(probe, config={"do": "say", "lines": 3})
-    shared.finished(probe, job)
-    part = shared.http.get(f"{probe}/{job['job_id']}/logs", headers={"Range": header})
+    job = shared_operator.submit(probe, config={"do": "say", "lines": 3})
+    shared_operator.finished(probe, job)
+    part = shared_operator.http.get(f"{probe}/{job['job_id']}/logs", headers={"Range": header})
     assert (part.status_code, part.text) == (status, text)
     assert part.headers.get("content-range") == content_range
 
 
-def test_a_range_beyond_the_end(shared: Operator, probe: str) -> None:
-    job = shared.submit(probe, config={"do": "say", "lines": 3})
-    shared.finished(probe, job)
-    answer = shared.http.get(f"{probe}/{job['job_id']}/logs", headers={"Range": "bytes=21-"})
+def test_a_range_beyond_the_end(shared_operator: Operator, probe: str) -> None:
+    job = shared_operator.submit(probe, config={"do": "say", "lines": 3})
+    shared_operator.finished(probe, job)
+    answer = shared_operator.http.get(
+        f"{probe}/{job['job_id']}/logs", headers={"Range": "bytes=21-"}
+    )
     assert (answer.status_code, answer.json()["kind"]) == (416, "request.range_not_satisfiable")
 
 
-def test_a_log_is_read_whole_while_it_grows(shared: Operator) -> None:
-    endpoint = shared.deployed(
+def test_a_log_is_read_whole_while_it_grows(shared_operator: Operator) -> None:
+    endpoint = shared_operator.deployed(
         "- name: chatty\n  kind: TaskAPI\n  compute: {cpu: 1m}\n  limits: {log: 1G}\n"
         "  definition: {command: [sh, -c, 'yes | head -c 200000000']}\n",
         {},
     )
-    job = shared.submit(endpoint)
-    while "end_time" not in shared.status(endpoint, job):
-        assert set(shared.log_of(endpoint, job)) <= {"y", "\n"}
-    assert shared.finished(endpoint, job)["status"] == "status_succeeded"
+    job = shared_operator.submit(endpoint)
+    while "end_time" not in shared_operator.status(endpoint, job):
+        assert set(shared_operator.log_of(endpoint, job)) <= {"y", "\n"}
+    assert shared_operator.finished(endpoint, job)["status"] == "status_succeeded"
 
 
-def test_a_log_is_followed_to_its_end(shared: Operator, probe: str, tmp_path: Path) -> None:
+def test_a_log_is_followed_to_its_end(
+    shared_operator: Operator, probe: str, tmp_path: Path
+) -> None:
     go = tmp_path / "go"
     config = {"do": "say", "lines": 5, "go": str(go)}
-    job = shared.submit(probe, config=config, timeout=PATIENCE_S)
+    job = shared_operator.submit(probe, config=config, timeout=WAIT_TIMEOUT_S)
     seen = []
-    for event in events(shared, f"{probe}/{job['job_id']}/logs"):
+    for event in events(shared_operator, f"{probe}/{job['job_id']}/logs"):
         seen.append(event)
         go.touch()  # a slow follower would get lines at once that are not held back until then
     pieces = [json.loads(event["data"]) for event in seen if event["event"] == "log"]
@@ -95,43 +104,43 @@ def test_a_log_is_followed_to_its_end(shared: Operator, probe: str, tmp_path: Pa
     assert seen[-2]["id"] == "35"
 
 
-def test_a_follower_resumes_where_it_was(shared: Operator, probe: str) -> None:
-    job = shared.submit(probe, config={"do": "say", "lines": 3})
-    shared.finished(probe, job)
-    seen = list(events(shared, f"{probe}/{job['job_id']}/logs", **{"Last-Event-ID": "14"}))
+def test_a_follower_resumes_where_it_was(shared_operator: Operator, probe: str) -> None:
+    job = shared_operator.submit(probe, config={"do": "say", "lines": 3})
+    shared_operator.finished(probe, job)
+    seen = list(events(shared_operator, f"{probe}/{job['job_id']}/logs", **{"Last-Event-ID": "14"}))
     assert [json.loads(event["data"]) for event in seen[:-1]] == ["line 2\n"]
 
 
-def test_a_stopped_job_is_followed_to_its_last_line(patient: Operator) -> None:
-    endpoint = patient.deployed(probe_yaml(), {"probe.py": PROBE})
-    job = patient.submit(endpoint, config={"do": "save_on_term"})
+def test_a_stopped_job_is_followed_to_its_last_line(patient_operator: Operator) -> None:
+    endpoint = patient_operator.deployed(probe_yaml(), {"probe.py": PROBE})
+    job = patient_operator.submit(endpoint, config={"do": "save_on_term"})
     text = ""
-    for event in events(patient, f"{endpoint}/{job['job_id']}/logs"):
+    for event in events(patient_operator, f"{endpoint}/{job['job_id']}/logs"):
         if event["event"] == "end":
             break
         text += json.loads(event["data"])
         if "asleep" in text and "saved" not in text:
-            patient.delete(endpoint, job)
+            patient_operator.delete(endpoint, job)
     assert text == "asleep\nsaved\n"
 
 
-def test_a_log_that_is_not_there_yet_is_empty(own: Operator) -> None:
-    endpoint = own.deployed(probe_yaml().replace("1m", '"1"'), {"probe.py": PROBE})
-    first = own.submit(endpoint, config={"do": "sleep", "s": 300})
-    own.await_log(endpoint, first, "asleep")
-    second = own.submit(endpoint)
-    assert own.log_of(endpoint, second) == ""
-    own.delete(endpoint, second)
-    seen = list(events(own, f"{endpoint}/{second['job_id']}/logs"))
+def test_a_log_that_is_not_there_yet_is_empty(own_operator: Operator) -> None:
+    endpoint = own_operator.deployed(probe_yaml().replace("1m", '"1"'), {"probe.py": PROBE})
+    first = own_operator.submit(endpoint, config={"do": "sleep", "s": 300})
+    own_operator.await_log(endpoint, first, "asleep")
+    second = own_operator.submit(endpoint)
+    assert own_operator.log_of(endpoint, second) == ""
+    own_operator.delete(endpoint, second)
+    seen = list(events(own_operator, f"{endpoint}/{second['job_id']}/logs"))
     assert [event["event"] for event in seen] == ["end"]
 
 
 @pytest.mark.parametrize("resumed", ["9" * 18, "9" * 5000, "-1", "x"])
 def test_a_follower_from_anywhere_comes_to_the_end(
-    shared: Operator, probe: str, resumed: str
+    shared_operator: Operator, probe: str, resumed: str
 ) -> None:
-    job = shared.submit(probe, config={"do": "say", "lines": 1})
-    shared.finished(probe, job)
+    job = shared_operator.submit(probe, config={"do": "say", "lines": 1})
+    shared_operator.finished(probe, job)
     url = f"{probe}/{job['job_id']}/logs?offset={2**63 - 1}"
-    (end,) = events(shared, url, **{"Last-Event-ID": resumed})
+    (end,) = events(shared_operator, url, **{"Last-Event-ID": resumed})
     assert end["event"] == "end"

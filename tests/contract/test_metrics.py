@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from support import PROBE, Operator, probe_yaml, until
+from operator_harness import PROBE, Operator, probe_yaml, until
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -25,12 +25,14 @@ def value(samples: Samples, name: str, **labels: str) -> float | None:
     return samples.get((name, frozenset(labels.items())))
 
 
-def test_ends_are_counted_by_status_with_how_long_jobs_waited_and_ran(shared: Operator) -> None:
-    endpoint = shared.deployed(probe_yaml("counted"), {"probe.py": PROBE})
+def test_ends_are_counted_by_status_with_how_long_jobs_waited_and_ran(
+    shared_operator: Operator,
+) -> None:
+    endpoint = shared_operator.deployed(probe_yaml("counted"), {"probe.py": PROBE})
     for _ in range(2):
-        shared.run(endpoint, config={"do": "say"})
-    shared.run(endpoint, config={"do": "fail", "message": "as asked"})
-    seen = told(shared)
+        shared_operator.run(endpoint, config={"do": "say"})
+    shared_operator.run(endpoint, config={"do": "fail", "message": "as asked"})
+    seen = told(shared_operator)
     ended = "cortex_jobs_ended_total"
     assert value(seen, ended, api="counted", status="status_succeeded") == 2
     assert value(seen, ended, api="counted", status="status_worker_error") == 1
@@ -54,46 +56,58 @@ class Task:
 """
 
 
-def test_what_tasks_count_and_measure_is_told_also_by_those_that_fail(shared: Operator) -> None:
-    endpoint = shared.deployed(probe_yaml("measured"), {"probe.py": MEASURING})
-    shared.run(endpoint, config={"rows": 3})
-    shared.run(endpoint, config={"rows": 4, "fail": True})
-    seen = told(shared)
+def test_what_tasks_count_and_measure_is_told_also_by_those_that_fail(
+    shared_operator: Operator,
+) -> None:
+    endpoint = shared_operator.deployed(probe_yaml("measured"), {"probe.py": MEASURING})
+    shared_operator.run(endpoint, config={"rows": 3})
+    shared_operator.run(endpoint, config={"rows": 4, "fail": True})
+    seen = told(shared_operator)
     assert value(seen, "cortex_task_rows_total", api="measured", split="train") == 7
     assert value(seen, "cortex_task_loss", api="measured") == 0.5
     assert value(seen, "cortex_task_batch_s_count", api="measured") == 2
     assert value(seen, "cortex_task_batch_s_sum", api="measured") == 4
 
 
-def test_jobs_in_progress_are_told_also_after_a_restart(own: Operator) -> None:
-    endpoint = own.deployed(probe_yaml("kept", "  limits: {max_running: 1}\n"), {"probe.py": PROBE})
-    asleep, waits = (own.submit(endpoint, config={"do": "sleep", "s": 300}) for _ in range(2))
-    own.await_log(endpoint, asleep, "asleep")
+def test_jobs_in_progress_are_told_also_after_a_restart(own_operator: Operator) -> None:
+    endpoint = own_operator.deployed(
+        probe_yaml("kept", "  limits: {max_running: 1}\n"), {"probe.py": PROBE}
+    )
+    asleep, waits = (
+        own_operator.submit(endpoint, config={"do": "sleep", "s": 300}) for _ in range(2)
+    )
+    own_operator.await_log(endpoint, asleep, "asleep")
 
     def is_so() -> bool:
-        seen = told(own)
+        seen = told(own_operator)
         phases = [value(seen, "cortex_jobs", api="kept", phase=p) for p in ("running", "pending")]
         return phases == [1, 1]
 
     until(is_so, "one runs and one waits")
-    own.kill()
-    own.start()
+    own_operator.kill()
+    own_operator.start()
     until(is_so, "one runs and one waits")
-    assert value(told(own), "cortex_jobs_ended_total", api="kept", status="status_stopped") is None
+    assert (
+        value(told(own_operator), "cortex_jobs_ended_total", api="kept", status="status_stopped")
+        is None
+    )
     for job in (waits, asleep):
-        assert own.delete(f"{own.url}/kept", job).status_code == 200
+        assert own_operator.delete(f"{own_operator.url}/kept", job).status_code == 200
     until(
         lambda: (
-            value(told(own), "cortex_jobs_ended_total", api="kept", status="status_stopped") == 2
+            value(
+                told(own_operator), "cortex_jobs_ended_total", api="kept", status="status_stopped"
+            )
+            == 2
         ),
         "both have ended",
     )
 
 
-def test_the_operator_tells_of_itself_and_of_what_jobs_run_on(own: Operator) -> None:
-    endpoint = own.deployed(probe_yaml(), {"probe.py": PROBE})
-    before = told(own)
-    info = own.http.get(f"{own.url}/-/info").json()
+def test_the_operator_tells_of_itself_and_of_what_jobs_run_on(own_operator: Operator) -> None:
+    endpoint = own_operator.deployed(probe_yaml(), {"probe.py": PROBE})
+    before = told(own_operator)
+    info = own_operator.http.get(f"{own_operator.url}/-/info").json()
     labels = {"version": info["version"], "engine": "local"}
     assert value(before, "cortex_operator_info", **labels) == 1
     assert value(before, "cortex_operator_drives") == 1
@@ -102,8 +116,8 @@ def test_the_operator_tells_of_itself_and_of_what_jobs_run_on(own: Operator) -> 
     assert value(before, "cortex_memory_bytes", of="total") == info["capacity"]["mem"]
     assert value(before, "cortex_gpus", of="total") == info["capacity"]["gpu"]
     assert (value(before, "process_resident_memory_bytes") or 0) > 0
-    job = own.submit(endpoint, config={"do": "sleep", "s": 300})
-    own.await_log(endpoint, job, "asleep")
-    free = value(told(own), "cortex_cpu_cores", of="free")
+    job = own_operator.submit(endpoint, config={"do": "sleep", "s": 300})
+    own_operator.await_log(endpoint, job, "asleep")
+    free = value(told(own_operator), "cortex_cpu_cores", of="free")
     assert free is not None
     assert free < info["capacity"]["cpu"]

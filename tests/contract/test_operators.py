@@ -17,10 +17,9 @@ import httpx
 import psycopg
 import pytest
 
-import loaded
+import preloaded_cli
 from cortex.spec.times import new_id
-from postgresql import Server
-from support import (
+from operator_harness import (
     PROBE,
     Operator,
     operators,
@@ -29,6 +28,7 @@ from support import (
     refused,
     until,
 )
+from postgresql_server import PostgreSQLServer
 
 LEASE_S = "5"  # on a busy machine, too, one that does not hang renews it in time
 TRIO = pytest.mark.xdist_group("trio")  # one for all tests of it
@@ -55,9 +55,9 @@ class Trio:
 
 @pytest.fixture(scope="module")
 def trio(
-    tmp_path_factory: pytest.TempPathFactory, postgresql: Server, migrated: str
+    tmp_path_factory: pytest.TempPathFactory, postgresql: PostgreSQLServer, migrated_database: str
 ) -> Iterator[Trio]:
-    name = postgresql.create(template=migrated)
+    name = postgresql.create(template=migrated_database)
     url = postgresql.url(name)
     folder = tmp_path_factory.mktemp("trio")
     # None of them is late so long that another one takes over.
@@ -351,7 +351,7 @@ def stopped(running: Operator) -> Iterator[None]:
 
 def test_a_token_means_the_same_at_all(tmp_path: Path, database: str) -> None:
     def token(scope: str) -> str:
-        done = loaded.run("token", "create", scope, "--scope", scope, "--store", database)
+        done = preloaded_cli.run("token", "create", scope, "--scope", scope, "--store", database)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 

@@ -19,8 +19,8 @@ from contract import (
     test_submit,
     test_tokens,
 )
-from postgresql import Server
-from support import PROBE, Operator, operator, probe_yaml
+from operator_harness import PROBE, Operator, operator, probe_yaml
+from postgresql_server import PostgreSQLServer
 
 PROMISES: list[Callable[..., None]] = [
     test_submit.test_an_empty_object_submits_a_job_with_every_field_present,
@@ -50,19 +50,19 @@ PROMISES: list[Callable[..., None]] = [
 
 
 @pytest.fixture(scope="module")
-def shared(
-    tmp_path_factory: pytest.TempPathFactory, postgresql: Server, migrated: str
+def shared_operator(
+    tmp_path_factory: pytest.TempPathFactory, postgresql: PostgreSQLServer, migrated_database: str
 ) -> Iterator[Operator]:
     """In place of the operator of that name."""
-    name = postgresql.create(template=migrated)
+    name = postgresql.create(template=migrated_database)
     with operator(tmp_path_factory.mktemp("shared"), "--store", postgresql.url(name)) as running:
         yield running
     postgresql.drop(name)
 
 
 @pytest.fixture(scope="module")
-def probe(shared: Operator) -> str:
-    return shared.deployed(probe_yaml(), {"probe.py": PROBE})
+def probe(shared_operator: Operator) -> str:
+    return shared_operator.deployed(probe_yaml(), {"probe.py": PROBE})
 
 
 @pytest.fixture
@@ -80,6 +80,6 @@ def test_what_is_promised_holds_on_postgresql(
     promise: Callable[..., None], request: pytest.FixtureRequest
 ) -> None:
     wanted = list(inspect.signature(promise).parameters)
-    if "shared" not in wanted:
+    if "shared_operator" not in wanted:
         request.getfixturevalue("stored")
     promise(**{name: request.getfixturevalue(name) for name in wanted})

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from support import PROBE, Operator, operator, probe_yaml, until
+from operator_harness import PROBE, Operator, operator, probe_yaml, until
 
 SECOND = str(1 / 86_400)  # in days
 SLEEP = {"do": "sleep", "s": 300}

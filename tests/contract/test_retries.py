@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from support import Operator, until
+from operator_harness import Operator, until
 
 CODE = """
 import os, signal, time
@@ -60,59 +60,65 @@ def lose(operator: Operator, endpoint: str, job: Any, attempt: int = 1) -> None:
             continue  # it ends with the other
 
 
-def test_a_lost_job_is_tried_again_knows_it_and_its_log_says_so(shared: Operator) -> None:
-    endpoint = deployed(shared)
-    job = shared.submit(endpoint)
-    shared.await_log(endpoint, job, "asleep")
-    lose(shared, endpoint, job)
-    done = shared.finished(endpoint, job)
+def test_a_lost_job_is_tried_again_knows_it_and_its_log_says_so(shared_operator: Operator) -> None:
+    endpoint = deployed(shared_operator)
+    job = shared_operator.submit(endpoint)
+    shared_operator.await_log(endpoint, job, "asleep")
+    lose(shared_operator, endpoint, job)
+    done = shared_operator.finished(endpoint, job)
     assert (done["status"], done["result"]) == ("status_succeeded", 2)
     assert "message" not in done
-    lines = shared.log_of(endpoint, job).splitlines()
+    lines = shared_operator.log_of(endpoint, job).splitlines()
     assert lines[0].startswith("started 1")
     words = "attempt 1 was lost: the supervisor was killed; attempt 2 begins"
     assert lines[2] == f"cortex: {words}"
     assert lines[3].startswith("started 2")
 
 
-def test_while_the_next_attempt_runs_the_status_tells_of_the_loss(shared: Operator) -> None:
-    endpoint = deployed(shared)
-    job = shared.submit(endpoint, config={"base": 1})
-    left = shared.data_dir / "jobs" / job["job_id"] / "files" / "left"
-    shared.await_log(endpoint, job, "asleep")
+def test_while_the_next_attempt_runs_the_status_tells_of_the_loss(
+    shared_operator: Operator,
+) -> None:
+    endpoint = deployed(shared_operator)
+    job = shared_operator.submit(endpoint, config={"base": 1})
+    left = shared_operator.data_dir / "jobs" / job["job_id"] / "files" / "left"
+    shared_operator.await_log(endpoint, job, "asleep")
     left.unlink()  # so that the next attempt sleeps as well
-    lose(shared, endpoint, job)
-    shared.await_log(endpoint, job, "started 2")
+    lose(shared_operator, endpoint, job)
+    shared_operator.await_log(endpoint, job, "started 2")
     until(
-        lambda: shared.status(endpoint, job)["worker_counts"] == {"pending": 0, "running": 1},
+        lambda: (
+            shared_operator.status(endpoint, job)["worker_counts"] == {"pending": 0, "running": 1}
+        ),
         "running again",
     )
-    seen = shared.status(endpoint, job)
+    seen = shared_operator.status(endpoint, job)
     assert seen["status"] == "status_running"
     assert seen["message"] == "attempt 1 was lost: the supervisor was killed"
     assert seen["created_time"] < seen["start_time"]
-    assert shared.delete(endpoint, job).status_code == 200
-    assert shared.status(endpoint, job)["message"] == "stopped by a user"
+    assert shared_operator.delete(endpoint, job).status_code == 200
+    assert shared_operator.status(endpoint, job)["message"] == "stopped by a user"
 
 
-def test_a_job_that_is_lost_more_often_than_that_is_an_unexpected_error(shared: Operator) -> None:
-    endpoint = deployed(shared, 0)
-    job = shared.submit(endpoint)
-    lose(shared, endpoint, job)
-    done = shared.finished(endpoint, job)
+def test_a_job_that_is_lost_more_often_than_that_is_an_unexpected_error(
+    shared_operator: Operator,
+) -> None:
+    endpoint = deployed(shared_operator, 0)
+    job = shared_operator.submit(endpoint)
+    lose(shared_operator, endpoint, job)
+    done = shared_operator.finished(endpoint, job)
     assert done["status"] == "status_unexpected_error"
     assert done["message"] == "the supervisor was killed"
-    assert "attempt" not in shared.log_of(endpoint, job)
+    assert "attempt" not in shared_operator.log_of(endpoint, job)
 
 
-def test_a_supervising_process_that_somebody_stops_is_a_loss_too(shared: Operator) -> None:
+def test_a_supervising_process_that_somebody_stops_is_a_loss_too(shared_operator: Operator) -> None:
     """As a machine does that is shut down in order."""
-    endpoint = deployed(shared)
-    job = shared.submit(endpoint)
-    shared.await_log(endpoint, job, "asleep")
-    start = shared.data_dir / "jobs" / job["job_id"] / "start.1"
+    endpoint = deployed(shared_operator)
+    job = shared_operator.submit(endpoint)
+    shared_operator.await_log(endpoint, job, "asleep")
+    start = shared_operator.data_dir / "jobs" / job["job_id"] / "start.1"
     os.kill(int(json.loads(start.read_bytes())["pid"]), signal.SIGTERM)
-    done = shared.finished(endpoint, job)
+    done = shared_operator.finished(endpoint, job)
     assert (done["status"], done["result"]) == ("status_succeeded", 2)
 
 
@@ -126,14 +132,16 @@ def test_a_supervising_process_that_somebody_stops_is_a_loss_too(shared: Operato
     ],
 )
 def test_what_ended_by_itself_or_by_its_limits_is_not_tried_again(
-    shared: Operator, end: str, status: str
+    shared_operator: Operator, end: str, status: str
 ) -> None:
-    endpoint = deployed(shared)
-    shared.run(endpoint, config={"end": "raise"})  # so that the next one begins before its timeout
+    endpoint = deployed(shared_operator)
+    shared_operator.run(
+        endpoint, config={"end": "raise"}
+    )  # so that the next one begins before its timeout
     timeout = 20 if end == "timeout" else None
-    done = shared.run(endpoint, config={"end": end}, timeout=timeout)
+    done = shared_operator.run(endpoint, config={"end": end}, timeout=timeout)
     assert done["status"] == status
-    assert shared.log_of(endpoint, done).count("started") == 1
+    assert shared_operator.log_of(endpoint, done).count("started") == 1
 
 
 FORGETFUL = """
@@ -148,38 +156,45 @@ def task(config):
 """
 
 
-def test_a_job_that_has_removed_its_start_record_and_is_lost_ends(shared: Operator) -> None:
+def test_a_job_that_has_removed_its_start_record_and_is_lost_ends(
+    shared_operator: Operator,
+) -> None:
     # Without a group of its own, which would tell that it ran.
     yaml = YAML.replace("RETRIES", "0").replace(", mem: 96Mi", "")
-    endpoint = shared.deployed(yaml, {"task.py": FORGETFUL})
-    job = shared.submit(endpoint)
+    endpoint = shared_operator.deployed(yaml, {"task.py": FORGETFUL})
+    job = shared_operator.submit(endpoint)
     until(
-        lambda: shared.status(endpoint, job).get("worker_counts", {}).get("running"), "it is seen"
+        lambda: shared_operator.status(endpoint, job).get("worker_counts", {}).get("running"),
+        "it is seen",
     )
-    (shared.data_dir / "jobs" / job["job_id"] / "go").touch()
-    done = shared.finished(endpoint, job)
+    (shared_operator.data_dir / "jobs" / job["job_id"] / "go").touch()
+    done = shared_operator.finished(endpoint, job)
     assert done["status"] == "status_unexpected_error"
     assert done["message"] == "its start record is gone"
 
 
-def test_a_job_lost_while_no_operator_runs_is_tried_again_by_the_next(own: Operator) -> None:
-    endpoint = deployed(own)
-    job = own.submit(endpoint)
-    own.await_log(endpoint, job, "asleep")
-    log = own.data_dir / "jobs" / job["job_id"] / "log"
-    own.kill()
+def test_a_job_lost_while_no_operator_runs_is_tried_again_by_the_next(
+    own_operator: Operator,
+) -> None:
+    endpoint = deployed(own_operator)
+    job = own_operator.submit(endpoint)
+    own_operator.await_log(endpoint, job, "asleep")
+    log = own_operator.data_dir / "jobs" / job["job_id"] / "log"
+    own_operator.kill()
     pid = int(json.loads(log.with_name("start.1").read_bytes())["pid"])
     os.kill(pid, signal.SIGKILL)
-    own.start()
-    done = own.finished(f"{own.url}/again", job)
+    own_operator.start()
+    done = own_operator.finished(f"{own_operator.url}/again", job)
     assert (done["status"], done["result"]) == ("status_succeeded", 2)
 
 
-def test_a_timeout_holds_over_all_attempts(shared: Operator) -> None:
-    endpoint = deployed(shared)
-    shared.run(endpoint, config={"end": "raise"})  # so that the next one begins before its timeout
-    job = shared.submit(endpoint, timeout=20)
-    shared.await_log(endpoint, job, "asleep")
-    (shared.data_dir / "jobs" / job["job_id"] / "files" / "left").unlink()
-    lose(shared, endpoint, job)
-    assert shared.finished(endpoint, job)["status"] == "status_timed_out"
+def test_a_timeout_holds_over_all_attempts(shared_operator: Operator) -> None:
+    endpoint = deployed(shared_operator)
+    shared_operator.run(
+        endpoint, config={"end": "raise"}
+    )  # so that the next one begins before its timeout
+    job = shared_operator.submit(endpoint, timeout=20)
+    shared_operator.await_log(endpoint, job, "asleep")
+    (shared_operator.data_dir / "jobs" / job["job_id"] / "files" / "left").unlink()
+    lose(shared_operator, endpoint, job)
+    assert shared_operator.finished(endpoint, job)["status"] == "status_timed_out"

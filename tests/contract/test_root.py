@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from another_user import UID, USER, passable_folder, waiting_for_import
 from contract.test_traced import fork_servers, kill
 from cortex.joblog.reader import REPLACED
-from support import PATIENCE_S, PROBE, operator, probe_yaml, reachable, until
+from operator_harness import PROBE, WAIT_TIMEOUT_S, operator, probe_yaml, reachable, until
+from root_operator import UID, USER, passable_folder, waiting_for_import
 
 SECRET = "what only root may read"
 ROOTS = "the root user's words"
@@ -183,11 +183,11 @@ def test_no_link_that_is_put_in_a_folder_while_that_is_removed_leads_out(
     command = [sys.executable, "-c", code, str(theirs)]
     for link_to in (secret, roots):
         with swapping(theirs, link_to):
-            subprocess.run([*slow, *command, "10"], check=True, timeout=PATIENCE_S)
+            subprocess.run([*slow, *command, "10"], check=True, timeout=WAIT_TIMEOUT_S)
     assert roots.stat().st_mode & 0o777 == 0o755
     assert (roots / "file").stat().st_mode & 0o777 == 0o604
     assert (roots / "file").read_text() == ROOTS
-    subprocess.run([*command, "1"], check=True, timeout=PATIENCE_S)
+    subprocess.run([*command, "1"], check=True, timeout=WAIT_TIMEOUT_S)
     assert list(theirs.iterdir()) == []
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-import loaded
-from another_user import UID, USER, operator_as_root, passable_folder
+import preloaded_cli
 from cortex.joblog.reader import REPLACED
-from support import CORTEX, PROBE, Operator, operator, probe_yaml, reachable, until
+from operator_harness import CORTEX, PROBE, Operator, operator, probe_yaml, reachable, until
+from root_operator import UID, USER, operator_as_root, passable_folder
 
 SNOOP = """
 import os, signal, subprocess, sys
@@ -200,8 +200,8 @@ def test_a_running_job_outlives_the_operator(other: Operator) -> None:
     assert other.finished(f"{other.url}/probe", job)["status"] == "status_succeeded"
 
 
-def test_the_database_is_nobody_elses(shared: Operator) -> None:
-    found = list(shared.data_dir.glob("operator.db*"))
+def test_the_database_is_nobody_elses(shared_operator: Operator) -> None:
+    found = list(shared_operator.data_dir.glob("operator.db*"))
     assert len(found) == 3
     assert [path for path in found if path.stat().st_mode & 0o077] == []
 
@@ -251,7 +251,7 @@ def test_what_is_restored_is_the_jobs_user_s(other: Operator) -> None:
             ["backup", file, "--data-dir", str(other.data_dir)],
             ["restore", file, "--data-dir", str(folder / "data"), "--run-as", USER],
         ):
-            made = loaded.run(*words)
+            made = preloaded_cli.run(*words)
             assert made.returncode == 0, made.stderr
         with operator(folder, "--run-as", USER, within=reachable()) as third:
             for job in (done, runs):

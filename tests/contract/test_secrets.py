@@ -19,10 +19,10 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-import loaded
-from postgresql import PASSWORD, Server
-from s3 import S3
-from support import PROBE, Operator, operator, probe_yaml
+import preloaded_cli
+from operator_harness import PROBE, Operator, operator, probe_yaml
+from postgresql_server import PASSWORD, PostgreSQLServer
+from s3_server import S3Server
 
 pytestmark = pytest.mark.xdist_group("s3")  # whose server is slow to start
 
@@ -65,17 +65,20 @@ class Kept:
 
 
 def cortex(*arguments: str, code: int = 0, **variables: str) -> str:
-    done = loaded.run(*arguments, env={**os.environ, **variables})
+    done = preloaded_cli.run(*arguments, env={**os.environ, **variables})
     assert done.returncode == code, (done.stdout, done.stderr)
     return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def kept(
-    s3: S3, postgresql: Server, migrated: str, tmp_path_factory: pytest.TempPathFactory
+    s3: S3Server,
+    postgresql: PostgreSQLServer,
+    migrated_database: str,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Kept]:
     folder = tmp_path_factory.mktemp("kept")
-    database, bucket = postgresql.create(template=migrated), s3.bucket()
+    database, bucket = postgresql.create(template=migrated_database), s3.bucket()
     store = ["--store", postgresql.url(database)]
     options = [*store, "--files", f"s3://{bucket}/some", "--require-token"]
     config = {"CORTEX_CLI_CONFIG_DIR": str(folder / "cli")}

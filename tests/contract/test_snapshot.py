@@ -19,9 +19,9 @@ import httpx
 import pytest
 
 from cortex.errors import CortexError
-from guarded import guarded
+from operator_harness import PROBE, Operator, probe_yaml, until
+from operator_with_tokens import operator_with_tokens
 from shapes import broken, openapi, shape, shape_of_answer
-from support import PROBE, Operator, probe_yaml, until
 
 SNAPSHOT = Path(__file__).with_name("snapshot.json")
 IS_REWRITTEN = "CORTEX_REWRITE_SNAPSHOT" in os.environ
@@ -63,7 +63,10 @@ class Answers:
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """The current shapes of all answers."""
-    with guarded(tmp_path_factory.mktemp("snapshot"), "--require-token") as (running, tokens):
+    with operator_with_tokens(tmp_path_factory.mktemp("snapshot"), "--require-token") as (
+        running,
+        tokens,
+    ):
         answers = Answers(running, tokens)
         ask_deploys(answers)
         ask_jobs(answers)
@@ -238,9 +241,11 @@ def test_every_route_is_asked(shapes: dict[str, Any]) -> None:
 
 
 def test_a_foreign_host_is_refused_in_the_same_shape(
-    shared: Operator, shapes: dict[str, Any]
+    shared_operator: Operator, shapes: dict[str, Any]
 ) -> None:
-    answer = shared.http.get(f"{shared.url}/-/info", headers={"Host": "elsewhere.example"})
+    answer = shared_operator.http.get(
+        f"{shared_operator.url}/-/info", headers={"Host": "elsewhere.example"}
+    )
     assert (answer.status_code, answer.json()["kind"]) == (421, "request.foreign_host")
     assert shape(answer.json()) == shapes["answers"]["error: not_found"]["body"]
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from support import PROBE, TIME, Operator, probe_yaml, processes_with, until
+from operator_harness import PROBE, TIME, Operator, probe_yaml, processes_with, until
 
 
-def test_both_forms_of_the_url_give_the_same_answer(shared: Operator, probe: str) -> None:
-    job = shared.submit(probe)
-    done = shared.finished(probe, job)
-    by_path = shared.http.get(f"{probe}/{job['job_id']}").json()
-    by_query = shared.http.get(probe, params={"jobID": job["job_id"]}).json()
-    by_endpoint = shared.http.get(by_path["endpoint"]).json()
+def test_both_forms_of_the_url_give_the_same_answer(shared_operator: Operator, probe: str) -> None:
+    job = shared_operator.submit(probe)
+    done = shared_operator.finished(probe, job)
+    by_path = shared_operator.http.get(f"{probe}/{job['job_id']}").json()
+    by_query = shared_operator.http.get(probe, params={"jobID": job["job_id"]}).json()
+    by_endpoint = shared_operator.http.get(by_path["endpoint"]).json()
     assert by_path == by_query == by_endpoint
     assert by_path["job_status"] == done
     assert by_path.keys() >= {"job_status", "endpoint", "api_spec"}
@@ -27,254 +27,256 @@ def test_both_forms_of_the_url_give_the_same_answer(shared: Operator, probe: str
     assert by_path["job_status"].items() >= job.items()
 
 
-def test_a_running_job(shared: Operator, probe: str) -> None:
-    job = shared.submit(probe, config={"do": "sleep", "s": 300})
-    shared.await_log(probe, job, "asleep")
-    until(lambda: shared.status(probe, job)["worker_counts"]["running"], "running")
-    status = shared.status(probe, job)
+def test_a_running_job(shared_operator: Operator, probe: str) -> None:
+    job = shared_operator.submit(probe, config={"do": "sleep", "s": 300})
+    shared_operator.await_log(probe, job, "asleep")
+    until(lambda: shared_operator.status(probe, job)["worker_counts"]["running"], "running")
+    status = shared_operator.status(probe, job)
     assert status["status"] == "status_running"
     assert status["worker_counts"] == {"pending": 0, "running": 1}
     assert "end_time" not in status
     assert job["created_time"] <= status["start_time"]
-    shared.delete(probe, job)
+    shared_operator.delete(probe, job)
 
 
-def test_a_waiting_job_says_what_it_waits_for(own: Operator) -> None:
-    endpoint = own.deployed(probe_yaml().replace("1m", '"1"'), {"probe.py": PROBE})
-    first = own.submit(endpoint, config={"do": "sleep", "s": 300})
-    own.await_log(endpoint, first, "asleep")
-    second, third = own.submit(endpoint), own.submit(endpoint)
-    status = own.status(endpoint, second)
+def test_a_waiting_job_says_what_it_waits_for(own_operator: Operator) -> None:
+    endpoint = own_operator.deployed(probe_yaml().replace("1m", '"1"'), {"probe.py": PROBE})
+    first = own_operator.submit(endpoint, config={"do": "sleep", "s": 300})
+    own_operator.await_log(endpoint, first, "asleep")
+    second, third = own_operator.submit(endpoint), own_operator.submit(endpoint)
+    status = own_operator.status(endpoint, second)
     assert status["status"] == "status_running"
     assert status["worker_counts"] == {"pending": 1, "running": 0}
     assert status["start_time"] == status["created_time"]
     assert status["message"] == "needs 1 CPU, 0 free"
-    assert "behind" in own.status(endpoint, third)["message"]
-    assert own.delete(endpoint, second).status_code == 200
-    assert own.status(endpoint, second)["status"] == "status_stopped"
-    assert own.delete(endpoint, first).status_code == 200
-    assert own.finished(endpoint, third)["status"] == "status_succeeded"
+    assert "behind" in own_operator.status(endpoint, third)["message"]
+    assert own_operator.delete(endpoint, second).status_code == 200
+    assert own_operator.status(endpoint, second)["status"] == "status_stopped"
+    assert own_operator.delete(endpoint, first).status_code == 200
+    assert own_operator.finished(endpoint, third)["status"] == "status_succeeded"
 
 
-def test_times_are_ordered_and_written_to_the_nanosecond(shared: Operator, probe: str) -> None:
-    done = shared.run(probe)
+def test_times_are_ordered_and_written_to_the_nanosecond(
+    shared_operator: Operator, probe: str
+) -> None:
+    done = shared_operator.run(probe)
     times = [done["created_time"], done["start_time"], done["end_time"]]
     assert all(TIME.match(time) for time in times)
     assert times == sorted(times)
 
 
-def test_succeeded(shared: Operator, probe: str) -> None:
-    done = shared.run(probe, config={"do": "sleep", "s": 0})
+def test_succeeded(shared_operator: Operator, probe: str) -> None:
+    done = shared_operator.run(probe, config={"do": "sleep", "s": 0})
     assert done["status"] == "status_succeeded"
     assert (done["result"], done["exit_code"]) == ("rested", 0)
     assert "worker_counts" not in done
 
 
-def test_succeeded_without_a_result_that_is_json(shared: Operator, probe: str) -> None:
-    job = shared.submit(probe, config={"do": "unserialisable"})
-    done = shared.finished(probe, job)
+def test_succeeded_without_a_result_that_is_json(shared_operator: Operator, probe: str) -> None:
+    job = shared_operator.submit(probe, config={"do": "unserialisable"})
+    done = shared_operator.finished(probe, job)
     assert done["status"] == "status_succeeded"
     assert "result" not in done
     assert "not kept" in done["message"]
 
 
-def test_worker_error_about_a_file_whose_name_is_not_utf_8(shared: Operator) -> None:
+def test_worker_error_about_a_file_whose_name_is_not_utf_8(shared_operator: Operator) -> None:
     code = "import os\ndef task(config): raise OSError(os.fsdecode(b'\\xff'))"
-    done = shared.run(shared.deployed(probe_yaml("misnamed"), {"probe.py": code}))
+    done = shared_operator.run(shared_operator.deployed(probe_yaml("misnamed"), {"probe.py": code}))
     assert (done["status"], done["message"]) == ("status_worker_error", r"OSError: \udcff")
 
 
-def test_worker_error_raised(shared: Operator, probe: str) -> None:
-    job = shared.submit(probe, config={"do": "fail", "message": "bad C"})
-    done = shared.finished(probe, job)
+def test_worker_error_raised(shared_operator: Operator, probe: str) -> None:
+    job = shared_operator.submit(probe, config={"do": "fail", "message": "bad C"})
+    done = shared_operator.finished(probe, job)
     assert (done["status"], done["exit_code"]) == ("status_worker_error", 1)
     assert done["message"] == "ValueError: bad C"
-    log = shared.log_of(probe, job)
+    log = shared_operator.log_of(probe, job)
     assert "ValueError: bad C" in log
     assert 'probe.py", line' in log
     assert "/cortex/" not in log
 
 
-def test_worker_error_exit_code(shared: Operator, probe: str) -> None:
-    done = shared.run(probe, config={"do": "leave", "code": 7})
+def test_worker_error_exit_code(shared_operator: Operator, probe: str) -> None:
+    done = shared_operator.run(probe, config={"do": "leave", "code": 7})
     assert (done["status"], done["exit_code"]) == ("status_worker_error", 7)
     assert "7" in done["message"]
 
 
-def test_worker_error_by_a_signal_of_its_own(shared: Operator, probe: str) -> None:
-    done = shared.run(probe, config={"do": "die", "signal": int(signal.SIGSEGV)})
+def test_worker_error_by_a_signal_of_its_own(shared_operator: Operator, probe: str) -> None:
+    done = shared_operator.run(probe, config={"do": "die", "signal": int(signal.SIGSEGV)})
     assert (done["status"], done["exit_code"]) == ("status_worker_error", -signal.SIGSEGV)
     assert "SIGSEGV" in done["message"]
 
 
-def test_worker_error_killed(shared: Operator, probe: str) -> None:
-    done = shared.run(probe, config={"do": "die", "signal": int(signal.SIGKILL)})
+def test_worker_error_killed(shared_operator: Operator, probe: str) -> None:
+    done = shared_operator.run(probe, config={"do": "die", "signal": int(signal.SIGKILL)})
     assert (done["status"], done["exit_code"]) == ("status_worker_error", -signal.SIGKILL)
 
 
-def test_worker_error_cannot_be_imported(shared: Operator) -> None:
-    endpoint = shared.deployed(
+def test_worker_error_cannot_be_imported(shared_operator: Operator) -> None:
+    endpoint = shared_operator.deployed(
         probe_yaml("no-import"), {"probe.py": "import no_such_module\n\n\nclass Task: ...\n"}
     )
-    job = shared.submit(endpoint)
-    done = shared.finished(endpoint, job)
+    job = shared_operator.submit(endpoint)
+    done = shared_operator.finished(endpoint, job)
     assert done["status"] == "status_worker_error"
     assert "no_such_module" in done["message"]
-    assert "no_such_module" in shared.log_of(endpoint, job)
+    assert "no_such_module" in shared_operator.log_of(endpoint, job)
 
 
 @pytest.mark.parametrize("command", ["[python, probe.py]", '[sh, -c, "python probe.py; true"]'])
-def test_worker_oom(shared: Operator, command: str) -> None:
+def test_worker_oom(shared_operator: Operator, command: str) -> None:
     name = "hungry" if "sh" not in command else "hungry-shell"
     yaml = (
         f"- name: {name}\n  kind: TaskAPI\n  definition: {{command: {command}}}\n"
         "  compute: {cpu: 1m, mem: 64Mi}\n"
     )
     code = "hoard = []\nwhile True: hoard.append(bytearray(b'x') * 4 * 1024 * 1024)\n"
-    endpoint = shared.deployed(yaml, {"probe.py": code})
-    done = shared.run(endpoint)
+    endpoint = shared_operator.deployed(yaml, {"probe.py": code})
+    done = shared_operator.run(endpoint)
     assert done["status"] == "status_worker_oom"
     assert "64 MiB" in done["message"]
 
 
-def test_timed_out(shared: Operator, probe: str) -> None:
-    done = shared.run(probe, config={"do": "sleep", "s": 300}, timeout=1)
+def test_timed_out(shared_operator: Operator, probe: str) -> None:
+    done = shared_operator.run(probe, config={"do": "sleep", "s": 300}, timeout=1)
     assert done["status"] == "status_timed_out"
     assert "1 s" in done["message"]
 
 
-def test_timed_out_ignoring_sigterm(shared: Operator, probe: str) -> None:
-    done = shared.run(probe, config={"do": "stubborn"}, timeout=1)
+def test_timed_out_ignoring_sigterm(shared_operator: Operator, probe: str) -> None:
+    done = shared_operator.run(probe, config={"do": "stubborn"}, timeout=1)
     assert done["status"] == "status_timed_out"
 
 
-def test_timed_out_while_it_waited(own: Operator) -> None:
-    endpoint = own.deployed(probe_yaml().replace("1m", '"1"'), {"probe.py": PROBE})
-    first = own.submit(endpoint, config={"do": "sleep", "s": 300})
-    own.await_log(endpoint, first, "asleep")
-    done = own.run(endpoint, timeout=1)
+def test_timed_out_while_it_waited(own_operator: Operator) -> None:
+    endpoint = own_operator.deployed(probe_yaml().replace("1m", '"1"'), {"probe.py": PROBE})
+    first = own_operator.submit(endpoint, config={"do": "sleep", "s": 300})
+    own_operator.await_log(endpoint, first, "asleep")
+    done = own_operator.run(endpoint, timeout=1)
     assert done["status"] == "status_timed_out"
     assert "waited" in done["message"]
     assert done["start_time"] == done["created_time"]
 
 
-def test_stopped(shared: Operator, probe: str) -> None:
-    job = shared.submit(probe, config={"do": "sleep", "s": 300})
-    assert shared.delete(probe, job).status_code == 200
-    done = shared.status(probe, job)
+def test_stopped(shared_operator: Operator, probe: str) -> None:
+    job = shared_operator.submit(probe, config={"do": "sleep", "s": 300})
+    assert shared_operator.delete(probe, job).status_code == 200
+    done = shared_operator.status(probe, job)
     assert done["status"] == "status_stopped"
     assert "end_time" in done
     until(lambda: not processes_with(job["job_id"]), "its processes gone")
-    later = shared.status(probe, job)
+    later = shared_operator.status(probe, job)
     assert (later["status"], later["end_time"]) == (done["status"], done["end_time"])
 
 
-def test_stopped_because_the_api_was_deleted(shared: Operator) -> None:
-    endpoint = shared.deployed(probe_yaml("doomed"), {"probe.py": PROBE})
-    job = shared.submit(endpoint, config={"do": "sleep", "s": 300})
-    assert shared.http.delete(f"{shared.url}/-/apis/doomed").status_code == 200
-    assert shared.http.post(endpoint, json={}).status_code == 404
-    done = shared.status(endpoint, job)
+def test_stopped_because_the_api_was_deleted(shared_operator: Operator) -> None:
+    endpoint = shared_operator.deployed(probe_yaml("doomed"), {"probe.py": PROBE})
+    job = shared_operator.submit(endpoint, config={"do": "sleep", "s": 300})
+    assert shared_operator.http.delete(f"{shared_operator.url}/-/apis/doomed").status_code == 200
+    assert shared_operator.http.post(endpoint, json={}).status_code == 404
+    done = shared_operator.status(endpoint, job)
     assert done["status"] == "status_stopped"
     assert "deleted" in done["message"]
     until(lambda: not processes_with(job["job_id"]), "its processes gone")
 
 
-def test_unexpected_error_environment_cannot_be_built(shared: Operator) -> None:
-    endpoint = shared.deployed(
+def test_unexpected_error_environment_cannot_be_built(shared_operator: Operator) -> None:
+    endpoint = shared_operator.deployed(
         probe_yaml("unbuildable"),
         {"probe.py": PROBE, "requirements.txt": "no-such-package-cortex-probe==9\n"},
     )
-    job = shared.submit(endpoint)
-    done = shared.finished(endpoint, job)
+    job = shared_operator.submit(endpoint)
+    done = shared_operator.finished(endpoint, job)
     assert done["status"] == "status_unexpected_error"
     assert "environment" in done["message"]
-    assert "no-such-package-cortex-probe" in shared.log_of(endpoint, job)
+    assert "no-such-package-cortex-probe" in shared_operator.log_of(endpoint, job)
 
 
-def test_unexpected_error_engine_refuses(shared: Operator) -> None:
-    endpoint = shared.deployed(
+def test_unexpected_error_engine_refuses(shared_operator: Operator) -> None:
+    endpoint = shared_operator.deployed(
         probe_yaml("greedy").replace("cpu: 1m", "gpu: 999"), {"probe.py": PROBE}
     )
-    done = shared.run(endpoint)
+    done = shared_operator.run(endpoint)
     assert done["status"] == "status_unexpected_error"
     assert "needs 999 GPUs" in done["message"]
 
 
-def test_unexpected_error_supervisor_killed(shared: Operator, probe: str) -> None:
-    job = shared.submit(probe, config={"do": "sleep", "s": 300})
-    shared.await_log(probe, job, "asleep")
+def test_unexpected_error_supervisor_killed(shared_operator: Operator, probe: str) -> None:
+    job = shared_operator.submit(probe, config={"do": "sleep", "s": 300})
+    shared_operator.await_log(probe, job, "asleep")
     (worker,) = processes_with(f"CORTEX_JOB_ID={job['job_id']}")
     stat = Path(f"/proc/{worker}/stat").read_text()
     os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGKILL)
-    done = shared.finished(probe, job)
+    done = shared_operator.finished(probe, job)
     assert done["status"] == "status_unexpected_error"
     until(lambda: not processes_with(job["job_id"]), "its processes gone")
 
 
-def test_unknown_while_the_engine_cannot_tell_then_the_truth(own: Operator) -> None:
-    endpoint = own.deployed(probe_yaml(), {"probe.py": PROBE})
-    job = own.submit(endpoint, config={"do": "sleep", "s": 300})
-    own.await_log(endpoint, job, "asleep")
-    jobs, away = own.data_dir / "jobs", own.data_dir / "away"
+def test_unknown_while_the_engine_cannot_tell_then_the_truth(own_operator: Operator) -> None:
+    endpoint = own_operator.deployed(probe_yaml(), {"probe.py": PROBE})
+    job = own_operator.submit(endpoint, config={"do": "sleep", "s": 300})
+    own_operator.await_log(endpoint, job, "asleep")
+    jobs, away = own_operator.data_dir / "jobs", own_operator.data_dir / "away"
     jobs.rename(away)
     [worker] = processes_with(f"CORTEX_JOB_ID={job['job_id']}")
     supervisor = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(supervisor, signal.SIGKILL)
-    until(lambda: own.status(endpoint, job)["status"] == "status_unknown", "unknown")
-    assert "end_time" not in own.status(endpoint, job)
+    until(lambda: own_operator.status(endpoint, job)["status"] == "status_unknown", "unknown")
+    assert "end_time" not in own_operator.status(endpoint, job)
     if jobs.exists():
         shutil.rmtree(jobs)
     away.rename(jobs)
-    assert own.finished(endpoint, job)["status"] == "status_unexpected_error"
+    assert own_operator.finished(endpoint, job)["status"] == "status_unexpected_error"
 
 
 def test_wait_returns_when_the_job_completes_and_at_the_deadline(
-    shared: Operator, probe: str
+    shared_operator: Operator, probe: str
 ) -> None:
-    job = shared.submit(probe, config={"do": "sleep", "s": 300})
-    early = shared.get(probe, job, wait=0.2)["job_status"]
+    job = shared_operator.submit(probe, config={"do": "sleep", "s": 300})
+    early = shared_operator.get(probe, job, wait=0.2)["job_status"]
     assert early["status"] == "status_running"
-    shared.delete(probe, job)
-    assert shared.get(probe, job, wait=60)["job_status"]["status"] == "status_stopped"
+    shared_operator.delete(probe, job)
+    assert shared_operator.get(probe, job, wait=60)["job_status"]["status"] == "status_stopped"
 
 
-def test_jobs_are_listed_newest_first_in_pages(shared: Operator) -> None:
-    endpoint = shared.deployed(probe_yaml("listed"), {"probe.py": PROBE})
-    jobs = [shared.submit(endpoint)["job_id"] for _ in range(5)]
-    failed = shared.run(endpoint, config={"do": "fail", "message": "x"})["job_id"]
+def test_jobs_are_listed_newest_first_in_pages(shared_operator: Operator) -> None:
+    endpoint = shared_operator.deployed(probe_yaml("listed"), {"probe.py": PROBE})
+    jobs = [shared_operator.submit(endpoint)["job_id"] for _ in range(5)]
+    failed = shared_operator.run(endpoint, config={"do": "fail", "message": "x"})["job_id"]
     for job in jobs:
-        shared.finished(endpoint, {"job_id": job})
+        shared_operator.finished(endpoint, {"job_id": job})
     seen, query = [], {"limit": 4}
     while True:
-        page = shared.http.get(endpoint, params=query).json()
+        page = shared_operator.http.get(endpoint, params=query).json()
         seen += [job["job_id"] for job in page["job_statuses"]]
         if page["next_cursor"] is None:
             break
         query["cursor"] = page["next_cursor"]
     assert seen == [failed, *reversed(jobs)]
-    only = shared.http.get(endpoint, params={"status": "status_worker_error"}).json()
+    only = shared_operator.http.get(endpoint, params={"status": "status_worker_error"}).json()
     assert [job["job_id"] for job in only["job_statuses"]] == [failed]
-    by_name = f"{shared.url}/-/apis/listed/jobs"
+    by_name = f"{shared_operator.url}/-/apis/listed/jobs"
     queries: list[dict[str, Any]] = [{}, {"limit": 2}, {"status": "status_worker_error"}]
     for each in queries:
-        at_endpoint = shared.http.get(endpoint, params=each).json()
-        assert shared.http.get(by_name, params=each).json() == at_endpoint
-    assert shared.http.get(f"{shared.url}/-/apis/nothing/jobs").status_code == 404
+        at_endpoint = shared_operator.http.get(endpoint, params=each).json()
+        assert shared_operator.http.get(by_name, params=each).json() == at_endpoint
+    assert shared_operator.http.get(f"{shared_operator.url}/-/apis/nothing/jobs").status_code == 404
 
 
 @pytest.mark.parametrize(
     "query", [{"status": "fine"}, {"limit": 0}, {"limit": 1001}, {"cursor": "x"}, {"cursor": 2**63}]
 )
 def test_a_listing_that_cannot_be_is_refused(
-    shared: Operator, probe: str, query: dict[str, str]
+    shared_operator: Operator, probe: str, query: dict[str, str]
 ) -> None:
-    response = shared.http.get(probe, params=query)
+    response = shared_operator.http.get(probe, params=query)
     assert response.status_code == 400
     assert next(iter(query)) in response.json()["message"]
 
 
 @pytest.mark.parametrize("wait", ["-1", "x", "3601", "nan"])
-def test_a_wait_that_cannot_be_is_refused(shared: Operator, probe: str, wait: str) -> None:
-    job = shared.submit(probe)
-    assert shared.http.get(f"{probe}/{job['job_id']}?wait={wait}").status_code == 400
+def test_a_wait_that_cannot_be_is_refused(shared_operator: Operator, probe: str, wait: str) -> None:
+    job = shared_operator.submit(probe)
+    assert shared_operator.http.get(f"{probe}/{job['job_id']}?wait={wait}").status_code == 400

@@ -13,13 +13,13 @@ from typing import Any
 import httpx
 import pytest
 
-from guarded import SCOPES, cortex, guarded, token
-from support import PROBE, Operator, operator, probe_yaml
+from operator_harness import PROBE, Operator, operator, probe_yaml
+from operator_with_tokens import SCOPES, cortex, operator_with_tokens, token
 
 
 @pytest.fixture(scope="module")
 def safe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Operator, dict[str, str]]]:
-    with guarded(tmp_path_factory.mktemp("guarded"), "--require-token") as made:
+    with operator_with_tokens(tmp_path_factory.mktemp("guarded"), "--require-token") as made:
         made[0].deployed(probe_yaml(), {"probe.py": PROBE})
         yield made
 
@@ -140,7 +140,7 @@ def test_the_scheme_is_read_in_any_case(safe: tuple[Operator, dict[str, str]]) -
 
 
 def test_a_change_holds_from_the_next_request_on(tmp_path: Path) -> None:
-    with guarded(tmp_path, "--require-token") as (running, _):
+    with operator_with_tokens(tmp_path, "--require-token") as (running, _):
         late = token(running.data_dir, "late", "read")
         assert ask(running, "GET", "/-/apis", late).status_code == 200
         cortex("token", "revoke", "late", "--data-dir", str(running.data_dir))
@@ -148,7 +148,7 @@ def test_a_change_holds_from_the_next_request_on(tmp_path: Path) -> None:
 
 
 def test_secrets_are_nowhere_but_with_their_owner(tmp_path: Path) -> None:
-    with guarded(tmp_path, "--require-token") as (running, tokens):
+    with operator_with_tokens(tmp_path, "--require-token") as (running, tokens):
         running.environment["CORTEX_TOKEN"] = tokens["deploy"]
         running.stop()
         running.start()
@@ -174,7 +174,7 @@ def test_beyond_this_machine_an_operator_asks_for_tokens(tmp_path: Path) -> None
     assert "cortex token create" in told
     assert "--insecure" in told
     assert "cortex token create" in refusal(tmp_path / "data", "--require-token")
-    with guarded(tmp_path, "--host", "0.0.0.0") as (running, tokens):
+    with operator_with_tokens(tmp_path, "--host", "0.0.0.0") as (running, tokens):
         running.url = running.url.replace("0.0.0.0", "127.0.0.1")
         assert ask(running, "GET", "/-/apis", None).status_code == 401
         assert ask(running, "GET", "/-/apis", tokens["read"]).status_code == 200
@@ -188,7 +188,7 @@ def test_the_command_and_the_client_send_a_token(
 ) -> None:
     import cortex as package
 
-    with guarded(tmp_path, "--require-token") as (running, tokens):
+    with operator_with_tokens(tmp_path, "--require-token") as (running, tokens):
         running.deployed(probe_yaml(), {"probe.py": PROBE})
         config: dict[str, Any] = {"CORTEX_CLI_CONFIG_DIR": str(tmp_path / "cli")}
         configure = ("env", "configure", "far", "--operator-endpoint", running.url)

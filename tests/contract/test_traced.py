@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from another_user import UID, USER, passable_folder, waiting_for_import
 from cortex.worker import processes
-from support import PROBE, Operator, operator, probe_yaml, processes_with, reachable, until
-from tracing import COMMAND, Seen, Trace
+from operator_harness import PROBE, Operator, operator, probe_yaml, processes_with, reachable, until
+from root_operator import UID, USER, passable_folder, waiting_for_import
+from syscall_trace import COMMAND, Seen, Trace
 
 KEPT_DAYS = str(1 / 86_400)
 PACKAGE = {

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from engines.bench import LIMIT_S, Bench
-from engines.ray_bench import RayBench, Session, session
+from engines.engine_harness import LIMIT_S, EngineHarness
+from engines.ray_harness import RayHarness, Session, session
 
 RAY = (pytest.mark.ray, pytest.mark.xdist_group("ray"))
 
@@ -20,10 +20,10 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
 
 
 @pytest.fixture(params=["local", "local-watchdog", pytest.param("ray", marks=RAY)])
-def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
+def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EngineHarness]:
     """Every test says what each engine promises, and leaves nothing behind."""
     if request.param == "ray":
-        made: Bench = RayBench(tmp_path, request.getfixturevalue("ray_session"))
+        made: EngineHarness = RayHarness(tmp_path, request.getfixturevalue("ray_session"))
     else:
         made = _local(request.param, tmp_path)
     yield made
@@ -31,7 +31,7 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
 
 
 @pytest.fixture(params=["local", "local-watchdog"])
-def local_bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
+def local_harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EngineHarness]:
     """For tests of what the local engine alone has."""
     made = _local(request.param, tmp_path)
     yield made
@@ -39,22 +39,26 @@ def local_bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Benc
 
 
 @pytest.fixture
-def ray_bench(ray_session: Session, tmp_path: Path) -> Iterator[RayBench]:
+def ray_harness(ray_session: Session, tmp_path: Path) -> Iterator[RayHarness]:
     """For tests of what the Ray engine alone has."""
-    made = RayBench(tmp_path, ray_session)
+    made = RayHarness(tmp_path, ray_session)
     yield made
     nothing_is_left(made)
 
 
-def _local(name: str, folder: Path) -> Bench:
+def _local(name: str, folder: Path) -> EngineHarness:
     """The best that this machine allows, or what is left to a user who may set up nothing."""
-    return Bench(folder, "watchdog", "copy") if name == "local-watchdog" else Bench(folder)
+    return (
+        EngineHarness(folder, "watchdog", "copy")
+        if name == "local-watchdog"
+        else EngineHarness(folder)
+    )
 
 
-def nothing_is_left(bench: Bench) -> None:
-    bench.close()
+def nothing_is_left(harness: EngineHarness) -> None:
+    harness.close()
     end = time.monotonic() + LIMIT_S
-    while bench.left() and time.monotonic() < end:
-        bench.sweep()
+    while harness.left() and time.monotonic() < end:
+        harness.sweep()
         time.sleep(0.02)
-    assert bench.left() == []
+    assert harness.left() == []

@@ -17,7 +17,7 @@ from cortex.engines.base import Ending, NeverStarted
 from cortex.engines.local import LocalEngine, backstop
 from cortex.system.background import Background
 from cortex.worker import processes
-from engines.bench import SLEEP, Bench, exists, until
+from engines.engine_harness import SLEEP, EngineHarness, exists, until
 from engines.test_recovery import pid_of
 
 TRACES = """
@@ -28,8 +28,8 @@ time.sleep(300)
 
 
 @pytest.fixture
-def bench(local_bench: Bench) -> Bench:
-    return local_bench
+def harness(local_harness: EngineHarness) -> EngineHarness:
+    return local_harness
 
 
 @pytest.fixture(autouse=True)
@@ -51,40 +51,42 @@ def held_up(pid: int) -> Iterator[None]:
             tracer.kill()
 
 
-def test_an_order_that_a_stopped_process_does_not_begin_with_is_taken_from_it(bench: Bench) -> None:
+def test_an_order_that_a_stopped_process_does_not_begin_with_is_taken_from_it(
+    harness: EngineHarness,
+) -> None:
     """A job of the same user may stop those that wait for others' jobs."""
 
     async def scenario(engine: LocalEngine) -> None:
-        first = bench.attempt("def task(c): return 1")
-        await bench.outcome(engine, first)
-        supervisor = pid_of(bench, first)
+        first = harness.attempt("def task(c): return 1")
+        await harness.outcome(engine, first)
+        supervisor = pid_of(harness, first)
         with held_up(supervisor):
-            following = replace(bench.attempt("def task(c): return 1"), version=first.version)
-            await bench.start(engine, following)
-            assert isinstance(await bench.last(following), NeverStarted)
+            following = replace(harness.attempt("def task(c): return 1"), version=first.version)
+            await harness.start(engine, following)
+            assert isinstance(await harness.last(following), NeverStarted)
         await until(lambda: not exists(supervisor))  # its fork server collects it
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 def test_a_job_that_its_supervisor_does_not_end_is_ended(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    harness: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where the job has written into that process: here it was told of no deadline."""
     monkeypatch.setattr(backstop, "RUNNING_OVERDUE_S", 0.2)
-    bench.grace_s = 0.1
+    harness.grace_s = 0.1
 
     async def scenario(engine: LocalEngine) -> None:
         order = engine._order
         monkeypatch.setattr(engine, "_order", lambda each: order(replace(each, deadline=None)))
-        first = bench.attempt("def task(c): return 1")
-        await bench.outcome(engine, first)  # the next begins long before its timeout
-        attempt = bench.attempt(SLEEP, config={"file": str(bench.marker)}, timeout=2)
-        begun = await bench.begin(engine, replace(attempt, version=first.version))
-        assert (await bench.ended(begun)).ending is Ending.TIMED_OUT
-        await until(lambda: not exists(pid_of(bench, begun)))
+        first = harness.attempt("def task(c): return 1")
+        await harness.outcome(engine, first)  # the next begins long before its timeout
+        attempt = harness.attempt(SLEEP, config={"file": str(harness.marker)}, timeout=2)
+        begun = await harness.begin(engine, replace(attempt, version=first.version))
+        assert (await harness.ended(begun)).ending is Ending.TIMED_OUT
+        await until(lambda: not exists(pid_of(harness, begun)))
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 @dataclass(eq=False)

@@ -12,69 +12,69 @@ from pathlib import Path
 import pytest
 
 from cortex.engines.base import Ended, Ending, Engine, NeverStarted, Started
-from engines.bench import Bench, exists
+from engines.engine_harness import EngineHarness, exists
 
 MIB = 1 << 20
 SH = "/bin/sh"
 
 
-def test_a_task_succeeds_with_its_result(bench: Bench) -> None:
+def test_a_task_succeeds_with_its_result(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = bench.attempt(
+        attempt = harness.attempt(
             "class Task:\n    def __call__(self, config):\n        return {'got': config}\n",
             config={"mine": [1, "ä"]},
         )
-        ended = await bench.outcome(engine, attempt)
+        ended = await harness.outcome(engine, attempt)
         assert (ended.ending, ended.exit_code, ended.message) == (Ending.EXITED, 0, None)
         assert ended.has_result
         assert ended.result == {"got": {"deployed": True, "mine": [1, "ä"]}}
         assert attempt.spec.created_ns <= ended.start_ns <= ended.end_ns
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_start_is_told_while_the_job_runs(bench: Bench) -> None:
+def test_a_start_is_told_while_the_job_runs(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = bench.sleeper()
-        await bench.start(engine, attempt)
-        started = await bench.started(attempt)
-        bench.go()
-        ended = await bench.ended(attempt)
+        attempt = harness.sleeper()
+        await harness.start(engine, attempt)
+        started = await harness.started(attempt)
+        harness.go()
+        ended = await harness.ended(attempt)
         assert attempt.spec.created_ns <= started.start_ns == ended.start_ns
-        assert bench.seen.index(started) < bench.seen.index(ended)
+        assert harness.seen.index(started) < harness.seen.index(ended)
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_task_may_be_a_function(bench: Bench) -> None:
+def test_a_task_may_be_a_function(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
-        ended = await bench.outcome(engine, bench.attempt("def task(config): return 7"))
+        ended = await harness.outcome(engine, harness.attempt("def task(config): return 7"))
         assert (ended.result, ended.has_result) == (7, True)
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 def test_an_exception_is_exit_1_with_its_last_line_and_a_traceback_of_the_users_frames(
-    bench: Bench,
+    harness: EngineHarness,
 ) -> None:
     async def scenario(engine: Engine) -> None:
-        bench.write("def check(c):\n    raise ValueError(f'bad {c}')\n", "helper.py")
-        attempt = bench.attempt(
+        harness.write("def check(c):\n    raise ValueError(f'bad {c}')\n", "helper.py")
+        attempt = harness.attempt(
             "import helper\nclass Task:\n    def __call__(self, config):\n"
             "        print('before')\n        helper.check('C')\n"
         )
-        ended = await bench.outcome(engine, attempt)
+        ended = await harness.outcome(engine, attempt)
         assert (ended.ending, ended.exit_code) == (Ending.EXITED, 1)
         assert ended.message == "ValueError: bad C"
         assert not ended.has_result
-        lines = bench.log(attempt).splitlines()
+        lines = harness.log(attempt).splitlines()
         assert lines[:2] == ["before", "Traceback (most recent call last):"]
         assert lines[-1] == "ValueError: bad C"
         files = [line.split('"')[1] for line in lines if line.startswith("  File")]
-        here = bench.files(attempt).name
+        here = harness.files(attempt).name
         assert [file.split("/")[-2:] for file in files] == [[here, "task.py"], [here, "helper.py"]]
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 @pytest.mark.parametrize(
@@ -90,17 +90,19 @@ def test_an_exception_is_exit_1_with_its_last_line_and_a_traceback_of_the_users_
         ("async def task(config): pass", "the task is async"),
     ],
 )
-def test_a_file_that_is_no_task_is_a_clear_error(bench: Bench, code: str, message: str) -> None:
+def test_a_file_that_is_no_task_is_a_clear_error(
+    harness: EngineHarness, code: str, message: str
+) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = bench.attempt(code)
-        ended = await bench.outcome(engine, attempt)
+        attempt = harness.attempt(code)
+        ended = await harness.outcome(engine, attempt)
         assert (ended.ending, ended.exit_code) == (Ending.EXITED, 1)
         assert ended.message is not None
         assert ended.message.startswith(message)
-        assert message in bench.log(attempt)
-        assert "cortex/worker" not in bench.log(attempt)
+        assert message in harness.log(attempt)
+        assert "cortex/worker" not in harness.log(attempt)
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 @pytest.mark.parametrize(
@@ -112,12 +114,14 @@ def test_a_file_that_is_no_task_is_a_clear_error(bench: Bench, code: str, messag
         ("'no such file'", 1, "no such file"),
     ],
 )
-def test_sys_exit_is_honoured(bench: Bench, code: str, exit_code: int, message: str | None) -> None:
+def test_sys_exit_is_honoured(
+    harness: EngineHarness, code: str, exit_code: int, message: str | None
+) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = bench.attempt(
+        attempt = harness.attempt(
             f"import sys\ndef task(config):\n    print('on my way')\n    sys.exit({code})\n"
         )
-        ended = await bench.outcome(engine, attempt)
+        ended = await harness.outcome(engine, attempt)
         assert (ended.ending, ended.exit_code, ended.message) == (
             Ending.EXITED,
             exit_code,
@@ -125,7 +129,7 @@ def test_sys_exit_is_honoured(bench: Bench, code: str, exit_code: int, message: 
         )
         assert not ended.has_result
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 @pytest.mark.parametrize(
@@ -141,31 +145,33 @@ def test_sys_exit_is_honoured(bench: Bench, code: str, exit_code: int, message: 
     ],
 )
 def test_a_command_ends_as_it_ends(
-    bench: Bench, command: list[str], exit_code: int, message: str | None
+    harness: EngineHarness, command: list[str], exit_code: int, message: str | None
 ) -> None:
     async def scenario(engine: Engine) -> None:
-        bench.write("x", "not-executable")
-        ended = await bench.outcome(engine, bench.attempt(command=command))
+        harness.write("x", "not-executable")
+        ended = await harness.outcome(engine, harness.attempt(command=command))
         assert (ended.ending, ended.exit_code) == (Ending.EXITED, exit_code)
         assert (ended.message or "").startswith(message or "")
         assert (ended.message is None) == (message is None)
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_worker_that_is_killed_from_outside_has_exited_by_that_signal(bench: Bench) -> None:
+def test_a_worker_that_is_killed_from_outside_has_exited_by_that_signal(
+    harness: EngineHarness,
+) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = bench.attempt(
+        attempt = harness.attempt(
             "import os, time\ndef task(config):\n"
             "    print('pid', os.getpid(), flush=True)\n    time.sleep(60)\n"
         )
-        await bench.start(engine, attempt)
-        await bench.printed(attempt, "pid")
-        os.kill(int(bench.log(attempt).split()[1]), signal.SIGKILL)
-        ended = await bench.ended(attempt)
+        await harness.start(engine, attempt)
+        await harness.printed(attempt, "pid")
+        os.kill(int(harness.log(attempt).split()[1]), signal.SIGKILL)
+        ended = await harness.ended(attempt)
         assert (ended.ending, ended.exit_code) == (Ending.EXITED, -9)
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 # And stays as large, until whoever watches it has seen that.
@@ -185,68 +191,72 @@ time.sleep(60)
 """
 
 
-def test_a_task_over_its_memory_is_out_of_memory(bench: Bench) -> None:
+def test_a_task_over_its_memory_is_out_of_memory(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
         eat = "\n".join("    " + line for line in EAT.splitlines())
-        attempt = bench.attempt(f"import time\ndef task(config):\n{eat}\n", mem=96 * MIB)
-        ended = await bench.outcome(engine, attempt)
+        attempt = harness.attempt(f"import time\ndef task(config):\n{eat}\n", mem=96 * MIB)
+        ended = await harness.outcome(engine, attempt)
         assert ended.ending is Ending.OUT_OF_MEMORY
         assert ended.exit_code == -9
         assert ended.message == "exceeded its memory limit of 96 MiB"
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_child_over_the_memory_is_out_of_memory_though_its_shell_goes_on(bench: Bench) -> None:
+def test_a_child_over_the_memory_is_out_of_memory_though_its_shell_goes_on(
+    harness: EngineHarness,
+) -> None:
     async def scenario(engine: Engine) -> None:
-        (bench.project / "eat.py").write_text("import time\n" + EAT)
-        attempt = bench.attempt(
+        (harness.project / "eat.py").write_text("import time\n" + EAT)
+        attempt = harness.attempt(
             command=[SH, "-c", f"{sys.executable} eat.py; sleep 60; exit 0"], mem=96 * MIB
         )
-        ended = await bench.outcome(engine, attempt)
+        ended = await harness.outcome(engine, attempt)
         assert ended.ending is Ending.OUT_OF_MEMORY
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_child_that_is_left_over_the_memory_is_out_of_memory(bench: Bench) -> None:
+def test_a_child_that_is_left_over_the_memory_is_out_of_memory(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
-        (bench.project / "eat.py").write_text(EAT_ONCE_LEFT)
+        (harness.project / "eat.py").write_text(EAT_ONCE_LEFT)
         script = f"{sys.executable} eat.py & until [ -e ready ]; do sleep 0.01; done"
-        attempt = bench.attempt(command=[SH, "-c", script], mem=64 * MIB)
-        ended = await bench.outcome(engine, attempt)
+        attempt = harness.attempt(command=[SH, "-c", script], mem=64 * MIB)
+        ended = await harness.outcome(engine, attempt)
         assert ended.ending is Ending.OUT_OF_MEMORY
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_task_within_its_memory_succeeds(bench: Bench) -> None:
+def test_a_task_within_its_memory_succeeds(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = bench.attempt("def task(config): return len(bytearray(8 << 20))", mem=96 * MIB)
-        assert (await bench.outcome(engine, attempt)).result == 8 * MIB
+        attempt = harness.attempt("def task(config): return len(bytearray(8 << 20))", mem=96 * MIB)
+        assert (await harness.outcome(engine, attempt)).result == 8 * MIB
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_the_timeout_ends_a_job(bench: Bench) -> None:
+def test_the_timeout_ends_a_job(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
         code = "import time\ndef task(config): time.sleep(config['s'])"
-        first = bench.attempt(code, config={"s": 0})
-        await bench.outcome(engine, first)  # else its time may be over before it has an interpreter
-        attempt = bench.attempt(code, config={"s": 60}, timeout=1)
-        ended = await bench.outcome(engine, replace(attempt, version=first.version))
+        first = harness.attempt(code, config={"s": 0})
+        await harness.outcome(
+            engine, first
+        )  # else its time may be over before it has an interpreter
+        attempt = harness.attempt(code, config={"s": 60}, timeout=1)
+        ended = await harness.outcome(engine, replace(attempt, version=first.version))
         assert ended.ending is Ending.TIMED_OUT
         assert ended.message == "timeout of 1 s passed"
         deadline_ns = attempt.spec.deadline_ns
         assert deadline_ns is not None
         assert ended.end_ns >= deadline_ns
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_stopped_task_may_save_its_work(bench: Bench) -> None:
+def test_a_stopped_task_may_save_its_work(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = bench.attempt("""
+        attempt = harness.attempt("""
             import os, signal, sys, time
             def save(*_):
                 os.write(1, b"saved\\n")  # print is not for signal handlers
@@ -256,49 +266,49 @@ def test_a_stopped_task_may_save_its_work(bench: Bench) -> None:
                 print("ready", flush=True)
                 time.sleep(60)
         """)
-        await bench.start(engine, attempt)
-        await bench.printed(attempt, "ready")
+        await harness.start(engine, attempt)
+        await harness.printed(attempt, "ready")
         engine.stop(attempt.spec.job_id)
-        ended = await bench.ended(attempt)
+        ended = await harness.ended(attempt)
         assert (ended.ending, ended.exit_code) == (Ending.STOPPED, 0)
-        assert bench.log(attempt) == "ready\nsaved\n"
+        assert harness.log(attempt) == "ready\nsaved\n"
         engine.stop(attempt.spec.job_id)  # harmless now
 
-    bench.grace_s = 60
-    bench.run(scenario)
+    harness.grace_s = 60
+    harness.run(scenario)
 
 
-def test_a_task_that_ignores_the_stop_is_killed_after_the_grace(bench: Bench) -> None:
+def test_a_task_that_ignores_the_stop_is_killed_after_the_grace(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = bench.attempt("""
+        attempt = harness.attempt("""
             import signal, time
             def task(config):
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 print("ready", flush=True)
                 time.sleep(60)
         """)
-        await bench.start(engine, attempt)
-        await bench.printed(attempt, "ready")
+        await harness.start(engine, attempt)
+        await harness.printed(attempt, "ready")
         engine.stop(attempt.spec.job_id)
-        ended = await bench.ended(attempt)
+        ended = await harness.ended(attempt)
         assert (ended.ending, ended.exit_code) == (Ending.STOPPED, -9)
 
-    bench.grace_s = 0.3
-    bench.run(scenario)
+    harness.grace_s = 0.3
+    harness.run(scenario)
 
 
-def test_a_stop_right_after_the_start_is_not_lost(bench: Bench) -> None:
+def test_a_stop_right_after_the_start_is_not_lost(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
         for _ in range(5):
-            attempt = bench.attempt(command=["sleep", "60"], api_id="same")
-            await bench.start(engine, attempt)
+            attempt = harness.attempt(command=["sleep", "60"], api_id="same")
+            await harness.start(engine, attempt)
             engine.stop(attempt.spec.job_id)
-            last = await bench.last(attempt)
+            last = await harness.last(attempt)
             assert isinstance(last, NeverStarted) or (
                 isinstance(last, Ended) and last.ending is Ending.STOPPED
             )
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 DAEMON = """
@@ -320,26 +330,26 @@ DAEMON = """
 
 
 @pytest.mark.parametrize("sleep", [0.2, 60])
-def test_daemonised_grandchildren_end_with_the_job(bench: Bench, sleep: float) -> None:
+def test_daemonised_grandchildren_end_with_the_job(harness: EngineHarness, sleep: float) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = bench.attempt(DAEMON, config={"sleep": sleep})
-        await bench.start(engine, attempt)
-        await bench.printed(attempt, "daemon")
-        pid = int(bench.log(attempt).split()[1])
+        attempt = harness.attempt(DAEMON, config={"sleep": sleep})
+        await harness.start(engine, attempt)
+        await harness.printed(attempt, "daemon")
+        pid = int(harness.log(attempt).split()[1])
         if sleep > 1:
             engine.stop(attempt.spec.job_id)
-        ended = await bench.ended(attempt)
+        ended = await harness.ended(attempt)
         assert ended.ending is (Ending.STOPPED if sleep > 1 else Ending.EXITED)
         assert not exists(pid)
 
-    bench.grace_s = 0.3
-    bench.run(scenario)
+    harness.grace_s = 0.3
+    harness.run(scenario)
 
 
-def test_a_fork_bomb_is_gone_after_a_stop(bench: Bench) -> None:
+def test_a_fork_bomb_is_gone_after_a_stop(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
         # Each process lives for a moment and leaves a successor or two: never more than 60.
-        attempt = bench.attempt("""
+        attempt = harness.attempt("""
             import os, signal, time
             def task(config):
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -354,18 +364,18 @@ def test_a_fork_bomb_is_gone_after_a_stop(bench: Bench) -> None:
                         os._exit(0)
                 time.sleep(60)
         """)
-        await bench.start(engine, attempt)
-        await bench.printed(attempt, "ready")
+        await harness.start(engine, attempt)
+        await harness.printed(attempt, "ready")
         engine.stop(attempt.spec.job_id)
-        assert (await bench.ended(attempt)).ending is Ending.STOPPED
+        assert (await harness.ended(attempt)).ending is Ending.STOPPED
 
-    bench.grace_s = 0.2
-    bench.run(scenario)
+    harness.grace_s = 0.2
+    harness.run(scenario)
 
 
-def test_the_log_is_complete_and_in_order(bench: Bench) -> None:
+def test_the_log_is_complete_and_in_order(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = bench.attempt("""
+        attempt = harness.attempt("""
             import subprocess, sys, threading, time
             written = threading.Event()
             def late():
@@ -382,12 +392,12 @@ def test_the_log_is_complete_and_in_order(bench: Bench) -> None:
                 sys.stdout.write("no newline")
                 written.set()
         """)
-        await bench.outcome(engine, attempt)
-        assert bench.log(attempt) == (
+        await harness.outcome(engine, attempt)
+        assert harness.log(attempt) == (
             "ünï\\udc80\nerror\nchild\nno newlinefrom a thread\nat exit\n"
         )
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 @pytest.mark.parametrize(
@@ -399,29 +409,31 @@ def test_the_log_is_complete_and_in_order(bench: Bench) -> None:
     ],
 )
 def test_a_value_that_cannot_be_kept_does_not_fail_the_task(
-    bench: Bench, value: str, why: str
+    harness: EngineHarness, value: str, why: str
 ) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = bench.attempt(f"def task(config): return {value}")
-        ended = await bench.outcome(engine, attempt)
+        attempt = harness.attempt(f"def task(config): return {value}")
+        ended = await harness.outcome(engine, attempt)
         assert (ended.ending, ended.exit_code, ended.has_result) == (Ending.EXITED, 0, False)
         assert ended.message is not None
         assert why in ended.message
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_large_result_is_kept(bench: Bench) -> None:
+def test_a_large_result_is_kept(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
-        ended = await bench.outcome(engine, bench.attempt("def task(config): return 'x' * 1000000"))
+        ended = await harness.outcome(
+            engine, harness.attempt("def task(config): return 'x' * 1000000")
+        )
         assert ended.result == "x" * 1000000
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_nothing_leaks_from_one_job_to_the_next(bench: Bench) -> None:
+def test_nothing_leaks_from_one_job_to_the_next(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
-        bench.write("seen = []\n", "state.py")
+        harness.write("seen = []\n", "state.py")
         code = """
             import random, os, state
             import json
@@ -433,31 +445,31 @@ def test_nothing_leaks_from_one_job_to_the_next(bench: Bench) -> None:
         """
         results = []
         for _ in range(2):
-            ended = await bench.outcome(engine, bench.attempt(code, api_id="same"))
+            ended = await harness.outcome(engine, harness.attempt(code, api_id="same"))
             results.append(ended.result)
         assert [r[:3] for r in results if isinstance(r, list)] == [[1, 1, "x"]] * 2
         assert results[0] != results[1]
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_the_users_modules_shadow_as_in_a_plain_interpreter(bench: Bench) -> None:
+def test_the_users_modules_shadow_as_in_a_plain_interpreter(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
         # Of this name the worker has one itself; a built-in module is never the user's.
-        bench.write("mine = True\n", "json.py")
-        bench.write("mine = True\n", "lib/other.py")
-        attempt = bench.attempt(
+        harness.write("mine = True\n", "json.py")
+        harness.write("mine = True\n", "lib/other.py")
+        attempt = harness.attempt(
             "import json, other\ndef task(config): return [json.mine, other.mine]",
             python_path="lib",
         )
-        assert (await bench.outcome(engine, attempt)).result == [True, True]
+        assert (await harness.outcome(engine, attempt)).result == [True, True]
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_multiprocessing_works_in_every_way_of_starting(bench: Bench) -> None:
+def test_multiprocessing_works_in_every_way_of_starting(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = bench.attempt(
+        attempt = harness.attempt(
             """
             import multiprocessing
             from cortex.logger import logger
@@ -472,21 +484,21 @@ def test_multiprocessing_works_in_every_way_of_starting(bench: Bench) -> None:
             """,
             path="deep/work.py",
         )
-        assert (await bench.outcome(engine, attempt)).result == [2, 4, 2, 4, 2, 4]
+        assert (await harness.outcome(engine, attempt)).result == [2, 4, 2, 4, 2, 4]
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_the_environment_is_clean(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_clean(harness: EngineHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPERATORS_SECRET", "s")
-    bench.env = {"MINE": "m", "PATH": "/opt/bin:/usr/bin:/bin"}
+    harness.env = {"MINE": "m", "PATH": "/opt/bin:/usr/bin:/bin"}
 
     async def scenario(engine: Engine) -> None:
         probe = "import os\ndef task(config): return dict(os.environ)"
-        attempt = bench.attempt(probe)
-        env = (await bench.outcome(engine, attempt)).result
+        attempt = harness.attempt(probe)
+        env = (await harness.outcome(engine, attempt)).result
         assert isinstance(env, dict)
-        folder = bench.folder(attempt)
+        folder = harness.folder(attempt)
         assert "OPERATORS_SECRET" not in env
         assert env["MINE"] == "m"
         assert env["CORTEX_JOB_ID"] == attempt.spec.job_id
@@ -498,43 +510,43 @@ def test_the_environment_is_clean(bench: Bench, monkeypatch: pytest.MonkeyPatch)
         assert env["CORTEX_JOB_SPEC"] == str(folder / "job.json")
         job = json.loads((folder / "job.json").read_text())
         assert job["config"] == {"deployed": True}
-        attempt = bench.attempt(command=["env"])
-        await bench.outcome(engine, attempt)
-        names = {line.partition("=")[0] for line in bench.log(attempt).splitlines()}
+        attempt = harness.attempt(command=["env"])
+        await harness.outcome(engine, attempt)
+        names = {line.partition("=")[0] for line in harness.log(attempt).splitlines()}
         assert names == set(env) - {"LC_CTYPE"} or names == set(env)
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_worker_inherits_no_file_and_no_signal_state(bench: Bench) -> None:
+def test_a_worker_inherits_no_file_and_no_signal_state(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = bench.attempt(command=["ls", "-l", "/proc/self/fd"])
-        await bench.outcome(engine, attempt)
-        lines = bench.log(attempt).splitlines()
+        attempt = harness.attempt(command=["ls", "-l", "/proc/self/fd"])
+        await harness.outcome(engine, attempt)
+        lines = harness.log(attempt).splitlines()
         targets = [line.split(" -> ")[1] for line in lines if " -> " in line]
-        path = str(bench.folder(attempt) / "log")
+        path = str(harness.folder(attempt) / "log")
         assert targets[:3] == ["/dev/null", path, path]
         assert len(targets) == 4  # the last is the folder that it lists
-        attempt = bench.attempt(command=["grep", "-E", "Sig(Blk|Ign)", "/proc/self/status"])
-        await bench.outcome(engine, attempt)
-        masks = [int(line.split()[1], 16) for line in bench.log(attempt).splitlines()]
+        attempt = harness.attempt(command=["grep", "-E", "Sig(Blk|Ign)", "/proc/self/status"])
+        await harness.outcome(engine, attempt)
+        masks = [int(line.split()[1], 16) for line in harness.log(attempt).splitlines()]
         # Signals 32 and 33 are the C library's own: no program can reset what was inherited.
         assert [mask & ~(0b11 << 31) for mask in masks] == [0, 0]
-        attempt = bench.attempt("import os\ndef task(c): return os.listdir('/proc/self/fd')")
-        fds = (await bench.outcome(engine, attempt)).result
+        attempt = harness.attempt("import os\ndef task(c): return os.listdir('/proc/self/fd')")
+        fds = (await harness.outcome(engine, attempt)).result
         assert isinstance(fds, list)
         assert len(fds) == 5  # the pipe that the result goes through, and the listed folder
-        attempt = bench.attempt(command=["pwd"])
-        await bench.outcome(engine, attempt)
+        attempt = harness.attempt(command=["pwd"])
+        await harness.outcome(engine, attempt)
         # A copy of the project has the name of its folder, an overlay all of its path.
-        assert Path(bench.log(attempt).strip()).name == bench.files(attempt).name
+        assert Path(harness.log(attempt).strip()).name == harness.files(attempt).name
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_the_logger_writes_json_lines(bench: Bench) -> None:
+def test_the_logger_writes_json_lines(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = bench.attempt("""
+        attempt = harness.attempt("""
             from cortex.logger import logger
             def task(config):
                 logger.debug("not shown")
@@ -544,8 +556,8 @@ def test_the_logger_writes_json_lines(bench: Bench) -> None:
                 except ZeroDivisionError:
                     logger.exception("oh")
         """)
-        await bench.outcome(engine, attempt)
-        first, second = map(json.loads, bench.log(attempt).splitlines())
+        await harness.outcome(engine, attempt)
+        first, second = map(json.loads, harness.log(attempt).splitlines())
         assert first.pop("timestamp").endswith("Z")
         assert first == {
             "level": "info",
@@ -556,17 +568,17 @@ def test_the_logger_writes_json_lines(bench: Bench) -> None:
         }
         assert second["exc_info"].endswith("ZeroDivisionError: division by zero")
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_the_environment_is_the_users_own_and_warm(bench: Bench) -> None:
+def test_the_environment_is_the_users_own_and_warm(harness: EngineHarness) -> None:
     """Nothing of the operator's site-packages is seen; what the API asks for is imported ahead."""
 
     async def scenario(engine: Engine) -> None:
         ahead = "import os\npid = os.getpid()\n"
-        bench.bare_environment({"third": ahead, "fourth": ahead})
-        bench.write("import os\npid = os.getpid()\n", "own.py")
-        attempt = bench.attempt(
+        harness.bare_environment({"third": ahead, "fourth": ahead})
+        harness.write("import os\npid = os.getpid()\n", "own.py")
+        attempt = harness.attempt(
             """
             import importlib.util, os, sys
             import own, third, fourth
@@ -584,14 +596,14 @@ def test_the_environment_is_the_users_own_and_warm(bench: Bench) -> None:
             """,
             preload=("fourth",),
         )
-        result = (await bench.outcome(engine, attempt)).result
+        result = (await harness.outcome(engine, attempt)).result
         assert isinstance(result, dict)
         venv = result.pop("venv")
         assert venv != sys.prefix
         theirs = {"pydantic": False, "own": True, "third": True, "fourth": False}
         assert result == {**theirs, "prefix": venv}
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 @pytest.mark.parametrize(
@@ -607,50 +619,50 @@ def test_the_environment_is_the_users_own_and_warm(bench: Bench) -> None:
     ids=["thread", "file", "exit"],
 )
 def test_an_import_that_jobs_cannot_share_is_left_to_each(
-    bench: Bench, module: str, exit_code: int
+    harness: EngineHarness, module: str, exit_code: int
 ) -> None:
     async def scenario(engine: Engine) -> None:
-        bench.bare_environment({"third": "import os\npid = os.getpid()\n" + module})
-        attempt = bench.attempt(
+        harness.bare_environment({"third": "import os\npid = os.getpid()\n" + module})
+        attempt = harness.attempt(
             "import os, third\ndef task(config): return third.pid == os.getpid()"
         )
-        ended = await bench.outcome(engine, attempt)
+        ended = await harness.outcome(engine, attempt)
         assert ended.exit_code == exit_code
         assert ended.result is (None if exit_code else True)
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_stop_while_the_interpreter_is_being_warmed_is_at_once(bench: Bench) -> None:
+def test_a_stop_while_the_interpreter_is_being_warmed_is_at_once(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
-        bench.bare_environment({"third": "import time\ntime.sleep(5)\n"})
-        attempt = bench.attempt("import third\ndef task(config): print('ran')")
-        await bench.start(engine, attempt)
+        harness.bare_environment({"third": "import time\ntime.sleep(5)\n"})
+        attempt = harness.attempt("import third\ndef task(config): print('ran')")
+        await harness.start(engine, attempt)
         engine.stop(attempt.spec.job_id)
-        assert isinstance(await bench.last(attempt), NeverStarted)
-        assert bench.log(attempt) == ""
+        assert isinstance(await harness.last(attempt), NeverStarted)
+        assert harness.log(attempt) == ""
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_many_jobs_at_once(bench: Bench) -> None:
+def test_many_jobs_at_once(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
         attempts = [
-            bench.attempt(
+            harness.attempt(
                 "def task(c): return c['i']", config={"i": i}, api_id="same", mem=64 * MIB, cpu_m=1
             )
             for i in range(40)
         ]
         for attempt in attempts:
-            await bench.start(engine, attempt)
-        assert [(await bench.ended(a)).result for a in attempts] == list(range(40))
-        starts = [seen.job_id for seen in bench.seen if isinstance(seen, Started)]
+            await harness.start(engine, attempt)
+        assert [(await harness.ended(a)).result for a in attempts] == list(range(40))
+        starts = [seen.job_id for seen in harness.seen if isinstance(seen, Started)]
         assert len(starts) == len(set(starts))
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_config_of_any_size_reaches_the_task_and_its_file(bench: Bench) -> None:
+def test_a_config_of_any_size_reaches_the_task_and_its_file(harness: EngineHarness) -> None:
     code = """
         import json, os
         def task(config):
@@ -659,17 +671,17 @@ def test_a_config_of_any_size_reaches_the_task_and_its_file(bench: Bench) -> Non
     """
 
     async def scenario(engine: Engine) -> None:
-        attempt = bench.attempt(code, config={"long": "x" * 3_000_000})
-        await bench.start(engine, attempt)
-        assert (await bench.ended(attempt)).result == [3_000_000, True]
+        attempt = harness.attempt(code, config={"long": "x" * 3_000_000})
+        await harness.start(engine, attempt)
+        assert (await harness.ended(attempt)).result == [3_000_000, True]
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_result_of_any_size_is_kept(bench: Bench) -> None:
+def test_a_result_of_any_size_is_kept(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = bench.attempt("def task(c): return 'x' * 900_000")
-        await bench.start(engine, attempt)
-        assert (await bench.ended(attempt)).result == "x" * 900_000
+        attempt = harness.attempt("def task(c): return 'x' * 900_000")
+        await harness.start(engine, attempt)
+        assert (await harness.ended(attempt)).result == "x" * 900_000
 
-    bench.run(scenario)
+    harness.run(scenario)

@@ -16,7 +16,7 @@ import pytest
 from cortex.engines.base import Lost
 from cortex.engines.local import LocalEngine, leftovers
 from cortex.worker.processes import children
-from engines.bench import Bench
+from engines.engine_harness import EngineHarness
 from engines.test_recovery import pid_of
 
 FEW = """
@@ -59,8 +59,8 @@ running.kill()
 
 
 @pytest.fixture
-def bench(local_bench: Bench) -> Bench:
-    return local_bench
+def harness(local_harness: EngineHarness) -> EngineHarness:
+    return local_harness
 
 
 @pytest.mark.parametrize(("asked", "answer"), [("look", "Alive"), ("supervised", "True")])
@@ -75,7 +75,7 @@ def test_what_there_are_too_few_to_ask_after_is_not_taken_to_be_gone(
 
 
 def test_what_a_killed_supervisor_left_is_ended_as_soon_as_it_can_be(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    harness: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clean, asked = leftovers.end_leftovers, []
 
@@ -88,27 +88,27 @@ def test_what_a_killed_supervisor_left_is_ended_as_soon_as_it_can_be(
     monkeypatch.setattr(leftovers, "end_leftovers", few)
 
     async def scenario(engine: LocalEngine) -> None:
-        attempt = bench.sleeper()
-        await bench.start(engine, attempt)
-        await bench.started(attempt)
-        os.kill(pid_of(bench, attempt), signal.SIGKILL)
-        assert isinstance(await bench.last(attempt), Lost)
+        attempt = harness.sleeper()
+        await harness.start(engine, attempt)
+        await harness.started(attempt)
+        os.kill(pid_of(harness, attempt), signal.SIGKILL)
+        assert isinstance(await harness.last(attempt), Lost)
         assert asked == [1, 1]
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_fork_server_is_waited_for_however_many_are_in_use(bench: Bench) -> None:
+def test_a_fork_server_is_waited_for_however_many_are_in_use(harness: EngineHarness) -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
     used = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
     before = children(os.getpid())
 
     async def scenario(engine: LocalEngine) -> None:
-        await bench.outcome(engine, bench.attempt("def task(config): ..."))
+        await harness.outcome(engine, harness.attempt("def task(config): ..."))
 
     try:
-        bench.run(scenario)
+        harness.run(scenario)
         assert set(children(os.getpid())) <= set(before)
     finally:
         for fd in used:

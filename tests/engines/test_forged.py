@@ -22,9 +22,9 @@ from cortex.engines.base import Attempt, Lost, NeverStarted
 from cortex.engines.local import LocalEngine, cgroup_support, records
 from cortex.system.account import Account
 from cortex.worker.processes import stat
-from engines.bench import Bench, parent, until
+from engines.engine_harness import EngineHarness, parent, until
 from engines.test_recovery import DAEMON, is_fork_server, pid_of
-from support import by_its_owner
+from operator_harness import by_its_owner
 
 NOBODY = Account("nobody", 65534, 65534, (65534,), "/")
 START = {"pid": 1, "ticks": 1, "start_ns": 1, "gpus": []}
@@ -32,21 +32,21 @@ END = {"ending": "exited", "exit_code": 0, "start_ns": 1, "end_ns": 1, "message"
 
 
 @pytest.fixture
-def bench(local_bench: Bench) -> Bench:
-    return local_bench
+def harness(local_harness: EngineHarness) -> EngineHarness:
+    return local_harness
 
 
-def forged(bench: Bench, name: str, data: bytes) -> Attempt:
+def forged(harness: EngineHarness, name: str, data: bytes) -> Attempt:
     """An attempt of an earlier operator, with such a record."""
-    attempt = bench.attempt("def task(config): ...", handle=records.make_handle())
-    bench.root.mkdir(exist_ok=True)
-    records.create_job_folder(str(bench.folder(attempt)), None)
-    (bench.folder(attempt) / "start.1").write_text(json.dumps(START))
-    (bench.folder(attempt) / name).write_bytes(data)
+    attempt = harness.attempt("def task(config): ...", handle=records.make_handle())
+    harness.root.mkdir(exist_ok=True)
+    records.create_job_folder(str(harness.folder(attempt)), None)
+    (harness.folder(attempt) / "start.1").write_text(json.dumps(START))
+    (harness.folder(attempt) / name).write_bytes(data)
     return attempt
 
 
-def test_a_record_that_is_none_is_a_lost_job_and_nothing_else(bench: Bench) -> None:
+def test_a_record_that_is_none_is_a_lost_job_and_nothing_else(harness: EngineHarness) -> None:
     odd = [b"", b"[" * 100000, b"[]", b"1", b'"ending"', b"null", b"\xff"]
     start: list[dict[str, Any]] = [
         {"pid": "x"}, {"pid": -1}, {"pid": 1 << 40}, {"ticks": None}, {"start_ns": 1 << 70},
@@ -62,19 +62,19 @@ def test_a_record_that_is_none_is_a_lost_job_and_nothing_else(bench: Bench) -> N
 
     async def scenario(engine: LocalEngine) -> None:
         for name, data in spoilt:
-            attempt = forged(bench, name, data)
+            attempt = forged(harness, name, data)
             await engine.recover(attempt)
-            assert isinstance(await bench.last(attempt), Lost), (name, data)
+            assert isinstance(await harness.last(attempt), Lost), (name, data)
             engine.stop(attempt.spec.job_id)
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def spoilt(bench: Bench, spoil: Callable[[Path], object]) -> Attempt:
+def spoilt(harness: EngineHarness, spoil: Callable[[Path], object]) -> Attempt:
     """An attempt that runs on without its operator, and has spoilt its start record."""
-    attempt = bench.killed_operator(bench.sleeper(), "started")
-    asyncio.run(bench.printed(attempt, "pid"))
-    spoil(bench.start_record(attempt))
+    attempt = harness.killed_operator(harness.sleeper(), "started")
+    asyncio.run(harness.printed(attempt, "pid"))
+    spoil(harness.start_record(attempt))
     return attempt
 
 
@@ -100,89 +100,93 @@ SPOILS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("spoil", SPOILS)
 def test_a_job_that_has_spoilt_its_start_record_is_taken_up_all_the_same(
-    bench: Bench, spoil: str
+    harness: EngineHarness, spoil: str
 ) -> None:
-    attempt = spoilt(bench, SPOILS[spoil])
+    attempt = spoilt(harness, SPOILS[spoil])
 
     async def scenario(engine: LocalEngine) -> None:
         await engine.recover(attempt)
-        await bench.started(attempt)
-        bench.go()
-        assert (await bench.ended(attempt)).result == "done"
-        assert bench.marker.read_text() == "ran\n"
+        await harness.started(attempt)
+        harness.go()
+        assert (await harness.ended(attempt)).result == "done"
+        assert harness.marker.read_text() == "ran\n"
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 @pytest.mark.parametrize("spoil", SPOILS)
-def test_without_its_supervising_process_it_is_ended_and_lost(bench: Bench, spoil: str) -> None:
-    attempt = bench.killed_operator(bench.attempt(DAEMON, mem=512 << 20), "started")
+def test_without_its_supervising_process_it_is_ended_and_lost(
+    harness: EngineHarness, spoil: str
+) -> None:
+    attempt = harness.killed_operator(harness.attempt(DAEMON, mem=512 << 20), "started")
 
     async def scenario(engine: LocalEngine) -> None:
-        await bench.printed(attempt, "daemon")
-        await bench.printed(attempt, "ready")
-        supervisor = pid_of(bench, attempt)
+        await harness.printed(attempt, "daemon")
+        await harness.printed(attempt, "ready")
+        supervisor = pid_of(harness, attempt)
         # That of the killed operator would end what is left, too.
-        await until(lambda: not is_fork_server(parent(supervisor), bench))
-        SPOILS[spoil](bench.start_record(attempt))
+        await until(lambda: not is_fork_server(parent(supervisor), harness))
+        SPOILS[spoil](harness.start_record(attempt))
         os.kill(supervisor, signal.SIGKILL)
         await engine.recover(attempt)
-        assert isinstance(await bench.last(attempt), Lost)
-        assert bench.left_of_jobs() == []
+        assert isinstance(await harness.last(attempt), Lost)
+        assert harness.left_of_jobs() == []
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 @pytest.mark.parametrize("spoil", SPOILS)
 def test_nothing_of_it_is_left_where_its_operator_sees_its_supervising_process_end(
-    bench: Bench, spoil: str
+    harness: EngineHarness, spoil: str
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        attempt = bench.attempt(DAEMON, mem=512 << 20)
-        await bench.start(engine, attempt)
-        await bench.printed(attempt, "daemon")
-        await bench.printed(attempt, "ready")
-        supervisor = pid_of(bench, attempt)
-        SPOILS[spoil](bench.start_record(attempt))
+        attempt = harness.attempt(DAEMON, mem=512 << 20)
+        await harness.start(engine, attempt)
+        await harness.printed(attempt, "daemon")
+        await harness.printed(attempt, "ready")
+        supervisor = pid_of(harness, attempt)
+        SPOILS[spoil](harness.start_record(attempt))
         os.kill(supervisor, signal.SIGKILL)
-        assert isinstance(await bench.last(attempt), Lost | NeverStarted)
-        assert bench.left_of_jobs() == []
+        assert isinstance(await harness.last(attempt), Lost | NeverStarted)
+        assert harness.left_of_jobs() == []
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_job_that_has_no_environment_and_no_record_is_not_started_again(bench: Bench) -> None:
+def test_a_job_that_has_no_environment_and_no_record_is_not_started_again(
+    harness: EngineHarness,
+) -> None:
     command = ["env", "-i", "sh", "-c", 'echo pid; until [ -e "$0" ]; do sleep 0.1; done']
-    go = f"{bench.marker}.go"
-    attempt = bench.killed_operator(bench.attempt(command=[*command, go]), "started")
+    go = f"{harness.marker}.go"
+    attempt = harness.killed_operator(harness.attempt(command=[*command, go]), "started")
 
     async def scenario(engine: LocalEngine) -> None:
-        await bench.printed(attempt, "pid")
-        bench.start_record(attempt).write_bytes(b"")
+        await harness.printed(attempt, "pid")
+        harness.start_record(attempt).write_bytes(b"")
         await engine.recover(attempt)
-        await bench.started(attempt)
-        bench.go()
-        assert (await bench.ended(attempt)).exit_code == 0
+        await harness.started(attempt)
+        harness.go()
+        assert (await harness.ended(attempt)).exit_code == 0
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_an_end_that_is_told_is_believed_where_the_start_is_not(bench: Bench) -> None:
+def test_an_end_that_is_told_is_believed_where_the_start_is_not(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         for spoil in SPOILS.values():
-            attempt = forged(bench, "exit.1", json.dumps(END).encode())
-            spoil(bench.start_record(attempt))
+            attempt = forged(harness, "exit.1", json.dumps(END).encode())
+            spoil(harness.start_record(attempt))
             await engine.recover(attempt)
-            assert (await bench.ended(attempt)).exit_code == 0
+            assert (await harness.ended(attempt)).exit_code == 0
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_record_that_its_owner_may_not_read_is_none(bench: Bench) -> None:
-    attempt = forged(bench, "exit.1", json.dumps(END).encode())
+def test_a_record_that_its_owner_may_not_read_is_none(harness: EngineHarness) -> None:
+    attempt = forged(harness, "exit.1", json.dumps(END).encode())
 
     def lay_out(own: Path) -> None:
-        bench.folder(attempt).rename(own / attempt.spec.job_id)
+        harness.folder(attempt).rename(own / attempt.spec.job_id)
 
     def is_gone(own: Path) -> bool:
         for record in (own / attempt.spec.job_id).iterdir():
@@ -193,75 +197,77 @@ def test_a_record_that_its_owner_may_not_read_is_none(bench: Bench) -> None:
     assert by_its_owner(lay_out, is_gone)
 
 
-def test_what_can_be_no_record_is_not_read(bench: Bench) -> None:
+def test_what_can_be_no_record_is_not_read(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        attempt = forged(bench, "exit.1", json.dumps(END).encode())
-        os.truncate(bench.folder(attempt) / "exit.1", 1 << 40)
+        attempt = forged(harness, "exit.1", json.dumps(END).encode())
+        os.truncate(harness.folder(attempt) / "exit.1", 1 << 40)
         await engine.recover(attempt)
-        assert isinstance(await bench.last(attempt), Lost)
-        attempt = forged(bench, "job.json", b"{}")
-        with socket.socket(socket.AF_UNIX) as bound, contextlib.chdir(bench.folder(attempt)):
+        assert isinstance(await harness.last(attempt), Lost)
+        attempt = forged(harness, "job.json", b"{}")
+        with socket.socket(socket.AF_UNIX) as bound, contextlib.chdir(harness.folder(attempt)):
             bound.bind("exit.1")
         await engine.recover(attempt)
-        assert isinstance(await bench.last(attempt), Lost)
+        assert isinstance(await harness.last(attempt), Lost)
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_no_group_but_its_own_is_ended_with_a_job(bench: Bench, tmp_path: Path) -> None:
+def test_no_group_but_its_own_is_ended_with_a_job(harness: EngineHarness, tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "300"]) as victim:
 
         async def scenario(engine: LocalEngine) -> None:
-            attempt = forged(bench, "exit.1", b"")
+            attempt = forged(harness, "exit.1", b"")
             group = (
                 tmp_path
                 / "group"
-                / f"{cgroup_support.group_prefix(bench.root)}{attempt.spec.job_id}-1"
+                / f"{cgroup_support.group_prefix(harness.root)}{attempt.spec.job_id}-1"
             )
             group.mkdir(parents=True)
             (group / "cgroup.procs").write_text(f"{victim.pid}\n")
             (group / "cgroup.kill").touch()
             start = {**START, "cgroups": [str(group), f"/sys/fs/cgroup/../..{group}"]}
-            bench.start_record(attempt).write_text(json.dumps(start))
+            harness.start_record(attempt).write_text(json.dumps(start))
             await engine.recover(attempt)
-            assert isinstance(await bench.last(attempt), Lost)
+            assert isinstance(await harness.last(attempt), Lost)
             assert victim.poll() is None
             assert (group / "cgroup.kill").read_text() == ""
 
-        bench.run(scenario)
+        harness.run(scenario)
         victim.kill()
 
 
-def test_a_process_of_somebody_elses_is_no_supervisor(bench: Bench) -> None:
+def test_a_process_of_somebody_elses_is_no_supervisor(harness: EngineHarness) -> None:
     about = stat(os.getpid())
     assert about is not None
     own = json.dumps({**START, "pid": os.getpid(), "ticks": about[2]}).encode()
-    attempt = forged(bench, "start.1", own)
-    alive = records.inspect_attempt(bench.folder(attempt), attempt)
+    attempt = forged(harness, "start.1", own)
+    alive = records.inspect_attempt(harness.folder(attempt), attempt)
     assert isinstance(alive, records.Alive)
     os.close(alive.pidfd)
-    look = records.inspect_attempt(bench.folder(attempt), attempt, NOBODY)
+    look = records.inspect_attempt(harness.folder(attempt), attempt, NOBODY)
     assert isinstance(look, records.Exited)
     same = replace(NOBODY, uid=os.getuid())
-    alive = records.inspect_attempt(bench.folder(attempt), attempt, same)
+    alive = records.inspect_attempt(harness.folder(attempt), attempt, same)
     assert isinstance(alive, records.Alive)
     os.close(alive.pidfd)
 
 
-def test_a_process_that_has_not_the_job_s_folder_open_is_no_supervisor(bench: Bench) -> None:
+def test_a_process_that_has_not_the_job_s_folder_open_is_no_supervisor(
+    harness: EngineHarness,
+) -> None:
     with subprocess.Popen(["sleep", "300"]) as victim:
         about = stat(victim.pid)
         assert about is not None
         own = json.dumps({**START, "pid": victim.pid, "ticks": about[2]}).encode()
 
         async def scenario(engine: LocalEngine) -> None:
-            attempt = forged(bench, "start.1", own)
+            attempt = forged(harness, "start.1", own)
             await engine.recover(attempt)
             engine.stop(attempt.spec.job_id)
-            assert isinstance(await bench.last(attempt), Lost)
+            assert isinstance(await harness.last(attempt), Lost)
             assert victim.poll() is None
 
-        bench.run(scenario)
+        harness.run(scenario)
         victim.kill()
 
 
@@ -279,28 +285,28 @@ while operator.recv(65536):
 """
 
 
-def test_a_fork_server_cannot_name_a_process_of_somebody_elses(bench: Bench) -> None:
+def test_a_fork_server_cannot_name_a_process_of_somebody_elses(harness: EngineHarness) -> None:
     assert os.geteuid() == 0, "this test needs root, as the operator does for --run-as"
     own = Account("root", 0, 0, (0,), "/")
     with subprocess.Popen(["sleep", "300"], user=NOBODY.uid) as victim:
-        bench.python = bench.project / "python"
+        harness.python = harness.project / "python"
         source = str(Path(cortex.__file__).parents[1])
         script = FORGED.format(python=sys.executable, source=source, pid=victim.pid)
-        bench.python.write_text(script)
-        bench.python.chmod(0o755)
+        harness.python.write_text(script)
+        harness.python.chmod(0o755)
 
         async def scenario(_: LocalEngine) -> None:
-            engine = LocalEngine(bench.root, None, 1, bench.memory_limit, own)
-            await engine.open(bench._saw)
-            attempt = bench.attempt("def task(config): ...")
-            await bench.start(engine, attempt)
-            last = await bench.last(attempt)
+            engine = LocalEngine(harness.root, None, 1, harness.memory_limit, own)
+            await engine.open(harness._saw)
+            attempt = harness.attempt("def task(config): ...")
+            await harness.start(engine, attempt)
+            last = await harness.last(attempt)
             assert isinstance(last, Lost)
             assert "not run as the jobs' user" in last.reason
             await engine.close()
             assert victim.poll() is None
 
-        bench.run(scenario)
+        harness.run(scenario)
         victim.kill()
 
 
@@ -348,42 +354,42 @@ SAID = {
 
 @pytest.mark.parametrize("says", SAID)
 def test_a_fork_server_for_which_users_code_speaks_harms_nobody_else(
-    bench: Bench, says: str
+    harness: EngineHarness, says: str
 ) -> None:
-    good = bench.python
-    bench.python = bench.project / "python"
+    good = harness.python
+    harness.python = harness.project / "python"
     source = str(Path(cortex.__file__).parents[1])
-    bench.python.write_text(SPOKEN.format(python=sys.executable, source=source, says=SAID[says]))
-    bench.python.chmod(0o755)
+    harness.python.write_text(SPOKEN.format(python=sys.executable, source=source, says=SAID[says]))
+    harness.python.chmod(0o755)
 
     async def scenario(engine: LocalEngine) -> None:
         before = set(os.listdir("/proc/self/fd"))
-        attempt = bench.attempt("def task(config): ...")
-        await bench.start(engine, attempt)
-        last = await bench.last(attempt)
+        attempt = harness.attempt("def task(config): ...")
+        await harness.start(engine, attempt)
+        last = await harness.last(attempt)
         assert isinstance(last, Lost | NeverStarted)
         if isinstance(last, Lost):
             assert "not valid" in last.reason or "not run as the jobs' user" in last.reason
         engine.forget(versions=[attempt.spec.api_id])
         await until(lambda: len(set(os.listdir("/proc/self/fd")) - before) <= 1)
-        bench.python = good
+        harness.python = good
         assert (
-            await bench.outcome(engine, bench.attempt("def task(config): return 1"))
+            await harness.outcome(engine, harness.attempt("def task(config): return 1"))
         ).result == 1
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_job_tells_of_no_gpu_that_it_has_not(bench: Bench) -> None:
+def test_a_job_tells_of_no_gpu_that_it_has_not(harness: EngineHarness) -> None:
     """The store knows which it has; a claim of an earlier version does not tell, and then its record may."""
-    attempt = bench.attempt("def task(config): ...", gpu=1, handle=records.make_handle(gpus=[1]))
+    attempt = harness.attempt("def task(config): ...", gpu=1, handle=records.make_handle(gpus=[1]))
     old = replace(attempt, handle=records.make_handle())
-    bench.root.mkdir(exist_ok=True)
-    records.create_job_folder(str(bench.folder(attempt)), None)
+    harness.root.mkdir(exist_ok=True)
+    records.create_job_folder(str(harness.folder(attempt)), None)
     job_id = attempt.spec.job_id
     for gpus, held in (([1], [1]), ([0, 1], []), ([], []), ([0, 0], []), (["0"], [])):
         start = {**START, "job_id": job_id, "attempt": 1, "gpus": gpus}
-        bench.start_record(attempt).write_text(json.dumps(start))
-        assert records.granted_gpus(bench.folder(attempt), attempt) == [1]
-        assert records.granted_gpus(bench.folder(attempt), old) == held
-    assert records.granted_gpus(bench.folder(attempt), replace(old, handle="[]")) == []
+        harness.start_record(attempt).write_text(json.dumps(start))
+        assert records.granted_gpus(harness.folder(attempt), attempt) == [1]
+        assert records.granted_gpus(harness.folder(attempt), old) == held
+    assert records.granted_gpus(harness.folder(attempt), replace(old, handle="[]")) == []

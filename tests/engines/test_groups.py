@@ -17,7 +17,7 @@ from cortex.engines.base import Lost
 from cortex.engines.local import LocalEngine, cgroup_support, cgroups
 from cortex.engines.local.cgroups import CgroupParent
 from cortex.worker import processes
-from engines.bench import Bench, until
+from engines.engine_harness import EngineHarness, until
 
 # It multiplies for as long as nobody ends it, each time in a session of its own, and ignores whatever can be.
 BOMB = """
@@ -86,8 +86,8 @@ def test_a_process_that_is_gone_gets_no_group(place: CgroupParent) -> None:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    made = Bench(tmp_path)
+def harness(tmp_path: Path) -> Iterator[EngineHarness]:
+    made = EngineHarness(tmp_path)
     yield made
 
     def nothing_is_left() -> bool:
@@ -102,68 +102,70 @@ def limited(engine: LocalEngine) -> None:
         pytest.skip("no control group limits memory here")
 
 
-def test_a_job_whose_group_cannot_be_made_is_lost_with_the_reason(bench: Bench) -> None:
+def test_a_job_whose_group_cannot_be_made_is_lost_with_the_reason(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         limited(engine)
         place = engine._cgroups.memory
         assert place is not None
         engine._cgroups.memory = replace(place, folder=Path("/no/such"))
-        attempt = bench.attempt("def task(config): ...", mem=64 << 20)
-        await bench.start(engine, attempt)
-        last = await bench.last(attempt)
+        attempt = harness.attempt("def task(config): ...", mem=64 << 20)
+        await harness.start(engine, attempt)
+        last = await harness.last(attempt)
         assert isinstance(last, Lost)
         assert last.reason.startswith("its control group cannot be made: ")
         engine._cgroups.memory = place
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_job_whose_group_somebody_removes_is_lost_and_runs_without_no_limit(bench: Bench) -> None:
+def test_a_job_whose_group_somebody_removes_is_lost_and_runs_without_no_limit(
+    harness: EngineHarness,
+) -> None:
     async def scenario(engine: LocalEngine) -> None:
         limited(engine)
-        bench.bare_environment({})
-        attempt = bench.attempt("def task(config): ...", mem=64 << 20)
-        await bench.start(engine, attempt)  # it waits for the interpreter
+        harness.bare_environment({})
+        attempt = harness.attempt("def task(config): ...", mem=64 << 20)
+        await harness.start(engine, attempt)  # it waits for the interpreter
         [group] = engine._cgroups._limits.values()
         group.rmdir()
-        last = await bench.last(attempt)
+        last = await harness.last(attempt)
         assert isinstance(last, Lost)
         assert "the job's control group does not exist" in last.reason
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_superseded_operator_that_closes_takes_no_groups_place(bench: Bench) -> None:
+def test_a_superseded_operator_that_closes_takes_no_groups_place(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         limited(engine)
         assert engine._cgroups.memory is not None
         assert engine._cgroups.trees is not None
         engine._cgroups.memory.remove()
         engine._cgroups.trees.remove()
-        attempt = bench.attempt(
+        attempt = harness.attempt(
             "def task(config): return open('/proc/self/cgroup').read()", mem=64 << 20
         )
-        found = str((await bench.outcome(engine, attempt)).result)
+        found = str((await harness.outcome(engine, attempt)).result)
         assert f"{attempt.spec.job_id}-1" in found
         assert "supervisor." in found or engine._cgroups.memory == engine._cgroups.trees
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 def test_a_place_of_an_operator_that_was_killed_goes_although_another_hierarchy_works_now(
-    bench: Bench,
+    harness: EngineHarness,
 ) -> None:
     mounts = cgroup_support._mounts()
     of_another = next((mounts[each][-1] for each in ("pids", "cpu", "") if each in mounts), None)
     if of_another is None or not os.access(of_another, os.W_OK):
         pytest.skip("this user has no control groups")
-    place = of_another / f"{cgroup_support.group_prefix(bench.root)}jobs"
+    place = of_another / f"{cgroup_support.group_prefix(harness.root)}jobs"
     place.mkdir()
 
     async def scenario(engine: LocalEngine) -> None:
         assert place.is_dir()
 
-    bench.run(scenario)
+    harness.run(scenario)
     assert not place.exists()
 
 

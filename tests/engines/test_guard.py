@@ -13,7 +13,7 @@ from cortex.engines.base import Lost
 from cortex.engines.local import LocalEngine
 from cortex.ray_node import guard
 from cortex.worker import processes
-from engines.bench import Bench
+from engines.engine_harness import EngineHarness
 
 HOLDS_UP = """
     import ctypes, os, signal, time
@@ -34,20 +34,20 @@ HOLDS_UP = """
 
 
 def test_a_job_that_holds_up_its_supervisor_is_ended(
-    local_bench: Bench, monkeypatch: pytest.MonkeyPatch
+    local_harness: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guard, "_STOP_TIMEOUT_S", 0.5)
 
     async def scenario(engine: LocalEngine) -> None:
-        attempt = local_bench.attempt(HOLDS_UP)
-        await local_bench.start(engine, attempt)
-        await local_bench.printed(attempt, "ready")
-        await asyncio.to_thread(guard.end_all, local_bench.root)
-        told = re.findall(r"pid (\d+)", local_bench.log(attempt))
+        attempt = local_harness.attempt(HOLDS_UP)
+        await local_harness.start(engine, attempt)
+        await local_harness.printed(attempt, "ready")
+        await asyncio.to_thread(guard.end_all, local_harness.root)
+        told = re.findall(r"pid (\d+)", local_harness.log(attempt))
         assert [pid for pid in told if processes.ticks_if_alive(pid) is not None] == []
-        assert isinstance(await local_bench.last(attempt), Lost)
+        assert isinstance(await local_harness.last(attempt), Lost)
 
-    local_bench.run(scenario)
+    local_harness.run(scenario)
 
 
 def test_it_needs_no_package_that_is_installed() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from cortex.engines.base import Attempt
 from cortex.engines.local import LocalEngine, records
-from engines.bench import SLEEP, Bench, exists, until
+from engines.engine_harness import SLEEP, EngineHarness, exists, until
 from engines.test_forged import SPOILS
 from engines.test_recovery import pid_of
 
@@ -19,31 +19,35 @@ CODE = "def task(config): return config.get('number')"
 
 
 @pytest.fixture
-def bench(local_bench: Bench) -> Bench:
-    return local_bench
+def harness(local_harness: EngineHarness) -> EngineHarness:
+    return local_harness
 
 
-def inodes(bench: Bench) -> set[int]:
-    return {path.lstat().st_ino for path in bench.root.rglob("*")}
+def inodes(harness: EngineHarness) -> set[int]:
+    return {path.lstat().st_ino for path in harness.root.rglob("*")}
 
 
-def following(bench: Bench, first: Attempt, code: str | None = CODE, number: int = 0) -> Attempt:
+def following(
+    harness: EngineHarness, first: Attempt, code: str | None = CODE, number: int = 0
+) -> Attempt:
     """An attempt of the same version, which the same supervising process gets."""
-    made = bench.attempt(code, config={"number": number})
+    made = harness.attempt(code, config={"number": number})
     return replace(made, version=first.version)
 
 
-async def begun_with_byte_code(bench: Bench, engine: LocalEngine, attempt: Attempt) -> Attempt:
+async def begun_with_byte_code(
+    harness: EngineHarness, engine: LocalEngine, attempt: Attempt
+) -> Attempt:
     """A job that has ended in a workspace with the project's byte code, which another process compiles meanwhile."""
-    first = await begun(bench, engine, attempt)
-    await until(lambda: list(bench.project.glob("__pycache__/task.*.pyc")))
-    code = (bench.project / "task.py").read_text()
-    return await begun(bench, engine, following(bench, first, code))
+    first = await begun(harness, engine, attempt)
+    await until(lambda: list(harness.project.glob("__pycache__/task.*.pyc")))
+    code = (harness.project / "task.py").read_text()
+    return await begun(harness, engine, following(harness, first, code))
 
 
-async def begun(bench: Bench, engine: LocalEngine, attempt: Attempt) -> Attempt:
-    attempt = await bench.begin(engine, attempt)
-    await bench.ended(attempt)
+async def begun(harness: EngineHarness, engine: LocalEngine, attempt: Attempt) -> Attempt:
+    attempt = await harness.begin(engine, attempt)
+    await harness.ended(attempt)
     return attempt
 
 
@@ -58,36 +62,38 @@ async def begun(bench: Bench, engine: LocalEngine, attempt: Attempt) -> Attempt:
         "import os\ndef task(config): return os.listdir(os.environ['CORTEX_JOB_DIR'])",
     ],
 )
-def test_a_job_that_writes_nothing_but_its_log_makes_two_inodes(bench: Bench, code: str) -> None:
+def test_a_job_that_writes_nothing_but_its_log_makes_two_inodes(
+    harness: EngineHarness, code: str
+) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        first = await begun_with_byte_code(bench, engine, bench.attempt(code))
+        first = await begun_with_byte_code(harness, engine, harness.attempt(code))
         for number in range(20):
-            before = inodes(bench)
-            attempt = await begun(bench, engine, following(bench, first, code, number))
-            new = inodes(bench) - before
-            folder = bench.folder(attempt)
+            before = inodes(harness)
+            attempt = await begun(harness, engine, following(harness, first, code, number))
+            new = inodes(harness) - before
+            folder = harness.folder(attempt)
             assert new == {folder.stat().st_ino, (folder / "log").stat().st_ino}
-            assert pid_of(bench, attempt) == pid_of(bench, first)
+            assert pid_of(harness, attempt) == pid_of(harness, first)
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_the_jobs_of_a_command_make_two_inodes_each(bench: Bench) -> None:
+def test_the_jobs_of_a_command_make_two_inodes_each(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        first = await begun(bench, engine, bench.attempt(command=["ls", "-l", "/proc/self/fd"]))
-        log = bench.log(first)
+        first = await begun(harness, engine, harness.attempt(command=["ls", "-l", "/proc/self/fd"]))
+        log = harness.log(first)
         for _ in range(5):
-            before = inodes(bench)
-            attempt = bench.attempt(command=["ls"])
-            attempt = await begun(bench, engine, replace(attempt, version=first.version))
-            assert len(inodes(bench) - before) == 2
+            before = inodes(harness)
+            attempt = harness.attempt(command=["ls"])
+            attempt = await begun(harness, engine, replace(attempt, version=first.version))
+            assert len(inodes(harness) - before) == 2
             # It inherits none of the files that jobs share.
-            assert bench.log(attempt).count(" -> ") == log.count(" -> ")
+            assert harness.log(attempt).count(" -> ") == log.count(" -> ")
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_task_inherits_none_of_the_files_that_jobs_share(bench: Bench) -> None:
+def test_a_task_inherits_none_of_the_files_that_jobs_share(harness: EngineHarness) -> None:
     code = """
         import os
         def task(config):
@@ -96,19 +102,19 @@ def test_a_task_inherits_none_of_the_files_that_jobs_share(bench: Bench) -> None
     """
 
     async def scenario(engine: LocalEngine) -> None:
-        first = await begun(bench, engine, bench.attempt(code))
-        root = str(bench.root)
+        first = await begun(harness, engine, harness.attempt(code))
+        root = str(harness.root)
         for _ in range(5):
-            attempt = await begun(bench, engine, following(bench, first, code))
-            names = (await bench.ended(attempt)).result
+            attempt = await begun(harness, engine, following(harness, first, code))
+            names = (await harness.ended(attempt)).result
             assert isinstance(names, list)
             below = {name for name in names if str(name).startswith(root)}
-            assert below == {str(bench.folder(attempt) / "log")}
+            assert below == {str(harness.folder(attempt) / "log")}
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_each_job_finds_its_own_files_and_what_it_has_written_stays(bench: Bench) -> None:
+def test_each_job_finds_its_own_files_and_what_it_has_written_stays(harness: EngineHarness) -> None:
     code = """
         import json, os
         def task(config):
@@ -123,106 +129,110 @@ def test_each_job_finds_its_own_files_and_what_it_has_written_stays(bench: Bench
     """
 
     async def scenario(engine: LocalEngine) -> None:
-        first = bench.attempt(code, config={"number": 0})
-        attempts = [await begun(bench, engine, first)]
+        first = harness.attempt(code, config={"number": 0})
+        attempts = [await begun(harness, engine, first)]
         for number in range(1, 8):
-            attempt = following(bench, first, code, number)
-            attempts.append(await begun(bench, engine, attempt))
+            attempt = following(harness, first, code, number)
+            attempts.append(await begun(harness, engine, attempt))
         for number, attempt in enumerate(attempts):
-            assert (await bench.ended(attempt)).result == [attempt.spec.job_id, number, []]
+            assert (await harness.ended(attempt)).result == [attempt.spec.job_id, number, []]
             if number % 2:
-                model = bench.folder(attempt) / "files" / "model"
+                model = harness.folder(attempt) / "files" / "model"
                 assert model.read_text() == str(number)
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_operators_that_take_over_are_told_each_end_from_the_journal(bench: Bench) -> None:
+def test_operators_that_take_over_are_told_each_end_from_the_journal(
+    harness: EngineHarness,
+) -> None:
     """The first operator hangs before it has stored anything, and its supervising process goes on with its
     jobs: the next operator asks after all of them."""
 
     async def scenario(engine: LocalEngine) -> None:
-        first = await begun(bench, engine, bench.attempt(CODE, config={"number": 0}))
+        first = await begun(harness, engine, harness.attempt(CODE, config={"number": 0}))
         attempts = [first]
         for number in range(1, 5):
-            attempts.append(await begun(bench, engine, following(bench, first, number=number)))
-        bench.write(SLEEP)
-        running = await bench.begin(engine, replace(bench.sleeper(), version=first.version))
-        await bench.printed(running, "pid")
-        assert {pid_of(bench, each) for each in (*attempts, running)} == {pid_of(bench, first)}
-        seen, bench.seen = bench.seen, []
-        async with bench.engine() as other:
+            attempts.append(await begun(harness, engine, following(harness, first, number=number)))
+        harness.write(SLEEP)
+        running = await harness.begin(engine, replace(harness.sleeper(), version=first.version))
+        await harness.printed(running, "pid")
+        assert {pid_of(harness, each) for each in (*attempts, running)} == {pid_of(harness, first)}
+        seen, harness.seen = harness.seen, []
+        async with harness.engine() as other:
             for attempt in (*attempts, running):
                 await other.recover(attempt)
             for number, attempt in enumerate(attempts):
-                assert (await bench.ended(attempt)).result == number
-            await bench.started(running)
-            bench.go()
-            assert (await bench.ended(running)).result == "done"
-            assert exists(pid_of(bench, running)), "it waits for the next job of the first operator"
+                assert (await harness.ended(attempt)).result == number
+            await harness.started(running)
+            harness.go()
+            assert (await harness.ended(running)).result == "done"
+            assert exists(pid_of(harness, running)), (
+                "it waits for the next job of the first operator"
+            )
             # The journal goes on, and says of the ends that were told what it said before.
-            bench.write(CODE)
-            later = await begun(bench, engine, following(bench, first, number=9))
+            harness.write(CODE)
+            later = await begun(harness, engine, following(harness, first, number=9))
             for number, attempt in enumerate((*attempts, later)):
-                found = records.read_exit(bench.folder(attempt), 1).exit
+                found = records.read_exit(harness.folder(attempt), 1).exit
                 assert found is not None
                 assert found.result == (9 if attempt is later else number)
-        bench.seen = seen
+        harness.seen = seen
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_an_end_without_an_operator_has_a_file_of_its_own(bench: Bench) -> None:
+def test_an_end_without_an_operator_has_a_file_of_its_own(harness: EngineHarness) -> None:
     """Which is synced, and which an operator of an older version can read."""
     ended: list[Attempt] = []
 
     async def scenario(engine: LocalEngine) -> None:
-        first = await begun(bench, engine, bench.attempt(CODE, config={"number": 1}))
-        bench.write(SLEEP)
-        running = await bench.begin(engine, replace(bench.sleeper(), version=first.version))
-        await bench.printed(running, "pid")
+        first = await begun(harness, engine, harness.attempt(CODE, config={"number": 1}))
+        harness.write(SLEEP)
+        running = await harness.begin(engine, replace(harness.sleeper(), version=first.version))
+        await harness.printed(running, "pid")
         ended.extend((first, running))
 
-    bench.run(scenario)
-    bench.go()
+    harness.run(scenario)
+    harness.go()
     first, running = ended
-    record = bench.folder(running) / "exit.1"
+    record = harness.folder(running) / "exit.1"
     asyncio.run(until(record.exists))
     assert json.loads(record.read_bytes())["result"] == "done"
-    assert (bench.folder(first) / "exit.1").read_text().startswith("\n")
+    assert (harness.folder(first) / "exit.1").read_text().startswith("\n")
 
 
 @pytest.mark.parametrize("spoil", SPOILS)
 def test_a_job_that_spoils_its_start_record_harms_no_job_before_or_after_it(
-    bench: Bench, spoil: str
+    harness: EngineHarness, spoil: str
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        first = await begun(bench, engine, bench.attempt(CODE, config={"number": 1}))
-        supervisor = pid_of(bench, first)
-        bench.write(SLEEP)
-        second = await bench.begin(engine, replace(bench.sleeper(), version=first.version))
-        await bench.printed(second, "pid")
-        SPOILS[spoil](bench.start_record(second))
-        seen, bench.seen = bench.seen, []
-        async with bench.engine() as other:
+        first = await begun(harness, engine, harness.attempt(CODE, config={"number": 1}))
+        supervisor = pid_of(harness, first)
+        harness.write(SLEEP)
+        second = await harness.begin(engine, replace(harness.sleeper(), version=first.version))
+        await harness.printed(second, "pid")
+        SPOILS[spoil](harness.start_record(second))
+        seen, harness.seen = harness.seen, []
+        async with harness.engine() as other:
             await other.recover(first)
-            assert (await bench.ended(first)).result == 1
-        bench.seen = seen
-        bench.go()
-        assert (await bench.ended(second)).result == "done"
-        Path(f"{bench.marker}.go").unlink()  # noqa: ASYNC240  # the test has nothing else to do
-        third = await bench.begin(engine, replace(bench.sleeper(), version=first.version))
-        await bench.printed(third, "pid")
-        assert pid_of(bench, third) == supervisor
-        seen, bench.seen = bench.seen, []
-        async with bench.engine() as other:
+            assert (await harness.ended(first)).result == 1
+        harness.seen = seen
+        harness.go()
+        assert (await harness.ended(second)).result == "done"
+        Path(f"{harness.marker}.go").unlink()  # noqa: ASYNC240  # the test has nothing else to do
+        third = await harness.begin(engine, replace(harness.sleeper(), version=first.version))
+        await harness.printed(third, "pid")
+        assert pid_of(harness, third) == supervisor
+        seen, harness.seen = harness.seen, []
+        async with harness.engine() as other:
             for attempt in (first, second, third):
                 await other.recover(attempt)
-            assert (await bench.ended(first)).result == 1
-            assert (await bench.ended(second)).result == "done"
-            await bench.started(third)
-            bench.go()
-            assert (await bench.ended(third)).result == "done"
-        bench.seen = seen
+            assert (await harness.ended(first)).result == 1
+            assert (await harness.ended(second)).result == "done"
+            await harness.started(third)
+            harness.go()
+            assert (await harness.ended(third)).result == "done"
+        harness.seen = seen
 
-    bench.run(scenario)
+    harness.run(scenario)

@@ -12,34 +12,34 @@ import pytest
 from cortex.engines.base import Capacity, CapacityFreed, Ending, Lost, NeverStarted
 from cortex.engines.local import LocalEngine, fork_server
 from cortex.spec.api import Compute
-from engines.bench import Bench
+from engines.engine_harness import EngineHarness
 
 SH = "/bin/sh"
 
 
 @pytest.fixture
-def bench(local_bench: Bench) -> Bench:
-    return local_bench
+def harness(local_harness: EngineHarness) -> EngineHarness:
+    return local_harness
 
 
-def test_an_environment_without_python_is_lost_with_the_reason(bench: Bench) -> None:
+def test_an_environment_without_python_is_lost_with_the_reason(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         for python, words in ((Path("/no/python"), "No such file"), (Path("/bin/false"), "")):
-            bench.python = python
-            attempt = bench.attempt("def task(config): pass")
-            await bench.start(engine, attempt)
-            lost = await bench.last(attempt)
+            harness.python = python
+            attempt = harness.attempt("def task(config): pass")
+            await harness.start(engine, attempt)
+            lost = await harness.last(attempt)
             assert isinstance(lost, Lost)
             assert lost.reason.startswith("the environment's Python could not start")
             assert words in lost.reason
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_capacity_is_taken_and_given_back(bench: Bench) -> None:
+def test_capacity_is_taken_and_given_back(harness: EngineHarness) -> None:
     async def scenario(_: LocalEngine) -> None:
-        engine = LocalEngine(bench.root, Capacity(1000, 4 << 30, 2), 1, "watchdog")
-        await engine.open(bench._saw)
+        engine = LocalEngine(harness.root, Capacity(1000, 4 << 30, 2), 1, "watchdog")
+        await engine.open(harness._saw)
         assert engine.ledger.refusal(Compute(gpu=8)) == "needs 8 GPUs, this machine has 2"
         assert engine.ledger.refusal(Compute(mem=4 << 30, cpu_m=1000, gpu=2)) is None
         assert engine.ledger.refusal(Compute(node_labels={"zone": ("a", "b")})) == (
@@ -53,54 +53,54 @@ def test_capacity_is_taken_and_given_back(bench: Bench) -> None:
         assert engine.ledger.reserve("b", Compute(cpu_m=2000)) == "needs 2 CPU, 0.4 free"
         assert engine.ledger.reserve("b", Compute(gpu=2)) == "needs 2 GPUs, 1 free"
         engine.ledger.release("a")
-        assert bench.seen == [CapacityFreed()]
+        assert harness.seen == [CapacityFreed()]
         assert engine.ledger.reserve("b", Compute(cpu_m=1000, mem=4 << 30, gpu=2)) is None
         engine.ledger.release("b")
-        assert bench.seen == [CapacityFreed()]
+        assert harness.seen == [CapacityFreed()]
         await engine.close()
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_gpus_are_allotted_by_index(bench: Bench) -> None:
+def test_gpus_are_allotted_by_index(harness: EngineHarness) -> None:
     async def scenario(_: LocalEngine) -> None:
-        engine = LocalEngine(bench.root, Capacity(1000, 4 << 30, 3), 1, bench.memory_limit)
-        await engine.open(bench._saw)
+        engine = LocalEngine(harness.root, Capacity(1000, 4 << 30, 3), 1, harness.memory_limit)
+        await engine.open(harness._saw)
         engine.ledger.reserve("somebody", Compute(gpu=1))
-        attempt = bench.attempt(command=[SH, "-c", "echo [$CUDA_VISIBLE_DEVICES]"])
-        await bench.outcome(engine, attempt)
-        assert bench.log(attempt) == "[]\n"
+        attempt = harness.attempt(command=[SH, "-c", "echo [$CUDA_VISIBLE_DEVICES]"])
+        await harness.outcome(engine, attempt)
+        assert harness.log(attempt) == "[]\n"
         await engine.close()
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 def test_proxies_are_passed_on_from_the_operator(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    harness: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy")
 
     async def scenario(engine: LocalEngine) -> None:
-        attempt = bench.attempt(command=[SH, "-c", "echo $HTTPS_PROXY"])
-        await bench.outcome(engine, attempt)
-        assert bench.log(attempt) == "http://proxy\n"
+        attempt = harness.attempt(command=[SH, "-c", "echo $HTTPS_PROXY"])
+        await harness.outcome(engine, attempt)
+        assert harness.log(attempt) == "http://proxy\n"
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 def test_a_deadline_ends_the_wait_for_an_interpreter_that_is_being_warmed(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    harness: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fork_server, "PRELOAD_TIMEOUT_S", 3600)
-    bench.bare_environment({"third": "import time\ntime.sleep(300)\n"})
+    harness.bare_environment({"third": "import time\ntime.sleep(300)\n"})
 
     async def scenario(engine: LocalEngine) -> None:
         code = "import third\ndef task(config): ..."
-        attempt = bench.attempt(code, timeout=1, preload=("third",))
-        await bench.start(engine, attempt)
-        assert isinstance(await bench.last(attempt), NeverStarted)
+        attempt = harness.attempt(code, timeout=1, preload=("third",))
+        await harness.start(engine, attempt)
+        assert isinstance(await harness.last(attempt), NeverStarted)
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 STUBBORN = """
@@ -116,18 +116,18 @@ STUBBORN = """
 """
 
 
-def test_each_attempt_has_its_own_grace(bench: Bench) -> None:
+def test_each_attempt_has_its_own_grace(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        patient = replace(bench.attempt(STUBBORN, config={"takes_s": 1}), grace_s=60)
-        hasty = replace(bench.attempt(STUBBORN, config={"takes_s": 60}), grace_s=0.1)
+        patient = replace(harness.attempt(STUBBORN, config={"takes_s": 1}), grace_s=60)
+        hasty = replace(harness.attempt(STUBBORN, config={"takes_s": 60}), grace_s=0.1)
         for attempt in (patient, hasty):
-            await bench.begin(engine, attempt)
-            await bench.printed(attempt, "runs")
+            await harness.begin(engine, attempt)
+            await harness.printed(attempt, "runs")
         for attempt in (patient, hasty):
             engine.stop(attempt.spec.job_id)
-        assert (await bench.ended(hasty)).exit_code == -signal.SIGKILL
-        assert (await bench.ended(patient)).ending is Ending.STOPPED
-        assert "cleaned up" in bench.log(patient)
-        assert "cleaned up" not in bench.log(hasty)
+        assert (await harness.ended(hasty)).exit_code == -signal.SIGKILL
+        assert (await harness.ended(patient)).ending is Ending.STOPPED
+        assert "cleaned up" in harness.log(patient)
+        assert "cleaned up" not in harness.log(hasty)
 
-    bench.run(scenario)
+    harness.run(scenario)

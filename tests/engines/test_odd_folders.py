@@ -11,13 +11,13 @@ import pytest
 from cortex.engines.base import Ending, Lost
 from cortex.engines.local import LocalEngine
 from cortex.joblog.folders import JobFolders
-from engines.bench import Bench, until
+from engines.engine_harness import EngineHarness, until
 from engines.test_recovery import pid_of
 
 
 @pytest.fixture
-def bench(local_bench: Bench) -> Bench:
-    return local_bench
+def harness(local_harness: EngineHarness) -> EngineHarness:
+    return local_harness
 
 
 SPOILS = ["shutil.rmtree(folder)", "os.mkdir(folder + '/exit.1')"]
@@ -25,37 +25,39 @@ SPOILS = ["shutil.rmtree(folder)", "os.mkdir(folder + '/exit.1')"]
 
 @pytest.mark.parametrize("spoil", SPOILS)
 def test_a_job_that_has_spoilt_its_folder_loses_no_more_than_a_large_result(
-    bench: Bench, spoil: str
+    harness: EngineHarness, spoil: str
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        attempt = bench.attempt(f"""
+        attempt = harness.attempt(f"""
             import os, shutil
             def task(config):
                 folder = os.path.dirname(os.environ["CORTEX_JOB_DIR"])
                 {spoil}
                 return "x" * 100000
         """)
-        ended = await bench.outcome(engine, attempt)
+        ended = await harness.outcome(engine, attempt)
         assert (ended.ending, ended.exit_code, ended.has_result) == (Ending.EXITED, 0, False)
         assert ended.message == "the return value was lost with the folder of the job"
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 @pytest.mark.parametrize("spoil", SPOILS)
-def test_a_job_that_has_spoilt_its_folder_ends_as_it_ends(bench: Bench, spoil: str) -> None:
+def test_a_job_that_has_spoilt_its_folder_ends_as_it_ends(
+    harness: EngineHarness, spoil: str
+) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        attempt = bench.attempt(f"""
+        attempt = harness.attempt(f"""
             import os, shutil
             def task(config):
                 folder = os.path.dirname(os.environ["CORTEX_JOB_DIR"])
                 {spoil}
                 return "done"
         """)
-        ended = await bench.outcome(engine, attempt)
+        ended = await harness.outcome(engine, attempt)
         assert (ended.ending, ended.exit_code, ended.result) == (Ending.EXITED, 0, "done")
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 PLANT = """
@@ -79,30 +81,30 @@ PLANTS = [
 
 
 @pytest.mark.parametrize("plant", PLANTS)
-def test_what_was_put_in_a_logs_place_is_not_written_to(bench: Bench, plant: str) -> None:
+def test_what_was_put_in_a_logs_place_is_not_written_to(harness: EngineHarness, plant: str) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        theirs = bench.root.parent
-        attempt = bench.attempt(PLANT.format(plant=plant), config={"folder": str(theirs)})
+        theirs = harness.root.parent
+        attempt = harness.attempt(PLANT.format(plant=plant), config={"folder": str(theirs)})
         elsewhere, planted = theirs / "elsewhere", theirs / "planted"
         elsewhere.write_text("theirs")
-        attempt = await bench.begin(engine, attempt)
+        attempt = await harness.begin(engine, attempt)
         await until(planted.exists)
-        os.kill(pid_of(bench, attempt), signal.SIGKILL)
-        assert isinstance(await bench.last(attempt), Lost)
+        os.kill(pid_of(harness, attempt), signal.SIGKILL)
+        assert isinstance(await harness.last(attempt), Lost)
         with pytest.raises(OSError, match="log"):
-            JobFolders(bench.root).append_to_log(attempt.spec.job_id, "words of the operator")
-        attempt = await bench.begin(engine, replace(attempt, losses=1, lost="it was lost"), 2)
-        assert (await bench.ended(attempt)).exit_code == 0
-        assert bench.log(attempt) == "cortex: it was lost; attempt 2 begins\nagain\n"
+            JobFolders(harness.root).append_to_log(attempt.spec.job_id, "words of the operator")
+        attempt = await harness.begin(engine, replace(attempt, losses=1, lost="it was lost"), 2)
+        assert (await harness.ended(attempt)).exit_code == 0
+        assert harness.log(attempt) == "cortex: it was lost; attempt 2 begins\nagain\n"
         assert elsewhere.read_text() == "theirs"
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_file_that_a_log_links_to_is_not_cut(bench: Bench) -> None:
+def test_a_file_that_a_log_links_to_is_not_cut(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        large = bench.root.parent / "large"
-        attempt = bench.attempt(
+        large = harness.root.parent / "large"
+        attempt = harness.attempt(
             """
             import os
             def task(config):
@@ -117,37 +119,37 @@ def test_a_file_that_a_log_links_to_is_not_cut(bench: Bench) -> None:
             config={"file": str(large)},
             log_limit=65536,
         )
-        await bench.outcome(engine, attempt)
+        await harness.outcome(engine, attempt)
         assert large.read_text() == "line\n" * 100000
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_stop_reaches_a_supervising_process_that_is_stopped(bench: Bench) -> None:
+def test_a_stop_reaches_a_supervising_process_that_is_stopped(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        attempt = bench.attempt("""
+        attempt = harness.attempt("""
             import os, signal, time
             def task(config):
                 os.kill(os.getppid(), signal.SIGSTOP)
                 print("stopped", flush=True)
                 time.sleep(300)
         """)
-        await bench.start(engine, attempt)
-        await bench.printed(attempt, "stopped")
+        await harness.start(engine, attempt)
+        await harness.printed(attempt, "stopped")
         engine.stop(attempt.spec.job_id)
-        assert (await bench.ended(attempt)).ending is Ending.STOPPED
+        assert (await harness.ended(attempt)).ending is Ending.STOPPED
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_stop_after_a_restart_reaches_one_that_is_stopped(bench: Bench) -> None:
-    attempt = bench.killed_operator(bench.sleeper(), "started")
+def test_a_stop_after_a_restart_reaches_one_that_is_stopped(harness: EngineHarness) -> None:
+    attempt = harness.killed_operator(harness.sleeper(), "started")
 
     async def scenario(engine: LocalEngine) -> None:
-        await bench.printed(attempt, "pid")
-        os.kill(pid_of(bench, attempt), signal.SIGSTOP)
+        await harness.printed(attempt, "pid")
+        os.kill(pid_of(harness, attempt), signal.SIGSTOP)
         await engine.recover(attempt)
         engine.stop(attempt.spec.job_id)
-        assert (await bench.ended(attempt)).ending is Ending.STOPPED
+        assert (await harness.ended(attempt)).ending is Ending.STOPPED
 
-    bench.run(scenario)
+    harness.run(scenario)

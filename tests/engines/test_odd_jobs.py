@@ -8,17 +8,17 @@ import pytest
 
 from cortex.engines.base import Attempt, Ending
 from cortex.engines.local import LocalEngine
-from engines.bench import Bench
+from engines.engine_harness import EngineHarness
 
 
 @pytest.fixture
-def bench(local_bench: Bench) -> Bench:
-    return local_bench
+def harness(local_harness: EngineHarness) -> EngineHarness:
+    return local_harness
 
 
-async def told(bench: Bench, engine: LocalEngine, attempt: Attempt) -> tuple[object, ...]:
+async def told(harness: EngineHarness, engine: LocalEngine, attempt: Attempt) -> tuple[object, ...]:
     """How an attempt ends."""
-    ended = await bench.outcome(engine, attempt)
+    ended = await harness.outcome(engine, attempt)
     return ended.ending, ended.exit_code, ended.message
 
 
@@ -31,38 +31,40 @@ async def told(bench: Bench, engine: LocalEngine, attempt: Attempt) -> tuple[obj
     ],
 )
 def test_a_task_that_closes_all_its_files_ends_as_it_ends(
-    bench: Bench, end: str, exit_code: int, message: str | None
+    harness: EngineHarness, end: str, exit_code: int, message: str | None
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        attempt = bench.attempt(f"""
+        attempt = harness.attempt(f"""
             import atexit, os, pathlib, sys
             atexit.register(pathlib.Path("at-exit").touch)
             def task(config):
                 os.closerange(3, 1000)
                 {end}
         """)
-        assert await told(bench, engine, attempt) == (Ending.EXITED, exit_code, message)
-        assert ("has closed the file" in bench.log(attempt)) == (exit_code == 0)
-        assert (bench.kept(attempt) / "at-exit").exists()
+        assert await told(harness, engine, attempt) == (Ending.EXITED, exit_code, message)
+        assert ("has closed the file" in harness.log(attempt)) == (exit_code == 0)
+        assert (harness.kept(attempt) / "at-exit").exists()
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_nothing_is_written_into_a_file_that_has_the_number_of_one_of_ours(bench: Bench) -> None:
+def test_nothing_is_written_into_a_file_that_has_the_number_of_one_of_ours(
+    harness: EngineHarness,
+) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        attempt = bench.attempt("""
+        attempt = harness.attempt("""
             import os
             def task(config):
                 os.closerange(3, 1000)
                 task.files = [open(f"file{number}", "w") for number in range(8)]
                 return "done"
         """)
-        ended = await bench.outcome(engine, attempt)
+        ended = await harness.outcome(engine, attempt)
         assert (ended.ending, ended.exit_code) == (Ending.EXITED, 0)
-        files = [bench.kept(attempt) / f"file{number}" for number in range(8)]
+        files = [harness.kept(attempt) / f"file{number}" for number in range(8)]
         assert [file.read_text() for file in files] == [""] * 8
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,9 @@ def test_nothing_is_written_into_a_file_that_has_the_number_of_one_of_ours(bench
         "full = os.open('/dev/full', os.O_WRONLY); os.dup2(full, 1); os.dup2(full, 2)",
     ],
 )
-def test_a_task_that_nothing_can_be_printed_for_ends_as_it_ends(bench: Bench, spoil: str) -> None:
+def test_a_task_that_nothing_can_be_printed_for_ends_as_it_ends(
+    harness: EngineHarness, spoil: str
+) -> None:
     async def scenario(engine: LocalEngine) -> None:
         for end, exit_code, message in (
             (
@@ -90,19 +94,19 @@ def test_a_task_that_nothing_can_be_printed_for_ends_as_it_ends(bench: Bench, sp
                 "Define def task(config), and call asyncio.run in it",
             ),
         ):
-            attempt = bench.attempt(f"""
+            attempt = harness.attempt(f"""
                 import os, sys
                 async def later(): pass
                 def task(config):
                     {spoil}
                     {end}
             """)
-            assert await told(bench, engine, attempt) == (Ending.EXITED, exit_code, message)
+            assert await told(harness, engine, attempt) == (Ending.EXITED, exit_code, message)
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_what_cannot_be_shown_fails_nothing(bench: Bench) -> None:
+def test_what_cannot_be_shown_fails_nothing(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         for end, exit_code, message in (
             ("sys.exit(Shy())", 1, "<its message cannot be shown>"),
@@ -113,7 +117,7 @@ def test_what_cannot_be_shown_fails_nothing(bench: Bench) -> None:
                 "keys must be str, int, float, bool or None, not Shy",
             ),
         ):
-            attempt = bench.attempt(f"""
+            attempt = harness.attempt(f"""
                 import json, sys
                 class Shy(Exception):
                     def __str__(self): raise self
@@ -123,19 +127,21 @@ def test_what_cannot_be_shown_fails_nothing(bench: Bench) -> None:
                 def task(config):
                     {end}
             """)
-            assert await told(bench, engine, attempt) == (Ending.EXITED, exit_code, message)
+            assert await told(harness, engine, attempt) == (Ending.EXITED, exit_code, message)
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_what_a_process_that_was_forked_by_hand_comes_to_is_not_the_tasks(bench: Bench) -> None:
+def test_what_a_process_that_was_forked_by_hand_comes_to_is_not_the_tasks(
+    harness: EngineHarness,
+) -> None:
     async def scenario(engine: LocalEngine) -> None:
         for end in (
             "raise ValueError('in the child')",
             "sys.exit('in the child')",
             "return 'child'",
         ):
-            attempt = bench.attempt(f"""
+            attempt = harness.attempt(f"""
                 import os, sys
                 def task(config):
                     pid = os.fork()
@@ -144,51 +150,57 @@ def test_what_a_process_that_was_forked_by_hand_comes_to_is_not_the_tasks(bench:
                     os.waitpid(pid, 0)
                     return "done"
             """)
-            ended = await bench.outcome(engine, attempt)
+            ended = await harness.outcome(engine, attempt)
             assert (ended.exit_code, ended.result) == (0, "done")
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_an_error_that_names_a_file_whose_name_is_not_utf_8_can_be_stored(bench: Bench) -> None:
+def test_an_error_that_names_a_file_whose_name_is_not_utf_8_can_be_stored(
+    harness: EngineHarness,
+) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        attempt = bench.attempt("def task(config): open(b'/no/\\xff')")
-        ended = await bench.outcome(engine, attempt)
+        attempt = harness.attempt("def task(config): open(b'/no/\\xff')")
+        ended = await harness.outcome(engine, attempt)
         assert ended.message == (
             "FileNotFoundError: [Errno 2] No such file or directory: b'/no/\\xff'"
         )
-        attempt = bench.attempt("import os\ndef task(config): raise OSError(os.fsdecode(b'\\xff'))")
-        assert (await bench.outcome(engine, attempt)).message == r"OSError: \udcff"
+        attempt = harness.attempt(
+            "import os\ndef task(config): raise OSError(os.fsdecode(b'\\xff'))"
+        )
+        assert (await harness.outcome(engine, attempt)).message == r"OSError: \udcff"
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 @pytest.mark.parametrize("levels", [250, 251, 600, 950, 965, 970, 975, 980, 985, 5000])
 def test_a_result_is_kept_unless_it_is_nested_deeper_than_a_config_may_be(
-    bench: Bench, levels: int
+    harness: EngineHarness, levels: int
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        attempt = bench.attempt(f"""
+        attempt = harness.attempt(f"""
             def task(config):
                 nested = "innermost"
                 for level in range({levels}):
                     nested = [nested] if level % 2 else {{"a": 1, "b": nested}}
                 return nested
         """)
-        ended = await bench.outcome(engine, attempt)
+        ended = await harness.outcome(engine, attempt)
         assert (ended.exit_code, ended.has_result) == (0, levels <= 250)
         assert ("was not kept" in (ended.message or "")) == (levels > 250)
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_many_brackets_are_not_deep(bench: Bench) -> None:
+def test_many_brackets_are_not_deep(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         for value in ("[[]] * 1000", "'[' * 1000", "[{'a': '{'}] * 300"):
-            ended = await bench.outcome(engine, bench.attempt(f"def task(config): return {value}"))
+            ended = await harness.outcome(
+                engine, harness.attempt(f"def task(config): return {value}")
+            )
             assert ended.result == eval(value)
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 ALONE = """
@@ -212,30 +224,30 @@ ALONE = """
 """
 
 
-def lives(bench: Bench, attempt: Attempt) -> bool:
+def lives(harness: EngineHarness, attempt: Attempt) -> bool:
     """Whether the process that told its pid is there, which has no folder or environment to know it by."""
-    return Path("/proc", bench.log(attempt).split()[1]).exists()
+    return Path("/proc", harness.log(attempt).split()[1]).exists()
 
 
-def test_a_job_whose_first_thread_has_ended_can_be_stopped(bench: Bench) -> None:
-    bench.grace_s = 0.2
+def test_a_job_whose_first_thread_has_ended_can_be_stopped(harness: EngineHarness) -> None:
+    harness.grace_s = 0.2
 
     async def scenario(engine: LocalEngine) -> None:
-        attempt = bench.attempt(ALONE, config={"itself": True})
-        await bench.start(engine, attempt)
-        await bench.printed(attempt, "alone")
+        attempt = harness.attempt(ALONE, config={"itself": True})
+        await harness.start(engine, attempt)
+        await harness.printed(attempt, "alone")
         engine.stop(attempt.spec.job_id)
-        assert (await bench.ended(attempt)).ending is Ending.STOPPED
-        assert not lives(bench, attempt)
+        assert (await harness.ended(attempt)).ending is Ending.STOPPED
+        assert not lives(harness, attempt)
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_process_whose_first_thread_has_ended_ends_with_its_job(bench: Bench) -> None:
+def test_a_process_whose_first_thread_has_ended_ends_with_its_job(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        attempt = bench.attempt(ALONE, config={"itself": False})
-        ended = await bench.outcome(engine, attempt)
+        attempt = harness.attempt(ALONE, config={"itself": False})
+        ended = await harness.outcome(engine, attempt)
         assert (ended.ending, ended.exit_code) == (Ending.EXITED, 0)
-        assert not lives(bench, attempt)
+        assert not lives(harness, attempt)
 
-    bench.run(scenario)
+    harness.run(scenario)

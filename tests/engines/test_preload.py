@@ -8,7 +8,7 @@ import pytest
 
 from cortex.engines.base import Ended, Engine
 from cortex.engines.local import LocalEngine, fork_server
-from engines.bench import Bench
+from engines.engine_harness import EngineHarness
 
 IMPORTED_HERE = """
     import os, lib
@@ -17,12 +17,12 @@ IMPORTED_HERE = """
 PID = "import os\npid = os.getpid()\n"
 
 
-pytestmark = pytest.mark.parametrize("local_bench", ["local"], indirect=True)
+pytestmark = pytest.mark.parametrize("local_harness", ["local"], indirect=True)
 
 
 @pytest.fixture
-def bench(local_bench: Bench) -> Bench:
-    return local_bench
+def harness(local_harness: EngineHarness) -> EngineHarness:
+    return local_harness
 
 
 HARMFUL = {
@@ -94,34 +94,34 @@ HARMFUL = {
 
 
 @pytest.mark.parametrize("kind", HARMFUL)
-def test_what_a_fork_does_not_copy_is_not_imported_ahead(bench: Bench, kind: str) -> None:
+def test_what_a_fork_does_not_copy_is_not_imported_ahead(harness: EngineHarness, kind: str) -> None:
     code, why = HARMFUL[kind]
     # Only while it is imported ahead: a job imports it as if nothing had been.
-    bench.bare_environment(
+    harness.bare_environment(
         {"lib": f"{PID}if 'CORTEX_JOB_ID' not in os.environ:\n" + indented(code)}
     )
 
     async def scenario(engine: Engine) -> None:
-        ended = await bench.outcome(engine, bench.attempt(IMPORTED_HERE, preload=("lib",)))
+        ended = await harness.outcome(engine, harness.attempt(IMPORTED_HERE, preload=("lib",)))
         assert ended.result is True
         [hint] = not_ahead(ended)
         assert hint.startswith("lib is not imported ahead: ")
         assert why in hint
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_what_an_import_makes_in_the_project_goes_with_it(bench: Bench) -> None:
+def test_what_an_import_makes_in_the_project_goes_with_it(harness: EngineHarness) -> None:
     writes = "if 'CORTEX_JOB_ID' not in os.environ:\n    os.makedirs('a/b')\n    open('a/b/c', 'w').close()\n"
-    bench.bare_environment({"lib": f"{PID}{writes}"})
+    harness.bare_environment({"lib": f"{PID}{writes}"})
 
     async def scenario(engine: Engine) -> None:
         code = "import os, lib\ndef task(config): return sorted(os.listdir('.'))"
-        ended = await bench.outcome(engine, bench.attempt(code, preload=("lib",)))
+        ended = await harness.outcome(engine, harness.attempt(code, preload=("lib",)))
         assert isinstance(ended.result, list)
         assert "a" not in ended.result
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 def not_ahead(ended: Ended) -> list[str]:
@@ -133,28 +133,28 @@ def indented(code: str) -> str:
     return "".join(f"    {line}\n" for line in code.splitlines())
 
 
-def test_only_what_is_harmful_is_left_out(bench: Bench) -> None:
-    bench.bare_environment(
+def test_only_what_is_harmful_is_left_out(harness: EngineHarness) -> None:
+    harness.bare_environment(
         {"first": PID, "harmful": f"{PID}kept = open('/dev/null')\n", "last": PID}
     )
 
     async def scenario(engine: Engine) -> None:
-        attempt = bench.attempt(
+        attempt = harness.attempt(
             """
             import os, first, harmful, last
             def task(config): return [each.pid == os.getpid() for each in (first, harmful, last)]
             """,
             preload=("first", "harmful", "last"),
         )
-        ended = await bench.outcome(engine, attempt)
+        ended = await harness.outcome(engine, attempt)
         assert ended.result == [False, True, False]
         assert [hint.partition(" is not")[0] for hint in not_ahead(ended)] == ["harmful"]
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 def test_an_import_that_takes_too_long_is_left_to_the_jobs(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    harness: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fork_server, "PRELOAD_TIMEOUT_S", 0.5)
     hurry = fork_server.ForkServer._on_preload_timeout
@@ -167,30 +167,30 @@ def test_an_import_that_takes_too_long_is_left_to_the_jobs(
 
     monkeypatch.setattr(fork_server.ForkServer, "_on_preload_timeout", hurry_an_import)
     slow = f"{PID}import time\nif 'CORTEX_JOB_ID' not in os.environ: time.sleep(600)\n"
-    bench.bare_environment({"lib": slow})
+    harness.bare_environment({"lib": slow})
 
     async def scenario(engine: LocalEngine) -> None:
-        ended = await bench.outcome(engine, bench.attempt(IMPORTED_HERE, preload=("lib",)))
+        ended = await harness.outcome(engine, harness.attempt(IMPORTED_HERE, preload=("lib",)))
         assert ended.result is True
         [hint] = not_ahead(ended)
         assert "takes longer than 0.5 s" in hint
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_job_that_waits_for_an_import_says_so(bench: Bench) -> None:
-    bench.bare_environment({"lib": f"{PID}import time\ntime.sleep(1)\n"})
+def test_a_job_that_waits_for_an_import_says_so(harness: EngineHarness) -> None:
+    harness.bare_environment({"lib": f"{PID}import time\ntime.sleep(1)\n"})
 
     async def scenario(engine: Engine) -> None:
-        ended = await bench.outcome(engine, bench.attempt(IMPORTED_HERE, preload=("lib",)))
+        ended = await harness.outcome(engine, harness.attempt(IMPORTED_HERE, preload=("lib",)))
         assert ended.result is False
-        assert "waits for lib to be imported ahead (definition.preload)" in bench.waits
+        assert "waits for lib to be imported ahead (definition.preload)" in harness.waits
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_modules_are_imported_in_the_order_that_was_asked_for(bench: Bench) -> None:
-    bench.bare_environment(
+def test_modules_are_imported_in_the_order_that_was_asked_for(harness: EngineHarness) -> None:
+    harness.bare_environment(
         {
             "order": "seen = []\n",
             "a": "import order\norder.seen.append('a')\n",
@@ -199,20 +199,20 @@ def test_modules_are_imported_in_the_order_that_was_asked_for(bench: Bench) -> N
     )
 
     async def scenario(engine: Engine) -> None:
-        attempt = bench.attempt(
+        attempt = harness.attempt(
             "import a, b, order\ndef task(config): return order.seen", preload=("b", "a")
         )
-        assert (await bench.outcome(engine, attempt)).result == ["b", "a"]
+        assert (await harness.outcome(engine, attempt)).result == ["b", "a"]
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 def test_an_import_finds_the_environment_and_the_project_and_keeps_what_it_changes(
-    bench: Bench,
+    harness: EngineHarness,
 ) -> None:
-    bench.env = {"MODE": "fast"}
-    bench.write("WORD = 'own'\n", "settings_of_lib.py")
-    bench.bare_environment(
+    harness.env = {"MODE": "fast"}
+    harness.write("WORD = 'own'\n", "settings_of_lib.py")
+    harness.bare_environment(
         {
             "lib": "import os, settings_of_lib\nmode = os.environ['MODE']\n"
             "os.environ['SET_BY_LIB'] = settings_of_lib.WORD\n"
@@ -220,55 +220,55 @@ def test_an_import_finds_the_environment_and_the_project_and_keeps_what_it_chang
     )
 
     async def scenario(engine: Engine) -> None:
-        attempt = bench.attempt(
+        attempt = harness.attempt(
             "import lib, os\ndef task(config): return [lib.mode, os.environ['SET_BY_LIB']]",
             preload=("lib",),
         )
-        ended = await bench.outcome(engine, attempt)
+        ended = await harness.outcome(engine, attempt)
         assert (ended.result, ended.hints) == (["fast", "own"], ())
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_what_an_import_prints_is_in_the_log_of_each_job(bench: Bench) -> None:
+def test_what_an_import_prints_is_in_the_log_of_each_job(harness: EngineHarness) -> None:
     words = "import sys, warnings\nprint('no GPU')\nprint('really', file=sys.stderr)\n"
-    bench.bare_environment({"lib": f"{words}warnings.warn('old', UserWarning)\n"})
+    harness.bare_environment({"lib": f"{words}warnings.warn('old', UserWarning)\n"})
 
     async def scenario(engine: Engine) -> None:
         attempts = [
-            bench.attempt("import lib\ndef task(config): print('here')", preload=("lib",))
+            harness.attempt("import lib\ndef task(config): print('here')", preload=("lib",))
             for _ in range(2)
         ]
         for attempt in attempts:
-            await bench.outcome(engine, attempt)
-            log = bench.log(attempt)
+            await harness.outcome(engine, attempt)
+            log = harness.log(attempt)
             assert log.startswith("no GPU\nreally\n")
             assert "UserWarning: old" in log
             assert log.endswith("here\n")
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_random_numbers_of_python_differ_from_job_to_job(bench: Bench) -> None:
-    bench.bare_environment({"lib": "import random\nrandom_number = random.random\n"})
+def test_random_numbers_of_python_differ_from_job_to_job(harness: EngineHarness) -> None:
+    harness.bare_environment({"lib": "import random\nrandom_number = random.random\n"})
 
     async def scenario(engine: Engine) -> None:
-        attempt = bench.attempt("import lib\ndef task(config): ...", preload=("lib",))
-        assert (await bench.outcome(engine, attempt)).hints == ()
+        attempt = harness.attempt("import lib\ndef task(config): ...", preload=("lib",))
+        assert (await harness.outcome(engine, attempt)).hints == ()
         code = "import lib, uuid\ndef task(config): return [lib.random_number(), uuid.uuid4().hex]"
         seen = set()
         for _ in range(3):
-            ended = await bench.outcome(engine, bench.attempt(code, preload=("lib",)))
+            ended = await harness.outcome(engine, harness.attempt(code, preload=("lib",)))
             assert isinstance(ended.result, list)
             seen.update(ended.result)
         assert len(seen) == 6
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_threads_that_end_before_a_fork_are_no_threads(bench: Bench) -> None:
+def test_threads_that_end_before_a_fork_are_no_threads(harness: EngineHarness) -> None:
     """As those of OpenBLAS: they end when a process is forked, and start again in whoever needs them."""
-    bench.bare_environment(
+    harness.bare_environment(
         {
             "lib": f"""{PID}
 import threading
@@ -284,34 +284,36 @@ os.register_at_fork(before=before)
     )
 
     async def scenario(engine: Engine) -> None:
-        ended = await bench.outcome(engine, bench.attempt(IMPORTED_HERE, preload=("lib",)))
+        ended = await harness.outcome(engine, harness.attempt(IMPORTED_HERE, preload=("lib",)))
         assert (ended.result, ended.hints) == (False, ())
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_job_that_spends_long_on_imports_says_what_would_spare_it_that(bench: Bench) -> None:
-    bench.bare_environment({"lib": "import time\ntime.sleep(0.4)\nclass Model: ...\n"})
-    bench.write("from lib import Model\n", "own.py")
+def test_a_job_that_spends_long_on_imports_says_what_would_spare_it_that(
+    harness: EngineHarness,
+) -> None:
+    harness.bare_environment({"lib": "import time\ntime.sleep(0.4)\nclass Model: ...\n"})
+    harness.write("from lib import Model\n", "own.py")
 
     async def scenario(engine: Engine) -> None:
-        ended: Ended = await bench.outcome(
-            engine, bench.attempt("import own\ndef task(config): return 1")
+        ended: Ended = await harness.outcome(
+            engine, harness.attempt("import own\ndef task(config): return 1")
         )
         [hint] = ended.hints
         assert " s importing lib: `preload: [lib]`" in hint
-        ended = await bench.outcome(
-            engine, bench.attempt("import own\ndef task(config): return 1", preload=("lib",))
+        ended = await harness.outcome(
+            engine, harness.attempt("import own\ndef task(config): return 1", preload=("lib",))
         )
         assert ended.hints == ()
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 def test_a_program_that_patches_the_standard_library_is_not_told_to_import_ahead(
-    bench: Bench,
+    harness: EngineHarness,
 ) -> None:
-    bench.bare_environment(
+    harness.bare_environment(
         {
             "lib": "import time\ntime.sleep(0.4)\n",
             "gevent": "import sys, types\nmonkey = types.ModuleType('gevent.monkey')\nmonkey.saved = {}\n"
@@ -321,17 +323,17 @@ def test_a_program_that_patches_the_standard_library_is_not_told_to_import_ahead
     code = "from gevent import monkey\nPATCH\nimport lib\ndef task(config): return 1"
 
     async def scenario(engine: Engine) -> None:
-        ended: Ended = await bench.outcome(engine, bench.attempt(code.replace("PATCH", "")))
+        ended: Ended = await harness.outcome(engine, harness.attempt(code.replace("PATCH", "")))
         assert len(ended.hints) == 1
         patched = code.replace("PATCH", "monkey.saved['socket'] = {}")
-        assert (await bench.outcome(engine, bench.attempt(patched))).hints == ()
+        assert (await harness.outcome(engine, harness.attempt(patched))).hints == ()
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_time_of_the_users_own_is_not_told_as_an_imports(bench: Bench) -> None:
+def test_time_of_the_users_own_is_not_told_as_an_imports(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
         code = "import json, time\ntime.sleep(0.4)\ndef task(config): return 1"
-        assert (await bench.outcome(engine, bench.attempt(code))).hints == ()
+        assert (await harness.outcome(engine, harness.attempt(code))).hints == ()
 
-    bench.run(scenario)
+    harness.run(scenario)

@@ -14,18 +14,18 @@ import pytest
 from cortex.engines.base import Attempt, Ended, Ending, Engine, Lost, NeverStarted, Version
 from cortex.spec.job import Json
 from cortex.worker.processes import children
-from engines.bench import SLEEP, Bench, exists, parent, processes, until
+from engines.engine_harness import SLEEP, EngineHarness, exists, parent, processes, until
 from engines.test_recovery import pid_of
 
 CODE = "def task(c): return c['number']"
 
 
 @pytest.fixture
-def warm(local_bench: Bench) -> Bench:
-    return local_bench
+def warm(local_harness: EngineHarness) -> EngineHarness:
+    return local_harness
 
 
-def prepared(bench: Bench, engine: Engine, attempt: Attempt) -> Attempt:
+def prepared(harness: EngineHarness, engine: Engine, attempt: Attempt) -> Attempt:
     job_id = attempt.spec.job_id
     assert engine.ledger.reserve(job_id, attempt.version.api.compute) is None
     attempt = replace(attempt, handle=engine.claim(job_id, attempt.number))
@@ -33,40 +33,40 @@ def prepared(bench: Bench, engine: Engine, attempt: Attempt) -> Attempt:
     return attempt
 
 
-async def following(bench: Bench, engine: Engine, number: int = 2) -> Attempt:
+async def following(harness: EngineHarness, engine: Engine, number: int = 2) -> Attempt:
     """An attempt of a version whose supervising process has just ended another's job."""
-    first = bench.attempt(CODE, config={"number": 1})
-    assert (await bench.outcome(engine, first)).result == 1
-    return replace(bench.attempt(CODE, config={"number": number}), version=first.version)
+    first = harness.attempt(CODE, config={"number": 1})
+    assert (await harness.outcome(engine, first)).result == 1
+    return replace(harness.attempt(CODE, config={"number": number}), version=first.version)
 
 
-def test_a_prepared_attempt_begins_when_it_is_started(bench: Bench) -> None:
+def test_a_prepared_attempt_begins_when_it_is_started(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = prepared(bench, engine, await following(bench, engine))
+        attempt = prepared(harness, engine, await following(harness, engine))
         await asyncio.sleep(0.1)
-        assert not bench.start_record(attempt).exists()
+        assert not harness.start_record(attempt).exists()
         not_before_ns = time.time_ns()
         engine.start(attempt)
-        end = await bench.ended(attempt)
+        end = await harness.ended(attempt)
         assert end.result == 2
         assert end.start_ns >= not_before_ns, "it began when it was started"
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_prepared_attempt_that_is_released_never_runs(bench: Bench) -> None:
+def test_a_prepared_attempt_that_is_released_never_runs(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = prepared(bench, engine, await following(bench, engine))
+        attempt = prepared(harness, engine, await following(harness, engine))
         engine.ledger.release(attempt.spec.job_id)
-        another = replace(bench.attempt(CODE, config={"number": 3}), version=attempt.version)
-        assert (await bench.outcome(engine, another)).result == 3
-        assert not bench.start_record(attempt).exists()
-        assert all(attempt.spec.job_id not in repr(seen) for seen in bench.seen)
+        another = replace(harness.attempt(CODE, config={"number": 3}), version=attempt.version)
+        assert (await harness.outcome(engine, another)).result == 3
+        assert not harness.start_record(attempt).exists()
+        assert all(attempt.spec.job_id not in repr(seen) for seen in harness.seen)
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_it_is_laid_out_before(warm: Bench) -> None:
+def test_it_is_laid_out_before(warm: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
         attempt = prepared(warm, engine, await following(warm, engine))
         await until((warm.folder(attempt) / "log").exists)
@@ -77,13 +77,13 @@ def test_it_is_laid_out_before(warm: Bench) -> None:
     warm.run(scenario)
 
 
-def holder(bench: Bench, attempt: Attempt) -> int:
+def holder(harness: EngineHarness, attempt: Attempt) -> int:
     """The supervising process that holds an order: the parent of the process that has the job's id."""
     [(pid, _)] = processes(attempt.spec.job_id, [])
     return parent(pid)
 
 
-def test_a_holder_that_is_killed_costs_the_job_nothing(warm: Bench) -> None:
+def test_a_holder_that_is_killed_costs_the_job_nothing(warm: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
         attempt = prepared(warm, engine, await following(warm, engine))
         await until(lambda: processes(attempt.spec.job_id, []))
@@ -96,7 +96,7 @@ def test_a_holder_that_is_killed_costs_the_job_nothing(warm: Bench) -> None:
     warm.run(scenario)
 
 
-def test_a_holder_that_is_killed_as_it_is_told_to_begin_has_not_begun(warm: Bench) -> None:
+def test_a_holder_that_is_killed_as_it_is_told_to_begin_has_not_begun(warm: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
         attempt = prepared(warm, engine, await following(warm, engine))
         await until(lambda: processes(attempt.spec.job_id, []))
@@ -108,7 +108,7 @@ def test_a_holder_that_is_killed_as_it_is_told_to_begin_has_not_begun(warm: Benc
     warm.run(scenario)
 
 
-def test_a_holder_without_an_operator_ends_and_has_begun_nothing(warm: Bench) -> None:
+def test_a_holder_without_an_operator_ends_and_has_begun_nothing(warm: EngineHarness) -> None:
     held: list[Attempt] = []
 
     async def scenario(engine: Engine) -> None:
@@ -120,7 +120,7 @@ def test_a_holder_without_an_operator_ends_and_has_begun_nothing(warm: Bench) ->
     assert not warm.start_record(held[0]).exists()
 
 
-def test_what_fails_ahead_is_told_of_when_it_is_started(warm: Bench) -> None:
+def test_what_fails_ahead_is_told_of_when_it_is_started(warm: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
         attempt = await following(warm, engine)
         (warm.folder(attempt) / "job.json").mkdir(parents=True)
@@ -136,7 +136,7 @@ def test_what_fails_ahead_is_told_of_when_it_is_started(warm: Bench) -> None:
 
 
 def test_folders_that_are_away_as_a_process_is_forked_ahead_fail_no_job(
-    warm: Bench, tmp_path_factory: pytest.TempPathFactory
+    warm: EngineHarness, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     code = """
@@ -177,7 +177,7 @@ def test_folders_that_are_away_as_a_process_is_forked_ahead_fail_no_job(
     warm.run(scenario)
 
 
-def test_a_stop_right_after_the_start_ends_it(warm: Bench) -> None:
+def test_a_stop_right_after_the_start_ends_it(warm: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
         first = await following(warm, engine)
         warm.write(SLEEP)
@@ -194,7 +194,7 @@ def test_a_stop_right_after_the_start_ends_it(warm: Bench) -> None:
     warm.run(scenario)
 
 
-def test_a_version_that_is_retired_meanwhile_still_starts_it(warm: Bench) -> None:
+def test_a_version_that_is_retired_meanwhile_still_starts_it(warm: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
         attempt = prepared(warm, engine, await following(warm, engine))
         engine.forget(versions=[attempt.version.api.api_id])

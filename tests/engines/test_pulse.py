@@ -13,7 +13,7 @@ import pytest
 from cortex.engines.base import Attempt, Ended, NeverStarted
 from cortex.engines.local import LocalEngine, fork_server_health, fork_server_process
 from cortex.worker import processes
-from engines.bench import Bench, until
+from engines.engine_harness import EngineHarness, until
 from engines.test_recovery import pid_of
 
 # Takes what the fork server is asked from its own socket, by the numbers of system calls that all machines have.
@@ -44,8 +44,8 @@ STEALS = """
 
 
 @pytest.fixture
-def bench(local_bench: Bench) -> Bench:
-    return local_bench
+def harness(local_harness: EngineHarness) -> EngineHarness:
+    return local_harness
 
 
 @pytest.fixture(autouse=True)
@@ -53,77 +53,77 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fork_server_health, "POLL_INTERVAL_S", 0.1)
 
 
-def server_of(bench: Bench, attempt: object) -> int:
-    about = processes.stat(pid_of(bench, attempt))  # type: ignore[arg-type]
+def server_of(harness: EngineHarness, attempt: object) -> int:
+    about = processes.stat(pid_of(harness, attempt))  # type: ignore[arg-type]
     assert about is not None
     return about[1]
 
 
-def test_a_fork_server_whose_orders_somebody_else_takes_is_replaced(bench: Bench) -> None:
+def test_a_fork_server_whose_orders_somebody_else_takes_is_replaced(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        go = str(bench.marker)
-        thief = bench.attempt(STEALS, config={"steals": True, "go": go}, cpu_m=1)
-        await bench.start(engine, thief)
-        await bench.printed(thief, "stolen")
-        if "stolen 0" in bench.log(thief):
+        go = str(harness.marker)
+        thief = harness.attempt(STEALS, config={"steals": True, "go": go}, cpu_m=1)
+        await harness.start(engine, thief)
+        await harness.printed(thief, "stolen")
+        if "stolen 0" in harness.log(thief):
             pytest.skip("processes of one user may not take files of one another here")
-        server = server_of(bench, thief)
+        server = server_of(harness, thief)
         others: list[Attempt] = []
 
         def is_stolen() -> bool:
-            return any(isinstance(seen, NeverStarted) for seen in bench.seen)
+            return any(isinstance(seen, NeverStarted) for seen in harness.seen)
 
         while not is_stolen() and len(others) < 400:
             for _ in range(8):  # of so many orders the fork server does not see all, most times
-                each = bench.attempt(config={"steals": False, "go": go})
+                each = harness.attempt(config={"steals": False, "go": go})
                 others.append(replace(each, version=thief.version))
-                await bench.start(engine, others[-1])
+                await harness.start(engine, others[-1])
             with contextlib.suppress(AssertionError):
                 await until(is_stolen, 5)
-        assert fork_server_health.SILENT in bench.waits
+        assert fork_server_health.SILENT in harness.waits
         # Its socket has not ended: the thief has it.
         await until(lambda: processes.ticks_if_alive(server) is None)
-        after = replace(bench.attempt(config={"steals": False, "go": go}), version=thief.version)
-        await bench.start(engine, after)
-        await bench.started(after)
-        bench.marker.touch()
+        after = replace(harness.attempt(config={"steals": False, "go": go}), version=thief.version)
+        await harness.start(engine, after)
+        await harness.started(after)
+        harness.marker.touch()
         for each in (thief, *others, after):
-            assert isinstance(await bench.last(each), Ended | NeverStarted)
+            assert isinstance(await harness.last(each), Ended | NeverStarted)
         engine.forget(versions=[thief.version.api.api_id])
-        await until(lambda: not [line for line in bench.left() if "forkserver/main.py" in line])
+        await until(lambda: not [line for line in harness.left() if "forkserver/main.py" in line])
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 SLOW = "import time\ntime.sleep(1)\n"
 
 
-def test_an_import_that_takes_many_looks_is_waited_for(bench: Bench) -> None:
-    bench.bare_environment({"slow": SLOW})
+def test_an_import_that_takes_many_looks_is_waited_for(harness: EngineHarness) -> None:
+    harness.bare_environment({"slow": SLOW})
 
     async def scenario(engine: LocalEngine) -> None:
         code = "import slow, sys\ndef task(config): return 'slow' in sys.modules"
-        attempt = bench.attempt(code, preload=("slow",))
-        end = await bench.outcome(engine, attempt)
+        attempt = harness.attempt(code, preload=("slow",))
+        end = await harness.outcome(engine, attempt)
         assert (end.result, end.hints) == (True, ())
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_fork_server_that_is_stopped_in_an_import_goes_on(bench: Bench) -> None:
-    bench.bare_environment({"stops": f"import os\nos.kill(os.getpid(), {int(signal.SIGSTOP)})\n"})
+def test_a_fork_server_that_is_stopped_in_an_import_goes_on(harness: EngineHarness) -> None:
+    harness.bare_environment({"stops": f"import os\nos.kill(os.getpid(), {int(signal.SIGSTOP)})\n"})
 
     async def scenario(engine: LocalEngine) -> None:
-        attempt = bench.attempt("import stops\ndef task(config): ...", preload=("stops",))
-        end = await bench.outcome(engine, attempt)
+        attempt = harness.attempt("import stops\ndef task(config): ...", preload=("stops",))
+        end = await harness.outcome(engine, attempt)
         assert end.hints == ()
-        assert fork_server_health.STOPPED in bench.waits
+        assert fork_server_health.STOPPED in harness.waits
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 def test_a_look_that_has_no_descriptors_is_made_again(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    harness: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stat, looks = processes.stat, [0]
 
@@ -133,15 +133,15 @@ def test_a_look_that_has_no_descriptors_is_made_again(
             raise OSError(24, "too many open files")
         return stat(pid)
 
-    bench.bare_environment({"stops": f"import os\nos.kill(os.getpid(), {int(signal.SIGSTOP)})\n"})
+    harness.bare_environment({"stops": f"import os\nos.kill(os.getpid(), {int(signal.SIGSTOP)})\n"})
 
     async def scenario(engine: LocalEngine) -> None:
         monkeypatch.setattr(processes, "stat", short)
-        attempt = bench.attempt("import stops\ndef task(config): return 1", preload=("stops",))
-        assert (await bench.outcome(engine, attempt)).result == 1
+        attempt = harness.attempt("import stops\ndef task(config): return 1", preload=("stops",))
+        assert (await harness.outcome(engine, attempt)).result == 1
         assert looks[0] > 1
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 def test_a_fork_server_is_ended_also_where_there_is_no_thread_to_wait_in(

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-import loaded
-from engines.ray_bench import Session, agent_in
-from s3 import S3
-from support import PROBE, Operator, operator, probe_yaml, until
+import preloaded_cli
+from engines.ray_harness import Session, agent_in
+from operator_harness import PROBE, Operator, operator, probe_yaml, until
+from s3_server import S3Server
 from unit.test_environments import wheel
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
@@ -98,7 +98,7 @@ def test_a_job_outlives_the_operator_and_its_end_is_known_after_the_restart(
 
 
 @pytest.fixture
-def bucket(s3: S3, monkeypatch: pytest.MonkeyPatch) -> str:
+def bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """A new one, which operators can reach that start from now on."""
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
@@ -116,7 +116,7 @@ def all_elsewhere(ray_session: Session, tmp_path: Path, database: str, bucket: s
 
 
 def test_nothing_is_lost_with_the_operators_machine_where_all_else_is_elsewhere(
-    tmp_path: Path, s3: S3, bucket: str, all_elsewhere: list[str]
+    tmp_path: Path, s3: S3Server, bucket: str, all_elsewhere: list[str]
 ) -> None:
     with operator(tmp_path / "operator", *all_elsewhere) as running:
         endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
@@ -148,7 +148,7 @@ def task(config):
 
 
 def test_operators_with_folders_of_their_own_take_over_from_each_other(
-    tmp_path: Path, s3: S3, bucket: str, all_elsewhere: list[str]
+    tmp_path: Path, s3: S3Server, bucket: str, all_elsewhere: list[str]
 ) -> None:
     go = tmp_path / "go"
     said = "line 0\nline 1\n"
@@ -243,7 +243,7 @@ def test_the_command_shows_the_nodes(serving: Operator, tmp_path: Path) -> None:
     env = {**os.environ, "CORTEX_CLI_CONFIG_DIR": str(tmp_path)}
 
     def cortex(*arguments: str) -> str:
-        done = loaded.run(*arguments, env=env)
+        done = preloaded_cli.run(*arguments, env=env)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -334,13 +334,13 @@ def test_a_job_whose_node_is_lost_is_tried_again_on_another(
     ],
 )
 def test_options_that_do_not_go_together_are_told(options: list[str], words: str) -> None:
-    done = loaded.run("serve", *options)
+    done = preloaded_cli.run("serve", *options)
     assert done.returncode == 1
     assert words in done.stderr
 
 
 def test_a_cluster_that_is_not_there_is_told_by_the_command(tmp_path: Path) -> None:
     options = ["--data-dir", str(tmp_path), "--engine", "ray", "--ray-address", "127.0.0.1:1"]
-    done = loaded.run("serve", "--port", "0", *options)
+    done = preloaded_cli.run("serve", "--port", "0", *options)
     assert done.returncode == 1
     assert done.stderr.startswith("error: the Ray cluster at 127.0.0.1:1 cannot be joined: nothing")

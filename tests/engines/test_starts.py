@@ -14,7 +14,7 @@ from cortex.engines.base import Attempt, Ending, NeverStarted
 from cortex.engines.local import LocalEngine, supervisor_pool
 from cortex.spec.job import Json
 from cortex.worker.processes import children
-from engines.bench import SLEEP, Bench, until
+from engines.engine_harness import SLEEP, EngineHarness, until
 from engines.test_recovery import pid_of
 
 SILENT = """
@@ -28,28 +28,28 @@ SILENT = """
 
 
 @pytest.fixture
-def bench(local_bench: Bench) -> Bench:
-    return local_bench
+def harness(local_harness: EngineHarness) -> EngineHarness:
+    return local_harness
 
 
-def mute(bench: Bench) -> Attempt:
+def mute(harness: EngineHarness) -> Attempt:
     """Of a job that stops its supervising process, before that has said that it started if it is quick."""
-    return bench.attempt(SILENT, config={"silent": True}, api_id="one")
+    return harness.attempt(SILENT, config={"silent": True}, api_id="one")
 
 
-def plain(bench: Bench) -> Attempt:
-    return bench.attempt(SILENT, api_id="one")
+def plain(harness: EngineHarness) -> Attempt:
+    return harness.attempt(SILENT, api_id="one")
 
 
-async def silent(bench: Bench, engine: LocalEngine) -> Attempt:
+async def silent(harness: EngineHarness, engine: LocalEngine) -> Attempt:
     """One that is given to a supervising process which is stopped, and so says nothing of its start."""
-    before = plain(bench)
-    await bench.outcome(engine, before)
-    supervisor = pid_of(bench, before)
+    before = plain(harness)
+    await harness.outcome(engine, before)
+    supervisor = pid_of(harness, before)
     await until(lambda: children(supervisor))  # that of the next job: it is done with this one
     os.kill(supervisor, signal.SIGSTOP)
-    attempt = replace(plain(bench), version=before.version)
-    await bench.start(engine, attempt)
+    attempt = replace(plain(harness), version=before.version)
+    await harness.start(engine, attempt)
     return attempt
 
 
@@ -60,83 +60,85 @@ def one_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("one_at_once")
-def test_an_order_waits_until_there_is_room_for_its_start(bench: Bench) -> None:
+def test_an_order_waits_until_there_is_room_for_its_start(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        first = await silent(bench, engine)
-        others = [replace(plain(bench), version=first.version) for _ in range(2)]
+        first = await silent(harness, engine)
+        others = [replace(plain(harness), version=first.version) for _ in range(2)]
         for attempt in others:
-            await bench.start(engine, attempt)
+            await harness.start(engine, attempt)
         await asyncio.sleep(0.1)
         silent_until_ns = time.time_ns()
         engine.stop(first.spec.job_id)
-        ended = [await bench.ended(attempt) for attempt in (first, *others)]
+        ended = [await harness.ended(attempt) for attempt in (first, *others)]
         assert ended[0].ending is Ending.STOPPED
         assert silent_until_ns <= ended[1].start_ns <= ended[2].start_ns
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 @pytest.mark.usefixtures("one_at_once")
-def test_an_order_that_waits_for_its_turn_is_taken_back(bench: Bench) -> None:
+def test_an_order_that_waits_for_its_turn_is_taken_back(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        first = await silent(bench, engine)
-        second = replace(plain(bench), version=first.version)
-        await bench.start(engine, second)
+        first = await silent(harness, engine)
+        second = replace(plain(harness), version=first.version)
+        await harness.start(engine, second)
         await asyncio.sleep(0.1)
         engine.stop(second.spec.job_id)
-        assert isinstance(await bench.last(second), NeverStarted)
+        assert isinstance(await harness.last(second), NeverStarted)
         engine.stop(first.spec.job_id)
-        await bench.ended(first)
+        await harness.ended(first)
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 @pytest.mark.usefixtures("one_at_once")
-def test_a_version_that_is_replaced_hands_out_what_waits(bench: Bench) -> None:
+def test_a_version_that_is_replaced_hands_out_what_waits(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        first = await silent(bench, engine)
-        second = replace(plain(bench), version=first.version)
-        await bench.start(engine, second)
+        first = await silent(harness, engine)
+        second = replace(plain(harness), version=first.version)
+        await harness.start(engine, second)
         engine.forget(versions=["one"])
         engine.stop(first.spec.job_id)
-        assert (await bench.ended(second)).exit_code == 0
+        assert (await harness.ended(second)).exit_code == 0
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 def test_those_that_never_say_that_they_began_hold_up_nobody_for_long(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    harness: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor_pool, "MAX_STARTING", 3)  # also where there are very many cores
 
     async def scenario(engine: LocalEngine) -> None:
-        first = [mute(bench) for _ in range(2 * supervisor_pool.MAX_STARTING)]
+        first = [mute(harness) for _ in range(2 * supervisor_pool.MAX_STARTING)]
         for attempt in first:
-            await bench.start(engine, attempt)
-        assert (await bench.outcome(engine, plain(bench))).exit_code == 0
+            await harness.start(engine, attempt)
+        assert (await harness.outcome(engine, plain(harness))).exit_code == 0
         for attempt in first:
             engine.stop(attempt.spec.job_id)
-            await bench.ended(attempt)
+            await harness.ended(attempt)
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_many_jobs_begin_while_others_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_jobs_begin_while_others_run(
+    harness: EngineHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(supervisor_pool, "MAX_STARTING", 3)
 
     async def scenario(engine: LocalEngine) -> None:
-        config: Json = {"file": str(bench.marker)}
+        config: Json = {"file": str(harness.marker)}
         running = [
-            bench.attempt(SLEEP, config=config, cpu_m=10, api_id="one")
+            harness.attempt(SLEEP, config=config, cpu_m=10, api_id="one")
             for _ in range(3 * supervisor_pool.MAX_STARTING)
         ]
         for attempt in running:
-            await bench.start(engine, attempt)
+            await harness.start(engine, attempt)
         for attempt in running:
-            await bench.printed(attempt, "pid")
-        bench.go()
-        assert [(await bench.ended(attempt)).result for attempt in running] == ["done"] * len(
+            await harness.printed(attempt, "pid")
+        harness.go()
+        assert [(await harness.ended(attempt)).result for attempt in running] == ["done"] * len(
             running
         )
 
-    bench.run(scenario)
+    harness.run(scenario)

@@ -17,13 +17,13 @@ from cortex.engines.base import Ended, Lost, NeverStarted, Started, Unreachable
 from cortex.engines.local import LocalEngine
 from cortex.system.background import in_thread
 from cortex.worker.processes import children
-from engines.bench import Bench
+from engines.engine_harness import EngineHarness
 from engines.test_recovery import pid_of
 
 
 @pytest.fixture
-def bench(local_bench: Bench) -> Bench:
-    return local_bench
+def harness(local_harness: EngineHarness) -> EngineHarness:
+    return local_harness
 
 
 @pytest.fixture
@@ -42,13 +42,15 @@ def full(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 def run(
-    bench: Bench, full: threading.Event, scenario: Callable[[LocalEngine], Awaitable[None]]
+    harness: EngineHarness,
+    full: threading.Event,
+    scenario: Callable[[LocalEngine], Awaitable[None]],
 ) -> None:
     """With an engine whose loop has no threads yet."""
 
     async def main() -> None:
-        engine = LocalEngine(bench.root, None, 1, "watchdog")
-        engine._attempts.report = bench._saw
+        engine = LocalEngine(harness.root, None, 1, "watchdog")
+        engine._attempts.report = harness._saw
         engine._prepare_machine()
         full.set()
         try:
@@ -57,29 +59,31 @@ def run(
             full.clear()
             await engine.close()
 
-    bench.changed = asyncio.Event()
+    harness.changed = asyncio.Event()
     asyncio.run(main())
 
 
-def test_a_job_is_taken_up_once_there_is_room(bench: Bench, full: threading.Event) -> None:
-    attempt = bench.killed_operator(bench.sleeper(), "started")
+def test_a_job_is_taken_up_once_there_is_room(
+    harness: EngineHarness, full: threading.Event
+) -> None:
+    attempt = harness.killed_operator(harness.sleeper(), "started")
 
     async def scenario(engine: LocalEngine) -> None:
         await engine.recover(attempt)
-        await bench.unreachable(attempt)
+        await harness.unreachable(attempt)
         full.clear()
-        await bench.started(attempt)
-        bench.go()
-        assert (await bench.ended(attempt)).result == "done"
-        assert [type(seen) for seen in bench.seen] == [Unreachable, Started, Ended]
+        await harness.started(attempt)
+        harness.go()
+        assert (await harness.ended(attempt)).result == "done"
+        assert [type(seen) for seen in harness.seen] == [Unreachable, Started, Ended]
 
-    run(bench, full, scenario)
+    run(harness, full, scenario)
 
 
 def test_a_killed_job_is_told_as_lost_once_there_is_room(
-    bench: Bench, full: threading.Event, monkeypatch: pytest.MonkeyPatch
+    harness: EngineHarness, full: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attempt = bench.killed_operator(bench.sleeper(), "started")
+    attempt = harness.killed_operator(harness.sleeper(), "started")
     refused: list[str] = []
 
     async def no_thread_at_first(function: Callable[[Path], None], root: Path) -> None:
@@ -91,40 +95,40 @@ def test_a_killed_job_is_told_as_lost_once_there_is_room(
     async def scenario(engine: LocalEngine) -> None:
         full.clear()
         await engine.recover(attempt)
-        await bench.started(attempt)
+        await harness.started(attempt)
         monkeypatch.setattr("cortex.engines.local.engine.in_thread", no_thread_at_first)
-        os.kill(pid_of(bench, attempt), signal.SIGKILL)
-        assert isinstance(await bench.last(attempt), Lost)
+        os.kill(pid_of(harness, attempt), signal.SIGKILL)
+        assert isinstance(await harness.last(attempt), Lost)
         assert refused == ["sweep"]
 
-    run(bench, full, scenario)
+    run(harness, full, scenario)
 
 
 def test_a_fork_server_that_cannot_be_started_holds_its_job_up_with_the_reason(
-    bench: Bench, full: threading.Event
+    harness: EngineHarness, full: threading.Event
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        attempt = bench.attempt("def task(config): ...")
-        await bench.start(engine, attempt)
-        last = await bench.last(attempt)
+        attempt = harness.attempt("def task(config): ...")
+        await harness.start(engine, attempt)
+        last = await harness.last(attempt)
         assert isinstance(last, NeverStarted)
         assert "can't start new thread" in (last.held_up_by or "")
 
-    run(bench, full, scenario)
+    run(harness, full, scenario)
 
 
 def test_a_fork_server_that_cannot_be_waited_for_is_ended(
-    bench: Bench, full: threading.Event
+    harness: EngineHarness, full: threading.Event
 ) -> None:
     before = children(os.getpid())
 
     async def scenario(engine: LocalEngine) -> None:
         full.clear()
-        await bench.outcome(engine, bench.attempt("def task(config): ..."))
+        await harness.outcome(engine, harness.attempt("def task(config): ..."))
         pool = asyncio.get_running_loop()
         pool.set_default_executor(ThreadPoolExecutor(thread_name_prefix="asyncio"))
         full.set()
         await engine._servers.close()
         assert set(children(os.getpid())) <= set(before)
 
-    run(bench, full, scenario)
+    run(harness, full, scenario)

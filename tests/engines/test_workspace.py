@@ -25,8 +25,8 @@ from cortex.spec.job import Json
 from cortex.system.account import find
 from cortex.system.folders import remove
 from cortex.worker.copying import Copy
-from engines.bench import Bench, exists, until
 from engines.conftest import nothing_is_left
+from engines.engine_harness import EngineHarness, exists, until
 
 IS_ROOT = os.geteuid() == 0
 DEPLOYED = {
@@ -168,40 +168,40 @@ def task(config):
 """
 
 
-def made(folder: Path, own_folder: str | None) -> Bench:
-    bench = Bench(folder, None, own_folder)
+def made(folder: Path, own_folder: str | None) -> EngineHarness:
+    harness = EngineHarness(folder, None, own_folder)
     for name, text in DEPLOYED.items():
-        path = bench.project / name
+        path = harness.project / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    (bench.project / "seen.py").write_text(SEEN)
-    (bench.project / "link.txt").symlink_to("data.csv")
-    (bench.project / "broken").symlink_to("nowhere")
-    (bench.project / "folder").symlink_to("sub")
-    (bench.project / "run.sh").write_text("#!/bin/sh\necho ran\n")
-    (bench.project / "run.sh").chmod(0o755)
-    return bench
+    (harness.project / "seen.py").write_text(SEEN)
+    (harness.project / "link.txt").symlink_to("data.csv")
+    (harness.project / "broken").symlink_to("nowhere")
+    (harness.project / "folder").symlink_to("sub")
+    (harness.project / "run.sh").write_text("#!/bin/sh\necho ran\n")
+    (harness.project / "run.sh").chmod(0o755)
+    return harness
 
 
 @pytest.fixture(params=["overlay", "copy"] if IS_ROOT else ["copy"])
-def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
-    bench = made(tmp_path, None if request.param == "overlay" else "copy")
-    yield bench
-    nothing_is_left(bench)
-    assert list(workspaces.workspaces_of(bench.root).glob("*")) == []
+def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EngineHarness]:
+    harness = made(tmp_path, None if request.param == "overlay" else "copy")
+    yield harness
+    nothing_is_left(harness)
+    assert list(workspaces.workspaces_of(harness.root).glob("*")) == []
 
 
 def job(
-    bench: Bench, what: str = "", like: Attempt | None = None, wait: str | None = None
+    harness: EngineHarness, what: str = "", like: Attempt | None = None, wait: str | None = None
 ) -> Attempt:
     config: Json = {"what": what} if wait is None else {"what": what, "wait": wait}
-    attempt = bench.attempt(TASK, config=config)
+    attempt = harness.attempt(TASK, config=config)
     return attempt if like is None else replace(attempt, version=like.version)
 
 
-def own(bench: Bench, attempt: Attempt) -> set[str]:
+def own(harness: EngineHarness, attempt: Attempt) -> set[str]:
     """The files in a job's `own/`."""
-    top = bench.kept(attempt)
+    top = harness.kept(attempt)
     return {
         str(Path(parent, name).relative_to(top))
         for parent, _, names in os.walk(top)
@@ -209,9 +209,9 @@ def own(bench: Bench, attempt: Attempt) -> set[str]:
     }
 
 
-def workspaces_of(bench: Bench) -> set[tuple[str, int]]:
+def workspaces_of(harness: EngineHarness) -> set[tuple[str, int]]:
     """All that is below the folder of the workspaces, with inodes."""
-    top = workspaces.workspaces_of(bench.root)
+    top = workspaces.workspaces_of(harness.root)
     return {
         (name, os.lstat(Path(parent, name)).st_ino)
         for parent, folders, names in os.walk(top)
@@ -220,187 +220,187 @@ def workspaces_of(bench: Bench) -> set[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_what_a_job_changes_the_next_one_does_not_see(bench: Bench, what: str) -> None:
+def test_what_a_job_changes_the_next_one_does_not_see(harness: EngineHarness, what: str) -> None:
     change, kept = CHANGES[what]
 
     async def scenario(engine: LocalEngine) -> None:
-        first = job(bench, change)
-        outcome = await bench.outcome(engine, first)
-        assert outcome.exit_code == 0, bench.log(first)
+        first = job(harness, change)
+        outcome = await harness.outcome(engine, first)
+        assert outcome.exit_code == 0, harness.log(first)
         result: Any = outcome.result
         before, where, file = result
         assert where == file
-        following = job(bench, like=first)
-        result = (await bench.outcome(engine, following)).result
+        following = job(harness, like=first)
+        result = (await harness.outcome(engine, following)).result
         after, again, _ = result
         assert again == where  # in the same supervising process
         assert after == before
         # And so does the project itself, for jobs of other supervising processes.
-        assert (bench.project / "data.csv").read_text() == "deployed"
-        assert not (bench.project / "new.txt").exists()
+        assert (harness.project / "data.csv").read_text() == "deployed"
+        assert not (harness.project / "new.txt").exists()
         if kept is not None:
-            assert own(bench, first) == kept
-        assert not bench.kept(following).exists()
-        assert "cortex:" not in bench.log(first)
-        remove(bench.folder(first))  # as retention does; pytest could not remove the deep one
-        assert not bench.folder(first).exists()
+            assert own(harness, first) == kept
+        assert not harness.kept(following).exists()
+        assert "cortex:" not in harness.log(first)
+        remove(harness.folder(first))  # as retention does; pytest could not remove the deep one
+        assert not harness.folder(first).exists()
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_jobs_at_the_same_time_do_not_see_one_another(bench: Bench) -> None:
+def test_jobs_at_the_same_time_do_not_see_one_another(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        go = bench.root.parent / "go"
+        go = harness.root.parent / "go"
         change = (
             "open('model.pkl', 'w').write(os.environ['CORTEX_JOB_ID']); os.unlink('sub/other.txt')"
         )
-        first = job(bench, change, wait=str(go))
-        jobs = [first, *(job(bench, change, like=first, wait=str(go)) for _ in range(3))]
+        first = job(harness, change, wait=str(go))
+        jobs = [first, *(job(harness, change, like=first, wait=str(go)) for _ in range(3))]
         for each in jobs:
-            await bench.start(engine, each)
+            await harness.start(engine, each)
         for each in jobs:
-            await bench.started(each)
+            await harness.started(each)
         go.touch()
-        seen: list[Any] = [(await bench.ended(each)).result for each in jobs]
+        seen: list[Any] = [(await harness.ended(each)).result for each in jobs]
         assert all(each[0] == seen[0][0] for each in seen)
-        assert [(bench.kept(each) / "model.pkl").read_text() for each in jobs] == [
+        assert [(harness.kept(each) / "model.pkl").read_text() for each in jobs] == [
             each.spec.job_id for each in jobs
         ]
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_folder_of_the_project_can_be_renamed_and_is_whole(bench: Bench) -> None:
+def test_a_folder_of_the_project_can_be_renamed_and_is_whole(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         change = (
             "os.rename('sub', 'moved'); assert open('moved/deep/file.txt').read() == 'deployed'; "
             "assert not os.path.exists('sub'); open('moved/new.txt', 'w').write('x')"
         )
-        first = job(bench, change)
-        assert (await bench.outcome(engine, first)).exit_code == 0, bench.log(first)
-        assert "moved/new.txt" in own(bench, first)
-        following = job(bench, "assert os.path.exists('sub/deep/file.txt')", like=first)
-        assert (await bench.outcome(engine, following)).exit_code == 0, bench.log(following)
-        assert (bench.project / "sub/deep/file.txt").exists()
+        first = job(harness, change)
+        assert (await harness.outcome(engine, first)).exit_code == 0, harness.log(first)
+        assert "moved/new.txt" in own(harness, first)
+        following = job(harness, "assert os.path.exists('sub/deep/file.txt')", like=first)
+        assert (await harness.outcome(engine, following)).exit_code == 0, harness.log(following)
+        assert (harness.project / "sub/deep/file.txt").exists()
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_command_has_the_project_to_itself_as_well(bench: Bench) -> None:
+def test_a_command_has_the_project_to_itself_as_well(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         script = "./run.sh; cat model.pkl; echo mine > model.pkl; cat model.pkl"
-        first = bench.attempt(command=["sh", "-c", script])
-        for attempt in (first, replace(bench.attempt(command=["sh"]), version=first.version)):
-            assert (await bench.outcome(engine, attempt)).exit_code == 0
-            assert bench.log(attempt) == "ran\ndeployedmine\n"
-            assert (bench.kept(attempt) / "model.pkl").read_text() == "mine\n"
+        first = harness.attempt(command=["sh", "-c", script])
+        for attempt in (first, replace(harness.attempt(command=["sh"]), version=first.version)):
+            assert (await harness.outcome(engine, attempt)).exit_code == 0
+            assert harness.log(attempt) == "ran\ndeployedmine\n"
+            assert (harness.kept(attempt) / "model.pkl").read_text() == "mine\n"
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_modules_below_python_path_are_the_jobs_own(bench: Bench) -> None:
+def test_modules_below_python_path_are_the_jobs_own(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        bench.write("import os\nHERE = os.path.dirname(__file__)\n", "src/placed.py")
+        harness.write("import os\nHERE = os.path.dirname(__file__)\n", "src/placed.py")
         code = """
             import os, placed, sys
             def task(config):
                 open(os.path.join(placed.HERE, "state"), "x").write("x")
                 return [os.path.dirname(placed.HERE) == os.getcwd(), sys.path[:2]]
         """
-        first = bench.attempt(code, python_path="src")
-        for attempt in (first, replace(bench.attempt(code), version=first.version)):
-            result: Any = (await bench.outcome(engine, attempt)).result
+        first = harness.attempt(code, python_path="src")
+        for attempt in (first, replace(harness.attempt(code), version=first.version)):
+            result: Any = (await harness.outcome(engine, attempt)).result
             is_here, path = result
             assert is_here
             assert path[1] == path[0] + "/src"
-            assert own(bench, attempt) == {"src/state"}
+            assert own(harness, attempt) == {"src/state"}
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_job_that_changes_nothing_costs_no_file(bench: Bench) -> None:
+def test_a_job_that_changes_nothing_costs_no_file(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        first = bench.attempt("import helper\ndef task(config): return open('data.csv').read()")
-        assert (await bench.outcome(engine, first)).result == "deployed"
+        first = harness.attempt("import helper\ndef task(config): return open('data.csv').read()")
+        assert (await harness.outcome(engine, first)).result == "deployed"
         # Byte code is compiled ahead for all jobs; a job before that compiles for itself.
-        await until(lambda: list(bench.project.glob("__pycache__/helper.*.pyc")))
-        code = (bench.project / "task.py").read_text()
+        await until(lambda: list(harness.project.glob("__pycache__/helper.*.pyc")))
+        code = (harness.project / "task.py").read_text()
         for _ in range(2):  # the first may find a workspace without the byte code
-            following = replace(bench.attempt(code), version=first.version)
-            await bench.outcome(engine, following)
-        before = workspaces_of(bench)
+            following = replace(harness.attempt(code), version=first.version)
+            await harness.outcome(engine, following)
+        before = workspaces_of(harness)
         for _ in range(3):
-            following = replace(bench.attempt(code), version=first.version)
-            assert (await bench.outcome(engine, following)).result == "deployed"
-            assert not bench.kept(following).exists()
-            assert workspaces_of(bench) == before
+            following = replace(harness.attempt(code), version=first.version)
+            assert (await harness.outcome(engine, following)).result == "deployed"
+            assert not harness.kept(following).exists()
+            assert workspaces_of(harness) == before
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_a_project_that_is_mended_is_seen_by_the_next_job(bench: Bench) -> None:
+def test_a_project_that_is_mended_is_seen_by_the_next_job(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        first = job(bench)
-        await bench.outcome(engine, first)
-        bench.write("mended", "sub/other.txt")
-        following = job(bench, "assert open('sub/other.txt').read() == 'mended'", like=first)
-        assert (await bench.outcome(engine, following)).exit_code == 0, bench.log(following)
+        first = job(harness)
+        await harness.outcome(engine, first)
+        harness.write("mended", "sub/other.txt")
+        following = job(harness, "assert open('sub/other.txt').read() == 'mended'", like=first)
+        assert (await harness.outcome(engine, following)).exit_code == 0, harness.log(following)
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_an_attempt_begins_with_the_project_as_it_was_deployed(bench: Bench) -> None:
+def test_an_attempt_begins_with_the_project_as_it_was_deployed(harness: EngineHarness) -> None:
     """What an earlier attempt has left is of that attempt."""
 
     async def scenario(engine: LocalEngine) -> None:
-        first = await bench.begin(engine, job(bench, "open('first', 'x').close()"))
-        await bench.ended(first)
-        second = await bench.begin(engine, first, 2)
-        assert (await bench.ended(second)).exit_code == 0
-        assert own(bench, second) == {"first"}
+        first = await harness.begin(engine, job(harness, "open('first', 'x').close()"))
+        await harness.ended(first)
+        second = await harness.begin(engine, first, 2)
+        assert (await harness.ended(second)).exit_code == 0
+        assert own(harness, second) == {"first"}
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 @pytest.mark.parametrize(
     "spoil", ["open(own, 'w').close()", "os.symlink('/', own)", "os.mkdir(own)"]
 )
 def test_what_a_job_puts_in_the_place_of_its_own_folder_is_not_followed(
-    bench: Bench, spoil: str
+    harness: EngineHarness, spoil: str
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
         place = "own = os.path.dirname(os.environ['CORTEX_JOB_DIR']) + '/own'; "
-        attempt = job(bench, f"{place}{spoil}; open('new', 'w').close()")
-        assert (await bench.outcome(engine, attempt)).exit_code == 0
-        assert own(bench, attempt) == {"new"}
+        attempt = job(harness, f"{place}{spoil}; open('new', 'w').close()")
+        assert (await harness.outcome(engine, attempt)).exit_code == 0
+        assert own(harness, attempt) == {"new"}
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def test_what_cannot_be_kept_is_said_in_the_log(bench: Bench) -> None:
+def test_what_cannot_be_kept_is_said_in_the_log(harness: EngineHarness) -> None:
     assert IS_ROOT, "this test mounts, which takes root"
     # What is mounted at a place cannot be moved away from there.
     change = """own = os.path.dirname(os.environ["CORTEX_JOB_DIR"]) + "/own"; os.mkdir(own)
     subprocess.run(["mount", "-t", "tmpfs", "none", own], check=True); open("new", "w").close()"""
 
     async def scenario(engine: LocalEngine) -> None:
-        attempt = await bench.begin(engine, job(bench, change))
-        ended = await bench.ended(attempt)
-        if bench.kept(attempt).is_mount():
-            unmount(bench.kept(attempt))
+        attempt = await harness.begin(engine, job(harness, change))
+        ended = await harness.ended(attempt)
+        if harness.kept(attempt).is_mount():
+            unmount(harness.kept(attempt))
         else:  # it was mounted for jobs of this supervising process alone, which may therefore have no more
-            await until(lambda: not exists(pid_of(bench, attempt)))
-        assert ended.exit_code == 0, bench.log(attempt)
+            await until(lambda: not exists(pid_of(harness, attempt)))
+        assert ended.exit_code == 0, harness.log(attempt)
         words = "cortex: not all that the job wrote in its current folder was kept"
-        assert words in bench.log(attempt)
-        following = job(bench, "assert not os.path.exists('new')", like=attempt)
-        assert (await bench.outcome(engine, following)).exit_code == 0, bench.log(following)
+        assert words in harness.log(attempt)
+        following = job(harness, "assert not os.path.exists('new')", like=attempt)
+        assert (await harness.outcome(engine, following)).exit_code == 0, harness.log(following)
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
-def pid_of(bench: Bench, attempt: Attempt) -> int:
-    return int(json.loads(bench.start_record(attempt).read_text())["pid"])
+def pid_of(harness: EngineHarness, attempt: Attempt) -> int:
+    return int(json.loads(harness.start_record(attempt).read_text())["pid"])
 
 
 def mounts_below(folder: Path) -> list[str]:
@@ -409,81 +409,85 @@ def mounts_below(folder: Path) -> list[str]:
     return [line for line in mounts if str(folder) in line]
 
 
-def test_a_killed_supervising_process_leaves_nothing_mounted_and_is_swept(bench: Bench) -> None:
+def test_a_killed_supervising_process_leaves_nothing_mounted_and_is_swept(
+    harness: EngineHarness,
+) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        attempt = await bench.begin(engine, job(bench, "open('new', 'w').close()", wait="/no/such"))
-        await bench.started(attempt)
-        os.kill(pid_of(bench, attempt), signal.SIGKILL)
-        assert isinstance(await bench.last(attempt), Lost)
-        assert not workspaces_of(bench)
+        attempt = await harness.begin(
+            engine, job(harness, "open('new', 'w').close()", wait="/no/such")
+        )
+        await harness.started(attempt)
+        os.kill(pid_of(harness, attempt), signal.SIGKILL)
+        assert isinstance(await harness.last(attempt), Lost)
+        assert not workspaces_of(harness)
 
-    bench.run(scenario)
-    assert mounts_below(bench.root.parent) == []
-    left = workspaces.workspaces_of(bench.root) / "1-1-0"
+    harness.run(scenario)
+    assert mounts_below(harness.root.parent) == []
+    left = workspaces.workspaces_of(harness.root) / "1-1-0"
     left.mkdir()
     (left / "of").touch()
 
     async def nothing(_: LocalEngine) -> None: ...
 
-    bench.run(nothing)
+    harness.run(nothing)
 
 
-def test_a_workspace_in_use_is_not_swept(bench: Bench) -> None:
+def test_a_workspace_in_use_is_not_swept(harness: EngineHarness) -> None:
     """An operator was killed, and the next one opens while the jobs go on."""
-    go = bench.root.parent / "go"
-    attempt = job(bench, "open('new', 'w').write('kept')", wait=str(go))
-    attempt = bench.killed_operator(attempt, "started")
+    go = harness.root.parent / "go"
+    attempt = job(harness, "open('new', 'w').write('kept')", wait=str(go))
+    attempt = harness.killed_operator(attempt, "started")
 
     async def scenario(engine: LocalEngine) -> None:
         await engine.recover(attempt)
-        await bench.started(attempt)
+        await harness.started(attempt)
         await asyncio.sleep(0)
         go.touch()
-        ended = await bench.ended(attempt)
+        ended = await harness.ended(attempt)
         assert ended.exit_code == 0
-        assert (bench.kept(attempt) / "new").read_text() == "kept"
+        assert (harness.kept(attempt) / "new").read_text() == "kept"
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 def test_a_full_disk_holds_a_job_up_that_would_have_to_share(tmp_path: Path) -> None:
     assert IS_ROOT, "this test mounts, which takes root"
-    bench = made(tmp_path, "copy")
-    (bench.project / "large").write_text("x" * (1 << 20))
+    harness = made(tmp_path, "copy")
+    (harness.project / "large").write_text("x" * (1 << 20))
 
     async def scenario(engine: LocalEngine) -> None:
-        small = str(workspaces.workspaces_of(bench.root))
+        small = str(workspaces.workspaces_of(harness.root))
         mount("-t", "tmpfs", "-o", "size=256k", "none", small)
         try:
-            first = await bench.begin(engine, job(bench))
-            never = await bench.last(first)
-            await until(lambda: not workspaces_of(bench))
+            first = await harness.begin(engine, job(harness))
+            never = await harness.last(first)
+            await until(lambda: not workspaces_of(harness))
         finally:
             # The kernel refuses for as long as the ending process has a descriptor there.
             await until(lambda: subprocess.run(["umount", small], check=False).returncode == 0)
         assert isinstance(never, NeverStarted)
         assert never.held_up_by is not None
         assert "the job's own copy of its project cannot be made: No space left" in never.held_up_by
-        second = await bench.begin(engine, first, 2)
-        assert (await bench.ended(second)).exit_code == 0
+        second = await harness.begin(engine, first, 2)
+        assert (await harness.ended(second)).exit_code == 0
 
-    bench.run(scenario)
-    nothing_is_left(bench)
+    harness.run(scenario)
+    nothing_is_left(harness)
 
 
-def test_a_job_that_would_have_to_share_is_lost_in_words(bench: Bench) -> None:
+def test_a_job_that_would_have_to_share_is_lost_in_words(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        root = workspaces.workspaces_of(bench.root)
+        root = workspaces.workspaces_of(harness.root)
         root.rmdir()
         root.write_text("in the way")
-        attempt = job(bench)
-        await bench.start(engine, attempt)
-        lost = await bench.last(attempt)
+        attempt = job(harness)
+        await harness.start(engine, attempt)
+        lost = await harness.last(attempt)
         assert isinstance(lost, Lost)
         assert "the job's own copy of its project cannot be made: Not a directory" in lost.reason
         assert str(root) in lost.reason
 
-    bench.run(scenario)
+    harness.run(scenario)
 
 
 AS_NOBODY = """
@@ -533,17 +537,17 @@ def open_to_all() -> Iterator[Path]:
 
 def test_who_may_not_mount_has_a_copy_in_which_the_same_can_be_read(open_to_all: Path) -> None:
     assert IS_ROOT, "this test becomes another user, which takes root"
-    bench = made(open_to_all, None)
-    (bench.project / "secret").write_text("not theirs")
-    (bench.project / "secret").chmod(0o600)
-    (bench.project / "closed").mkdir()
-    (bench.project / "closed" / "file").touch()
-    (bench.project / "closed").chmod(0o700)
-    os.mkfifo(bench.project / "pipe")
+    harness = made(open_to_all, None)
+    (harness.project / "secret").write_text("not theirs")
+    (harness.project / "secret").chmod(0o600)
+    (harness.project / "closed").mkdir()
+    (harness.project / "closed" / "file").touch()
+    (harness.project / "closed").chmod(0o700)
+    os.mkfifo(harness.project / "pipe")
     root = open_to_all / "own"
     root.mkdir()
     find("nobody").own(root)
-    command = [sys.executable, "-c", AS_NOBODY, str(bench.project), str(root)]
+    command = [sys.executable, "-c", AS_NOBODY, str(harness.project), str(root)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -114,7 +114,7 @@ class Program:
     """An interpreter of an environment that is there already."""
 
 
-class Place:
+class RunFolder:
     """The folders of one run."""
 
     def __init__(self, folder: Path, program: Program) -> None:
@@ -161,7 +161,7 @@ class Runner:
     def check(self, program: Program) -> None:
         """The program comes to the same as a job as it does in plain Python."""
         with self._prepared(program) as (folder, version, place):
-            expected = self._plain(program, Place(folder / "plain", program), version)
+            expected = self._plain(program, RunFolder(folder / "plain", program), version)
             _sane(program, expected)
             expected = replace(expected, **program.but)
             results = []
@@ -180,18 +180,18 @@ class Runner:
     def run(self, program: Program) -> tuple[Outcome, Outcome]:
         """What a job and plain Python come to, for a test that compares them itself."""
         with self._prepared(program) as (folder, version, place):
-            plain = self._plain(program, Place(folder / "plain", program), version)
+            plain = self._plain(program, RunFolder(folder / "plain", program), version)
             job, _ = self._do(self._job(program, place, version))
             return job, plain
 
     @contextlib.contextmanager
-    def _prepared(self, program: Program) -> Iterator[tuple[Path, Version, Place]]:
+    def _prepared(self, program: Program) -> Iterator[tuple[Path, Version, RunFolder]]:
         self._count += 1
         folder = self._folder / str(self._count)
         python = program.python or self._bare
         if program.libraries:
             python = _environment(folder / "environment", program.libraries)
-        place = Place(folder / "job", program)
+        place = RunFolder(folder / "job", program)
         version = self._version(program, place, python)
         try:
             yield folder, version, place
@@ -199,7 +199,7 @@ class Runner:
             self._do(self._forget(version))
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _version(self, program: Program, place: Place, python: Path) -> Version:
+    def _version(self, program: Program, place: RunFolder, python: Path) -> Version:
         api = ApiSpec(
             name="probe",
             definition=Definition(
@@ -216,7 +216,7 @@ class Runner:
 
     # As plain Python
 
-    def _plain(self, program: Program, place: Place, version: Version) -> Outcome:
+    def _plain(self, program: Program, place: RunFolder, version: Version) -> Outcome:
         mark = new_id()
         result, log, own = place.folder / "result", place.folder / "log", place.folder / "files"
         own.mkdir()
@@ -289,7 +289,7 @@ class Runner:
     # As a job
 
     async def _job(
-        self, program: Program, place: Place, version: Version
+        self, program: Program, place: RunFolder, version: Version
     ) -> tuple[Outcome, str | None]:
         spec = JobSpec(
             job_id=new_id(),

@@ -9,7 +9,7 @@ import tarfile
 import zlib
 from collections.abc import Callable
 
-from fuzz import odd
+from fuzz import odd_values
 
 BLOCK = 512
 # Names of files that an archive tries to make beside the project; none may ever be there.
@@ -81,8 +81,8 @@ def _by_hand(rng: random.Random) -> bytes:
 
 _ARCHIVES: list[Callable[[random.Random], bytes]] = [
     lambda rng: packed(project(rng)),
-    lambda rng: odd.mutated(rng, packed(project(rng)), 3),
-    lambda rng: packed(odd.mutated(rng, project(rng), 6)),
+    lambda rng: odd_values.mutated(rng, packed(project(rng)), 3),
+    lambda rng: packed(odd_values.mutated(rng, project(rng), 6)),
     _cut,
     _bomb,
     _no_archive,
@@ -104,7 +104,7 @@ def project(rng: random.Random) -> bytes:
     with tarfile.open(fileobj=out, mode="w", format=style) as tar:
         for name, content in files:
             info = tarfile.TarInfo(name)
-            held = odd.mutated(rng, content) if rng.random() < 0.3 else content
+            held = odd_values.mutated(rng, content) if rng.random() < 0.3 else content
             if name == "requirements.txt":  # never one that something would be fetched for
                 held = b"-r nowhere.txt\n" + held
             info.size = len(held)
@@ -114,7 +114,7 @@ def project(rng: random.Random) -> bytes:
 
 def _member(rng: random.Random) -> bytes:
     """A header by hand, and content that fits it or not."""
-    name = rng.choice(_NAMES) if rng.random() < 0.8 else odd.word(rng)
+    name = rng.choice(_NAMES) if rng.random() < 0.8 else odd_values.word(rng)
     before = b""
     if rng.random() < 0.25:
         records = [_record(*rng.choice(_PAX), rng) for _ in range(rng.randrange(1, 4))]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from fuzz import odd
+from fuzz import odd_values
+from fuzz.raw_http import Case, request
 from fuzz.routes import HOSTS, METHODS, World
-from fuzz.wire import Case, request
 
 
 def framing(rng: random.Random, world: World) -> Case:
@@ -19,7 +19,7 @@ _Framing = Callable[[random.Random, World], Case]
 
 
 def _sound(rng: random.Random, world: World) -> bytes:
-    body = odd.submission(rng)
+    body = odd_values.submission(rng)
     if len(body) > 5000:
         body = b"{}"
     headers = [(b"Host", world.host), *world.headers, (b"Content-Type", b"application/json")]
@@ -27,7 +27,7 @@ def _sound(rng: random.Random, world: World) -> bytes:
 
 
 def _mutated_request(rng: random.Random, world: World) -> Case:
-    sent = odd.mutated(rng, _sound(rng, world))
+    sent = odd_values.mutated(rng, _sound(rng, world))
     return Case(sent, "POST", fresh=True, then="shut", may_close=True)
 
 
@@ -64,7 +64,7 @@ def _head(world: World) -> bytes:
 
 def _chunked(rng: random.Random, world: World) -> Case:
     """Chunks that are sound, whatever their sizes and extensions: they are answered."""
-    body = rng.choice(odd.VALID)
+    body = rng.choice(odd_values.VALID)
     chunks = b""
     while body:
         size = rng.randrange(1, len(body) + 1)

@@ -23,13 +23,13 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from fuzz import routes, uploads
+from fuzz.answer_check import wrong
 from fuzz.archives import PLANTED
 from fuzz.framing import framing
+from fuzz.raw_http import WAIT_TIMEOUT_S, Answer, Case, Connection, request
 from fuzz.readers import fuzz_readers
 from fuzz.routes import World, operations
-from fuzz.verdict import wrong
-from fuzz.wire import PATIENCE_S, Answer, Case, Connection, request
-from support import Operator, operator, until
+from operator_harness import Operator, operator, until
 
 YAML = '- name: fuzz\n  kind: TaskAPI\n  definition: {command: ["true"]}\n  compute: {cpu: 1m}\n'
 # Few jobs at a time: what is fuzzed are requests, not the engine.
@@ -244,8 +244,8 @@ def _assert_sound(target: Operator, endpoint: str, report: Report) -> None:
     for name, job_id in report.submitted:
         answer = target.http.get(
             f"{target.url}/-/apis/{name}/jobs/{job_id}",
-            params={"wait": PATIENCE_S},
-            timeout=2 * PATIENCE_S,
+            params={"wait": WAIT_TIMEOUT_S},
+            timeout=2 * WAIT_TIMEOUT_S,
         )
         assert answer.status_code == 200, answer.text
         status = answer.json()["job_status"]

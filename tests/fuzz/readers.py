@@ -21,7 +21,7 @@ from cortex.projects.dotenv import read_variables
 from cortex.projects.unpack import project_id, unpack
 from cortex.spec.cortex_yaml import field_lines, read_apis
 from cortex.spec.quantities import near_size, read_bytes, read_cpu_m
-from fuzz import odd
+from fuzz import odd_values
 from fuzz.archives import archive
 from fuzz.uploads import yaml_text
 
@@ -106,7 +106,7 @@ def _holds_only_files(target: Path) -> None:
 
 
 def _quantities(rng: random.Random, _: Path) -> None:
-    text = odd.word(rng) if rng.random() < 0.3 else rng.choice(odd.NUMBERS)
+    text = odd_values.word(rng) if rng.random() < 0.3 else rng.choice(odd_values.NUMBERS)
     if rng.random() < 0.5:
         text += rng.choice(["m", "Mi", "K", "GiB", "e9", "E+99", " Gi", "\u0663", "\n"])
     for read in (read_cpu_m, read_bytes):
@@ -117,7 +117,7 @@ def _quantities(rng: random.Random, _: Path) -> None:
 
 
 def _submission(rng: random.Random, _: Path) -> None:
-    body = odd.submission(rng)
+    body = odd_values.submission(rng)
 
     async def receive() -> dict[str, object]:
         return {"type": "http.request", "body": body, "more_body": False}
@@ -150,7 +150,7 @@ def _project(rng: random.Random, folder: Path) -> None:
         if name in _INSERTS and rng.random() < 0.6:
             content = rng.choice(_INSERTS[name]) + usual
         if rng.random() < 0.7:
-            content = odd.mutated(rng, content)
+            content = odd_values.mutated(rng, content)
         (project / name).write_bytes(content)
     path = rng.choice(
         ["task.py", "x.py", "a" * 300, "a" * 300 + ".py", "task.py/x.py", "a/" * 2500 + "x.py", "."]

@@ -7,8 +7,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from urllib.parse import quote
 
-from fuzz import odd
-from fuzz.wire import Case, request
+from fuzz import odd_values
+from fuzz.raw_http import Case, request
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -115,7 +115,9 @@ def route(rng: random.Random, world: World) -> Case:
     target = _path(rng, world, operation, is_safe=method != "DELETE")
     asked = []
     for _ in range(rng.choice([0, 0, 1, 1, 2, 4])):
-        name = rng.choice([*operation.queries, *operation.queries, *_OTHER_QUERIES, odd.word(rng)])
+        name = rng.choice(
+            [*operation.queries, *operation.queries, *_OTHER_QUERIES, odd_values.word(rng)]
+        )
         asked.append(f"{_quoted(rng, name)}={_quoted(rng, _query_value(rng, world, name))}")
     if asked:
         target += "?" + "&".join(asked)
@@ -124,7 +126,7 @@ def route(rng: random.Random, world: World) -> Case:
         headers += [(name, rng.choice(values)) for name, values in _OF_LOGS]
     body = None
     if operation.has_body or rng.random() < 0.15:
-        body = odd.submission(rng)
+        body = odd_values.submission(rng)
         if operation.path.endswith("/apis"):
             headers.append((b"Content-Type", b"multipart/form-data; boundary=b"))
     return Case(request(method, target, headers, body), method)
@@ -137,10 +139,10 @@ def submit(rng: random.Random, world: World) -> Case:
     if rng.random() < 0.8:
         headers.append((b"Content-Type", b"application/json"))
     if rng.random() < 0.2:
-        headers.append((b"Idempotency-Key", odd.header_value(rng)))
+        headers.append((b"Idempotency-Key", odd_values.header_value(rng)))
     if rng.random() < 0.1:
         headers += _odd_headers(rng)
-    return Case(request("POST", target, headers, odd.submission(rng)), "POST")
+    return Case(request("POST", target, headers, odd_values.submission(rng)), "POST")
 
 
 def _path(rng: random.Random, world: World, operation: Operation, *, is_safe: bool) -> str:
@@ -149,7 +151,7 @@ def _path(rng: random.Random, world: World, operation: Operation, *, is_safe: bo
         if not part.startswith("{"):
             parts.append(part)
         elif rng.random() < 0.4:
-            parts.append(_quoted(rng, odd.word(rng)))
+            parts.append(_quoted(rng, odd_values.word(rng)))
         elif part == "{endpoint}":
             parts.append(world.endpoint)
         elif part == "{name}":
@@ -159,7 +161,7 @@ def _path(rng: random.Random, world: World, operation: Operation, *, is_safe: bo
         else:
             parts.append(rng.choice(list(world.jobs) or ["x"]))
     if rng.random() < 0.05:
-        parts.insert(rng.randrange(1, len(parts) + 1), _quoted(rng, odd.word(rng)))
+        parts.insert(rng.randrange(1, len(parts) + 1), _quoted(rng, odd_values.word(rng)))
     return "/".join(parts)
 
 
@@ -177,7 +179,7 @@ def _query_value(rng: random.Random, world: World, name: str) -> str:
         return rng.choice(list(world.jobs) or ["x"])
     if name == "status" and rng.random() < 0.5:
         return rng.choice(_STATUSES)
-    return rng.choice(odd.NUMBERS) if rng.random() < 0.5 else odd.word(rng)
+    return rng.choice(odd_values.NUMBERS) if rng.random() < 0.5 else odd_values.word(rng)
 
 
 def _headers(rng: random.Random, world: World) -> Headers:
@@ -193,5 +195,5 @@ def _odd_headers(rng: random.Random) -> Headers:
     for _ in range(rng.choice([1, 1, 2, 5])):
         name, values = rng.choice(_ODD_HEADERS)
         is_odder = rng.random() < 0.25 and name != b"Connection"
-        found.append((name, odd.header_value(rng) if is_odder else rng.choice(values)))
+        found.append((name, odd_values.header_value(rng) if is_odder else rng.choice(values)))
     return found

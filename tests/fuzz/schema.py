@@ -14,7 +14,7 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.core.result import Ok
 
-from fuzz.wire import PATIENCE_S, Answer
+from fuzz.raw_http import WAIT_TIMEOUT_S, Answer
 
 Judge = Callable[[Answer, str, bytes], None]
 
@@ -62,7 +62,7 @@ def _send_all(
             case.path_parameters["name"] = "nothing"
         arguments = case.as_transport_kwargs(base_url=url)
         arguments["headers"] = {**arguments.get("headers", {}), **session.headers}
-        sent = session.request(**arguments, timeout=PATIENCE_S, allow_redirects=False)
+        sent = session.request(**arguments, timeout=WAIT_TIMEOUT_S, allow_redirects=False)
         lowered = {name.lower(): value for name, value in sent.headers.items()}
         judge(
             Answer(sent.status_code, lowered, sent.content),

@@ -6,10 +6,10 @@ import json
 import random
 from collections.abc import Callable
 
-from fuzz import odd
+from fuzz import odd_values
 from fuzz.archives import PLANTED, archive, packed, project
+from fuzz.raw_http import Case, request
 from fuzz.routes import World
-from fuzz.wire import Case, request
 
 YAMLS = [
     b'- name: up\n  kind: TaskAPI\n  definition: {command: ["true"]}\n  compute: {cpu: 1m}\n',
@@ -60,17 +60,17 @@ def _structured(rng: random.Random) -> bytes:
     """An entry whose fields hold what they should not."""
 
     def some(usual: object) -> object:
-        return usual if rng.random() < 0.6 else odd.json_value(rng, 2)
+        return usual if rng.random() < 0.6 else odd_values.json_value(rng, 2)
 
     entry = {
         "name": some("up"),
         "kind": some("TaskAPI"),
         "definition": some({
-            rng.choice(["command", "command", "path", odd.word(rng)]): some(["true"]),
-            rng.choice(["config", "env", "python_path", "log_level"]): some({"A": odd.word(rng)}),
+            rng.choice(["command", "command", "path", odd_values.word(rng)]): some(["true"]),
+            rng.choice(["config", "env", "python_path", "log_level"]): some({"A": odd_values.word(rng)}),
         }),
-        rng.choice(["networking", odd.word(rng)]): some({"endpoint": some("up")}),
-        "compute": some({"cpu": some("1m"), "mem": some(rng.choice(odd.NUMBERS)), "gpu": some(0)}),
+        rng.choice(["networking", odd_values.word(rng)]): some({"endpoint": some("up")}),
+        "compute": some({"cpu": some("1m"), "mem": some(rng.choice(odd_values.NUMBERS)), "gpu": some(0)}),
     }  # fmt: skip
     return json.dumps([entry] * rng.choice([1, 1, 2]), ensure_ascii=rng.random() < 0.5).encode()
 
@@ -89,8 +89,8 @@ def _laughs(rng: random.Random) -> bytes:
 
 _YAML_TEXTS: list[Callable[[random.Random], bytes]] = [
     lambda rng: rng.choice(YAMLS),
-    lambda rng: odd.mutated(rng, rng.choice(YAMLS), 6),
-    lambda rng: odd.mutated(rng, rng.choice(BROKEN_YAMLS), 3),
+    lambda rng: odd_values.mutated(rng, rng.choice(YAMLS), 6),
+    lambda rng: odd_values.mutated(rng, rng.choice(BROKEN_YAMLS), 3),
     lambda rng: rng.choice(BROKEN_YAMLS),
     _structured,
     _laughs,
@@ -184,7 +184,7 @@ def _form_parts(
 def _form_bytes(
     rng: random.Random, parts: list[bytes], kind: bytes, body: bytes
 ) -> tuple[bytes, bytes]:
-    return kind, odd.mutated(rng, body, 6)
+    return kind, odd_values.mutated(rng, body, 6)
 
 
 def _form_charset(

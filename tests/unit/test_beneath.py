@@ -13,7 +13,7 @@ from cortex.joblog.folders import JobFolders
 from cortex.joblog.reader import open_log
 from cortex.system.folders import remove
 from cortex.worker import beneath, files
-from support import by_its_owner
+from operator_harness import by_its_owner
 
 OTHER = 65534
 

@@ -16,16 +16,16 @@ from typing import NoReturn, TypeVar
 
 import pytest
 
-from builds import laid_out
+from build_projects import laid_out
 from cortex.projects import build_rules, builder, environments, lockfiles
 from cortex.projects.build_rules import BuildRules
 from cortex.projects.builder import EnvironmentFailed
 from cortex.projects.environments import Environments
-from support import until
+from operator_harness import until
 
-PATIENCE_S = 150
+WAIT_TIMEOUT_S = 150
 T = TypeVar("T")
-ENDLESS = BuildRules(timeout_s=PATIENCE_S)
+ENDLESS = BuildRules(timeout_s=WAIT_TIMEOUT_S)
 BUILD_IT = (
     "import asyncio, sys; from pathlib import Path\n"
     "from cortex.projects.environments import Environments\n"
@@ -90,7 +90,7 @@ def lives(pid: int) -> bool:
 
 
 def run(work: Coroutine[object, object, T]) -> T:
-    return asyncio.run(asyncio.wait_for(work, PATIENCE_S))
+    return asyncio.run(asyncio.wait_for(work, WAIT_TIMEOUT_S))
 
 
 def left_in(root: Path) -> list[Path]:
@@ -132,7 +132,7 @@ def test_a_build_has_no_time_limit_while_it_waits_for_others(root: Path, tmp_pat
     async def main() -> None:
         made = Environments(root, rules=ENDLESS)
         _, builds = await hanging_builds(made, tmp_path, 2)
-        made.rules = BuildRules(timeout_s=PATIENCE_S / 2)
+        made.rules = BuildRules(timeout_s=WAIT_TIMEOUT_S / 2)
         third = asyncio.create_task(made.build(laid_out(tmp_path / "third", "")))
         await asyncio.sleep(0.2)
         assert not third.done()

@@ -11,15 +11,15 @@ import pytest
 from cortex.cli import serve
 from cortex.cli.main import run
 from cortex.sdk import environments
-from support import FINAL
-from unit.client_stub import (
+from operator_harness import FINAL
+from unit.operator_stub import (
     LOST,
     RUNNING,
     SUBMITTED,
     SUCCEEDED,
     VIEW,
     Answer,
-    Stub,
+    OperatorStub,
     answer,
     events,
     job_view,
@@ -37,8 +37,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def stub() -> Iterator[Stub]:
-    with Stub(
+def stub() -> Iterator[OperatorStub]:
+    with OperatorStub(
         {
             "GET /-/apis": answer([VIEW]),
             "GET /-/apis/iris": answer([VIEW]),
@@ -70,7 +70,7 @@ def stub() -> Iterator[Stub]:
     ],
 )
 def test_json_is_the_operators_answer_and_nothing_else(
-    command: str, expected: object, stub: Stub, capsys: pytest.CaptureFixture[str]
+    command: str, expected: object, stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(command.split()) == 0
     printed = capsys.readouterr()
@@ -80,7 +80,7 @@ def test_json_is_the_operators_answer_and_nothing_else(
 
 @pytest.mark.parametrize("command", ["get", "get iris", f"get iris {JOB}", "env list"])
 def test_tables_that_are_piped_have_no_colours_and_are_not_cut(
-    command: str, stub: Stub, capsys: pytest.CaptureFixture[str]
+    command: str, stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(command.split()) == 0
     out = capsys.readouterr().out
@@ -95,7 +95,7 @@ def test_tables_that_are_piped_have_no_colours_and_are_not_cut(
 
 
 def test_a_job_is_shown_with_its_status_in_words(
-    stub: Stub, capsys: pytest.CaptureFixture[str]
+    stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["get", "iris", JOB]) == 0
     lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
@@ -107,7 +107,7 @@ def test_a_job_is_shown_with_its_status_in_words(
 
 
 def test_a_waiting_job_says_what_it_waits_for(
-    stub: Stub, capsys: pytest.CaptureFixture[str]
+    stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["get", "iris", "waiting"]) == 0
     out = capsys.readouterr().out
@@ -116,7 +116,7 @@ def test_a_waiting_job_says_what_it_waits_for(
 
 
 def test_control_characters_of_a_job_do_not_reach_the_terminal(
-    stub: Stub, capsys: pytest.CaptureFixture[str]
+    stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nasty = {**SUCCEEDED, "status": "status_worker_error", "message": "\x1b]0;owned\x07 [red]x"}
     stub.answers[f"GET /-/apis/iris/jobs/{JOB}"] = answer(job_view(nasty))
@@ -126,7 +126,9 @@ def test_control_characters_of_a_job_do_not_reach_the_terminal(
     assert "\x1b" not in out
 
 
-def test_watching_a_job_ends_with_it(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_watching_a_job_ends_with_it(
+    stub: OperatorStub, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["get", "iris", JOB, "--watch"]) == 0
     assert "succeeded" in capsys.readouterr().out
     assert run(["get", "-w", "-o", "json"]) == 2
@@ -161,7 +163,7 @@ def check_twice_away(told: str) -> None:
 
 @pytest.mark.usefixtures("impatient")
 def test_watching_goes_on_over_an_operator_that_is_away(
-    stub: Stub, capsys: pytest.CaptureFixture[str]
+    stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stub.answers[f"GET /-/apis/iris/jobs/{JOB}"] = list(TWICE_AWAY)
     assert run(["get", "iris", JOB, "--watch"]) == 0
@@ -173,7 +175,7 @@ def test_watching_goes_on_over_an_operator_that_is_away(
 
 @pytest.mark.usefixtures("impatient")
 def test_watching_ends_with_what_does_not_pass_and_where_it_cannot_begin(
-    stub: Stub, capsys: pytest.CaptureFixture[str]
+    stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gone = answer({"kind": "not_found", "message": "it is gone"}, 404)
     stub.answers["GET /-/apis/iris"] = [answer([VIEW]), gone]
@@ -185,7 +187,7 @@ def test_watching_ends_with_what_does_not_pass_and_where_it_cannot_begin(
 
 
 def test_submit_waits_for_the_end_and_shows_it(
-    stub: Stub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    stub: OperatorStub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cortex.cli.jobs._LONG_POLL_S", 3600)
     path = f"GET /-/apis/iris/jobs/{JOB}"
@@ -206,7 +208,7 @@ def test_submit_waits_for_the_end_and_shows_it(
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("status", sorted(FINAL - {"status_succeeded"}))
 def test_a_job_that_was_waited_for_in_vain_is_exit_code_3(
-    status: str, stub: Stub, capsys: pytest.CaptureFixture[str]
+    status: str, stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ended = job_view({**SUCCEEDED, "status": status})
     stub.answers[f"GET /-/apis/iris/jobs/{JOB}"] = answer(ended)
@@ -219,7 +221,7 @@ def test_a_job_that_was_waited_for_in_vain_is_exit_code_3(
 
 @pytest.mark.usefixtures("impatient")
 def test_a_wait_goes_on_over_an_operator_that_is_away(
-    stub: Stub, capsys: pytest.CaptureFixture[str]
+    stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stub.answers[f"GET /-/apis/iris/jobs/{JOB}"] = list(TWICE_AWAY)
     assert run(["submit", "iris", "--wait", "-o", "json"]) == 0
@@ -230,7 +232,7 @@ def test_a_wait_goes_on_over_an_operator_that_is_away(
 
 @pytest.mark.usefixtures("impatient")
 def test_a_wait_that_cannot_go_on_tells_the_job(
-    stub: Stub, capsys: pytest.CaptureFixture[str]
+    stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gone = answer({"kind": "not_found", "message": "it is gone"}, 404)
     stub.answers[f"GET /-/apis/iris/jobs/{JOB}"] = gone
@@ -241,7 +243,7 @@ def test_a_wait_that_cannot_go_on_tells_the_job(
     assert (printed.out, error) == ("", "error: it is gone")
 
 
-def test_submit_takes_its_config_inline_or_from_a_file(stub: Stub, folder: Path) -> None:
+def test_submit_takes_its_config_inline_or_from_a_file(stub: OperatorStub, folder: Path) -> None:
     (folder / "config.json").write_text('{"C": 2}')
     assert run(["submit", "iris", "--config", '{"C": 1}', "--timeout", "60"]) == 0
     assert run(["submit", "--config", f"@{folder}/config.json", "iris"]) == 0
@@ -252,7 +254,9 @@ def test_submit_takes_its_config_inline_or_from_a_file(stub: Stub, folder: Path)
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_a_config_may_begin_with_a_byte_order_mark(mark: bytes, stub: Stub, folder: Path) -> None:
+def test_a_config_may_begin_with_a_byte_order_mark(
+    mark: bytes, stub: OperatorStub, folder: Path
+) -> None:
     text = mark + '{"name": "größer"}\r\n'.encode()
     (folder / "config.json").write_bytes(text)
     assert run(["submit", "iris", "--config", f"@{folder}/config.json"]) == 0
@@ -283,7 +287,7 @@ def test_a_config_may_begin_with_a_byte_order_mark(mark: bytes, stub: Stub, fold
     ],
 )
 def test_a_file_that_is_no_config_is_told_in_one_line(
-    content: bytes, words: str, stub: Stub, folder: Path, capsys: pytest.CaptureFixture[str]
+    content: bytes, words: str, stub: OperatorStub, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "c.json").write_bytes(content)
     assert run(["submit", "iris", "--config", f"@{folder}/c.json"]) == 2
@@ -306,14 +310,14 @@ def test_a_file_that_is_no_config_is_told_in_one_line(
     ],
 )
 def test_a_config_file_that_cannot_be_read_is_told(
-    name: str, words: str, stub: Stub, folder: Path, capsys: pytest.CaptureFixture[str]
+    name: str, words: str, stub: OperatorStub, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["submit", "iris", "--config", f"@{name.format(folder=folder)}"]) == 2
     assert words in capsys.readouterr().err
     assert stub.requests == []
 
 
-def test_submit_sends_its_key(stub: Stub) -> None:
+def test_submit_sends_its_key(stub: OperatorStub) -> None:
     assert run(["submit", "iris", "--idempotency-key", "order-17"]) == 0
     assert [r.headers["idempotency-key"] for r in stub.requests] == ["order-17"]
 
@@ -337,7 +341,7 @@ def test_submit_sends_its_key(stub: Stub) -> None:
 def test_a_command_that_is_not_understood_exits_2_and_asks_nothing(
     command: list[str],
     words: str,
-    stub: Stub,
+    stub: OperatorStub,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run(command) == 2
@@ -347,7 +351,9 @@ def test_a_command_that_is_not_understood_exits_2_and_asks_nothing(
     assert stub.requests == []
 
 
-def test_an_error_is_one_message_on_stderr(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_is_one_message_on_stderr(
+    stub: OperatorStub, capsys: pytest.CaptureFixture[str]
+) -> None:
     stub.answers["GET /-/apis/nope"] = answer(
         {"kind": "not_found", "message": "there is no API nope"}, 404
     )
@@ -358,7 +364,9 @@ def test_an_error_is_one_message_on_stderr(stub: Stub, capsys: pytest.CaptureFix
     assert "no environment 'nowhere'" in capsys.readouterr().err
 
 
-def test_logs_are_printed_as_they_are(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_logs_are_printed_as_they_are(
+    stub: OperatorStub, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = "[bold]no markup[/]\r\n\x1b[31mred\x1b[0m without end"
     stub.answers["GET /-/apis/iris/jobs/j1/logs"] = events(
         f"event: log\nid: 5\ndata: {json.dumps(text)}\n\nevent: end\ndata: {{}}\n\n".encode()
@@ -369,7 +377,7 @@ def test_logs_are_printed_as_they_are(stub: Stub, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("flag", ["-f", "--follow"])
 def test_a_log_is_followed_by_the_flag_that_others_have(
-    flag: str, stub: Stub, capsys: pytest.CaptureFixture[str]
+    flag: str, stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stub.answers["GET /-/apis/iris/jobs/j1/logs"] = events(
         b'event: log\nid: 5\ndata: "text"\n\nevent: end\ndata: {}\n\n'
@@ -379,7 +387,7 @@ def test_a_log_is_followed_by_the_flag_that_others_have(
 
 
 def test_a_log_is_printed_as_far_as_it_is_written(
-    stub: Stub, capsys: pytest.CaptureFixture[str]
+    stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = "[bold]größer\r\n\x1b[31mred\x1b[0m".encode()
     # In two within a character, and the end of one is missing.
@@ -393,7 +401,7 @@ def test_a_log_is_printed_as_far_as_it_is_written(
 
 
 def test_deleting_an_api_asks_on_a_terminal(
-    stub: Stub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    stub: OperatorStub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import io
     import sys
@@ -412,7 +420,7 @@ def test_deleting_an_api_asks_on_a_terminal(
 
 
 def test_deploy_prints_each_result_and_fails_if_one_did(
-    stub: Stub, folder: Path, capsys: pytest.CaptureFixture[str]
+    stub: OperatorStub, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = [
         {"api": VIEW, "message": "created iris", "error": ""},

@@ -14,7 +14,16 @@ import pytest
 from cortex import __version__
 from cortex.cli.main import run
 from cortex.sdk import environments
-from unit.client_stub import RUNNING, SUBMITTED, SUCCEEDED, VIEW, Stub, answer, events, job_view
+from unit.operator_stub import (
+    RUNNING,
+    SUBMITTED,
+    SUCCEEDED,
+    VIEW,
+    OperatorStub,
+    answer,
+    events,
+    job_view,
+)
 
 JOB = str(SUBMITTED["job_id"])
 LOG = b'event: log\nid: 2\ndata: "x\\n"\n\nevent: end\ndata: {}\n\n'
@@ -32,8 +41,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def stub() -> Iterator[Stub]:
-    with Stub(
+def stub() -> Iterator[OperatorStub]:
+    with OperatorStub(
         {
             "GET /-/apis": answer([VIEW]),
             "POST /-/apis": answer([{"api": VIEW, "message": "created iris", "error": ""}]),
@@ -61,7 +70,7 @@ def called(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
 
 
 def test_the_calls_of_the_python_clients_are_answered(
-    stub: Stub, folder: Path, capsys: pytest.CaptureFixture[str]
+    stub: OperatorStub, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     env = ["--env", "prod", "-o", "json"]
     file = str(folder / "p" / ".cortex-0a1b.yaml")
@@ -84,7 +93,7 @@ def test_the_calls_of_the_python_clients_are_answered(
 
 @pytest.mark.parametrize("flags", [["-y"], ["--yes"], ["--random-pod"], ["-y", "--random-pod"]])
 def test_logs_are_streamed_without_a_question(
-    flags: list[str], stub: Stub, capsys: pytest.CaptureFixture[str]
+    flags: list[str], stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["logs", "iris", JOB, "--env", "prod", *flags]) == 0
     assert capsys.readouterr() == ("x\n", "")
@@ -98,7 +107,7 @@ def test_logs_are_streamed_without_a_question(
 
 
 def test_mixed_output_is_found_as_the_old_clients_look_for_it(
-    stub: Stub, folder: Path, capsys: pytest.CaptureFixture[str]
+    stub: OperatorStub, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = str(folder / "p" / ".cortex-0a1b.yaml")
     assert run(["deploy", file, "--env", "prod", "-o", "mixed", "-y"]) == 0
@@ -109,14 +118,14 @@ def test_mixed_output_is_found_as_the_old_clients_look_for_it(
 
 @pytest.mark.parametrize("command", ["get -v", "get iris --verbose", "describe iris"])
 def test_what_people_see_is_asked_for_as_before(
-    command: str, stub: Stub, capsys: pytest.CaptureFixture[str]
+    command: str, stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(command.split()) == 0
     assert "http://127.0.0.1:8888/iris" in capsys.readouterr().out
 
 
 def test_an_environment_is_configured_and_renamed(
-    stub: Stub, capsys: pytest.CaptureFixture[str]
+    stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["env", "configure", "-o", "http://a:1", "a"]) == 0
     assert capsys.readouterr().out == "configured a: http://a:1\n"
@@ -134,14 +143,14 @@ def test_an_environment_is_configured_and_renamed(
 
 
 def test_the_version_of_the_operator_is_told_beside_the_commands(
-    stub: Stub, capsys: pytest.CaptureFixture[str]
+    stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["version", "-e", "prod"]) == 0
     assert capsys.readouterr().out == f"cli version: {__version__}\noperator version: 9.9\n"
 
 
 def test_a_patch_needs_an_api_that_is_deployed_and_its_project(
-    stub: Stub, folder: Path, capsys: pytest.CaptureFixture[str]
+    stub: OperatorStub, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone = folder / "cortex-1.yaml"
     alone.write_text(YAML)
@@ -158,7 +167,7 @@ def test_a_patch_needs_an_api_that_is_deployed_and_its_project(
 
 
 def test_refreshing_what_is_not_there_is_an_error(
-    stub: Stub, capsys: pytest.CaptureFixture[str]
+    stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["refresh", "nope"]) == 1
     assert run(["refresh", "iris"]) == 0
@@ -179,7 +188,7 @@ def test_refreshing_what_is_not_there_is_an_error(
     ],
 )
 def test_what_has_no_meaning_here_says_what_to_do_instead(
-    command: str, words: str, stub: Stub, capsys: pytest.CaptureFixture[str]
+    command: str, words: str, stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(command.split()) == 1
     printed = capsys.readouterr()
@@ -202,7 +211,7 @@ def test_completion_is_a_script_of_the_shell(
 
 
 def test_what_the_operator_advises_is_shown_to_people(
-    stub: Stub, folder: Path, capsys: pytest.CaptureFixture[str]
+    stub: OperatorStub, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     view = {
         **VIEW,

@@ -14,10 +14,19 @@ from pathlib import Path
 
 import pytest
 
-import loaded
+import preloaded_cli
 from cortex import __version__
-from support import PATIENCE_S
-from unit.client_stub import SUBMITTED, SUCCEEDED, VIEW, Answer, Stub, answer, events, job_view
+from operator_harness import WAIT_TIMEOUT_S
+from unit.operator_stub import (
+    SUBMITTED,
+    SUCCEEDED,
+    VIEW,
+    Answer,
+    OperatorStub,
+    answer,
+    events,
+    job_view,
+)
 
 CORTEX = [sys.executable, "-m", "cortex.cli.main"]
 
@@ -65,7 +74,7 @@ def test_a_command_loads_what_it_needs_and_no_more(env: dict[str, str]) -> None:
         "heavy = {'cortex.operator', 'asyncio', 'rich', 'click', 'pygments'};"
         "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
     )
-    with Stub({"GET /-/apis": answer([VIEW])}) as stub:
+    with OperatorStub({"GET /-/apis": answer([VIEW])}) as stub:
         configure(stub.url, env)
         done = subprocess.run(
             [sys.executable, "-c", code], env=env, capture_output=True, check=False
@@ -74,7 +83,7 @@ def test_a_command_loads_what_it_needs_and_no_more(env: dict[str, str]) -> None:
 
 
 def test_a_reader_that_goes_away_is_no_error(env: dict[str, str]) -> None:
-    with Stub({"GET /-/apis": answer([VIEW] * 500)}) as stub:
+    with OperatorStub({"GET /-/apis": answer([VIEW] * 500)}) as stub:
         configure(stub.url, env)
         with started(env, "get", "-o", "json") as process:
             assert process.stdout and process.stderr
@@ -102,9 +111,9 @@ COMMANDS = [
 
 
 @pytest.fixture
-def operator(env: dict[str, str]) -> Iterator[Stub]:
+def operator(env: dict[str, str]) -> Iterator[OperatorStub]:
     path = f"/-/apis/iris/jobs/{JOB}"
-    with Stub(
+    with OperatorStub(
         {
             "GET /-/apis": answer([VIEW]),
             "GET /-/apis/iris": answer([VIEW]),
@@ -125,7 +134,7 @@ def operator(env: dict[str, str]) -> Iterator[Stub]:
 def redirected(command: str, to: str, env: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
     """The command with the shell's redirections."""
     shell = ["sh", "-c", f'exec "$@" {to}', "sh", *CORTEX, *shlex.split(command)]
-    return subprocess.run(shell, env=env, capture_output=True, check=False, timeout=PATIENCE_S)
+    return subprocess.run(shell, env=env, capture_output=True, check=False, timeout=WAIT_TIMEOUT_S)
 
 
 @pytest.mark.usefixtures("operator")
@@ -134,10 +143,10 @@ def test_what_a_full_disk_does_not_take_is_an_error_in_one_line(
     command: str, env: dict[str, str], tmp_path: Path
 ) -> None:
     with Path("/dev/full").open("w") as full, (tmp_path / "told").open("w+") as told:
-        program = loaded.start(
+        program = preloaded_cli.start(
             *shlex.split(command), stdin=0, stdout=full.fileno(), stderr=told.fileno(), env=env
         )
-        assert program.wait(PATIENCE_S) == 1
+        assert program.wait(WAIT_TIMEOUT_S) == 1
         told.seek(0)
         assert told.read() == "error: standard output cannot be written: No space left on device\n"
 
@@ -158,12 +167,12 @@ def test_a_closed_stdout_is_an_error_in_one_line(command: str, env: dict[str, st
 def test_where_stderr_is_full_a_command_does_the_same(
     command: str, code: int, env: dict[str, str], tmp_path: Path
 ) -> None:
-    whole = loaded.run(*shlex.split(command), env=env)
+    whole = preloaded_cli.run(*shlex.split(command), env=env)
     with Path("/dev/full").open("w") as full, (tmp_path / "out").open("w+") as out:
-        program = loaded.start(
+        program = preloaded_cli.start(
             *shlex.split(command), stdin=0, stdout=out.fileno(), stderr=full.fileno(), env=env
         )
-        assert program.wait(PATIENCE_S) == whole.returncode == code
+        assert program.wait(WAIT_TIMEOUT_S) == whole.returncode == code
         out.seek(0)
         assert out.read() == whole.stdout
 
@@ -177,7 +186,9 @@ def test_where_stderr_is_closed_a_command_does_the_same(
     assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
 
 
-def test_without_any_stream_a_command_does_its_work(operator: Stub, env: dict[str, str]) -> None:
+def test_without_any_stream_a_command_does_its_work(
+    operator: OperatorStub, env: dict[str, str]
+) -> None:
     for command in ("get", f"delete iris {JOB}", "env configure y --operator-endpoint http://y:1"):
         assert redirected(command, "<&- >&- 2>&-", env).returncode == 1
     assert [r.method for r in operator.requests] == ["GET", "DELETE"]
@@ -192,7 +203,9 @@ def test_a_token_is_not_read_from_a_stdin_that_is_closed(env: dict[str, str]) ->
     assert b"the token is invalid" in done.stderr
 
 
-def test_a_pipe_that_does_not_block_gets_everything(operator: Stub, env: dict[str, str]) -> None:
+def test_a_pipe_that_does_not_block_gets_everything(
+    operator: OperatorStub, env: dict[str, str]
+) -> None:
     operator.answers["GET /-/apis"] = answer([VIEW] * 500)
     end, begin = os.pipe()
     os.set_blocking(begin, False)
@@ -206,7 +219,7 @@ def test_a_pipe_that_does_not_block_gets_everything(operator: Stub, env: dict[st
 def test_control_c_ends_a_command_quietly(env: dict[str, str]) -> None:
     first = b'event: log\nid: 2\ndata: "x\\n"\n\n'
     # Each answer ends after one line: the command reads it, and comes again until it is stopped.
-    with Stub({"GET /-/apis/iris/jobs/j1/logs": events(first)}) as stub:
+    with OperatorStub({"GET /-/apis/iris/jobs/j1/logs": events(first)}) as stub:
         configure(stub.url, env)
         with started(env, "logs", "iris", "j1") as process:
             assert process.stdout and process.stderr
@@ -222,21 +235,21 @@ def test_control_c_ends_a_wait_and_not_the_job(env: dict[str, str]) -> None:
 
     def nothing_yet() -> Iterator[bytes]:
         asked.set()
-        ended.wait(PATIENCE_S)
+        ended.wait(WAIT_TIMEOUT_S)
         yield from ()
 
     answers: dict[str, Answer | list[Answer]] = {
         "POST /-/apis/iris/jobs": answer(SUBMITTED),
         f"GET /-/apis/iris/jobs/{job}?wait=20.0": Answer(200, nothing_yet()),
     }
-    with Stub(answers) as stub:
+    with OperatorStub(answers) as stub:
         configure(stub.url, env)
         with started(env, "submit", "iris", "--wait") as process:
             assert process.stderr
             try:
-                assert asked.wait(PATIENCE_S)
+                assert asked.wait(WAIT_TIMEOUT_S)
                 process.send_signal(signal.SIGINT)
-                assert process.wait(PATIENCE_S) == 130
+                assert process.wait(WAIT_TIMEOUT_S) == 130
             finally:
                 ended.set()
             (told,) = process.stderr.read().decode().splitlines()

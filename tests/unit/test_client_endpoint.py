@@ -15,13 +15,13 @@ from typing import NoReturn
 import pytest
 from socksio.exceptions import ProtocolError
 
-from awaited import Connect
+from client_variants import Connect
 from cortex.cli.main import run
 from cortex.errors import CortexError, OperatorUnreachable
 from cortex.sdk import Client, environments, pool
 from cortex.sdk.endpoint import Endpoint
 from cortex.sdk.proxies import Proxy, proxy_of
-from unit.client_stub import VIEW, Answer, Stub, answer
+from unit.operator_stub import VIEW, Answer, OperatorStub, answer
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 PROXY = Proxy("http", "proxy.lan", 3128)
@@ -200,7 +200,7 @@ def test_a_proxy_that_is_none_is_told_with_its_variable(
 def test_an_operator_is_reached_through_a_proxy(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Stub({"GET http://jobs.lan:8888/-/apis": answer([VIEW])}) as proxy:
+    with OperatorStub({"GET http://jobs.lan:8888/-/apis": answer([VIEW])}) as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url.replace("http://", "http://me:p%3Ass@"))
         with connect("http://jobs.lan:8888") as client:
             assert client.list_apis() == [VIEW]
@@ -309,7 +309,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def encrypted(certificate: Path) -> Iterator[str]:
-    stub = Stub({"GET /-/apis": answer([VIEW])})
+    stub = OperatorStub({"GET /-/apis": answer([VIEW])})
     with stub:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate, f"{certificate}.key")

@@ -14,15 +14,15 @@ import pytest
 
 import cortex
 from cortex.engines.local import workspaces
-from unit.client_stub import SUBMITTED, SUCCEEDED, VIEW, Stub, answer, events, job_view
+from unit.operator_stub import SUBMITTED, SUCCEEDED, VIEW, OperatorStub, answer, events, job_view
 
 PACKAGE = Path(cortex.__file__).parent
 LOG = b'event: log\nid: 2\ndata: "x\\n"\n\nevent: end\ndata: {}\n\n'
 
 
 @pytest.fixture
-def operator() -> Iterator[Stub]:
-    with Stub(
+def operator() -> Iterator[OperatorStub]:
+    with OperatorStub(
         {
             "GET /-/apis": answer([VIEW]),
             "POST /-/apis": answer([{"api": VIEW, "message": "created iris", "error": ""}]),
@@ -54,7 +54,7 @@ def in_task(code: str, import_dir: Path, **variables: str) -> subprocess.Complet
 
 
 def test_a_client_in_a_task_needs_the_standard_library_alone(
-    operator: Stub, import_dir: Path
+    operator: OperatorStub, import_dir: Path
 ) -> None:
     code = """
 import json, cortex
@@ -72,7 +72,9 @@ print(json.dumps([before, sorted({name.partition(".")[0] for name in sys.modules
     assert {r.headers["authorization"] for r in operator.requests} == {"Bearer secret"}
 
 
-def test_a_task_finds_the_environments_of_its_user(operator: Stub, import_dir: Path) -> None:
+def test_a_task_finds_the_environments_of_its_user(
+    operator: OperatorStub, import_dir: Path
+) -> None:
     folder = import_dir / ".config" / "cortex"
     folder.mkdir(parents=True)
     entry = {"name": "mine", "operator_endpoint": operator.url}
@@ -106,7 +108,7 @@ def test_what_needs_a_package_in_a_task_names_it(code: str, words: str, import_d
 
 
 def test_a_task_deploys_where_the_package_is_there(
-    operator: Stub, import_dir: Path, tmp_path: Path
+    operator: OperatorStub, import_dir: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "task.py").write_text("def task(config): ...\n")

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from awaited import Connect
+from client_variants import Connect
 from cortex.errors import CortexError, NotFound, OperatorUnreachable
 from cortex.sdk.logs import RECONNECT_DELAYS_S, Event, Parser, follow, follow_async
-from unit.client_stub import Stub, answer, events
+from unit.operator_stub import OperatorStub, answer, events
 
 END = b'event: end\ndata: {"status": "status_succeeded"}\n\n'
 
@@ -145,7 +145,7 @@ def test_an_error_that_will_not_pass_is_final(follow: Follow) -> None:
 def test_a_log_is_followed_over_http_across_connections(connect: Connect) -> None:
     path = "GET /-/apis/iris/jobs/j1/logs"
     with (
-        Stub({path: [events(log(4, "grün\n")), events(log(8, "done"), END)]}) as stub,
+        OperatorStub({path: [events(log(4, "grün\n")), events(log(8, "done"), END)]}) as stub,
         connect(stub.url) as client,
     ):
         assert "".join(client.stream_job_logs("iris", "j1")) == "grün\ndone"
@@ -156,7 +156,7 @@ def test_a_log_is_followed_over_http_across_connections(connect: Connect) -> Non
 def test_the_log_of_an_unknown_job_is_an_error(connect: Connect) -> None:
     gone = answer({"kind": "not_found", "message": "there is no job j1"}, 404)
     with (
-        Stub({"GET /-/apis/iris/jobs/j1/logs": gone}) as stub,
+        OperatorStub({"GET /-/apis/iris/jobs/j1/logs": gone}) as stub,
         connect(stub.url) as client,
         pytest.raises(NotFound, match="no job j1"),
     ):
@@ -190,7 +190,7 @@ def test_a_log_that_breaks_off_while_it_is_read_is_told(connect: Connect) -> Non
 
 def test_what_is_no_log_is_told(connect: Connect) -> None:
     with (
-        Stub({"GET /-/apis/iris/jobs/j1/logs": answer({})}) as stub,
+        OperatorStub({"GET /-/apis/iris/jobs/j1/logs": answer({})}) as stub,
         connect(stub.url) as client,
     ):
         for read in (client.read_job_logs, client.stream_job_logs):

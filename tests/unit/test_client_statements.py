@@ -8,7 +8,7 @@ import pytest
 
 from cortex.errors import NotFound
 from cortex.sdk import Client
-from unit.client_stub import RUNNING, Answer, Stub, answer, events
+from unit.operator_stub import RUNNING, Answer, OperatorStub, answer, events
 
 LOG = b'event: log\nid: 5\ndata: "a\\nb"\n\nevent: log\nid: 9\ndata: "c\\n"\n\nevent: end\ndata: {}\n\n'
 JOB = str(RUNNING["job_id"])
@@ -20,7 +20,7 @@ def client() -> Iterator[Client]:
         "GET /-/apis/iris/jobs?limit=1": answer({"job_statuses": [RUNNING], "next_cursor": None}),
         f"GET /-/apis/iris/jobs/{JOB}/logs": events(LOG),
     }
-    with Stub(answers) as stub, Client(stub.url) as made:
+    with OperatorStub(answers) as stub, Client(stub.url) as made:
         yield made
 
 

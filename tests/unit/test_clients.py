@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from awaited import Connect
+from client_variants import Connect
 from cortex.errors import (
     Conflict,
     CortexError,
@@ -26,15 +26,15 @@ from cortex.errors import (
     NotFound,
     OperatorUnreachable,
 )
-from unit.client_stub import (
+from unit.operator_stub import (
     LOST,
     RUNNING,
     SUBMITTED,
     SUCCEEDED,
     VIEW,
     Answer,
+    OperatorStub,
     Request,
-    Stub,
     answer,
     job_view,
 )
@@ -104,7 +104,7 @@ def test_what_the_operator_answers_is_returned_as_it_is(connect: Connect) -> Non
         "GET /-/info": answer({"version": "1"}),
         "GET /-/cluster": answer({"nodes": []}),
     }
-    with Stub(answers) as stub, connect(stub.url) as client:
+    with OperatorStub(answers) as stub, connect(stub.url) as client:
         assert client.list_apis() == [VIEW]
         assert client.get_api("iris") == VIEW
         assert client.get_job("iris", "j1") == job_view(RUNNING)
@@ -127,7 +127,7 @@ def test_what_the_operator_answers_is_returned_as_it_is(connect: Connect) -> Non
 )
 def test_a_config_that_is_no_json_is_not_sent(connect: Connect, config) -> None:  # type: ignore[no-untyped-def]
     with (
-        Stub({}) as stub,
+        OperatorStub({}) as stub,
         connect(stub.url) as client,
         pytest.raises(InvalidRequest, match="config"),
     ):
@@ -138,7 +138,9 @@ def test_a_config_that_is_no_json_is_not_sent(connect: Connect, config) -> None:
 def test_a_wait_is_asked_for_in_slices_until_the_job_has_ended(connect: Connect) -> None:
     path = "/-/apis/iris/jobs/j1?wait=20.0"
     with (
-        Stub({f"GET {path}": [answer(job_view(RUNNING)), answer(job_view(SUCCEEDED))]}) as stub,
+        OperatorStub(
+            {f"GET {path}": [answer(job_view(RUNNING)), answer(job_view(SUCCEEDED))]}
+        ) as stub,
         connect(stub.url) as client,
     ):
         job = client.get_job("iris", "j1", wait=3600)
@@ -150,7 +152,9 @@ def test_a_wait_goes_on_over_what_passes(connect: Connect) -> None:
     path = "GET /-/apis/iris/jobs/j1?wait=20.0"
     away = [LOST, FULL, Answer(502, (b"bad",), "text/plain")]
     with (
-        Stub({path: [*away, answer(job_view(RUNNING)), LOST, answer(job_view(SUCCEEDED))]}) as stub,
+        OperatorStub(
+            {path: [*away, answer(job_view(RUNNING)), LOST, answer(job_view(SUCCEEDED))]}
+        ) as stub,
         connect(stub.url) as client,
     ):
         assert client.get_job("iris", "j1", wait=3600) == job_view(SUCCEEDED)
@@ -160,7 +164,7 @@ def test_a_wait_goes_on_over_what_passes(connect: Connect) -> None:
 def test_a_wait_goes_on_where_connections_are_refused(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stub = Stub({"GET /-/apis/iris/jobs/j1?wait=20.0": answer(job_view(SUCCEEDED))})
+    stub = OperatorStub({"GET /-/apis/iris/jobs/j1?wait=20.0": answer(job_view(SUCCEEDED))})
     with ExitStack() as stack:
         stub.port = stack.enter_context(refusing())
         on_pause(monkeypatch, lambda _: stack.enter_context(stub))
@@ -174,7 +178,7 @@ def test_pauses_grow_to_two_seconds(connect: Connect, monkeypatch: pytest.Monkey
     on_pause(monkeypatch, paused.append)
     path = "GET /-/apis/iris/jobs/j1?wait=20.0"
     with (
-        Stub({path: [FULL] * 7 + [answer(job_view(SUCCEEDED))]}) as stub,
+        OperatorStub({path: [FULL] * 7 + [answer(job_view(SUCCEEDED))]}) as stub,
         connect(stub.url) as client,
     ):
         client.get_job("iris", "j1", wait=3600)
@@ -233,7 +237,7 @@ def test_a_wait_for_an_operator_that_has_answered_lasts_as_it_was_asked(
 ) -> None:
     with ExitStack() as stack:
         port = stack.enter_context(refusing())
-        with Stub({"GET /-/info": answer({})}, port=port) as stub:
+        with OperatorStub({"GET /-/info": answer({})}, port=port) as stub:
             client = stack.enter_context(connect(stub.url))
             client.info()
         with pytest.raises(OperatorUnreachable, match="no operator answers"):
@@ -250,7 +254,7 @@ def test_without_a_wait_and_for_what_does_not_pass_a_status_is_asked_for_once(
 ) -> None:
     path = "GET /-/apis/iris/jobs/j1" + ("" if wait is None else "?wait=20.0")
     with (
-        Stub({path: [first, answer(job_view(SUCCEEDED))]}) as stub,
+        OperatorStub({path: [first, answer(job_view(SUCCEEDED))]}) as stub,
         connect(stub.url) as client,
         pytest.raises(CortexError),
     ):
@@ -260,7 +264,10 @@ def test_without_a_wait_and_for_what_does_not_pass_a_status_is_asked_for_once(
 
 def test_a_submit_whose_answer_was_lost_is_sent_again_as_it_was(connect: Connect) -> None:
     bad = Answer(502, (b"bad",), "text/plain")
-    with Stub({SUBMIT: [LOST, FULL, LOST, bad, answer(SUBMITTED)]}) as stub, connect(stub.url) as c:
+    with (
+        OperatorStub({SUBMIT: [LOST, FULL, LOST, bad, answer(SUBMITTED)]}) as stub,
+        connect(stub.url) as c,
+    ):
         assert c.submit_job("iris", {"C": 0.5, "ü": "\ud800"}, timeout=60) == SUBMITTED
         c.submit_job("iris")
     *repeated, other = stub.requests
@@ -274,7 +281,7 @@ def test_a_submit_whose_answer_was_lost_is_sent_again_as_it_was(connect: Connect
 
 
 def test_a_key_of_ones_own_is_sent(connect: Connect) -> None:
-    with Stub({SUBMIT: [LOST, answer(SUBMITTED)]}) as stub, connect(stub.url) as client:
+    with OperatorStub({SUBMIT: [LOST, answer(SUBMITTED)]}) as stub, connect(stub.url) as client:
         client.submit_job("iris", idempotency_key="order 17")
     assert [r.headers["idempotency-key"] for r in stub.requests] == ["order 17"] * 2
 
@@ -282,7 +289,7 @@ def test_a_key_of_ones_own_is_sent(connect: Connect) -> None:
 @pytest.mark.parametrize("key", ["", "k" * 256, "a\nb", " a", "ä"])
 def test_a_key_that_would_not_arrive_is_not_sent(connect: Connect, key: str) -> None:
     with (
-        Stub({}) as stub,
+        OperatorStub({}) as stub,
         connect(stub.url) as client,
         pytest.raises(InvalidRequest, match="idempotency key"),
     ):
@@ -296,7 +303,9 @@ def test_a_submit_that_is_refused_is_not_sent_again(
     connect: Connect, lost: int, status: int
 ) -> None:
     with (
-        Stub({SUBMIT: [LOST] * lost + [answer({"kind": "k", "message": "no"}, status)]}) as stub,
+        OperatorStub(
+            {SUBMIT: [LOST] * lost + [answer({"kind": "k", "message": "no"}, status)]}
+        ) as stub,
         connect(stub.url) as client,
         pytest.raises(CortexError, match=r"^no$"),
     ):
@@ -306,7 +315,7 @@ def test_a_submit_that_is_refused_is_not_sent_again(
 
 @pytest.mark.parametrize("first", [FULL, Answer(502, (b"bad",), "text/plain")])
 def test_an_answer_to_the_first_submit_is_final(connect: Connect, first: Answer) -> None:
-    with Stub({SUBMIT: [first, answer(SUBMITTED)]}) as stub, connect(stub.url) as client:
+    with OperatorStub({SUBMIT: [first, answer(SUBMITTED)]}) as stub, connect(stub.url) as client:
         with pytest.raises(CortexError) as caught:
             client.submit_job("iris")
         assert caught.value.http_status == 503
@@ -323,7 +332,7 @@ def test_a_submit_that_could_not_be_sent_is_told_at_once(
         pytest.raises(OperatorUnreachable, match="no operator answers"),
     ):
         client.submit_job("iris")
-    with Stub() as proxy:
+    with OperatorStub() as proxy:
         monkeypatch.setenv("https_proxy", proxy.url)
         with (
             connect("https://operator.example") as client,
@@ -335,7 +344,7 @@ def test_a_submit_that_could_not_be_sent_is_told_at_once(
 def test_a_submit_that_stays_unanswered_tells_the_key(
     connect: Connect, slept: Callable[[], float]
 ) -> None:
-    with Stub({SUBMIT: LOST}) as stub, connect(stub.url) as client:
+    with OperatorStub({SUBMIT: LOST}) as stub, connect(stub.url) as client:
         with pytest.raises(OperatorUnreachable, match="not known whether") as caught:
             client.submit_job("iris")
         assert slept() == pytest.approx(60)
@@ -370,7 +379,7 @@ def test_no_name_leads_to_another_path(connect: Connect, name: str) -> None:
 
 def test_an_endpoint_may_have_a_path_and_names_are_escaped(connect: Connect) -> None:
     with (
-        Stub({"GET /proxied/-/apis/a%2Fb%3F": answer([VIEW])}) as stub,
+        OperatorStub({"GET /proxied/-/apis/a%2Fb%3F": answer([VIEW])}) as stub,
         connect(f"{stub.url}/proxied/") as client,
     ):
         assert client.get_api("a/b?") == VIEW
@@ -379,7 +388,7 @@ def test_an_endpoint_may_have_a_path_and_names_are_escaped(connect: Connect) -> 
 def test_errors_come_back_as_they_were_raised(connect: Connect) -> None:
     body = {"kind": "conflict", "message": "it has finished"}
     with (
-        Stub({"DELETE /-/apis/iris/jobs/j1": answer(body, 409)}) as stub,
+        OperatorStub({"DELETE /-/apis/iris/jobs/j1": answer(body, 409)}) as stub,
         connect(stub.url) as c,
         pytest.raises(Conflict, match="it has finished"),
     ):
@@ -397,7 +406,7 @@ def test_errors_come_back_as_they_were_raised(connect: Connect) -> None:
 )
 def test_a_server_that_is_no_operator_is_told(connect: Connect, strange: Answer) -> None:
     with (
-        Stub({"GET /-/apis": strange}) as stub,
+        OperatorStub({"GET /-/apis": strange}) as stub,
         connect(stub.url) as client,
         pytest.raises(CortexError, match="not as a Cortex operator does"),
     ):
@@ -418,7 +427,7 @@ def test_an_operator_that_does_not_answer_is_told_with_what_to_do(connect: Conne
 
 def test_a_gateway_without_its_operator_is_unreachable(connect: Connect) -> None:
     with (
-        Stub({"GET /-/apis": Answer(502, (b"bad",), "text/plain")}) as stub,
+        OperatorStub({"GET /-/apis": Answer(502, (b"bad",), "text/plain")}) as stub,
         connect(stub.url) as client,
         pytest.raises(OperatorUnreachable, match="502"),
     ):
@@ -431,7 +440,7 @@ def test_a_deploy_sends_the_file_and_the_folder_around_it(connect: Connect, tmp_
     (project / "iris.py").write_text("def task(config): ...\n")
     file = project / ".hidden.yaml"
     file.write_text(YAML)
-    with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, connect(stub.url) as client:
+    with OperatorStub({"POST /-/apis": answer(DEPLOYED)}) as stub, connect(stub.url) as client:
         assert client.deploy(file) == DEPLOYED
         client.deploy(file, force=False)
     first, second = (parts(r) for r in stub.requests)
@@ -447,7 +456,7 @@ def test_what_was_left_out_of_an_upload_is_a_warning(connect: Connect, tmp_path:
     (tmp_path / "cortex.yaml").write_text(YAML)
     warned = [{**DEPLOYED[0], "message": "created iris\nwarning: old", "warnings": ["old"]}]
     for sent in (DEPLOYED, warned):
-        with Stub({"POST /-/apis": answer(sent)}) as stub, connect(stub.url) as client:
+        with OperatorStub({"POST /-/apis": answer(sent)}) as stub, connect(stub.url) as client:
             (done,) = client.deploy(tmp_path / "cortex.yaml")
         *before, told = done["warnings"]
         assert told.startswith("left out of the upload: venv/ (a virtual environment); if jobs")
@@ -462,7 +471,7 @@ def test_a_file_with_mistakes_or_without_existence_is_not_sent(
     wrong.write_text("- name: iris\n  kind: TaskAPI\n  definition: {pth: iris.py}\n")
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe")
-    with Stub() as stub, connect(stub.url) as client:
+    with OperatorStub() as stub, connect(stub.url) as client:
         for file, words in (
             (wrong, "pth"),
             (binary, "UTF-8"),
@@ -498,7 +507,7 @@ def run_elsewhere(project: Path, expression: str) -> str:
 
 
 def test_a_class_of_ones_own_runs_where_its_module_is_not(connect: Connect, tmp_path: Path) -> None:
-    with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, connect(stub.url) as client:
+    with OperatorStub({"POST /-/apis": answer(DEPLOYED)}) as stub, connect(stub.url) as client:
         assert client.create_api(SPEC, task=Tripler, requirements=["six"]) == DEPLOYED
     project = unpacked(stub.requests[0], tmp_path)
     assert run_elsewhere(project, "task.Task()({'x': 7})") == "21"
@@ -515,14 +524,14 @@ def test_a_class_of_ones_own_runs_where_its_module_is_not(connect: Connect, tmp_
 
 def test_a_closure_runs_elsewhere(connect: Connect, tmp_path: Path) -> None:
     factor = 4
-    with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, connect(stub.url) as client:
+    with OperatorStub({"POST /-/apis": answer(DEPLOYED)}) as stub, connect(stub.url) as client:
         client.create_api(SPEC, task=lambda config: factor * by_three(config["x"]))
     project = unpacked(stub.requests[0], tmp_path)
     assert run_elsewhere(project, "task.task({'x': 2})") == "24"
 
 
 def test_pickling_by_value_ends_with_the_call(connect: Connect) -> None:
-    with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, connect(stub.url) as client:
+    with OperatorStub({"POST /-/apis": answer(DEPLOYED)}) as stub, connect(stub.url) as client:
         client.create_api(SPEC, task=Tripler)
     import cloudpickle  # type: ignore[import-untyped]  # it ships no types
 
@@ -553,7 +562,7 @@ def test_a_task_that_cannot_run_is_told_before_anything_is_sent(
     connect: Connect, task: Any, words: str
 ) -> None:
     with (
-        Stub({"POST /-/apis": answer(DEPLOYED)}) as stub,
+        OperatorStub({"POST /-/apis": answer(DEPLOYED)}) as stub,
         connect(stub.url) as client,
         pytest.raises(InvalidProject, match=words),
     ):
@@ -575,7 +584,7 @@ def test_a_folder_is_sent_without_being_touched(connect: Connect, tmp_path: Path
     project.mkdir()
     (project / "iris.py").write_text("def task(config): ...\n")
     spec = {"name": "iris", "kind": "TaskAPI", "definition": {"path": "iris.py"}}
-    with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, connect(stub.url) as client:
+    with OperatorStub({"POST /-/apis": answer(DEPLOYED)}) as stub, connect(stub.url) as client:
         client.create_api([spec, {**spec, "name": "again"}], project_dir=str(project))
     assert [p.name for p in project.iterdir()] == ["iris.py"]
     assert b"again" in content(parts(stub.requests[0])["config"])
@@ -605,7 +614,7 @@ def test_create_api_takes_exactly_one_source(connect: Connect, tmp_path: Path) -
 def test_create_api_takes_the_arguments_that_cortexs_does(connect: Connect, tmp_path: Path) -> None:
     own = f"{sys.version_info.major}.{sys.version_info.minor}"
     asked = [f"conda-forge::python={own}.7", "pip=19.*"]
-    with Stub({"POST /-/apis": answer(DEPLOYED)}) as stub, connect(stub.url) as client:
+    with OperatorStub({"POST /-/apis": answer(DEPLOYED)}) as stub, connect(stub.url) as client:
         client.create_api(
             api_spec=SPEC,
             task=Tripler,
@@ -640,7 +649,7 @@ def test_deploy_and_delete_take_the_arguments_that_cortexs_do(
         "DELETE /-/apis/iris": answer(gone),
         "DELETE /-/apis/iris/jobs/j1": answer(stopped),
     }
-    with Stub(answers) as stub, connect(stub.url) as client:
+    with OperatorStub(answers) as stub, connect(stub.url) as client:
         assert client.deploy(spec, project_dir=tmp_path, wait=True) == DEPLOYED
         assert client.deploy(tmp_path / "cortex.yaml", wait=True) == DEPLOYED
         assert client.stop_job("iris", "j1", keep_cache=True) == stopped
@@ -658,7 +667,7 @@ def test_deploy_and_delete_take_the_arguments_that_cortexs_do(
 def test_a_spec_that_is_no_json_is_not_sent(connect: Connect, config: Any, tmp_path: Path) -> None:
     spec = {**SPEC, "definition": {"path": "iris.py", "config": config}}
     with (
-        Stub({}) as stub,
+        OperatorStub({}) as stub,
         connect(stub.url) as client,
         pytest.raises(InvalidSpec, match="api_spec cannot be written as JSON"),
     ):
@@ -667,14 +676,17 @@ def test_a_spec_that_is_no_json_is_not_sent(connect: Connect, config: Any, tmp_p
 
 
 def test_the_newest_job_is_the_first_of_the_list(connect: Connect) -> None:
-    with Stub({"GET /-/apis/iris/jobs?limit=1": answer(PAGE)}) as stub, connect(stub.url) as client:
+    with (
+        OperatorStub({"GET /-/apis/iris/jobs?limit=1": answer(PAGE)}) as stub,
+        connect(stub.url) as client,
+    ):
         assert client.newest_job("iris") == PAGE["job_statuses"][0]
 
 
 def test_a_result_with_an_error_raises_it(connect: Connect) -> None:
     failed = [{"api": None, "message": "", "error": "iris: the endpoint is taken"}]
     with (
-        Stub({"POST /-/apis": answer(failed)}) as stub,
+        OperatorStub({"POST /-/apis": answer(failed)}) as stub,
         connect(stub.url) as client,
         pytest.raises(CortexError, match="endpoint is taken"),
     ):

@@ -24,7 +24,7 @@ from cortex.projects.requirements import read_requirements
 from cortex.spec.api import DEFAULT_DEPENDENCIES, Dependencies
 
 # A build calls sync(2), which waits for all data that the machine has yet to write.
-PATIENCE_S = 300
+WAIT_TIMEOUT_S = 300
 
 
 def in_loop(test: Callable[..., Coroutine[object, object, None]]) -> Callable[..., None]:
@@ -105,7 +105,7 @@ class Slow:
         return [int(pid) for pid in self.log.read_text().split()] if self.log.exists() else []
 
     async def started(self, builds: int = 1) -> None:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(WAIT_TIMEOUT_S):
             while len(self.pids()) < builds:  # noqa: ASYNC110  # another process writes it
                 await asyncio.sleep(0.01)
 
@@ -124,7 +124,7 @@ def environ(pid: int) -> bytes:
 
 
 def gone(pid: int) -> bool:
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + WAIT_TIMEOUT_S
     while time.monotonic() < deadline:
         try:
             os.kill(pid, 0)
@@ -286,7 +286,7 @@ async def test_at_most_two_build_at_once(root: Path, tmp_path: Path) -> None:
     slow = [Slow(tmp_path, number=n) for n in range(3)]
     callers = [asyncio.create_task(environments.build(one.project)) for one in slow]
     waits = [asyncio.create_task(one.started()) for one in slow]
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(WAIT_TIMEOUT_S):
         while sum(wait.done() for wait in waits) < 2:
             await asyncio.wait([w for w in waits if not w.done()], return_when="FIRST_COMPLETED")
     (third,) = [one for one in slow if not one.pids()]
@@ -325,7 +325,7 @@ async def test_a_build_that_is_given_up_at_its_very_end_does_not_undo_the_next_o
     def sync() -> None:
         if not syncing.is_set():
             syncing.set()
-            assert go_on.wait(PATIENCE_S)
+            assert go_on.wait(WAIT_TIMEOUT_S)
 
     def marks(folder: Path, attempt: Path) -> None:
         try:
@@ -337,14 +337,14 @@ async def test_a_build_that_is_given_up_at_its_very_end_does_not_undo_the_next_o
     monkeypatch.setattr(builder, "_mark", marks)
     mine, environments = with_wheel(tmp_path / "p"), Environments(root)
     first = asyncio.create_task(environments.build(mine))
-    assert await asyncio.to_thread(syncing.wait, PATIENCE_S)
+    assert await asyncio.to_thread(syncing.wait, WAIT_TIMEOUT_S)
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first
     python = await environments.build(mine)
     marked.clear()
     go_on.set()
-    assert await asyncio.to_thread(marked.wait, PATIENCE_S)
+    assert await asyncio.to_thread(marked.wait, WAIT_TIMEOUT_S)
     assert environments.built_python(mine) == python
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-import s3 as real
+import s3_server as real
 from cortex.errors import StartupError, StorageUnavailable
 from cortex.objects import ObjectStore, check_url
-from s3 import S3
-from support import until
+from operator_harness import until
+from s3_server import S3Server
 
 pytestmark = pytest.mark.xdist_group("s3")  # whose server is slow to start
 
@@ -25,12 +25,12 @@ def files(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     if request.param == "file":
         (tmp_path / "files").mkdir()
         return ObjectStore(f"file://{tmp_path}/files")
-    server: S3 = request.getfixturevalue("at_s3")
+    server: S3Server = request.getfixturevalue("at_s3")
     return ObjectStore(f"s3://{server.bucket()}/some/prefix")
 
 
 @pytest.fixture
-def at_s3(s3: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+def at_s3(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     return s3
@@ -145,7 +145,7 @@ def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         ObjectStore("s3://bucket")
 
 
-def test_a_bucket_that_is_not_there_is_told(at_s3: S3, tmp_path: Path) -> None:
+def test_a_bucket_that_is_not_there_is_told(at_s3: S3Server, tmp_path: Path) -> None:
     files = ObjectStore("s3://nothere-1/prefix")
     for attempt in (files.owner, lambda: files.set_owner("x")):
         with pytest.raises(StartupError, match=r"no bucket 'nothere-1'. Create it"):
@@ -170,7 +170,7 @@ def test_a_folder_that_is_not_mounted_is_told(tmp_path: Path) -> None:
     assert not (tmp_path / "away").exists()
 
 
-def test_missing_credentials_are_told(at_s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_told(at_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket = at_s3.bucket()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
@@ -182,7 +182,7 @@ def test_missing_credentials_are_told(at_s3: S3, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
-def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[S3, str]]:
+def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[S3Server, str]]:
     """A server that looks at credentials, with a bucket."""
     with real.server() as server:
         for name, value in server.environment.items():
@@ -198,7 +198,7 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[S3, str]]:
 
 
 def test_credentials_that_are_refused_are_told(
-    strict: tuple[S3, str], monkeypatch: pytest.MonkeyPatch
+    strict: tuple[S3Server, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"s3://{strict[1]}/prefix"
     with pytest.raises(StartupError, match=r"access denied .* s3:PutObject"):
@@ -211,7 +211,7 @@ def test_credentials_that_are_refused_are_told(
         ObjectStore(url).set_owner("x")
 
 
-def test_a_server_that_is_away_is_told(at_s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_away_is_told(at_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
     with pytest.raises(StartupError, match=r"does not answer .* AWS_ENDPOINT_URL_S3"):
         ObjectStore("s3://bucket").owner()

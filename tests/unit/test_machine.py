@@ -43,7 +43,7 @@ from cortex.spec.lifecycle import FINAL, State, Status
 from cortex.spec.times import new_id, now_ns
 from cortex.store import Replay, Store
 from cortex.store import writer as store_writer
-from unit.scripted import Key, ScriptedEngine, World
+from unit.scripted_engine import Key, ScriptedEngine, World
 
 ROOM = 3
 FOLDERS = JobFolders(Path("/nonexistent"))

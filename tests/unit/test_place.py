@@ -18,7 +18,7 @@ from cortex.spec.job import JobRecord
 from cortex.spec.lifecycle import Event
 from cortex.store import Store
 from cortex.worker import processes
-from unit.driver import eventually, sessions
+from unit.recorded_leader import eventually, sessions
 from unit.test_store import EVENTS, draft, spec
 
 
@@ -53,8 +53,8 @@ class Home:
 
 
 @pytest.fixture
-def home(tmp_path: Path, emptied: str) -> Home:
-    return Home(tmp_path, emptied)
+def home(tmp_path: Path, empty_database: str) -> Home:
+    return Home(tmp_path, empty_database)
 
 
 @contextmanager

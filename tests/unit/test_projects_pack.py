@@ -18,7 +18,7 @@ from cortex.projects import pack as packing
 from cortex.projects.ignored import IGNORE_FILE, UploadFiles
 from cortex.projects.pack import PackSummary, pack, pack_stored
 from cortex.projects.unpack import project_id, unpack
-from support import by_its_owner
+from operator_harness import by_its_owner
 
 
 def write(folder: Path, files: Mapping[str, str | bytes]) -> Path:

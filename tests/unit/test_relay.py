@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from starlette.requests import Request
 
-from chaos.proxy import proxy
+from chaos.postgresql_proxy import postgresql_proxy
 from cortex.errors import StorageUnavailable
 from cortex.operator.ha.forwarding import LeaderProxy
 from cortex.store import Store
-from postgresql import Server
-from unit.driver import Driver, eventually
+from postgresql_server import PostgreSQLServer
+from unit.recorded_leader import RecordedLeader, eventually
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok"
 INFO = {"type": "http", "method": "GET", "path": "/-/info", "query_string": b"", "headers": []}
@@ -33,7 +33,7 @@ class Pair:
         """Let the second one drive in place of the first."""
         await self.first.operators.leave()
         self.second.operators.join("here", "this machine", self.address)
-        second = Driver()
+        second = RecordedLeader()
         await self.second.operators.join_election(second, 30)
         await eventually(lambda: second.drives)  # the session of the first may end late
 
@@ -57,7 +57,7 @@ async def pair(first_url: str, second_url: str) -> AsyncIterator[Pair]:
     made = Pair(first, second, f"http://{host}:{port}")
     try:
         first.operators.join("here", "this machine", "http://operator.invalid")
-        await first.operators.join_election(Driver(), 30)
+        await first.operators.join_election(RecordedLeader(), 30)
         assert not await made.is_asked()
         yield made
     finally:
@@ -69,7 +69,7 @@ async def pair(first_url: str, second_url: str) -> AsyncIterator[Pair]:
 
 
 def test_a_change_that_could_not_be_looked_at_is_looked_at_later(
-    postgresql: Server, database: str
+    postgresql: PostgreSQLServer, database: str
 ) -> None:
     async def work(folder: Path) -> None:
         async with pair(f"{database.partition('?')[0]}?host={folder}", database) as both:
@@ -84,7 +84,7 @@ def test_a_change_that_could_not_be_looked_at_is_looked_at_later(
                 while not await both.is_asked():  # noqa: ASYNC110  # nobody tells of it
                     await asyncio.sleep(0.05)
 
-    with proxy(postgresql.folder) as between:
+    with postgresql_proxy(postgresql.folder) as between:
         asyncio.run(work(between.folder))
 
 

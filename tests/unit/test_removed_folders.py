@@ -16,7 +16,7 @@ from cortex.projects.environments import Environments
 from cortex.ray_node import workspace
 from cortex.ray_node.agent import Agent
 from cortex.system.folders import remove
-from support import by_its_owner
+from operator_harness import by_its_owner
 
 MODES = {"unwritable": 0o500, "unreadable": 0o300, "unsearchable": 0o600, "closed": 0o000}
 

@@ -24,7 +24,7 @@ from cortex.store import Replay, Store, events
 from cortex.store.database import connect, migrate
 from cortex.store.group import locks
 from cortex.store.schema import REVISION, metadata
-from unit.driver import Driver, driving, eventually
+from unit.recorded_leader import RecordedLeader, eventually, joined_election
 
 EVENTS: dict[Event, events.JobEvent] = {
     Event.CLAIM: events.Claim(0, "h"),
@@ -64,16 +64,16 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty database of each kind."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'operator.db'}"
-    return str(request.getfixturevalue("emptied"))
+    return str(request.getfixturevalue("empty_database"))
 
 
 def with_store(
-    url: str, work: Callable[[Store], Awaitable[None]], driver: Driver | None = None
+    url: str, work: Callable[[Store], Awaitable[None]], driver: RecordedLeader | None = None
 ) -> None:
     async def main() -> None:
         store = Store(url)
         try:
-            stands = await driving(store, driver)
+            stands = await joined_election(store, driver)
             await eventually(lambda: stands.drives or not store.is_shared)
             await store.deploy([spec()])
             await work(store)

@@ -20,7 +20,7 @@ from cortex.spec.job import JobRecord, JobSpec, encode
 from cortex.spec.lifecycle import Event
 from cortex.store import InitialClaim, Store, events
 from cortex.store.schema import jobs, long_texts
-from unit.driver import driving, eventually
+from unit.recorded_leader import eventually, joined_election
 from unit.test_store import EVENTS, draft, end, spec, with_store
 
 LONG = encode({"text": "ä" * 5000})
@@ -31,7 +31,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty database of each kind."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'operator.db'}"
-    return str(request.getfixturevalue("emptied"))
+    return str(request.getfixturevalue("empty_database"))
 
 
 def long(size: int = 5000) -> JobSpec:
@@ -109,7 +109,7 @@ def test_a_repeated_submit_is_answered_with_its_long_config(url: str) -> None:
 def test_no_more_bytes_wait_than_may(url: str) -> None:
     async def work(_other: Store) -> None:
         store = Store(url, 10_000)
-        stands = await driving(store)
+        stands = await joined_election(store)
         try:
             await eventually(lambda: stands.drives or not store.is_shared)
             first, _ = await store.submit(long(6000))
@@ -140,9 +140,9 @@ def test_no_more_bytes_wait_than_may(url: str) -> None:
     with_store(url, deployed)
 
 
-def test_of_several_operators_no_more_bytes_wait_than_may(emptied: str) -> None:
+def test_of_several_operators_no_more_bytes_wait_than_may(empty_database: str) -> None:
     async def work(first: Store) -> None:
-        others = [Store(emptied, 1_000_000) for _ in range(3)]
+        others = [Store(empty_database, 1_000_000) for _ in range(3)]
         try:
             submits = [store.submit(long(100_000)) for _ in range(5) for store in others]
             told = await asyncio.gather(*submits, return_exceptions=True)
@@ -159,7 +159,7 @@ def test_of_several_operators_no_more_bytes_wait_than_may(emptied: str) -> None:
             for store in others:
                 store.close()
 
-    with_store(emptied, work)
+    with_store(empty_database, work)
 
 
 def test_an_api_s_own_limit_holds_beside(url: str) -> None:

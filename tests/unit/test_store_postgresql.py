@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import Connection, event
 
 from chaos.disk import mounted
-from chaos.proxy import Proxy, proxy
+from chaos.postgresql_proxy import PostgreSQLProxy, postgresql_proxy
 from cortex.errors import NotFound, OutcomeUnknown, StartupError, StorageUnavailable, Superseded
 from cortex.spec.api import Limits
 from cortex.spec.job import JobRecord, encode
@@ -25,15 +25,15 @@ from cortex.spec.lifecycle import Event, Wanted
 from cortex.spec.tokens import Scope
 from cortex.store import InitialClaim, Outcome, Store
 from cortex.store.group.locks import LEADER_LOCK
-from postgresql import PASSWORD, USER, Server, server
-from unit.driver import ADDRESS, Driver, driving, eventually, sessions
+from postgresql_server import PASSWORD, USER, PostgreSQLServer, server
+from unit.recorded_leader import ADDRESS, RecordedLeader, eventually, joined_election, sessions
 from unit.test_store import EVENTS, draft, end, spec, with_store
 
 LOCKS = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted AND database = %s"
 
 
 @pytest.fixture(scope="module")
-def own() -> Iterator[Server]:
+def own() -> Iterator[PostgreSQLServer]:
     """A server that a test may kill or set up anew; it runs again at the test's end."""
     with server() as running:
         yield running
@@ -52,7 +52,7 @@ async def works_again(store: Store) -> None:
                 await asyncio.sleep(0.05)
 
 
-def through(at: Proxy, url: str) -> str:
+def through(at: PostgreSQLProxy, url: str) -> str:
     return url.partition("?")[0] + f"?host={at.folder}"
 
 
@@ -61,7 +61,7 @@ def through(at: Proxy, url: str) -> str:
 
 @pytest.mark.parametrize("cut", ["before", "after"])
 def test_a_write_whose_commit_loses_the_connection_is_made_once(
-    postgresql: Server, database: str, cut: str
+    postgresql: PostgreSQLServer, database: str, cut: str
 ) -> None:
     async def work(store: Store) -> None:
         between.cut = cut
@@ -74,13 +74,13 @@ def test_a_write_whose_commit_loses_the_connection_is_made_once(
         between.cut = cut
         assert (await store.apply(job_id, EVENTS[Event.STOP])).taken
 
-    with proxy(postgresql.folder) as between:
+    with postgresql_proxy(postgresql.folder) as between:
         with_store(through(between, database), work)
 
 
 @pytest.mark.parametrize("cut", ["before", "after"])
 def test_while_nobody_can_tell_whether_it_was_made_nothing_is_said(
-    postgresql: Server, database: str, cut: str
+    postgresql: PostgreSQLServer, database: str, cut: str
 ) -> None:
     async def work(store: Store) -> None:
         between.cut, between.goes_away = cut, True
@@ -97,12 +97,12 @@ def test_while_nobody_can_tell_whether_it_was_made_nothing_is_said(
         await store.ping()
         assert await stored(store) == [job.spec.job_id]
 
-    with proxy(postgresql.folder) as between:
+    with postgresql_proxy(postgresql.folder) as between:
         with_store(through(between, database), work)
 
 
 def test_a_store_that_is_closed_while_nobody_can_tell_does_not_wait(
-    postgresql: Server, database: str
+    postgresql: PostgreSQLServer, database: str
 ) -> None:
     async def work(store: Store) -> None:
         between.cut, between.goes_away = "after", True
@@ -112,11 +112,11 @@ def test_a_store_that_is_closed_while_nobody_can_tell_does_not_wait(
         assert not unsure.done()
         unsure.cancel()
 
-    with proxy(postgresql.folder) as between:
+    with postgresql_proxy(postgresql.folder) as between:
         with_store(through(between, database), work)
 
 
-def test_a_command_says_so_when_it_cannot_tell(postgresql: Server, database: str) -> None:
+def test_a_command_says_so_when_it_cannot_tell(postgresql: PostgreSQLServer, database: str) -> None:
     async def main() -> None:
         store = Store(through(between, database))
         between.cut = "after"
@@ -125,14 +125,14 @@ def test_a_command_says_so_when_it_cannot_tell(postgresql: Server, database: str
         assert [token.name for token in await store.tokens()] == ["ci"]
         store.close()
 
-    with proxy(postgresql.folder) as between:
+    with postgresql_proxy(postgresql.folder) as between:
         asyncio.run(main())
 
 
 # A server that goes and comes back
 
 
-def test_connections_that_were_lost_are_made_again(own: Server) -> None:
+def test_connections_that_were_lost_are_made_again(own: PostgreSQLServer) -> None:
     async def work(store: Store) -> None:
         job, _ = await store.submit(draft())
         for _ in range(2):
@@ -147,7 +147,9 @@ def test_connections_that_were_lost_are_made_again(own: Server) -> None:
     with_store(own.url(own.create()), work)
 
 
-def test_a_server_that_ends_all_sessions_is_not_noticed(postgresql: Server, database: str) -> None:
+def test_a_server_that_ends_all_sessions_is_not_noticed(
+    postgresql: PostgreSQLServer, database: str
+) -> None:
     name = database.partition("?")[0].rpartition("/")[2]
     end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = %s"
 
@@ -171,7 +173,7 @@ def test_a_server_that_ends_all_sessions_is_not_noticed(postgresql: Server, data
     with_store(database, work)
 
 
-def test_a_full_disk_of_the_server_stores_nothing_and_recovers(own: Server) -> None:
+def test_a_full_disk_of_the_server_stores_nothing_and_recovers(own: PostgreSQLServer) -> None:
     # Not pytest's own folder, which no other user can enter.
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -205,7 +207,7 @@ def test_a_full_disk_of_the_server_stores_nothing_and_recovers(own: Server) -> N
 # Who drives
 
 
-def lock_of(running: Server, name: str) -> int | None:
+def lock_of(running: PostgreSQLServer, name: str) -> int | None:
     with running.connected() as connection:
         found = connection.execute("SELECT oid FROM pg_database WHERE datname = %s", [name])
         row = connection.execute(LOCKS, found.fetchone()).fetchone()
@@ -214,12 +216,12 @@ def lock_of(running: Server, name: str) -> int | None:
 
 @asynccontextmanager
 async def standing(
-    url: str, driver: Driver | None = None, lease_s: float = 30
-) -> AsyncIterator[tuple[Store, Driver]]:
+    url: str, driver: RecordedLeader | None = None, lease_s: float = 30
+) -> AsyncIterator[tuple[Store, RecordedLeader]]:
     """One more operator."""
     store = Store(url)
     try:
-        yield store, await driving(store, driver, lease_s=lease_s)
+        yield store, await joined_election(store, driver, lease_s=lease_s)
     finally:
         await store.operators.leave()
         store.close()
@@ -274,11 +276,11 @@ def test_a_database_belongs_with_one_data_folder(database: str) -> None:
 
 
 def test_an_operator_of_a_folder_that_was_given_up_for_lost_stores_nothing_when_it_is_back(
-    postgresql: Server, database: str
+    postgresql: PostgreSQLServer, database: str
 ) -> None:
     async def main() -> None:
         away = Store(through(between, database))
-        driver = await driving(away)
+        driver = await joined_election(away)
         await away.deploy([spec()])
         job, _ = await away.submit(draft())
         between.shut()  # it is cut off, and its machine taken to be gone
@@ -298,7 +300,7 @@ def test_an_operator_of_a_folder_that_was_given_up_for_lost_stores_nothing_when_
         await store.submit(draft())
         store.close()
 
-    with proxy(postgresql.folder) as between:
+    with postgresql_proxy(postgresql.folder) as between:
         asyncio.run(main())
 
 
@@ -317,10 +319,10 @@ def test_operators_that_are_there_at_one_time_run_jobs_in_one_place(database: st
 
 def test_an_operator_that_never_can_drive_says_so_and_another_does(database: str) -> None:
     async def main() -> None:
-        unfit, store = Driver(), Store(database)
+        unfit, store = RecordedLeader(), Store(database)
         unfit.refuses = StartupError("the engine is not there")
         with pytest.raises(StartupError, match="not there"):
-            await driving(store, unfit)
+            await joined_election(store, unfit)
         async with standing(database) as (_, other):
             await eventually(lambda: other.drives)
             assert unfit.failures == []  # its start told it
@@ -332,7 +334,7 @@ def test_an_operator_that_never_can_drive_says_so_and_another_does(database: str
 
 def test_an_operator_that_finds_later_that_it_cannot_drive_is_told(database: str) -> None:
     async def main() -> None:
-        unfit = Driver()
+        unfit = RecordedLeader()
         unfit.refuses = StartupError("the engine is not there")
         async with standing(database) as (first, _), standing(database, unfit):
             await first.operators.leave()
@@ -345,7 +347,7 @@ def test_an_operator_that_finds_later_that_it_cannot_drive_is_told(database: str
 
 def test_an_operator_that_cannot_drive_now_stands_again(database: str) -> None:
     async def main() -> None:
-        driver = Driver()
+        driver = RecordedLeader()
         driver.refuses = StorageUnavailable("the store does not answer")
 
         async def later() -> None:
@@ -361,10 +363,10 @@ def test_an_operator_that_cannot_drive_now_stands_again(database: str) -> None:
 
 
 def test_a_lock_that_is_lost_is_taken_again_and_the_term_goes_on(
-    postgresql: Server, database: str
+    postgresql: PostgreSQLServer, database: str
 ) -> None:
     name = database.partition("?")[0].rpartition("/")[2]
-    driver = Driver()
+    driver = RecordedLeader()
 
     async def work(store: Store) -> None:
         before = lock_of(postgresql, name)
@@ -379,10 +381,10 @@ def test_a_lock_that_is_lost_is_taken_again_and_the_term_goes_on(
 
 
 def test_an_operator_whose_lock_somebody_else_took_stores_nothing_more(
-    postgresql: Server, database: str
+    postgresql: PostgreSQLServer, database: str
 ) -> None:
     name = database.partition("?")[0].rpartition("/")[2]
-    driver = Driver()
+    driver = RecordedLeader()
 
     async def work(store: Store) -> None:
         job, _ = await store.submit(draft())
@@ -408,15 +410,15 @@ def test_an_operator_whose_lock_somebody_else_took_stores_nothing_more(
         assert driver.terms == 2
         assert driver.failures == []
 
-    with proxy(postgresql.folder) as between:
+    with postgresql_proxy(postgresql.folder) as between:
         with_store(through(between, database), work, driver)
 
 
 def test_an_operator_that_does_not_renew_its_lease_is_superseded(
-    postgresql: Server, database: str
+    postgresql: PostgreSQLServer, database: str
 ) -> None:
     """Its loop hangs, its sessions are there, and a transaction of its is under way."""
-    driver = Driver()
+    driver = RecordedLeader()
 
     async def main() -> None:
         async with standing(through(between, database), driver, lease_s=1) as (hung, _):
@@ -434,12 +436,12 @@ def test_an_operator_that_does_not_renew_its_lease_is_superseded(
                     await hung.apply(job.spec.job_id, end(Event.LOSE))
                 assert await hung.job(job.spec.job_id) == claimed.job
 
-    with proxy(postgresql.folder) as between:
+    with postgresql_proxy(postgresql.folder) as between:
         asyncio.run(main())
 
 
 def test_one_that_holds_the_lock_and_never_drives_is_put_out(
-    postgresql: Server, database: str
+    postgresql: PostgreSQLServer, database: str
 ) -> None:
     """As one that hangs, or whose machine vanished, right after it got the lock."""
 
@@ -484,7 +486,7 @@ def test_every_change_is_told_to_all_as_it_is_committed(database: str) -> None:
         first = Store(database)
         await first.operators.subscribe(told)
         assert told.anything == 1
-        await driving(first)
+        await joined_election(first)
         await eventually(lambda: told.terms == 1)
         async with standing(database) as (second, _):
             await second.deploy([spec()])
@@ -508,7 +510,9 @@ def test_every_change_is_told_to_all_as_it_is_committed(database: str) -> None:
     asyncio.run(main())
 
 
-def test_whoever_could_not_hear_looks_at_everything(postgresql: Server, database: str) -> None:
+def test_whoever_could_not_hear_looks_at_everything(
+    postgresql: PostgreSQLServer, database: str
+) -> None:
     name = database.partition("?")[0].rpartition("/")[2]
     end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = %s"
 
@@ -553,7 +557,7 @@ def test_one_at_a_time_changes_which_versions_there_are(database: str) -> None:
     asyncio.run(main())
 
 
-def test_the_lock_is_not_acquired_while_the_server_is_down(own: Server) -> None:
+def test_the_lock_is_not_acquired_while_the_server_is_down(own: PostgreSQLServer) -> None:
     async def main() -> None:
         store = Store(own.url(own.create()))
         lock = store.deploy_lock
@@ -621,7 +625,9 @@ def test_writes_that_are_in_each_others_way_are_made(database: str) -> None:
     asyncio.run(main())
 
 
-def test_operators_that_start_at_once_migrate_one_after_another(postgresql: Server) -> None:
+def test_operators_that_start_at_once_migrate_one_after_another(
+    postgresql: PostgreSQLServer,
+) -> None:
     name = postgresql.create()
     with ThreadPoolExecutor(4) as pool:
         for store in pool.map(lambda _: Store(postgresql.url(name)), range(4)):
@@ -640,7 +646,9 @@ def refusal(url: str) -> str:
     return error.value.message
 
 
-def test_a_database_that_cannot_be_reached_is_told(postgresql: Server, database: str) -> None:
+def test_a_database_that_cannot_be_reached_is_told(
+    postgresql: PostgreSQLServer, database: str
+) -> None:
     assert "password authentication failed" in refusal(database.replace("%3A", "x"))
     assert '"nothing" does not exist' in refusal(postgresql.url("nothing"))
     assert "No such file" in refusal(f"postgresql://{USER}:x@/a?host=/nowhere")
@@ -651,19 +659,19 @@ def test_a_database_that_cannot_be_reached_is_told(postgresql: Server, database:
     assert "secret" not in told
 
 
-def test_a_database_that_is_somebody_elses_is_told(postgresql: Server) -> None:
+def test_a_database_that_is_somebody_elses_is_told(postgresql: PostgreSQLServer) -> None:
     name = postgresql.create(OWNER="postgres")
     assert "permission denied" in refusal(postgresql.url(name))
     postgresql.drop(name)
 
 
-def test_a_database_of_another_encoding_is_told(postgresql: Server) -> None:
+def test_a_database_of_another_encoding_is_told(postgresql: PostgreSQLServer) -> None:
     name = postgresql.create(template="template0", ENCODING="'SQL_ASCII'", LOCALE="'C'")
     assert "--encoding=UTF8" in refusal(postgresql.url(name))
     postgresql.drop(name)
 
 
-def test_a_server_without_fsync_is_refused(own: Server) -> None:
+def test_a_server_without_fsync_is_refused(own: PostgreSQLServer) -> None:
     url = own.url(own.create())
     own.stop()
     own.settings["fsync"] = "off"
@@ -674,7 +682,9 @@ def test_a_server_without_fsync_is_refused(own: Server) -> None:
     own.start()
 
 
-def test_a_standby_is_refused_and_one_that_has_become_one_takes_no_writes(own: Server) -> None:
+def test_a_standby_is_refused_and_one_that_has_become_one_takes_no_writes(
+    own: PostgreSQLServer,
+) -> None:
     async def work(store: Store) -> None:
         job, _ = await store.submit(draft())
         own.stop()
@@ -698,7 +708,7 @@ def test_a_standby_is_refused_and_one_that_has_become_one_takes_no_writes(own: S
     [("off", "on"), ("local", "on"), ("remote_write", "on"), ("remote_apply", "remote_apply")],
 )
 def test_a_commit_waits_for_the_disk_whatever_the_server_says(
-    postgresql: Server, database: str, set_to: str, is_then: str
+    postgresql: PostgreSQLServer, database: str, set_to: str, is_then: str
 ) -> None:
     name = database.partition("?")[0].rpartition("/")[2]
     with postgresql.connected() as connection:
@@ -716,7 +726,7 @@ def test_a_commit_waits_for_the_disk_whatever_the_server_says(
 # What is stored
 
 
-def test_text_that_postgresql_cannot_hold_is_stored_without_it(emptied: str) -> None:
+def test_text_that_postgresql_cannot_hold_is_stored_without_it(empty_database: str) -> None:
     async def work(store: Store) -> None:
         job, _ = await store.submit(replace(draft(), config=encode({"x": "a\0b"})))
         await store.apply(job.spec.job_id, EVENTS[Event.CLAIM])
@@ -727,10 +737,10 @@ def test_text_that_postgresql_cannot_hold_is_stored_without_it(emptied: str) -> 
         assert ended.spec.config == encode({"x": "a\0b"})
         assert await store.job("\0") is None
 
-    with_store(emptied, work)
+    with_store(empty_database, work)
 
 
-def test_jobs_are_numbered_in_the_order_of_their_submits(emptied: str) -> None:
+def test_jobs_are_numbered_in_the_order_of_their_submits(empty_database: str) -> None:
     async def work(store: Store) -> None:
         drafts = [draft("nothing" if number % 7 == 3 else "a") for number in range(100)]
         results = await asyncio.gather(*map(store.submit, drafts), return_exceptions=True)
@@ -739,7 +749,7 @@ def test_jobs_are_numbered_in_the_order_of_their_submits(emptied: str) -> None:
         assert [job.seq for job in taken] == sorted({job.seq for job in taken})
         assert [d.job_id for d in drafts if d.api_name == "a"] == [j.spec.job_id for j in taken]
 
-    with_store(emptied, work)
+    with_store(empty_database, work)
 
 
 def test_the_planner_uses_the_partial_indexes(database: str) -> None:

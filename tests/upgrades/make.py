@@ -43,9 +43,10 @@ from typing import Any
 
 import httpx
 
+import postgresql_server
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import postgresql
 
 # A fixed path, because tracebacks in the logs name it.
 FOLDER = Path("/tmp/cortex-upgrade")
@@ -469,7 +470,7 @@ def pack(folder: Path, archive: Path) -> None:
 @contextmanager
 def database() -> Iterator[tuple[str, Callable[[Path, Path], None]]]:
     """A new database: its URL, and a function that dumps it."""
-    with postgresql.server() as server:
+    with postgresql_server.server() as server:
         name = server.create()
 
         def dump(target: Path, jobs: Path) -> None:
@@ -477,7 +478,13 @@ def database() -> Iterator[tuple[str, Callable[[Path, Path], None]]]:
                 for here in _machine(jobs).items():
                     connection.execute("UPDATE jobs SET handle = replace(handle, %s, %s)", here)
                 connection.execute("UPDATE operators SET runs_on = %s", (NO_BOOT_ID,))
-            command = [postgresql.program("pg_dump"), "-h", str(server.folder), "-U", "postgres"]
+            command = [
+                postgresql_server.program("pg_dump"),
+                "-h",
+                str(server.folder),
+                "-U",
+                "postgres",
+            ]
             options = ["--no-owner", "--no-privileges", "-f", str(target)]
             subprocess.run([*command, *options, name], check=True)
 

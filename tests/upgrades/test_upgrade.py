@@ -17,9 +17,9 @@ from typing import Any
 import httpx
 import pytest
 
-import postgresql
-from postgresql import PASSWORD, USER, Server
-from support import Operator, operator
+import postgresql_server
+from operator_harness import Operator, operator
+from postgresql_server import PASSWORD, USER, PostgreSQLServer
 
 FIXTURES = sorted(Path(__file__).parent.glob("*.tar.xz"))
 # Else retention would remove the jobs of an old fixture.
@@ -97,9 +97,9 @@ def database(folder: Path, request: pytest.FixtureRequest, identity: str) -> Ite
             own.execute("UPDATE jobs SET handle = replace(handle, '\"0:0\"', ?)", (identity,))
         yield []
         return
-    server: Server = request.getfixturevalue("postgresql")
+    server: PostgreSQLServer = request.getfixturevalue("postgresql")
     name = server.create()
-    command = [postgresql.program("psql"), "-h", str(server.folder), "-U", USER, "-d", name]
+    command = [postgresql_server.program("psql"), "-h", str(server.folder), "-U", USER, "-d", name]
     subprocess.run(
         [*command, "-q", "-v", "ON_ERROR_STOP=1", "-f", str(dump)],
         env={**os.environ, "PGPASSWORD": PASSWORD}, stdout=subprocess.DEVNULL, check=True,

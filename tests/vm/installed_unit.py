@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from support import PROBE, Operator, probe_yaml, until
+from operator_harness import PROBE, Operator, probe_yaml, until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 UNIT = REPOSITORY / "docs" / "deploy" / "cortex.service"

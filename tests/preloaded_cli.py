@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-_PATIENCE_S = 180
+_WAIT_TIMEOUT_S = 180
 _LONG_TO_LOAD = (
     "alembic.command",
     "cortex.sdk",
@@ -122,7 +122,7 @@ def run(
             stdin=read.fileno(), stdout=out.fileno(), stderr=err.fileno(), env=env, cwd=cwd,
         )  # fmt: skip
         try:
-            code = program.wait(_PATIENCE_S)
+            code = program.wait(_WAIT_TIMEOUT_S)
         finally:
             program.kill()
         return subprocess.CompletedProcess(["cortex", *arguments], code, _text(out), _text(err))
@@ -155,7 +155,7 @@ class _Parent:
     def end(self) -> None:
         """Let it end."""
         self._control.close()
-        self._process.wait(_PATIENCE_S)
+        self._process.wait(_WAIT_TIMEOUT_S)
 
 
 @cache

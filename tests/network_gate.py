@@ -1,4 +1,4 @@
-"""A way to a server that can be shut, for tests of what happens when the network goes. `chaos.proxy` does
+"""A way to a server that can be shut, for tests of what happens when the network goes. `chaos.postgresql_proxy` does
 worse to PostgreSQL's.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 
-class Gate:
+class NetworkGate:
     """Passes on what clients and the server send. While it is shut, connections are lost, and new ones at
     once."""
 
@@ -98,10 +98,10 @@ class Gate:
 
 
 @contextmanager
-def gate(port: int) -> Iterator[Gate]:
+def network_gate(port: int) -> Iterator[NetworkGate]:
     """A gate to a port of this machine, for as long as the block runs."""
     listener = socket.create_server(("127.0.0.1", 0))
-    made = Gate(listener, lambda: socket.create_connection(("127.0.0.1", port)))
+    made = NetworkGate(listener, lambda: socket.create_connection(("127.0.0.1", port)))
     try:
         yield made
     finally:

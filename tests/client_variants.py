@@ -16,14 +16,14 @@ from cortex.sdk.aio import AsyncClient
 Connect = Callable[..., Client]
 
 
-def in_a_task(*arguments: Any, **named: Any) -> Client:
+def client_in_a_task(*arguments: Any, **named: Any) -> Client:
     """A client as a task makes it, with the standard library alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CORTEX_JOB_ID", "01jobjobjobjobjob1")
         return Client(*arguments, **named)
 
 
-class Awaited:
+class AwaitedClient:
     """A client whose methods are awaited, in an event loop that runs in a thread of its own."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:

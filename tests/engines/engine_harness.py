@@ -57,9 +57,9 @@ SLEEP = """
 """
 
 
-class Bench:
+class EngineHarness:
     """A project folder, a data root, and what an engine on them has reported: the local engine, and
-    what the other engines' benches are made from."""
+    what the other engines' harnesses are made from."""
 
     def __init__(
         self, folder: Path, memory_limit: str | None = None, own_folder: str | None = None
@@ -94,7 +94,7 @@ class Bench:
         asyncio.run(main())
 
     def made(self) -> Engine:
-        """An engine, not open yet, as an operator on this bench's data root has it."""
+        """An engine, not open yet, as an operator on this harness's data root has it."""
         _, arguments = self.maker()
         return LocalEngine(*arguments)
 
@@ -251,7 +251,7 @@ class Bench:
     def killed_operator(self, attempt: Attempt, moment: str) -> Attempt:
         """An operator starts the attempt and is killed; the attempt as the store holds it then."""
         told = subprocess.run(
-            [sys.executable, str(Path(__file__).parent / "operator_process.py")],
+            [sys.executable, str(Path(__file__).parent / "killed_operator.py")],
             input=pickle.dumps((*self.maker(), moment, attempt)),
             capture_output=True,
             timeout=LIMIT_S,

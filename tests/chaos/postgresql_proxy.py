@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gate import Gate
+from network_gate import NetworkGate
 
 _SOCKET = ".s.PGSQL.5432"
 _COMMIT = b"COMMIT\0"
 
 
-class Proxy(Gate):
+class PostgreSQLProxy(NetworkGate):
     """Takes connections on a socket in a folder of its own."""
 
     def __init__(self, server: Path, folder: Path) -> None:
@@ -57,10 +57,10 @@ def _connected(path: Path) -> socket.socket:
 
 
 @contextmanager
-def proxy(server: Path) -> Iterator[Proxy]:
+def postgresql_proxy(server: Path) -> Iterator[PostgreSQLProxy]:
     """A proxy for as long as the block runs."""
     with tempfile.TemporaryDirectory(prefix="px-") as folder:
-        made = Proxy(server, Path(folder))
+        made = PostgreSQLProxy(server, Path(folder))
         try:
             yield made
         finally:

@@ -25,14 +25,14 @@ from cortex.projects.pack import pack_stored
 from cortex.ray_node import reservations
 from cortex.ray_node.agent import Agent
 from cortex.ray_node.driver import Driver, answer
-from engines.bench import LIMIT_S, Bench, processes
+from engines.engine_harness import LIMIT_S, EngineHarness, processes
 
 NAMESPACE = "near"
 GIB = 1 << 30
 STATE = NodeState("node-a", "a", True, Capacity(4000, 8 * GIB, 0), Capacity(0, 0, 0))
 
 
-class Near(Driver):
+class InProcessRay(Driver):
     """Ray's part of a node, and the link to it."""
 
     def __init__(self, folder: Path) -> None:
@@ -96,17 +96,17 @@ class Near(Driver):
             agent._slot._lock.close()
 
 
-class NearLink:
+class InProcessLink:
     """What an engine has of it."""
 
-    def __init__(self, near: Near) -> None:
-        self._near = near
+    def __init__(self, ray: InProcessRay) -> None:
+        self._ray = ray
         self.gone = asyncio.Event()
 
     async def call(self, method: str, *arguments: object, timeout_s: float) -> object:
-        if self._near.is_cut_off:
+        if self._ray.is_cut_off:
             raise LinkError("cut off")
-        told = await asyncio.wait_for(answer(self._near, method, arguments), timeout_s)
+        told = await asyncio.wait_for(answer(self._ray, method, arguments), timeout_s)
         if told.unreachable is not None:
             raise LinkError(told.unreachable)
         if told.refused is not None:
@@ -117,21 +117,21 @@ class NearLink:
         self.gone.set()
 
 
-class NearBench(Bench):
+class InProcessHarness(EngineHarness):
     """One test's."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, None)
-        self.near = Near(folder / "nodes")
+        self.ray = InProcessRay(folder / "nodes")
         self.locks: Any = None
 
     def made(self) -> RayEngine:
         engine = RayEngine(self.root, "near:1", NAMESPACE, self.grace_s, str(self.root), self.locks)
 
-        async def open_link() -> NearLink:
-            if self.near.is_cut_off:
+        async def open_link() -> InProcessLink:
+            if self.ray.is_cut_off:
                 raise LinkError("cut off")
-            return NearLink(self.near)
+            return InProcessLink(self.ray)
 
         engine._cluster._open_link = open_link  # type: ignore[assignment,method-assign]  # instead of Ray
         return engine
@@ -143,7 +143,7 @@ class NearBench(Bench):
             try:
                 yield engine
             finally:
-                await self.near.kill_agent()
+                await self.ray.kill_agent()
 
     @property
     def slot(self) -> Path:
@@ -154,7 +154,7 @@ class NearBench(Bench):
 
     def lost(self) -> None:
         """The node is not there any more."""
-        self.near.states = [replace(STATE, is_alive=False)]
+        self.ray.states = [replace(STATE, is_alive=False)]
 
 
 async def ready(engine: Engine) -> None:
@@ -165,12 +165,12 @@ async def ready(engine: Engine) -> None:
 
 
 @contextlib.contextmanager
-def near_bench(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NearBench]:
+def in_process_harness(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcessHarness]:
     """One whose raylet is a process that does nothing: the guard waits for its end."""
-    made = NearBench(folder)
+    made = InProcessHarness(folder)
     raylet = subprocess.Popen(["sleep", "600"])
     monkeypatch.setenv("RAY_RAYLET_PID", str(raylet.pid))
-    monkeypatch.setattr(reservations, "let_go", made.near.seats.discard)
+    monkeypatch.setattr(reservations, "let_go", made.ray.seats.discard)
     try:
         yield made
     finally:

@@ -1,4 +1,4 @@
-"""What tells the paths that root takes through others' folders (`tracing`) misses none, and takes no other for one."""
+"""What tells the paths that root takes through others' folders (`syscall_trace`) misses none, and takes no other for one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tracing import Seen, Trace
+from syscall_trace import Seen, Trace
 
 UID = 65534
 BEGIN = [

@@ -34,7 +34,7 @@ SETTINGS = {
 
 
 @dataclass
-class Cluster:
+class RayCluster:
     """Its processes are known by their session folder, which stands in the command line of each."""
 
     folder: Path
@@ -140,13 +140,13 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(*names: str) -> Iterator[Cluster]:
+def cluster(*names: str) -> Iterator[RayCluster]:
     """A head, and a raylet more for each name."""
     # Ray's sockets lie below it, and a socket's path is short.
     folder = Path(tempfile.mkdtemp(prefix="ct-ray-", dir="/tmp"))
     env = {**os.environ, **SETTINGS, "CORTEX_TEST_CLUSTER": str(folder)}
     env.pop("RAY_ADDRESS", None)
-    made = Cluster(folder, _port(), env)
+    made = RayCluster(folder, _port(), env)
     try:
         made.start_head()
         for name in names:

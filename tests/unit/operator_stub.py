@@ -42,14 +42,14 @@ def events(*pieces: bytes) -> Answer:
 
 
 @dataclass
-class Stub:
+class OperatorStub:
     """Answers by "METHOD /path?query"; a list of answers is used up in order, the last one stays."""
 
     answers: dict[str, Answer | list[Answer]] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     port: int = 0
 
-    def __enter__(self) -> Stub:
+    def __enter__(self) -> OperatorStub:
         stub = self
 
         class Handler(BaseHTTPRequestHandler):

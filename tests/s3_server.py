@@ -23,7 +23,7 @@ signal.pause()
 """
 
 
-class S3:
+class S3Server:
     """One server, which keeps everything in its memory."""
 
     def __init__(self) -> None:
@@ -92,9 +92,9 @@ class S3:
 
 
 @contextmanager
-def server() -> Iterator[S3]:
+def server() -> Iterator[S3Server]:
     """A server for as long as the block runs."""
-    made = S3()
+    made = S3Server()
     try:
         yield made
     finally:

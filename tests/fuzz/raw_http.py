@@ -10,7 +10,7 @@ import socket
 import struct
 from dataclasses import dataclass
 
-PATIENCE_S = 60
+WAIT_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Connection:
 
     def _exchange(self, case: Case) -> list[Answer]:
         if self._socket is None:
-            self._socket = socket.create_connection(self._address, PATIENCE_S)
+            self._socket = socket.create_connection(self._address, WAIT_TIMEOUT_S)
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._reader = _Reader(socket.SocketIO(self._socket, "r"))
         # The operator may answer, and close, before it has read all.

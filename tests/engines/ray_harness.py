@@ -1,4 +1,4 @@
-"""The bench of the Ray engine: the cluster, the agents and one open engine are shared by all tests of a test
+"""The harness of the Ray engine: the cluster, the agents and one open engine are shared by all tests of a test
 process, because each of them takes seconds to start; jobs, projects and environments are each test's own.
 """
 
@@ -18,8 +18,8 @@ from cortex.engines.base import Attempt, Engine
 from cortex.engines.ray import RayEngine
 from cortex.engines.ray.link import Link
 from cortex.engines.ray.messages import Reservation
-from engines.bench import LIMIT_S, Bench, E, processes, until
-from engines.cluster import Cluster, cluster
+from engines.engine_harness import LIMIT_S, E, EngineHarness, processes, until
+from engines.ray_cluster import RayCluster, cluster
 
 NAMESPACE = "cortex-tests"
 
@@ -29,7 +29,7 @@ class Session:
     """What tests share. The loop stands still between them."""
 
     folder: Path
-    cluster: Cluster
+    cluster: RayCluster
     runner: asyncio.Runner
     engine: RayEngine
 
@@ -75,7 +75,7 @@ def agent_in(slot: Path) -> int:
     return int((slot / "lock").read_text())
 
 
-class RayBench(Bench):
+class RayHarness(EngineHarness):
     """One test's."""
 
     def __init__(self, folder: Path, shared: Session) -> None:

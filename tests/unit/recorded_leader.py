@@ -12,7 +12,7 @@ from cortex.store import Store
 ADDRESS = "http://operator.invalid"
 
 
-class Driver:
+class RecordedLeader:
     """A `store.LeaderCallbacks`."""
 
     def __init__(self) -> None:
@@ -50,10 +50,12 @@ def sessions(database: str) -> int:
     return 0 if found is None else int(found[0])
 
 
-async def driving(store: Store, driver: Driver | None = None, *, lease_s: float = 30) -> Driver:
+async def joined_election(
+    store: Store, driver: RecordedLeader | None = None, *, lease_s: float = 30
+) -> RecordedLeader:
     """Stand for driving, where the store can be shared; `store.operators.leave` ends it. Where the session
     of one that drove before ends late, it does not drive yet."""
-    driver = driver or Driver()
+    driver = driver or RecordedLeader()
     if store.is_shared:
         store.operators.join("here", "this machine", ADDRESS)
         await store.operators.join_election(driver, lease_s)

@@ -19,11 +19,11 @@ from typing import Any
 
 import httpx
 
-import loaded
+import preloaded_cli
 from cortex.projects.pack import pack
 
 CORTEX = str(Path(sys.executable).with_name("cortex"))
-PATIENCE_S = 180  # where many tests share a few cores, an environment takes long to build
+WAIT_TIMEOUT_S = 180  # where many tests share a few cores, an environment takes long to build
 FINAL = {
     "status_succeeded",
     "status_worker_error",
@@ -161,7 +161,7 @@ class Operator:
         # Longer than a long poll may take, and connections are let go of before the operator lets go of
         # them (uvicorn: 5 s idle): else a request can meet a closing one.
         self.http = httpx.Client(
-            timeout=PATIENCE_S + 30,
+            timeout=WAIT_TIMEOUT_S + 30,
             limits=httpx.Limits(keepalive_expiry=2.0),
             verify=False,  # nothing is encrypted, and to load all authorities takes 40 ms
         )
@@ -174,12 +174,12 @@ class Operator:
         own, told = os.pipe()
         with os.fdopen(own) as said, self.log.open("a") as log:
             output: dict[str, Any] = {"stdin": 0, "stdout": told, "stderr": log.fileno()}
-            self.process: subprocess.Popen[bytes] | loaded.Program
+            self.process: subprocess.Popen[bytes] | preloaded_cli.Program
             if self.within:
                 command = [*self.within, CORTEX, *words]
                 self.process = subprocess.Popen(command, env=environment, **output)
             else:
-                self.process = loaded.start(*words, env=environment, **output)
+                self.process = preloaded_cli.start(*words, env=environment, **output)
             os.close(told)
             line = said.readline()
         assert " listening on " in line, self.log.read_text()
@@ -193,7 +193,7 @@ class Operator:
     def stop(self) -> int:
         """As an administrator would: SIGTERM."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(PATIENCE_S)
+        return self.process.wait(WAIT_TIMEOUT_S)
 
     def deploy(self, yaml: str, files: dict[str, str], **form: str) -> httpx.Response:
         folder = self.folder / "project"
@@ -233,7 +233,7 @@ class Operator:
 
     def finished(self, endpoint: str, job: Any) -> Any:
         """The job_status once it is final."""
-        found = self.get(endpoint, job, wait=PATIENCE_S)["job_status"]
+        found = self.get(endpoint, job, wait=WAIT_TIMEOUT_S)["job_status"]
         assert found["status"] in FINAL, found
         return found
 
@@ -266,7 +266,7 @@ def reachable() -> list[str]:
 
 def refused(data_dir: Path, *options: str) -> str:
     """What `cortex serve` says when it does not start."""
-    done = loaded.run("serve", "--port", "0", "--data-dir", str(data_dir), *options)
+    done = preloaded_cli.run("serve", "--port", "0", "--data-dir", str(data_dir), *options)
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr.strip()
@@ -398,7 +398,7 @@ def _read(path: str) -> bytes:
 
 def until(condition: Callable[..., object], what: str) -> None:
     """Wait for a condition; the test fails when it never comes."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + WAIT_TIMEOUT_S
     while not condition():
         assert time.monotonic() < deadline, f"never: {what}"
         time.sleep(0.05)  # to look through all processes is work, too

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from cortex.worker import processes
-from support import Operator, probe_yaml, until
+from operator_harness import Operator, probe_yaml, until
 
 # A job that turns on its relatives. What it starts says who it is, and is not ended by the end of its parent.
 HOSTILE = """

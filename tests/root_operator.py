@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from support import PROBE, Operator, operator, probe_yaml, reachable, until
+from operator_harness import PROBE, Operator, operator, probe_yaml, reachable, until
 
 USER, UID = "nobody", 65534
 WAITS = """

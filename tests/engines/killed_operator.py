@@ -1,5 +1,5 @@
 """An operator that is killed: claims and starts an attempt in a process of its own, tells its handle,
-and dies by SIGKILL at the moment that the test asks for. Run by `Bench.killed_operator`."""
+and dies by SIGKILL at the moment that the test asks for. Run by `EngineHarness.killed_operator`."""
 
 from __future__ import annotations
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import socket
 import threading
 
-from gate import Gate
-from support import Operator
+from network_gate import NetworkGate
+from operator_harness import Operator
 
 
-class Way(Gate):
+class OperatorProxy(NetworkGate):
     """The way to an operator, whichever port it has when it is back. It loses answers to submits."""
 
     def __init__(self, running: Operator) -> None:

@@ -9,16 +9,16 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-import loaded
+import preloaded_cli
 from cortex.cli.main import app
-from support import Operator, operator
+from operator_harness import Operator, operator
 
 SCOPES = ("read", "submit", "deploy")
 
 
 def cortex(*arguments: str, code: int = 0, **variables: str) -> str:
     variables = {"CORTEX_CLI_CONFIG_DIR": "/nowhere", **variables}
-    done = loaded.run(*arguments, env={**os.environ, **variables})
+    done = preloaded_cli.run(*arguments, env={**os.environ, **variables})
     assert done.returncode == code, (done.stdout, done.stderr)
     assert "Traceback" not in done.stderr
     return done.stdout if code == 0 else done.stderr
@@ -33,7 +33,7 @@ def token(data: Path, name: str, scope: str) -> str:
 
 
 @contextmanager
-def guarded(folder: Path, *options: str) -> Iterator[tuple[Operator, dict[str, str]]]:
+def operator_with_tokens(folder: Path, *options: str) -> Iterator[tuple[Operator, dict[str, str]]]:
     """An operator that requires tokens, and one of each scope; the tests' own client deploys."""
     tokens = {scope: token(folder / "data", scope, scope) for scope in SCOPES}
     with operator(folder, *options, token=tokens["deploy"]) as running:

@@ -19,7 +19,7 @@ import psycopg
 _NOBODY = 65534
 # It does not run as root.
 _AS_NOBODY = ["setpriv", f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups"]
-_PATIENCE_S = 60
+_WAIT_TIMEOUT_S = 60
 USER, PASSWORD = "cortex", "a:b/c@d ?#%"
 
 
@@ -36,7 +36,7 @@ def program(name: str) -> str:
     return str(_binaries() / name)
 
 
-class Server:
+class PostgreSQLServer:
     """One server on a Unix socket in its folder. Databases are `USER`'s, who needs the password."""
 
     def __init__(self, folder: Path) -> None:
@@ -80,7 +80,7 @@ class Server:
             **self.settings,
         }
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + _WAIT_TIMEOUT_S
         while True:
             with self.log.open("ab") as log:
                 self._process = subprocess.Popen(
@@ -113,7 +113,7 @@ class Server:
         assert self._process is not None
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
-            self._process.wait(_PATIENCE_S)
+            self._process.wait(_WAIT_TIMEOUT_S)
 
     def remove(self) -> None:
         """End it, and remove its files."""
@@ -154,9 +154,9 @@ class Server:
 
 
 @contextmanager
-def server() -> Iterator[Server]:
+def server() -> Iterator[PostgreSQLServer]:
     """A server for as long as the block runs. Its folder's name is short, as a socket's has to be."""
-    made = Server(Path(tempfile.mkdtemp(prefix="pg-")))
+    made = PostgreSQLServer(Path(tempfile.mkdtemp(prefix="pg-")))
     try:
         made.make()
         yield made

@@ -6,7 +6,7 @@ import json
 import re
 
 from cortex import errors
-from fuzz.wire import Answer
+from fuzz.raw_http import Answer
 
 KINDS = {
     each.kind: each.http_status
