@@ -31,14 +31,13 @@ from cortex.engines.base import Ended, Ending, Version
 from cortex.errors import StorageUnavailable
 from cortex.joblog.folders import JobFolders
 from cortex.operator.deploy.catalogue import Catalogue
-from cortex.operator.deploy.versions import Unusable, Versions
+from cortex.operator.deploy.versions import Versions, VersionUnusable
 from cortex.operator.dispatch.dispatcher import Dispatcher
 from cortex.operator.dispatch.jobs import Jobs
-from cortex.operator.http.views import shown_status
 from cortex.projects.repository import Projects
 from cortex.spec.api import ApiSpec, Compute, Definition, Limits, Networking
 from cortex.spec.audit import UNKNOWN
-from cortex.spec.job import JobRecord, JobSpec
+from cortex.spec.job import JobRecord, JobSpec, shown_status
 from cortex.spec.lifecycle import FINAL, State, Status
 from cortex.spec.times import new_id, now_ns
 from cortex.store import Replay, Store
@@ -76,12 +75,12 @@ class Environments(Versions):
             return None
         return self._version(spec)
 
-    async def prepare(self, api_id: str) -> Version:
+    async def make_ready(self, api_id: str) -> Version:
         spec = await self.spec(api_id)
         while self.builds[spec.name] == "building":
             await self.moved.wait()
         if self.builds[spec.name] == "broken":
-            raise Unusable("the environment is broken", "it is broken\n")
+            raise VersionUnusable("the environment is broken", "it is broken\n")
         return self._version(spec)
 
 

@@ -20,9 +20,8 @@ from cortex.spec.api import ApiSpec, Definition, Networking
 from cortex.spec.job import JobSpec, encode
 from cortex.spec.lifecycle import FINAL, SHOWN, TRANSITIONS, Event, State, Status, Wanted
 from cortex.spec.times import new_id, now_ns, rfc3339
-from cortex.store import Replay, Store, events
+from cortex.store import Replay, Store, events, lock_keys
 from cortex.store.database import connect, migrate
-from cortex.store.group import locks
 from cortex.store.schema import REVISION, metadata
 from unit.recorded_leader import RecordedLeader, eventually, joined_election
 
@@ -131,7 +130,7 @@ def test_a_lock_of_the_store_excludes_however_it_is_reached(url: str, name: str)
 
 
 def test_the_keys_of_advisory_locks_differ_and_stay_the_same_for_all_versions() -> None:
-    keys = {name: key for name, key in vars(locks).items() if name.endswith("_LOCK")}
+    keys = {name: key for name, key in vars(lock_keys).items() if name.endswith("_LOCK")}
     assert len(set(keys.values())) == len(keys)
     assert keys == {
         "LEADER_LOCK": 0x636F_7274_6578,

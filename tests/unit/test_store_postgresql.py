@@ -24,7 +24,7 @@ from cortex.spec.job import JobRecord, encode
 from cortex.spec.lifecycle import Event, Wanted
 from cortex.spec.tokens import Scope
 from cortex.store import InitialClaim, Outcome, Store
-from cortex.store.group.locks import LEADER_LOCK
+from cortex.store.lock_keys import LEADER_LOCK
 from postgresql_server import PASSWORD, USER, PostgreSQLServer, server
 from unit.recorded_leader import ADDRESS, RecordedLeader, eventually, joined_election, sessions
 from unit.test_store import EVENTS, draft, end, spec, with_store

@@ -16,7 +16,7 @@ from typing import NoReturn
 import pytest
 
 from cortex.objects import ObjectStore
-from cortex.operator.deploy.versions import HeldUp, Unusable, Versions
+from cortex.operator.deploy.versions import VersionBlocked, Versions, VersionUnusable
 from cortex.projects.environments import Environments
 from cortex.projects.repository import Projects
 from cortex.spec.api import ApiSpec, Definition, Networking
@@ -46,8 +46,8 @@ def test_a_version_whose_variables_a_job_has_spoilt_is_told_so(
             spec = taken_in(projects)
             (projects.folder(spec.project_id) / ".env").write_bytes(written)
             await store.deploy([spec])
-            with pytest.raises(Unusable) as raised:
-                await Versions(store, projects, None).prepare("v1")
+            with pytest.raises(VersionUnusable) as raised:
+                await Versions(store, projects, None).make_ready("v1")
             assert raised.value.reason == reason
         finally:
             store.close()
@@ -63,8 +63,8 @@ def test_what_the_machine_lacks_for_a_moment_holds_a_version_up(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    with prepared(tmp_path) as versions, pytest.raises(HeldUp, match="cannot be built now"):
-        asyncio.run(versions.prepare("v1"))
+    with prepared(tmp_path) as versions, pytest.raises(VersionBlocked, match="cannot be built now"):
+        asyncio.run(versions.make_ready("v1"))
 
 
 def test_a_machine_without_room_for_a_thread_holds_a_version_up(
@@ -80,8 +80,8 @@ def test_a_machine_without_room_for_a_thread_holds_a_version_up(
         loop.set_default_executor(ThreadPoolExecutor(1))  # one that has no thread yet
         with monkeypatch.context() as full:
             full.setattr(threading.Thread, "start", start)
-            with pytest.raises(HeldUp, match="cannot be built now"):
-                await versions.prepare("v1")
+            with pytest.raises(VersionBlocked, match="cannot be built now"):
+                await versions.make_ready("v1")
 
     with prepared(tmp_path) as versions:
         asyncio.run(main(versions))
@@ -129,14 +129,14 @@ async def _check(tmp_path: Path) -> None:
         await store.deploy([spec])
         versions = Versions(store, projects, None)
         shelf.rename(tmp_path / "away")
-        with pytest.raises(HeldUp, match=r"the object store .* cannot be used"):
-            await versions.prepare("v1")
+        with pytest.raises(VersionBlocked, match=r"the object store .* cannot be used"):
+            await versions.make_ready("v1")
         shelf.mkdir()
-        with pytest.raises(Unusable, match="deploy it again"):
-            await versions.prepare("v1")
+        with pytest.raises(VersionUnusable, match="deploy it again"):
+            await versions.make_ready("v1")
         shelf.rmdir()
         (tmp_path / "away").rename(shelf)
-        version = await versions.prepare("v1")
+        version = await versions.make_ready("v1")
         assert (version.project / "task.py").is_file()
         await versions.close()
     finally:

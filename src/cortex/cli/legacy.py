@@ -109,14 +109,13 @@ def patch(
 
 
 def completion(
+    context: typer.Context,
     shell: Annotated[Shell, typer.Argument(metavar="SHELL", help="bash, zsh or fish.")],
 ) -> None:
     """Print the completion script of a shell: `source <(cortex completion bash)` in ~/.bashrc."""
-    from cortex.cli.main import app
-
     os.environ[_COMPLETE] = f"source_{shell.value}"
     try:
-        app([], prog_name="cortex")
+        context.find_root().command.main([], prog_name="cortex")
     finally:
         del os.environ[_COMPLETE]
 

@@ -153,7 +153,7 @@ async def open_operator(
             peers.leader, archive, metrics,
         )  # fmt: skip
         stack.callback(ctx.bodies.close)
-        deployer = Deployer(store, projects, catalogue, peers.jobs)
+        deployer = Deployer(store, projects, catalogue, peers.jobs.stop_stored)
         refusals = Refusals(store)
         stack.push_async_callback(refusals.close)
         yield create_app(ctx, deployer, refusals)

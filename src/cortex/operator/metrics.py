@@ -20,9 +20,8 @@ from prometheus_client.registry import Collector
 import cortex
 from cortex.engines.base import NOTHING, NodeInfo
 from cortex.operator.dispatch.live_jobs import LiveJob
-from cortex.operator.http.views import shown_status
 from cortex.spec.api import MILLI
-from cortex.spec.job import JobRecord
+from cortex.spec.job import JobRecord, shown_status
 from cortex.spec.lifecycle import FINAL, State, Status, Wanted
 
 MEDIA_TYPE = prometheus.CONTENT_TYPE_PLAIN_0_0_4

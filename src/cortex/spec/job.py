@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictInt
 
-from cortex.spec.lifecycle import State, Wanted
+from cortex.spec.lifecycle import SHOWN, State, Status, Wanted
 
 Json = dict[str, JsonValue]
 
@@ -111,3 +111,15 @@ def with_texts(content: Json, **texts: str | list[str] | None) -> list[str]:
             pieces.extend([text] if isinstance(text, str) else text)
     pieces.append("}")
     return pieces
+
+
+def shown_status(record: JobRecord, unreachable: str | None = None) -> Status:
+    """The status of a job, as clients receive it.
+
+    Args:
+        unreachable: why the engine cannot be asked about the job right now, if so.
+    """
+    status = SHOWN[record.state, record.wanted]
+    if status is Status.RUNNING and unreachable is not None:
+        return Status.UNKNOWN
+    return status

@@ -11,7 +11,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, text
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from cortex.errors import StartupError
-from cortex.store.group.locks import MIGRATION_LOCK
+from cortex.store.lock_keys import MIGRATION_LOCK
 from cortex.store.url import shown
 
 if TYPE_CHECKING:

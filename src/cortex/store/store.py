@@ -24,11 +24,11 @@ from cortex.store.apis import Deployment
 from cortex.store.audit import AuditPage
 from cortex.store.database import connect, migrate, read, reader
 from cortex.store.events import JobEvent, Retry, Stop, Unclaim
-from cortex.store.group import locks
 from cortex.store.group.group import OperatorGroup
 from cortex.store.group.locks import DatabaseLock
 from cortex.store.group.member import session_name
 from cortex.store.group.sole import SoleOperator
+from cortex.store.lock_keys import DEPLOY_LOCK, JOIN_LOCK
 from cortex.store.schema import IS_IN_PROGRESS, jobs
 from cortex.store.submissions import InitialClaim, Replay, Submissions
 from cortex.store.transitions import BY_ID, Outcome, apply, record, whole_record
@@ -79,9 +79,9 @@ class Store:
             else SoleOperator(self._writer)
         )
         shared = self._engine if self.is_shared else None
-        self.deploy_lock = DatabaseLock(shared, locks.DEPLOY_LOCK)
+        self.deploy_lock = DatabaseLock(shared, DEPLOY_LOCK)
         """Only its holder, of all operators, changes which versions exist."""
-        self.join_lock = DatabaseLock(shared, locks.JOIN_LOCK)
+        self.join_lock = DatabaseLock(shared, JOIN_LOCK)
         """Only its holder, of all operators, determines its data folder's id and joins."""
 
     @property

@@ -14,7 +14,7 @@ from cortex.spec.api import ApiSpec, Limits
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import State, Wanted
 from cortex.store import long_texts
-from cortex.store.group.locks import WAITING_JOBS_LOCK
+from cortex.store.lock_keys import WAITING_JOBS_LOCK
 from cortex.store.prepared import Prepared, Value
 from cortex.store.schema import IS_WAITING, apis, jobs, versions
 from cortex.store.transitions import spec_text, whole_record

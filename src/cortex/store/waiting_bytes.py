@@ -12,7 +12,7 @@ import time
 from sqlalchemy import Connection, func, select, text
 
 from cortex.errors import OverWaitingBytes
-from cortex.store.group.locks import WAITING_BYTES_LOCK
+from cortex.store.lock_keys import WAITING_BYTES_LOCK
 from cortex.store.prepared import Prepared
 from cortex.store.schema import IS_WAITING, jobs
 

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from cortex.objects import check_url as check_files
+from cortex.operator.config.hosts import check_host
 from cortex.operator.config.settings import Keep, Ray, Settings, database_url, default_data_dir
-from cortex.operator.http.host_check import check_host
 from cortex.projects.build_rules import BuildRules
 from cortex.spec.api import MILLI
 from cortex.spec.quantities import read_bytes

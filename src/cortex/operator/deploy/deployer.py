@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -12,14 +13,13 @@ import structlog
 
 from cortex.errors import Conflict
 from cortex.operator.deploy.catalogue import Catalogue
-from cortex.operator.dispatch.jobs import Jobs
 from cortex.projects.check import check_files
 from cortex.projects.repository import Projects
 from cortex.projects.unpack import unpack
 from cortex.spec.api import MASK, Api, ApiSpec
 from cortex.spec.audit import Actor
 from cortex.spec.cortex_yaml import field_lines, invalid_spec, read_apis, submitted_entries
-from cortex.spec.job import Json
+from cortex.spec.job import JobRecord, Json
 from cortex.spec.times import new_id, now_ns, rfc3339
 from cortex.spec.yaml_lines import Mistake
 from cortex.store import Deployment, Store
@@ -57,12 +57,16 @@ class Deployer:
         store: Store,
         projects: Projects,
         catalogue: Catalogue,
-        jobs: Jobs,
+        stop_stored: Callable[[JobRecord], None],
     ) -> None:
+        """
+        Args:
+            stop_stored: called with each job that the deletion of an API has stopped.
+        """
         self._store = store
         self._projects = projects
         self._catalogue = catalogue
-        self._jobs = jobs
+        self._stop_stored = stop_stored
 
     async def deploy(
         self, *, file: str, text: str, archive: BinaryIO, replace: bool, actor: Actor
@@ -122,7 +126,7 @@ class Deployer:
             stopped = await self._store.undeploy(name, f"the API {name} was deleted", actor)
             # The newest first: the end of a job must not start another that is about to be stopped.
             for job in reversed(stopped):
-                self._jobs.stop_stored(job)
+                self._stop_stored(job)
             self._catalogue.change(removed={name: {spec.api_id for spec in versions}})
         log.info("deleted", api=name, stopped_jobs=len(stopped))
         return len(stopped)

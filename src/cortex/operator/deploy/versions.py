@@ -1,7 +1,7 @@
-"""Deployed versions as a worker needs them: the spec, the project's files, a built environment.
+"""Versions as jobs need them: the spec, the project's files, and a built environment.
 
-The dispatcher asks before it starts a job; a deploy asks ahead, so that the first job finds the
-environment built and a fork server warm.
+The dispatcher makes the version of a waiting job ready. The warmer does it after a deploy, so that the first job
+finds the environment built and a fork server warm.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = structlog.get_logger()
 _RETRY_DELAY_S = 5.0
 
 
-class Unusable(Exception):
+class VersionUnusable(Exception):
     """A version cannot run: its environment could not be built, or its files are gone.
 
     Attributes:
@@ -45,22 +45,25 @@ class Unusable(Exception):
         self.output = output
 
 
-class HeldUp(Exception):
-    """A version cannot be made ready now, because the disk takes no writes: it may be later."""
+class VersionBlocked(Exception):
+    """A version cannot be made ready now, for instance because the disk is full. A retry may succeed."""
 
 
 @dataclass
 class _Preparation:
     task: asyncio.Task[Version] | None = None
     waiters: int = 0
-    has_joined: asyncio.Event = field(default_factory=asyncio.Event)
+    has_begun: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Versions:
-    """Every version that this operator has been asked for, prepared once."""
+    """The versions of which this operator has jobs, each made ready once."""
 
     def __init__(self, store: Store, projects: Projects, environments: Environments | None) -> None:
-        """`environments` is None where the engine builds them."""
+        """
+        Args:
+            environments: None where the engine builds them.
+        """
         self._store = store
         self._projects = projects
         self._environments = environments
@@ -68,14 +71,14 @@ class Versions:
         self._shown: dict[str, ShownSpec] = {}
         self._ready: dict[str, Version] = {}
         self._preparing: dict[str, _Preparation] = {}
-        self._given_up: set[asyncio.Task[Version]] = set()
+        self._cancelled: set[asyncio.Task[Version]] = set()
         self._locking: set[asyncio.Task[None]] = set()
 
     async def spec(self, api_id: str) -> ApiSpec:
-        """The spec of a version that jobs are of.
+        """The spec of a version.
 
         Raises:
-            NotFound: they were removed meanwhile, and it with them.
+            NotFound: retention has removed the version with its jobs.
         """
         if api_id not in self._specs:
             found = await self._store.version(api_id)
@@ -104,13 +107,13 @@ class Versions:
         """The version, if it can start jobs at once."""
         return self._ready.get(api_id)
 
-    async def prepare(self, api_id: str) -> Version:
-        """The version once it can start jobs. A failed environment is tried again at each call. What is under way is
-        given up when nobody waits for it any more.
+    async def make_ready(self, api_id: str) -> Version:
+        """Return the version once it can start jobs. Each call retries an environment that failed. Work that no
+        caller waits for any longer is cancelled.
 
         Raises:
-            Unusable: it cannot.
-            HeldUp: not now.
+            VersionUnusable: no job of the version can run.
+            VersionBlocked: it cannot be made ready now.
             StorageUnavailable: its spec cannot be read now.
         """
         if api_id in self._ready:
@@ -118,9 +121,9 @@ class Versions:
         preparation = self._preparing.get(api_id)
         if preparation is None:
             preparation = self._preparing[api_id] = _Preparation()
-            work = self._prepare(api_id, preparation.has_joined.set)
+            work = self._prepare(api_id, preparation.has_begun.set)
             preparation.task = asyncio.create_task(work, name=f"prepare {api_id}")
-            preparation.task.add_done_callback(lambda _: self._prepared(api_id, preparation))
+            preparation.task.add_done_callback(lambda _: self._on_prepared(api_id, preparation))
         assert preparation.task is not None
         preparation.waiters += 1
         try:
@@ -128,21 +131,20 @@ class Versions:
         finally:
             preparation.waiters -= 1
             if preparation.waiters == 0 and not preparation.task.done():
-                # Forgotten at once: who comes now must not join what is being given up.
+                # At once: a later call must not join work that is being cancelled.
                 self._preparing.pop(api_id, None)
                 preparation.task.cancel()
-                self._given_up.add(preparation.task)
-                preparation.task.add_done_callback(self._given_up.discard)
+                self._cancelled.add(preparation.task)
+                preparation.task.add_done_callback(self._cancelled.discard)
 
-    async def joined(self, api_id: str) -> None:
-        """Wait until the environment of a version that is being prepared is being built, or there is nothing to
-        build."""
+    async def build_begun(self, api_id: str) -> None:
+        """Return once the build of a version's environment has begun, or there is nothing to build."""
         preparation = self._preparing.get(api_id)
         if preparation is not None:
-            await preparation.has_joined.wait()
+            await preparation.has_begun.wait()
 
     async def describe(self, api_id: str) -> Version:
-        """The version as far as a worker that has already started needs it: nothing is built."""
+        """The version as far as a job needs it that has already started: nothing is built."""
         spec = await self.spec(api_id)
         return self._ready.get(api_id) or Version(spec, self.project(spec), Path(), {})
 
@@ -150,8 +152,8 @@ class Versions:
         """The folder of a version's files."""
         return self._projects.folder(spec.project_id)
 
-    def start_over(self) -> None:
-        """Others may have cleared away what was ready, and kept more lock files."""
+    def reset(self) -> None:
+        """Forget what is ready: another leader may have removed it, and stored more lock files."""
         self._projects.reset_cache()
         self._ready.clear()
 
@@ -162,46 +164,48 @@ class Versions:
         self._ready.pop(api_id, None)
 
     async def close(self) -> None:
-        """Give up what is being prepared."""
+        """Cancel all work."""
         preparing = [each.task for each in self._preparing.values() if each.task is not None]
         tasks = [*preparing, *self._locking]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, *self._given_up, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._cancelled, return_exceptions=True)
 
-    def _prepared(self, api_id: str, preparation: _Preparation) -> None:
-        preparation.has_joined.set()
+    def _on_prepared(self, api_id: str, preparation: _Preparation) -> None:
+        preparation.has_begun.set()
         if self._preparing.get(api_id) is preparation:
             del self._preparing[api_id]
 
-    async def _prepare(self, api_id: str, joined: Callable[[], None]) -> Version:
+    async def _prepare(self, api_id: str, on_build_begun: Callable[[], None]) -> Version:
         spec = await self.spec(api_id)
         project, files = self.project(spec), spec.definition.dependencies
         try:
             if not await in_thread(self._projects.ensure_local, spec.project_id):
-                raise Unusable(
+                raise VersionUnusable(
                     "the project's files are gone from where the operator keeps them; deploy it again",
                     f"{project} does not exist\n",
                 )
-            # Jobs run there, and may have written it anew.
+            # Jobs run in this folder and may have changed its `.env`.
             if mistakes := await in_thread(check_variables, project):
-                raise Unusable(mistakes[0], "".join(f"{mistake}\n" for mistake in mistakes))
+                raise VersionUnusable(mistakes[0], "".join(f"{mistake}\n" for mistake in mistakes))
             built = self._environments
-            python = Path() if built is None else await built.build(project, files, joined)
+            python = Path() if built is None else await built.build(project, files, on_build_begun)
             env = {**read_variables(project), **spec.definition.env}
         except EnvironmentFailed as error:
             if error.is_temporary:
-                raise HeldUp(
+                raise VersionBlocked(
                     "the disk is full, and the environment is still to be built"
                 ) from error
             log.warning("environment failed", api=spec.name, api_id=api_id)
-            raise Unusable(error.reason, error.output) from error
+            raise VersionUnusable(error.reason, error.output) from error
         except OSError as error:
             if is_storage(error) or is_shortage(error):
-                raise HeldUp(f"the environment cannot be built now: {error}") from error
-            raise Unusable(f"the environment could not be built: {error}", f"{error}\n") from error
+                raise VersionBlocked(f"the environment cannot be built now: {error}") from error
+            raise VersionUnusable(
+                f"the environment could not be built: {error}", f"{error}\n"
+            ) from error
         except StorageUnavailable as error:
-            raise HeldUp(error.message) from error
+            raise VersionBlocked(error.message) from error
         self._ready[api_id] = Version(spec, project, python, env)
         if built is not None:
             task = asyncio.create_task(

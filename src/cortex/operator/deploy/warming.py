@@ -12,7 +12,7 @@ import structlog
 from cortex.engines.base import Engine
 from cortex.errors import StorageUnavailable
 from cortex.operator.deploy.catalogue import Catalogue, DeployedApi
-from cortex.operator.deploy.versions import HeldUp, Unusable, Versions
+from cortex.operator.deploy.versions import VersionBlocked, Versions, VersionUnusable
 from cortex.projects.repository import Projects
 from cortex.store import Store
 from cortex.system.background import Background, retrying
@@ -79,7 +79,7 @@ class Warmer:
 
     async def _supersede(self, before: str, after: str) -> None:
         # Where both have the same requirements, the later version goes on with the build of the earlier one.
-        await self._versions.joined(after)
+        await self._versions.build_begun(after)
         self._stop_warming(before)
 
     async def _warm(self, api_id: str) -> None:
@@ -88,16 +88,16 @@ class Warmer:
             return
         self._warming[api_id] = warming
         try:
-            version = await self._versions.prepare(api_id)
+            version = await self._versions.make_ready(api_id)
             async with (
                 self._store.deploy_lock
             ):  # a version of an API that is being deleted is not warmed
                 current = await self._store.deployments()
                 if any(deployment.spec.api_id == api_id for deployment in current):
                     self._engine.warm(version)
-        except Unusable as error:  # each of its jobs reports the reason in its log
+        except VersionUnusable as error:  # each of its jobs reports the reason in its log
             log.warning("not ready for jobs", api_id=api_id, reason=error.reason)
-        except (HeldUp, StorageUnavailable) as error:  # the first job makes another attempt
+        except (VersionBlocked, StorageUnavailable) as error:  # the first job makes another attempt
             log.warning("not ready for jobs yet", api_id=api_id, reason=str(error))
         finally:
             self._warming.pop(api_id, None)

@@ -12,7 +12,7 @@ import structlog
 
 from cortex.engines.base import Version
 from cortex.errors import StorageUnavailable
-from cortex.operator.deploy.versions import HeldUp, Unusable, Versions
+from cortex.operator.deploy.versions import VersionBlocked, Versions, VersionUnusable
 from cortex.operator.dispatch.live_jobs import LiveJob
 from cortex.system.background import Background
 
@@ -28,7 +28,7 @@ class Blocked:
     reason: str
 
 
-VersionResult = Version | Blocked | Unusable
+VersionResult = Version | Blocked | VersionUnusable
 
 
 @dataclass
@@ -82,12 +82,12 @@ class AwaitedVersions:
             return
         result: VersionResult
         try:
-            result = await self._versions.prepare(api_id)
-        except (HeldUp, StorageUnavailable) as error:
+            result = await self._versions.make_ready(api_id)
+        except (VersionBlocked, StorageUnavailable) as error:
             result = Blocked(str(error))
-        except Unusable as error:
+        except VersionUnusable as error:
             result = error
         except Exception as error:  # the jobs would otherwise wait forever
             log.error("a version could not be made ready", api_id=api_id, exc_info=error)
-            result = Unusable(_INTERNAL_ERROR, None)
+            result = VersionUnusable(_INTERNAL_ERROR, None)
         self._on_result(list(self._groups.pop(api_id).jobs.values()), result)

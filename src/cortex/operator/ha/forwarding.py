@@ -18,7 +18,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from cortex.errors import NoLeader, StorageUnavailable
-from cortex.operator.http.views import ORIGINAL_HOST
 from cortex.store import Store
 from cortex.system.background import in_thread
 
@@ -26,6 +25,9 @@ if TYPE_CHECKING:
     import httpx
 
 log = structlog.get_logger()
+
+ORIGINAL_HOST = "cortex-asked-at"
+"""The header with the `Host` of a forwarded request."""
 
 _FORWARDED = "cortex-relayed"
 _REQUEST_HEADERS = ("accept", "authorization", "last-event-id", "range")

@@ -67,7 +67,7 @@ class Leadership:
             StartupError: the engine cannot be used; the message says why.
         """
         archive = self._archive
-        self._versions.start_over()
+        self._versions.reset()
         await self._catalogue.refresh()
         async with AsyncExitStack() as stack:
             engine = self._new_engine()

@@ -8,17 +8,15 @@ answers. Only the name distinguishes such a page from a page of this operator.
 from __future__ import annotations
 
 import ipaddress
-import re
 import socket
 from collections.abc import Iterable
 from functools import lru_cache
 from urllib.parse import urlsplit
 
 from cortex.errors import ForeignHost
+from cortex.operator.config.hosts import HOST
 from cortex.operator.config.settings import Settings
 
-# RFC 9110, 7.2: a host, and a port unless it is the scheme's default.
-_HOST = re.compile(r"([a-z0-9_.-]+|\[[0-9a-f:.]+(?:%[a-z0-9._~-]+)?\])(?::(\d{1,5})?)?")
 _LOOPBACK = "localhost"
 
 
@@ -48,7 +46,7 @@ class AllowedHosts:
         return cls(own, settings.allowed_hosts)
 
     def _allows(self, host: bytes) -> bool:
-        match = _HOST.fullmatch(host.decode("latin-1").lower())
+        match = HOST.fullmatch(host.decode("latin-1").lower())
         if match is None:
             return False
         name, port = match[1].removesuffix("."), match[2]
@@ -75,25 +73,6 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def check_host(text: str) -> str:
-    """Check a value of `--allow-host`.
-
-    Returns:
-        The value as `AllowedHosts` compares it.
-
-    Raises:
-        ValueError: the value is not a host; the message says how to write one.
-    """
-    match = _HOST.fullmatch(text.lower())
-    if match is None or (match[2] is not None and int(match[2]) > 65535):
-        raise ValueError(
-            "not a host name; write tasks.example.org or tasks.example.org:8080, each name by "
-            "itself, without https:// and in ASCII (xn--…)"
-        )
-    name = match[1].removesuffix(".")
-    return name if match[2] is None else f"{name}:{match[2]}"
 
 
 def foreign_host(host: bytes) -> ForeignHost:

@@ -13,13 +13,11 @@ from starlette.requests import Request
 
 from cortex.operator.deploy.shown_specs import ShownSpec, shown_spec
 from cortex.operator.dispatch.jobs import Jobs
-from cortex.spec.job import JobRecord, JobSpec, Json, encode, with_texts
-from cortex.spec.lifecycle import IN_PROGRESS, SHOWN, State, Status
+from cortex.operator.ha.forwarding import ORIGINAL_HOST
+from cortex.spec.job import JobRecord, JobSpec, Json, encode, shown_status, with_texts
+from cortex.spec.lifecycle import IN_PROGRESS, State, Status
 from cortex.spec.times import rfc3339
 from cortex.store import Deployment, Store
-
-ORIGINAL_HOST = "cortex-asked-at"
-"""The header with the original `Host` of a request that another operator forwards."""
 
 _RECENT = 10
 _MAX_IN_PROGRESS = 1000
@@ -60,18 +58,6 @@ def _job_fields(spec: JobSpec) -> Json:
         "timeout": spec.timeout,
         "created_time": rfc3339(spec.created_ns),
     }
-
-
-def shown_status(record: JobRecord, unreachable: str | None = None) -> Status:
-    """The status of a job, as clients receive it.
-
-    Args:
-        unreachable: why the engine cannot be asked about the job right now, if so.
-    """
-    status = SHOWN[record.state, record.wanted]
-    if status is Status.RUNNING and unreachable is not None:
-        return Status.UNKNOWN
-    return status
 
 
 class Renderer:

@@ -34,8 +34,8 @@ from cortex.errors import StorageUnavailable, Superseded
 from cortex.spec.times import now_ns
 from cortex.store import postgresql
 from cortex.store.database import read
-from cortex.store.group import locks
 from cortex.store.group.member import OperatorRow
+from cortex.store.lock_keys import LEADER_LOCK
 from cortex.store.writer import Writer
 
 if TYPE_CHECKING:
@@ -192,10 +192,10 @@ class Election:
 
         with suppress(psycopg.Error):  # an old server, or a system without this check
             await session.execute(_CHECK_CONNECTION)
-        row = await (await session.execute(_TRY_LOCK, [locks.LEADER_LOCK])).fetchone()
+        row = await (await session.execute(_TRY_LOCK, [LEADER_LOCK])).fetchone()
         if row == (True,):
             return
-        waiting = asyncio.ensure_future(session.execute(_LOCK, [locks.LEADER_LOCK]))
+        waiting = asyncio.ensure_future(session.execute(_LOCK, [LEADER_LOCK]))
         try:
             wait_s = _HOLDER_CHECK_DELAY_S
             while not (await asyncio.wait({waiting}, timeout=wait_s))[0]:
@@ -215,7 +215,7 @@ class Election:
             return _HOLDER_CHECK_DELAY_S
 
     def _supersede_if_hanging(self, connection: Connection) -> float:
-        holder = connection.execute(_HOLDER, {"key": locks.LEADER_LOCK}).first()
+        holder = connection.execute(_HOLDER, {"key": LEADER_LOCK}).first()
         if holder is None or holder.name is None:
             return _HOLDER_CHECK_DELAY_S
         if holder.name == self._name:

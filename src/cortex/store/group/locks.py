@@ -1,4 +1,4 @@
-"""Locks between the operators of a PostgreSQL database, and the keys of all its advisory locks.
+"""Locks between the operators of a PostgreSQL database.
 
 `Store` makes two locks. An operator holds `deploy_lock` while it deploys, deletes an API, or
 removes unused versions. It holds `join_lock` while it determines its data folder's id and joins.
@@ -13,24 +13,6 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from cortex.errors import StorageUnavailable
-
-_CORTEX = int.from_bytes(b"cortex", "big")
-
-# Keys of one database must differ; operators of other versions use the same values. PostgreSQL
-# tells a key of one bigint from a key of two integers.
-LEADER_LOCK = _CORTEX
-"""Held by the leader, on its own session."""
-DEPLOY_LOCK = _CORTEX << 4
-"""`Store.deploy_lock`."""
-JOIN_LOCK = DEPLOY_LOCK + 1
-"""`Store.join_lock`."""
-MIGRATION_LOCK = _CORTEX << 8
-"""Held while the schema is migrated."""
-WAITING_JOBS_LOCK = _CORTEX >> 16
-"""Held while an API's waiting jobs are counted: the first of two integers; the second is the hash
-of the API's name."""
-WAITING_BYTES_LOCK = WAITING_JOBS_LOCK + 1
-"""Held while the configs of all waiting jobs are added up."""
 
 _ACQUIRE = text("SELECT pg_advisory_xact_lock(:key)")
 # The server ends the session of a hanging holder after this time; a project is unpacked in less.

@@ -21,7 +21,7 @@ from cortex.worker.syscalls import signal, signal_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
 MAX_OUTPUT = 1 << 16
 """Bytes of the output of imports that are kept."""
@@ -62,7 +62,7 @@ class ImportWatch:
         self._handlers: list[str] = []
         """Exit handlers that are not Python's own."""
         self.generators: list[object] = []
-        """Generators of numpy that were seeded from the system's entropy, for `reseed`."""
+        """Generators of numpy that were seeded from the system's entropy: each job seeds them anew."""
         self._real_register = atexit.register
         self._threading_register: Callable[..., object] | None = None
         self._before = self._state()
@@ -263,16 +263,6 @@ def _was_used(generator: object) -> bool:
     0x80000000 (`init_by_array`)."""
     now, new = (each.get_state(legacy=False)["state"] for each in (generator, type(generator)()))  # type: ignore[attr-defined]
     return bool(now["pos"] != new["pos"] or now["key"][0] != new["key"][0])
-
-
-def reseed(generators: Sequence[object]) -> None:
-    """Seed these generators anew: each process that is forked must draw other numbers."""
-    for each in generators:
-        if hasattr(each, "seed"):
-            each.seed()
-        else:
-            source = each.bit_generator  # type: ignore[attr-defined]  # a Generator of numpy
-            source.state = type(source)().state
 
 
 def _is_unseeded(thing: object) -> bool:

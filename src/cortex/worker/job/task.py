@@ -19,7 +19,6 @@ import types
 
 from cortex.worker import json_encoder, standard
 from cortex.worker.checks import MAX_DIGITS, NOT_KEPT, why_no_result
-from cortex.worker.forkserver import preload
 from cortex.worker.job import import_times, interpreter_exit, metrics
 from cortex.worker.messages import Outcome, encode, shorten
 
@@ -138,7 +137,7 @@ def run(
         _write(_Warm.output)
     # The standard library reseeds `random` after a fork; numpy does not.
     if _Warm.generators:
-        preload.reseed(_Warm.generators)
+        _reseed(_Warm.generators)
     if _Warm.digits:
         sys.set_int_max_str_digits(_Warm.digits)
     # Not earlier: an import in the processes of this package could find a user's module.
@@ -174,6 +173,16 @@ def _warm_up_task() -> None:
 
     def task(config: object) -> object:
         return config
+
+
+def _reseed(generators: Sequence[object]) -> None:
+    """Seed these generators anew: each process that is forked must draw other numbers."""
+    for each in generators:
+        if hasattr(each, "seed"):
+            each.seed()
+        else:
+            source = each.bit_generator  # type: ignore[attr-defined]  # a Generator of numpy
+            source.state = type(source)().state
 
 
 def user_roots(setup: Setup) -> list[str]:

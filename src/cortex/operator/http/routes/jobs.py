@@ -19,8 +19,8 @@ from starlette.responses import Response
 from cortex.errors import Conflict, InvalidRequest, NotFound
 from cortex.operator.http.answers import Answer, json_answer, read_submission
 from cortex.operator.http.context import Context, actor, context
-from cortex.operator.http.views import is_partial, json_array, shown_status, submit_answer
-from cortex.spec.job import JobRecord, JobSpec, Submission, with_texts
+from cortex.operator.http.views import is_partial, json_array, submit_answer
+from cortex.spec.job import JobRecord, JobSpec, Submission, shown_status, with_texts
 from cortex.spec.lifecycle import Status, Wanted
 from cortex.spec.times import new_id, now_ns
 from cortex.store import Replay
