@@ -158,7 +158,7 @@ async def main() -> None:
     data_dir, count, cores, *store = sys.argv[1:]
     engine = SimulatedEngine(int(count), int(cores))
     pulse = Pulse()
-    app._engine = lambda *_: engine  # type: ignore[assignment]  # what is simulated
+    app.engine_factory = lambda *_: lambda: engine  # what is simulated
     settings = Settings(Path(data_dir), store[0] if store else None, port=0)
     tasks = [asyncio.create_task(pulse.run()), asyncio.create_task(obey(engine, pulse))]
     await app.run(settings, lambda url: print(url, flush=True))

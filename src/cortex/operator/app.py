@@ -145,7 +145,7 @@ async def open_operator(
         leadership = Leadership(
             settings, store, peers.jobs, catalogue, versions, projects, environments, archive,
             metrics,
-            new_engine=_engine_factory(settings, data_folder_id, projects), failed=on_failure,
+            new_engine=engine_factory(settings, data_folder_id, projects), failed=on_failure,
         )  # fmt: skip
         await peers.open(leadership, settings.lease_s)
         ctx = Context(
@@ -274,7 +274,7 @@ def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _engine_factory(
+def engine_factory(
     settings: Settings, data_folder_id: str, projects: Projects
 ) -> Callable[[], Engine]:
     """Makes the engine of each term. What can fail of that fails now, at the start of a follower as well.
