@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cortex.worker import beneath, checks
+from cortex.worker import beneath, checks, files
 from cortex.worker.messages import LogCut
 from cortex.worker.messages import size as readable
 from cortex.worker.supervisor import logfile
@@ -120,7 +120,7 @@ def open_log(path: Path) -> OpenLog | None:
         OSError: folder or log cannot be opened now.
     """
     try:
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        folder = files.open_folder(str(path.parent))
     except FileNotFoundError:
         return None
     fd = None

@@ -138,14 +138,13 @@ async def open_operator(
         watcher.open()
         stack.push_async_callback(watcher.close)
         catalogue = Catalogue(store, others_deploy=is_shared)
-        await catalogue.refresh()
         peers = Peers(store, catalogue)
         stack.push_async_callback(peers.close)
         metrics = Metrics()
         leadership = Leadership(
             settings, store, peers.jobs, catalogue, versions, projects, environments, archive,
             metrics,
-            new_engine=engine_factory(settings, data_folder_id, projects), failed=on_failure,
+            new_engine=engine_factory(settings, data_folder_id, projects), on_failure=on_failure,
         )  # fmt: skip
         await peers.open(leadership, settings.lease_s)
         ctx = Context(

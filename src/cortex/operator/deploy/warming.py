@@ -89,9 +89,8 @@ class Warmer:
         self._warming[api_id] = warming
         try:
             version = await self._versions.make_ready(api_id)
-            async with (
-                self._store.deploy_lock
-            ):  # a version of an API that is being deleted is not warmed
+            # Under the lock: a version of an API that is being deleted is not warmed.
+            async with self._store.deploy_lock:
                 current = await self._store.deployments()
                 if any(deployment.spec.api_id == api_id for deployment in current):
                     self._engine.warm(version)

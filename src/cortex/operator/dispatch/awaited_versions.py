@@ -21,14 +21,7 @@ log = structlog.get_logger()
 _INTERNAL_ERROR = "an error of the operator; its log has the details"
 
 
-@dataclass(frozen=True, slots=True)
-class Blocked:
-    """The version cannot be made ready now; a retry may succeed."""
-
-    reason: str
-
-
-VersionResult = Version | Blocked | VersionUnusable
+VersionResult = Version | VersionBlocked | VersionUnusable
 
 
 @dataclass
@@ -84,7 +77,7 @@ class AwaitedVersions:
         try:
             result = await self._versions.make_ready(api_id)
         except (VersionBlocked, StorageUnavailable) as error:
-            result = Blocked(str(error))
+            result = VersionBlocked(str(error))
         except VersionUnusable as error:
             result = error
         except Exception as error:  # the jobs would otherwise wait forever

@@ -167,9 +167,8 @@ class Jobs:
 
     def on_all_may_have_changed(self) -> None:
         """See `store.ChangeListener`."""
-        for events in self._waiting.values():
-            for changed in events:
-                changed.set()
+        for job_id in self._waiting:
+            self._wake(job_id)
         if self._notified is not None:
             self._notified.on_all_may_have_changed()
         self._on_apis_changed()

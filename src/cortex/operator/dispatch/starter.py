@@ -15,9 +15,9 @@ import structlog
 from cortex.engines.base import Attempt, Engine, Version
 from cortex.joblog.folders import JobFolders
 from cortex.operator.deploy.catalogue import Catalogue
-from cortex.operator.deploy.versions import Versions
+from cortex.operator.deploy.versions import VersionBlocked, Versions
 from cortex.operator.dispatch.admission import Admission, Refuse, Start, Wait
-from cortex.operator.dispatch.awaited_versions import AwaitedVersions, Blocked, VersionResult
+from cortex.operator.dispatch.awaited_versions import AwaitedVersions, VersionResult
 from cortex.operator.dispatch.live_jobs import (
     STORAGE_RETRY_S,
     LiveJob,
@@ -33,9 +33,8 @@ from cortex.system.background import Background
 
 log = structlog.get_logger()
 
-_FOLDER_GRACE_S = (
-    5.0  # for a supervisor that may still be preparing the folder of a cancelled claim
-)
+# For a supervisor that may still be preparing the folder of a cancelled claim.
+_FOLDER_GRACE_S = 5.0
 
 
 class Starter:
@@ -72,7 +71,11 @@ class Starter:
         live.version = self._versions.ready(live.record.spec.api_id)
         if live.version is None:
             self._awaited.add(live)
-        elif self.admission.enqueue(live):
+        else:
+            self._join_queue(live)
+
+    def _join_queue(self, live: LiveJob) -> None:
+        if self.admission.enqueue(live):
             self.schedule()
 
     def enqueue_later(self, live: LiveJob, blocked_by: str) -> None:
@@ -86,13 +89,13 @@ class Starter:
     def _version_resolved(self, jobs: list[LiveJob], result: VersionResult) -> None:
         for live in jobs:
             match result:
-                case Blocked(reason):
-                    self.enqueue_later(live, reason)
+                case VersionBlocked():
+                    self.enqueue_later(live, str(result))
                 case Version():
                     live.version = result
                     live.notify()
-                    if live.record.state is State.WAITING and self.admission.enqueue(live):
-                        self.schedule()
+                    if live.record.state is State.WAITING:
+                        self._join_queue(live)
                 case _:
                     self._background.run(self._fail_unusable(live, result.reason, result.output))
 

@@ -40,12 +40,12 @@ class Leadership:
         metrics: Metrics,
         *,
         new_engine: Callable[[], Engine],
-        failed: Callable[[Exception], None],
+        on_failure: Callable[[Exception], None],
     ) -> None:
         """
         Args:
             new_engine: makes the engine of a term; an engine is opened and closed once.
-            failed: called when this operator has become the leader and cannot lead: it has to end.
+            on_failure: called when this operator has become the leader and cannot lead: it has to end.
         """
         self._settings = settings
         self._store = store
@@ -58,7 +58,7 @@ class Leadership:
         self._metrics = metrics
         self._new_engine = new_engine
         self._opened = AsyncExitStack()
-        self.on_failure = failed
+        self.on_failure = on_failure
 
     async def lead(self) -> None:
         """Open the parts of a leader, in order.
@@ -92,13 +92,7 @@ class Leadership:
             await dispatcher.open()
             if archive is not None:
                 await archive.open(dispatcher)
-            warmer = Warmer(
-                self._store,
-                engine,
-                self._catalogue,
-                self._versions,
-                self._projects,
-            )
+            warmer = Warmer(self._store, engine, self._catalogue, self._versions, self._projects)
             stack.push_async_callback(warmer.close)
             await warmer.open()
             retention = Retention(

@@ -36,6 +36,8 @@ class Peers:
         self._task = asyncio.create_task(self._refresh(), name="changed APIs")
         await self._store.operators.subscribe(self.jobs)
         await self._store.operators.join_election(callbacks, lease_s)
+        if not self.jobs.is_leader:  # a leader has read it in its first step
+            await self._catalogue.refresh()
 
     async def close(self) -> None:
         """Step down, and end all subscriptions."""

@@ -202,8 +202,7 @@ async def _events(ctx: Context, record: JobRecord, log: Log, offset: int) -> Asy
     async for piece in follow(log, offset, partial(ctx.jobs.find, job_id), ctx.watcher):
         yield ": keep-alive\n\n" if piece is None else event("log", encode(piece[1]), piece[0])
     record = await ctx.store.whole_job(job_id) or record
-    if (
-        record.state in IN_PROGRESS
-    ):  # another operator became the leader, and has the rest of the log
+    if record.state in IN_PROGRESS:
+        # Another operator became the leader, and has the rest of the log.
         raise NoLeader("this operator is no longer the leader; retry")
     yield event("end", "".join(ctx.renderer.status(record)))
