@@ -53,7 +53,7 @@ class JobFolders:
         return self.root / job_id / FILES
 
     def start_record(self, job_id: str, attempt: int) -> Path:
-        """The record that fences an attempt: whoever creates it decides whether the attempt runs."""
+        """The record that fences an attempt: the process that creates it decides whether the attempt runs."""
         return self.root / job_id / f"start.{attempt}"
 
     def exit_record(self, job_id: str, attempt: int) -> Path:

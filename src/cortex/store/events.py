@@ -1,5 +1,5 @@
-"""The events of a job, each with what the store records of it. Made by the dispatcher and by whoever stops jobs;
-applied by `store.transitions`. Which event is accepted in which state is in `spec.lifecycle`.
+"""The events of a job, each with the values that the store records. The dispatcher makes them, and the route that
+stops a job; `store.transitions` applies them. `spec.lifecycle` has the states that accept each event.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class Claim:
     """The job is going to be started.
 
     Attributes:
-        attempt: the number of the attempt before this one, as in each event of an attempt: the one that the
-            store holds.
-        handle: by which the engine recovers the attempt.
+        attempt: the number that the store holds when it takes the event, as in all events: for a claim, that of
+            the attempt before.
+        handle: the engine recovers the attempt by it.
     """
 
     event: ClassVar = Event.CLAIM

@@ -65,7 +65,7 @@ def decode(data: str | bytes, parse_int: Callable[[str], object] | None = None) 
     import, which would run the user's file in this process.
 
     Raises:
-        ValueError: it is no JSON.
+        ValueError: the data is not JSON.
     """
     if _modules.get("json.decoder") is json.decoder:
         return _loads(data, parse_int=parse_int)

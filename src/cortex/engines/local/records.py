@@ -201,7 +201,7 @@ def _of_handle(handle: str, name: str) -> object:
 def _alive(
     start: StartRecord | None, folder: int, account: Account | None, *, if_unknown: bool = True
 ) -> Alive | None:
-    """The supervisor that a record names, if it has this folder open, whoever wrote the record.
+    """The supervisor that a record names, if it has this folder open, even if the job wrote the record.
 
     Args:
         if_unknown: the answer where this user may not read what that process has open.
