@@ -12,7 +12,7 @@ from cortex.cli import serve
 from cortex.cli.main import run
 from cortex.sdk import environments
 from operator_harness import FINAL
-from unit.operator_stub import (
+from operator_stub import (
     LOST,
     RUNNING,
     SUBMITTED,

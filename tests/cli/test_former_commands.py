@@ -14,7 +14,7 @@ import pytest
 from cortex import __version__
 from cortex.cli.main import run
 from cortex.sdk import environments
-from unit.operator_stub import (
+from operator_stub import (
     RUNNING,
     SUBMITTED,
     SUCCEEDED,

@@ -17,7 +17,7 @@ import pytest
 import preloaded_cli
 from cortex import __version__
 from operator_harness import WAIT_TIMEOUT_S
-from unit.operator_stub import (
+from operator_stub import (
     SUBMITTED,
     SUCCEEDED,
     VIEW,

@@ -17,7 +17,7 @@ import preloaded_cli
 from engines.ray_harness import Session, agent_in
 from operator_harness import PROBE, Operator, operator, probe_yaml, until
 from s3_server import S3Server
-from unit.test_environments import wheel
+from wheels import wheel
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "wordcount"

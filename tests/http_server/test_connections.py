@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from cortex.operator.http import connections, wire
 from cortex.operator.server import configure_listener
-from unit.test_protocol import connected, head, serving
+from http_server.test_protocol import connected, head, serving
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 HALF = b"GET / HTTP/1.1\r\nHost: a\r\nX: "

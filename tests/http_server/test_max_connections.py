@@ -12,8 +12,8 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from cortex.operator.http import connections, wire
-from unit.test_connections import GET, HALF, LARGE, answered, run
-from unit.test_protocol import head, serving
+from http_server.test_connections import GET, HALF, LARGE, answered, run
+from http_server.test_protocol import head, serving
 
 WAIT = GET.replace(b"/ ", b"/wait ")
 

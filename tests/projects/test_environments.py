@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from cortex.projects.builder import EnvironmentFailed
 from cortex.projects.environments import Environments
 from cortex.projects.requirements import read_requirements
 from cortex.spec.api import DEFAULT_DEPENDENCIES, Dependencies
+from wheels import wheel
 
 # A build calls sync(2), which waits for all data that the machine has yet to write.
 WAIT_TIMEOUT_S = 300
@@ -35,22 +35,6 @@ def in_loop(test: Callable[..., Coroutine[object, object, None]]) -> Callable[..
         asyncio.run(test(*args, **kwargs))
 
     return run_it
-
-
-def wheel(folder: Path, name: str = "tinyprobe", value: int = 1, version: str = "1.0") -> str:
-    """Write a wheel of one module, the minimum that uv accepts; return its file name."""
-    file = f"{name}-{version}-py3-none-any.whl"
-    info = f"{name}-{version}.dist-info"
-    folder.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(folder / file, "w") as zipped:
-        zipped.writestr(f"{name}.py", f"VALUE = {value}\n")
-        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-        zipped.writestr(f"{info}/METADATA", metadata)
-        zipped.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        zipped.writestr(f"{info}/RECORD", "")
-    return file
 
 
 def project(folder: Path, **files: str) -> Path:

@@ -14,7 +14,7 @@ import pytest
 
 import cortex
 from cortex.engines.local import workspaces
-from unit.operator_stub import SUBMITTED, SUCCEEDED, VIEW, OperatorStub, answer, events, job_view
+from operator_stub import SUBMITTED, SUCCEEDED, VIEW, OperatorStub, answer, events, job_view
 
 PACKAGE = Path(cortex.__file__).parent
 LOG = b'event: log\nid: 2\ndata: "x\\n"\n\nevent: end\ndata: {}\n\n'

@@ -26,7 +26,7 @@ from cortex.errors import (
     NotFound,
     OperatorUnreachable,
 )
-from unit.operator_stub import (
+from operator_stub import (
     LOST,
     RUNNING,
     SUBMITTED,

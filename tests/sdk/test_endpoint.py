@@ -21,7 +21,7 @@ from cortex.errors import CortexError, OperatorUnreachable
 from cortex.sdk import Client, environments, pool
 from cortex.sdk.endpoint import Endpoint
 from cortex.sdk.proxies import Proxy, proxy_of
-from unit.operator_stub import VIEW, Answer, OperatorStub, answer
+from operator_stub import VIEW, Answer, OperatorStub, answer
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 PROXY = Proxy("http", "proxy.lan", 3128)

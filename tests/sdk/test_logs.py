@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from client_variants import Connect
 from cortex.errors import CortexError, NotFound, OperatorUnreachable
 from cortex.sdk.logs import RECONNECT_DELAYS_S, Event, Parser, follow, follow_async
-from unit.operator_stub import OperatorStub, answer, events
+from operator_stub import OperatorStub, answer, events
 
 END = b'event: end\ndata: {"status": "status_succeeded"}\n\n'
 

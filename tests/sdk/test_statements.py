@@ -8,7 +8,7 @@ import pytest
 
 from cortex.errors import NotFound
 from cortex.sdk import Client
-from unit.operator_stub import RUNNING, Answer, OperatorStub, answer, events
+from operator_stub import RUNNING, Answer, OperatorStub, answer, events
 
 LOG = b'event: log\nid: 5\ndata: "a\\nb"\n\nevent: log\nid: 9\ndata: "c\\n"\n\nevent: end\ndata: {}\n\n'
 JOB = str(RUNNING["job_id"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from cortex.projects.environments import Environments
 from cortex.ray_node import workspace
 from cortex.ray_node.agent import Agent
 from cortex.system.folders import remove
+from cortex.worker import beneath
 from operator_harness import by_its_owner
 
 MODES = {"unwritable": 0o500, "unreadable": 0o300, "unsearchable": 0o600, "closed": 0o000}
@@ -70,3 +72,46 @@ def test_what_is_gone_already_leaves_the_folder_above_as_it_is(tmp_path: Path) -
     tmp_path.chmod(0o755)  # other users pass through it, where jobs run as another
     remove(tmp_path / "job")
     assert tmp_path.stat().st_mode & 0o777 == 0o755
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_folders_however_deep_and_closed_go_with_few_descriptors(tmp_path: Path) -> None:
+    def lay_out(own: Path) -> None:
+        os.mkdir(own / "job")  # noqa: PTH102  # the others are made by descriptors
+        folder = os.open(own / "job", beneath.FOLDER)
+        for level in range(1500):
+            os.mkdir("deeper", dir_fd=folder)
+            for name in ("file", f"{level}"):
+                os.close(os.open(name, os.O_CREAT | os.O_WRONLY, dir_fd=folder))
+            os.symlink("/etc", "link", dir_fd=folder)
+            above, folder = folder, os.open("deeper", beneath.FOLDER, dir_fd=folder)
+            os.close(above)
+        os.close(folder)
+
+    def is_gone(own: Path) -> bool:
+        lay_out(own)
+        folders = [os.open(own / "job", beneath.FOLDER)]
+        for _ in range(200):
+            folders.append(os.open("deeper", beneath.FOLDER, dir_fd=folders[-1]))
+        for folder in folders:
+            os.fchmod(folder, 0)
+            os.close(folder)
+        before = descriptors()
+        remove(own / "job")
+        return not (own / "job").exists() and descriptors() == before
+
+    assert by_its_owner(lambda own: (own / "0").mkdir(), is_gone)
+
+
+def test_what_cannot_be_removed_is_told_and_left(tmp_path: Path) -> None:
+    def is_left(own: Path) -> bool:
+        job = own / "jobs" / "job"
+        job.mkdir(parents=True)
+        (own / "jobs").chmod(0o500)
+        remove(job)
+        return job.is_dir()
+
+    assert by_its_owner(lambda own: None, is_left)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 
 import pytest
 import structlog
@@ -13,34 +11,6 @@ from cortex.errors import StorageUnavailable
 from cortex.system.background import retrying
 
 ERRORS = (StorageUnavailable, OSError)
-
-# The waiter runs when the task is done and its done callbacks have not run yet.
-FINISH = """
-import asyncio
-from cortex.system.background import Background
-
-
-async def main():
-    background = Background("failed")
-    last_step = asyncio.get_running_loop().create_future()
-
-    async def work():
-        last_step.set_result(None)
-
-    background.run(work())
-    await last_step
-    assert len(background) == 1
-    await background.finish()
-    assert len(background) == 0
-
-
-asyncio.run(main())
-"""
-
-
-def test_finish_returns_after_a_task_whose_callbacks_have_not_run() -> None:
-    """In a process of its own: a loop that does not turn has no timeouts either."""
-    subprocess.run([sys.executable, "-c", FINISH], check=True, timeout=60)
 
 
 def test_work_is_repeated_until_it_succeeds() -> None:

@@ -13,7 +13,6 @@ from cortex.joblog.folders import JobFolders
 from cortex.joblog.reader import open_log
 from cortex.system.folders import remove
 from cortex.worker import beneath, files
-from operator_harness import by_its_owner
 
 OTHER = 65534
 
@@ -115,42 +114,3 @@ def test_a_file_that_is_made_elsewhere_gets_its_name_once(tmp_path: Path) -> Non
         assert files.read(folder, "start.1") == b"fenced"
     assert (job / "start.1").stat().st_nlink == 1
     assert list(made_in.iterdir()) == []
-
-
-def test_folders_however_deep_and_closed_go_with_few_descriptors(tmp_path: Path) -> None:
-    def lay_out(own: Path) -> None:
-        os.mkdir(own / "job")  # noqa: PTH102  # the others are made by descriptors
-        folder = os.open(own / "job", beneath.FOLDER)
-        for level in range(1500):
-            os.mkdir("deeper", dir_fd=folder)
-            for name in ("file", f"{level}"):
-                os.close(os.open(name, os.O_CREAT | os.O_WRONLY, dir_fd=folder))
-            os.symlink("/etc", "link", dir_fd=folder)
-            above, folder = folder, os.open("deeper", beneath.FOLDER, dir_fd=folder)
-            os.close(above)
-        os.close(folder)
-
-    def is_gone(own: Path) -> bool:
-        lay_out(own)
-        folders = [os.open(own / "job", beneath.FOLDER)]
-        for _ in range(200):
-            folders.append(os.open("deeper", beneath.FOLDER, dir_fd=folders[-1]))
-        for folder in folders:
-            os.fchmod(folder, 0)
-            os.close(folder)
-        before = descriptors()
-        remove(own / "job")
-        return not (own / "job").exists() and descriptors() == before
-
-    assert by_its_owner(lambda own: (own / "0").mkdir(), is_gone)
-
-
-def test_what_cannot_be_removed_is_told_and_left(tmp_path: Path) -> None:
-    def is_left(own: Path) -> bool:
-        job = own / "jobs" / "job"
-        job.mkdir(parents=True)
-        (own / "jobs").chmod(0o500)
-        remove(job)
-        return job.is_dir()
-
-    assert by_its_owner(lambda own: None, is_left)

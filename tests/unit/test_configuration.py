@@ -14,6 +14,8 @@ from ruamel.yaml import YAML
 
 from cortex.cli.main import run
 from cortex.cli.options import DataDir, StoreUrl
+from cortex.engines.base import Capacity
+from cortex.engines.local import machine
 from cortex.errors import StartupError
 from cortex.operator.app import _guessed_url
 from cortex.operator.config import schema, sources
@@ -114,7 +116,10 @@ def test_settings_that_exclude_each_other_are_reported(
     assert mistakes(tmp_path, **flags) == [words]
 
 
-def test_settings_are_made_of_the_configuration(tmp_path: Path) -> None:
+def test_settings_are_made_of_the_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "detect", lambda: Capacity(cpu_m=1, mem=1, gpu=1))
     text = "cpu: 1.5\nmem: 2Gi\ngpu: 0\nkeep_jobs: 1\nkeep_logs: 0\ndata_dir: x\n"
     settings = loaded(tmp_path, text).configuration.settings()
     assert settings.capacity is not None

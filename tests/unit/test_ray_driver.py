@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-import subprocess
-import sys
 import threading
 
 import pytest
 
-from cortex.engines.ray.link import Link
 from cortex.engines.ray.messages import Reservation
 from cortex.ray_node import driver, reservations
 
@@ -71,37 +67,3 @@ def test_a_seat_that_is_given_up_before_its_turn_comes_is_never_taken(
 
 def seats_of(count: int) -> list[Reservation]:
     return [Reservation(f"seat {number}", "node", {"CPU": 1}) for number in range(count)]
-
-
-def test_a_link_that_is_given_up_while_its_process_starts_leaves_none(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    started, go_on = threading.Event(), threading.Event()
-    made: list[subprocess.Popen[bytes]] = []
-
-    def popen(_: Link, theirs: socket.socket) -> subprocess.Popen[bytes]:
-        code = f"import socket; socket.socket(fileno={theirs.fileno()}).recv(1)"
-        made.append(subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()]))
-        started.set()
-        assert go_on.wait(60)
-        return made[0]
-
-    monkeypatch.setattr(Link, "_popen", popen)
-
-    async def main() -> None:
-        with socket.create_server(("127.0.0.1", 0)) as head:
-            link = Link(f"127.0.0.1:{head.getsockname()[1]}", "namespace", None)
-            opening = asyncio.create_task(link.open(60))
-            assert await asyncio.to_thread(started.wait, 60)
-            opening.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await opening
-            go_on.set()
-            assert await asyncio.to_thread(made[0].wait, 60) is not None
-
-    try:
-        asyncio.run(main())
-    finally:
-        go_on.set()
-        made[0].kill()
-        made[0].wait()

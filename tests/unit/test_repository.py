@@ -3,12 +3,10 @@ machine."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import shutil
 import socket
-import subprocess
 import threading
 from pathlib import Path
 
@@ -16,11 +14,8 @@ import pytest
 
 from cortex.objects import ObjectStore
 from cortex.projects import repository, trash
-from cortex.projects.environments import Environments
 from cortex.projects.repository import Projects
 from cortex.projects.unpack import project_id
-from cortex.spec.api import DEFAULT_DEPENDENCIES
-from unit.test_environments import wheel
 
 
 @pytest.fixture
@@ -249,39 +244,6 @@ def test_a_project_that_comes_in_while_it_is_put_away_is_there_afterwards(
     assert here.trashed_folders() == []
 
 
-def test_an_environment_built_again_elsewhere_holds_the_same(
-    tmp_path: Path, files: ObjectStore
-) -> None:
-    shelf = tmp_path / "shelf"
-    wheel(shelf, "tinyprobe", version="1.0")
-
-    def deployed(data: Path) -> tuple[Projects, str]:
-        here = projects(data, files)
-        with here.incoming() as incoming:
-            incoming.mkdir()
-            lines = f"--no-index\n--find-links {shelf}\ntinyprobe\n"
-            (incoming / "requirements.txt").write_text(lines)
-            return here, here.add_project(incoming)
-
-    here, identity = deployed(tmp_path / "a")
-    first = built(Environments(tmp_path / "a" / "envs", projects=here), here.folder(identity))
-    assert version_in(first) == "1.0"
-    wheel(shelf, "tinyprobe", version="2.0")
-    # On the same machine it is not even built again.
-    again = built(Environments(tmp_path / "a" / "envs", projects=here), here.folder(identity))
-    assert again == first
-    there = projects(tmp_path / "b", files)
-    assert there.ensure_local(identity)
-    environments = Environments(tmp_path / "b" / "envs", projects=there)
-    locked = built(environments, there.folder(identity))
-    assert version_in(locked) == "1.0"
-    environments.remove_unused([(there.folder(identity), DEFAULT_DEPENDENCIES)])
-    assert environments.built_python(there.folder(identity)) == locked
-    # Another project that wants the same has what there is when it is built.
-    free = built(Environments(tmp_path / "c" / "envs"), there.folder(identity))
-    assert version_in(free) == "2.0"
-
-
 def test_lock_files_are_had_elsewhere_and_the_first_one_stays(
     tmp_path: Path, files: ObjectStore
 ) -> None:
@@ -294,16 +256,3 @@ def test_lock_files_are_had_elsewhere_and_the_first_one_stays(
     assert there.locks(identity) == here.locks(identity) == {"one.lock": "x==1\n"}
     there.save_lockfile_if_absent(identity, "one.lock", "x==2\n")
     assert there.locks(identity) == {"one.lock": "x==1\n"}
-
-
-def built(environments: Environments, project: Path) -> Path:
-    python = asyncio.run(environments.build(project))
-    environments.pin_versions(project)
-    return python
-
-
-def version_in(python: Path) -> str:
-    code = "import importlib.metadata as m; print(m.version('tinyprobe'))"
-    return subprocess.run(
-        [python, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.strip()

@@ -335,7 +335,7 @@ def test_after_a_loss_of_power_a_record_is_whole_or_none(jobs: Jobs) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from unit import test_reuse
+from worker import test_reuse
 
 left = int(sys.argv[2])
 

@@ -1,0 +1,1 @@
+"""Tests of `ObjectStore` on a folder and on an S3 server."""

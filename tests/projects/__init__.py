@@ -1,0 +1,1 @@
+"""Tests of packing and of environments that need other users, uv and builds."""
