@@ -1,4 +1,4 @@
-"""What the commands print and exit with; each runs in this process, against real HTTP."""
+"""The output and exit code of each command. The commands run in this process, over real HTTP."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_json_is_the_operators_answer_and_nothing_else(
 
 
 @pytest.mark.parametrize("command", ["get", "get iris", f"get iris {JOB}", "env list"])
-def test_tables_that_are_piped_have_no_colours_and_are_not_cut(
+def test_piped_tables_have_no_colours_and_are_not_truncated(
     command: str, stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(command.split()) == 0
@@ -106,7 +106,7 @@ def test_a_job_is_shown_with_its_status_in_words(
     assert lines["endpoint"].strip().endswith(JOB)
 
 
-def test_a_waiting_job_says_what_it_waits_for(
+def test_a_waiting_job_is_shown_with_the_reason(
     stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["get", "iris", "waiting"]) == 0
@@ -126,7 +126,7 @@ def test_control_characters_of_a_job_do_not_reach_the_terminal(
     assert "\x1b" not in out
 
 
-def test_watching_a_job_ends_with_it(
+def test_watching_a_job_ends_when_the_job_ends(
     stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["get", "iris", JOB, "--watch"]) == 0
@@ -135,15 +135,15 @@ def test_watching_a_job_ends_with_it(
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No time passes in a wait, nor between two looks."""
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command pauses neither in a wait nor between two polls."""
     monkeypatch.setattr("cortex.cli.jobs._LONG_POLL_S", 0)
     monkeypatch.setattr("cortex.cli.get._POLL_INTERVAL_S", 0)
     monkeypatch.setattr("cortex.cli.waiting._RETRY_DELAY_S", 0)
 
 
 FULL = answer({"kind": "storage.unavailable", "message": "the disk is full"}, 503)
-TWICE_AWAY = [
+TWO_OUTAGES = [
     answer(job_view(RUNNING)),
     LOST,
     LOST,
@@ -153,32 +153,32 @@ TWICE_AWAY = [
 ]
 
 
-def check_twice_away(told: str) -> None:
-    first, on, back, second, *rest = told.splitlines()
+def check_two_outages(err: str) -> None:
+    first, on, back, second, *rest = err.splitlines()
     assert "the connection to the operator" in first
     assert second == "the disk is full"
     assert rest == [on, back]
     assert (on, back) == ("Retrying until the operator answers.", "The operator answers again.")
 
 
-@pytest.mark.usefixtures("impatient")
-def test_watching_goes_on_over_an_operator_that_is_away(
+@pytest.mark.usefixtures("no_pauses")
+def test_watching_continues_after_an_outage_of_the_operator(
     stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stub.answers[f"GET /-/apis/iris/jobs/{JOB}"] = list(TWICE_AWAY)
+    stub.answers[f"GET /-/apis/iris/jobs/{JOB}"] = list(TWO_OUTAGES)
     assert run(["get", "iris", JOB, "--watch"]) == 0
     printed = capsys.readouterr()
-    check_twice_away(printed.err)
+    check_two_outages(printed.err)
     statuses = [line.split()[1] for line in printed.out.splitlines() if line[:6] == "status"]
     assert statuses == ["running", "running", "succeeded"]
 
 
-@pytest.mark.usefixtures("impatient")
-def test_watching_ends_with_what_does_not_pass_and_where_it_cannot_begin(
+@pytest.mark.usefixtures("no_pauses")
+def test_watching_ends_after_a_permanent_failure_and_if_the_first_poll_fails(
     stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gone = answer({"kind": "not_found", "message": "it is gone"}, 404)
-    stub.answers["GET /-/apis/iris"] = [answer([VIEW]), gone]
+    not_found = answer({"kind": "not_found", "message": "it is gone"}, 404)
+    stub.answers["GET /-/apis/iris"] = [answer([VIEW]), not_found]
     assert run(["get", "iris", "--watch"]) == 1
     assert capsys.readouterr().err == "error: it is gone\n"
     stub.answers["GET /-/apis"] = FULL
@@ -205,9 +205,9 @@ def test_submit_waits_for_the_end_and_shows_it(
     assert (json.loads(printed.out), printed.err) == (job_view(SUCCEEDED), "")
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("no_pauses")
 @pytest.mark.parametrize("status", sorted(FINAL - {"status_succeeded"}))
-def test_a_job_that_was_waited_for_in_vain_is_exit_code_3(
+def test_a_wait_for_a_job_without_success_exits_3(
     status: str, stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ended = job_view({**SUCCEEDED, "status": status})
@@ -219,23 +219,23 @@ def test_a_job_that_was_waited_for_in_vain_is_exit_code_3(
     assert "\nstatus" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_wait_goes_on_over_an_operator_that_is_away(
+@pytest.mark.usefixtures("no_pauses")
+def test_a_wait_continues_after_an_outage_of_the_operator(
     stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stub.answers[f"GET /-/apis/iris/jobs/{JOB}"] = list(TWICE_AWAY)
+    stub.answers[f"GET /-/apis/iris/jobs/{JOB}"] = list(TWO_OUTAGES)
     assert run(["submit", "iris", "--wait", "-o", "json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out) == job_view(SUCCEEDED)
-    check_twice_away(printed.err)
+    check_two_outages(printed.err)
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_wait_that_cannot_go_on_tells_the_job(
+@pytest.mark.usefixtures("no_pauses")
+def test_a_wait_that_fails_names_the_job(
     stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gone = answer({"kind": "not_found", "message": "it is gone"}, 404)
-    stub.answers[f"GET /-/apis/iris/jobs/{JOB}"] = gone
+    not_found = answer({"kind": "not_found", "message": "it is gone"}, 404)
+    stub.answers[f"GET /-/apis/iris/jobs/{JOB}"] = not_found
     assert run(["submit", "iris", "--wait", "-o", "json"]) == 1
     printed = capsys.readouterr()
     note, error = printed.err.splitlines()
@@ -254,7 +254,7 @@ def test_submit_takes_its_config_inline_or_from_a_file(stub: OperatorStub, folde
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_a_config_may_begin_with_a_byte_order_mark(
+def test_a_config_can_begin_with_a_byte_order_mark(
     mark: bytes, stub: OperatorStub, folder: Path
 ) -> None:
     text = mark + '{"name": "größer"}\r\n'.encode()
@@ -286,15 +286,15 @@ def test_a_config_may_begin_with_a_byte_order_mark(
         (b"\x80\x04\x95\x01", "not text in UTF-8"),
     ],
 )
-def test_a_file_that_is_no_config_is_told_in_one_line(
+def test_an_invalid_config_file_is_reported_in_one_line(
     content: bytes, words: str, stub: OperatorStub, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "c.json").write_bytes(content)
     assert run(["submit", "iris", "--config", f"@{folder}/c.json"]) == 2
     printed = capsys.readouterr()
-    (told,) = printed.err.splitlines()
-    assert told.startswith("error: --config: ")
-    assert words in told
+    (error,) = printed.err.splitlines()
+    assert error.startswith("error: --config: ")
+    assert words in error
     assert (printed.out, stub.requests) == ("", [])
 
 
@@ -309,7 +309,7 @@ def test_a_file_that_is_no_config_is_told_in_one_line(
         ("/dev/null", "is empty"),
     ],
 )
-def test_a_config_file_that_cannot_be_read_is_told(
+def test_an_unreadable_config_file_is_reported(
     name: str, words: str, stub: OperatorStub, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["submit", "iris", "--config", f"@{name.format(folder=folder)}"]) == 2
@@ -317,7 +317,7 @@ def test_a_config_file_that_cannot_be_read_is_told(
     assert stub.requests == []
 
 
-def test_submit_sends_its_key(stub: OperatorStub) -> None:
+def test_submit_sends_its_idempotency_key(stub: OperatorStub) -> None:
     assert run(["submit", "iris", "--idempotency-key", "order-17"]) == 0
     assert [r.headers["idempotency-key"] for r in stub.requests] == ["order-17"]
 
@@ -338,7 +338,7 @@ def test_submit_sends_its_key(stub: OperatorStub) -> None:
         (["delete", "iris"], "pass --force"),
     ],
 )
-def test_a_command_that_is_not_understood_exits_2_and_asks_nothing(
+def test_an_invalid_command_exits_2_and_sends_no_request(
     command: list[str],
     words: str,
     stub: OperatorStub,
@@ -364,9 +364,7 @@ def test_an_error_is_one_message_on_stderr(
     assert "no environment 'nowhere'" in capsys.readouterr().err
 
 
-def test_logs_are_printed_as_they_are(
-    stub: OperatorStub, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_logs_are_printed_unchanged(stub: OperatorStub, capsys: pytest.CaptureFixture[str]) -> None:
     text = "[bold]no markup[/]\r\n\x1b[31mred\x1b[0m without end"
     stub.answers["GET /-/apis/iris/jobs/j1/logs"] = events(
         f"event: log\nid: 5\ndata: {json.dumps(text)}\n\nevent: end\ndata: {{}}\n\n".encode()
@@ -376,7 +374,7 @@ def test_logs_are_printed_as_they_are(
 
 
 @pytest.mark.parametrize("flag", ["-f", "--follow"])
-def test_a_log_is_followed_by_the_flag_that_others_have(
+def test_a_log_is_followed_with_the_usual_flags(
     flag: str, stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stub.answers["GET /-/apis/iris/jobs/j1/logs"] = events(
@@ -386,11 +384,11 @@ def test_a_log_is_followed_by_the_flag_that_others_have(
     assert capsys.readouterr().out == "text"
 
 
-def test_a_log_is_printed_as_far_as_it_is_written(
+def test_a_log_is_printed_up_to_its_present_end(
     stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = "[bold]größer\r\n\x1b[31mred\x1b[0m".encode()
-    # In two within a character, and the end of one is missing.
+    # The pieces split one character, and the last character is incomplete.
     pieces = (text[:9], text[9:], "ü".encode()[:1])
     stub.answers["GET /-/apis/iris/jobs/j1/logs"] = Answer(200, pieces, "text/plain; charset=utf-8")
     assert run(["logs", "iris", "j1", "--no-follow"]) == 0
@@ -419,7 +417,7 @@ def test_deleting_an_api_asks_on_a_terminal(
     assert json.loads(capsys.readouterr().out) == {"message": "deleted iris"}
 
 
-def test_deploy_prints_each_result_and_fails_if_one_did(
+def test_deploy_prints_each_result_and_fails_if_one_failed(
     stub: OperatorStub, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = [
@@ -460,7 +458,9 @@ def test_environments_are_configured_without_a_question(
     assert run(["env", "delete", "zzz"]) == 1
 
 
-def test_an_operator_goes_on_where_its_output_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_operator_continues_if_its_standard_output_is_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with Path("/dev/full").open("w") as full:
         monkeypatch.setattr("sys.stdout", full)
         serve._announce("http://localhost:8888")

@@ -1,4 +1,4 @@
-"""Scripts and Python clients of Cortex drive the command: each call that they make is taken and answered."""
+"""The commands of Cortex, which scripts and its Python clients run, still work."""
 
 from __future__ import annotations
 
@@ -61,32 +61,34 @@ def stub() -> Iterator[OperatorStub]:
         yield started
 
 
-def called(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
-    """What a Python client of Cortex makes of a call: it reads all of the standard output as JSON."""
+def output_of(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    """Run a command as Cortex's Python clients do, which parse the whole output as JSON."""
     assert run([*words]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     return json.loads(printed.out.strip()) if printed.out else None
 
 
-def test_the_calls_of_the_python_clients_are_answered(
+def test_the_commands_of_the_python_clients_work(
     stub: OperatorStub, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     env = ["--env", "prod", "-o", "json"]
     file = str(folder / "p" / ".cortex-0a1b.yaml")
-    (result,) = called(capsys, "deploy", file, *env, "-y", "--force")
+    (result,) = output_of(capsys, "deploy", file, *env, "-y", "--force")
     assert (result["api"]["spec"]["name"], result["api"]["spec"]["kind"]) == ("iris", "TaskAPI")
-    assert called(capsys, "get", "iris", *env)[0] == VIEW
-    assert called(capsys, "get", "-o", "json", "--env", "prod") == [VIEW]
-    assert called(capsys, "get", "iris", JOB, *env) == job_view(SUCCEEDED)
-    assert "nothing to restart" in called(capsys, "refresh", "iris", *env, "--force")["message"]
-    assert called(capsys, "patch", file, *env, "--force")[0]["message"] == "created iris"
-    assert called(capsys, "delete", "iris", JOB, *env) == {"message": f"stopped job {JOB}"}
-    assert called(capsys, "delete", "iris", *env[:2], "--force", *env[2:], "--keep-cache") == {
+    assert output_of(capsys, "get", "iris", *env)[0] == VIEW
+    assert output_of(capsys, "get", "-o", "json", "--env", "prod") == [VIEW]
+    assert output_of(capsys, "get", "iris", JOB, *env) == job_view(SUCCEEDED)
+    assert "nothing to restart" in output_of(capsys, "refresh", "iris", *env, "--force")["message"]
+    assert output_of(capsys, "patch", file, *env, "--force")[0]["message"] == "created iris"
+    assert output_of(capsys, "delete", "iris", JOB, *env) == {"message": f"stopped job {JOB}"}
+    assert output_of(capsys, "delete", "iris", *env[:2], "--force", *env[2:], "--keep-cache") == {
         "message": "deleted iris"
     }
-    assert called(capsys, "delete", "-c", "iris", "-f", "-o", "json") == {"message": "deleted iris"}
-    listed = called(capsys, "env", "list", "--output", "json")
+    assert output_of(capsys, "delete", "-c", "iris", "-f", "-o", "json") == {
+        "message": "deleted iris"
+    }
+    listed = output_of(capsys, "env", "list", "--output", "json")
     assert listed["default_environment"] == "prod"
     assert [each["name"] for each in listed["environments"]] == ["prod"]
 
@@ -106,7 +108,7 @@ def test_logs_are_streamed_without_a_question(
     assert "iris has no jobs yet; `cortex submit iris`" in capsys.readouterr().err
 
 
-def test_mixed_output_is_found_as_the_old_clients_look_for_it(
+def test_mixed_output_has_the_markers_of_the_former_clients(
     stub: OperatorStub, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = str(folder / "p" / ".cortex-0a1b.yaml")
@@ -117,7 +119,7 @@ def test_mixed_output_is_found_as_the_old_clients_look_for_it(
 
 
 @pytest.mark.parametrize("command", ["get -v", "get iris --verbose", "describe iris"])
-def test_what_people_see_is_asked_for_as_before(
+def test_the_former_commands_for_people_show_an_api(
     command: str, stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(command.split()) == 0
@@ -132,7 +134,7 @@ def test_an_environment_is_configured_and_renamed(
     assert run(["env", "rename", "prod", "live"]) == 0
     assert run(["get"]) == 0
     capsys.readouterr()
-    listed = called(capsys, "env", "list", "-o", "json")
+    listed = output_of(capsys, "env", "list", "-o", "json")
     assert listed["default_environment"] == "live"
     assert [each["name"] for each in listed["environments"]] == ["live", "a"]
     assert run(["env", "rename", "live", "a"]) == 2
@@ -142,14 +144,14 @@ def test_an_environment_is_configured_and_renamed(
     assert "no environment 'nope'" in capsys.readouterr().err
 
 
-def test_the_version_of_the_operator_is_told_beside_the_commands(
+def test_version_prints_the_versions_of_the_command_and_of_the_operator(
     stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["version", "-e", "prod"]) == 0
     assert capsys.readouterr().out == f"cli version: {__version__}\noperator version: 9.9\n"
 
 
-def test_a_patch_needs_an_api_that_is_deployed_and_its_project(
+def test_a_patch_needs_a_deployed_api_and_its_project(
     stub: OperatorStub, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone = folder / "cortex-1.yaml"
@@ -166,7 +168,7 @@ def test_a_patch_needs_an_api_that_is_deployed_and_its_project(
     assert [r.method for r in stub.requests] == ["GET", "GET"]
 
 
-def test_refreshing_what_is_not_there_is_an_error(
+def test_refreshing_a_missing_api_is_an_error(
     stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["refresh", "nope"]) == 1
@@ -187,7 +189,7 @@ def test_refreshing_what_is_not_there_is_an_error(
         ("prepare-debug cortex.yaml iris", "A task is plain Python"),
     ],
 )
-def test_what_has_no_meaning_here_says_what_to_do_instead(
+def test_a_command_without_a_meaning_here_says_what_to_do_instead(
     command: str, words: str, stub: OperatorStub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(command.split()) == 1
@@ -199,7 +201,7 @@ def test_what_has_no_meaning_here_says_what_to_do_instead(
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_is_a_script_of_the_shell(
+def test_completion_prints_a_script_for_the_shell(
     shell: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["completion", shell]) == 0
@@ -210,7 +212,7 @@ def test_completion_is_a_script_of_the_shell(
     assert run(["completion", "csh"]) == 2
 
 
-def test_what_the_operator_advises_is_shown_to_people(
+def test_the_operators_hints_are_shown_to_people(
     stub: OperatorStub, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     view = {
@@ -225,4 +227,4 @@ def test_what_the_operator_advises_is_shown_to_people(
     assert lines[lines.index(hint) + 1] == "b"
     assert run(["deploy", str(folder / "p" / ".cortex-0a1b.yaml")]) == 0
     assert capsys.readouterr().out.splitlines()[2:] == [f"  {hint}", "  b"]
-    assert called(capsys, "get", "iris", "-o", "json") == [view]
+    assert output_of(capsys, "get", "iris", "-o", "json") == [view]

@@ -1,4 +1,4 @@
-"""What only a process of its own shows: signals, pipes, what is loaded."""
+"""The command in a process of its own: signals, pipes, closed streams, loaded modules."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def configure(url: str, env: dict[str, str]) -> None:
     )
 
 
-def started(env: dict[str, str], *words: str) -> subprocess.Popen[bytes]:
-    """The command, as it runs."""
+def start(env: dict[str, str], *words: str) -> subprocess.Popen[bytes]:
+    """Start the command."""
     return subprocess.Popen(
         [*CORTEX, *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -58,7 +58,7 @@ def test_version(env: dict[str, str]) -> None:
         assert done.stdout.decode().strip() == __version__
 
 
-def test_help_loads_neither_operator_nor_client(env: dict[str, str]) -> None:
+def test_help_loads_neither_the_operator_nor_the_client(env: dict[str, str]) -> None:
     code = (
         "import sys; from cortex.cli.main import run; run(['--help']);"
         "heavy = {'cortex.operator', 'httpx', 'sqlalchemy', 'fastapi', 'pydantic', 'rich'};"
@@ -68,7 +68,7 @@ def test_help_loads_neither_operator_nor_client(env: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr.decode()
 
 
-def test_a_command_loads_what_it_needs_and_no_more(env: dict[str, str]) -> None:
+def test_a_command_loads_no_module_that_it_does_not_need(env: dict[str, str]) -> None:
     code = (
         "import sys; from cortex.cli.main import run; run(['get', '-o', 'json']);"
         "heavy = {'cortex.operator', 'asyncio', 'rich', 'click', 'pygments'};"
@@ -82,10 +82,10 @@ def test_a_command_loads_what_it_needs_and_no_more(env: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr.decode()
 
 
-def test_a_reader_that_goes_away_is_no_error(env: dict[str, str]) -> None:
+def test_a_reader_that_closes_the_pipe_is_no_error(env: dict[str, str]) -> None:
     with OperatorStub({"GET /-/apis": answer([VIEW] * 500)}) as stub:
         configure(stub.url, env)
-        with started(env, "get", "-o", "json") as process:
+        with start(env, "get", "-o", "json") as process:
             assert process.stdout and process.stderr
             process.stdout.readline()
             process.stdout.close()
@@ -132,23 +132,23 @@ def operator(env: dict[str, str]) -> Iterator[OperatorStub]:
 
 
 def redirected(command: str, to: str, env: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
-    """The command with the shell's redirections."""
+    """Run the command with redirections of the shell."""
     shell = ["sh", "-c", f'exec "$@" {to}', "sh", *CORTEX, *shlex.split(command)]
     return subprocess.run(shell, env=env, capture_output=True, check=False, timeout=WAIT_TIMEOUT_S)
 
 
 @pytest.mark.usefixtures("operator")
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_a_full_disk_does_not_take_is_an_error_in_one_line(
+def test_output_to_a_full_disk_is_an_error_in_one_line(
     command: str, env: dict[str, str], tmp_path: Path
 ) -> None:
-    with Path("/dev/full").open("w") as full, (tmp_path / "told").open("w+") as told:
+    with Path("/dev/full").open("w") as full, (tmp_path / "err").open("w+") as err:
         program = preloaded_cli.start(
-            *shlex.split(command), stdin=0, stdout=full.fileno(), stderr=told.fileno(), env=env
+            *shlex.split(command), stdin=0, stdout=full.fileno(), stderr=err.fileno(), env=env
         )
         assert program.wait(WAIT_TIMEOUT_S) == 1
-        told.seek(0)
-        assert told.read() == "error: standard output cannot be written: No space left on device\n"
+        err.seek(0)
+        assert err.read() == "error: standard output cannot be written: No space left on device\n"
 
 
 @pytest.mark.usefixtures("operator")
@@ -164,7 +164,7 @@ def test_a_closed_stdout_is_an_error_in_one_line(command: str, env: dict[str, st
     ("command", "code"),
     [("get -o json", 0), ("get nope", 1), ("gte", 2), ("delete iris", 2), ("env configure x", 2)],
 )
-def test_where_stderr_is_full_a_command_does_the_same(
+def test_a_command_with_a_full_stderr_does_the_same(
     command: str, code: int, env: dict[str, str], tmp_path: Path
 ) -> None:
     whole = preloaded_cli.run(*shlex.split(command), env=env)
@@ -179,14 +179,14 @@ def test_where_stderr_is_full_a_command_does_the_same(
 
 @pytest.mark.usefixtures("operator")
 @pytest.mark.parametrize(("command", "code"), [("get nope", 1), ("gte", 2)])
-def test_where_stderr_is_closed_a_command_does_the_same(
+def test_a_command_with_a_closed_stderr_does_the_same(
     command: str, code: int, env: dict[str, str]
 ) -> None:
     done = redirected(command, "2>&-", env)
     assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
 
 
-def test_without_any_stream_a_command_does_its_work(
+def test_a_command_without_any_stream_does_its_work(
     operator: OperatorStub, env: dict[str, str]
 ) -> None:
     for command in ("get", f"delete iris {JOB}", "env configure y --operator-endpoint http://y:1"):
@@ -197,31 +197,31 @@ def test_without_any_stream_a_command_does_its_work(
     assert (listed.returncode, names) == (0, ["here", "y"])
 
 
-def test_a_token_is_not_read_from_a_stdin_that_is_closed(env: dict[str, str]) -> None:
+def test_a_token_is_not_read_from_a_closed_stdin(env: dict[str, str]) -> None:
     done = redirected("env configure z --operator-endpoint http://z:1 --token -", "<&-", env)
     assert done.returncode == 2
     assert b"the token is invalid" in done.stderr
 
 
-def test_a_pipe_that_does_not_block_gets_everything(
+def test_a_non_blocking_pipe_gets_the_whole_output(
     operator: OperatorStub, env: dict[str, str]
 ) -> None:
     operator.answers["GET /-/apis"] = answer([VIEW] * 500)
-    end, begin = os.pipe()
-    os.set_blocking(begin, False)
-    with subprocess.Popen([*CORTEX, "get", "-o", "json"], env=env, stdout=begin) as process:
-        os.close(begin)
-        with open(end) as out:  # noqa: PTH123  # a descriptor
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    with subprocess.Popen([*CORTEX, "get", "-o", "json"], env=env, stdout=write_end) as process:
+        os.close(write_end)
+        with open(read_end) as out:  # noqa: PTH123  # a descriptor
             assert json.load(out) == [VIEW] * 500
     assert process.returncode == 0
 
 
 def test_control_c_ends_a_command_quietly(env: dict[str, str]) -> None:
     first = b'event: log\nid: 2\ndata: "x\\n"\n\n'
-    # Each answer ends after one line: the command reads it, and comes again until it is stopped.
+    # Each answer ends after one line: the command reads it and reconnects until it is stopped.
     with OperatorStub({"GET /-/apis/iris/jobs/j1/logs": events(first)}) as stub:
         configure(stub.url, env)
-        with started(env, "logs", "iris", "j1") as process:
+        with start(env, "logs", "iris", "j1") as process:
             assert process.stdout and process.stderr
             assert process.stdout.readline() == b"x\n"
             process.send_signal(signal.SIGINT)
@@ -231,10 +231,10 @@ def test_control_c_ends_a_command_quietly(env: dict[str, str]) -> None:
 
 def test_control_c_ends_a_wait_and_not_the_job(env: dict[str, str]) -> None:
     job = str(SUBMITTED["job_id"])
-    asked, ended = threading.Event(), threading.Event()
+    requested, ended = threading.Event(), threading.Event()
 
     def nothing_yet() -> Iterator[bytes]:
-        asked.set()
+        requested.set()
         ended.wait(WAIT_TIMEOUT_S)
         yield from ()
 
@@ -244,14 +244,14 @@ def test_control_c_ends_a_wait_and_not_the_job(env: dict[str, str]) -> None:
     }
     with OperatorStub(answers) as stub:
         configure(stub.url, env)
-        with started(env, "submit", "iris", "--wait") as process:
+        with start(env, "submit", "iris", "--wait") as process:
             assert process.stderr
             try:
-                assert asked.wait(WAIT_TIMEOUT_S)
+                assert requested.wait(WAIT_TIMEOUT_S)
                 process.send_signal(signal.SIGINT)
                 assert process.wait(WAIT_TIMEOUT_S) == 130
             finally:
                 ended.set()
-            (told,) = process.stderr.read().decode().splitlines()
-            assert f"cortex get iris {job}" in told
+            (note,) = process.stderr.read().decode().splitlines()
+            assert f"cortex get iris {job}" in note
         assert [r.method for r in stub.requests] == ["POST", "GET"]

@@ -13,18 +13,20 @@ import pytest
 from cortex.engines.ray.link import Link
 
 
-def test_a_link_that_is_given_up_while_its_process_starts_leaves_none(
+def test_a_link_that_is_cancelled_while_its_process_starts_leaves_no_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     started, go_on = threading.Event(), threading.Event()
-    made: list[subprocess.Popen[bytes]] = []
+    started_processes: list[subprocess.Popen[bytes]] = []
 
     def popen(_: Link, theirs: socket.socket) -> subprocess.Popen[bytes]:
         code = f"import socket; socket.socket(fileno={theirs.fileno()}).recv(1)"
-        made.append(subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()]))
+        started_processes.append(
+            subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()])
+        )
         started.set()
         assert go_on.wait(60)
-        return made[0]
+        return started_processes[0]
 
     monkeypatch.setattr(Link, "_popen", popen)
 
@@ -37,11 +39,11 @@ def test_a_link_that_is_given_up_while_its_process_starts_leaves_none(
             with pytest.raises(asyncio.CancelledError):
                 await opening
             go_on.set()
-            assert await asyncio.to_thread(made[0].wait, 60) is not None
+            assert await asyncio.to_thread(started_processes[0].wait, 60) is not None
 
     try:
         asyncio.run(main())
     finally:
         go_on.set()
-        made[0].kill()
-        made[0].wait()
+        started_processes[0].kill()
+        started_processes[0].wait()

@@ -1,4 +1,4 @@
-"""The documentation says what the code does."""
+"""The documentation agrees with the code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PAGES = [
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_leads_somewhere(page: Path) -> None:
+def test_every_relative_link_has_a_target(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
@@ -71,10 +71,10 @@ def test_every_metric_is_documented_and_no_other() -> None:
     record = JobRecord(1, SPEC, State.WAITING, Wanted.RUN, attempt=0, handle=None)
     live = [LiveJob(record, lambda _: None)]
     text = Metrics().text("local", live, []).decode()
-    told = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE cortex")}
+    exported = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE cortex")}
     page = (ROOT / "docs" / "monitoring.md").read_text()
     table = page[page.index("| metric |") : page.index("Scrape each")]
-    assert set(re.findall(r"`(cortex_\w+)`", table)) == told
+    assert set(re.findall(r"`(cortex_\w+)`", table)) == exported
 
 
 @pytest.mark.parametrize("page", ["reliability.md", "security.md"])
@@ -101,14 +101,14 @@ def test_every_variable_that_a_deploy_refuses_is_documented() -> None:
     assert {name for name in others if refusal(name, "odd") is not None} == set()
 
 
-def test_every_variable_of_python_s_own_help_is_documented() -> None:
+def test_every_variable_of_pythons_own_help_is_documented() -> None:
     text = (ROOT / "docs" / "guide.md").read_text()
     command = [sys.executable, "--help-env"]
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    names = re.findall(r"^(PYTHON\w+)", told, re.MULTILINE)
+    help_text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    names = re.findall(r"^(PYTHON\w+)", help_text, re.MULTILINE)
     assert len(names) > 20
     assert [name for name in names if f"`{name}`" not in text] == []
 
 
-def test_the_least_python_is_documented() -> None:
+def test_the_minimum_python_is_documented() -> None:
     assert f"Jobs run on Python {MIN_PYTHON} or later" in (ROOT / "docs" / "guide.md").read_text()

@@ -1,4 +1,4 @@
-"""The examples as plain programs; that they run as deployed jobs is shown by the acceptance tests."""
+"""The examples as plain programs. The acceptance tests run them as deployed jobs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def checkpoint(tmp_path: Path, config: dict[str, object]) -> subprocess.Popen[st
     )
 
 
-def test_checkpoint_saves_when_stopped_and_goes_on_from_there(tmp_path: Path) -> None:
+def test_checkpoint_saves_when_stopped_and_resumes_from_there(tmp_path: Path) -> None:
     saved = tmp_path / "checkpoint.json"
     with checkpoint(tmp_path, {"steps": 100000, "interval_s": 0.01, "checkpoint": None}) as stopped:
         assert stopped.stdout is not None

@@ -1,4 +1,4 @@
-"""The public surface, and what stays out of the worker."""
+"""The public names, and the modules that they load."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import cortex
 from cortex import errors
 
 
-def test_the_public_surface() -> None:
+def test_the_public_names_are_these() -> None:
     assert cortex.__all__ == [
         "client", "new_client", "env_list", "env_delete", "Client", "AsyncClient", "CortexError",
     ]  # fmt: skip
@@ -25,10 +25,10 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     except AttributeError as error:
         assert "nothing" in str(error)
     else:
-        raise AssertionError("it was found")
+        raise AssertionError("cortex.nothing exists")
 
 
-def test_errors_are_found_by_whoever_imports_the_package_alone() -> None:
+def test_importing_the_package_is_enough_for_its_errors() -> None:
     code = "import cortex; assert issubclass(cortex.errors.NotFound, cortex.CortexError)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -44,7 +44,7 @@ def test_every_kind_of_error_is_one_class() -> None:
     tree = errors._tree(errors.CortexError)
     assert len({c.kind for c in tree}) == len(tree)
     for each in tree:
-        back = errors.from_response(each.http_status, each.kind, "m")
-        assert type(back) is each
+        rebuilt = errors.from_response(each.http_status, each.kind, "m")
+        assert type(rebuilt) is each
     assert type(errors.from_response(404, "not_found.unknown", "m")) is errors.NotFound
     assert type(errors.from_response(418, "teapot", "m")) is errors.CortexError

@@ -1,4 +1,4 @@
-"""The wheel holds what users of the package need, its license included."""
+"""The wheel contains what users of the package need, its license included."""
 
 from __future__ import annotations
 

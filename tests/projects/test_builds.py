@@ -1,4 +1,4 @@
-"""Builds whose code is hostile, hangs or leaves processes behind, by the real uv."""
+"""Builds whose code is hostile, hangs or leaves processes behind; the real uv runs them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from operator_harness import until
 
 WAIT_TIMEOUT_S = 150
 T = TypeVar("T")
-ENDLESS = BuildRules(timeout_s=WAIT_TIMEOUT_S)
-BUILD_IT = (
+LONG_TIMEOUT = BuildRules(timeout_s=WAIT_TIMEOUT_S)
+BUILD = (
     "import asyncio, sys; from pathlib import Path\n"
     "from cortex.projects.environments import Environments\n"
     "asyncio.run(Environments(Path(sys.argv[1])).build(Path(sys.argv[2])))\n"
@@ -35,7 +35,7 @@ LEAVE = "daemonise({daemon!r})\nopen({own!r}, 'w').write(os.readlink('/proc/self
 
 
 class Hanging:
-    """A project whose build daemonises a process, and then hangs."""
+    """A project whose build daemonises a process and then hangs."""
 
     def __init__(self, folder: Path, before: str = "") -> None:
         self._pids = [folder / "daemon", folder / "own"]
@@ -65,7 +65,7 @@ class Hanging:
 async def hanging_builds(
     made: Environments, folder: Path, number: int
 ) -> tuple[list[Hanging], list[asyncio.Task[Path]]]:
-    """So many projects, and their builds, which all hang."""
+    """Start the builds of `number` projects; each of them hangs."""
     hanging = [Hanging(folder / str(n), f"# {n}\n") for n in range(number)]
     builds = [asyncio.create_task(made.build(each.project)) for each in hanging]
     for each in hanging:
@@ -82,7 +82,7 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def lives(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -93,44 +93,46 @@ def run(work: Coroutine[object, object, T]) -> T:
     return asyncio.run(asyncio.wait_for(work, WAIT_TIMEOUT_S))
 
 
-def left_in(root: Path) -> list[Path]:
+def leftovers(root: Path) -> list[Path]:
     return [path for folder in root.iterdir() for path in folder.iterdir()]
 
 
-def test_what_a_build_has_daemonised_ends_with_it(root: Path, tmp_path: Path) -> None:
+def test_the_daemons_of_a_build_end_with_it(root: Path, tmp_path: Path) -> None:
     daemon = tmp_path / "daemon"
     mine = laid_out(tmp_path / "p", f"daemonise({str(daemon)!r})\n")
     python = run(Environments(root).build(mine))
-    assert not lives(int(daemon.read_text()))
+    assert not is_alive(int(daemon.read_text()))
     done = subprocess.run([python, "-c", "import made; print(made.VALUE)"], check=True, stdout=-1)
     assert done.stdout == b"7\n"
     assert not list(root.glob("*/*/tmp"))
 
 
-def test_a_build_that_takes_too_long_is_ended_with_all_that_it_has_started(
+def test_a_build_that_times_out_is_killed_with_its_processes(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hanging = Hanging(tmp_path, "print('about to hang', flush=True)\n")
     timed_out = builder._timed_out
 
-    async def late(process: subprocess.Popen[bytes], lifeline: int, timeout_s: float) -> bool:
+    async def after_the_start(
+        process: subprocess.Popen[bytes], lifeline: int, timeout_s: float
+    ) -> bool:
         assert timeout_s == 1234
         await hanging.begun()
         return await timed_out(process, lifeline, 0.01)
 
-    monkeypatch.setattr(builder, "_timed_out", late)
+    monkeypatch.setattr(builder, "_timed_out", after_the_start)
     with pytest.raises(EnvironmentFailed, match="uv pip install timed out after 1234 s") as raised:
         run(Environments(root, rules=BuildRules(timeout_s=1234)).build(hanging.project))
-    assert not any(map(lives, hanging.pids()))
+    assert not any(map(is_alive, hanging.pids()))
     assert "not built within 1234 s" in raised.value.reason
     assert "--build-timeout" in raised.value.reason
     assert "uv pip install timed out" in raised.value.output
-    assert left_in(root) == []
+    assert leftovers(root) == []
 
 
 def test_a_build_has_no_time_limit_while_it_waits_for_others(root: Path, tmp_path: Path) -> None:
     async def main() -> None:
-        made = Environments(root, rules=ENDLESS)
+        made = Environments(root, rules=LONG_TIMEOUT)
         _, builds = await hanging_builds(made, tmp_path, 2)
         made.rules = BuildRules(timeout_s=WAIT_TIMEOUT_S / 2)
         third = asyncio.create_task(made.build(laid_out(tmp_path / "third", "")))
@@ -150,24 +152,24 @@ def test_slow_builds_make_room_for_others(
     monkeypatch.setattr(environments, "_QUICK_BUILD_S", 0.05)
 
     async def main() -> None:
-        made = Environments(root, rules=ENDLESS)
+        made = Environments(root, rules=LONG_TIMEOUT)
         hanging, builds = await hanging_builds(made, tmp_path, 3)
         assert await made.build(laid_out(tmp_path / "quick", ""))
         for build in builds:
             build.cancel()
         await asyncio.gather(*builds, return_exceptions=True)
-        assert not any(lives(pid) for each in hanging for pid in each.pids())
+        assert not any(is_alive(pid) for each in hanging for pid in each.pids())
         assert made._quick_builds._value == 2
         assert made._all_builds._value == 8
 
     run(main())
 
 
-def test_where_nothing_is_installed_no_other_build_is_waited_for(
+def test_an_environment_without_packages_waits_for_no_other_build(
     root: Path, tmp_path: Path
 ) -> None:
     async def main() -> None:
-        made = Environments(root, rules=ENDLESS)
+        made = Environments(root, rules=LONG_TIMEOUT)
         _, builds = await hanging_builds(made, tmp_path, 2)
         (tmp_path / "plain").mkdir()
         assert await made.build(tmp_path / "plain")
@@ -181,18 +183,18 @@ def test_where_nothing_is_installed_no_other_build_is_waited_for(
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_build_ends_with_its_operator(root: Path, tmp_path: Path, how: signal.Signals) -> None:
     hanging = Hanging(tmp_path)
-    operator = subprocess.Popen([sys.executable, "-c", BUILD_IT, root, hanging.project])
+    operator = subprocess.Popen([sys.executable, "-c", BUILD, root, hanging.project])
     try:
         until(lambda: hanging.has_begun, "the build")
     finally:
         operator.send_signal(how)
         operator.wait()
-    until(lambda: not any(map(lives, hanging.pids())), "the build gone")
+    until(lambda: not any(map(is_alive, hanging.pids())), "the end of the build")
     assert Environments(root).built_python(hanging.project) is None
 
 
 @pytest.mark.parametrize("by", ["the next build", "the next operator"])
-def test_what_is_left_of_a_build_whose_supervisor_was_killed_too_is_ended(
+def test_leftovers_of_a_build_whose_supervisor_was_killed_are_killed(
     root: Path, tmp_path: Path, by: str
 ) -> None:
     go, own = tmp_path / "go", tmp_path / "own"
@@ -201,24 +203,26 @@ def test_what_is_left_of_a_build_whose_supervisor_was_killed_too_is_ended(
         f"open({str(own)!r}, 'w').write(os.readlink('/proc/self'))\nhang()\n"
     )
     mine = laid_out(tmp_path / "p", code)
-    operator = subprocess.Popen([sys.executable, "-c", BUILD_IT, root, mine])
+    operator = subprocess.Popen([sys.executable, "-c", BUILD, root, mine])
     until(lambda: own.exists() and own.read_text(), "the build")
     pid = above = int(own.read_text())
     while b"build_supervisor.py" not in Path(f"/proc/{above}/cmdline").read_bytes():
         above = parent(above)
-    os.kill(operator.pid, signal.SIGSTOP)  # it is to see nothing of it
+    os.kill(
+        operator.pid, signal.SIGSTOP
+    )  # the operator must not observe the death of the supervisor
     os.kill(above, signal.SIGKILL)
     operator.kill()
     operator.wait()
-    assert lives(pid)
+    assert is_alive(pid)
     if by == "the next operator":
         Environments(root).end_leftover_builds()
-        assert not lives(pid)
+        assert not is_alive(pid)
         return
     go.touch()
     with pytest.raises(EnvironmentFailed, match="uv pip install failed"):
         run(Environments(root).build(mine))
-    assert not lives(pid)
+    assert not is_alive(pid)
 
 
 def test_a_build_that_kills_its_supervisor_fails_and_leaves_nothing(
@@ -235,12 +239,12 @@ def test_a_build_that_kills_its_supervisor_fails_and_leaves_nothing(
     mine = laid_out(tmp_path / "p", code)
     with pytest.raises(EnvironmentFailed, match="the supervisor of uv pip install was killed"):
         run(Environments(root).build(mine))
-    assert not lives(int(own.read_text()))
-    assert left_in(root) == []
+    assert not is_alive(int(own.read_text()))
+    assert leftovers(root) == []
 
 
 @pytest.mark.parametrize("again", ["", "while True:\n{stop}"], ids=["once", "again and again"])
-def test_a_build_that_stops_its_supervisor_is_ended_all_the_same(
+def test_a_build_that_stops_its_supervisor_is_killed(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str
 ) -> None:
     monkeypatch.setattr(builder, "_END_TIMEOUT_S", 1.0 if again else 30.0)
@@ -262,22 +266,22 @@ def test_a_build_that_stops_its_supervisor_is_ended_all_the_same(
         await asyncio.gather(build, return_exceptions=True)
 
     run(main())
-    assert not lives(int(own.read_text()))
-    assert left_in(root) == []
+    assert not is_alive(int(own.read_text()))
+    assert leftovers(root) == []
 
 
-def test_a_lack_of_descriptors_is_told_as_it_is_and_leaves_none_open(
+def test_a_lack_of_descriptors_is_reported_and_leaks_none(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     pipe = os.pipe
     made: list[tuple[int, int]] = []
 
-    def refused(*_: object) -> NoReturn:
+    def no_descriptor(*_: object) -> NoReturn:
         raise full
 
-    def second() -> tuple[int, int]:
-        made.append(pipe() if not made else refused())
+    def first_pipe_only() -> tuple[int, int]:
+        made.append(pipe() if not made else no_descriptor())
         return made[-1]
 
     def descriptors() -> int:
@@ -287,21 +291,21 @@ def test_a_lack_of_descriptors_is_told_as_it_is_and_leaves_none_open(
 
     async def main() -> None:
         before = descriptors()
-        for name, lack in (("pipe", second), ("pidfd_open", refused)):
+        for name, substitute in (("pipe", first_pipe_only), ("pidfd_open", no_descriptor)):
             with (
                 monkeypatch.context() as short,
                 pytest.raises(OSError, match="open files") as raised,
             ):
-                short.setattr(os, name, lack)
+                short.setattr(os, name, substitute)
                 await Environments(root).build(tmp_path / "p")
             assert raised.value.errno == errno.EMFILE
         assert descriptors() == before
-        assert left_in(root) == []
+        assert leftovers(root) == []
 
     run(main())
 
 
-def test_a_build_that_forks_without_end_is_ended(root: Path, tmp_path: Path) -> None:
+def test_a_build_that_forks_without_end_is_killed(root: Path, tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     code = (
         "import threading\n"
@@ -350,19 +354,19 @@ def test_a_build_gets_no_new_privileges_and_few_descriptors(root: Path, tmp_path
     assert found.read_text() == "1/dev/null"
 
 
-def test_a_build_finds_what_installing_takes_and_nothing_else(
+def test_a_build_gets_the_variables_of_the_allow_list_and_no_others(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    passed = {
+    allowed = {
         "UV_INDEX_MINE_PASSWORD", "PIP_CONFIG_FILE", "https_proxy", "No_Proxy", "LC_TIME", "CFLAGS",
         "XDG_CONFIG_HOME", "NAMED", "UV_NO_INDEX",
     }  # fmt: skip
-    kept = {
+    refused = {
         "AWS_SECRET_ACCESS_KEY", "CORTEX_SERVE_STORE", "CORTEX_TOKEN", "FSSPEC_S3_SECRET", "PGPASSWORD",
         "DATABASE_URL", "GITHUB_TOKEN", "HF_TOKEN", "SSH_AUTH_SOCK", "UV_PUBLISH_TOKEN", "LD_PRELOAD_X",
         "CARGO_REGISTRY_TOKEN", "PYTHONPATH", "UV_SYSTEM_PYTHON", "OTHER",
     }  # fmt: skip
-    for name in passed | kept:
+    for name in allowed | refused:
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     found = tmp_path / "found"
@@ -374,12 +378,12 @@ def test_a_build_finds_what_installing_takes_and_nothing_else(
     rules = BuildRules(variables=frozenset({"NAMED"}))
     run(Environments(root, rules=rules).build(laid_out(tmp_path / "p", code)))
     names = set(json.loads(found.read_text()))
-    assert passed <= names
-    assert names & kept == set()
+    assert allowed <= names
+    assert names & refused == set()
     assert not [name for name in names if name.startswith(("AWS_", "CORTEX_", "PG"))]
 
 
-def test_the_variables_that_builds_find_are_documented() -> None:
+def test_the_allow_list_of_variables_is_documented() -> None:
     guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
     page = guide[
         guide.index("### A build's environment variables") : guide.index(
@@ -391,7 +395,7 @@ def test_the_variables_that_builds_find_are_documented() -> None:
     assert names | {build_rules._OWN_FOLDERS} <= named
 
 
-def test_an_account_has_folders_of_its_own() -> None:
+def test_a_build_as_another_user_does_not_inherit_the_operators_folders() -> None:
     found = BuildRules().inherited({"XDG_CACHE_HOME": "/root/x", "PATH": "/"}, is_own_user=False)
     assert found == {"PATH": "/"}
 
@@ -412,7 +416,7 @@ def test_links_in_an_environment_are_not_followed(root: Path, tmp_path: Path) ->
     assert made.built_python(tmp_path / "p") is None
 
 
-def test_an_environment_whose_python_is_gone_is_none(root: Path, tmp_path: Path) -> None:
+def test_an_environment_without_its_python_is_not_built(root: Path, tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
     made = Environments(root)
     python = run(made.build(tmp_path / "p"))
@@ -422,7 +426,7 @@ def test_an_environment_whose_python_is_gone_is_none(root: Path, tmp_path: Path)
         assert made.built_python(tmp_path / "p") is None
 
 
-def test_only_the_end_of_a_build_s_words_is_read(root: Path, tmp_path: Path) -> None:
+def test_only_the_end_of_a_builds_output_is_reported(root: Path, tmp_path: Path) -> None:
     code = "print('x' * (1 << 20), flush=True)\nraise SystemExit('the end')\n"
     with pytest.raises(EnvironmentFailed) as raised:
         run(Environments(root).build(laid_out(tmp_path / "p", code)))
@@ -430,7 +434,7 @@ def test_only_the_end_of_a_build_s_words_is_read(root: Path, tmp_path: Path) -> 
     assert "the end" in raised.value.output
 
 
-def test_a_copy_of_the_project_that_fails_says_why(root: Path, tmp_path: Path) -> None:
+def test_a_failed_copy_of_the_project_reports_its_reason(root: Path, tmp_path: Path) -> None:
     mine = laid_out(tmp_path / "p", "")
     (mine / "made" / "pipe").mkdir()
     os.mkfifo(mine / "made" / "pipe" / "one")

@@ -1,4 +1,4 @@
-"""Environments built by the real uv, mostly from packages that lie in the project itself."""
+"""Environments that the real uv builds, most of them from packages inside the project."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ WAIT_TIMEOUT_S = 300
 
 
 def in_loop(test: Callable[..., Coroutine[object, object, None]]) -> Callable[..., None]:
-    """Run an async test; its fixtures are those of its signature."""
+    """Run an async test in an event loop. pytest finds the fixtures by the wrapped signature."""
 
     @functools.wraps(test)
-    def run_it(*args: object, **kwargs: object) -> None:
+    def in_new_loop(*args: object, **kwargs: object) -> None:
         asyncio.run(test(*args, **kwargs))
 
-    return run_it
+    return in_new_loop
 
 
 def project(folder: Path, **files: str) -> Path:
@@ -49,7 +49,7 @@ def with_wheel(folder: Path, value: int = 1) -> Path:
     return project(folder, requirements__txt=f"./{name}\n")
 
 
-# A package whose build backend, in the project, writes its pid and waits for the file `go`.
+# A package whose build backend is in the project: it writes its pid and waits for the file `go`.
 BACKEND = """
 import os, pathlib, subprocess, sys, time, zipfile
 HERE = pathlib.Path(__file__).resolve().parent
@@ -72,8 +72,8 @@ def build_wheel(directory, config_settings=None, metadata_directory=None):
 """
 
 
-class Slow:
-    """A project whose environment is not built until `go` exists; `log` has a line per build."""
+class SlowProject:
+    """A project whose build waits until `go` exists; `log` has a line per build."""
 
     def __init__(self, folder: Path, *, number: int = 0) -> None:
         self.log, self.go = folder / f"log{number}", folder / f"go{number}"
@@ -99,7 +99,7 @@ def run(python: Path, code: str) -> str:
     return done.stdout.strip()
 
 
-def left_in(root: Path) -> list[Path]:
+def leftovers(root: Path) -> list[Path]:
     return [path for folder in root.iterdir() for path in folder.iterdir()]
 
 
@@ -107,7 +107,7 @@ def environ(pid: int) -> bytes:
     return Path(f"/proc/{pid}/environ").read_bytes()
 
 
-def gone(pid: int) -> bool:
+def has_exited(pid: int) -> bool:
     deadline = time.monotonic() + WAIT_TIMEOUT_S
     while time.monotonic() < deadline:
         try:
@@ -155,7 +155,7 @@ async def test_requirements_are_installed_once_and_found_by_a_new_operator(
     assert Environments(root).built_python(changed) is None
 
 
-def test_what_a_job_runs_in_stays_though_an_operator_of_another_python_wants_it_no_more(
+def test_an_operator_with_another_python_keeps_the_environment_of_a_running_job(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = with_wheel(tmp_path / "p")
@@ -164,7 +164,7 @@ def test_what_a_job_runs_in_stays_though_an_operator_of_another_python_wants_it_
     job = subprocess.Popen([python, "-c", "input('begun\\n')"], stdin=pipe, stdout=pipe)
     try:
         assert job.stdout is not None
-        job.stdout.readline()  # right after it was executed it has no command line yet
+        job.stdout.readline()  # right after execve the process has no command line yet
         monkeypatch.setattr(sys, "version", "another")
         upgraded = Environments(root)
         for _ in range(2):
@@ -177,7 +177,7 @@ def test_what_a_job_runs_in_stays_though_an_operator_of_another_python_wants_it_
 
 
 @in_loop
-async def test_what_jobs_write_into_the_project_leaves_its_environment(
+async def test_files_that_jobs_write_into_the_project_do_not_change_its_environment(
     root: Path, tmp_path: Path
 ) -> None:
     mine, environments = with_wheel(tmp_path / "p"), Environments(root)
@@ -191,7 +191,7 @@ async def test_what_jobs_write_into_the_project_leaves_its_environment(
 
 @in_loop
 async def test_an_editable_project_is_installed_from_a_copy(root: Path, tmp_path: Path) -> None:
-    slow = Slow(tmp_path)
+    slow = SlowProject(tmp_path)
     slow.go.touch()
     before = Environments(root).identify(slow.project)
     python = await Environments(root).build(slow.project)
@@ -201,7 +201,7 @@ async def test_an_editable_project_is_installed_from_a_copy(root: Path, tmp_path
 
 
 @in_loop
-async def test_a_package_of_the_registry_by_pyproject_and_include(
+async def test_packages_come_from_the_registry_for_pyproject_and_included_files(
     root: Path, tmp_path: Path
 ) -> None:
     mine = project(
@@ -216,7 +216,7 @@ async def test_a_package_of_the_registry_by_pyproject_and_include(
 
 
 @in_loop
-async def test_what_cannot_be_resolved_fails_with_the_resolver_s_words(
+async def test_requirements_that_cannot_be_resolved_fail_with_the_resolvers_output(
     root: Path, tmp_path: Path
 ) -> None:
     mine = project(tmp_path / "p", requirements__txt="no-such-package-cortex-probe==9\n")
@@ -228,11 +228,11 @@ async def test_what_cannot_be_resolved_fails_with_the_resolver_s_words(
             await environments.build(mine)
         assert "no-such-package-cortex-probe" in raised.value.output
         assert environments.built_python(mine) is None
-    assert left_in(root) == []
+    assert leftovers(root) == []
 
 
 @in_loop
-async def test_a_python_that_does_not_exist_fails_in_words(root: Path, tmp_path: Path) -> None:
+async def test_a_python_that_does_not_exist_is_reported(root: Path, tmp_path: Path) -> None:
     for number, files in enumerate(
         (
             {"conda_packages__txt": "python=3.98\n"},
@@ -245,7 +245,7 @@ async def test_a_python_that_does_not_exist_fails_in_words(root: Path, tmp_path:
 
 
 @in_loop
-async def test_mistakes_are_not_built(root: Path, tmp_path: Path) -> None:
+async def test_requirements_with_mistakes_are_not_built(root: Path, tmp_path: Path) -> None:
     mine = project(tmp_path / "p", conda_packages__txt="numpy\n")
     with pytest.raises(EnvironmentFailed) as raised:
         await Environments(root).build(mine)
@@ -253,11 +253,11 @@ async def test_mistakes_are_not_built(root: Path, tmp_path: Path) -> None:
 
 
 @in_loop
-async def test_callers_share_one_build(root: Path, tmp_path: Path) -> None:
-    slow, environments = Slow(tmp_path), Environments(root)
+async def test_concurrent_callers_share_one_build(root: Path, tmp_path: Path) -> None:
+    slow, environments = SlowProject(tmp_path), Environments(root)
     callers = [asyncio.create_task(environments.build(slow.project)) for _ in range(5)]
     await slow.started()
-    callers[0].cancel()  # the others still wait for it
+    callers[0].cancel()  # the other callers still wait for the build
     await asyncio.gather(callers[0], return_exceptions=True)
     slow.go.touch()
     assert len(set(await asyncio.gather(*callers[1:]))) == 1
@@ -265,9 +265,9 @@ async def test_callers_share_one_build(root: Path, tmp_path: Path) -> None:
 
 
 @in_loop
-async def test_at_most_two_build_at_once(root: Path, tmp_path: Path) -> None:
+async def test_at_most_two_builds_run_at_once(root: Path, tmp_path: Path) -> None:
     environments = Environments(root)
-    slow = [Slow(tmp_path, number=n) for n in range(3)]
+    slow = [SlowProject(tmp_path, number=n) for n in range(3)]
     callers = [asyncio.create_task(environments.build(one.project)) for one in slow]
     waits = [asyncio.create_task(one.started()) for one in slow]
     async with asyncio.timeout(WAIT_TIMEOUT_S):
@@ -285,21 +285,21 @@ async def test_at_most_two_build_at_once(root: Path, tmp_path: Path) -> None:
 async def test_a_cancelled_build_leaves_no_process_and_no_environment(
     root: Path, tmp_path: Path
 ) -> None:
-    slow, environments = Slow(tmp_path), Environments(root)
+    slow, environments = SlowProject(tmp_path), Environments(root)
     caller = asyncio.create_task(environments.build(slow.project))
     await slow.started()
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller
-    assert gone(slow.pids()[0])
+    assert has_exited(slow.pids()[0])
     assert environments.built_python(slow.project) is None
-    assert left_in(root) == []
+    assert leftovers(root) == []
     slow.go.touch()
     assert (await environments.build(slow.project)).exists()
 
 
 @in_loop
-async def test_a_build_that_is_given_up_at_its_very_end_does_not_undo_the_next_one(
+async def test_a_build_cancelled_at_its_very_end_does_not_undo_the_next_one(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     syncing, go_on = threading.Event(), threading.Event()
@@ -333,10 +333,10 @@ async def test_a_build_that_is_given_up_at_its_very_end_does_not_undo_the_next_o
 
 
 @in_loop
-async def test_a_build_that_was_killed_with_its_operator_is_built_again(
+async def test_an_environment_whose_build_was_killed_with_its_operator_is_built_again(
     root: Path, tmp_path: Path
 ) -> None:
-    slow = Slow(tmp_path)
+    slow = SlowProject(tmp_path)
     code = (
         "import asyncio, sys; from pathlib import Path\n"
         "from cortex.projects.environments import Environments\n"
@@ -348,7 +348,7 @@ async def test_a_build_that_was_killed_with_its_operator_is_built_again(
     await operator.wait()
     environments = Environments(root)
     assert environments.built_python(slow.project) is None
-    assert gone(slow.pids()[0])  # though nothing lets it go on
+    assert has_exited(slow.pids()[0])  # although `go` does not exist
     again = asyncio.create_task(environments.build(slow.project))
     await slow.started(2)
     slow.go.touch()
@@ -358,7 +358,7 @@ async def test_a_build_that_was_killed_with_its_operator_is_built_again(
 
 
 @in_loop
-async def test_an_environment_whose_interpreter_is_gone_is_built_again(
+async def test_an_environment_without_its_interpreter_is_built_again(
     root: Path, tmp_path: Path
 ) -> None:
     mine, environments = with_wheel(tmp_path / "p"), Environments(root)
@@ -369,7 +369,7 @@ async def test_an_environment_whose_interpreter_is_gone_is_built_again(
 
 
 @in_loop
-async def test_a_uv_that_is_killed_is_told(
+async def test_a_killed_uv_is_reported_with_its_signal(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = tmp_path / "uv"
@@ -381,7 +381,7 @@ async def test_a_uv_that_is_killed_is_told(
 
 
 @in_loop
-async def test_uv_inherits_the_operator_s_settings_but_not_its_packages(
+async def test_uv_inherits_the_operators_settings_but_not_its_packages(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel(tmp_path / "wheels", "onlyhere")
@@ -393,7 +393,9 @@ async def test_uv_inherits_the_operator_s_settings_but_not_its_packages(
     assert run(python, "import onlyhere; print(onlyhere.VALUE)") == "1"
 
 
-def test_the_identity_is_of_what_decides_and_of_nothing_else(root: Path, tmp_path: Path) -> None:
+def test_the_identity_depends_on_what_the_build_depends_on_and_nothing_else(
+    root: Path, tmp_path: Path
+) -> None:
     environments = Environments(root)
     numbers = iter(range(100))
 
@@ -430,7 +432,7 @@ def test_the_identity_is_of_what_decides_and_of_nothing_else(root: Path, tmp_pat
 
 
 @in_loop
-async def test_two_apis_of_a_project_have_the_environments_that_their_files_ask_for(
+async def test_two_apis_of_a_project_have_the_environments_of_their_own_requirements(
     root: Path, tmp_path: Path
 ) -> None:
     mine = project(with_wheel(tmp_path / "p"), gpu__txt=f"./{wheel(tmp_path / 'p', 'other')}\n")
@@ -450,13 +452,13 @@ async def test_two_apis_of_a_project_have_the_environments_that_their_files_ask_
 
 
 @in_loop
-async def test_a_build_sees_nothing_of_the_operators_own(
+async def test_a_build_gets_none_of_the_operators_secrets(
     tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("CORTEX_SERVE_STORE", "CORTEX_TOKEN", "PGPASSWORD", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "s3cret")
     monkeypatch.setenv("CFLAGS", "-DSHOWN")
-    slow, environments = Slow(tmp_path), Environments(root)
+    slow, environments = SlowProject(tmp_path), Environments(root)
     build = asyncio.create_task(environments.build(slow.project))
     await slow.started()
     seen = environ(slow.pids()[0])

@@ -27,25 +27,25 @@ def projects(data: Path, files: ObjectStore) -> Projects:
     return Projects(data / "projects", data / "locks", files)
 
 
-def test_an_environment_built_again_elsewhere_holds_the_same(
+def test_another_machine_builds_the_environment_with_the_same_versions(
     tmp_path: Path, files: ObjectStore
 ) -> None:
-    shelf = tmp_path / "shelf"
-    wheel(shelf, "tinyprobe", version="1.0")
+    wheels = tmp_path / "wheels"
+    wheel(wheels, "tinyprobe", version="1.0")
 
     def deployed(data: Path) -> tuple[Projects, str]:
         here = projects(data, files)
         with here.incoming() as incoming:
             incoming.mkdir()
-            lines = f"--no-index\n--find-links {shelf}\ntinyprobe\n"
+            lines = f"--no-index\n--find-links {wheels}\ntinyprobe\n"
             (incoming / "requirements.txt").write_text(lines)
             return here, here.add_project(incoming)
 
     here, identity = deployed(tmp_path / "a")
     first = built(Environments(tmp_path / "a" / "envs", projects=here), here.folder(identity))
     assert version_in(first) == "1.0"
-    wheel(shelf, "tinyprobe", version="2.0")
-    # On the same machine it is not even built again.
+    wheel(wheels, "tinyprobe", version="2.0")
+    # On the same machine the environment is not built again.
     again = built(Environments(tmp_path / "a" / "envs", projects=here), here.folder(identity))
     assert again == first
     there = projects(tmp_path / "b", files)
@@ -55,7 +55,7 @@ def test_an_environment_built_again_elsewhere_holds_the_same(
     assert version_in(locked) == "1.0"
     environments.remove_unused([(there.folder(identity), DEFAULT_DEPENDENCIES)])
     assert environments.built_python(there.folder(identity)) == locked
-    # Another project that wants the same has what there is when it is built.
+    # Without the lock file, the newest version at the time of the build is installed.
     free = built(Environments(tmp_path / "c" / "envs"), there.folder(identity))
     assert version_in(free) == "2.0"
 

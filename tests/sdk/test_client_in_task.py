@@ -1,5 +1,7 @@
-"""The client in a task's own process: an interpreter of the user's, in which nothing is installed, with a
-folder on its path that holds links to our packages alone."""
+"""The client in the process of a task: an interpreter of the user without installed packages.
+
+On its path is a folder with links to our packages alone.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ def in_task(code: str, import_dir: Path, **variables: str) -> subprocess.Complet
     )
 
 
-def test_a_client_in_a_task_needs_the_standard_library_alone(
+def test_a_client_in_a_task_loads_the_standard_library_alone(
     operator: OperatorStub, import_dir: Path
 ) -> None:
     code = """
@@ -80,7 +82,10 @@ def test_a_task_finds_the_environments_of_its_user(
     entry = {"name": "mine", "operator_endpoint": operator.url}
     content = {"default_environment": "mine", "environments": [entry]}
     (folder / "environments.json").write_text(json.dumps(content))
-    code = "import cortex; print(cortex.client().list_apis()[0]['spec']['name'], cortex.client('mine').name)"
+    code = """
+import cortex
+print(cortex.client().list_apis()[0]["spec"]["name"], cortex.client("mine").name)
+"""
     done = in_task(code, import_dir)
     assert (done.stdout, done.stderr) == ("iris mine\n", "")
 
@@ -102,12 +107,12 @@ def test_a_task_finds_the_environments_of_its_user(
         ),
     ],
 )
-def test_what_needs_a_package_in_a_task_names_it(code: str, words: str, import_dir: Path) -> None:
+def test_a_call_that_needs_a_package_names_it(code: str, words: str, import_dir: Path) -> None:
     done = in_task(f"import cortex; {code}", import_dir)
     assert words in done.stderr.splitlines()[-1]
 
 
-def test_a_task_deploys_where_the_package_is_there(
+def test_a_task_deploys_if_the_package_is_installed(
     operator: OperatorStub, import_dir: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "p").mkdir()
@@ -126,14 +131,17 @@ print(cortex.client().create_api(spec, project_dir={str(tmp_path / "p")!r})[0]["
     assert (done.stdout, done.stderr) == ("created iris\n", "")
 
 
-def test_cortex_loggers_other_name_is_found_in_a_task(import_dir: Path) -> None:
-    code = "from cortex_internal.lib.log import logger; logger.info('here', extra={'loss': float('nan')})"
+def test_the_logger_by_its_name_in_cortex_works_in_a_task(import_dir: Path) -> None:
+    code = """
+from cortex_internal.lib.log import logger
+logger.info("here", extra={"loss": float("nan")})
+"""
     done = in_task(code, import_dir)
     record = json.loads(done.stdout)
     assert (record["message"], record["loss"], record["job_id"]) == ("here", "NaN", "j0")
 
 
-def test_files_that_tasks_load_are_written_for_the_oldest_python_of_an_environment() -> None:
+def test_files_that_tasks_load_run_on_the_minimum_python_of_an_environment() -> None:
     files = [PACKAGE / "__init__.py", PACKAGE / "errors.py", PACKAGE / "logger.py"]
     files += [f for f in (PACKAGE / "sdk").glob("*.py") if "transport" not in f.name]
     files += [PACKAGE / "sdk" / "transport_plain.py", PACKAGE / "projects" / "pack.py"]
@@ -154,7 +162,7 @@ def _is_for_type_checkers(node: ast.stmt) -> bool:
 
 
 def _is_union(node: ast.expr) -> bool:
-    """Whether a type is written with |, which Python 3.9 does not evaluate."""
+    """Whether a type is a union with |, which Python 3.9 cannot evaluate."""
     return any(
         isinstance(each, ast.BinOp)
         and isinstance(each.op, ast.BitOr)

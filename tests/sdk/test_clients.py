@@ -1,3 +1,5 @@
+"""What each client sends to an operator, returns and raises."""
+
 from __future__ import annotations
 
 import io
@@ -71,7 +73,7 @@ def unpacked(request: Request, folder: Path) -> Path:
 
 
 def on_pause(monkeypatch: pytest.MonkeyPatch, act: Callable[[float], object]) -> None:
-    """Do that wherever a client would pause."""
+    """Call `act` instead of each pause of a client."""
 
     async def pause(seconds: float) -> None:
         act(seconds)
@@ -83,15 +85,16 @@ def on_pause(monkeypatch: pytest.MonkeyPatch, act: Callable[[float], object]) ->
 
 @contextmanager
 def refusing() -> Iterator[int]:
-    """A port where connections are refused, and which nobody but a stub gets meanwhile."""
+    """A port that refuses connections, and that only a stub can take."""
     with socket.socket() as taken:
-        # As a stub's, which may listen there. This one does not: connections are refused.
+        # With this option a stub can listen on the port. `taken` does not listen, and the kernel
+        # refuses connections.
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]
 
 
-def test_what_the_operator_answers_is_returned_as_it_is(connect: Connect) -> None:
+def test_the_operators_answer_is_returned_unchanged(connect: Connect) -> None:
     answers: dict[str, Answer | list[Answer]] = {
         "GET /-/apis": answer([VIEW]),
         "GET /-/apis/iris": answer([VIEW]),
@@ -135,7 +138,7 @@ def test_a_config_that_is_no_json_is_not_sent(connect: Connect, config) -> None:
     assert not stub.requests
 
 
-def test_a_wait_is_asked_for_in_slices_until_the_job_has_ended(connect: Connect) -> None:
+def test_a_wait_is_a_series_of_long_polls_until_the_job_has_ended(connect: Connect) -> None:
     path = "/-/apis/iris/jobs/j1?wait=20.0"
     with (
         OperatorStub(
@@ -148,12 +151,12 @@ def test_a_wait_is_asked_for_in_slices_until_the_job_has_ended(connect: Connect)
     assert [r.path for r in stub.requests] == [path, path]
 
 
-def test_a_wait_goes_on_over_what_passes(connect: Connect) -> None:
+def test_a_wait_continues_after_temporary_failures(connect: Connect) -> None:
     path = "GET /-/apis/iris/jobs/j1?wait=20.0"
-    away = [LOST, FULL, Answer(502, (b"bad",), "text/plain")]
+    outages = [LOST, FULL, Answer(502, (b"bad",), "text/plain")]
     with (
         OperatorStub(
-            {path: [*away, answer(job_view(RUNNING)), LOST, answer(job_view(SUCCEEDED))]}
+            {path: [*outages, answer(job_view(RUNNING)), LOST, answer(job_view(SUCCEEDED))]}
         ) as stub,
         connect(stub.url) as client,
     ):
@@ -161,7 +164,7 @@ def test_a_wait_goes_on_over_what_passes(connect: Connect) -> None:
     assert len(stub.requests) == 6
 
 
-def test_a_wait_goes_on_where_connections_are_refused(
+def test_a_wait_continues_after_refused_connections(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub = OperatorStub({"GET /-/apis/iris/jobs/j1?wait=20.0": answer(job_view(SUCCEEDED))})
@@ -173,7 +176,7 @@ def test_a_wait_goes_on_where_connections_are_refused(
     assert len(stub.requests) == 1
 
 
-def test_pauses_grow_to_two_seconds(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pauses_double_up_to_two_seconds(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     paused: list[float] = []
     on_pause(monkeypatch, paused.append)
     path = "GET /-/apis/iris/jobs/j1?wait=20.0"
@@ -185,7 +188,7 @@ def test_pauses_grow_to_two_seconds(connect: Connect, monkeypatch: pytest.Monkey
     assert paused == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
 
 
-def test_what_still_is_wrong_at_the_deadline_of_a_wait_is_raised(connect: Connect) -> None:
+def test_a_failure_that_lasts_until_the_deadline_of_a_wait_is_raised(connect: Connect) -> None:
     with (
         refusing() as port,
         connect(f"http://127.0.0.1:{port}") as client,
@@ -196,7 +199,7 @@ def test_what_still_is_wrong_at_the_deadline_of_a_wait_is_raised(connect: Connec
 
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> Callable[[], float]:
-    """How many seconds clients have paused: by their clock nothing else takes time."""
+    """The seconds that clients have paused. Their clock counts pauses alone."""
     paused_s = 0.0
 
     def pause(seconds: float) -> None:
@@ -210,7 +213,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> Callable[[], float]:
 
 
 @pytest.mark.parametrize("resolves", [True, False])
-def test_a_wait_where_no_operator_has_ever_answered_is_short(
+def test_a_wait_is_short_if_no_operator_has_ever_answered(
     connect: Connect,
     monkeypatch: pytest.MonkeyPatch,
     slept: Callable[[], float],
@@ -232,7 +235,7 @@ def test_a_wait_where_no_operator_has_ever_answered_is_short(
     assert 1 < slept() < 10
 
 
-def test_a_wait_for_an_operator_that_has_answered_lasts_as_it_was_asked(
+def test_a_wait_for_an_operator_that_has_answered_lasts_its_whole_time(
     connect: Connect, slept: Callable[[], float]
 ) -> None:
     with ExitStack() as stack:
@@ -249,7 +252,7 @@ def test_a_wait_for_an_operator_that_has_answered_lasts_as_it_was_asked(
     ("first", "wait"),
     [(LOST, None), (FULL, None), (answer({}, 500), 3600), (answer({}, 404), 3600)],
 )
-def test_without_a_wait_and_for_what_does_not_pass_a_status_is_asked_for_once(
+def test_a_status_is_requested_once_without_a_wait_or_after_a_permanent_failure(
     connect: Connect, first: Answer, wait: float | None
 ) -> None:
     path = "GET /-/apis/iris/jobs/j1" + ("" if wait is None else "?wait=20.0")
@@ -262,7 +265,7 @@ def test_without_a_wait_and_for_what_does_not_pass_a_status_is_asked_for_once(
     assert len(stub.requests) == 1
 
 
-def test_a_submit_whose_answer_was_lost_is_sent_again_as_it_was(connect: Connect) -> None:
+def test_a_submit_whose_answer_was_lost_is_repeated_unchanged(connect: Connect) -> None:
     bad = Answer(502, (b"bad",), "text/plain")
     with (
         OperatorStub({SUBMIT: [LOST, FULL, LOST, bad, answer(SUBMITTED)]}) as stub,
@@ -280,14 +283,14 @@ def test_a_submit_whose_answer_was_lost_is_sent_again_as_it_was(connect: Connect
     assert {request.headers["content-type"] for request in repeated} == {"application/json"}
 
 
-def test_a_key_of_ones_own_is_sent(connect: Connect) -> None:
+def test_the_callers_idempotency_key_is_sent(connect: Connect) -> None:
     with OperatorStub({SUBMIT: [LOST, answer(SUBMITTED)]}) as stub, connect(stub.url) as client:
         client.submit_job("iris", idempotency_key="order 17")
     assert [r.headers["idempotency-key"] for r in stub.requests] == ["order 17"] * 2
 
 
 @pytest.mark.parametrize("key", ["", "k" * 256, "a\nb", " a", "ä"])
-def test_a_key_that_would_not_arrive_is_not_sent(connect: Connect, key: str) -> None:
+def test_an_idempotency_key_that_no_header_can_carry_is_refused(connect: Connect, key: str) -> None:
     with (
         OperatorStub({}) as stub,
         connect(stub.url) as client,
@@ -299,9 +302,7 @@ def test_a_key_that_would_not_arrive_is_not_sent(connect: Connect, key: str) -> 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
 @pytest.mark.parametrize("status", [404, 409, 429, 500])
-def test_a_submit_that_is_refused_is_not_sent_again(
-    connect: Connect, lost: int, status: int
-) -> None:
+def test_a_refused_submit_is_not_repeated(connect: Connect, lost: int, status: int) -> None:
     with (
         OperatorStub(
             {SUBMIT: [LOST] * lost + [answer({"kind": "k", "message": "no"}, status)]}
@@ -322,10 +323,10 @@ def test_an_answer_to_the_first_submit_is_final(connect: Connect, first: Answer)
     assert len(stub.requests) == 1
 
 
-def test_a_submit_that_could_not_be_sent_is_told_at_once(
+def test_a_submit_that_could_not_be_sent_raises_at_once(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_pause(monkeypatch, lambda seconds: pytest.fail(f"it pauses for {seconds} s"))
+    on_pause(monkeypatch, lambda seconds: pytest.fail(f"the client pauses for {seconds} s"))
     with (
         refusing() as port,
         connect(f"http://127.0.0.1:{port}") as client,
@@ -341,7 +342,7 @@ def test_a_submit_that_could_not_be_sent_is_told_at_once(
             client.submit_job("iris")
 
 
-def test_a_submit_that_stays_unanswered_tells_the_key(
+def test_the_error_of_an_unanswered_submit_contains_its_key(
     connect: Connect, slept: Callable[[], float]
 ) -> None:
     with OperatorStub({SUBMIT: LOST}) as stub, connect(stub.url) as client:
@@ -353,7 +354,7 @@ def test_a_submit_that_stays_unanswered_tells_the_key(
         assert key in caught.value.message
 
 
-def test_a_request_that_is_taken_and_not_answered_in_time_is_unanswered(
+def test_a_request_that_is_accepted_and_not_answered_in_time_is_unanswered(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cortex.sdk.calls.RESPONSE_TIMEOUT_S", 0.1)
@@ -377,7 +378,7 @@ def test_no_name_leads_to_another_path(connect: Connect, name: str) -> None:
         client.stop_job("iris", name)
 
 
-def test_an_endpoint_may_have_a_path_and_names_are_escaped(connect: Connect) -> None:
+def test_an_endpoint_can_have_a_path_and_names_are_escaped(connect: Connect) -> None:
     with (
         OperatorStub({"GET /proxied/-/apis/a%2Fb%3F": answer([VIEW])}) as stub,
         connect(f"{stub.url}/proxied/") as client,
@@ -385,7 +386,7 @@ def test_an_endpoint_may_have_a_path_and_names_are_escaped(connect: Connect) -> 
         assert client.get_api("a/b?") == VIEW
 
 
-def test_errors_come_back_as_they_were_raised(connect: Connect) -> None:
+def test_an_error_of_the_operator_is_raised_as_its_class(connect: Connect) -> None:
     body = {"kind": "conflict", "message": "it has finished"}
     with (
         OperatorStub({"DELETE /-/apis/iris/jobs/j1": answer(body, 409)}) as stub,
@@ -396,7 +397,7 @@ def test_errors_come_back_as_they_were_raised(connect: Connect) -> None:
 
 
 @pytest.mark.parametrize(
-    "strange",
+    "response",
     [
         Answer(200, (b"<html>",), "text/html"),
         Answer(404, (b"<html>",), "text/html"),
@@ -404,16 +405,16 @@ def test_errors_come_back_as_they_were_raised(connect: Connect) -> None:
         Answer(302),
     ],
 )
-def test_a_server_that_is_no_operator_is_told(connect: Connect, strange: Answer) -> None:
+def test_a_server_that_is_no_operator_is_reported(connect: Connect, response: Answer) -> None:
     with (
-        OperatorStub({"GET /-/apis": strange}) as stub,
+        OperatorStub({"GET /-/apis": response}) as stub,
         connect(stub.url) as client,
         pytest.raises(CortexError, match="not as a Cortex operator does"),
     ):
         client.list_apis()
 
 
-def test_an_operator_that_does_not_answer_is_told_with_what_to_do(connect: Connect) -> None:
+def test_the_error_for_a_silent_operator_says_what_to_do(connect: Connect) -> None:
     with refusing() as port:
         url = f"http://127.0.0.1:{port}"
         with (
@@ -450,7 +451,7 @@ def test_a_deploy_sends_the_file_and_the_folder_around_it(connect: Connect, tmp_
     assert (unpacked(stub.requests[0], tmp_path / "out") / "iris.py").exists()
 
 
-def test_what_was_left_out_of_an_upload_is_a_warning(connect: Connect, tmp_path: Path) -> None:
+def test_files_left_out_of_an_upload_are_a_warning(connect: Connect, tmp_path: Path) -> None:
     (tmp_path / "venv").mkdir()
     (tmp_path / "venv/pyvenv.cfg").touch()
     (tmp_path / "cortex.yaml").write_text(YAML)
@@ -458,15 +459,13 @@ def test_what_was_left_out_of_an_upload_is_a_warning(connect: Connect, tmp_path:
     for sent in (DEPLOYED, warned):
         with OperatorStub({"POST /-/apis": answer(sent)}) as stub, connect(stub.url) as client:
             (done,) = client.deploy(tmp_path / "cortex.yaml")
-        *before, told = done["warnings"]
-        assert told.startswith("left out of the upload: venv/ (a virtual environment); if jobs")
+        *before, warning = done["warnings"]
+        assert warning.startswith("left out of the upload: venv/ (a virtual environment); if jobs")
         assert before == sent[0].get("warnings", [])
-        assert done["message"] == f"{sent[0]['message']}\nwarning: {told}"
+        assert done["message"] == f"{sent[0]['message']}\nwarning: {warning}"
 
 
-def test_a_file_with_mistakes_or_without_existence_is_not_sent(
-    connect: Connect, tmp_path: Path
-) -> None:
+def test_a_missing_or_invalid_file_is_not_sent(connect: Connect, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("- name: iris\n  kind: TaskAPI\n  definition: {pth: iris.py}\n")
     binary = tmp_path / "binary.yaml"
@@ -497,7 +496,7 @@ class Tripler:
         return by_three(config["x"])
 
 
-def run_elsewhere(project: Path, expression: str) -> str:
+def run_in_another_process(project: Path, expression: str) -> str:
     code = f"import task; print({expression})"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=project, capture_output=True, text=True, check=False
@@ -506,11 +505,11 @@ def run_elsewhere(project: Path, expression: str) -> str:
     return done.stdout.strip()
 
 
-def test_a_class_of_ones_own_runs_where_its_module_is_not(connect: Connect, tmp_path: Path) -> None:
+def test_a_class_runs_on_machines_without_its_module(connect: Connect, tmp_path: Path) -> None:
     with OperatorStub({"POST /-/apis": answer(DEPLOYED)}) as stub, connect(stub.url) as client:
         assert client.create_api(SPEC, task=Tripler, requirements=["six"]) == DEPLOYED
     project = unpacked(stub.requests[0], tmp_path)
-    assert run_elsewhere(project, "task.Task()({'x': 7})") == "21"
+    assert run_in_another_process(project, "task.Task()({'x': 7})") == "21"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     assert (project / "conda-packages.txt").read_text() == f"python={version}\n"
     assert (project / "requirements.txt").read_text().startswith("six\ncloudpickle==")
@@ -522,12 +521,12 @@ def test_a_class_of_ones_own_runs_where_its_module_is_not(connect: Connect, tmp_
     assert api.definition.config == {"x": 1e-05, "y": "yes"}
 
 
-def test_a_closure_runs_elsewhere(connect: Connect, tmp_path: Path) -> None:
+def test_a_closure_runs_in_another_process(connect: Connect, tmp_path: Path) -> None:
     factor = 4
     with OperatorStub({"POST /-/apis": answer(DEPLOYED)}) as stub, connect(stub.url) as client:
         client.create_api(SPEC, task=lambda config: factor * by_three(config["x"]))
     project = unpacked(stub.requests[0], tmp_path)
-    assert run_elsewhere(project, "task.task({'x': 2})") == "24"
+    assert run_in_another_process(project, "task.task({'x': 2})") == "24"
 
 
 def test_pickling_by_value_ends_with_the_call(connect: Connect) -> None:
@@ -558,7 +557,7 @@ class NeedsArguments:
         (3, "it must be a function"),
     ],
 )
-def test_a_task_that_cannot_run_is_told_before_anything_is_sent(
+def test_a_task_that_cannot_run_is_refused_before_anything_is_sent(
     connect: Connect, task: Any, words: str
 ) -> None:
     with (
@@ -570,16 +569,16 @@ def test_a_task_that_cannot_run_is_told_before_anything_is_sent(
     assert stub.requests == []
 
 
-def test_a_task_that_holds_an_open_file_is_told(connect: Connect, tmp_path: Path) -> None:
+def test_a_task_with_an_open_file_is_refused(connect: Connect, tmp_path: Path) -> None:
     with (
-        (tmp_path / "open").open("w") as held,
+        (tmp_path / "open").open("w") as open_file,
         connect("http://127.0.0.1:9") as client,
         pytest.raises(InvalidProject, match="cannot be sent to another process"),
     ):
-        client.create_api(SPEC, task=lambda config: held.write("x"))
+        client.create_api(SPEC, task=lambda config: open_file.write("x"))
 
 
-def test_a_folder_is_sent_without_being_touched(connect: Connect, tmp_path: Path) -> None:
+def test_a_folder_is_sent_and_not_changed(connect: Connect, tmp_path: Path) -> None:
     project = tmp_path / "project"
     project.mkdir()
     (project / "iris.py").write_text("def task(config): ...\n")
@@ -613,13 +612,13 @@ def test_create_api_takes_exactly_one_source(connect: Connect, tmp_path: Path) -
 
 def test_create_api_takes_the_arguments_that_cortexs_does(connect: Connect, tmp_path: Path) -> None:
     own = f"{sys.version_info.major}.{sys.version_info.minor}"
-    asked = [f"conda-forge::python={own}.7", "pip=19.*"]
+    packages = [f"conda-forge::python={own}.7", "pip=19.*"]
     with OperatorStub({"POST /-/apis": answer(DEPLOYED)}) as stub, connect(stub.url) as client:
         client.create_api(
             api_spec=SPEC,
             task=Tripler,
             requirements=None,
-            conda_packages=asked,
+            conda_packages=packages,
             force=True,
             wait=True,
         )
@@ -634,7 +633,7 @@ def test_create_api_takes_the_arguments_that_cortexs_does(connect: Connect, tmp_
         (unpacked(request, tmp_path / str(number)) / "conda-packages.txt").read_text().split("\n")
         for number, request in enumerate(stub.requests)
     ]
-    assert lines == [[*asked, ""], [f"python={own}", "pip=24", ""]]
+    assert lines == [[*packages, ""], [f"python={own}", "pip=24", ""]]
 
 
 def test_deploy_and_delete_take_the_arguments_that_cortexs_do(
@@ -643,17 +642,17 @@ def test_deploy_and_delete_take_the_arguments_that_cortexs_do(
     (tmp_path / "iris.py").write_text("def task(config): ...\n")
     spec = {"name": "iris", "kind": "TaskAPI", "definition": {"path": "iris.py"}}
     (tmp_path / "cortex.yaml").write_text(json.dumps([spec]))
-    gone, stopped = {"message": "deleted iris"}, {"message": "stopped job j1"}
+    deleted, stopped = {"message": "deleted iris"}, {"message": "stopped job j1"}
     answers: dict[str, Answer | list[Answer]] = {
         "POST /-/apis": answer(DEPLOYED),
-        "DELETE /-/apis/iris": answer(gone),
+        "DELETE /-/apis/iris": answer(deleted),
         "DELETE /-/apis/iris/jobs/j1": answer(stopped),
     }
     with OperatorStub(answers) as stub, connect(stub.url) as client:
         assert client.deploy(spec, project_dir=tmp_path, wait=True) == DEPLOYED
         assert client.deploy(tmp_path / "cortex.yaml", wait=True) == DEPLOYED
         assert client.stop_job("iris", "j1", keep_cache=True) == stopped
-        assert client.delete_api("iris", keep_cache=True) == gone
+        assert client.delete_api("iris", keep_cache=True) == deleted
         with pytest.raises(InvalidRequest, match="project_dir= goes with a dict"):
             client.deploy(tmp_path / "cortex.yaml", project_dir=tmp_path)
         with pytest.raises(InvalidRequest, match="exactly one of"):

@@ -1,4 +1,4 @@
-"""How connections to an operator are made: by which proxy, if any, and what they trust."""
+"""How clients connect to an operator: the proxy, and the certificates that they trust."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROXY = Proxy("http", "proxy.lan", 3128)
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_proxy_and_no_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
@@ -41,7 +41,7 @@ def verifier(url: str) -> ssl.SSLContext:
 
 
 @pytest.mark.parametrize(
-    ("url", "asked"),
+    ("url", "connect_url"),
     [
         ("http://localhost:8888", "http://127.0.0.1:8888"),
         ("http://localhost/cortex", "http://127.0.0.1/cortex"),
@@ -50,25 +50,27 @@ def verifier(url: str) -> ssl.SSLContext:
     ],
 )
 def test_localhost_is_this_machine_where_the_resolver_does_not_know_it(
-    monkeypatch: pytest.MonkeyPatch, url: str, asked: str
+    monkeypatch: pytest.MonkeyPatch, url: str, connect_url: str
 ) -> None:
     def resolve(*_: object) -> NoReturn:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     assert Endpoint.checked(url, "", None).url == url
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    assert Endpoint.checked(url, "", None).url == asked
+    assert Endpoint.checked(url, "", None).url == connect_url
 
 
 @pytest.mark.parametrize("url", ["http://localhost:8888", "http://127.0.0.1", "http://jobs.lan"])
-def test_where_nothing_is_encrypted_nobody_is_trusted(url: str) -> None:
+def test_without_tls_no_authority_is_trusted(url: str) -> None:
     verify = verifier(url)
     assert verify.verify_mode == ssl.CERT_REQUIRED
     assert verify.check_hostname
     assert verify.get_ca_certs() == []
 
 
-def test_certificates_are_checked_by_known_authorities(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_certificates_are_checked_against_the_known_authorities(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for url in ("https://jobs.lan", "HTTPS://jobs.lan"):
         verify = verifier(url)
         assert verify.verify_mode == ssl.CERT_REQUIRED
@@ -110,7 +112,7 @@ def test_certificates_are_checked_by_known_authorities(monkeypatch: pytest.Monke
         ({"HTTP_PROXY": "http://proxy.lan", "REQUEST_METHOD": "GET"}, "http://jobs.lan", None),
     ],
 )
-def test_the_proxy_is_the_one_that_other_programs_would_take(
+def test_the_proxy_is_the_one_that_other_programs_use(
     variables: dict[str, str], url: str, proxy: Proxy | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in variables.items():
@@ -177,7 +179,7 @@ def test_no_proxy_names_hosts_domains_and_networks(
         ("http://me:geheim@proxy.lan:port", "'proxy.lan:port'"),
     ],
 )
-def test_a_proxy_that_is_none_is_told_with_its_variable(
+def test_an_invalid_proxy_is_reported_with_its_variable(
     value: str,
     words: str,
     connect: Connect,
@@ -213,9 +215,7 @@ def test_an_operator_is_reached_through_a_proxy(
     assert proxy.requests[0].headers["host"] == "jobs.lan:8888"
 
 
-def test_a_proxy_that_is_not_there_is_named(
-    connect: Connect, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreachable_proxy_is_named(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
@@ -231,38 +231,38 @@ def test_a_proxy_that_is_not_there_is_named(
 
 @contextmanager
 def refusing_proxy(refusal: bytes) -> Iterator[tuple[int, list[bytes]]]:
-    """A server that refuses one request."""
-    asked: list[bytes] = []
+    """A server that answers one request with `refusal`: its port and the request."""
+    requests: list[bytes] = []
 
     def serve() -> None:
         with listener.accept()[0] as connection:
-            asked.append(connection.recv(4096))
+            requests.append(connection.recv(4096))
             connection.sendall(refusal)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve)
         thread.start()
-        yield listener.getsockname()[1], asked
+        yield listener.getsockname()[1], requests
         thread.join()
 
 
-def test_an_encrypted_operator_is_reached_through_a_tunnel(
+def test_an_operator_with_tls_is_reached_through_a_tunnel(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusal = b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n"
-    with refusing_proxy(refusal) as (port, asked):
+    with refusing_proxy(refusal) as (port, requests):
         monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
         with (
             connect("https://jobs.lan:8888") as client,
             pytest.raises(OperatorUnreachable, match="407"),
         ):
             client.list_apis()
-    assert asked[0].startswith(b"CONNECT jobs.lan:8888 HTTP/1.")
+    assert requests[0].startswith(b"CONNECT jobs.lan:8888 HTTP/1.")
 
 
-# httpcore leaves a connection open that a SOCKS proxy refused.
+# httpcore does not close a connection that a SOCKS proxy has refused.
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
-def test_a_socks_proxy_is_spoken_to_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_socks_proxy_gets_a_socks_request(monkeypatch: pytest.MonkeyPatch) -> None:
     def is_refused() -> bool:
         with Client("http://jobs.lan:8888") as client:
             try:
@@ -271,14 +271,14 @@ def test_a_socks_proxy_is_spoken_to_as_one(monkeypatch: pytest.MonkeyPatch) -> N
                 return True
         return False
 
-    with refusing_proxy(b"\x05\xff") as (port, asked):
+    with refusing_proxy(b"\x05\xff") as (port, requests):
         monkeypatch.setenv("ALL_PROXY", f"socks5h://127.0.0.1:{port}")
         assert is_refused()
-    gc.collect()  # no frame keeps the connection any more
-    assert asked[0][0] == 5
+    gc.collect()  # no frame refers to the connection any longer
+    assert requests[0][0] == 5
 
 
-def test_a_proxy_that_speaks_no_socks_is_told() -> None:
+def test_a_proxy_that_does_not_speak_socks_is_reported() -> None:
     endpoint = Endpoint("http://jobs.lan:8888", proxy=Proxy("socks5", "proxy.lan", 1080))
     with (
         pytest.raises(OperatorUnreachable, match=r"socks5://proxy.lan:1080.*does not speak SOCKS"),
@@ -287,7 +287,9 @@ def test_a_proxy_that_speaks_no_socks_is_told() -> None:
         raise ProtocolError("Malformed reply")
 
 
-def test_a_task_tells_which_proxies_it_can_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_task_a_socks_proxy_is_refused_with_the_supported_kinds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:9")
     monkeypatch.setenv("CORTEX_JOB_ID", "j1")
     with pytest.raises(CortexError, match="cannot be used in a task; use an http:// proxy"):
@@ -296,7 +298,7 @@ def test_a_task_tells_which_proxies_it_can_use(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate of this machine's name and its key, in one file."""
+    """A certificate for localhost. Its key is beside it, under the same name and `.key`."""
     file = tmp_path_factory.mktemp("tls") / "own.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
@@ -317,7 +319,7 @@ def encrypted(certificate: Path) -> Iterator[str]:
         yield f"https://localhost:{stub._server.server_port}"
 
 
-def test_an_operator_is_trusted_by_the_certificates_of_the_environment(
+def test_certificates_named_in_the_environment_are_trusted(
     certificate: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with encrypted(certificate) as url:
@@ -339,7 +341,7 @@ def test_an_operator_is_trusted_by_the_certificates_of_the_environment(
 
 
 @pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
-def test_certificates_that_are_not_there_are_told(
+def test_missing_certificates_are_reported(
     variable: str, connect: Connect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(variable, str(tmp_path / "none"))

@@ -1,4 +1,4 @@
-"""Background tasks in a process of their own, which ends by its exit code."""
+"""Background tasks, in a process that the test can end if the event loop hangs."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ asyncio.run(main())
 
 
 def test_finish_returns_after_a_task_whose_callbacks_have_not_run() -> None:
-    """In a process of its own: a loop that does not turn has no timeouts either."""
+    """A process of its own: in an event loop that hangs, no timeout fires."""
     subprocess.run([sys.executable, "-c", FINISH], check=True, timeout=60)

@@ -19,7 +19,7 @@ SERVER_FAMILIES = {socket.AF_INET, socket.AF_INET6}
 
 
 class StartRecorder:
-    """The processes and servers that a test starts, in whichever of its threads."""
+    """Records the processes and servers that a test starts, in each of its threads."""
 
     def __init__(self) -> None:
         self._is_on = False
@@ -32,7 +32,7 @@ class StartRecorder:
             self._starts.append(f"{event} {arguments!r:.200}\n{stack}")
 
     def watch(self) -> Generator[None, object, object]:
-        """Fail what is done at the `yield` if it starts a process or a server."""
+        """Wrap a phase of a test: fail if the phase starts a process or a server."""
         self._starts.clear()
         self._is_on = True
         try:
@@ -59,7 +59,7 @@ def _is_server(event: str, arguments: tuple[object, ...]) -> bool:
 RECORDER = StartRecorder()
 
 
-# Not the teardown: after the last test of a process it stops the servers of other folders' fixtures.
+# Not the teardown: after the last test it also stops the servers of other folders' fixtures.
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup() -> Generator[None, object, object]:
     return (yield from RECORDER.watch())

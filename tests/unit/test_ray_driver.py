@@ -1,4 +1,4 @@
-"""What Ray's driver does for the operator, where Ray itself takes long."""
+"""The driver process reserves resources for the operator while Ray answers slowly."""
 
 from __future__ import annotations
 
@@ -11,59 +11,59 @@ from cortex.engines.ray.messages import Reservation
 from cortex.ray_node import driver, reservations
 
 
-def test_seats_that_are_waited_for_hold_nothing_else_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = threading.Event()
+def test_pending_reservations_block_no_other_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    granted = threading.Event()
 
-    def take(*_: object) -> tuple[int, ...]:
-        assert given.wait(60)
+    def reserve(*_: object) -> tuple[int, ...]:
+        assert granted.wait(60)
         return ()
 
-    monkeypatch.setattr(reservations, "reserve", take)
+    monkeypatch.setattr(reservations, "reserve", reserve)
     monkeypatch.setattr(reservations, "node_states", lambda: ())
     monkeypatch.setattr(reservations, "let_go", lambda name: None)
 
     async def main() -> None:
         made = driver.Driver("namespace", "")
-        taking = [asyncio.create_task(made.take_seat(seat, 60)) for seat in seats_of(200)]
+        pending = [asyncio.create_task(made.take_seat(each, 60)) for each in reservations_of(200)]
         await asyncio.sleep(0)
         try:
             assert await asyncio.wait_for(made.look(), 20) == ()
             await asyncio.wait_for(made.let_go("seat"), 20)
         finally:
-            given.set()
-        assert await asyncio.gather(*taking) == [()] * len(taking)
+            granted.set()
+        assert await asyncio.gather(*pending) == [()] * len(pending)
 
     asyncio.run(main())
 
 
-def test_a_seat_that_is_given_up_before_its_turn_comes_is_never_taken(
+def test_a_reservation_that_times_out_before_its_turn_is_never_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given = threading.Event()
-    taken: set[str] = set()
+    granted = threading.Event()
+    reserved: set[str] = set()
 
-    def take(seat: Reservation, _: float) -> tuple[int, ...]:
-        assert given.wait(60)
-        taken.add(seat.name)
+    def reserve(reservation: Reservation, _: float) -> tuple[int, ...]:
+        assert granted.wait(60)
+        reserved.add(reservation.name)
         return ()
 
-    monkeypatch.setattr(reservations, "reserve", take)
+    monkeypatch.setattr(reservations, "reserve", reserve)
 
     async def main() -> None:
         made = driver.Driver("namespace", "")
-        first = [asyncio.create_task(made.take_seat(each, 60)) for each in seats_of(64)]
+        first = [asyncio.create_task(made.take_seat(each, 60)) for each in reservations_of(64)]
         await asyncio.sleep(0)
         late = asyncio.create_task(made.take_seat(Reservation("late", "node", {"CPU": 1}), 0.01))
-        await asyncio.sleep(0)  # its time runs from when it asks
+        await asyncio.sleep(0)  # its timeout starts with the call
         await asyncio.sleep(0.02)
-        given.set()
+        granted.set()
         with pytest.raises(reservations.Taken):
             await late
         await asyncio.gather(*first)
-        assert len(taken) == 64
+        assert len(reserved) == 64
 
     asyncio.run(main())
 
 
-def seats_of(count: int) -> list[Reservation]:
-    return [Reservation(f"seat {number}", "node", {"CPU": 1}) for number in range(count)]
+def reservations_of(count: int) -> list[Reservation]:
+    return [Reservation(f"reservation {number}", "node", {"CPU": 1}) for number in range(count)]

@@ -1,5 +1,4 @@
-"""Projects and their lock files: stored in the object store, and fetched from it by another
-machine."""
+"""Projects and lock files: one machine stores them in the object store, another fetches them."""
 
 from __future__ import annotations
 
@@ -42,23 +41,23 @@ def lay_out(folder: Path) -> None:
     (folder / "file-link").symlink_to("script")
 
 
-def taken_in(here: Projects) -> str:
+def add_a_project(here: Projects) -> str:
     with here.incoming() as incoming:
         lay_out(incoming)
         return here.add_project(incoming)
 
 
-def test_a_project_is_the_same_elsewhere(tmp_path: Path, files: ObjectStore) -> None:
+def test_another_machine_fetches_the_same_project(tmp_path: Path, files: ObjectStore) -> None:
     here, there = projects(tmp_path / "a", files), projects(tmp_path / "b", files)
-    identity = taken_in(here)
-    assert taken_in(here) == identity
+    identity = add_a_project(here)
+    assert add_a_project(here) == identity
     assert there.ensure_local(identity)
     assert project_id(there.folder(identity)) == identity
     assert {path.name for path in (tmp_path / "b" / "projects").iterdir()} == {identity}
     assert not there.ensure_local("0" * 64)
 
 
-def test_a_project_that_was_taken_in_is_on_the_disk_under_its_name(
+def test_an_added_project_is_synced_to_disk_under_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[tuple[str, list[str]]] = []
@@ -69,21 +68,23 @@ def test_a_project_that_was_taken_in_is_on_the_disk_under_its_name(
 
     here = projects(tmp_path, None)
     monkeypatch.setattr(os, "fsync", fsync)
-    identity = taken_in(here)
+    identity = add_a_project(here)
     assert synced == [("projects", [identity])]
 
 
-def test_without_a_store_of_files_a_project_is_here_or_nowhere(tmp_path: Path) -> None:
+def test_without_an_object_store_a_project_exists_on_its_machine_alone(tmp_path: Path) -> None:
     here = projects(tmp_path, None)
-    identity = taken_in(here)
+    identity = add_a_project(here)
     assert here.ensure_local(identity)
     here.upload_missing({identity})
     here.prune_unused(set())
     assert not projects(tmp_path / "b", None).ensure_local(identity)
 
 
-def test_many_that_fetch_at_once_have_one_whole_project(tmp_path: Path, files: ObjectStore) -> None:
-    identity = taken_in(projects(tmp_path / "a", files))
+def test_concurrent_fetches_result_in_one_complete_project(
+    tmp_path: Path, files: ObjectStore
+) -> None:
+    identity = add_a_project(projects(tmp_path / "a", files))
     there = projects(tmp_path / "b", files)
     found = []
     threads = [
@@ -100,12 +101,12 @@ def test_many_that_fetch_at_once_have_one_whole_project(tmp_path: Path, files: O
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", None])
-def test_a_damaged_project_is_none(
+def test_a_damaged_project_is_not_fetched(
     tmp_path: Path, files: ObjectStore, content: bytes | None
 ) -> None:
-    identity = taken_in(projects(tmp_path / "a", files))
+    identity = add_a_project(projects(tmp_path / "a", files))
     name = f"projects/{identity}/project.tar.gz"
-    if content is None:  # another project's
+    if content is None:  # the archive of another project
         with (other := projects(tmp_path / "c", files)).incoming() as incoming:
             incoming.mkdir()
             (incoming / "x").touch()
@@ -117,10 +118,10 @@ def test_a_damaged_project_is_none(
     assert not list((tmp_path / "b" / "projects").iterdir())
 
 
-def test_what_the_store_of_files_lacks_is_sent_unless_it_was_changed(
+def test_a_project_missing_in_the_object_store_is_uploaded_unless_it_was_changed(
     tmp_path: Path, files: ObjectStore
 ) -> None:
-    identity = taken_in(projects(tmp_path / "a", None))
+    identity = add_a_project(projects(tmp_path / "a", None))
     here = projects(tmp_path / "a", files)
     (here.folder(identity) / "script").write_text("changed")
     here.upload_missing({identity})
@@ -131,23 +132,25 @@ def test_what_the_store_of_files_lacks_is_sent_unless_it_was_changed(
     assert projects(tmp_path / "b", files).ensure_local(identity)
 
 
-def test_a_lock_file_that_was_forgotten_here_is_had_again(
+def test_a_lock_file_that_was_removed_locally_is_fetched_again(
     tmp_path: Path, files: ObjectStore
 ) -> None:
     here = projects(tmp_path, files)
-    identity = taken_in(here)
+    identity = add_a_project(here)
     here.save_lockfile(identity, "one.lock", "six==1.0\n")
     assert here.locks(identity) == {"one.lock": "six==1.0\n"}
     here.prune_unused(set())
-    assert taken_in(here) == identity  # it is deployed again, and its lock file still young
+    assert (
+        add_a_project(here) == identity
+    )  # a new deploy; the lock file is younger than `_MIN_AGE_S`
     assert here.locks(identity) == {"one.lock": "six==1.0\n"}
 
 
-def test_what_nothing_uses_is_forgotten_but_not_what_has_just_come(
+def test_unused_projects_are_removed_from_the_object_store_but_not_new_ones(
     tmp_path: Path, files: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = projects(tmp_path / "a", files)
-    identity = taken_in(here)
+    identity = add_a_project(here)
     here.save_lockfile(identity, "lock", "x==1\n")
     here.prune_unused(set())
     assert len(files.listed("projects")) == 2
@@ -158,15 +161,15 @@ def test_what_nothing_uses_is_forgotten_but_not_what_has_just_come(
     assert files.listed("projects") == {}
 
 
-def test_a_project_that_jobs_have_changed_is_as_it_was_when_it_is_deployed_again(
+def test_a_new_deploy_repairs_a_project_that_jobs_have_changed(
     tmp_path: Path,
 ) -> None:
     here = projects(tmp_path, None)
-    identity = taken_in(here)
+    identity = add_a_project(here)
     folder, outside = here.folder(identity), tmp_path / "outside"
     outside.mkdir()
     (folder / "script").chmod(0o644)
-    (folder / "nämé").write_bytes(b"\xfe\n" * 50_000)  # as long as it was
+    (folder / "nämé").write_bytes(b"\xfe\n" * 50_000)  # of the same length
     (folder / "link").unlink()
     (folder / "link").mkdir()
     (folder / "link" / "within").touch()
@@ -176,79 +179,79 @@ def test_a_project_that_jobs_have_changed_is_as_it_was_when_it_is_deployed_again
     (folder / "deep").symlink_to(outside)
     (folder / "empty" / "within").rmdir()
     (folder / "empty" / "within").write_text("a file")
-    (folder / "output").write_text("a job's")
-    assert taken_in(here) == identity
-    assert (folder / "output").read_text() == "a job's"
+    (folder / "output").write_text("of a job")
+    assert add_a_project(here) == identity
+    assert (folder / "output").read_text() == "of a job"
     assert list(outside.iterdir()) == []
     (folder / "output").unlink()
     assert project_id(folder) == identity
     assert here.last_used().keys() == {identity}
 
 
-def test_half_of_an_upload_is_no_lock_file(tmp_path: Path, files: ObjectStore) -> None:
+def test_an_incomplete_upload_is_no_lock_file(tmp_path: Path, files: ObjectStore) -> None:
     here = projects(tmp_path, files)
-    identity = taken_in(here)
+    identity = add_a_project(here)
     files.put(f"projects/{identity}/project.tar.gz.1.part", b"\x1f\x8b")
     files.put(f"projects/{identity}/one.lock", b"six==1.0\n")
     assert here.locks(identity) == {"one.lock": "six==1.0\n"}
     assert [path.name for path in (tmp_path / "locks" / identity).iterdir()] == ["one.lock"]
 
 
-def test_what_a_job_has_left_in_its_project_keeps_no_other_from_being_sent(
+def test_odd_files_of_a_job_do_not_prevent_the_upload_of_its_project(
     tmp_path: Path, files: ObjectStore
 ) -> None:
-    identity = taken_in(projects(tmp_path, None))
+    identity = add_a_project(projects(tmp_path, None))
     here = projects(tmp_path, files)
     os.mkfifo(here.folder(identity) / "pipe")
     (here.folder(identity) / "gone").symlink_to("nowhere")
     with socket.socket(socket.AF_UNIX) as bound, contextlib.chdir(here.folder(identity)):
         bound.bind("socket")
     here.upload_missing({identity})
-    assert files.listed("projects") == {}  # it is another one, with that link in it
+    assert files.listed("projects") == {}  # with that link it is a different project
     (here.folder(identity) / "gone").unlink()
     here.upload_missing({identity})
     assert projects(tmp_path / "b", files).ensure_local(identity)
 
 
-def test_a_project_that_comes_in_while_it_is_put_away_is_there_afterwards(
+def test_a_project_that_is_deployed_while_it_moves_to_the_trash_exists_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = projects(tmp_path, None)
-    identity = taken_in(here)
-    came = here.last_used()[identity]
+    identity = add_a_project(here)
+    first_used_ns = here.last_used()[identity]
     last_used_ns = trash.last_used_ns
-    for moment in range(3):  # before the first look, before the move, before the second look
-        looks = 0
+    for moment in range(3):  # before the first check, before the move, before the second check
+        checks = 0
 
-        def look(folder: Path, moment: int = moment) -> int:
-            nonlocal looks
-            looks += 1
-            if looks > 2:
+        def last_used_after_a_deploy(folder: Path, moment: int = moment) -> int:
+            nonlocal checks
+            checks += 1
+            if checks > 2:
                 return last_used_ns(folder)
-            if (looks, moment) in {(1, 0), (2, 2)}:
-                taken_in(here)
-            seen = last_used_ns(folder)
-            if (looks, moment) == (1, 1):
-                taken_in(here)
-            return seen
+            if (checks, moment) in {(1, 0), (2, 2)}:
+                add_a_project(here)
+            used_ns = last_used_ns(folder)
+            if (checks, moment) == (1, 1):
+                add_a_project(here)
+            return used_ns
 
         with monkeypatch.context() as slow:
-            slow.setattr(trash, "last_used_ns", look)
-            here.move_to_trash(identity, came)
+            slow.setattr(trash, "last_used_ns", last_used_after_a_deploy)
+            here.move_to_trash(identity, first_used_ns)
         assert project_id(here.folder(identity)) == identity
-        came = here.last_used()[identity]
-    here.move_to_trash(identity, came)
+        first_used_ns = here.last_used()[identity]
+    here.move_to_trash(identity, first_used_ns)
     assert not here.folder(identity).exists()
-    assert taken_in(here) == identity
+    assert add_a_project(here) == identity
     here.remove_leftovers()
     assert here.trashed_folders() == []
 
 
-def test_lock_files_are_had_elsewhere_and_the_first_one_stays(
+def test_other_machines_fetch_lock_files_and_the_first_one_stays(
     tmp_path: Path, files: ObjectStore
 ) -> None:
     here = projects(tmp_path / "a", files)
-    identity = taken_in(here)
+    identity = add_a_project(here)
     assert here.locks(identity) == {}
     here.save_lockfile_if_absent(identity, "one.lock", "x==1\n")
     here.save_lockfile_if_absent(identity, "one.lock", "x==2\n")

@@ -1,1 +1,1 @@
-"""Tests of the worker, the tasks' logger and Python's own variables that need a process of their own."""
+"""Tests of the worker and of the tasks' logger that need a process of their own."""

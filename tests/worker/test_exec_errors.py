@@ -1,4 +1,4 @@
-"""A command that cannot be started: the words of the job, and the exit code that a shell gives."""
+"""A command that cannot be started: the message of the job, and the exit code of a shell."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ WINDOWS = "its lines end as on Windows, and the first one names the interpreter 
 FOREIGN_ELF = b"\x7fELF\x02\x01\x01" + b"\0" * 9 + b"\x02\0\xf7\0" + b"\0" * 44
 
 
-def executed(folder: Path, *command: str) -> tuple[int, str]:
-    """The exit code and the standard error of a job's process that has this command."""
+def execute(folder: Path, *command: str) -> tuple[int, str]:
+    """The exit code and the standard error of a job process that runs this command."""
     words = [sys.executable, "-c", EXECUTE, *command]
     done = subprocess.run(words, check=False, cwd=folder, capture_output=True, text=True)
     return done.returncode, done.stderr
 
 
-def by_a_shell(folder: Path, *command: str) -> int:
+def shell_exit_code(folder: Path, *command: str) -> int:
     words = ["sh", "-c", '"$@"', "sh", *command]
     return subprocess.run(words, check=False, cwd=folder, capture_output=True).returncode
 
@@ -36,7 +36,7 @@ def write(folder: Path, name: str, content: bytes, mode: int = 0o755) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "mode", "code", "told"),
+    ("content", "mode", "code", "message"),
     [
         (b"#!/bin/bash\r\necho hi\r\n", 0o755, 127, WINDOWS + r"'/bin/bash\r'; save it with"),
         (b"#!/usr/bin/env bash\r\necho\r\n", 0o755, 127, WINDOWS + r"'/usr/bin/env bash\r'; save"),
@@ -56,19 +56,19 @@ def write(folder: Path, name: str, content: bytes, mode: int = 0o755) -> None:
         ),
     ],
 )
-def test_a_script_that_no_interpreter_runs(
-    content: bytes, mode: int, code: int, told: str, tmp_path: Path
+def test_a_script_without_a_usable_interpreter_is_explained(
+    content: bytes, mode: int, code: int, message: str, tmp_path: Path
 ) -> None:
     write(tmp_path, "run.sh", content, mode)
-    assert by_a_shell(tmp_path, "./run.sh") == code
-    found, words = executed(tmp_path, "./run.sh")
-    assert found == code
-    assert words.startswith(f"cortex: cannot run './run.sh': {told}")
-    assert (exec_errors.file_problem(str(tmp_path / "run.sh")) or "").startswith(told)
+    assert shell_exit_code(tmp_path, "./run.sh") == code
+    exit_code, err = execute(tmp_path, "./run.sh")
+    assert exit_code == code
+    assert err.startswith(f"cortex: cannot run './run.sh': {message}")
+    assert (exec_errors.file_problem(str(tmp_path / "run.sh")) or "").startswith(message)
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (
             b"echo hi\n",
@@ -83,17 +83,17 @@ def test_a_script_that_no_interpreter_runs(
         (FOREIGN_ELF, "it was built for another kind of machine"),
     ],
 )
-def test_a_file_that_the_kernel_does_not_take_for_a_program(
-    content: bytes, told: str, tmp_path: Path
+def test_a_file_that_the_kernel_does_not_execute_is_explained(
+    content: bytes, message: str, tmp_path: Path
 ) -> None:
     write(tmp_path, "run", content)
-    code, words = executed(tmp_path, "./run")
+    code, err = execute(tmp_path, "./run")
     assert code == 126
-    assert words.startswith(f"cortex: cannot run './run': {told}")
+    assert err.startswith(f"cortex: cannot run './run': {message}")
 
 
 @pytest.mark.parametrize(
-    ("program", "code", "told"),
+    ("program", "code", "message"),
     [
         ("run.sh", 127, "it is not on PATH, but in the project: write ./run.sh"),
         ("no-such-program", 127, "it is not on PATH"),
@@ -102,15 +102,17 @@ def test_a_file_that_the_kernel_does_not_take_for_a_program(
         ("./folder", 126, "it is a folder"),
     ],
 )
-def test_a_program_that_is_not_there(program: str, code: int, told: str, tmp_path: Path) -> None:
+def test_a_missing_program_is_explained(
+    program: str, code: int, message: str, tmp_path: Path
+) -> None:
     write(tmp_path, "run.sh", b"#!/bin/sh\n")
     (tmp_path / "folder").mkdir()
-    assert executed(tmp_path, program) == (code, f"cortex: cannot run '{program}': {told}\n")
-    assert program == "./run.sh/x" or by_a_shell(tmp_path, program) == code
+    assert execute(tmp_path, program) == (code, f"cortex: cannot run '{program}': {message}\n")
+    assert program == "./run.sh/x" or shell_exit_code(tmp_path, program) == code
 
 
 @pytest.mark.parametrize(
-    ("content", "mode", "code", "told"),
+    ("content", "mode", "code", "message"),
     [
         (b"#!/no/such/python\n", 0o755, 127, "its first line names the interpreter '/no/such/pyth"),
         (
@@ -122,27 +124,32 @@ def test_a_program_that_is_not_there(program: str, code: int, told: str, tmp_pat
         (b"#!/bin/sh\n", 0o644, 126, "it is not executable; chmod +x it before the deploy, or put"),
     ],
 )
-def test_a_script_on_path_that_no_interpreter_runs(
-    content: bytes, mode: int, code: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_script_on_path_without_a_usable_interpreter_is_explained(
+    content: bytes,
+    mode: int,
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write(tmp_path, "tool", content, mode)
     monkeypatch.setenv("PATH", f"/no/such:{tmp_path}:/bin:/usr/bin")
-    # dash says 127 of a file without an execute bit on PATH, bash 126.
-    assert by_a_shell(tmp_path, "tool") in {code, 127}
-    found, words = executed(tmp_path, "tool")
-    assert found == code
-    assert words.startswith(f"cortex: cannot run 'tool': {tmp_path}/tool: {told}")
+    # For a file on PATH without an execute bit, dash exits with 127 and bash with 126.
+    assert shell_exit_code(tmp_path, "tool") in {code, 127}
+    exit_code, err = execute(tmp_path, "tool")
+    assert exit_code == code
+    assert err.startswith(f"cortex: cannot run 'tool': {tmp_path}/tool: {message}")
 
 
-def test_a_pipe_is_no_program_and_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_is_no_program_and_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "pipe").chmod(0o755)
-    told = "cortex: cannot run './pipe': Permission denied\n"
-    assert executed(tmp_path, "./pipe") == (by_a_shell(tmp_path, "./pipe"), told)
+    message = "cortex: cannot run './pipe': Permission denied\n"
+    assert execute(tmp_path, "./pipe") == (shell_exit_code(tmp_path, "./pipe"), message)
 
 
 @pytest.mark.parametrize(
-    ("program", "told"),
+    ("program", "message"),
     [
         ("./run.sh --fast", "no program has that name; write each word as an element of the list"),
         ("cd x && ls", "no program has that name; write each word as an element of the list"),
@@ -150,15 +157,17 @@ def test_a_pipe_is_no_program_and_is_not_waited_for(tmp_path: Path) -> None:
         ("$HOME/run.sh", "it is no path: no shell expands ~ and $ in a command; use [sh, -c, ...]"),
     ],
 )
-def test_a_line_for_a_shell_is_no_program(program: str, told: str, tmp_path: Path) -> None:
-    code, words = executed(tmp_path, program)
+def test_a_shell_line_is_no_program(program: str, message: str, tmp_path: Path) -> None:
+    code, err = execute(tmp_path, program)
     assert code == 127
-    assert words.startswith(f"cortex: cannot run '{program}': {told}")
+    assert err.startswith(f"cortex: cannot run '{program}': {message}")
 
 
-def test_a_program_whose_loader_is_missing(tmp_path: Path) -> None:
+def test_a_missing_loader_is_explained(tmp_path: Path) -> None:
     loader = b"/no/such/loader.so\0"
-    header = Path("/proc/self/exe").read_bytes()[:64]  # of this kind of machine
+    header = Path("/proc/self/exe").read_bytes()[
+        :64
+    ]  # an ELF header of this machine's architecture
     program = bytearray(header + b"\0" * 56 + loader)
     program[16:18] = b"\x02\0"  # ET_EXEC
     program[32:40] = (64).to_bytes(8, "little")  # one program header, which follows: PT_INTERP
@@ -167,14 +176,14 @@ def test_a_program_whose_loader_is_missing(tmp_path: Path) -> None:
     program[72:80] = (120).to_bytes(8, "little")
     program[96:104] = program[104:112] = len(loader).to_bytes(8, "little")
     write(tmp_path, "built-elsewhere", bytes(program))
-    code, words = executed(tmp_path, "./built-elsewhere")
-    assert code == 127 == by_a_shell(tmp_path, "./built-elsewhere")
-    assert "the loader that it names is not on this machine" in words
+    code, err = execute(tmp_path, "./built-elsewhere")
+    assert code == 127 == shell_exit_code(tmp_path, "./built-elsewhere")
+    assert "the loader that it names is not on this machine" in err
 
 
 @pytest.mark.parametrize("first", ["#!/bin/sh", "#! /usr/bin/env sh", "#!/usr/bin/env -S sh\r"])
-def test_a_program_that_can_be_run_is_run(first: str, tmp_path: Path) -> None:
+def test_an_executable_program_is_run(first: str, tmp_path: Path) -> None:
     write(tmp_path, "run.sh", f"{first}\necho $1 >&2\nexit 3\n".encode())
-    assert executed(tmp_path, "./run.sh", "hi") == (3, "hi\n")
+    assert execute(tmp_path, "./run.sh", "hi") == (3, "hi\n")
     assert exec_errors.file_problem(str(tmp_path / "run.sh")) is None
     assert exec_errors.file_problem("/bin/sh") is None

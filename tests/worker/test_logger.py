@@ -9,9 +9,9 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("gone", ["sys.stdout.close()", "sys.stdout = None"])
-def test_a_record_goes_to_stderr_where_stdout_is_gone(gone: str) -> None:
-    code = f"import sys; from cortex_internal.lib.log import logger; {gone}; logger.info('still')"
+@pytest.mark.parametrize("close", ["sys.stdout.close()", "sys.stdout = None"])
+def test_a_record_goes_to_stderr_without_a_stdout(close: str) -> None:
+    code = f"import sys; from cortex_internal.lib.log import logger; {close}; logger.info('still')"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )

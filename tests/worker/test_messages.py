@@ -1,4 +1,4 @@
-"""The supervisor reads a job's messages without modules that the user's own may replace."""
+"""The supervisor reads a job's messages without a module that the user can replace."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 
 
 @pytest.mark.parametrize("loaded", ["absent", "blocked", "imported"])
-def test_what_is_cut_is_no_message_whatever_the_user_calls_json(
+def test_a_truncated_message_is_refused_also_where_the_user_has_a_module_json(
     tmp_path: Path, loaded: str
 ) -> None:
-    """CPython's decoder gets its exception by the name `json.decoder`, which may be the user's."""
+    """CPython's decoder finds its exception by the name `json.decoder`; the user may have one."""
     script = """
 import json, sys
 from cortex.worker.messages import Outcome
@@ -33,8 +33,8 @@ for text in (b'{"message": "cut', b'{"message": [1,}', b'{"message"', b'', b'\\x
 assert list(sys.modules.items()) == before
 """
     (tmp_path / "json.py").write_text("print('run')\n")
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", script, tmp_path, loaded], capture_output=True, text=True, check=True
     )
     runs = ["run"] if loaded == "imported" else []
-    assert told.stdout.split("\n") == [*runs, *["no message"] * 5, ""]
+    assert done.stdout.split("\n") == [*runs, *["no message"] * 5, ""]

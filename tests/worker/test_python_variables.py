@@ -1,4 +1,4 @@
-"""Python's own variables: a deploy refuses the values with which Python does not start, and no others."""
+"""A deploy refuses the values of Python's own variables with which Python does not start."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cortex.spec.python_variables import refusal
         ("PYTHONUTF8", ["x", "2"], ["0", "1", ""]),
     ],
 )
-def test_what_python_would_not_start_with_is_refused_and_nothing_else(
+def test_exactly_the_values_with_which_python_does_not_start_are_refused(
     name: str, refused: list[str], allowed: list[str]
 ) -> None:
     def starts(value: str) -> bool:
