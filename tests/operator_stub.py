@@ -4,6 +4,7 @@ them. It holds no logic of an operator: what an operator answers is for the test
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ class OperatorStub:
     answers: dict[str, Answer | list[Answer]] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     port: int = 0
+    tls: ssl.SSLContext | None = None
 
     def __enter__(self) -> OperatorStub:
         stub = self
@@ -74,6 +76,8 @@ class OperatorStub:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        if self.tls is not None:
+            self._server.socket = self.tls.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
         return self
@@ -85,7 +89,8 @@ class OperatorStub:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+        host = "http://127.0.0.1" if self.tls is None else "https://localhost"
+        return f"{host}:{self._server.server_port}"
 
     def take(self, key: str) -> Answer:
         missing = answer({"kind": "not_found", "message": f"the stub has no {key}"}, 404)

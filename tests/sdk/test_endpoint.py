@@ -311,12 +311,11 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def encrypted(certificate: Path) -> Iterator[str]:
-    stub = OperatorStub({"GET /-/apis": answer([VIEW])})
-    with stub:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate, f"{certificate}.key")
-        stub._server.socket = context.wrap_socket(stub._server.socket, server_side=True)
-        yield f"https://localhost:{stub._server.server_port}"
+    """The URL of a stub with TLS and this certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, f"{certificate}.key")
+    with OperatorStub({"GET /-/apis": answer([VIEW])}, tls=context) as stub:
+        yield stub.url
 
 
 def test_certificates_named_in_the_environment_are_trusted(
