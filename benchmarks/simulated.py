@@ -32,7 +32,7 @@ from cortex.engines.ray.messages import NodeState
 from cortex.engines.ray.placement import Placement
 from cortex.operator import app
 from cortex.operator.config.settings import Settings
-from cortex.spec.api import MILLI
+from cortex.spec.quantities import MILLI
 
 TICK_S = 0.01
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from cortex.engines.base import Capacity, NodeInfo
-from cortex.spec.api import MILLI, Compute
+from cortex.spec.api import Compute
+from cortex.spec.quantities import MILLI
 from cortex.worker.messages import size
 
 

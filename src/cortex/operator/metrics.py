@@ -20,9 +20,9 @@ from prometheus_client.registry import Collector
 import cortex
 from cortex.engines.base import NOTHING, NodeInfo
 from cortex.operator.dispatch.live_jobs import LiveJob
-from cortex.spec.api import MILLI
 from cortex.spec.job import JobRecord, shown_status
 from cortex.spec.lifecycle import FINAL, State, Status, Wanted
+from cortex.spec.quantities import MILLI
 
 MEDIA_TYPE = prometheus.CONTENT_TYPE_PLAIN_0_0_4
 MAX_TASK_SERIES = 5_000

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cortex.engines.base import NOTHING, Capacity
 from cortex.engines.ray.messages import NodeState, Reservation
-from cortex.spec.api import MILLI
+from cortex.spec.quantities import MILLI
 
 NODE_ID = "ray.io/node-id"  # a label that each node has, with a unique value
 

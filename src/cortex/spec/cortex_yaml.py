@@ -1,7 +1,7 @@
 """Reads a `cortex.yaml`: its APIs, or every mistake in it, each with its line. Pure, no I/O.
 
-The client reads the file before an upload, and the operator again afterwards. The tables at the end
-list the fields, each with its check (`yaml_fields`).
+The client reads the file before an upload, and the operator again afterwards. `spec.api` declares the
+fields, each with its check (`yaml_fields`).
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from pydantic import JsonValue
+from pydantic import BaseModel, JsonValue
+from pydantic.fields import FieldInfo
 
 from cortex.errors import InvalidSpec
-from cortex.spec import python_variables, yaml_fields
+from cortex.spec import python_variables
 from cortex.spec.api import MASK, Api
-from cortex.spec.yaml_fields import Check, Report
+from cortex.spec.yaml_fields import Check, Written
 from cortex.spec.yaml_lines import (
     Mistake,
     Odd,
+    Report,
     Value,
     did_you_mean,
+    in_file,
     join,
     quoted,
     read_nodes,
@@ -27,11 +30,6 @@ from cortex.spec.yaml_lines import (
 )
 
 FieldLines = dict[tuple[int | str, ...], int]
-
-_MIN_MEM = 16 << 20
-_MIN_LOG = 64 << 10
-_MAX_GPUS = 1000
-_MAX_JOBS = 1_000_000_000
 
 
 def read_apis(text: str, file: str) -> list[Api]:
@@ -78,15 +76,7 @@ def field_lines(text: str) -> FieldLines:
 
 def invalid_spec(file: str, mistakes: Iterable[Mistake], others: Iterable[str] = ()) -> InvalidSpec:
     """The error that lists the mistakes in a `cortex.yaml` by line, then those in other files."""
-    ordered = sorted(mistakes, key=lambda mistake: mistake.line)
-    lines = [f"{file}:{mistake.line}: {mistake.text}" for mistake in ordered]
-    return InvalidSpec("\n".join(dict.fromkeys([*lines, *others])))
-
-
-@dataclass(frozen=True)
-class _Field:
-    check: Check
-    is_required: bool = False
+    return InvalidSpec("\n".join(dict.fromkeys([*in_file(file, mistakes), *others])))
 
 
 def _entries(root: Value | None, report: Report) -> list[dict[str, object]]:
@@ -107,18 +97,22 @@ def _entry(value: Value, seen: dict[tuple[str, str], int], report: Report) -> di
         return {}
     name = entry.get("name")
     networking = {"endpoint": name, **(entry.get("networking") or {})}
-    compute = dict(entry.get("compute") or {})
-    if "cpu" in compute:
-        compute["cpu_m"] = compute.pop("cpu")
-    _check_runner(value, entry.get("definition") or {}, report)
+    if isinstance(definition := entry.get("definition"), dict):
+        _check_runner(value, definition, report)
     is_new = _is_unique(value, "name", name, seen, report)
     if is_new or networking["endpoint"] != name:
         _is_unique(value, "networking.endpoint", networking["endpoint"], seen, report)
-    return {**entry, "networking": networking, "compute": compute}
+    return {**entry, "networking": networking}
 
 
 def _check_runner(value: Value, definition: Mapping[str, object], report: Report) -> None:
-    """Check `preload`, which needs a Python file, and variables that no job of one can have."""
+    """Check that there is either a Python file or a command, and the fields that suit only one."""
+    given = [key for key in ("path", "command") if key in definition]
+    if len(given) != 1:
+        where = "definition"
+        line = _line_of(value, f"{where}.{given[-1]}" if given else where)
+        found = " and ".join(given) if given else "neither"
+        report.add(line, where, f"found {found}; allowed: exactly one of path and command")
     if definition.get("command") is not None:
         where = "definition.preload"
         if "preload" in definition:
@@ -167,7 +161,37 @@ def _as_written(value: Value) -> JsonValue:
     return value.data
 
 
-def _object(known: Mapping[str, _Field], *, one_of: tuple[str, ...] = ()) -> Check:
+@dataclass(frozen=True)
+class _Field:
+    """A field as a `cortex.yaml` writes it."""
+
+    name: str
+    """The name in the model."""
+    check: Check
+    is_required: bool
+
+
+def _fields(model: type[BaseModel]) -> dict[str, _Field]:
+    """The fields of a model of `spec.api`, by their names in a `cortex.yaml`."""
+    found: dict[str, _Field] = {}
+    for name, field in model.model_fields.items():
+        written = next((each for each in field.metadata if isinstance(each, Written)), Written())
+        section = _section(field)
+        check = written.check if section is None else _object(_fields(section))
+        assert check is not None, f"{model.__name__}.{name} has no check"
+        found[written.name or name] = _Field(name, check, written.is_required)
+    return found
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a field that is an object with fields of its own."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _object(known: Mapping[str, _Field]) -> Check:
+    """The check for an object; the result has the names of the model."""
+
     def check(value: Value, where: str, report: Report) -> object:
         if not isinstance(value.data, dict):
             report.wrong(value, where, f"an object with the fields {', '.join(known)}")
@@ -175,20 +199,14 @@ def _object(known: Mapping[str, _Field], *, one_of: tuple[str, ...] = ()) -> Che
         parsed: dict[str, object] = {}
         for key, below in value.data.items():
             name = join(where, shortened(key))
-            if key not in known:
+            field = known.get(key)
+            if field is None:
                 report.add(below.line, name, _unknown(key, where, known))
-            elif below.data is not None or known[key].is_required:
-                parsed[key] = known[key].check(below, name, report)
+            elif below.data is not None or field.is_required:
+                parsed[field.name] = field.check(below, name, report)
         for key, field in known.items():
             if field.is_required and key not in value.data:
                 report.add(value.line, join(where, key), "missing; it is required")
-        given = [key for key in one_of if key in parsed]
-        if one_of and len(given) != 1:
-            line = value.data[given[-1]].line if given else value.line
-            found = " and ".join(given) if given else "neither"
-            report.add(
-                line, where, f"found {found}; allowed: exactly one of {' and '.join(one_of)}"
-            )
         return parsed
 
     return check
@@ -207,53 +225,12 @@ def _other_section(key: str, where: str) -> str:
     return f'; did you mean "{found[0]}"?' if found and found[0] != join(where, key) else ""
 
 
-_LEVELS = ("debug", "info", "warning", "error")
-_DEPENDENCIES = {
-    "pip": _Field(yaml_fields.project_path("a file like requirements.txt")),
-    "conda": _Field(yaml_fields.project_path("a file like conda-packages.txt")),
-    "shell": _Field(yaml_fields.project_path("a shell script")),
+_API = _object(_fields(Api))
+_SECTIONS = {
+    name: _fields(section)
+    for name, field in Api.model_fields.items()
+    if (section := _section(field)) is not None
 }
-_SECTIONS: dict[str, dict[str, _Field]] = {
-    "definition": {
-        "path": _Field(yaml_fields.project_path("a Python file")),
-        "command": _Field(yaml_fields.command),
-        "config": _Field(yaml_fields.config),
-        "python_path": _Field(yaml_fields.project_path("a folder")),
-        "env": _Field(yaml_fields.env),
-        "log_level": _Field(yaml_fields.one_word(_LEVELS)),
-        "preload": _Field(yaml_fields.modules),
-        "dependencies": _Field(_object(_DEPENDENCIES)),
-    },
-    "networking": {"endpoint": _Field(yaml_fields.endpoint)},
-    "compute": {
-        "cpu": _Field(yaml_fields.cpu),
-        "mem": _Field(
-            yaml_fields.size(_MIN_MEM, "at least 16Mi, without which no interpreter starts")
-        ),
-        "gpu": _Field(yaml_fields.count(0, _MAX_GPUS)),
-        "node_labels": _Field(yaml_fields.labels),
-    },
-    "limits": {
-        "max_running": _Field(yaml_fields.count(1, _MAX_JOBS)),
-        "max_waiting": _Field(yaml_fields.count(1, _MAX_JOBS)),
-        "log": _Field(yaml_fields.size(_MIN_LOG, "at least 64Ki")),
-    },
-}
-_API = _object(
-    {
-        "name": _Field(yaml_fields.name, is_required=True),
-        "kind": _Field(
-            yaml_fields.one_word(("TaskAPI",), " (no other kind is supported)"), is_required=True
-        ),
-        "definition": _Field(
-            _object(_SECTIONS["definition"], one_of=("path", "command")), is_required=True
-        ),
-        "networking": _Field(_object(_SECTIONS["networking"])),
-        "compute": _Field(_object(_SECTIONS["compute"])),
-        "limits": _Field(_object(_SECTIONS["limits"])),
-        "retries": _Field(yaml_fields.count(0, _MAX_JOBS)),
-    }
-)
 
 _NO_IMAGE = (
     "jobs run directly on the machine, not in containers: list the packages in requirements.txt, "

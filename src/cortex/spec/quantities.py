@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from decimal import ROUND_CEILING, Decimal
 
-from cortex.spec.api import MILLI
+MILLI = 1000
+"""Thousandths in a core."""
 
 _CPU = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(m?)", re.ASCII)
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)(?:[eE]\+?(\d{1,2})|([kKMGT]i?))?", re.ASCII)

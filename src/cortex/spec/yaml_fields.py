@@ -1,7 +1,7 @@
 """The checks of single fields of a `cortex.yaml`, with the messages for wrong values.
 
-The tables of `spec.cortex_yaml` use them. `projects.dotenv` checks names of variables by the same
-rule.
+The fields of `spec.api` name their checks, and `spec.cortex_yaml` runs them. `projects.dotenv` checks
+names of variables by the same rule.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import math
 import posixpath
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from pydantic import JsonValue
 
-from cortex.spec.api import RESERVED_ENDPOINTS
 from cortex.spec.quantities import near_size, read_bytes, read_cpu_m
-from cortex.spec.yaml_lines import Mistake, Odd, Value, did_you_mean, join, quoted, shortened
+from cortex.spec.yaml_lines import Odd, Report, Value, did_you_mean, join, quoted, shortened
 
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 RESERVED_ENV = "CORTEX_"
+RESERVED_ENDPOINTS = frozenset({"healthz", "readyz", "metrics"})
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 # The rules of Ray and Kubernetes.
@@ -27,21 +28,19 @@ _LABEL = re.compile(rf"([A-Za-z0-9]([-A-Za-z0-9.]{{0,251}}[A-Za-z0-9])?/)?{_LABE
 _ENDPOINT = re.compile(r"/?([A-Za-z0-9][A-Za-z0-9_.-]{0,252})")
 
 
-class Report:
-    """Collects the mistakes that the checks find."""
-
-    def __init__(self, mistakes: list[Mistake]) -> None:
-        self.mistakes = list(mistakes)
-
-    def add(self, line: int, where: str, text: str) -> None:
-        self.mistakes.append(Mistake(line, f"{where}: {text}" if where else text))
-
-    def wrong(self, value: Value, where: str, allowed: str, hint: str = "") -> None:
-        self.add(value.line, where, f"found {value.shown()}; allowed: {allowed}{hint}")
-
-
 Check = Callable[[Value, str, Report], object]
 """Returns the value for the spec, or None after it has reported a mistake."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """How a `cortex.yaml` writes a field of `spec.api`."""
+
+    check: Check | None = None
+    """None for an object whose fields have checks of their own."""
+    name: str | None = None
+    """The name in the file, if it differs."""
+    is_required: bool = False
 
 
 def name(value: Value, where: str, report: Report) -> object:

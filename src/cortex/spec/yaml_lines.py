@@ -10,6 +10,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -77,6 +78,27 @@ class Mistake:
 
     line: int
     text: str
+
+
+class Report:
+    """Collects the mistakes in a file, each with its line."""
+
+    def __init__(self, mistakes: Iterable[Mistake] = ()) -> None:
+        self.mistakes = list(mistakes)
+
+    def add(self, line: int, where: str, text: str) -> None:
+        """Add a mistake in the field `where`; an empty name is the whole file."""
+        self.mistakes.append(Mistake(line, f"{where}: {text}" if where else text))
+
+    def wrong(self, value: Value, where: str, allowed: str, hint: str = "") -> None:
+        """Add a mistake: a value that is not allowed. The message shows the value."""
+        self.add(value.line, where, f"found {value.shown()}; allowed: {allowed}{hint}")
+
+
+def in_file(file: str | Path, mistakes: Iterable[Mistake]) -> list[str]:
+    """The mistakes as messages with the file and the line, in the order of the lines."""
+    ordered = sorted(mistakes, key=lambda mistake: mistake.line)
+    return list(dict.fromkeys(f"{file}:{mistake.line}: {mistake.text}" for mistake in ordered))
 
 
 def quoted(text: str) -> str:

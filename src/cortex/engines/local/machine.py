@@ -13,7 +13,8 @@ from pathlib import Path
 
 from cortex.engines.base import Capacity, NodeInfo
 from cortex.engines.capacity import label_words, lacking
-from cortex.spec.api import MILLI, Compute
+from cortex.spec.api import Compute
+from cortex.spec.quantities import MILLI
 
 
 def detect() -> Capacity:

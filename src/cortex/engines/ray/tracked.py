@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from cortex.engines.base import Attempt, Lost, NeverStarted, Reachable, Unreachable
 from cortex.engines.ray.messages import DEFAULT_BUILDS, Builds, Hello, NodeOrder, Reservation
 from cortex.engines.ray.placement import Node
-from cortex.spec.api import MILLI
+from cortex.spec.quantities import MILLI
 
 HANDLE_VERSION = 1
 

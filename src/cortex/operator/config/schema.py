@@ -21,8 +21,7 @@ from cortex.objects import check_url as check_files
 from cortex.operator.config.hosts import check_host
 from cortex.operator.config.settings import Keep, Ray, Settings, database_url, default_data_dir
 from cortex.projects.build_rules import BuildRules
-from cortex.spec.api import MILLI
-from cortex.spec.quantities import read_bytes
+from cortex.spec.quantities import MILLI, read_bytes
 from cortex.store import url as store_url
 
 ENVIRONMENT_PREFIX = "CORTEX_SERVE_"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.convertors import StringConvertor, register_url_convertor
 
-from cortex.spec.api import RESERVED_ENDPOINTS
+from cortex.spec.yaml_fields import RESERVED_ENDPOINTS
 
 
 class _Endpoint(StringConvertor):

@@ -22,8 +22,8 @@ from cortex.operator.http.gate import UPLOAD_PATH
 from cortex.operator.http.routes.jobs import Cursor, Limit
 from cortex.operator.http.views import json_array
 from cortex.operator.metrics import MEDIA_TYPE
-from cortex.spec.api import MILLI
 from cortex.spec.job import with_texts
+from cortex.spec.quantities import MILLI
 from cortex.spec.times import rfc3339
 
 router = APIRouter(default_response_class=Answer, tags=["operator"])
