@@ -165,11 +165,11 @@ def test_all_mistakes_are_reported_with_their_places(tmp_path: Path) -> None:
     ("text", "has"),
     [
         ("a: [", "operator.yaml:1: cannot be read as YAML"),
-        ("- port: 1\n", "a list of settings"),
+        ("- port: 1\n", "1: found a list; allowed: settings by name"),
         ("port: 1\nport: 2\n", "operator.yaml:2: "),
         ("host: 2020-01-01\n", "operator.yaml:1: host: "),
         ("grace: .inf\n", "operator.yaml:1: grace: "),
-        ("mem: 16 gigs\n", "write 16Gi; found '16 gigs'"),
+        ("mem: 16 gigs\n", 'write 16Gi; found "16 gigs"'),
         ("host: {a: 1}\n", "found an object"),
     ],
 )

@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from cortex.spec.quantities import near_size, read_bytes, read_cpu_m
-from cortex.spec.yaml_lines import Odd, Report, Value, did_you_mean, join, quoted, shortened
+from cortex.spec.yaml_lines import (
+    Odd,
+    Report,
+    Value,
+    did_you_mean,
+    join,
+    quoted,
+    shortened,
+    shown_name,
+)
 
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 RESERVED_ENV = "CORTEX_"
@@ -123,9 +132,7 @@ def env(value: Value, where: str, report: Report) -> object:
         )
         return None
     for key, below in value.data.items():
-        # YAML reads `NAME:value` and `NAME=value` as a key: show only the part that is the name.
-        written = re.split("[:=]", key, maxsplit=1)[0]
-        shown = shortened(key) if written == key else f"{shortened(written)}…"
+        shown = shown_name(key)
         name = join(where, shown)
         if not ENV_NAME.fullmatch(key):
             allowed = "allowed in a name: letters, digits and _, the first not a digit"

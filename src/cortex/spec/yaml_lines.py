@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -95,7 +95,7 @@ class Report:
         self.add(value.line, where, f"found {value.shown()}; allowed: {allowed}{hint}")
 
 
-def in_file(file: str | Path, mistakes: Iterable[Mistake]) -> list[str]:
+def in_file(file: str, mistakes: Iterable[Mistake]) -> list[str]:
     """The mistakes as messages with the file and the line, in the order of the lines."""
     ordered = sorted(mistakes, key=lambda mistake: mistake.line)
     return list(dict.fromkeys(f"{file}:{mistake.line}: {mistake.text}" for mistake in ordered))
@@ -112,6 +112,15 @@ def shortened(text: str) -> str:
     if not start.isprintable():
         start = start.encode("unicode_escape").decode("ascii")
     return start if len(start) <= _MAX_SHOWN else start[: _MAX_SHOWN - 1] + "…"
+
+
+def shown_name(key: str) -> str:
+    """A key for a message, without a value that may be a secret.
+
+    YAML reads `NAME:value` and `NAME=value` as a key.
+    """
+    name = re.split("[:=]", key, maxsplit=1)[0]
+    return shortened(key) if name == key else f"{shortened(name)}…"
 
 
 def did_you_mean(found: str, candidates: Iterable[str]) -> str:

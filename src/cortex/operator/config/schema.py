@@ -22,11 +22,11 @@ from cortex.operator.config.hosts import check_host
 from cortex.operator.config.settings import Keep, Ray, Settings, database_url, default_data_dir
 from cortex.projects.build_rules import BuildRules
 from cortex.spec.quantities import MILLI, read_bytes
+from cortex.spec.yaml_fields import ENV_NAME
 from cortex.store import url as store_url
 
 ENVIRONMENT_PREFIX = "CORTEX_SERVE_"
 _DAY_S = 86_400
-_VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 
 
 def flag(name: str) -> str:
@@ -113,6 +113,14 @@ def _running_cluster() -> str:
         ) from error
 
 
+def _is_variable(text: str) -> str:
+    if not ENV_NAME.fullmatch(text):
+        raise ValueError(
+            "not the name of a variable; use letters, digits and _, the first not a digit"
+        )
+    return text
+
+
 def _split_at_commas(value: object) -> object:
     return [word.strip() for word in value.split(",")] if isinstance(value, str) else value
 
@@ -124,7 +132,7 @@ def _number_as_text(value: object) -> object:
 Port = Annotated[int, Field(ge=0, le=65535)]
 Days = Annotated[float, Field(ge=0)]
 Size = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_is_size)]
-VariableName = Annotated[str, Field(pattern=_VARIABLE)]
+VariableName = Annotated[str, AfterValidator(_is_variable)]
 HostName = Annotated[str, AfterValidator(check_host)]
 Several = BeforeValidator(_split_at_commas)
 """An environment variable has several values as one text with commas."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,15 @@ from cortex.operator.config.schema import (
     flag,
     variable,
 )
-from cortex.spec.yaml_lines import Odd, Value, did_you_mean, read_nodes
+from cortex.spec.yaml_lines import (
+    Odd,
+    Report,
+    Value,
+    did_you_mean,
+    in_file,
+    read_nodes,
+    shown_name,
+)
 from cortex.store import url as store_url
 
 FILE_VARIABLE = "CORTEX_CONFIG"
@@ -76,28 +84,34 @@ def load(
     Raises:
         StartupError: with all mistakes and their places.
     """
-    mistakes: list[str] = []
+    report = Report()
+    others: list[str] = []
+    file, named_by = _file(file, environ)
     given = {
-        **_from_file(file, environ, mistakes),
-        **_from_environment(environ, mistakes),
+        **(_from_file(file, named_by, report, others) if file is not None else {}),
+        **_from_environment(environ, others),
         **{n: _Given(value, flag(n)) for n, value in flags.items() if value is not None},
     }
     configuration = Configuration.model_construct()
     try:
         configuration = Configuration.model_validate({n: g.value for n, g in given.items()})
     except ValidationError as error:
-        mistakes += _messages(error, given)
-    if mistakes:
-        raise StartupError("\n".join(["the configuration has mistakes:", *mistakes]))
+        _add_mistakes(error, given, report, others)
+    if report.mistakes or others:
+        lines = [*in_file(str(file), report.mistakes), *others]
+        raise StartupError("\n".join(["the configuration has mistakes:", *lines]))
     return Effective(configuration, {name: each.source for name, each in given.items()})
 
 
 @dataclass(frozen=True)
 class _Given:
-    """A value, and its source as messages name it: a flag, a variable, or a line of a file."""
+    """The value of a setting, and its source."""
 
     value: object
     source: str
+    """A flag, a variable, or a line of the file."""
+    written: Value | None = None
+    """The value as the file has it."""
 
 
 def _from_environment(environ: Mapping[str, str], mistakes: list[str]) -> dict[str, _Given]:
@@ -113,34 +127,37 @@ def _from_environment(environ: Mapping[str, str], mistakes: list[str]) -> dict[s
     return given
 
 
-def _from_file(
-    file: Path | None, environ: Mapping[str, str], mistakes: list[str]
-) -> dict[str, _Given]:
-    source = "--config"
+def _file(file: Path | None, environ: Mapping[str, str]) -> tuple[Path | None, str]:
+    """The configuration file, and the name of what chose it."""
     if file is None and environ.get(FILE_VARIABLE):
-        file, source = Path(environ[FILE_VARIABLE]), f"${FILE_VARIABLE}"
-    if file is None:
-        return {}
+        return Path(environ[FILE_VARIABLE]), f"${FILE_VARIABLE}"
+    return file, "--config"
+
+
+def _from_file(
+    file: Path, named_by: str, report: Report, unreadable: list[str]
+) -> dict[str, _Given]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        mistakes.append(f"{source}: {file} cannot be read: {error}")
+        unreadable.append(f"{named_by}: {file} cannot be read: {error}")
         return {}
-    root, invalid = read_nodes(text)
-    mistakes += [f"{file}:{mistake.line}: {mistake.text}" for mistake in invalid]
-    if root is None or invalid:
+    root, mistakes = read_nodes(text)
+    report.mistakes += mistakes
+    if root is None:
         return {}
     if not isinstance(root.data, dict):
-        mistakes.append(f"{file}:{root.line}: must be a list of settings, such as `port: 8888`")
+        # Not its content: text such as `store:postgresql://…` may have a password.
+        expected = "settings by name, such as `port: 8888`"
+        report.add(root.line, "", f"found {root.kind()}; allowed: {expected}")
         return {}
     given = {}
     for key, value in root.data.items():
-        where = f"{file}:{value.line}"
         if key not in Configuration.model_fields:
             hint = did_you_mean(key, Configuration.model_fields)
-            mistakes.append(f"{where}: {key}: unknown setting{hint}")
+            report.add(value.line, shown_name(key), f"unknown setting{hint}")
         elif value.data is not None:
-            given[key] = _Given(_plain(value), where)
+            given[key] = _Given(_plain(value), f"{file}:{value.line}", value)
     return given
 
 
@@ -152,20 +169,27 @@ def _plain(value: Value) -> object:
     return value.data
 
 
-def _messages(error: ValidationError, given: Mapping[str, _Given]) -> Iterable[str]:
+def _add_mistakes(
+    error: ValidationError, given: Mapping[str, _Given], report: Report, others: list[str]
+) -> None:
+    """Add what pydantic found: to the report if it is in the file, else to the others."""
     settings = described(Configuration)
     for each in error.errors():
         text = each["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        text = text.removesuffix(f" for {Path}")
         if not each["loc"]:  # settings that exclude or require each other
-            yield text
+            others.append(text)
             continue
-        name = str(each["loc"][0])
-        source = given[name].source
-        place = source if source.startswith(("-", "$")) else f"{source}: {name}"
+        name, *index = each["loc"]
+        setting = given[str(name)]
+        where, written = str(name), setting.written
+        if written is not None and isinstance(written.data, list) and index:
+            where, written = f"{name}[{index[0]}]", written.data[int(index[0])]
+            index = []
+        shown = repr(each["input"])[:100] if written is None or index else written.shown()
         # The message goes into logs: it must not show a password.
-        value = "" if settings[name].has_secret else f"; found {_shown(each['input'])}"
-        yield f"{place}: {text}{value}"
-
-
-def _shown(value: object) -> str:
-    return value.shown() if isinstance(value, Value) else repr(value)[:100]
+        found = "" if settings[str(name)].has_secret else f"; found {shown}"
+        if written is None:
+            others.append(f"{setting.source}: {text}{found}")
+        else:
+            report.add(written.line, where, f"{text}{found}")
