@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,33 @@ def test_a_round_that_fails_as_nobody_thought_of_is_logged_and_the_next_one_come
     [told] = [entry for entry in logs if entry["log_level"] == "error"]
     assert told["event"] == "retention failed"
     assert str(told["exc_info"]) == "nobody thought of this"
+
+
+@pytest.mark.parametrize("days", [1e6, 1e300])
+def test_a_time_to_keep_that_is_longer_than_the_store_can_count_keeps_everything(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, days: float
+) -> None:
+    age_s = days * 86_400
+    parts.settings = replace(parts.settings, keep=Keep(jobs_s=age_s, logs_s=age_s, audit_s=age_s))
+    trim_audit = parts.store.trim_audit
+
+    async def main() -> None:
+        is_trimmed = asyncio.Event()
+
+        async def trim(before_ns: int | None) -> None:
+            await trim_audit(before_ns)
+            is_trimmed.set()
+
+        monkeypatch.setattr(parts.store, "trim_audit", trim)
+        removal = parts.retention()
+        await removal.open()
+        async with asyncio.timeout(30):
+            await is_trimmed.wait()
+        await removal.close()
+
+    with capture_logs() as logs:
+        asyncio.run(main())
+    assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == []
 
 
 def test_a_removal_that_goes_on_when_it_is_over_stops_at_the_next_project(

@@ -143,7 +143,9 @@ class Retention:
 
 
 def _ago(seconds: float) -> int:
-    return now_ns() - int(seconds * 1e9)
+    """The time so many seconds ago; at the earliest the epoch, as the store's times have 64 bits."""
+    now = now_ns()
+    return now - int(min(seconds * 1e9, now))
 
 
 def _remove_all(folders: JobFolders, job_ids: list[str]) -> None:
