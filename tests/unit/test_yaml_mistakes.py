@@ -1,4 +1,4 @@
-"""Mistakes of every kind at every level of a `cortex.yaml` and of an operator's configuration file."""
+"""Every kind of mistake at every level of a `cortex.yaml` and of an operator's configuration."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """An API spec: the content of one `cortex.yaml` entry, and a deployed version of it.
 
 A field has one declaration here: its type, default and meaning, and in `Written` its check and its
-name in the file. `spec.cortex_yaml` reads the YAML with those checks. The models themselves check types
-alone, so that a spec which an older version stored is readable under newer rules.
+name in the file. `spec.cortex_yaml` reads the YAML with those checks. The models check only types:
+specs of older versions, in the store, stay readable when a check becomes stricter.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reads a `cortex.yaml`: its APIs, or every mistake in it, each with its line. Pure, no I/O.
 
-The client reads the file before an upload, and the operator again afterwards. `spec.api` declares the
-fields, each with its check (`yaml_fields`).
+The client reads the file before an upload, and the operator again afterwards. `spec.api` declares
+the fields, each with its check (`yaml_fields`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cortex.spec.api import MASK, Api
 from cortex.spec.yaml_fields import Check, Written
 from cortex.spec.yaml_lines import (
     Mistake,
-    Odd,
+    NotJson,
     Report,
     Value,
     did_you_mean,
@@ -62,16 +62,16 @@ def submitted_entries(text: str) -> list[dict[str, JsonValue]]:
 def field_lines(text: str) -> FieldLines:
     """The line of every field of a `cortex.yaml`, by paths such as `(0, "definition", "path")`."""
     root, _ = read_nodes(text)
-    found: FieldLines = {}
-    waiting: list[tuple[tuple[int | str, ...], Value]] = [] if root is None else [((), root)]
-    while waiting:
-        path, value = waiting.pop()
-        found[path] = value.line
+    lines: FieldLines = {}
+    pending: list[tuple[tuple[int | str, ...], Value]] = [] if root is None else [((), root)]
+    while pending:
+        path, value = pending.pop()
+        lines[path] = value.line
         if isinstance(value.data, dict):
-            waiting += [((*path, key), below) for key, below in value.data.items()]
+            pending += [((*path, key), below) for key, below in value.data.items()]
         elif isinstance(value.data, list):
-            waiting += [((*path, index), below) for index, below in enumerate(value.data)]
-    return found
+            pending += [((*path, index), below) for index, below in enumerate(value.data)]
+    return lines
 
 
 def invalid_spec(file: str, mistakes: Iterable[Mistake], others: Iterable[str] = ()) -> InvalidSpec:
@@ -87,11 +87,13 @@ def _entries(root: Value | None, report: Report) -> list[dict[str, object]]:
     if not isinstance(root.data, list):
         report.wrong(root, "", expected)
         return []
-    seen: dict[tuple[str, str], int] = {}
-    return [_entry(value, seen, report) for value in root.data]
+    first_lines: dict[tuple[str, str], int] = {}
+    return [_entry(value, first_lines, report) for value in root.data]
 
 
-def _entry(value: Value, seen: dict[tuple[str, str], int], report: Report) -> dict[str, object]:
+def _entry(
+    value: Value, first_lines: dict[tuple[str, str], int], report: Report
+) -> dict[str, object]:
     entry = _API(value, "", report)
     if not isinstance(entry, dict):
         return {}
@@ -99,9 +101,9 @@ def _entry(value: Value, seen: dict[tuple[str, str], int], report: Report) -> di
     networking = {"endpoint": name, **(entry.get("networking") or {})}
     if isinstance(definition := entry.get("definition"), dict):
         _check_runner(value, definition, report)
-    is_new = _is_unique(value, "name", name, seen, report)
+    is_new = _is_unique(value, "name", name, first_lines, report)
     if is_new or networking["endpoint"] != name:
-        _is_unique(value, "networking.endpoint", networking["endpoint"], seen, report)
+        _is_unique(value, "networking.endpoint", networking["endpoint"], first_lines, report)
     return {**entry, "networking": networking}
 
 
@@ -131,15 +133,15 @@ def _check_runner(value: Value, definition: Mapping[str, object], report: Report
 
 
 def _is_unique(
-    value: Value, where: str, found: object, seen: dict[tuple[str, str], int], report: Report
+    value: Value, where: str, found: object, first_lines: dict[tuple[str, str], int], report: Report
 ) -> bool:
     if not isinstance(found, str):
         return True
     line = _line_of(value, where)
-    if (where, found) not in seen:
-        seen[where, found] = line
+    if (where, found) not in first_lines:
+        first_lines[where, found] = line
         return True
-    first = seen[where, found]
+    first = first_lines[where, found]
     report.add(line, where, f"{quoted(found)} is already used by the API on line {first}")
     return False
 
@@ -157,7 +159,7 @@ def _as_written(value: Value) -> JsonValue:
         return {key: _as_written(below) for key, below in value.data.items()}
     if isinstance(value.data, list):
         return [_as_written(each) for each in value.data]
-    assert not isinstance(value.data, Odd), "the text has mistakes"
+    assert not isinstance(value.data, NotJson), "the text has mistakes"
     return value.data
 
 

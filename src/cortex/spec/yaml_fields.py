@@ -1,7 +1,7 @@
 """The checks of single fields of a `cortex.yaml`, with the messages for wrong values.
 
-The fields of `spec.api` name their checks, and `spec.cortex_yaml` runs them. `projects.dotenv` checks
-names of variables by the same rule.
+The fields of `spec.api` name their checks, and `spec.cortex_yaml` runs them. `projects.dotenv`
+checks names of variables by the same rule.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import JsonValue
 
 from cortex.spec.quantities import near_size, read_bytes, read_cpu_m
 from cortex.spec.yaml_lines import (
-    Odd,
+    NotJson,
     Report,
     Value,
     did_you_mean,
@@ -245,7 +245,7 @@ def _json(value: Value, where: str, report: Report) -> JsonValue:
         return {key: _json(v, join(where, shortened(key)), report) for key, v in data.items()}
     if isinstance(data, list):
         return [_json(v, f"{where}[{index}]", report) for index, v in enumerate(data)]
-    if isinstance(data, Odd) or (isinstance(data, float) and not math.isfinite(data)):
+    if isinstance(data, NotJson) or (isinstance(data, float) and not math.isfinite(data)):
         report.wrong(value, where, "a JSON value; put it in quotes to make it a string")
         return None
     return data

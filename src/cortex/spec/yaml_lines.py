@@ -1,4 +1,6 @@
-"""YAML text as plain values with their lines: the part of `spec.cortex_yaml` that knows YAML.
+"""YAML text as plain values with their lines, and reports of the mistakes in it.
+
+Called by `spec.cortex_yaml` and, for an operator's configuration file, by `operator.config.sources`.
 
 The text is only composed into nodes, never constructed into objects. Therefore no tag runs any
 code, every value has a line, and duplicate keys, dates and tags become mistakes like any other.
@@ -29,11 +31,11 @@ _MAX_SHOWN = 60
 
 _TAG = "tag:yaml.org,2002:"
 _TRUE = {"true", "yes", "on", "y"}
-_ODD_TAGS = {"timestamp": "a date", "binary": "binary data", "set": "a set", "omap": "an omap"}
+_NOT_JSON_TAGS = {"timestamp": "a date", "binary": "binary data", "set": "a set", "omap": "an omap"}
 
 
 @dataclass(frozen=True)
-class Odd:
+class NotJson:
     """A value of YAML that JSON does not have: its description, and its text in the file."""
 
     what: str
@@ -44,12 +46,12 @@ class Odd:
 class Value:
     """A value and its line; in an object the line of its key."""
 
-    data: bool | int | float | str | Odd | list[Value] | dict[str, Value] | None
+    data: bool | int | float | str | NotJson | list[Value] | dict[str, Value] | None
     line: int
 
     def shown(self) -> str:
         """The value for a message."""
-        if isinstance(self.data, Odd):
+        if isinstance(self.data, NotJson):
             text = self.data.text
             return f"{self.data.what} ({shortened(text)})" if text else self.data.what
         if isinstance(self.data, str):
@@ -60,7 +62,7 @@ class Value:
 
     def kind(self) -> str:
         """The kind of the value, without its content, which may be a secret."""
-        if isinstance(self.data, Odd):
+        if isinstance(self.data, NotJson):
             return self.data.what
         if isinstance(self.data, list):
             return "a list" if self.data else "an empty list"
@@ -196,15 +198,15 @@ class _TooLarge(Exception):
 
 
 class _Builder:
-    """Turns nodes into values, and stops if aliases expand to too many."""
+    """Turns nodes into values; raises `_TooLarge` if aliases expand beyond `MAX_EXPANDED`."""
 
     def __init__(self) -> None:
         self.mistakes: list[Mistake] = []
-        self._left = MAX_EXPANDED
+        self._budget = MAX_EXPANDED
 
     def value(self, node: Node, line: int, where: str, depth: int) -> Value:
-        self._left -= _VALUE_COST + (len(node.value) if isinstance(node, ScalarNode) else 0)
-        if self._left < 0:
+        self._budget -= _VALUE_COST + (len(node.value) if isinstance(node, ScalarNode) else 0)
+        if self._budget < 0:
             raise _TooLarge(Mistake(line, "too large once its aliases are expanded"))
         if depth > MAX_DEPTH:
             raise _TooLarge(Mistake(line, _TOO_DEEP))
@@ -223,7 +225,7 @@ class _Builder:
             )
         if isinstance(node, MappingNode) and tag == "map":
             return Value(self._mapping(node, where, depth), line)
-        return Value(_odd(tag, ""), line)
+        return Value(_not_json(tag, ""), line)
 
     def _mapping(self, node: MappingNode, where: str, depth: int) -> dict[str, Value]:
         found: dict[str, Value] = {}
@@ -264,17 +266,17 @@ class _Builder:
 def _scalar(tag: str, text: str) -> _Scalar:
     convert = _SCALARS.get(tag)
     try:
-        return convert(text) if convert else _odd(tag, text)
+        return convert(text) if convert else _not_json(tag, text)
     except ValueError:
-        return Odd("an invalid number", text)
+        return NotJson("an invalid number", text)
 
 
-def _unicode(text: str) -> str | Odd:
+def _unicode(text: str) -> str | NotJson:
     try:
         # A pair of escaped surrogates, as in JSON, is one character.
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
     except UnicodeDecodeError:
-        return Odd("text with half a character (a lone surrogate)")
+        return NotJson("text with half a character (a lone surrogate)")
 
 
 def _integer(text: str) -> int:
@@ -293,10 +295,10 @@ def _float(text: str) -> float:
     return math.nan if text == ".nan" else float(text)
 
 
-def _odd(tag: str, text: str) -> Odd:
-    if tag not in _ODD_TAGS:
-        return Odd("a tag", tag)
-    return Odd(_ODD_TAGS[tag], "" if tag == "binary" else text)
+def _not_json(tag: str, text: str) -> NotJson:
+    if tag not in _NOT_JSON_TAGS:
+        return NotJson("a tag", tag)
+    return NotJson(_NOT_JSON_TAGS[tag], "" if tag == "binary" else text)
 
 
 def _syntax(error: YAMLError, text: str) -> Mistake:
@@ -326,7 +328,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-_Scalar = bool | int | float | str | Odd | None
+_Scalar = bool | int | float | str | NotJson | None
 _SCALARS: dict[str, Callable[[str], _Scalar]] = {
     "null": lambda _: None,
     "str": _unicode,

@@ -65,19 +65,19 @@ def described(configuration: type[BaseModel]) -> Mapping[str, Setting]:
     }
 
 
-def _is_store(text: str) -> str:
+def _check_store(text: str) -> str:
     store_url.read(text)
     return text
 
 
-def _is_http(text: str) -> str:
+def _check_url(text: str) -> str:
     url = urlsplit(text)
     if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
         raise ValueError("not an operator's URL; write http://HOST:PORT")
     return text.rstrip("/")
 
 
-def _is_size(text: str) -> str:
+def _check_size(text: str) -> str:
     _bytes(text)
     return text
 
@@ -89,7 +89,7 @@ def _bytes(text: str) -> int:
     return size
 
 
-def _is_address(text: str) -> str:
+def _check_address(text: str) -> str:
     address = _running_cluster() if text == "auto" else text
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdigit():
@@ -113,7 +113,7 @@ def _running_cluster() -> str:
         ) from error
 
 
-def _is_variable(text: str) -> str:
+def _check_variable(text: str) -> str:
     if not ENV_NAME.fullmatch(text):
         raise ValueError(
             "not the name of a variable; use letters, digits and _, the first not a digit"
@@ -131,8 +131,8 @@ def _number_as_text(value: object) -> object:
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Days = Annotated[float, Field(ge=0)]
-Size = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_is_size)]
-VariableName = Annotated[str, AfterValidator(_is_variable)]
+Size = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_check_size)]
+VariableName = Annotated[str, AfterValidator(_check_variable)]
 HostName = Annotated[str, AfterValidator(check_host)]
 Several = BeforeValidator(_split_at_commas)
 """An environment variable has several values as one text with commas."""
@@ -164,7 +164,7 @@ class Configuration(BaseModel):
         ),
     ] = Field(default_factory=default_data_dir)
     store: Annotated[
-        Annotated[str, AfterValidator(_is_store)] | None,
+        Annotated[str, AfterValidator(_check_store)] | None,
         Setting(
             "PostgreSQL database, as postgresql://USER@HOST/DATABASE.",
             metavar="URL",
@@ -175,7 +175,7 @@ class Configuration(BaseModel):
         ),
     ] = None
     advertise: Annotated[
-        Annotated[str, AfterValidator(_is_http)] | None,
+        Annotated[str, AfterValidator(_check_url)] | None,
         Setting(
             "URL at which other operators on the store reach this one.",
             metavar="URL",
@@ -250,7 +250,7 @@ class Configuration(BaseModel):
         ),
     ] = "local"
     ray_address: Annotated[
-        Annotated[str, AfterValidator(_is_address)] | None,
+        Annotated[str, AfterValidator(_check_address)] | None,
         Setting(
             "The Ray cluster, with a node on this machine; auto finds it.",
             metavar="HOST:PORT",

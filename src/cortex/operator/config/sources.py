@@ -25,7 +25,7 @@ from cortex.operator.config.schema import (
     variable,
 )
 from cortex.spec.yaml_lines import (
-    Odd,
+    NotJson,
     Report,
     Value,
     did_you_mean,
@@ -164,7 +164,7 @@ def _from_file(
 def _plain(value: Value) -> object:
     if isinstance(value.data, list):
         return [_plain(each) for each in value.data]
-    if isinstance(value.data, dict | Odd):
+    if isinstance(value.data, dict | NotJson):
         return value  # pydantic refuses it: no setting has such a value
     return value.data
 
@@ -172,7 +172,7 @@ def _plain(value: Value) -> object:
 def _add_mistakes(
     error: ValidationError, given: Mapping[str, _Given], report: Report, others: list[str]
 ) -> None:
-    """Add what pydantic found: to the report if it is in the file, else to the others."""
+    """Add pydantic's errors: those in the file to the report, all others to the list."""
     settings = described(Configuration)
     for each in error.errors():
         text = each["msg"].removeprefix("Value error, ").removeprefix("Input ")
@@ -183,6 +183,7 @@ def _add_mistakes(
         name, *index = each["loc"]
         setting = given[str(name)]
         where, written = str(name), setting.written
+        # An element of a list has a line of its own; words between commas do not.
         if written is not None and isinstance(written.data, list) and index:
             where, written = f"{name}[{index[0]}]", written.data[int(index[0])]
             index = []
