@@ -24,9 +24,9 @@ from cortex.spec.api import ApiSpec, Limits, Networking
 from cortex.spec.audit import UNKNOWN
 from cortex.spec.job import JobRecord
 from cortex.store import Store
+from store.test_jobs import draft, spec
 from unit.scripted_engine import ScriptedEngine, World
 from unit.test_machine import Environments
-from unit.test_store import draft, spec
 
 LIMIT = 10**6
 T = TypeVar("T")

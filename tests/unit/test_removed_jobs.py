@@ -24,7 +24,7 @@ from cortex.spec.job import JobRecord
 from cortex.spec.lifecycle import State
 from cortex.spec.times import now_ns
 from cortex.store import Outcome, Store
-from unit.test_store import draft, path_to, spec
+from store.test_jobs import draft, path_to, spec
 
 
 async def remove(store: Store, job_id: str) -> None:

@@ -18,8 +18,8 @@ from cortex.spec.job import JobRecord
 from cortex.spec.lifecycle import Event
 from cortex.store import Store
 from cortex.worker import processes
-from unit.recorded_leader import eventually, sessions
-from unit.test_store import EVENTS, draft, spec
+from store.recorded_leader import eventually, sessions
+from store.test_jobs import EVENTS, draft, spec
 
 
 async def started(settings: Settings, store: Store, files: ObjectStore | None) -> str:

@@ -20,8 +20,8 @@ from cortex.spec.job import JobRecord, JobSpec, encode
 from cortex.spec.lifecycle import Event
 from cortex.store import InitialClaim, Store, events
 from cortex.store.schema import jobs, long_texts
-from unit.recorded_leader import eventually, joined_election
-from unit.test_store import EVENTS, draft, end, spec, with_store
+from store.recorded_leader import eventually, joined_election
+from store.test_jobs import EVENTS, draft, end, spec, with_store
 
 LONG = encode({"text": "ä" * 5000})
 

@@ -15,7 +15,7 @@ from cortex.errors import StorageUnavailable
 from cortex.operator.ha.forwarding import LeaderProxy
 from cortex.store import Store
 from postgresql_server import PostgreSQLServer
-from unit.recorded_leader import RecordedLeader, eventually
+from store.recorded_leader import RecordedLeader, eventually
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok"
 INFO = {"type": "http", "method": "GET", "path": "/-/info", "query_string": b"", "headers": []}

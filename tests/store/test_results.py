@@ -15,8 +15,8 @@ from cortex.store.events import End
 from cortex.store.schema import jobs
 from cortex.worker.checks import Invalid
 from cortex.worker.messages import ExitRecord
+from store.test_jobs import PATHS, draft, url, with_store
 from unit.test_checks import END, check_strict, mutated
-from unit.test_store import PATHS, draft, url, with_store
 
 __all__ = ["url"]
 NUMBER = 60

@@ -13,7 +13,7 @@ from cortex.joblog.folders import JobFolders
 from cortex.operator.dispatch import starter
 from cortex.operator.dispatch.live_jobs import LiveJobs
 from cortex.system.background import Background
-from unit.test_store import draft
+from store.test_jobs import draft
 
 
 @pytest.mark.parametrize("laid_out", [[], ["log", "job.json"]])

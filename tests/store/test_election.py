@@ -26,8 +26,8 @@ from cortex.spec.tokens import Scope
 from cortex.store import InitialClaim, Outcome, Store
 from cortex.store.lock_keys import LEADER_LOCK
 from postgresql_server import PASSWORD, USER, PostgreSQLServer, server
-from unit.recorded_leader import ADDRESS, RecordedLeader, eventually, joined_election, sessions
-from unit.test_store import EVENTS, draft, end, spec, with_store
+from store.recorded_leader import ADDRESS, RecordedLeader, eventually, joined_election, sessions
+from store.test_jobs import EVENTS, draft, end, spec, with_store
 
 LOCKS = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted AND database = %s"
 

@@ -23,7 +23,7 @@ from cortex.spec.times import new_id, now_ns, rfc3339
 from cortex.store import Replay, Store, events, lock_keys
 from cortex.store.database import connect, migrate
 from cortex.store.schema import REVISION, metadata
-from unit.recorded_leader import RecordedLeader, eventually, joined_election
+from store.recorded_leader import RecordedLeader, eventually, joined_election
 
 EVENTS: dict[Event, events.JobEvent] = {
     Event.CLAIM: events.Claim(0, "h"),
