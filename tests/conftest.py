@@ -97,7 +97,7 @@ def empty_database(postgresql: PostgreSQLServer, reused_database: str) -> str:
     """The URL of a database whose tables are empty: quicker than one that is made for the test."""
     with postgresql.connected(reused_database) as connection:
         connection.execute(
-            "TRUNCATE jobs, long_texts, apis, versions, tokens, operators RESTART IDENTITY"
+            "TRUNCATE jobs, long_texts, apis, versions, tokens, audit, operators RESTART IDENTITY"
         )
     return postgresql.url(reused_database)
 

@@ -15,9 +15,7 @@ import httpx
 import pytest
 
 from cortex.operator.http.refusals import MAX_KINDS, Refusals
-from cortex.spec.audit import Action, Actor, AuditEntry
-from cortex.store import Store
-from cortex.store import audit as audit_of_store
+from cortex.spec.audit import Actor
 from operator_harness import PROBE, Operator, operator, probe_yaml, until
 from operator_with_tokens import cortex, operator_with_tokens, token
 
@@ -163,24 +161,6 @@ def test_the_audit_goes_after_its_time(tmp_path: Path) -> None:
     with operator(tmp_path, "--keep-audit", second) as running:
         running.deployed(probe_yaml(), {"probe.py": PROBE})
         until(lambda: audit(running) == [], "the audit was trimmed")
-
-
-def test_refusals_do_not_grow_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit_of_store, "MAX_REFUSALS", 3)
-    store = Store(f"sqlite:///{tmp_path / 'db'}")
-    kinds = [Action.STOP, *[Action.REFUSE] * 5]
-    entries = [AuditEntry(action, Actor(), n) for n, action in enumerate(kinds)]
-
-    async def work() -> list[int]:
-        await store.add_to_audit(entries)
-        assert await store.trim_audit(None) == 2
-        assert await store.trim_audit(None) == 0
-        return [entry.time_ns for entry in (await store.audit(10)).entries]
-
-    try:
-        assert asyncio.run(work()) == [5, 4, 3, 0]
-    finally:
-        store.close()
 
 
 @pytest.mark.parametrize("how", ["a followed log", "a long poll"])

@@ -53,10 +53,9 @@ def sessions(database: str) -> int:
 async def joined_election(
     store: Store, driver: RecordedLeader | None = None, *, lease_s: float = 30
 ) -> RecordedLeader:
-    """Stand for driving, where the store can be shared; `store.operators.leave` ends it. Where the session
-    of one that drove before ends late, it does not drive yet."""
+    """Take part in the election, until `store.operators.leave`. While the session of an earlier
+    leader has not ended, the result is not the leader yet."""
     driver = driver or RecordedLeader()
-    if store.is_shared:
-        store.operators.join("here", "this machine", ADDRESS)
-        await store.operators.join_election(driver, lease_s)
+    store.operators.join("here", "this machine", ADDRESS)
+    await store.operators.join_election(driver, lease_s)
     return driver

@@ -1,4 +1,4 @@
-"""Which data folder may drive which database with which store of files."""
+"""Which data folder may use which database and which object store; on PostgreSQL, beside an SQLite file."""
 
 from __future__ import annotations
 
@@ -19,49 +19,51 @@ from cortex.spec.lifecycle import Event
 from cortex.store import Store
 from cortex.worker import processes
 from store.recorded_leader import eventually, sessions
-from store.test_jobs import EVENTS, draft, spec
+from store.store_harness import EVENTS, draft, spec
 
 
-async def started(settings: Settings, store: Store, files: ObjectStore | None) -> str:
-    place = await join_group(settings, store, files)
-    await give_up_lost_jobs(settings, store)
-    return place
-
-
-class Home:
-    """A database, a store of files, and as many data folders as there are names."""
+class Installation:
+    """A database, an object store, and a data folder for each name."""
 
     def __init__(self, folder: Path, database: str) -> None:
         self.folder = folder
         self.database = database
-        self.has_files = True
+        self.has_object_store = True
         (folder / "files").mkdir()
 
     def start(self, name: str, **more: object) -> str:
+        """Start and stop an operator on the data folder of this name; the folder's id."""
         settings = Settings(self.folder / name, **more)  # type: ignore[arg-type]  # its own fields
         settings.data_dir.mkdir(exist_ok=True)
         store = Store(self.database)
         try:
-            files = ObjectStore(f"file://{self.folder}/files") if self.has_files else None
-            return asyncio.run(started(settings, store, files))
+            files = ObjectStore(f"file://{self.folder}/files") if self.has_object_store else None
+            return asyncio.run(join(settings, store, files))
         finally:
             store.close()
 
-    def is_left(self) -> None:
-        """Wait until the database knows that no operator is there: a start waits three seconds for that."""
+    def await_end_of_sessions(self) -> None:
+        """Wait until the server has ended the sessions: a start waits for that only three seconds."""
         asyncio.run(eventually(lambda: not sessions(self.database)))
 
 
 @pytest.fixture
-def home(tmp_path: Path, empty_database: str) -> Home:
-    return Home(tmp_path, empty_database)
+def installation(tmp_path: Path, empty_database: str) -> Installation:
+    return Installation(tmp_path, empty_database)
+
+
+async def join(settings: Settings, store: Store, files: ObjectStore | None) -> str:
+    """Join the group as an operator does at its start; the id of its data folder."""
+    data_folder_id = await join_group(settings, store, files)
+    await give_up_lost_jobs(settings, store)
+    return data_folder_id
 
 
 @contextmanager
-def operator_on(database: str, place: str) -> Iterator[None]:
-    """An operator that is there."""
+def connected_operator(database: str, data_folder_id: str) -> Iterator[None]:
+    """Another operator, which stays connected."""
     store = Store(database)
-    store.operators.join(place, processes.boot_id(), "http://operator.invalid")
+    store.operators.join(data_folder_id, processes.boot_id(), "http://operator.invalid")
     try:
         yield
     finally:
@@ -71,84 +73,97 @@ def operator_on(database: str, place: str) -> Iterator[None]:
 RAY = Ray("127.0.0.1:1")
 
 
-def test_a_new_folder_takes_over_what_is_all_elsewhere(home: Home) -> None:
-    first = home.start("one", ray=RAY)
-    assert home.start("one", ray=RAY) == first
-    assert home.start("two", ray=RAY) == first
-    assert home.start("one", ray=RAY) == first
+def test_on_ray_a_new_folder_joins_the_database_and_the_object_store(
+    installation: Installation,
+) -> None:
+    first = installation.start("one", ray=RAY)
+    assert installation.start("one", ray=RAY) == first
+    assert installation.start("two", ray=RAY) == first
+    assert installation.start("one", ray=RAY) == first
 
 
-def test_folders_that_come_at_the_same_time_are_one(home: Home) -> None:
+def test_new_folders_that_join_at_the_same_time_have_one_id(installation: Installation) -> None:
     with ThreadPoolExecutor(4) as pool:
-        ids = set(pool.map(lambda name: home.start(name, ray=RAY), ["one", "two", "three", "four"]))
+        ids = set(
+            pool.map(
+                lambda name: installation.start(name, ray=RAY), ["one", "two", "three", "four"]
+            )
+        )
     assert len(ids) == 1
 
 
-def test_where_jobs_run_on_the_machine_a_new_folder_is_refused(home: Home) -> None:
-    first = home.start("one")
+def test_with_the_local_engine_a_new_folder_is_refused(installation: Installation) -> None:
+    first = installation.start("one")
     with pytest.raises(StartupError, match=f"--lost-folder {first}"):
-        home.start("two")
-    home.is_left()
-    second = home.start("two", lost_folder=first)
+        installation.start("two")
+    installation.await_end_of_sessions()
+    second = installation.start("two", lost_folder=first)
     assert second != first
-    assert home.start("two", lost_folder=first) == second
+    assert installation.start("two", lost_folder=first) == second
     with pytest.raises(StartupError, match=f"--lost-folder {second}"):
-        home.start("one")
+        installation.start("one")
 
 
-def test_files_of_another_database_are_not_taken(home: Home, tmp_path: Path) -> None:
-    first = home.start("one", ray=RAY)
-    home.database = f"sqlite:///{tmp_path / 'other.db'}"
+def test_the_object_store_of_another_database_is_refused(
+    installation: Installation, tmp_path: Path
+) -> None:
+    first = installation.start("one", ray=RAY)
+    installation.database = f"sqlite:///{tmp_path / 'other.db'}"
     for ray in (RAY, None):
         with pytest.raises(StartupError, match=f"another data folder, {first}"):
-            home.start("two", ray=ray)
-    second = home.start("two", lost_folder=first)
+            installation.start("two", ray=ray)
+    second = installation.start("two", lost_folder=first)
     assert second != first
-    assert home.start("two") == second
+    assert installation.start("two") == second
 
 
-def test_what_was_begun_before_a_crash_is_finished(home: Home) -> None:
-    first = home.start("one")
-    marker = home.folder / "two" / "taken-over"
-    home.is_left()
-    second = home.start("two", lost_folder=first)
-    marker.write_text(first)  # as if it had been killed before it was done
-    assert home.start("two") == second
+def test_a_takeover_that_a_crash_interrupted_is_finished(installation: Installation) -> None:
+    first = installation.start("one")
+    marker = installation.folder / "two" / "taken-over"
+    installation.await_end_of_sessions()
+    second = installation.start("two", lost_folder=first)
+    marker.write_text(first)  # as if a crash had come before its removal
+    assert installation.start("two") == second
     assert not marker.exists()
 
 
-def test_a_folder_that_is_not_lost_costs_no_jobs(home: Home, tmp_path: Path) -> None:
-    home.has_files = False
-    theirs, own = home.database, f"sqlite:///{tmp_path / 'own.db'}"
-    first = home.start("one")
-    home.database = own
-    home.start("two")
-    store = Store(own)
+def test_no_job_is_given_up_for_a_folder_that_is_not_lost(
+    installation: Installation, tmp_path: Path
+) -> None:
+    installation.has_object_store = False
+    other_database, own_database = installation.database, f"sqlite:///{tmp_path / 'own.db'}"
+    first = installation.start("one")
+    installation.database = own_database
+    installation.start("two")
+    store = Store(own_database)
 
-    async def job() -> JobRecord:
+    async def claimed_job() -> JobRecord:
         await store.deploy([spec()])
         record, _ = await store.submit(draft())
         return (await store.apply(record.spec.job_id, EVENTS[Event.CLAIM])).job or record
 
-    running = asyncio.run(job())
-    home.database = theirs
-    with operator_on(theirs, first), pytest.raises(StartupError, match=f"{first} is not lost"):
-        home.start("two", lost_folder=first)
-    home.database = own
-    home.start("two")
-    assert asyncio.run(store.job(running.spec.job_id)) == running
+    claimed = asyncio.run(claimed_job())
+    installation.database = other_database
+    with (
+        connected_operator(other_database, first),
+        pytest.raises(StartupError, match=f"{first} is not lost"),
+    ):
+        installation.start("two", lost_folder=first)
+    installation.database = own_database
+    installation.start("two")
+    assert asyncio.run(store.job(claimed.spec.job_id)) == claimed
     store.close()
-    home.database = theirs
-    home.is_left()
-    home.start("two", lost_folder=first)  # now it is
+    installation.database = other_database
+    installation.await_end_of_sessions()
+    installation.start("two", lost_folder=first)  # now the folder is lost
 
 
-def test_an_id_that_cannot_be_read_is_told(home: Home) -> None:
-    home.start("one")
-    (home.folder / "one" / "folder.id").write_bytes(b"\xff")
+def test_an_unreadable_folder_id_is_reported(installation: Installation) -> None:
+    installation.start("one")
+    (installation.folder / "one" / "folder.id").write_bytes(b"\xff")
     with pytest.raises(StartupError, match=r"folder\.id cannot be read"):
-        home.start("one")
-    (home.folder / "three").mkdir()
-    (home.folder / "three" / "folder.id").mkdir()
+        installation.start("one")
+    (installation.folder / "three").mkdir()
+    (installation.folder / "three" / "folder.id").mkdir()
     with pytest.raises(StartupError, match=r"folder\.id cannot be read"):
-        home.start("three")
+        installation.start("three")

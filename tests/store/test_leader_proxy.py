@@ -1,4 +1,4 @@
-"""Requests that only the leader can answer are forwarded to it, also where it was hard to find out who it is."""
+"""PostgreSQL only: a request is forwarded to the leader, even if the leader changed meanwhile."""
 
 from __future__ import annotations
 
@@ -22,27 +22,26 @@ INFO = {"type": "http", "method": "GET", "path": "/-/info", "query_string": b"",
 
 
 class Pair:
-    """Two operators on a database, of which one drives, and the relay of one that does not drive any
-    more: it drove when it looked last."""
+    """Two operators on a database, and the proxy of the first, which was the leader at its last query."""
 
     def __init__(self, first: Store, second: Store, address: str) -> None:
         self.first, self.second, self.address = first, second, address
-        self.relay = LeaderProxy(first)
+        self.proxy = LeaderProxy(first)
 
-    async def change(self) -> None:
-        """Let the second one drive in place of the first."""
+    async def change_leader(self) -> None:
+        """Make the second operator the leader."""
         await self.first.operators.leave()
         self.second.operators.join("here", "this machine", self.address)
         second = RecordedLeader()
         await self.second.operators.join_election(second, 30)
-        await eventually(lambda: second.drives)  # the session of the first may end late
+        await eventually(lambda: second.drives)  # the first operator's session may end late
 
-    async def is_asked(self) -> bool:
-        """Whether the second one is."""
-        return await self.relay.forward(Request(INFO)) is not None
+    async def is_forwarded(self) -> bool:
+        """Whether the proxy forwards a request to the second operator."""
+        return await self.proxy.forward(Request(INFO)) is not None
 
 
-async def answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await reader.readuntil(b"\r\n\r\n")
     writer.write(ANSWER)
     await writer.drain()
@@ -52,63 +51,63 @@ async def answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 @asynccontextmanager
 async def pair(first_url: str, second_url: str) -> AsyncIterator[Pair]:
     first, second = Store(first_url), Store(second_url)
-    server = await asyncio.start_server(answers, "127.0.0.1", 0)
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()
     made = Pair(first, second, f"http://{host}:{port}")
     try:
         first.operators.join("here", "this machine", "http://operator.invalid")
         await first.operators.join_election(RecordedLeader(), 30)
-        assert not await made.is_asked()
+        assert not await made.is_forwarded()
         yield made
     finally:
-        await made.relay.close()
+        await made.proxy.close()
         server.close()
         for store in (first, second):
             await store.operators.leave()
             store.close()
 
 
-def test_a_change_that_could_not_be_looked_at_is_looked_at_later(
+def test_a_new_leader_is_found_after_a_lost_connection(
     postgresql: PostgreSQLServer, database: str
 ) -> None:
     async def work(folder: Path) -> None:
         async with pair(f"{database.partition('?')[0]}?host={folder}", database) as both:
-            await both.change()
-            between.shut()
-            both.relay.leader_changed()
+            await both.change_leader()
+            gate.shut()
+            both.proxy.leader_changed()
             with pytest.raises(StorageUnavailable):
                 await both.first.operators.leader()
             await asyncio.sleep(0.1)
-            between.open()
+            gate.open()
             async with asyncio.timeout(60):
-                while not await both.is_asked():  # noqa: ASYNC110  # nobody tells of it
+                while not await both.is_forwarded():  # noqa: ASYNC110  # the proxy does not notify
                     await asyncio.sleep(0.05)
 
-    with postgresql_proxy(postgresql.folder) as between:
-        asyncio.run(work(between.folder))
+    with postgresql_proxy(postgresql.folder) as gate:
+        asyncio.run(work(gate.folder))
 
 
-def test_a_change_while_another_one_is_looked_at_is_not_missed(
+def test_a_change_of_the_leader_during_a_query_is_not_missed(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def work() -> None:
         async with pair(database, database) as both:
-            leader, changed = both.first.operators.leader, asyncio.Event()
+            query, changed = both.first.operators.leader, asyncio.Event()
 
-            async def slowly() -> str | None:
-                found = await leader()
+            async def query_slowly() -> str | None:
+                found = await query()
                 await changed.wait()
                 return found
 
-            monkeypatch.setattr(both.first.operators, "leader", slowly)
-            both.relay.leader_changed()
-            looking = both.relay._refreshing
+            monkeypatch.setattr(both.first.operators, "leader", query_slowly)
+            both.proxy.leader_changed()
+            refreshing = both.proxy._refreshing
             await asyncio.sleep(0.2)
-            await both.change()
-            both.relay.leader_changed()
+            await both.change_leader()
+            both.proxy.leader_changed()
             changed.set()
-            assert looking is not None
-            await looking
-            assert await both.is_asked()
+            assert refreshing is not None
+            await refreshing
+            assert await both.is_forwarded()
 
     asyncio.run(work())

@@ -1,4 +1,4 @@
-"""Whatever passes the check of what is told of a job is stored by each database, and shown as it was told."""
+"""Exit records that pass the check are stored, and read as they were."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ from sqlalchemy import update
 
 from cortex.spec.lifecycle import Event, State
 from cortex.store import Store
+from cortex.store.database import connect
 from cortex.store.events import End
 from cortex.store.schema import jobs
 from cortex.worker.checks import Invalid
 from cortex.worker.messages import ExitRecord
-from store.test_jobs import PATHS, draft, url, with_store
+from store.store_harness import draft, events_to, with_store
 from unit.test_checks import END, check_strict, mutated
 
-__all__ = ["url"]
 NUMBER = 60
 SUCCEEDED = End(Event.SUCCEED, 1, 2, None, start_ns=1, exit_code=0, result="1")
 
 
-def taken() -> list[ExitRecord]:
+def valid_records() -> list[ExitRecord]:
+    """Mutated exit records that the check accepts."""
     rng = random.Random("stored")
-    found: list[ExitRecord] = []
-    while len(found) < NUMBER:
+    records: list[ExitRecord] = []
+    while len(records) < NUMBER:
         value = mutated(rng, mutated(rng, END))
         try:
-            found.append(ExitRecord.loads(json.dumps(value).encode()))
+            records.append(ExitRecord.loads(json.dumps(value).encode()))
         except Invalid:
             continue
-    return found
+    return records
 
 
-def test_what_passes_is_stored_and_shown(url: str) -> None:  # it is a fixture
+def test_a_valid_exit_record_is_stored_and_read_as_it_was(store_url: str) -> None:
     async def work(store: Store) -> None:
-        for record in taken():
+        for record in valid_records():
             job, _ = await store.submit(draft())
-            for step in PATHS[State.RUNNING]:
+            for step in events_to(State.RUNNING):
                 await store.apply(job.spec.job_id, step)
             ending = End(
                 Event.SUCCEED,
@@ -60,16 +61,14 @@ def test_what_passes_is_stored_and_shown(url: str) -> None:  # it is a fixture
             assert shown.message in (message, record.message)
         assert len((await store.list_jobs("a", limit=NUMBER)).jobs) == NUMBER
 
-    with_store(url, work)
+    with_store(store_url, work)
 
 
 @pytest.mark.parametrize("stored", ["NaN", "[-Infinity]", "{", "[" * 900 + "]" * 900])
-def test_a_result_that_cannot_be_shown_is_left_out(
-    url: str, stored: str
-) -> None:  # it is a fixture
+def test_a_result_that_is_not_valid_json_is_left_out(store_url: str, stored: str) -> None:
     async def work(store: Store) -> None:
         job, _ = await store.submit(draft())
-        for step in PATHS[State.RUNNING]:
+        for step in events_to(State.RUNNING):
             await store.apply(job.spec.job_id, step)
         shown = (await store.apply(job.spec.job_id, replace(SUCCEEDED, result=stored))).job
         assert shown is not None
@@ -77,20 +76,22 @@ def test_a_result_that_cannot_be_shown_is_left_out(
         assert "not kept" in (shown.message or "")
         assert (await store.list_jobs("a", limit=9)).jobs == [shown]
 
-    with_store(url, work)
+    with_store(store_url, work)
 
 
-def test_a_long_one_of_an_earlier_version_is_left_out_too(url: str) -> None:  # it is a fixture
+def test_an_invalid_long_result_of_an_earlier_version_is_left_out(store_url: str) -> None:
     async def work(store: Store) -> None:
         job, _ = await store.submit(draft())
-        for step in [*PATHS[State.RUNNING], SUCCEEDED]:
+        for step in [*events_to(State.RUNNING), SUCCEEDED]:
             await store.apply(job.spec.job_id, step)
-        with store._engine.begin() as connection:
+        engine = connect(store_url)
+        with engine.begin() as connection:
             connection.execute(update(jobs).values(result="[" * 99999))
+        engine.dispose()
         whole = await store.whole_job(job.spec.job_id)
         assert whole is not None
         assert (whole.has_result, whole.result) == (False, None)
         [listed] = (await store.list_jobs("a", limit=9)).jobs
         assert listed.result is None
 
-    with_store(url, work)
+    with_store(store_url, work)

@@ -1,4 +1,4 @@
-"""What a submit leaves that was claimed early, and refused."""
+"""What a claim leaves that was made before its submit was stored, when the submit is refused."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from cortex.joblog.folders import JobFolders
 from cortex.operator.dispatch import starter
 from cortex.operator.dispatch.live_jobs import LiveJobs
 from cortex.system.background import Background
-from store.test_jobs import draft
+from store.store_harness import draft
 
 
-@pytest.mark.parametrize("laid_out", [[], ["log", "job.json"]])
-def test_the_folder_of_a_job_that_there_never_was_goes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, laid_out: list[str]
+@pytest.mark.parametrize("files", [[], ["log", "job.json"]])
+def test_the_folder_of_a_refused_job_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str]
 ) -> None:
     job = draft()
-    none: Any = None
+    unused: Any = None
     engine = LocalEngine(tmp_path)
 
     async def refuse() -> None:
         background = Background("failed")
         starts = starter.Starter(
-            LiveJobs(none, none), engine, none, none, JobFolders(tmp_path), background
+            LiveJobs(unused, unused), engine, unused, unused, JobFolders(tmp_path), background
         )
         engine.claim(job.job_id, 1)
-        for name in laid_out:
+        for name in files:
             (tmp_path / job.job_id / name).touch()
         starts.cancel_claim(job, is_refused=True)
         await background.finish()

@@ -24,7 +24,7 @@ from cortex.spec.api import ApiSpec, Limits, Networking
 from cortex.spec.audit import UNKNOWN
 from cortex.spec.job import JobRecord
 from cortex.store import Store
-from store.test_jobs import draft, spec
+from store.store_harness import draft, spec
 from unit.scripted_engine import ScriptedEngine, World
 from unit.test_machine import Environments
 

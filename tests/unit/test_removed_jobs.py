@@ -1,4 +1,4 @@
-"""Jobs that are removed while somebody asks for them."""
+"""Requests for a job that retention removes meanwhile."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from cortex.spec.job import JobRecord
 from cortex.spec.lifecycle import State
 from cortex.spec.times import now_ns
 from cortex.store import Outcome, Store
-from store.test_jobs import draft, path_to, spec
+from store.store_harness import draft, events_to, spec
 
 
 async def remove(store: Store, job_id: str) -> None:
-    """Let a job end, and retention remove it."""
-    for event in path_to(State.SUCCEEDED):
+    """Let a job end and remove it, as retention does."""
+    for event in events_to(State.SUCCEEDED):
         await store.apply(job_id, event)
     await store.remove_jobs([job_id])
 
 
-class Removed(Jobs):
-    """A job is removed right before what is asked of it is done."""
+class RemovingJobs(Jobs):
+    """Removes a job right before it stops the job or waits for it."""
 
     async def stop(self, job_id: str, actor: Actor) -> Outcome:
         await remove(self._store, job_id)
@@ -46,8 +46,8 @@ class Removed(Jobs):
         return await super().next_record(job_id, within_s)
 
 
-class RemovedVersions(Versions):
-    """A version is removed, with its jobs, right before it is asked for."""
+class RemovingVersions(Versions):
+    """Removes a version, with its jobs, right before it reads the version."""
 
     async def spec(self, api_id: str) -> ApiSpec:
         for job in (await self._store.list_jobs("a", limit=10)).jobs:
@@ -58,32 +58,32 @@ class RemovedVersions(Versions):
 
 
 @pytest.mark.parametrize(
-    ("method", "at"),
+    ("method", "path"),
     [("GET", "/-/apis/a/jobs/{}?wait=30"), ("DELETE", "/-/apis/a/jobs/{}"), ("GET", "/a/{}")],
 )
-def test_a_job_that_is_removed_while_it_is_asked_for_is_not_found(
-    tmp_path: Path, method: str, at: str
+def test_a_request_for_a_job_that_is_removed_meanwhile_is_answered_not_found(
+    tmp_path: Path, method: str, path: str
 ) -> None:
-    async def ask() -> httpx.Response:
+    async def request() -> httpx.Response:
         store = Store(f"sqlite:///{tmp_path / 'operator.db'}")
-        versions = RemovedVersions(store, Projects(tmp_path, tmp_path), None)
-        jobs = Removed(store, lambda: None, lambda: None)
-        none: Any = None
+        versions = RemovingVersions(store, Projects(tmp_path, tmp_path), None)
+        jobs = RemovingJobs(store, lambda: None, lambda: None)
+        unused: Any = None
         catalogue = Catalogue(store, others_deploy=False)
         ctx = Context(
-            Settings(tmp_path), store, jobs, catalogue, versions, Renderer(store, jobs), none,
+            Settings(tmp_path), store, jobs, catalogue, versions, Renderer(store, jobs), unused,
             LeaderProxy(store),
         )  # fmt: skip
         try:
             await store.deploy([spec()])
             await catalogue.refresh()
             job, _ = await store.submit(draft())
-            app = httpx.ASGITransport(cast(Any, create_app(ctx, none, none)))
+            app = httpx.ASGITransport(cast(Any, create_app(ctx, unused, unused)))
             async with httpx.AsyncClient(transport=app, base_url="http://localhost") as http:
-                return await http.request(method, at.format(job.spec.job_id), timeout=60)
+                return await http.request(method, path.format(job.spec.job_id), timeout=60)
         finally:
             store.close()
 
-    answer = asyncio.run(ask())
+    answer = asyncio.run(request())
     assert (answer.status_code, answer.json()["kind"]) == (404, "not_found")
     assert "--keep-jobs" in answer.json()["message"]
