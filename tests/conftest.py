@@ -14,6 +14,7 @@ import s3_server
 from client_variants import AwaitedClient, Connect, client_in_a_task
 from cortex.sdk import Client
 from cortex.store import Store
+from cortex.store.schema import metadata
 from operator_harness import PROBE, Operator, operator, probe_yaml
 from operator_proxy import OperatorProxy
 from postgresql_server import PostgreSQLServer, server
@@ -94,11 +95,18 @@ def reused_database(postgresql: PostgreSQLServer, migrated_database: str) -> str
 
 @pytest.fixture
 def empty_database(postgresql: PostgreSQLServer, reused_database: str) -> str:
-    """The URL of a database whose tables are empty: quicker than one that is made for the test."""
-    with postgresql.connected(reused_database) as connection:
-        connection.execute(
-            "TRUNCATE jobs, long_texts, apis, versions, tokens, audit, operators RESTART IDENTITY"
-        )
+    """The URL of a database whose tables are empty.
+
+    Emptying one takes about 50 ms, making and dropping one more than a second. TRUNCATE takes five
+    times as long as DELETE, since it makes new files and syncs them.
+    """
+    tables = [table.name for table in reversed(metadata.sorted_tables)]
+    with postgresql.connected(reused_database) as connection, connection.transaction():
+        # The lock waits for transactions of an earlier test, whose sessions may end late.
+        connection.execute(f"LOCK TABLE {', '.join(tables)}")
+        for table in tables:
+            connection.execute(f"DELETE FROM {table}")
+        connection.execute("SELECT setval(sequencename::regclass, 1, false) FROM pg_sequences")
     return postgresql.url(reused_database)
 
 

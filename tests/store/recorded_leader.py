@@ -1,4 +1,4 @@
-"""Who drives, for tests of the store: it remembers what it was told."""
+"""The callbacks of a leader, recorded; and waits for the outcome of an election."""
 
 from __future__ import annotations
 
@@ -13,49 +13,50 @@ ADDRESS = "http://operator.invalid"
 
 
 class RecordedLeader:
-    """A `store.LeaderCallbacks`."""
+    """A `store.LeaderCallbacks` that records its calls."""
 
     def __init__(self) -> None:
-        self.drives = False
+        self.is_leader = False
         self.terms = 0
-        self.refuses: Exception | None = None
+        self.lead_error: Exception | None = None
+        """Raised by `lead`, if it is not None."""
         self.failures: list[Exception] = []
 
     async def lead(self) -> None:
-        if self.refuses is not None:
-            raise self.refuses
-        self.drives = True
+        if self.lead_error is not None:
+            raise self.lead_error
+        self.is_leader = True
         self.terms += 1
 
     async def step_down(self) -> None:
-        self.drives = False
+        self.is_leader = False
 
     def on_failure(self, error: Exception) -> None:
         self.failures.append(error)
 
 
 async def eventually(condition: Callable[[], object]) -> None:
-    """Wait for a condition; the test fails when it never comes."""
+    """Wait until a condition is true; the test fails after a minute."""
     async with asyncio.timeout(60):
-        while not condition():  # noqa: ASYNC110  # it is another thread's, or a server's
+        while not condition():  # noqa: ASYNC110  # another thread or a server makes it true
             await asyncio.sleep(0.02)
 
 
 def sessions(database: str) -> int:
-    """How many of operators a database has: they end a while after their connections."""
-    named = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'cortex %'"
-    named += " AND datname = current_database()"
+    """How many sessions of operators a database has: one ends a while after its connection."""
+    query = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'cortex %'"
+    query += " AND datname = current_database()"
     with psycopg.connect(database) as connection:
-        found = connection.execute(named).fetchone()
+        found = connection.execute(query).fetchone()
     return 0 if found is None else int(found[0])
 
 
 async def joined_election(
-    store: Store, driver: RecordedLeader | None = None, *, lease_s: float = 30
+    store: Store, leader: RecordedLeader | None = None, *, lease_s: float = 30
 ) -> RecordedLeader:
     """Take part in the election, until `store.operators.leave`. While the session of an earlier
     leader has not ended, the result is not the leader yet."""
-    driver = driver or RecordedLeader()
+    leader = leader or RecordedLeader()
     store.operators.join("here", "this machine", ADDRESS)
-    await store.operators.join_election(driver, lease_s)
-    return driver
+    await store.operators.join_election(leader, lease_s)
+    return leader

@@ -13,7 +13,7 @@ import pytest
 from chaos.postgresql_proxy import PostgreSQLProxy
 from cortex.errors import OverWaitingBytes, StorageUnavailable
 from cortex.spec.api import ApiSpec, Definition, Networking
-from cortex.spec.job import JobSpec, encode
+from cortex.spec.job import JobRecord, JobSpec, encode
 from cortex.spec.lifecycle import TRANSITIONS, Event, State
 from cortex.spec.times import new_id, now_ns, rfc3339
 from cortex.store import Store, events
@@ -72,12 +72,14 @@ def events_to(state: State) -> list[events.JobEvent]:
     return [*_EVENTS_TO[State.RUNNING], end(last)]
 
 
-async def submitted_job(store: Store, state: State) -> str:
-    """Submit a job and bring it into a state; its id."""
+async def job_in(store: Store, state: State) -> JobRecord:
+    """A new job of the API `a` in a state."""
     job, _ = await store.submit(draft())
     for event in events_to(state):
-        assert (await store.apply(job.spec.job_id, event)).taken
-    return job.spec.job_id
+        outcome = await store.apply(job.spec.job_id, event)
+        assert outcome.taken and outcome.job is not None
+        job = outcome.job
+    return job
 
 
 def draft_of_size(size: int) -> JobSpec:
@@ -107,7 +109,7 @@ def with_store(
 
     async def main() -> None:
         async with another_operator(url, leader) as (store, callbacks):
-            await eventually(lambda: callbacks.drives)
+            await eventually(lambda: callbacks.is_leader)
             await store.deploy([spec()])
             await work(store)
 

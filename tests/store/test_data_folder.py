@@ -1,4 +1,4 @@
-"""Which data folder may use which database and which object store; on PostgreSQL, beside an SQLite file."""
+"""PostgreSQL only: which data folder may use which database and which object store."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Installation:
             store.close()
 
     def await_end_of_sessions(self) -> None:
-        """Wait until the server has ended the sessions: a start waits for that only three seconds."""
+        """Wait until the server has ended the sessions: a start waits only three seconds for it."""
         asyncio.run(eventually(lambda: not sessions(self.database)))
 
 
@@ -84,11 +84,8 @@ def test_on_ray_a_new_folder_joins_the_database_and_the_object_store(
 
 def test_new_folders_that_join_at_the_same_time_have_one_id(installation: Installation) -> None:
     with ThreadPoolExecutor(4) as pool:
-        ids = set(
-            pool.map(
-                lambda name: installation.start(name, ray=RAY), ["one", "two", "three", "four"]
-            )
-        )
+        names = ["one", "two", "three", "four"]
+        ids = set(pool.map(lambda name: installation.start(name, ray=RAY), names))
     assert len(ids) == 1
 
 

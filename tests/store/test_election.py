@@ -34,13 +34,13 @@ def test_one_operator_leads_and_another_as_soon_as_it_leaves(database: str) -> N
             another_operator(database) as (second, two),
             another_operator(database) as (third, three),
         ):
-            assert (one.drives, two.drives, three.drives) == (True, False, False)
+            assert (one.is_leader, two.is_leader, three.is_leader) == (True, False, False)
             assert await first.operators.leader() is None
             assert await second.operators.leader() == await third.operators.leader() == ADDRESS
             await first.operators.leave()
-            await eventually(lambda: two.drives or three.drives)
-            assert not one.drives
-            assert two.drives is not three.drives
+            await eventually(lambda: two.is_leader or three.is_leader)
+            assert not one.is_leader
+            assert two.is_leader is not three.is_leader
 
     asyncio.run(main())
 
@@ -70,11 +70,11 @@ def test_a_write_of_the_leader_alone_is_refused_to_the_others(database: str) -> 
 def test_an_operator_that_cannot_lead_fails_at_its_start_and_another_leads(database: str) -> None:
     async def main() -> None:
         unfit, store = RecordedLeader(), Store(database)
-        unfit.refuses = StartupError("the engine is not there")
+        unfit.lead_error = StartupError("the engine is not there")
         with pytest.raises(StartupError, match="not there"):
             await joined_election(store, unfit)
         async with another_operator(database) as (_, other):
-            await eventually(lambda: other.drives)
+            await eventually(lambda: other.is_leader)
             assert unfit.failures == []  # `join_election` raised it
             await store.operators.leave()
         store.close()
@@ -85,12 +85,12 @@ def test_an_operator_that_cannot_lead_fails_at_its_start_and_another_leads(datab
 def test_an_operator_that_cannot_lead_when_it_is_elected_later_is_notified(database: str) -> None:
     async def main() -> None:
         unfit = RecordedLeader()
-        unfit.refuses = StartupError("the engine is not there")
+        unfit.lead_error = StartupError("the engine is not there")
         async with another_operator(database) as (first, _), another_operator(database, unfit):
             await first.operators.leave()
             await eventually(lambda: unfit.failures)
             async with another_operator(database) as (_, other):
-                await eventually(lambda: other.drives)
+                await eventually(lambda: other.is_leader)
 
     asyncio.run(main())
 
@@ -98,15 +98,15 @@ def test_an_operator_that_cannot_lead_when_it_is_elected_later_is_notified(datab
 def test_an_operator_that_cannot_lead_for_a_moment_tries_again(database: str) -> None:
     async def main() -> None:
         leader = RecordedLeader()
-        leader.refuses = StorageUnavailable("the store does not answer")
+        leader.lead_error = StorageUnavailable("the store does not answer")
 
         async def recover_later() -> None:
             await asyncio.sleep(0.5)
-            leader.refuses = None
+            leader.lead_error = None
 
         recovery = asyncio.create_task(recover_later())
         async with another_operator(database, leader):
-            await eventually(lambda: leader.drives)
+            await eventually(lambda: leader.is_leader)
         await recovery
 
     asyncio.run(main())
@@ -124,7 +124,7 @@ def test_a_leader_that_loses_its_lock_acquires_it_again_and_its_term_continues(
         await eventually(lambda: lock_holder(postgresql, database) not in (None, before))
         job, _ = await store.submit(draft())
         assert (await store.apply(job.spec.job_id, EVENTS[Event.CLAIM])).taken
-        assert (leader.drives, leader.terms) == (True, 1)
+        assert (leader.is_leader, leader.terms) == (True, 1)
 
     with_store(database, work, leader)
 
@@ -142,7 +142,7 @@ def test_a_leader_whose_lock_another_operator_acquired_stores_nothing_more(
                 "SELECT pg_terminate_backend(%s)", [lock_holder(postgresql, database)]
             )
         async with another_operator(database) as (other, other_leader):
-            await eventually(lambda: other_leader.drives)
+            await eventually(lambda: other_leader.is_leader)
             proxy.is_open = True
             assert [each.spec.job_id for each in await other.jobs_in_progress()] == [
                 job.spec.job_id
@@ -151,12 +151,12 @@ def test_a_leader_whose_lock_another_operator_acquired_stores_nothing_more(
                 with pytest.raises(Superseded):
                     await store.apply(job.spec.job_id, EVENTS[Event.CLAIM])
             assert await other.job(job.spec.job_id) == job
-            await eventually(lambda: not leader.drives)
+            await eventually(lambda: not leader.is_leader)
             assert (await other.apply(job.spec.job_id, EVENTS[Event.CLAIM])).taken
             # It works on without leading, and leads again after the other has left.
             second, _ = await store.submit(draft())
             assert sorted(await stored_ids(other)) == sorted([job.spec.job_id, second.spec.job_id])
-        await eventually(lambda: leader.drives)
+        await eventually(lambda: leader.is_leader)
         assert leader.terms == 2
         assert leader.failures == []
 
@@ -177,11 +177,11 @@ def test_a_leader_that_does_not_renew_its_lease_is_superseded(
             proxy.is_mute = True  # nothing that it sends arrives
             # A long lease of its own: a busy machine may delay it for more than a second.
             async with another_operator(database) as (other, other_leader):
-                await eventually(lambda: other_leader.drives)
+                await eventually(lambda: other_leader.is_leader)
                 claimed = await other.apply(job.spec.job_id, EVENTS[Event.CLAIM])
                 assert claimed.taken
                 proxy.is_mute = False
-                await eventually(lambda: not leader.drives)
+                await eventually(lambda: not leader.is_leader)
                 with pytest.raises(Superseded):
                     await hung.apply(job.spec.job_id, end(Event.LOSE))
                 assert await hung.job(job.spec.job_id) == claimed.job
@@ -199,7 +199,7 @@ def test_a_lock_holder_that_never_leads_is_superseded(
         stray = psycopg.connect(database, application_name="cortex stray")
         stray.execute("SELECT pg_advisory_lock(%s)", [LEADER_LOCK])
         async with another_operator(database, lease_s=1) as (_, leader):
-            await eventually(lambda: leader.drives)
+            await eventually(lambda: leader.is_leader)
         stray.close()
 
     asyncio.run(main())

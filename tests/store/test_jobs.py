@@ -11,7 +11,7 @@ from cortex.errors import Conflict, NotFound
 from cortex.spec.job import JobRecord
 from cortex.spec.lifecycle import FINAL, SHOWN, TRANSITIONS, Event, State, Status, Wanted
 from cortex.store import Replay, Store, events
-from store.store_harness import EVENTS, draft, end, events_to, with_store
+from store.store_harness import EVENTS, draft, end, job_in, with_store
 
 
 @pytest.mark.parametrize("event", list(Event))
@@ -20,18 +20,17 @@ def test_the_store_takes_exactly_the_events_of_the_table(
     store_url: str, state: State, event: Event
 ) -> None:
     async def work(store: Store) -> None:
-        job, _ = await store.submit(draft())
-        for step in events_to(state):
-            assert (await store.apply(job.spec.job_id, step)).taken
-        before = await store.job(job.spec.job_id)
-        assert before is not None and before.state is state
-        taken = EVENTS.get(event) or end(event)
-        if not isinstance(taken, events.Stop):
-            taken = replace(taken, attempt=before.attempt)
-        outcome = await store.apply(job.spec.job_id, taken)
+        before = await job_in(store, state)
+        job_id = before.spec.job_id
+        assert await store.job(job_id) == before
+        assert before.state is state
+        next_event = EVENTS.get(event) or end(event)
+        if not isinstance(next_event, events.Stop):
+            next_event = replace(next_event, attempt=before.attempt)
+        outcome = await store.apply(job_id, next_event)
         expected = TRANSITIONS.get((state, event))
         assert outcome.taken == (expected is not None)
-        assert outcome.job == await store.job(job.spec.job_id)
+        assert outcome.job == await store.job(job_id)
         if expected is None:
             assert outcome.job == before
         else:
@@ -46,9 +45,7 @@ def test_the_store_takes_exactly_the_events_of_the_table(
 )
 def test_an_acknowledged_stop_is_final(store_url: str, state: State, event: Event) -> None:
     async def work(store: Store) -> None:
-        job, _ = await store.submit(draft())
-        for step in events_to(state):
-            await store.apply(job.spec.job_id, step)
+        job = await job_in(store, state)
         stopped = (await store.apply(job.spec.job_id, EVENTS[Event.STOP])).job
         assert stopped is not None and stopped.wanted is Wanted.STOP
         again = await store.apply(job.spec.job_id, events.Stop(2**62, "x"))
@@ -64,9 +61,7 @@ def test_an_acknowledged_stop_is_final(store_url: str, state: State, event: Even
 
 def test_the_times_of_a_job_are_ordered_even_if_the_clock_goes_back(store_url: str) -> None:
     async def work(store: Store) -> None:
-        job, _ = await store.submit(draft())
-        for step in events_to(State.RUNNING):
-            await store.apply(job.spec.job_id, step)
+        job = await job_in(store, State.RUNNING)
         done = (await store.apply(job.spec.job_id, end(Event.SUCCEED, end_ns=5))).job
         assert done is not None and done.start_ns is not None and done.end_ns is not None
         assert job.spec.created_ns <= done.start_ns <= done.end_ns
@@ -125,9 +120,7 @@ def test_jobs_are_numbered_in_the_order_of_their_submits(store_url: str) -> None
 
 def test_a_message_that_is_not_valid_unicode_is_stored_with_escapes(store_url: str) -> None:
     async def work(store: Store) -> None:
-        job, _ = await store.submit(draft())
-        for step in events_to(State.RUNNING):
-            await store.apply(job.spec.job_id, step)
+        job = await job_in(store, State.RUNNING)
         failed = end(Event.FAIL, message="ValueError: \ud800")
         ended = (await store.apply(job.spec.job_id, failed)).job
         assert ended is not None and ended.message == "ValueError: \\ud800"

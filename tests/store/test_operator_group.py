@@ -39,7 +39,7 @@ def test_an_operator_whose_data_folder_was_declared_lost_stores_nothing_after_it
         store = Store(database)
         store.operators.join("there", "another machine", ADDRESS, instead_of="here")
         proxy.open()
-        await eventually(lambda: not leader.drives)
+        await eventually(lambda: not leader.is_leader)
         with pytest.raises(Superseded, match="was declared lost"):
             await cut_off.submit(draft())
         with pytest.raises(Superseded, match="was declared lost"):

@@ -133,7 +133,8 @@ def test_nul_characters_are_stored_as_replacement_characters(empty_database: str
 def test_the_planner_uses_the_partial_indexes(database: str) -> None:
     """No frequent query scans the finished jobs, however many they are."""
     insert_copies = (
-        "INSERT INTO jobs (job_id, api_name, api_id, spec, created_ns, state, wanted, attempt, end_ns) "
+        "INSERT INTO jobs (job_id, api_name, api_id, spec, created_ns, "
+        "state, wanted, attempt, end_ns) "
         "SELECT job_id || n, api_name, api_id, spec, created_ns, 'failed', 'run', 1, n "
         "FROM jobs, generate_series(1, 20000) n"
     )

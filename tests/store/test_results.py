@@ -16,7 +16,7 @@ from cortex.store.events import End
 from cortex.store.schema import jobs
 from cortex.worker.checks import Invalid
 from cortex.worker.messages import ExitRecord
-from store.store_harness import draft, events_to, with_store
+from store.store_harness import job_in, with_store
 from unit.test_checks import END, check_strict, mutated
 
 NUMBER = 60
@@ -39,9 +39,7 @@ def valid_records() -> list[ExitRecord]:
 def test_a_valid_exit_record_is_stored_and_read_as_it_was(store_url: str) -> None:
     async def work(store: Store) -> None:
         for record in valid_records():
-            job, _ = await store.submit(draft())
-            for step in events_to(State.RUNNING):
-                await store.apply(job.spec.job_id, step)
+            job = await job_in(store, State.RUNNING)
             ending = End(
                 Event.SUCCEED,
                 1,
@@ -67,9 +65,7 @@ def test_a_valid_exit_record_is_stored_and_read_as_it_was(store_url: str) -> Non
 @pytest.mark.parametrize("stored", ["NaN", "[-Infinity]", "{", "[" * 900 + "]" * 900])
 def test_a_result_that_is_not_valid_json_is_left_out(store_url: str, stored: str) -> None:
     async def work(store: Store) -> None:
-        job, _ = await store.submit(draft())
-        for step in events_to(State.RUNNING):
-            await store.apply(job.spec.job_id, step)
+        job = await job_in(store, State.RUNNING)
         shown = (await store.apply(job.spec.job_id, replace(SUCCEEDED, result=stored))).job
         assert shown is not None
         assert (shown.has_result, shown.result, shown.exit_code) == (False, None, 0)
@@ -81,9 +77,8 @@ def test_a_result_that_is_not_valid_json_is_left_out(store_url: str, stored: str
 
 def test_an_invalid_long_result_of_an_earlier_version_is_left_out(store_url: str) -> None:
     async def work(store: Store) -> None:
-        job, _ = await store.submit(draft())
-        for step in [*events_to(State.RUNNING), SUCCEEDED]:
-            await store.apply(job.spec.job_id, step)
+        job = await job_in(store, State.RUNNING)
+        await store.apply(job.spec.job_id, SUCCEEDED)
         engine = connect(store_url)
         with engine.begin() as connection:
             connection.execute(update(jobs).values(result="[" * 99999))

@@ -21,7 +21,7 @@ def test_the_configs_of_waiting_jobs_stay_within_the_limit(store_url: str) -> No
         store = Store(store_url, 10_000)
         leader = await joined_election(store)
         try:
-            await eventually(lambda: leader.drives)
+            await eventually(lambda: leader.is_leader)
             first, _ = await store.submit(draft_of_size(6000))
             with pytest.raises(OverWaitingBytes, match=r"6000 bytes .* 5000 more .* 10000 "):
                 await store.submit(draft_of_size(5000))
