@@ -46,22 +46,22 @@ class InProcessRay(Driver):
         self.asked: list[str] = []
         self._calls: set[asyncio.Task[object]] = set()
 
-    async def look(self) -> tuple[NodeState, ...]:
+    async def node_states(self) -> tuple[NodeState, ...]:
         return tuple(self.states)
 
-    async def take_seat(self, seat: Reservation, within_s: float) -> tuple[int, ...]:
+    async def reserve(self, seat: Reservation, within_s: float) -> tuple[int, ...]:
         self.seats.add(seat.name)
         return ()
 
-    async def let_go(self, name: str) -> None:
+    async def release(self, name: str) -> None:
         self.seats.discard(name)
 
     async def send_project(self, node_id: str, project_id: str, folder: str) -> None:
         packed = io.BytesIO()
         pack_stored(Path(folder), packed)
-        await self.ask(node_id, "unpack", (project_id, packed.getvalue()), 60)
+        await self.call_agent(node_id, "unpack", (project_id, packed.getvalue()), 60)
 
-    async def ask(
+    async def call_agent(
         self, node_id: str, method: str, arguments: tuple[object, ...], within_s: float
     ) -> object:
         self.asked.append(method)
@@ -93,7 +93,7 @@ class InProcessRay(Driver):
             await asyncio.gather(*tasks, return_exceptions=True)
             await agent._engine.close()
             await agent._logs.close()
-            agent._slot._lock.close()
+            agent._agent_folder._lock.close()
 
 
 class InProcessLink:
@@ -101,7 +101,7 @@ class InProcessLink:
 
     def __init__(self, ray: InProcessRay) -> None:
         self._ray = ray
-        self.gone = asyncio.Event()
+        self.closed = asyncio.Event()
 
     async def call(self, method: str, *arguments: object, timeout_s: float) -> object:
         if self._ray.is_cut_off:
@@ -114,7 +114,7 @@ class InProcessLink:
         return told.value
 
     async def close(self) -> None:
-        self.gone.set()
+        self.closed.set()
 
 
 class InProcessHarness(EngineHarness):
@@ -170,7 +170,7 @@ def in_process_harness(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     made = InProcessHarness(folder)
     raylet = subprocess.Popen(["sleep", "600"])
     monkeypatch.setenv("RAY_RAYLET_PID", str(raylet.pid))
-    monkeypatch.setattr(reservations, "let_go", made.ray.seats.discard)
+    monkeypatch.setattr(reservations, "release", made.ray.seats.discard)
     try:
         yield made
     finally:

@@ -153,7 +153,7 @@ class RayHarness(EngineHarness):
     async def taken(self, engine: Engine) -> list[int]:
         """What Ray counts as taken of each node, in thousandths of a core."""
         assert isinstance(engine, RayEngine)
-        states = await engine._cluster.call_driver("look")
+        states = await engine._cluster.call_driver("node_states")
         assert isinstance(states, tuple)
         return [state.taken.cpu_m for state in states if state.is_alive]
 
@@ -167,12 +167,12 @@ class RayHarness(EngineHarness):
         try:
             for name, node_id in zip(names, nodes, strict=True):
                 await link.call(
-                    "take_seat", Reservation(name, node_id, {"CPU": cpus}), 10, timeout_s=20
+                    "reserve", Reservation(name, node_id, {"CPU": cpus}), 10, timeout_s=20
                 )
             yield
         finally:
             for name in names:
-                await link.call("let_go", name, timeout_s=20)
+                await link.call("release", name, timeout_s=20)
             await link.close()
 
     @contextlib.contextmanager

@@ -127,7 +127,7 @@ def test_what_ray_does_not_give_is_tried_again_later(
             attempt = await ray_harness.begin(engine, attempt)
             never = await ray_harness.last(attempt)
             assert isinstance(never, NeverStarted)
-            assert never.held_up_by == "others have taken the free capacity of its node"
+            assert never.blocked_by == "others have taken the free capacity of its node"
         ray_harness.go()
         job_id, compute = attempt.spec.job_id, attempt.version.api.compute
         number = 1
@@ -247,7 +247,7 @@ def test_an_environment_waits_for_a_disk_that_is_full(ray_harness: RayHarness) -
         await ray_harness.start(engine, attempt)
         never = await ray_harness.last(attempt)
         assert isinstance(never, NeverStarted)
-        assert never.held_up_by == "its node's disk is full, and the environment not built"
+        assert never.blocked_by == "its node's disk is full, and the environment not built"
 
     ray_harness.run(scenario)
 

@@ -85,7 +85,7 @@ def test_an_attempt_that_never_starts_adds_nothing_to_the_log(
         await harness.outcome(engine, attempt)
         assert harness.ray.agent is not None
         with monkeypatch.context() as patched:
-            patched.setattr(harness.ray.agent._stock._environments, "build", build)
+            patched.setattr(harness.ray.agent._provisions._environments, "build", build)
             second = await harness.begin(engine, attempt, 2)
             assert isinstance(await harness.last(second), NeverStarted)
         assert harness.log(attempt) == "hello\n"
@@ -127,7 +127,7 @@ def test_a_node_keeps_to_the_operators_rules_for_builds(
         assert lost.is_final
         assert "not built within 0.001 s" in lost.reason
         assert harness.ray.agent is not None
-        rules = harness.ray.agent._stock._environments.rules
+        rules = harness.ray.agent._provisions._environments.rules
         found = rules.inherited(os.environ, is_own_user=True)
         assert found["NAMED"] == "yes"
 
@@ -146,14 +146,14 @@ def test_a_copy_that_could_not_be_begun_for_a_full_disk_is_complete_once_it_is_n
         size = len(harness.log(first))
         shutil.rmtree(harness.root)
 
-        def take_up(*_: object) -> None:
+        def resume(*_: object) -> None:
             raise FULL
 
         other = harness.made()
         await other.open(harness._saw)
         await ready(other)
         with monkeypatch.context() as patched:
-            patched.setattr(LogCopies, "take_up", take_up)
+            patched.setattr(LogCopies, "resume", resume)
             await other.recover(attempt)
         harness.go()
         await harness.ended(attempt)
@@ -182,7 +182,7 @@ def test_lock_files_that_cannot_be_read_hold_a_job_up(harness: InProcessHarness)
         await harness.start(engine, attempt)
         last = await harness.last(attempt)
         assert isinstance(last, NeverStarted)
-        assert "No space left" in str(last.held_up_by)
+        assert "No space left" in str(last.blocked_by)
         await until(lambda: not harness.ray.seats)
 
     harness.run(scenario)
@@ -311,7 +311,7 @@ def test_an_order_that_was_given_up_while_it_was_built_is_in_no_later_ones_way(
         await harness.ray.send_project("node-a", api.project_id, str(harness.project))
         agent = harness.ray.agent
         assert agent is not None
-        build = agent._stock.build
+        build = agent._provisions.build
 
         async def slow(order: NodeOrder) -> Path:
             python = await build(order)
@@ -319,7 +319,7 @@ def test_an_order_that_was_given_up_while_it_was_built_is_in_no_later_ones_way(
                 await go_on.wait()
             return python
 
-        monkeypatch.setattr(agent._stock, "build", slow)
+        monkeypatch.setattr(agent._provisions, "build", slow)
         hello = await agent.hello()
         await agent.start(orders[0])
         late = agent._building[job_id]
@@ -409,7 +409,7 @@ def test_a_seat_that_an_agent_was_killed_before_it_gave_up_is_given_up(
 
     async def scenario(engine: Engine) -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(reservations, "let_go", let_go)
+            patched.setattr(reservations, "release", let_go)
             await harness.outcome(engine, harness.attempt("def task(config): pass"))
             await harness.ray.kill_agent()
         if is_lost:
@@ -429,7 +429,7 @@ def test_a_seat_of_which_nothing_is_known_is_given_up_by_whoever_drives_next(
 
     async def scenario(engine: Engine) -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(harness.ray, "take_seat", cut_off)
+            patched.setattr(harness.ray, "reserve", cut_off)
             attempt = await harness.begin(engine, harness.sleeper())
             await until(lambda: harness.ray.is_cut_off)
             await asyncio.sleep(0.1)
@@ -456,7 +456,7 @@ def test_the_time_of_a_job_ends_though_its_seat_cannot_be_given_up(
         raise RayError("the link broke")
 
     async def scenario(engine: Engine) -> None:
-        monkeypatch.setattr(harness.ray, "take_seat", cut_off)
+        monkeypatch.setattr(harness.ray, "reserve", cut_off)
         attempt = harness.attempt("def task(config): pass", timeout=1)
         await harness.start(engine, attempt)
         assert isinstance(await harness.last(attempt), NeverStarted)
@@ -481,12 +481,12 @@ def test_what_a_node_tells_and_what_cannot_be_is_a_lost_attempt(
         await harness.printed(attempt, "pid")
         assert harness.ray.agent is not None
         end = Ended(job_id, 1, Ending.EXITED, 1, 2, 0, None, None, False)
-        harness.ray.agent._keep(replace(end, **changed))  # type: ignore[arg-type]  # that is what is tried
+        harness.ray.agent._add_to_outbox(replace(end, **changed))  # type: ignore[arg-type]  # that is what is tried
         last = await harness.last(attempt)
         assert isinstance(last, Lost)
         assert last.reason.startswith("its node sent an invalid observation: ")
         harness.ray.agent._engine.stop(job_id)
-        await until(lambda: job_id not in harness.ray.agent._live)  # type: ignore[union-attr]  # it is there
+        await until(lambda: job_id not in harness.ray.agent._orders)  # type: ignore[union-attr]  # it is there
 
     harness.run(scenario)
 
@@ -499,13 +499,13 @@ def test_a_result_that_a_node_tells_and_that_is_none_is_left_out(harness: InProc
         assert harness.ray.agent is not None
         now = time.time_ns()
         lie = Ended(job_id, 1, Ending.EXITED, now, now, 0, None, float("nan"), True)
-        harness.ray.agent._keep(Waits(job_id, 1, "\ud800" * 999))
-        harness.ray.agent._keep(lie)
+        harness.ray.agent._add_to_outbox(Waits(job_id, 1, "\ud800" * 999))
+        harness.ray.agent._add_to_outbox(lie)
         last = await harness.ended(attempt)
         assert (last.has_result, last.result) == (False, None)
         assert "not JSON" in (last.message or "")
         assert all(len(words) <= 500 and words.encode() for words in harness.waits)
         harness.go()
-        await until(lambda: job_id not in harness.ray.agent._live)  # type: ignore[union-attr]  # it is there
+        await until(lambda: job_id not in harness.ray.agent._orders)  # type: ignore[union-attr]  # it is there
 
     harness.run(scenario)

@@ -112,7 +112,7 @@ def test_a_fork_server_that_cannot_be_started_holds_its_job_up_with_the_reason(
         await harness.start(engine, attempt)
         last = await harness.last(attempt)
         assert isinstance(last, NeverStarted)
-        assert "can't start new thread" in (last.held_up_by or "")
+        assert "can't start new thread" in (last.blocked_by or "")
 
     run(harness, full, scenario)
 

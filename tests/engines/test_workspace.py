@@ -466,8 +466,8 @@ def test_a_full_disk_holds_a_job_up_that_would_have_to_share(tmp_path: Path) -> 
             # The kernel refuses for as long as the ending process has a descriptor there.
             await until(lambda: subprocess.run(["umount", small], check=False).returncode == 0)
         assert isinstance(never, NeverStarted)
-        assert never.held_up_by is not None
-        assert "the job's own copy of its project cannot be made: No space left" in never.held_up_by
+        assert never.blocked_by is not None
+        assert "the job's own copy of its project cannot be made: No space left" in never.blocked_by
         second = await harness.begin(engine, first, 2)
         assert (await harness.ended(second)).exit_code == 0
 

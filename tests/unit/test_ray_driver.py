@@ -20,15 +20,15 @@ def test_pending_reservations_block_no_other_call(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(reservations, "reserve", reserve)
     monkeypatch.setattr(reservations, "node_states", lambda: ())
-    monkeypatch.setattr(reservations, "let_go", lambda name: None)
+    monkeypatch.setattr(reservations, "release", lambda name: None)
 
     async def main() -> None:
         made = driver.Driver("namespace", "")
-        pending = [asyncio.create_task(made.take_seat(each, 60)) for each in reservations_of(200)]
+        pending = [asyncio.create_task(made.reserve(each, 60)) for each in reservations_of(200)]
         await asyncio.sleep(0)
         try:
-            assert await asyncio.wait_for(made.look(), 20) == ()
-            await asyncio.wait_for(made.let_go("seat"), 20)
+            assert await asyncio.wait_for(made.node_states(), 20) == ()
+            await asyncio.wait_for(made.release("seat"), 20)
         finally:
             granted.set()
         assert await asyncio.gather(*pending) == [()] * len(pending)
@@ -51,13 +51,13 @@ def test_a_reservation_that_times_out_before_its_turn_is_never_made(
 
     async def main() -> None:
         made = driver.Driver("namespace", "")
-        first = [asyncio.create_task(made.take_seat(each, 60)) for each in reservations_of(64)]
+        first = [asyncio.create_task(made.reserve(each, 60)) for each in reservations_of(64)]
         await asyncio.sleep(0)
-        late = asyncio.create_task(made.take_seat(Reservation("late", "node", {"CPU": 1}), 0.01))
+        late = asyncio.create_task(made.reserve(Reservation("late", "node", {"CPU": 1}), 0.01))
         await asyncio.sleep(0)  # its timeout starts with the call
         await asyncio.sleep(0.02)
         granted.set()
-        with pytest.raises(reservations.Taken):
+        with pytest.raises(reservations.ReservationFailed):
             await late
         await asyncio.gather(*first)
         assert len(reserved) == 64

@@ -42,14 +42,14 @@ def test_a_copy_whose_beginning_was_lost_goes_on_at_its_place(
     node: Path, tmp_path: Path, lost: int
 ) -> None:
     copies = LogCopies(JobFolders(tmp_path / "operator"))
-    copies.take_up("job", lost)
+    copies.resume("job", lost)
     assert copies.size("job") == lost
     (node / "log").write_bytes(b"what came after\n" * 20)
     copy(node, copies, base=lost)
     text = shown(copies)
     assert text[lost:] == b"what came after\n" * 20
     assert text[lost - 1 : lost] == b"\n"
-    copies.take_up("job", lost)
+    copies.resume("job", lost)
     assert shown(copies) == text
 
 
@@ -62,7 +62,7 @@ def shown(copies: LogCopies) -> bytes:
 
 def test_a_copy_grows_with_its_log(node: Path, tmp_path: Path) -> None:
     copies = LogCopies(JobFolders(tmp_path / "copies"))
-    copies.prepare("job")
+    copies.create_folder("job")
     copy(node, copies)
     assert not copies.folders.log("job").exists()
     for text in ("ä" * 100, "\nmore\n", "x" * 1000):
@@ -74,9 +74,9 @@ def test_a_copy_grows_with_its_log(node: Path, tmp_path: Path) -> None:
 
 def test_a_second_attempt_goes_on_where_the_first_ended(node: Path, tmp_path: Path) -> None:
     copies = LogCopies(JobFolders(tmp_path / "copies"))
-    copies.prepare("job")
+    copies.create_folder("job")
     copies.folders.append_to_log("job", "first")
-    base = copies.prepare("job")
+    base = copies.create_folder("job")
     (node / "log").write_text("second\n")
     copy(node, copies, base)
     assert copies.folders.log("job").read_text() == "first\nsecond\n"
@@ -95,9 +95,9 @@ def test_what_a_log_has_lost_is_lost_in_the_copy_too(
     node: Path, tmp_path: Path, copied: int
 ) -> None:
     copies = LogCopies(JobFolders(tmp_path / "copies"))
-    copies.prepare("job")
+    copies.create_folder("job")
     copies.folders.append_to_log("job", "before")
-    base = copies.prepare("job")
+    base = copies.create_folder("job")
     text = b"".join(b"%04d\n" % number for number in range(2000))
     (node / "log").write_bytes(text[:copied])
     copy(node, copies, base)
@@ -115,7 +115,7 @@ def test_what_a_log_has_lost_is_lost_in_the_copy_too(
 
 def test_the_gaps_of_two_attempts_are_one(node: Path, tmp_path: Path) -> None:
     copies = LogCopies(JobFolders(tmp_path / "copies"))
-    copies.prepare("job")
+    copies.create_folder("job")
     text = b"".join(b"%04d\n" % number for number in range(2000))
     for base in (0, len(text)):
         (node / "log").write_bytes(text)
@@ -142,7 +142,7 @@ def test_a_job_that_writes_the_record_itself_harms_nobody(
     node: Path, tmp_path: Path, record: bytes
 ) -> None:
     copies = LogCopies(JobFolders(tmp_path / "copies"))
-    copies.prepare("job")
+    copies.create_folder("job")
     (node / "log").write_text("text\n")
     (node / "log.cut").write_bytes(record)
     copy(node, copies)
@@ -163,7 +163,7 @@ def test_of_a_log_as_large_as_a_file_can_be_no_more_is_copied_than_its_limit_all
     node: Path, tmp_path: Path
 ) -> None:
     copies = LogCopies(JobFolders(tmp_path / "copies"))
-    copies.prepare("job")
+    copies.create_folder("job")
     (node / "log").write_text("first\n")
     os.truncate(node / "log", 1 << 43)
     copy(node, copies)

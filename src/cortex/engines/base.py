@@ -120,7 +120,7 @@ class NeverStarted:
 
     job_id: str
     attempt: int
-    held_up_by: str | None = None
+    blocked_by: str | None = None
     """What the machine lacked, if that is the reason: another attempt waits for it."""
 
 

@@ -1,5 +1,7 @@
-"""The agent of a node: a detached actor, which Ray restarts when it dies. It runs the local engine in a
-folder of the node, and keeps the engine's observations until the operator has received them.
+"""The agent of a node: a detached actor, which Ray restarts when it dies.
+
+It runs the local engine in a folder of the node, and keeps the engine's observations until the
+operator has received them.
 
 The Ray engine calls its public methods through the driver. Jobs do not depend on the agent: their
 supervisors go on without it, and a new agent recovers them, as an operator does on one machine.
@@ -37,12 +39,13 @@ from cortex.ray_node import reservations
 from cortex.ray_node.outbox import Outbox
 from cortex.ray_node.provisions import Provisions
 from cortex.ray_node.workspace import AgentFolder
+from cortex.system.background import in_thread, retrying
 from cortex.system.oserrors import is_shortage, is_storage
 from cortex.worker import processes
 
 _PIECE_BYTES = 256 << 10
 _NO_RECORDS = "the folder of its node, with the job's records in it, is gone"
-_RETRY_S = 5.0
+_RETRY_DELAY_S = 5.0
 _POLL_INTERVAL_S = 1.0  # a poll of a killed operator may clear the event that wakes the next poll
 _BATCH_S = 0.05  # collects the lines of a growing log into one piece
 
@@ -51,17 +54,17 @@ class Agent:
     """The agent of one node."""
 
     def __init__(self, namespace: str, node_id: str, node_dir: str, total: Capacity) -> None:
-        self._slot = AgentFolder.take(namespace, node_id, node_dir)
+        self._agent_folder = AgentFolder.acquire(namespace, node_id, node_dir)
         self._opening = asyncio.Lock()
-        self._folders = JobFolders(self._slot.jobs)
-        self._engine = LocalEngine(self._slot.jobs, total)
+        self._folders = JobFolders(self._agent_folder.jobs)
+        self._engine = LocalEngine(self._agent_folder.jobs, total)
         self._is_open = False
-        self._stock = Provisions(self._slot, self._keep)
-        self._seen = Outbox()
-        self._news = asyncio.Event()  # an observation
-        self._woken = asyncio.Event()  # an observation, or a log that has grown
-        self._live: dict[str, NodeOrder] = {}
-        self._begun: dict[str, Started] = {}
+        self._provisions = Provisions(self._agent_folder, self._add_to_outbox)
+        self._outbox = Outbox()
+        self._entry_added = asyncio.Event()  # to the outbox
+        self._poll_wakeup = asyncio.Event()  # a new entry of the outbox, or a log that has grown
+        self._orders: dict[str, NodeOrder] = {}
+        self._starts: dict[str, Started] = {}
         self._building: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._logs = FileWatch("log watch")
@@ -70,33 +73,37 @@ class Agent:
         await self._open()
         return Hello(
             version=cortex.__version__,
-            incarnation=self._seen.greet(),
-            root=self._slot.identity,
+            incarnation=self._outbox.subscribe(),
+            root=self._agent_folder.identity,
             local_handle=records.make_handle(),
             memory_limit=self._engine.capabilities.memory_limit,
             own_folder=self._engine.capabilities.own_folder,
-            seq=self._seen.end,
+            seq=self._outbox.end,
         )
 
     async def start(self, order: NodeOrder) -> str | None:
-        """Start an attempt. Returns "project", and starts nothing, where the project's files are missing."""
+        """Start an attempt.
+
+        Returns:
+            "project" where the project's files are missing; nothing is started then.
+        """
         await self._open()
         job_id = order.spec.job_id
         self._check(order)
-        if not self._stock.folder(order.api.project_id).is_dir():
+        if not self._provisions.folder(order.api.project_id).is_dir():
             return "project"
-        known = self._live.get(job_id)
+        known = self._orders.get(job_id)
         if known is not None and known.number != order.number:
             raise RuntimeError("an earlier attempt of the job, whose order came late, still runs")
         if known is None:
-            self._live[job_id] = order
+            self._orders[job_id] = order
             self._building[job_id] = self._run(self._start(order, _deadline(order)))
         return None
 
     async def unpack(self, project_id: str, archive: bytes) -> None:
         """Store the files of a project."""
         await self._open()
-        await asyncio.to_thread(self._stock.take_in, project_id, archive)
+        await asyncio.to_thread(self._provisions.store_project, project_id, archive)
 
     async def stop(self, job_id: str) -> None:
         await self._open()
@@ -106,26 +113,26 @@ class Agent:
             return
         building.cancel()
         await asyncio.gather(building, return_exceptions=True)
-        if job_id in self._live:
-            self._saw(NeverStarted(job_id, self._live[job_id].number))
+        if job_id in self._orders:
+            self._on_observation(NeverStarted(job_id, self._orders[job_id].number))
 
     async def recover(self, order: NodeOrder) -> None:
-        """Report the state of an attempt, which may have been started by an earlier agent, or by none."""
+        """Report the state of an attempt. An earlier agent may have started it, or none has."""
         await self._open()
         job_id = order.spec.job_id
         self._check(order)
-        known = self._live.get(job_id)
+        known = self._orders.get(job_id)
         if known is not None and known.number == order.number:
-            if job_id in self._begun:
-                self._keep(self._begun[job_id])
+            if job_id in self._starts:
+                self._add_to_outbox(self._starts[job_id])
             return
-        given_up = self._building.pop(job_id, None)
-        if given_up is not None:  # log, stop and end now belong to this attempt
-            given_up.cancel()
+        superseded_build = self._building.pop(job_id, None)
+        if superseded_build is not None:  # log, stop and end now belong to this attempt
+            superseded_build.cancel()
         folder = self._folders.folder(job_id)
-        self._live[job_id] = order
+        self._orders[job_id] = order
         if not folder.exists() and await asyncio.to_thread(_ended, folder, order.number):
-            self._saw(Lost(job_id, order.number, _NO_RECORDS))
+            self._on_observation(Lost(job_id, order.number, _NO_RECORDS))
             return
         folder.mkdir(0o700, parents=True, exist_ok=True)
         self._watch_log(job_id)
@@ -134,25 +141,29 @@ class Agent:
     async def poll(
         self, incarnation: str, after: int, cursors: dict[str, int], within_s: float
     ) -> Poll:
-        """The observations since `after`, and what the logs have beyond these offsets, as soon as there is
-        any. A poll with an empty incarnation where observations that the caller lacks were dropped."""
-        if not self._seen.knows(incarnation):
+        """Wait until there are observations after `after`, or logs that exceed these offsets.
+
+        Returns:
+            Both. The incarnation is empty where the agent has dropped observations that the caller
+            lacks.
+        """
+        if not self._outbox.renew(incarnation):
             return Poll("", after, ())
-        self._seen.heard(incarnation, after)
+        self._outbox.acknowledge(incarnation, after)
         until = time.monotonic() + within_s
         while True:
-            self._woken.clear()
+            self._poll_wakeup.clear()
             logs = await asyncio.to_thread(self._grown, cursors)
             left_s = until - time.monotonic()
-            if logs or self._seen.end > after or left_s <= 0:
+            if logs or self._outbox.end > after or left_s <= 0:
                 break
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), min(left_s, _POLL_INTERVAL_S))
-            if self._seen.end == after:
-                self._news.clear()
+                await asyncio.wait_for(self._poll_wakeup.wait(), min(left_s, _POLL_INTERVAL_S))
+            if self._outbox.end == after:
+                self._entry_added.clear()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._news.wait(), _BATCH_S)
-        return Poll(incarnation, self._seen.end, self._seen.since(after), logs)
+                    await asyncio.wait_for(self._entry_added.wait(), _BATCH_S)
+        return Poll(incarnation, self._outbox.end, self._outbox.since(after), logs)
 
     async def read(self, job_id: str, offset: int, limit: int) -> LogPiece:
         log = self._folders.log(job_id)
@@ -163,32 +174,32 @@ class Agent:
         self._engine.forget(versions=[api_id])
 
     async def discard(self, job_ids: list[str]) -> None:
-        """See `Engine.forget`. Removes the folders of the jobs that do not run here."""
+        """See `Engine.forget`. It removes the folders of the jobs that do not run here."""
         for job_id in job_ids:
-            if job_id not in self._live:
+            if job_id not in self._orders:
                 await asyncio.to_thread(self._folders.remove, job_id)
 
     async def _open(self) -> None:
-        # By each method: Ray may have restarted this process since the operator's hello.
+        # Each method calls it: Ray may have restarted this process since the operator's hello.
         async with self._opening:
             if not self._is_open:
-                await asyncio.to_thread(self._stock.open)
-                await self._engine.open(self._saw)
+                await asyncio.to_thread(self._provisions.open)
+                await self._engine.open(self._on_observation)
                 self._is_open = True
 
     def _check(self, order: NodeOrder) -> None:
-        if order.root != self._slot.identity:
+        if order.root != self._agent_folder.identity:
             raise Refusal(_NO_RECORDS)
 
     async def _start(self, order: NodeOrder, deadline: float | None) -> None:
         job_id = order.spec.job_id
         try:
             async with asyncio.timeout(order.left_s):
-                python = await self._stock.build(order)
-            self._begin_anew(job_id)
+                python = await self._provisions.build(order)
+            self._begin_log(job_id)
         except Exception as error:  # the task has no waiter: report every failure
             self._building.pop(job_id, None)
-            self._saw(self._failed(order, error))
+            self._on_observation(self._failed(order, error))
         else:
             self._building.pop(job_id, None)  # from here on the engine stops the attempt
             # What the job may take was decided by the operator and Ray, the indices of GPUs included.
@@ -202,10 +213,10 @@ class Agent:
             return NeverStarted(job_id, number)  # the operator handles its deadline
         if isinstance(error, EnvironmentFailed):
             if error.is_temporary:
-                words = "its node's disk is full, and the environment not built"
-                return NeverStarted(job_id, number, words)
+                reason = "its node's disk is full, and the environment not built"
+                return NeverStarted(job_id, number, reason)
             with contextlib.suppress(OSError):
-                self._begin_anew(job_id)
+                self._begin_log(job_id)
                 self._folders.append_to_log(job_id, error.output)
             return Lost(job_id, number, error.reason, is_final=True)
         reason = f"it cannot be started on its node: {error}"
@@ -213,7 +224,7 @@ class Agent:
             return NeverStarted(job_id, number, reason)
         return Lost(job_id, number, reason)
 
-    def _begin_anew(self, job_id: str) -> None:
+    def _begin_log(self, job_id: str) -> None:
         """Begin an empty log: the operator has the logs of earlier attempts."""
         self._folders.folder(job_id).mkdir(0o700, parents=True, exist_ok=True)
         for path in (self._folders.log(job_id), self._folders.cut(job_id)):
@@ -223,10 +234,12 @@ class Agent:
     def _watch_log(self, job_id: str) -> None:
         # No inotify instance or watch is left: `poll` reads the log every `_POLL_INTERVAL_S`.
         with contextlib.suppress(OSError):
-            self._logs.watch_growth(self._folders.log(job_id), self._woken.set)
+            self._logs.watch_growth(self._folders.log(job_id), self._poll_wakeup.set)
 
     def _attempt(self, order: NodeOrder, python: Path, deadline: float | None) -> Attempt:
-        version = Version(order.api, self._stock.folder(order.api.project_id), python, order.env)
+        version = Version(
+            order.api, self._provisions.folder(order.api.project_id), python, order.env
+        )
         return Attempt(
             order.spec,
             version,
@@ -239,46 +252,46 @@ class Agent:
         )
 
     def _grown(self, cursors: dict[str, int]) -> dict[str, LogPiece]:
-        found = {}
+        pieces = {}
         for job_id, offset in cursors.items():
-            order = self._live.get(job_id)
+            order = self._orders.get(job_id)
             if order is None:  # ended: the operator reads the rest with `read`
                 continue
             log = self._folders.log(job_id)
-            here = read_piece(log, offset, _PIECE_BYTES, order.api.limits.log)
-            if here.end > offset:
-                found[job_id] = here
-        return found
+            piece = read_piece(log, offset, _PIECE_BYTES, order.api.limits.log)
+            if piece.end > offset:
+                pieces[job_id] = piece
+        return pieces
 
-    def _saw(self, observation: Observation) -> None:
+    def _on_observation(self, observation: Observation) -> None:
         if isinstance(observation, CapacityFreed):
             return
         job_id = observation.job_id
-        order = self._live.get(job_id)
+        order = self._orders.get(job_id)
         if order is None or order.number != observation.attempt:
-            return  # of an attempt that had ended before its order came: the operator knows
+            return  # the attempt had ended before its order came, and the operator knows its end
         if isinstance(observation, Started):
-            self._begun[job_id] = observation
+            self._starts[job_id] = observation
         elif isinstance(observation, Ended | Lost | NeverStarted):
-            del self._live[job_id]
-            self._begun.pop(job_id, None)
-            self._logs.remove(self._folders.log(job_id), self._woken.set)
-            self._run(self._let_go(order.seat))
-        self._keep(observation)
+            del self._orders[job_id]
+            self._starts.pop(job_id, None)
+            self._logs.remove(self._folders.log(job_id), self._poll_wakeup.set)
+            self._run(self._release_reservation(order.seat))
+        self._add_to_outbox(observation)
 
-    async def _let_go(self, seat: str) -> None:
-        while True:
-            try:
-                await asyncio.to_thread(reservations.let_go, seat)
-            except RayError:
-                await asyncio.sleep(_RETRY_S)
-            else:
-                return
+    async def _release_reservation(self, name: str) -> None:
+        await retrying(
+            lambda: in_thread(reservations.release, name),
+            (RayError, OSError),
+            delay_s=_RETRY_DELAY_S,
+            warning="cannot release a reservation",
+            reservation=name,
+        )
 
-    def _keep(self, seen: Observation | Lock) -> None:
-        self._seen.add(seen)
-        self._news.set()
-        self._woken.set()
+    def _add_to_outbox(self, entry: Observation | Lock) -> None:
+        self._outbox.add(entry)
+        self._entry_added.set()
+        self._poll_wakeup.set()
 
     def _run(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
@@ -293,7 +306,11 @@ def _deadline(order: NodeOrder) -> float | None:
 
 
 def _ended(folder: Path, attempt: int) -> bool:
-    """End a job that runs although its folder is missing; whether it ran."""
+    """End a job that runs although its folder is missing.
+
+    Returns:
+        Whether it ran.
+    """
     if not processes.with_variable("CORTEX_JOB_ID", folder.name):
         return False
     leftovers.end_leftovers(folder, attempt)

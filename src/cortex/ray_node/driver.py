@@ -48,14 +48,14 @@ class Driver:
         self._agents: dict[str, ActorHandle[Agent]] = {}
         self._threads = ThreadPoolExecutor(_MAX_THREADS)
         # Reservations have threads of their own: they may wait for capacity that others have taken,
-        # and the link would break if `look` waited behind them.
+        # and the link would break if `node_states` waited behind them.
         self._reservation_threads = ThreadPoolExecutor(_MAX_THREADS)
 
-    async def look(self) -> tuple[NodeState, ...]:
+    async def node_states(self) -> tuple[NodeState, ...]:
         """The nodes of the cluster."""
         return await self._in_thread(reservations.node_states)
 
-    async def take_seat(self, reservation: Reservation, timeout_s: float) -> tuple[int, ...]:
+    async def reserve(self, reservation: Reservation, timeout_s: float) -> tuple[int, ...]:
         """Make a reservation; its GPUs."""
         deadline = time.monotonic() + timeout_s
         loop = asyncio.get_running_loop()
@@ -63,11 +63,11 @@ class Driver:
             self._reservation_threads, _reserve, reservation, deadline
         )
 
-    async def let_go(self, name: str) -> None:
+    async def release(self, name: str) -> None:
         """Release a reservation."""
-        await self._in_thread(reservations.let_go, name)
+        await self._in_thread(reservations.release, name)
 
-    async def ask(
+    async def call_agent(
         self, node_id: str, method: str, arguments: tuple[object, ...], timeout_s: float
     ) -> object:
         """Call a method of a node's agent."""
@@ -117,7 +117,9 @@ def _reserve(reservation: Reservation, deadline: float) -> tuple[int, ...]:
     remaining_s = deadline - time.monotonic()
     # The operator has released this reservation already, and would not release it again.
     if remaining_s <= 0:
-        raise reservations.Taken("too many reservations wait for capacity that others have taken")
+        raise reservations.ReservationFailed(
+            "too many reservations wait for capacity that others have taken"
+        )
     return reservations.reserve(reservation, remaining_s)
 
 
@@ -133,7 +135,7 @@ async def answer(driver: Driver, method: str, arguments: tuple[object, ...]) -> 
         return _unreachable("its agent has died", error)
     except Exception as error:  # after any other exception, the outcome is unknown
         cause = error.cause if isinstance(error, RayTaskError) else error
-        if isinstance(cause, Refusal | reservations.Taken | InvalidProject):
+        if isinstance(cause, Refusal | reservations.ReservationFailed | InvalidProject):
             return Answer(refused=str(cause))
         return _unreachable(f"{method} failed", cause)
 

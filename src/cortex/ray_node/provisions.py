@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from cortex.projects.environments import Environments
 from cortex.projects.repository import Projects
 from cortex.projects.unpack import unpack
 from cortex.ray_node.workspace import AgentFolder
+from cortex.system.background import in_thread
 
 
 class Provisions:
@@ -37,7 +37,7 @@ class Provisions:
         """The folder of a project, which exists if the node has the project."""
         return self._projects.folder(project_id)
 
-    def take_in(self, project_id: str, archive: bytes) -> None:
+    def store_project(self, project_id: str, archive: bytes) -> None:
         """Store a project. Concurrent calls with the same project are harmless. Blocking.
 
         Raises:
@@ -61,13 +61,13 @@ class Provisions:
         identity = order.api.project_id
         for name, text in order.locks.items():
             if self._projects.local_lockfile(identity, name) != text:
-                await asyncio.to_thread(self._projects.save_lockfile, identity, name, text)
+                await in_thread(self._projects.save_lockfile, identity, name, text)
         rules = BuildRules(order.builds.timeout_s, order.builds.variables)
         self._environments.rules = rules
         project = self.folder(identity)
         files = order.api.definition.dependencies
         python = await self._environments.build(project, files)
-        await asyncio.to_thread(self._environments.pin_versions, project, files)
+        await in_thread(self._environments.pin_versions, project, files)
         for name, text in self._projects.locks(identity).items():
             if name not in order.locks:
                 self._on_new_lock(Lock(identity, name, text))

@@ -1,6 +1,6 @@
 """Ray's nodes, and its placement groups, which reserve what a job takes while it runs.
 
-All functions block: the driver calls them in threads. Agents call `let_go`.
+All functions block: the driver calls them in threads. Agents call only `release`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cortex.spec.quantities import MILLI
 NODE_ID = "ray.io/node-id"  # a label that each node has, with a unique value
 
 
-class Taken(Exception):
+class ReservationFailed(Exception):
     """Ray refuses a reservation of capacity that was free a moment ago."""
 
 
@@ -39,7 +39,7 @@ def reserve(reservation: Reservation, timeout_s: float) -> tuple[int, ...]:
         The GPUs of the bundle.
 
     Raises:
-        Taken: Ray has not reserved it in time. It may do so later: the caller must call `let_go`.
+        Taken: Ray has not reserved it in time. It may do so later: the caller must call `release`.
     """
     group = placement_group(
         [reservation.bundle],
@@ -48,11 +48,11 @@ def reserve(reservation: Reservation, timeout_s: float) -> tuple[int, ...]:
         bundle_label_selector=[{NODE_ID: reservation.node_id}],
     )
     if not group.wait(timeout_s):
-        raise Taken("others have taken the free capacity of its node")
+        raise ReservationFailed("others have taken the free capacity of its node")
     return _gpus_of(group, reservation, timeout_s) if reservation.bundle.get("GPU") else ()
 
 
-def let_go(name: str) -> None:
+def release(name: str) -> None:
     """Release a reservation, if it exists.
 
     Raises:
@@ -73,7 +73,7 @@ def _gpus_of(group: PlacementGroup, reservation: Reservation, timeout_s: float) 
     try:
         gpu_ids = ray.get(task.remote(), timeout=timeout_s)
     except ray.exceptions.RayError as error:
-        raise Taken(f"Ray did not report the reserved GPUs: {error}") from error
+        raise ReservationFailed(f"Ray did not report the reserved GPUs: {error}") from error
     return tuple(int(gpu_id) for gpu_id in gpu_ids)
 
 

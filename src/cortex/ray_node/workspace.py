@@ -35,7 +35,7 @@ class AgentFolder:
         self._lock = lock  # closing it would release the lock
 
     @classmethod
-    def take(cls, namespace: str, node_id: str, node_dir: str) -> AgentFolder:
+    def acquire(cls, namespace: str, node_id: str, node_dir: str) -> AgentFolder:
         """Lock the folder of this node, or a free one, and start its guard.
 
         Args:

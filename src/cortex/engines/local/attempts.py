@@ -36,7 +36,7 @@ from cortex.engines.local.tracked import TrackedAttempt
 from cortex.joblog.folders import JobFolders
 from cortex.joblog.watch import FileWatch
 from cortex.system.account import Account
-from cortex.system.background import Background, in_thread
+from cortex.system.background import Background, in_thread, retrying
 from cortex.system.oserrors import is_storage
 from cortex.worker import processes
 from cortex.worker.messages import ExitRecord, Order, Reply
@@ -321,20 +321,19 @@ class Attempts:
             await self._end_inherited()
 
     async def _end_leftovers(self, tracked: TrackedAttempt) -> None:
-        while True:
-            try:
-                await self._end_inherited()
-                await in_thread(
-                    leftovers.end_leftovers, self._folder_of(tracked), tracked.attempt.number
-                )
-            except OSError as error:
-                job_id = tracked.job_id
-                log.warning(
-                    "cannot end the processes of a lost attempt", job=job_id, error=str(error)
-                )
-                await asyncio.sleep(RETRY_DELAY_S)
-            else:
-                return
+        async def end() -> None:
+            await self._end_inherited()
+            await in_thread(
+                leftovers.end_leftovers, self._folder_of(tracked), tracked.attempt.number
+            )
+
+        await retrying(
+            end,
+            (OSError,),
+            delay_s=RETRY_DELAY_S,
+            warning="cannot end the processes of a lost attempt",
+            job=tracked.job_id,
+        )
 
     def _finish_by_record(self, tracked: TrackedAttempt, record: ExitRecord) -> None:
         if tracked.is_force_killed and tracked.was_overdue and record.ending == Ending.EXITED:

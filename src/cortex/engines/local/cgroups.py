@@ -21,7 +21,7 @@ from pathlib import Path
 import structlog
 
 from cortex.system.account import Account
-from cortex.system.background import Background, in_thread
+from cortex.system.background import Background, in_thread, retrying
 from cortex.worker import processes
 from cortex.worker.cgroups import JOIN
 
@@ -240,14 +240,13 @@ class CgroupManager:
             remove(group, END_TIMEOUT_S)
 
     async def _end(self, group: Path, then: Callable[[], None]) -> None:
-        while True:
-            try:
-                is_ended = await in_thread(kill_and_remove, group)
-            except OSError as error:
-                log.warning("cannot end a control group", group=str(group), error=str(error))
-                await asyncio.sleep(RETRY_DELAY_S)
-            else:
-                break
+        is_ended = await retrying(
+            lambda: in_thread(kill_and_remove, group),
+            (OSError,),
+            delay_s=RETRY_DELAY_S,
+            warning="cannot end a control group",
+            group=str(group),
+        )
         if not is_ended:
             log.warning("processes in a control group do not end", group=str(group))
         then()

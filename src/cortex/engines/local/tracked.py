@@ -103,10 +103,10 @@ class TrackedAttempt:
         """The loss of the attempt."""
         return Lost(self.job_id, self.attempt.number, reason)
 
-    def never_started(self, held_up_by: str | None = None) -> NeverStarted:
+    def never_started(self, blocked_by: str | None = None) -> NeverStarted:
         """The end of an attempt of which no code ran.
 
         Args:
             held_up_by: what the machine lacked, if that is the reason.
         """
-        return NeverStarted(self.job_id, self.attempt.number, held_up_by)
+        return NeverStarted(self.job_id, self.attempt.number, blocked_by)

@@ -38,8 +38,8 @@ from cortex.engines.ray.validation import (
     checked_observation,
 )
 from cortex.errors import StorageUnavailable
-from cortex.system.background import Background
-from cortex.system.oserrors import is_storage
+from cortex.system.background import Background, in_thread
+from cortex.system.oserrors import is_shortage, is_storage
 from cortex.worker import checks
 
 log = structlog.get_logger()
@@ -98,7 +98,7 @@ class Attempts:
         self._track(tracked)
         # The disk may be full. Copying a piece of the log prepares the copy again.
         with contextlib.suppress(OSError):
-            self._log_copies.take_up(tracked.job_id, tracked.log_base)
+            self._log_copies.resume(tracked.job_id, tracked.log_base)
         compute = attempt.version.api.compute
         self._nodes.reserve_granted(tracked.job_id, compute, tracked.node_id)
         node = self._nodes.alive.get(tracked.node_id)
@@ -206,11 +206,13 @@ class Attempts:
         try:
             piece = checked_log_piece(piece)
             copies = self._log_copies
-            await asyncio.to_thread(copies.write, tracked.job_id, tracked.log_base, piece)
+            await in_thread(copies.write, tracked.job_id, tracked.log_base, piece)
         except (OSError, checks.Invalid) as error:
             log.warning("cannot copy a log", job=tracked.job_id, error=str(error))
-            # After a failure of the storage, the next poll requests the same piece.
-            tracked.is_log_copied = isinstance(error, OSError) and is_storage(error)
+            # After a failure that may pass, the next poll requests the same piece.
+            tracked.is_log_copied = isinstance(error, OSError) and (
+                is_storage(error) or is_shortage(error)
+            )
             await asyncio.sleep(RETRY_DELAY_S)
 
     async def _copy_rest_and_finish(self, tracked: TrackedAttempt, final: Final) -> None:
@@ -275,10 +277,10 @@ class Attempts:
     def _is_cancelled(self, tracked: TrackedAttempt) -> bool:
         return tracked.stop_requested or self._tracked.get(tracked.job_id) is not tracked
 
-    def _abandon(self, tracked: TrackedAttempt, held_up_by: str | None = None) -> None:
+    def _abandon(self, tracked: TrackedAttempt, blocked_by: str | None = None) -> None:
         """Report that the attempt has not started."""
         self._release_reservation(tracked)
-        self._finish(tracked, tracked.never_started(held_up_by))
+        self._finish(tracked, tracked.never_started(blocked_by))
 
     async def _recover_with_retries(self, tracked: TrackedAttempt) -> None:
         while self._tracked.get(tracked.job_id) is tracked and not tracked.is_ending:

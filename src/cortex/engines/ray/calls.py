@@ -17,6 +17,7 @@ from cortex.engines.ray.messages import Builds, Lock, LogPiece
 from cortex.engines.ray.tracked import TrackedAttempt
 from cortex.engines.ray.validation import checked_log_piece
 from cortex.errors import StorageUnavailable
+from cortex.system.background import in_thread
 
 log = structlog.get_logger()
 
@@ -83,7 +84,7 @@ class AgentCalls:
         has_gpus = "GPU" in reservation.bundle
         timeout_s = GPU_RESERVATION_TIMEOUT_S if has_gpus else RESERVATION_TIMEOUT_S
         gpus = await self._cluster.call_driver(
-            "take_seat", reservation, timeout_s, timeout_s=timeout_s + RESPONSE_TIMEOUT_S
+            "reserve", reservation, timeout_s, timeout_s=timeout_s + RESPONSE_TIMEOUT_S
         )
         assert isinstance(gpus, tuple)
         return gpus
@@ -95,7 +96,7 @@ class AgentCalls:
         """Release a reservation, and retry until Ray has done it. A second release does nothing."""
         while True:
             try:
-                await self._cluster.call_driver("let_go", name)
+                await self._cluster.call_driver("release", name)
             except LinkError:
                 await asyncio.sleep(RETRY_DELAY_S)
             else:
@@ -109,7 +110,7 @@ class AgentCalls:
         """
         if self._locks is None:
             return {}
-        return await asyncio.to_thread(self._locks.locks, tracked.attempt.version.api.project_id)
+        return await in_thread(self._locks.locks, tracked.attempt.version.api.project_id)
 
     async def store_lock_file(self, lock: Lock) -> None:
         """Store a lock file from a node. After a failure, the node sends it with the next job."""
@@ -117,7 +118,7 @@ class AgentCalls:
             return
         try:
             store = self._locks.save_lockfile_if_absent
-            await asyncio.to_thread(store, lock.project_id, lock.name, lock.text)
+            await in_thread(store, lock.project_id, lock.name, lock.text)
         except (StorageUnavailable, OSError) as error:
             log.warning("cannot store a lock file", project=lock.project_id, error=str(error))
 

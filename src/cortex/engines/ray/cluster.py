@@ -74,7 +74,7 @@ class Cluster:
 
     @property
     def is_joined(self) -> bool:
-        return self._link is not None and not self._link.gone.is_set()
+        return self._link is not None and not self._link.closed.is_set()
 
     async def open(self, listener: ClusterListener) -> None:
         """Join the cluster, and read its nodes.
@@ -122,7 +122,7 @@ class Cluster:
     ) -> object:
         """Call a method of a node's agent (`cortex.ray_node.agent`); see `call_driver`."""
         return await self.call_driver(
-            "ask", node_id, method, arguments, timeout_s, timeout_s=timeout_s + RETRY_DELAY_S
+            "call_agent", node_id, method, arguments, timeout_s, timeout_s=timeout_s + RETRY_DELAY_S
         )
 
     async def _open_link(self) -> Link:
@@ -146,11 +146,11 @@ class Cluster:
                 await asyncio.sleep(RETRY_DELAY_S)
                 continue
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._link.gone.wait(), REFRESH_INTERVAL_S)
+                await asyncio.wait_for(self._link.closed.wait(), REFRESH_INTERVAL_S)
 
     async def _refresh(self, link: Link) -> None:
         before = {node_id: node.free for node_id, node in self.nodes.alive.items()}
-        states = await link.call("look", timeout_s=RESPONSE_TIMEOUT_S)
+        states = await link.call("node_states", timeout_s=RESPONSE_TIMEOUT_S)
         assert isinstance(states, tuple)
         lost = self.nodes.update(states)
         for node in lost:

@@ -8,6 +8,7 @@ replaces such a process; agents and jobs do not depend on it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pickle
 import re
@@ -19,11 +20,13 @@ import tempfile
 from dataclasses import dataclass
 from typing import IO
 
+from cortex.system.background import in_thread
 from cortex.worker.messages import shorten
 
 HEAD = struct.Struct("!IQ")
 DRIVER = "cortex.ray_node.driver"
 CONNECT_TIMEOUT_S = 5.0
+_REAP_TIMEOUT_S = 1.0
 _STACK_LINE = re.compile(r"\(\+0x|^\s*$|^\s|^\*\*\*")
 
 
@@ -56,7 +59,7 @@ class Link:
         self._pending: dict[int, asyncio.Future[Answer]] = {}
         self._next_number = 1
         self._output: IO[bytes] | None = None
-        self.gone = asyncio.Event()
+        self.closed = asyncio.Event()
 
     async def open(self, timeout_s: float) -> None:
         """Start the process, and wait until it has joined the cluster.
@@ -71,7 +74,7 @@ class Link:
         self._output = tempfile.TemporaryFile()  # noqa: SIM115  # closed in close()
         try:
             reader, self._writer = await asyncio.open_connection(sock=ours)
-            self._process = await asyncio.to_thread(self._popen, theirs)
+            self._process = await in_thread(self._popen, theirs)
         except OSError as error:
             ours.close()
             await self.close()
@@ -102,7 +105,7 @@ class Link:
             LinkError: the outcome is unknown.
             Refused: the request was not carried out.
         """
-        if self._writer is None or self.gone.is_set():
+        if self._writer is None or self.closed.is_set():
             raise LinkError(f"the Ray cluster at {self._address} cannot be reached")
         number = self._next_number
         self._next_number += 1
@@ -124,13 +127,17 @@ class Link:
 
     async def close(self) -> None:
         """Kill the process, and wait for its end. Agents continue."""
-        self.gone.set()
+        self.closed.set()
         if self._writer is not None:
             self._writer.close()
             self._writer = None
         if self._process is not None:
             self._process.kill()  # it has no state to save
-            await asyncio.to_thread(self._process.wait)
+            try:
+                await in_thread(self._process.wait)
+            except OSError:  # no thread is left to wait in
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(_REAP_TIMEOUT_S)
         if self._reader_task is not None and self._reader_task is not asyncio.current_task():
             self._reader_task.cancel()
             await asyncio.gather(self._reader_task, return_exceptions=True)
@@ -172,7 +179,7 @@ class Link:
                 if future is not None and not future.done():
                     future.set_result(answer)
         except (asyncio.IncompleteReadError, ConnectionError):
-            self.gone.set()
+            self.closed.set()
             self._fail_pending(f"the link to the Ray cluster broke: {self._last_output()}")
 
     def _fail_pending(self, reason: str) -> None:

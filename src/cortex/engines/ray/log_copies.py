@@ -1,8 +1,10 @@
-"""How a job's log gets from its node to the operator: the agent of the node reads it in pieces, and the
-operator appends the pieces to a copy. Operators read, follow and keep copies like logs of jobs on their
-own machine, and a copy outlives its node.
+"""How a job's log gets from its node to the operator.
 
-`read_piece` is called by the agent, `LogCopies` by the Ray engine.
+The agent of the node reads the log in pieces, and the operator appends the pieces to a copy.
+Operators read, follow and archive copies like logs of jobs on their own machine, and a copy
+outlives its node.
+
+The agent calls `read_piece`, the Ray engine `LogCopies`.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from cortex.worker.supervisor import logfile
 
 
 def read_piece(log: Path, offset: int, size: int, limit: int) -> LogPiece:
-    """Up to `size` bytes of a log from an offset on; the piece ends after the gap, if it reaches that.
-    No bytes where no log can be opened.
+    """Up to `size` bytes of a log from an offset on. A piece that reaches the gap ends after it.
 
     Args:
         limit: the `limits.log` of the API's version.
+
+    Returns:
+        The piece; an empty one where no log can be opened.
     """
     try:
         file = open_log(log)
@@ -41,9 +45,11 @@ def read_piece(log: Path, offset: int, size: int, limit: int) -> LogPiece:
 
 
 class LogCopies:
-    """The copies below one root, in the layout of `JobFolders`. All methods block, and are short. A
-    copy begins with the logs of earlier attempts, up to the offset `base`; the log of the attempt's
-    node follows."""
+    """The copies below one root, in the layout of `JobFolders`.
+
+    All methods block, and are short. A copy begins with the logs of earlier attempts, up to the
+    offset `base`; the log of the attempt's node follows.
+    """
 
     def __init__(self, folders: JobFolders) -> None:
         self.folders = folders
@@ -56,26 +62,35 @@ class LogCopies:
             return 0
 
     def offset(self, job_id: str, base: int) -> int:
-        """The offset in the node's log at which the copy continues; 0 where the copy lacks a part of
-        its beginning."""
+        """The offset in the node's log at which the copy continues.
+
+        It is 0 where the copy lacks a part of its beginning.
+        """
         return max(0, self.size(job_id) - base)
 
-    def prepare(self, job_id: str) -> int:
-        """Create the folder of a job; the size of the copy so far."""
+    def create_folder(self, job_id: str) -> int:
+        """Create the folder of a job.
+
+        Returns:
+            The size of the copy so far.
+        """
         self.folders.folder(job_id).mkdir(0o700, parents=True, exist_ok=True)
         return self.size(job_id)
 
-    def take_up(self, job_id: str, base: int) -> None:
-        """Continue a copy. Fill its beginning up to `base`, where that was lost with another machine,
-        with a line that says so."""
-        size = self.prepare(job_id)
+    def resume(self, job_id: str, base: int) -> None:
+        """Continue a copy.
+
+        Where its beginning up to `base` was lost with another machine, fill it with a line that
+        reports the loss.
+        """
+        size = self.create_folder(job_id)
         if size < base:
             room = base - size - 1
-            words = (
+            notice = (
                 f"[cortex: {base - size} bytes of the log were lost with the operator's machine]"
             )
             with self.folders.log(job_id).open("ab") as file:
-                file.write(f"{words[:room]:{room}}\n".encode())
+                file.write(f"{notice[:room]:{room}}\n".encode())
 
     def touch(self, job_id: str) -> None:
         """Create an empty copy, if none exists."""
@@ -87,7 +102,7 @@ class LogCopies:
         Raises:
             OSError: the disk accepts no write now; the caller may write the same piece again.
         """
-        self.take_up(job_id, base)
+        self.resume(job_id, base)
         if piece.cut is not None:
             self._cut(job_id, base, piece.cut)
         fd = os.open(self.folders.log(job_id), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)

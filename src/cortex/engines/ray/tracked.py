@@ -94,8 +94,8 @@ class TrackedAttempt:
     def lost(self, reason: str) -> Lost:
         return Lost(self.job_id, self.number, reason)
 
-    def never_started(self, held_up_by: str | None = None) -> NeverStarted:
-        return NeverStarted(self.job_id, self.number, held_up_by)
+    def never_started(self, blocked_by: str | None = None) -> NeverStarted:
+        return NeverStarted(self.job_id, self.number, blocked_by)
 
     def reachable(self) -> Reachable:
         return Reachable(self.job_id, self.number)

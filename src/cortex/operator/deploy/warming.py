@@ -15,7 +15,7 @@ from cortex.operator.deploy.catalogue import Catalogue, DeployedApi
 from cortex.operator.deploy.versions import VersionBlocked, Versions, VersionUnusable
 from cortex.projects.repository import Projects
 from cortex.store import Store
-from cortex.system.background import Background, retrying
+from cortex.system.background import Background, in_thread, retrying
 
 log = structlog.get_logger()
 
@@ -103,7 +103,7 @@ class Warmer:
 
     async def _send_missing(self, used: set[str]) -> None:
         await retrying(
-            lambda: asyncio.to_thread(self._projects.upload_missing, used),
+            lambda: in_thread(self._projects.upload_missing, used),
             (StorageUnavailable, OSError),
             delay_s=_RETRY_DELAY_S,
             warning="cannot send projects to the object store yet",
