@@ -115,7 +115,7 @@ class SimulatedEngine:
         if started is None:
             return
         self.ends += 1
-        freed = self.ledger.give_back(job_id) and self.ledger.pop_refused()
+        freed = self.ledger.remove_reservation(job_id) and self.ledger.pop_refused()
         now = time.time_ns()
         last = (started.start_ns, now, 0, None, None, False)
         self._report(Ended(job_id, started.attempt, ending, *last))

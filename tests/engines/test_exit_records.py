@@ -51,7 +51,7 @@ def test_the_last_record_that_an_engine_read_is_synced_when_it_is_gone(
     station, _ = ends
     for number in (1, 2):
         folder = os.open(tmp_path, os.O_RDONLY)
-        files.put(folder, f"exit.{number}", b"{}")
+        files.replace(folder, f"exit.{number}", b"{}")
         station.remember_record(folder, f"exit.{number}")
     assert synced == []
     station.close()
@@ -69,7 +69,7 @@ def test_a_record_whose_folder_was_removed_meanwhile_is_nobodys(
 
 def test_a_record_that_is_written_for_nobody_is_synced(synced: list[str], tmp_path: Path) -> None:
     folder = os.open(tmp_path, os.O_RDONLY)
-    files.replace(folder, "exit.1", b"{}")
+    files.replace_durably(folder, "exit.1", b"{}")
     os.close(folder)
     assert len(synced) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["exit.1"]

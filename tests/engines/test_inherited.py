@@ -37,7 +37,7 @@ try:
 finally:
     for each in spared:
         each.kill()
-    processes.send({**below, stranger.pid: processes.ticks_if_alive(stranger.pid)}, 9)
+    processes.send_signals({**below, stranger.pid: processes.ticks_if_alive(stranger.pid)}, 9)
 """
 ENDED = "[None, None, None] 1 [None]\nFalse\n"
 

@@ -32,7 +32,7 @@ for _ in range(3):
 
 # Right after the first of them is stopped, this process is, and goes on a minute later.
 late = [0.0]
-monotonic, send = time.monotonic, processes.send
+monotonic, send = time.monotonic, processes.send_signals
 
 
 def stop(processes, *signals):
@@ -40,7 +40,7 @@ def stop(processes, *signals):
     late[0] = 60.0
 
 
-watch.processes.send = stop
+watch.processes.send_signals = stop
 watch.time = types.SimpleNamespace(
     monotonic=lambda: monotonic() + late[0], time_ns=time.time_ns, sleep=time.sleep
 )

@@ -112,8 +112,8 @@ def test_the_end_of_an_attempt_gives_back_and_the_engine_reports() -> None:
         assert isinstance(made, MachineLedger | Placement)
         assert made.reserve("1", ALL) is None
         assert made.reserve("2", HALF) is not None
-        assert made.give_back("1")
-        assert not made.give_back("1")
+        assert made.remove_reservation("1")
+        assert not made.remove_reservation("1")
         assert made.pop_refused()
         assert not made.pop_refused()
         assert reported == []
@@ -126,7 +126,7 @@ def test_a_release_undoes_what_was_prepared_before_the_capacity_is_free() -> Non
     made.release("1")
     assert undone == [("1", Capacity(1000, 2 * GIB, 1))]
     assert made.reserve("1", HALF) is None
-    made.give_back("1")
+    made.remove_reservation("1")
     assert len(undone) == 1
 
 
@@ -135,7 +135,7 @@ def test_no_two_jobs_of_a_machine_have_the_same_gpu() -> None:
     assert made.reserve("1", HALF) is None
     assert made.reserve("2", HALF) is None
     assert (made.gpus("1"), made.gpus("2"), made.gpus("none")) == ([0], [1], [])
-    made.give_back("1")
+    made.remove_reservation("1")
     assert made.reserve("3", HALF) is None
     assert made.gpus("3") == [0]
 
@@ -149,8 +149,8 @@ def test_a_granted_job_counts_even_beyond_what_the_machine_has() -> None:
     assert made.reserve("3", Compute(cpu_m=1)) == "needs 0.001 CPU, 0 free"
     made.reserve_granted("2", Compute(cpu_m=1000, mem=GIB), [])
     assert made.free == Capacity(-1000, -GIB, 0)
-    made.give_back("1")
-    made.give_back("2")
+    made.remove_reservation("1")
+    made.remove_reservation("2")
     assert made.free == TOTAL
 
 
@@ -166,7 +166,7 @@ def test_reservations_outlast_a_change_of_the_total() -> None:
     made.reserve_granted("1", HALF, [0])
     made.set_total(TOTAL)
     assert (made.total, made.free) == (TOTAL, Capacity(1000, 2 * GIB, 1))
-    made.give_back("1")
+    made.remove_reservation("1")
     assert made.free == TOTAL
 
 

@@ -124,7 +124,7 @@ def test_settings_are_made_of_the_configuration(
     settings = loaded(tmp_path, text).configuration.settings()
     assert settings.capacity is not None
     assert (settings.capacity.cpu_m, settings.capacity.mem) == (1500, 2 << 30)
-    assert (settings.keep.jobs_s, settings.keep.logs_s, settings.keep.jobs) == (86_400, None, None)
+    assert (settings.retention.jobs_s, settings.retention.logs_s, settings.retention.jobs) == (86_400, None, None)
     assert settings.data_dir.is_absolute()
     assert settings.database_url == f"sqlite:///{Path.cwd()}/x/operator.db"
 

@@ -16,8 +16,8 @@ from cortex.joblog.reader import (
     Log,
     Piece,
     is_replaced,
-    is_there,
     length,
+    log_exists,
     open_log,
     opened,
     read,
@@ -170,7 +170,7 @@ def test_where_no_log_exists_nothing_is_read(folders: JobFolders) -> None:
     for path in (folders.log("job"), folders.log("other")):
         assert open_log(path) is None
         assert read(Log(path, LIMIT), 0, 10) == Piece(b"", 0)
-        assert not is_there(path)
+        assert not log_exists(path)
         assert not is_replaced(path)
         assert length(path) == 0
 
@@ -197,7 +197,7 @@ def test_an_open_log_is_read_on_when_it_is_removed(log: Log) -> None:
         assert file is not None
         log.path.unlink()
         assert file.part(0, 4, LIMIT).data == b"abc\n"
-    assert not is_there(log.path)
+    assert not log_exists(log.path)
     assert read(log, 4, 100) == Piece(b"", 4)
 
 

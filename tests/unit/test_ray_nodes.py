@@ -51,7 +51,7 @@ def test_what_is_asked_for_must_be_free_on_one_node() -> None:
     assert cluster.reserve("3", wanted) == "needs 4 GiB, 3 GiB free on one node"
     wanted = Compute(cpu_m=1500, mem=3 * GIB)
     assert cluster.reserve("3", wanted) == "no node has 1.5 CPU and 3 GiB free"
-    assert cluster.give_back("1")
+    assert cluster.remove_reservation("1")
     assert cluster.reserve("3", wanted) is None
 
 
@@ -131,7 +131,7 @@ def test_labels_select_nodes_and_say_so_where_there_is_none() -> None:
         assert node is not None
         assert node.node_id == expected
     assert cluster.reserve("3", A_OR_B) == "needs 1.5 CPU, 0.5 free on one node with zone=a or b"
-    assert cluster.give_back("2")
+    assert cluster.remove_reservation("2")
     assert cluster.reserve("3", A_OR_B) is None
     assert cluster.refusal(C) == "needs a node with zone=c, disk=ssd, and there is none"
     wanted = Compute(cpu_m=9000, node_labels={"zone": ("c",)})
@@ -181,6 +181,6 @@ def test_a_capacity_index_finds_the_node_that_a_search_of_all_nodes_would(
     assert index.emptiest_for(compute) == (min(enough)[1] if enough else None)
     most = Capacity(0, 0, 0)
     for free in there.values():
-        most = most.most(free)
+        most = most.maximum(free)
     assert index.max_free == most
     assert index.is_empty == (not there)

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from cortex.engines.local import LocalEngine
 from cortex.operator import retention
-from cortex.operator.config.settings import Keep, Settings
+from cortex.operator.config.settings import RetentionLimits, Settings
 from cortex.operator.data_folder import make_folders
 from cortex.operator.deploy.versions import Versions
 from cortex.operator.retention import Retention
@@ -27,7 +27,7 @@ class Parts:
     """Of an operator that keeps nothing long."""
 
     def __init__(self, folder: Path) -> None:
-        self.settings = settings = Settings(folder, keep=Keep(jobs_s=0.001))
+        self.settings = settings = Settings(folder, retention=RetentionLimits(jobs_s=0.001))
         make_folders(settings)
         self.store = Store(settings.database_url)
         self.projects = Projects(settings.projects, settings.locks)

@@ -166,13 +166,13 @@ class Capacity:
     def __sub__(self, other: Capacity) -> Capacity:
         return Capacity(self.cpu_m - other.cpu_m, self.mem - other.mem, self.gpu - other.gpu)
 
-    def least(self, other: Capacity) -> Capacity:
+    def minimum(self, other: Capacity) -> Capacity:
         """The smaller amount of each kind."""
         return Capacity(
             min(self.cpu_m, other.cpu_m), min(self.mem, other.mem), min(self.gpu, other.gpu)
         )
 
-    def most(self, other: Capacity) -> Capacity:
+    def maximum(self, other: Capacity) -> Capacity:
         """The larger amount of each kind."""
         return Capacity(
             max(self.cpu_m, other.cpu_m), max(self.mem, other.mem), max(self.gpu, other.gpu)

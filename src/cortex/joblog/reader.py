@@ -155,7 +155,7 @@ def read(log: Log, offset: int, size: int) -> Piece:
     return Piece(part.data, part.end)
 
 
-def is_there(path: Path) -> bool:
+def log_exists(path: Path) -> bool:
     """Whether a log exists."""
     with opened(path) as file:
         return file is not None
@@ -164,7 +164,7 @@ def is_there(path: Path) -> bool:
 def is_replaced(path: Path) -> bool:
     """Whether the job has put something in place of its log that is not a log."""
     with suppress(FileNotFoundError), beneath.opened(str(path.parent)) as folder:
-        return beneath.stat(folder, path.name) is not None and not is_there(path)
+        return beneath.stat(folder, path.name) is not None and not log_exists(path)
     return False
 
 
@@ -189,9 +189,9 @@ def find_gap(record: bytes | None, size: int, limit: int, attempts: int = 1) -> 
         cut = None
     if cut is not None and cut.end > size:
         cut = None
-    most = limit * attempts + _SLACK_BYTES
-    if size - (0 if cut is None else cut.end - cut.start) > most:
-        start, end = most // 2, size - most // 2
+    max_bytes = limit * attempts + _SLACK_BYTES
+    if size - (0 if cut is None else cut.end - cut.start) > max_bytes:
+        start, end = max_bytes // 2, size - max_bytes // 2
         if cut is not None:
             start, end = min(cut.start, start), max(cut.end, end)
         return LogCut(start=start, end=end, limit=limit)

@@ -78,7 +78,7 @@ def check_is_intact(settings: Settings) -> None:
             f"saved a copy as {saved[-1]}: {put_back(database)} To continue with the present "
             "database instead, move that copy elsewhere."
         )
-    if settings.restoring.exists():
+    if settings.restore_folder.exists():
         raise StartupError(
             f"a restore into the data folder {settings.data_dir} was cut off; run `cortex "
             "restore` again"
@@ -180,7 +180,7 @@ async def join_group(settings: Settings, store: Store, files: ObjectStore | None
 
 
 def _join(settings: Settings, store: Store, files: ObjectStore | None) -> str:
-    path, lost = settings.identity, settings.lost_folder
+    path, lost = settings.folder_id_file, settings.lost_folder
     owner = None if files is None else files.owner()
     known_ids = store.operators.data_folder_ids()
     own = read_line(path)
@@ -236,14 +236,14 @@ async def give_up_lost_jobs(settings: Settings, store: Store) -> None:
         reason = f"the machine that it ran on was lost, with the data folder {lost}"
         await _give_up(store, reason, is_final=True)
         settings.lost_folder_marker.unlink(missing_ok=True)
-    backup_time = read_line(settings.restored)
+    backup_time = read_line(settings.restore_time_file)
     if backup_time is not None:
         reason = (
             f"the operator's data was restored from a backup of {backup_time}, when the job ran; "
             "its outcome is unknown"
         )
         await _give_up(store, reason, is_final=False)
-        settings.restored.unlink(missing_ok=True)
+        settings.restore_time_file.unlink(missing_ok=True)
 
 
 async def _give_up(store: Store, reason: str, *, is_final: bool) -> None:
@@ -300,7 +300,7 @@ def write_line(path: Path, text: str) -> None:
     try:
         folder = atomic_files.open_folder(str(path.parent))
         try:
-            atomic_files.replace(folder, path.name, text.encode())
+            atomic_files.replace_durably(folder, path.name, text.encode())
             os.fsync(folder)
         finally:
             os.close(folder)

@@ -99,7 +99,7 @@ class Metrics:
         self._apis.add(api)
         self._task_metrics.add(api, measures)
 
-    def keep_only(self, apis: Set[str]) -> None:
+    def drop_all_but(self, apis: Set[str]) -> None:
         """Drop the series of all other APIs, which were deleted."""
         for api in self._apis - apis:
             for family in (self._ended, self._lost, self._waits, self._runs):

@@ -46,7 +46,7 @@ class Retention:
         archive: Archive | None,
     ) -> None:
         self._settings = settings
-        self._keep = settings.keep
+        self._limits = settings.retention
         self._store = store
         self._engine = engine
         self._versions = versions
@@ -64,8 +64,8 @@ class Retention:
         await self._background.close()
 
     async def _run(self) -> None:
-        kept = (self._keep.jobs_s, self._keep.logs_s, self._keep.audit_s)
-        ages = [age for age in kept if age is not None]
+        max_ages_s = (self._limits.jobs_s, self._limits.logs_s, self._limits.audit_s)
+        ages = [age for age in max_ages_s if age is not None]
         pause_s = max(_MIN_INTERVAL_S, min([_MAX_INTERVAL_S, *(age / 10 for age in ages)]))
         while True:
             try:
@@ -77,25 +77,25 @@ class Retention:
             await asyncio.sleep(pause_s)
 
     async def _sweep(self) -> None:
-        store, keep = self._store, self._keep
+        store, limits = self._store, self._limits
         if self._archive is not None:
             await self._archive.drop_old()
-        if keep.logs_s is not None:
-            before_ns = _ago(keep.logs_s)
+        if limits.logs_s is not None:
+            before_ns = _ago(limits.logs_s)
             while ids := await store.jobs_with_folder(before_ns, _BATCH):
                 await self._remove_folders(ids)
                 await store.note_removed_folders(ids)
-        if keep.jobs_s is not None:
-            before_ns = _ago(keep.jobs_s)
+        if limits.jobs_s is not None:
+            before_ns = _ago(limits.jobs_s)
             while ids := await store.jobs_ended(before_ns, _BATCH):
                 await self._remove_jobs(ids)
-        if keep.jobs is not None:
-            while ids := await store.jobs_beyond(keep.jobs, _BATCH):
+        if limits.jobs is not None:
+            while ids := await store.jobs_beyond(limits.jobs, _BATCH):
                 await self._remove_jobs(ids)
-        await store.trim_audit(None if keep.audit_s is None else _ago(keep.audit_s))
-        if keep.jobs_s is not None:
+        await store.trim_audit(None if limits.audit_s is None else _ago(limits.audit_s))
+        if limits.jobs_s is not None:
             async with self._store.deploy_lock:
-                used = await self._retire_versions(_ago(keep.jobs_s))
+                used = await self._retire_versions(_ago(limits.jobs_s))
             await in_thread(self._remove_unused, used)  # without the lock: it takes long
 
     async def _remove_jobs(self, ids: list[str]) -> None:
@@ -110,23 +110,26 @@ class Retention:
         await in_thread(_remove_all, self._settings.job_folders, ids)
 
     async def _retire_versions(self, before_ns: int) -> list[ApiSpec]:
-        """Remove the rows of unused versions, and move unused projects to the trash; the versions that are left."""
-        here = await in_thread(
-            self._projects.last_used
-        )  # first: a project that is stored again meanwhile is another
+        """Remove the rows of unused versions, and move unused projects to the trash.
+
+        Returns:
+            The remaining versions.
+        """
+        # First: a project that is stored again meanwhile then has another time.
+        last_used = await in_thread(self._projects.last_used)
         for api_id in await self._store.remove_versions(before_ns):
             self._versions.forget(api_id)
             log.info("removed version", api_id=api_id)
-        left = await self._store.all_versions()
-        await in_thread(self._retire_projects, here, {spec.project_id for spec in left})
-        return left
+        remaining = await self._store.all_versions()
+        await in_thread(self._retire_projects, last_used, {spec.project_id for spec in remaining})
+        return remaining
 
-    def _retire_projects(self, here: dict[str, int], used: set[str]) -> None:
+    def _retire_projects(self, last_used: dict[str, int], used: set[str]) -> None:
         # In a thread, which a cancellation does not stop: hence the checks of `_is_closed`.
-        for identity in here.keys() - used:
+        for identity in last_used.keys() - used:
             if self._is_closed.is_set():
                 return
-            self._projects.move_to_trash(identity, here[identity])
+            self._projects.move_to_trash(identity, last_used[identity])
         self._projects.prune_unused(used)
 
     def _remove_unused(self, used: list[ApiSpec]) -> None:

@@ -340,11 +340,11 @@ def end_leftovers(folder: Path) -> None:
         found = processes.with_variable_below("TMPDIR", str(folder))
         if not found:
             return
-        processes.send(found, signal.SIGSTOP)
+        processes.send_signals(found, signal.SIGSTOP)
         started = {
             pid: ticks for root in found for pid, ticks in processes.descendants(root).items()
         }
-        processes.send(found | started, signal.SIGKILL)
+        processes.send_signals(found | started, signal.SIGKILL)
         time.sleep(0.01)
 
 

@@ -77,6 +77,22 @@ def pack_stored(folder: Path, out: IO[bytes]) -> None:
 
 
 @contextmanager
+def open_tar_gz(out: IO[bytes], level: int = 9) -> Iterator[tarfile.TarFile]:
+    """A tar archive that is compressed and written to `out` as its members are added.
+
+    The same members give the same bytes.
+
+    Args:
+        level: gzip's, from 1 (fast) to 9 (small).
+    """
+    with (
+        _Gzip(out, level) as zipped,
+        tarfile.open(fileobj=zipped, mode="w|", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        yield tar
+
+
+@contextmanager
 def _file_errors() -> Iterator[None]:
     """Turn errors about the project's files into InvalidProject."""
     try:
@@ -89,28 +105,25 @@ def _file_errors() -> Iterator[None]:
 
 def _pack(folder: Path, selection: UploadFiles | StoredFiles, out: IO[bytes]) -> tuple[int, int]:
     entries = _entries(folder, selection)
-    with (
-        Gzip(out) as zipped,
-        tarfile.open(fileobj=zipped, mode="w|", format=tarfile.PAX_FORMAT) as tar,
-    ):
+    with open_tar_gz(out) as tar:
         for entry in entries:
             _write(entry, tar)
     files = [entry for entry in entries if not stat.S_ISDIR(entry.info.st_mode)]
     return len(files), sum(entry.size for entry in files)
 
 
-class Gzip(gzip.GzipFile):
+class _Gzip(gzip.GzipFile):
     """A gzip stream: the same content gives the same bytes."""
 
-    def __init__(self, out: IO[bytes]) -> None:
+    def __init__(self, out: IO[bytes], level: int) -> None:
         """
         Raises:
-            OSError: `out` takes no header.
+            OSError: the header cannot be written to `out`.
         """
         try:
-            super().__init__(filename="", mode="wb", fileobj=out, mtime=0)
+            super().__init__(filename="", mode="wb", compresslevel=level, fileobj=out, mtime=0)
         except BaseException:
-            # Nothing is left to write: else Python 3.13 prints the error of the finalizer, which tries.
+            # Without this, the finalizer tries to write, and Python 3.13 prints its error.
             self.fileobj = None  # type: ignore[assignment]  # as `close` does
             raise
 

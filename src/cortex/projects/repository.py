@@ -11,7 +11,6 @@ agents on a cluster's nodes. All methods block, and any thread may call them.
 
 from __future__ import annotations
 
-import gzip
 import os
 import shutil
 import stat
@@ -27,6 +26,7 @@ from cortex.errors import InvalidProject
 from cortex.objects import ObjectStore
 from cortex.projects import trash
 from cortex.projects.lockfiles import SUFFIX
+from cortex.projects.pack import open_tar_gz
 from cortex.projects.repair import restore_files
 from cortex.projects.unpack import project_id, unpack
 from cortex.spec.times import new_id
@@ -325,11 +325,7 @@ def _not_in_project(folder: str, names: list[str]) -> set[str]:
 
 def _archive(folder: Path, target: Path) -> None:
     """Write all of a folder to an archive that `unpack` accepts."""
-    with (
-        target.open("wb") as file,
-        gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as zipped,
-        tarfile.open(fileobj=zipped, mode="w|", format=tarfile.PAX_FORMAT) as tar,
-    ):
+    with target.open("wb") as file, open_tar_gz(file) as tar:
         for parent, folders, names in os.walk(folder):
             links = [name for name in folders if Path(parent, name).is_symlink()]
             # `unpack` makes the folder of each file; only an empty folder needs an entry.

@@ -1,12 +1,15 @@
-"""Safe access to files below a folder that another user may change at any moment: the user of the
-jobs can change the jobs' folders. Each name is opened relative to an open folder. A path would
-follow any link that is put into it meanwhile.
+"""Safe access to files below a folder that another user may change at any moment.
+
+The user of the jobs can change the jobs' folders. Each name is opened relative to an open folder: a
+path would follow any link that a job puts into it meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+
+from cortex.worker import files
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ def opened(path: str, *names: str) -> Iterator[int]:
     Raises:
         OSError: a folder does not exist, or one of the names is not a folder.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = files.open_folder(path)
     try:
         for name in names:
             above, fd = fd, os.open(name, FOLDER, dir_fd=fd)

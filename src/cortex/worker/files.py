@@ -1,5 +1,6 @@
-"""Atomic files: a record appears complete or not at all. Used by supervisors, and by engines to
-fence attempts.
+"""Atomic files: a record appears complete or not at all.
+
+Supervisors write their records with these functions, and engines fence attempts.
 
 Names are relative to an open folder: records of a job still get into its folder if the folder is
 moved meanwhile. The job can write in its folder, and may have put a link or a pipe in a record's
@@ -19,6 +20,7 @@ _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def open_folder(path: str) -> int:
+    """Open a folder, to use its descriptor with the functions below."""
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
@@ -45,7 +47,7 @@ def link_once(folder: int, temporary: str, name: str, *, made_in: int) -> bool:
     return True
 
 
-def replace(folder: int, name: str, data: bytes) -> None:
+def replace_durably(folder: int, name: str, data: bytes) -> None:
     """Replace a file durably: it is complete even after a power failure."""
     rename(folder, write_temporary(folder, name, data, sync=True), name)
 
@@ -59,7 +61,7 @@ def sync(folder: int, name: str) -> None:
         os.close(fd)
 
 
-def put(folder: int, name: str, data: bytes) -> None:
+def replace(folder: int, name: str, data: bytes) -> None:
     """Replace a file: it is complete for every reader, but a power failure may lose it."""
     rename(folder, write_temporary(folder, name, data), name)
 

@@ -114,7 +114,7 @@ def pid_of(pidfd: int) -> int:
         return next((int(line.split()[1]) for line in file if line.startswith("Pid:")), -1)
 
 
-def send(processes: dict[int, int], *signals: int) -> OSError | None:
+def send_signals(processes: dict[int, int], *signals: int) -> OSError | None:
     """Send these signals to each of these processes (pid: start ticks), and to no process that got
     one of the pids later.
 
@@ -148,11 +148,11 @@ def kill_all(list_processes: Callable[[], Iterable[tuple[int, int]]]) -> None:
         known = len(stopped)
         for pid, ticks in list_processes():
             if stopped.get(pid) != ticks:
-                send({pid: ticks}, signal.SIGSTOP)
+                send_signals({pid: ticks}, signal.SIGSTOP)
                 stopped[pid] = ticks
         if len(stopped) == known:
             break
-    send(stopped, signal.SIGKILL)
+    send_signals(stopped, signal.SIGKILL)
 
 
 def has_descendants(pidfd: int) -> bool:

@@ -132,7 +132,7 @@ class LocalEngine:
         except OSError:
             return  # `start` reports it
         order.held = True
-        supervisor = self._servers.send_held_order(attempt.version, order)
+        supervisor = self._servers.send_order_on_hold(attempt.version, order)
         if supervisor is not None:
             self._prepared[order.job_id] = supervisor
 
@@ -187,12 +187,12 @@ class LocalEngine:
     def _release(self, job_id: str) -> bool:
         """Release a job's capacity and control group; whether another job may wait for them."""
         self._cgroups.release_limit(job_id)
-        return self.ledger.give_back(job_id) and self.ledger.pop_refused()
+        return self.ledger.remove_reservation(job_id) and self.ledger.pop_refused()
 
     def _undo_prepare(self, job_id: str) -> None:
         prepared = self._prepared.pop(job_id, None)
         if prepared is not None:
-            prepared.withdraw_held_order()
+            prepared.withdraw_order_on_hold()
         self._cgroups.release_limit(job_id)
 
     def _report_freed(self) -> None:

@@ -80,7 +80,7 @@ class ForkServer:
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._errors: IO[bytes] | None = None
-        self._last_words = ""
+        self._last_output = ""
         self._spawn_done = asyncio.Event()
         self._is_closed = False
         self._timer: asyncio.TimerHandle | None = None
@@ -127,9 +127,9 @@ class ForkServer:
             return f"waits for {self.importing} to be imported ahead (definition.preload)"
         return "waits for the interpreter of its environment to start"
 
-    def last_words(self) -> str:
+    def last_output(self) -> str:
         """The end of its output, or why it could not start."""
-        return shorten(self._last_words) or "it printed nothing"
+        return shorten(self._last_output) or "it printed nothing"
 
     def why_not_imported(self) -> str:
         """Why `importing` must not be imported ahead. Known once the fork server has died."""
@@ -137,7 +137,7 @@ class ForkServer:
             return self.refused
         if self._has_timed_out:
             return f"its import takes longer than {PRELOAD_TIMEOUT_S:g} s"
-        return f"the interpreter exited during its import: {self.last_words()}"
+        return f"the interpreter exited during its import: {self.last_output()}"
 
     async def spawn(self) -> None:
         """Start the process."""
@@ -145,7 +145,7 @@ class ForkServer:
             self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed in close()
             ours, its_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as error:
-            self._last_words, self.setup.preload = str(error), []
+            self._last_output, self.setup.preload = str(error), []
             self.has_shortage = is_shortage(error)
             self._spawn_done.set()
             self._on_died(self)
@@ -163,7 +163,7 @@ class ForkServer:
                 self._account,
             )
         except OSError as error:
-            self._last_words = str(error)
+            self._last_output = str(error)
             self.has_shortage = is_shortage(error)
             self.setup.preload = []  # it would fail again
         finally:
@@ -312,7 +312,7 @@ class ForkServer:
         be trusted any more."""
         assert self._socket is not None
         assert self._process is not None
-        self._last_words = f"a message of it is not valid: {why}"
+        self._last_output = f"a message of it is not valid: {why}"
         self._is_untrusted = True
         self._process.kill()
         self._on_exit()
@@ -366,7 +366,7 @@ class ForkServer:
             end = self._errors.seek(0, os.SEEK_END)
             self._errors.seek(max(0, end - 2000))
             text = self._errors.read().decode("utf-8", "replace").strip()
-            self._last_words = self._last_words or text[-400:]
+            self._last_output = self._last_output or text[-400:]
         self._exit_task = asyncio.create_task(self._finish())
 
     async def _finish(self) -> None:

@@ -66,11 +66,11 @@ class ForkServerPool:
         server.report_waiting_orders()
         self._trim()
 
-    def send_held_order(self, version: Version, order: Order) -> SupervisorHandle | None:
+    def send_order_on_hold(self, version: Version, order: Order) -> SupervisorHandle | None:
         """Send an order on hold to an idle supervisor of the version, if there is one."""
         server = self._servers.get(version.api.api_id)
         is_same = server is not None and server.version == version
-        return server.supervisors.send_held_order(order) if server is not None and is_same else None
+        return server.supervisors.send_order_on_hold(order) if server is not None and is_same else None
 
     def warm(self, version: Version) -> None:
         """Start the version's fork server, if it does not run."""
@@ -160,7 +160,7 @@ class ForkServerPool:
             for order in orders:
                 self.submit_order(server.version, order)
         else:
-            reason = f"the environment's Python could not start: {server.last_words()}"
+            reason = f"the environment's Python could not start: {server.last_output()}"
             is_temporary, listener = server.has_shortage, self._listener
             report = listener.on_order_blocked if is_temporary else listener.on_order_failed
             for order in orders:

@@ -4,7 +4,6 @@ for its end. Used by `fork_server`.
 
 from __future__ import annotations
 
-import array
 import contextlib
 import os
 import select
@@ -19,7 +18,7 @@ from cortex.engines.base import Version
 from cortex.engines.local import leftovers
 from cortex.system.account import Account, identity
 from cortex.system.background import in_thread
-from cortex.worker import processes
+from cortex.worker import processes, syscalls
 from cortex.worker.forkserver import main
 from cortex.worker.messages import JOB_ID_ROOM, JOBS_FOLDER, MAX_MESSAGE, Setup
 
@@ -80,14 +79,7 @@ def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
     Raises:
         OSError: there is no message now, or the connection is broken.
     """
-    size = socket.CMSG_SPACE(FDS_PER_SUPERVISOR * array.array("i").itemsize)
-    # Without this flag, processes that the operator starts would inherit the descriptors.
-    data, ancillary, _, _ = sock.recvmsg(MAX_MESSAGE, size, socket.MSG_CMSG_CLOEXEC)
-    fds = array.array("i")
-    for level, kind, payload in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-    return data, list(fds)
+    return syscalls.receive_fds(sock, MAX_MESSAGE, FDS_PER_SUPERVISOR)
 
 
 def is_socket(fd: int) -> bool:

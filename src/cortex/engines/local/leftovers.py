@@ -40,7 +40,7 @@ def end_leftovers(folder: Path, attempt: int) -> None:
     while polls_left > 0 and time.monotonic() < until:
         left = {} if is_superseded else _processes(folder)
         polls_left = _EMPTY_POLLS if left else polls_left - 1
-        shortage = processes.send(left, signal.SIGKILL)
+        shortage = processes.send_signals(left, signal.SIGKILL)
         if shortage is not None:
             raise shortage
         time.sleep(0.01)

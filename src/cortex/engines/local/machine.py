@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cortex.engines.base import Capacity, NodeInfo
-from cortex.engines.capacity import label_words, lacking
+from cortex.engines.capacity import label_text, lacking
 from cortex.spec.api import Compute
 from cortex.spec.quantities import MILLI
 
@@ -61,7 +61,7 @@ class MachineLedger:
         """See `CapacityLedger.refusal`."""
         if compute.node_labels:
             return (
-                f"needs a node with {label_words(compute.node_labels)}: labels are those of a cluster's "
+                f"needs a node with {label_text(compute.node_labels)}: labels are those of a cluster's "
                 "nodes, and this operator runs jobs on its own machine"
             )
         return lacking(compute, self.total, "this machine has {}")
@@ -84,7 +84,7 @@ class MachineLedger:
         Args:
             gpus: the indices of the job's GPUs, if they are known.
         """
-        self.give_back(job_id)
+        self.remove_reservation(job_id)
         self._share(job_id, compute, gpus or self._free_gpus(compute.gpu))
 
     def gpus(self, job_id: str) -> list[int]:
@@ -95,11 +95,11 @@ class MachineLedger:
     def release(self, job_id: str) -> None:
         """See `CapacityLedger.release`."""
         self._undo_prepare(job_id)
-        if self.give_back(job_id) and self.pop_refused():
+        if self.remove_reservation(job_id) and self.pop_refused():
             self._report_freed()
 
-    def give_back(self, job_id: str) -> bool:
-        """Give back the reservation of a job; whether it had one."""
+    def remove_reservation(self, job_id: str) -> bool:
+        """Remove the reservation of a job; whether it had one."""
         share = self._shares.pop(job_id, None)
         if share is None:
             return False

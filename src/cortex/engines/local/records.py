@@ -307,12 +307,12 @@ def _read(folder: int, name: str) -> bytes | None:
         if os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode & 0o400:
             raise
         return b""
-    if data is None and _is_there(folder, name):
+    if data is None and _exists(folder, name):
         return b""
     return data
 
 
-def _is_there(folder: int, name: str) -> bool:
+def _exists(folder: int, name: str) -> bool:
     try:
         os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:

@@ -133,7 +133,7 @@ class SupervisorHandle:
             self.order.held = False
         return True
 
-    def withdraw_held_order(self) -> None:
+    def withdraw_order_on_hold(self) -> None:
         """Withdraw an order on hold. The supervisor exits."""
         self.order = None
         self.dismiss()

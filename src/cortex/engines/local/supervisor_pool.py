@@ -115,7 +115,7 @@ class SupervisorPool:
         self.waiting[order.job_id] = order
         self._send_orders()
 
-    def send_held_order(self, order: Order) -> SupervisorHandle | None:
+    def send_order_on_hold(self, order: Order) -> SupervisorHandle | None:
         """Send an order on hold to an idle supervisor, if there is one."""
         while self._idle:
             supervisor = self._idle.pop()

@@ -342,7 +342,7 @@ class Attempts:
         if tracked.node_id in self._nodes.alive:
             name = self._calls.reservation_name(tracked)
             self._ended_reservations[tracked.node_id].append(name)
-        freed = self._nodes.give_back(tracked.job_id) and self._nodes.pop_refused()
+        freed = self._nodes.remove_reservation(tracked.job_id) and self._nodes.pop_refused()
         self._report(final)
         if freed:
             self.report_freed()

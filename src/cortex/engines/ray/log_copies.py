@@ -123,7 +123,7 @@ class LogCopies:
                     start = min(start, LogCut.loads(known).start)
             moved = LogCut(start=start, end=base + cut.end, limit=cut.limit).dumps()
             if known != moved:
-                files.put(folder, logfile.CUT, moved)
+                files.replace(folder, logfile.CUT, moved)
                 fd = os.open(self.folders.log(job_id), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
                 logfile.punch(fd, start, base + cut.end)
                 os.close(fd)

@@ -13,7 +13,7 @@ from itertools import count
 from typing import Generic, TypeVar
 
 from cortex.engines.base import NOTHING, Capacity, NodeInfo
-from cortex.engines.capacity import amounts, fits, label_words, lacking, selects
+from cortex.engines.capacity import amounts, fits, label_text, lacking, selects
 from cortex.engines.ray.messages import NodeState
 from cortex.spec.api import Compute
 
@@ -88,11 +88,11 @@ class Node:
             self._on_change(self)
 
     def _compute_free(self) -> Capacity:
-        others = self._others.least(self._previous_others)
+        others = self._others.minimum(self._previous_others)
         return self.state.total - others - self._own
 
     def _taken_by_others(self) -> Capacity:
-        return (self.state.taken - self._own).most(NOTHING)
+        return (self.state.taken - self._own).maximum(NOTHING)
 
 
 class CapacityIndex(Generic[T]):
@@ -178,7 +178,7 @@ class _LabelIndex:
         """See `CapacityIndex.max_free`; the index must not be empty."""
         indexes = (self._without_gpus, self._with_gpus)
         free = [index.max_free for index in indexes if not index.is_empty]
-        return free[0].most(free[-1])
+        return free[0].maximum(free[-1])
 
 
 class Placement:
@@ -193,7 +193,7 @@ class Placement:
         self._report_freed = report_freed
         self.alive: dict[str, Node] = {}
         self._numbers = count()
-        self._placed: dict[str, Node] = {}  # by job
+        self._node_of_job: dict[str, Node] = {}  # by job
         self._indexes: dict[Labels, _LabelIndex] = {}
         # The total capacity and the labels of all nodes, lost ones included.
         self._kinds: set[tuple[Capacity, tuple[tuple[str, str], ...]]] = set()
@@ -232,7 +232,7 @@ class Placement:
 
     def reserve(self, job_id: str, compute: Compute) -> str | None:
         """See `CapacityLedger.reserve`. The job runs on its `node_of`."""
-        if job_id in self._placed:
+        if job_id in self._node_of_job:
             return None
         index = self._index_for(compute)
         node = index.node_for(compute)
@@ -251,22 +251,22 @@ class Placement:
     def reserve_granted(self, job_id: str, compute: Compute, node_id: str) -> None:
         """Place a job on the node that already runs it, even beyond the node's capacity."""
         node = self.alive.get(node_id)
-        if node is not None and job_id not in self._placed:
+        if node is not None and job_id not in self._node_of_job:
             node.add(job_id, compute)
-            self._placed[job_id] = node
+            self._node_of_job[job_id] = node
 
     def node_of(self, job_id: str) -> Node | None:
         """The node on which a job has a reservation."""
-        return self._placed.get(job_id)
+        return self._node_of_job.get(job_id)
 
     def release(self, job_id: str) -> None:
         """See `CapacityLedger.release`. This engine prepares nothing that must be undone."""
-        if self.give_back(job_id) and self.pop_refused():
+        if self.remove_reservation(job_id) and self.pop_refused():
             self._report_freed()
 
-    def give_back(self, job_id: str) -> bool:
-        """Give back the reservation of a job; whether it had one."""
-        node = self._placed.pop(job_id, None)
+    def remove_reservation(self, job_id: str) -> bool:
+        """Remove the reservation of a job; whether it had one."""
+        node = self._node_of_job.pop(job_id, None)
         if node is None:
             return False
         node.remove(job_id)
@@ -324,7 +324,7 @@ class Placement:
             return f"needs a node{labels}, and there is none"
         largest = totals[0]
         for total in totals:
-            largest = largest.most(total)
+            largest = largest.maximum(total)
         return (
             lacking(compute, largest, f"the largest node{labels} has {{}}")
             or f"no node{labels} has {amounts(compute)}"
@@ -353,4 +353,4 @@ def _labels_of(compute: Compute) -> Labels:
 
 
 def _label_suffix(compute: Compute) -> str:
-    return f" with {label_words(compute.node_labels)}" if compute.node_labels else ""
+    return f" with {label_text(compute.node_labels)}" if compute.node_labels else ""

@@ -17,7 +17,6 @@ again.
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import os
@@ -34,6 +33,7 @@ import cortex
 from cortex.errors import StartupError
 from cortex.joblog.reader import opened
 from cortex.operator.config.settings import Settings
+from cortex.projects.pack import open_tar_gz
 from cortex.projects.repository import Projects
 from cortex.spec.times import now_ns, rfc3339
 from cortex.store import snapshot
@@ -247,10 +247,7 @@ def _new_archive(path: Path) -> Iterator[tarfile.TarFile]:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     # Closed to other users: a backup has the environment variables and results of jobs.
     with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
-        with (
-            gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=1) as zipped,
-            tarfile.open(fileobj=zipped, mode="w|", format=tarfile.PAX_FORMAT) as tar,
-        ):
+        with open_tar_gz(file, level=1) as tar:
             yield tar
         file.flush()
         os.fsync(file.fileno())

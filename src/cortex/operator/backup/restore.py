@@ -66,20 +66,20 @@ def restore(settings: Settings, file: Path, *, replace: bool) -> Summary:
         _check_destination(settings, replace=replace)
         if settings.account is not None:
             os.umask(0o022)  # the user of the jobs reads the unpacked files
-        shutil.rmtree(settings.restoring, ignore_errors=True)
-        settings.restoring.mkdir(0o700)
+        shutil.rmtree(settings.restore_folder, ignore_errors=True)
+        settings.restore_folder.mkdir(0o700)
         unpacked = _UnpackedBackup(settings)
         try:
             unpacked.read(archive)
             if settings.store is not None:
                 snapshot.put_back(settings.store, unpacked.database)
         except BaseException as error:
-            shutil.rmtree(settings.restoring)
+            shutil.rmtree(settings.restore_folder)
             if isinstance(error, CortexError | OSError | tarfile.TarError | EOFError | zlib.error):
                 raise StartupError(f"{file} cannot be restored: {error}") from error
             raise
         unpacked.install()
-        shutil.rmtree(settings.restoring)
+        shutil.rmtree(settings.restore_folder)
         return unpacked.summary
 
 
@@ -102,7 +102,7 @@ def _check_destination(settings: Settings, *, replace: bool) -> None:
     if settings.store is not None:
         snapshot.check_is_unused(settings.store)
     # The leftovers of an interrupted restore are moved aside without `replace`.
-    if not settings.restoring.exists() and not replace:
+    if not settings.restore_folder.exists() and not replace:
         existing = [path for path in _data_paths(settings) if _has_content(path)]
         if existing:
             raise StartupError(
@@ -140,9 +140,9 @@ def _data_paths(settings: Settings) -> list[Path]:
         settings.locks,
         settings.jobs,
         settings.archived,
-        settings.identity,
+        settings.folder_id_file,
         settings.lost_folder_marker,
-        settings.restored,
+        settings.restore_time_file,
         settings.ray_namespace,
     ]
 
@@ -157,7 +157,7 @@ class _UnpackedBackup:
     def __init__(self, settings: Settings) -> None:
         self.summary = Summary()
         self._settings = settings
-        self._root = settings.restoring
+        self._root = settings.restore_folder
         self._folders = JobFolders(self._root / settings.jobs.name)
         self._manifest: Manifest | None = None
         self._cuts: dict[str, LogCut] = {}
@@ -208,7 +208,7 @@ class _UnpackedBackup:
             with suppress(FileNotFoundError):
                 folder.rmdir()
             (self._root / folder.name).rename(folder)
-        write_line(settings.restored, self._manifest.created)
+        write_line(settings.restore_time_file, self._manifest.created)
         if settings.store is None:
             (self._root / DATABASE).rename(settings.database)
         os.sync()

@@ -19,7 +19,13 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from cortex.objects import check_url as check_files
 from cortex.operator.config.hosts import check_host
-from cortex.operator.config.settings import Keep, Ray, Settings, database_url, default_data_dir
+from cortex.operator.config.settings import (
+    Ray,
+    RetentionLimits,
+    Settings,
+    database_url,
+    default_data_dir,
+)
 from cortex.projects.build_rules import BuildRules
 from cortex.spec.quantities import MILLI, read_bytes
 from cortex.spec.yaml_fields import ENV_NAME
@@ -374,7 +380,7 @@ class Configuration(BaseModel):
             grace_s=self.grace,
             builds=BuildRules(self.build_timeout, frozenset(self.build_env)),
             account=None if self.run_as is None else find(self.run_as),
-            keep=Keep(
+            retention=RetentionLimits(
                 jobs_s=self.keep_jobs * _DAY_S or None,
                 logs_s=self.keep_logs * _DAY_S or None,
                 jobs=self.keep_count,

@@ -26,8 +26,8 @@ def database_url(data_dir: Path, store: str | None) -> str:
 
 
 @dataclass(frozen=True)
-class Keep:
-    """How long, and how much, data of the past is kept; None is without a limit."""
+class RetentionLimits:
+    """How long and how much data of finished jobs is stored; None is without a limit."""
 
     jobs_s: float | None = None
     """Finished jobs, and versions that have no jobs and are no longer deployed."""
@@ -80,7 +80,7 @@ class Settings:
     builds: BuildRules = DEFAULT_RULES
     account: Account | None = None
     """The system user of the jobs; None is the operator's own."""
-    keep: Keep = Keep()
+    retention: RetentionLimits = RetentionLimits()
     max_waiting_bytes: int | None = None
     """The limit for the configs of all waiting jobs together; None is without a limit."""
     allowed_origins: frozenset[str] = frozenset()
@@ -109,29 +109,34 @@ class Settings:
         return self.data_dir / "operator.lock"
 
     @property
-    def identity(self) -> Path:
-        """The id of the data folder."""
+    def folder_id_file(self) -> Path:
+        """The file with the id of the data folder."""
         return self.data_dir / "folder.id"
 
     @property
     def lost_folder_marker(self) -> Path:
-        """The id of the lost folder that this one replaces, until that folder's jobs have ended."""
+        """The file with the id of the lost folder that this one replaces.
+
+        It exists until that folder's jobs have ended.
+        """
         return self.data_dir / "taken-over"
 
     @property
-    def restored(self) -> Path:
-        """The time of the backup that the folder was restored from, until the attempts of that time
-        are lost."""
+    def restore_time_file(self) -> Path:
+        """The file with the time of the backup that the folder was restored from.
+
+        It exists until the attempts of that time are lost.
+        """
         return self.data_dir / "restored"
 
     @property
-    def restoring(self) -> Path:
+    def restore_folder(self) -> Path:
         """The files of a backup while they are being restored."""
         return self.data_dir / ".restoring"
 
     @property
     def ray_namespace(self) -> Path:
-        """The name under which a Ray cluster knows the operator's agents and jobs."""
+        """The file with the Ray namespace of the operator's agents and reservations."""
         return self.data_dir / "ray-namespace"
 
     @property

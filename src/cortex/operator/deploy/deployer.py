@@ -83,19 +83,19 @@ class Deployer:
             Each API, in the order of the file. A warning stands with the first API that it is about.
 
         Raises:
-            InvalidSpec, InvalidProject: with every mistake; nothing was deployed.
+            InvalidSpec, InvalidProject: the error lists every mistake; nothing was deployed.
             Conflict: an endpoint is taken, or an API would be replaced against `replace`.
         """
         apis = await asyncio.to_thread(read_apis, text, file)
         _check_masks(apis, file, text)
         submitted = await asyncio.to_thread(submitted_entries, text)
         async with self._store.deploy_lock:
-            project, warnings = await asyncio.to_thread(self._take_in, apis, file, text, archive)
+            project, warnings = await asyncio.to_thread(self._store_project, apis, file, text, archive)
             current = {d.name: d for d in await self._store.deployments()}
             done: list[tuple[Deployment, str]] = []
             for api, entry in zip(apis, submitted, strict=True):
                 before = current.get(api.name)
-                if before is not None and _same(before.spec, api, project):
+                if before is not None and _is_unchanged(before.spec, api, project):
                     done.append((before, f"{api.name} is unchanged"))
                     continue
                 if before is not None and not replace:
@@ -113,7 +113,10 @@ class Deployer:
                 self._catalogue.change(changed)
         for spec in changed:
             log.info("deployed", api=spec.name, api_id=spec.api_id)
-        return [Deployed(*each, told) for each, told in zip(done, warnings, strict=True)]
+        return [
+            Deployed(*each, its_warnings)
+            for each, its_warnings in zip(done, warnings, strict=True)
+        ]
 
     async def undeploy(self, name: str, actor: Actor) -> int:
         """Delete an API and stop its jobs; how many there were.
@@ -131,7 +134,7 @@ class Deployer:
         log.info("deleted", api=name, stopped_jobs=len(stopped))
         return len(stopped)
 
-    def _take_in(
+    def _store_project(
         self, apis: list[Api], file: str, text: str, archive: BinaryIO
     ) -> tuple[str, list[list[str]]]:
         """Unpack a project, check it, and store it; its id, and the warnings of each API."""
@@ -145,15 +148,16 @@ class Deployer:
 
 
 def _each_once(warnings: list[list[str]]) -> list[list[str]]:
-    seen: set[str] = set()
-    left = []
-    for told in warnings:
-        left.append([each for each in told if each not in seen])
-        seen.update(told)
-    return left
+    """The warnings of each API without those of an earlier API."""
+    earlier: set[str] = set()
+    unique = []
+    for its_warnings in warnings:
+        unique.append([each for each in its_warnings if each not in earlier])
+        earlier.update(its_warnings)
+    return unique
 
 
-def _same(spec: ApiSpec, api: Api, project: str) -> bool:
+def _is_unchanged(spec: ApiSpec, api: Api, project: str) -> bool:
     return (
         spec.project_id == project and Api(**spec.model_dump(include=set(Api.model_fields))) == api
     )

@@ -1,4 +1,4 @@
-"""The spec of a version as answers show it. Called by `versions`, which holds it, and by the views."""
+"""The spec of a version as answers show it. `versions` and the views call it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ class ShownSpec:
 
 
 def shown_spec(spec: ApiSpec) -> Json:
-    """The spec of a version, with the keys that Cortex had beside ours, and without secrets: every token
-    may read it, and answers end in logs."""
+    """The spec of a version as answers show it.
+
+    It has the keys that Cortex had beside ours. It has no secrets: every token may read it, and
+    answers end up in logs.
+    """
     answer = spec.model_dump(mode="json")
     submitted = answer["submitted_api_spec"] or _submitted_entry(spec)
     compute = submitted.get("compute")
@@ -29,14 +32,14 @@ def shown_spec(spec: ApiSpec) -> Json:
     return {
         **answer,
         "id": spec.api_id,
-        # A deploy that changes nothing makes no version, so that this, too, tells one API spec.
+        # A deploy that changes nothing makes no version: this id also identifies one API spec.
         "spec_id": spec.api_id,
         "submitted_api_spec": submitted,
     }
 
 
 def _submitted_entry(spec: ApiSpec) -> Json:
-    """The entry of a version whose own was not kept."""
+    """The entry of `cortex.yaml`, for a version whose entry was not stored."""
     entry = spec.model_dump(mode="json", include=set(Api.model_fields), exclude_defaults=True)
     if spec.definition.env:
         entry["definition"]["env"] = dict.fromkeys(spec.definition.env, MASK)

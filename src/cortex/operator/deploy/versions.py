@@ -137,7 +137,7 @@ class Versions:
                 self._cancelled.add(preparation.task)
                 preparation.task.add_done_callback(self._cancelled.discard)
 
-    async def build_begun(self, api_id: str) -> None:
+    async def build_has_begun(self, api_id: str) -> None:
         """Return once the build of a version's environment has begun, or there is nothing to build."""
         preparation = self._preparing.get(api_id)
         if preparation is not None:

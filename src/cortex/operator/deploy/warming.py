@@ -79,7 +79,7 @@ class Warmer:
 
     async def _supersede(self, before: str, after: str) -> None:
         # Where both have the same requirements, the later version goes on with the build of the earlier one.
-        await self._versions.build_begun(after)
+        await self._versions.build_has_begun(after)
         self._stop_warming(before)
 
     async def _warm(self, api_id: str) -> None:

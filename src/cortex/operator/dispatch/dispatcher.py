@@ -244,7 +244,7 @@ class Dispatcher:
 
     async def _ended(self, live: LiveJob, ended: Ended) -> None:
         event, message = event_of(ended)
-        message = self._take_hints(live, ended.hints, message)
+        message = self._store_hints(live, ended.hints, message)
         if event is Event.LOSE and await self._retried(live, message or ""):
             return
         result = json.dumps(ended.result) if ended.has_result and event is Event.SUCCEED else None
@@ -263,7 +263,7 @@ class Dispatcher:
         if record is not None and ended.measures and self._on_measures is not None:
             self._on_measures(record.spec.api_name, ended.measures)
 
-    def _take_hints(self, live: LiveJob, hints: tuple[str, ...], message: str | None) -> str | None:
+    def _store_hints(self, live: LiveJob, hints: tuple[str, ...], message: str | None) -> str | None:
         """Store the hints for the users of a version. The message of the first job with hints shows them, if it
         has no other message."""
         api_id = live.record.spec.api_id
@@ -285,8 +285,8 @@ class Dispatcher:
         losses = live.record.losses
         if live.stop_wanted or live.is_overdue or losses >= live.version.api.retries:
             return False
-        words = f"attempt {losses + 1} was lost: {reason}"
-        if await self.live_jobs.apply(live, events.Retry(live.record.attempt, words)) is None:
+        reason_text = f"attempt {losses + 1} was lost: {reason}"
+        if await self.live_jobs.apply(live, events.Retry(live.record.attempt, reason_text)) is None:
             return live.record.wanted is Wanted.RUN  # False where a stop was stored in between
         log.warning("attempt lost", job=live.job_id, number=losses + 1, reason=reason)
         self._starter.release(live)

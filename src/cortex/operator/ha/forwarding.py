@@ -98,12 +98,12 @@ class LeaderProxy:
         """
         if _FORWARDED in request.headers:
             raise NoLeader("this operator is not the leader any longer; retry")
-        asked: str | None = None
+        previous_address: str | None = None
         for _ in range(_MAX_TRIES):
             leader = await self._find()
-            if leader is None or leader.address in (None, asked):
+            if leader is None or leader.address in (None, previous_address):
                 return None
-            asked = leader.address
+            previous_address = leader.address
             response = await self._send(leader, request, or_status)
             if response is not None:
                 return response

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from cortex.joblog.folders import JobFolders
-from cortex.joblog.reader import REPLACED, OpenLog, is_replaced, is_there, opened
+from cortex.joblog.reader import REPLACED, OpenLog, is_replaced, log_exists, opened
 from cortex.objects import ObjectStore
 from cortex.spec.times import new_id
 from cortex.worker import beneath, checks, files
@@ -106,7 +106,7 @@ class ArchivedFiles:
                 return True
             if not self._fetch(job_id, path.parent):
                 return is_leading  # from an earlier term: no other operator has led since
-        elif not is_there(path) and not is_replaced(path) and not self._fetch(job_id, path.parent):
+        elif not log_exists(path) and not is_replaced(path) and not self._fetch(job_id, path.parent):
             return False
         mark.touch()
         return True

@@ -7,7 +7,7 @@ import codecs
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
-from cortex.joblog.reader import REMOVED, REPLACED, Log, is_replaced, is_there, read
+from cortex.joblog.reader import REMOVED, REPLACED, Log, is_replaced, log_exists, read
 from cortex.joblog.watch import FileWatch
 
 _CHUNK_BYTES = 64 * 1024
@@ -41,13 +41,13 @@ async def follow(
                 if piece.is_marker:
                     decoder.reset()  # the gap has the rest of a character
                 text = decoder.decode(piece.data)
-                held_back = len(decoder.getstate()[0])
+                incomplete_bytes = len(decoder.getstate()[0])
                 if text:
-                    yield offset - held_back, text
+                    yield offset - incomplete_bytes, text
             if writer is None:
                 if rest := decoder.decode(b"", final=True):
                     yield offset, rest
-                if offset > first_offset and not await asyncio.to_thread(is_there, path):
+                if offset > first_offset and not await asyncio.to_thread(log_exists, path):
                     yield offset, REMOVED
                 elif offset == first_offset and await asyncio.to_thread(is_replaced, path):
                     yield offset, REPLACED

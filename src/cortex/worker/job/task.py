@@ -73,7 +73,7 @@ class CompiledTask:
         self._next_module = types.ModuleType(self.name)
         self._next_module.__dict__.update(self._names)
 
-    def take_module(self) -> types.ModuleType:
+    def pop_module(self) -> types.ModuleType:
         """Take the module object. The caller has the only reference: it ends with the job."""
         if self._next_module is None:
             self.make_module()
@@ -386,7 +386,7 @@ def _load(setup: Setup, path: str, compiled: CompiledTask | None, outcome: Outco
     package = compiled.name.rpartition(".")[0]
     if package:
         importlib.import_module(package)
-    module = _modules[compiled.name] = compiled.take_module()
+    module = _modules[compiled.name] = compiled.pop_module()
     # Names are looked up in the dict: a missing attribute would cost an exception and its message.
     names = module.__dict__
     exec(compiled.code, names)

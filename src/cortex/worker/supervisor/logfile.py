@@ -96,7 +96,7 @@ class Log:
         end = _after_line(fd, size - keep)
         cut = LogCut(start=start, end=end, limit=self._limit)
         # Before the hole is punched: a reader that finds zeros reads the record again.
-        files.replace(self._folder, CUT, cut.dumps())
+        files.replace_durably(self._folder, CUT, cut.dumps())
         self._cut = cut
         if not punch(fd, start, end):
             os.unlink(CUT, dir_fd=self._folder)

@@ -86,7 +86,7 @@ class Reuse:
         """
         line = b"\n" + data + b"\n"  # the line before may lack its newline
         if len(line) > MAX_LINE:
-            files.put(folder, name, data)
+            files.replace(folder, name, data)
             return
         journal = self._journal
         if journal.is_intact() and journal.size + len(line) <= MAX_JOURNAL:
@@ -128,7 +128,7 @@ class Reuse:
             finally:
                 os.close(fd)
         else:
-            files.put(folder, JOB, data)
+            files.replace(folder, JOB, data)
         self._job = _state(os.stat(JOB, dir_fd=folder, follow_symlinks=False))
 
     def _move_job_json(self, last: int, folder: int) -> int:

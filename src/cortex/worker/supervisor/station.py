@@ -147,7 +147,7 @@ class Station:
             self.preforked.send_order(order)
         return order
 
-    def take_cgroup_fd(self) -> int | None:
+    def pop_cgroup_fd(self) -> int | None:
         """The open folder of the control group that came with the order, if one came. The caller
         owns it from now on."""
         fd, self._cgroup_fd = self._cgroup_fd, None

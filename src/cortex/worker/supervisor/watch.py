@@ -51,7 +51,7 @@ class Supervisor:
         self.order = order
         self.start_ns = time.time_ns()
         self.folder = files.open_folder(order.folder)
-        self.cgroup = cgroups.JobCgroup(order, station.take_cgroup_fd())
+        self.cgroup = cgroups.JobCgroup(order, station.pop_cgroup_fd())
         self.log = logfile.Log(self.folder, order.log_limit)
         self.is_childless = False  # this process has no descendant left
         self.leftovers: list[str] = []  # names of the programs that the job had left running
@@ -250,7 +250,7 @@ class Supervisor:
         """Send SIGTERM to all processes of the job, and wait for their end for the grace period."""
         until = time.monotonic() + self.order.grace_s
         # Without SIGCONT, a stopped process would not handle the SIGTERM before the SIGKILL.
-        processes.send(processes.descendants(os.getpid()), signal.SIGTERM, signal.SIGCONT)
+        processes.send_signals(processes.descendants(os.getpid()), signal.SIGTERM, signal.SIGCONT)
         while not self._reap() and time.monotonic() < until:
             self._wait(None, until)
 
@@ -297,12 +297,12 @@ class Supervisor:
                     continue
                 any_left = True
                 if stopped.get(pid) != ticks:
-                    processes.send({pid: ticks}, signal.SIGSTOP)
+                    processes.send_signals({pid: ticks}, signal.SIGSTOP)
                     stopped[pid] = ticks
             if not any_left and spared:
                 return
             if len(stopped) == known:
-                processes.send(stopped, signal.SIGKILL)
+                processes.send_signals(stopped, signal.SIGKILL)
                 self._wait(0.02, None)
             # This process may itself have been stopped meanwhile: that time does not count.
             spent_s += min(time.monotonic() - begun, MAX_COUNTED_ROUND_S)
@@ -327,11 +327,11 @@ class Supervisor:
                 # A record that an engine has read is as safe as the engine's store. Without an
                 # engine, this file is the only copy.
                 if not self.station.has_engine():
-                    files.replace(self.folder, self._exit_name, data)
+                    files.replace_durably(self.folder, self._exit_name, data)
                 elif is_last:
                     self.station.reuse.put_exit(self.folder, self._exit_name, data)
                 else:
-                    files.put(self.folder, self._exit_name, data)
+                    files.replace(self.folder, self._exit_name, data)
             except (FileNotFoundError, IsADirectoryError):
                 return False  # the job spoilt its folder, or it was deleted: retrying cannot help
             except PermissionError:

@@ -49,7 +49,7 @@ async def readyz(request: Request) -> Answer:
 async def metrics(request: Request) -> Response:
     """Get metrics of this operator's jobs, engine and process, in Prometheus' text format."""
     ctx = context(request)
-    ctx.metrics.keep_only({api.name for api in ctx.catalogue.all()})
+    ctx.metrics.drop_all_but({api.name for api in ctx.catalogue.all()})
     live_jobs, engine = ctx.jobs.all_live(), ctx.jobs.engine
     nodes = () if engine is None else engine.ledger.nodes()
     name = ctx.settings.engine_name
