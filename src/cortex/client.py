@@ -1,7 +1,7 @@
 """The old name of `cortex.sdk`. Deployed pickles name it, and programs import from it.
 
-Importing a module sets its name in its package, and `cortex.client` is a function there. This module can be
-called, so that `cortex.client()` works after `import cortex.client`.
+Importing a module sets its name in its package, and `cortex.client` is a function there. This
+module can be called, so that `cortex.client()` works after `import cortex.client`.
 """
 
 from __future__ import annotations

@@ -124,7 +124,11 @@ def test_settings_are_made_of_the_configuration(
     settings = loaded(tmp_path, text).configuration.settings()
     assert settings.capacity is not None
     assert (settings.capacity.cpu_m, settings.capacity.mem) == (1500, 2 << 30)
-    assert (settings.retention.jobs_s, settings.retention.logs_s, settings.retention.jobs) == (86_400, None, None)
+    assert (settings.retention.jobs_s, settings.retention.logs_s, settings.retention.jobs) == (
+        86_400,
+        None,
+        None,
+    )
     assert settings.data_dir.is_absolute()
     assert settings.database_url == f"sqlite:///{Path.cwd()}/x/operator.db"
 

@@ -1,7 +1,7 @@
 """The engine protocol: all that the operator knows of where workers run.
 
-An engine starts, stops and recovers attempts of jobs, and reports what it observes. It never writes a
-status: the dispatcher turns observations into events of the life cycle. Every engine passes
+An engine starts, stops and recovers attempts of jobs, and reports what it observes. It never writes
+a status: the dispatcher turns observations into events of the life cycle. Every engine passes
 `tests/engines`.
 """
 
@@ -45,8 +45,8 @@ class Attempt:
     handle: str
     """What `Engine.claim` gave. The store has it before `Engine.start` is called."""
     deadline: float | None = None
-    """When the engine ends the attempt, by this machine's monotonic clock: an administrator may set the
-    wall clock meanwhile."""
+    """When the engine ends the attempt, by this machine's monotonic clock: an administrator may set
+    the wall clock meanwhile."""
     losses: int = 0
     """How many attempts of the job were lost before. The job finds it in its environment."""
     lost: str | None = None
@@ -213,15 +213,15 @@ class NodeInfo:
 class Engine(Protocol):
     """Runs attempts somewhere. All methods are called on the event loop and do not block it.
 
-    For each attempt the operator calls, in this order: `ledger.reserve`, `claim`, optionally `prepare`,
-    and, once the store has the handle, `start`. `ledger.release` takes the place of `start` where the
-    attempt is not going to be started. After a restart of the operator a new engine gets `recover`
-    for each attempt that the store holds as claimed.
+    For each attempt the operator calls, in this order: `ledger.reserve`, `claim`, optionally
+    `prepare`, and, once the store has the handle, `start`. `ledger.release` takes the place of
+    `start` where the attempt is not going to be started. After a restart of the operator a new
+    engine gets `recover` for each attempt that the store holds as claimed.
 
-    An engine reports exactly one of Ended, Lost and NeverStarted for each attempt that it started or
-    recovered, and gives back the attempt's capacity before that. It may call `report` at any time on
-    the loop while it is open, also before `start` returns. Jobs survive their operator: neither
-    `close` nor SIGKILL of the operator's process ends a job, and neither counts as a stop.
+    An engine reports exactly one of Ended, Lost and NeverStarted for each attempt that it started
+    or recovered, and releases the attempt's capacity before that. It may call `report` at any
+    time on the loop while it is open, also before `start` returns. Jobs survive their operator:
+    neither `close` nor SIGKILL of the operator's process ends a job, and neither counts as a stop.
     """
 
     @property
@@ -231,8 +231,8 @@ class Engine(Protocol):
 
     @property
     def ledger(self) -> CapacityLedger:
-        """What there is to run on, and which job has reserved what of it. The same object as long as
-        the engine lives."""
+        """What there is to run on, and which job has reserved what of it. The same object as long
+        as the engine lives."""
 
     async def open(self, report: Report) -> None:
         """Make the engine ready, and report to `report` from now on.
@@ -253,13 +253,13 @@ class Engine(Protocol):
         """
 
     def claim(self, job_id: str, attempt: int) -> str:
-        """The handle for an attempt that is about to start: versioned, opaque to the operator, and all
-        that `recover` needs.
+        """The handle for an attempt that is about to start: versioned, opaque to the operator, and
+        all that `recover` needs.
 
         Call it after `ledger.reserve` for the job. A second call for the same attempt gives an
         equivalent handle. The handle stays valid after a restart of the operator or the machine. A
-        claim runs nothing, and needs no `recover` if its handle never reaches the store. It may leave
-        the job's empty folder, which is the caller's to remove.
+        claim runs nothing, and needs no `recover` if its handle never reaches the store. It may
+        leave the job's empty folder, which is the caller's to remove.
 
         Raises:
             OSError: the engine's storage accepts no write now.
@@ -269,34 +269,34 @@ class Engine(Protocol):
         """A hint: the attempt was claimed, and `start` follows once the store has the handle. The
         engine may use that time to set up whatever does not run the job's code.
 
-        Call it at most once for an attempt, after `claim`. Either `start` or `ledger.release` follows,
-        and `ledger.release` undoes it. After a restart nothing of it runs: `recover` fences off an
-        attempt that was only prepared.
+        Call it at most once for an attempt, after `claim`. Either `start` or `ledger.release`
+        follows, and `ledger.release` undoes it. After a restart nothing of it runs: `recover`
+        fences off an attempt that was only prepared.
         """
 
     def start(self, attempt: Attempt) -> None:
         """Start the attempt's worker. The engine reports the outcome, failures to start included.
 
         Call it exactly once for an attempt, after the store has the handle that `claim` gave. The
-        attempt's code runs at most once: where the operator restarts meanwhile, `recover` with the same
-        handle finds the attempt running, ended, or fences it off.
+        attempt's code runs at most once: where the operator restarts meanwhile, `recover` with the
+        same handle finds the attempt running, ended, or fences it off.
         """
 
     def stop(self, job_id: str) -> None:
         """End the job's attempt: SIGTERM, a grace period, SIGKILL, to the whole process tree. The
         engine reports the outcome.
 
-        Call it at any time while the engine is open. It has no effect on a job whose end was reported
-        or that the engine does not know. A second call does not prolong the grace period. A stop is
-        not remembered over a restart: call it again after `recover`.
+        Call it at any time while the engine is open. It has no effect on a job whose end was
+        reported or that the engine does not know. A second call does not prolong the grace period.
+        A stop is not remembered over a restart: call it again after `recover`.
         """
 
     async def recover(self, attempt: Attempt) -> None:
         """Take over an attempt that an earlier operator claimed, started or not. The engine reports
         its state, and counts its capacity as reserved, even if that exceeds what is free.
 
-        Call it once for each such attempt, after `open` and before jobs reserve capacity. An attempt
-        that has not begun is fenced off and reported as NeverStarted: it never runs.
+        Call it once for each such attempt, after `open` and before jobs reserve capacity. An
+        attempt that has not begun is fenced off and reported as NeverStarted: it never runs.
         """
 
     def warm(self, version: Version) -> None:
@@ -307,13 +307,13 @@ class Engine(Protocol):
         """
 
     def forget(self, *, versions: Sequence[str] = (), jobs: Sequence[str] = ()) -> None:
-        """A hint: no job of these versions will come, and the data of these jobs is no longer needed.
-        The engine deletes what it keeps of them elsewhere; the caller deletes the job folders on the
-        operator's machine (`cortex.joblog.folders`).
+        """A hint: no job of these versions will come, and the data of these jobs is no longer
+        needed. The engine deletes what it keeps of them elsewhere; the caller deletes the job
+        folders on the operator's machine (`cortex.joblog.folders`).
 
-        Call it at any time, for jobs whose end was reported; an engine that is not open ignores it. A
-        second call has no effect. The hint is not remembered over a restart: what an engine cannot
-        delete at once, as on a node that is out of reach, stays there.
+        Call it at any time, for jobs whose end was reported; an engine that is not open ignores it.
+        A second call has no effect. The hint is not remembered over a restart: what an engine
+        cannot delete at once, as on a node that is out of reach, stays there.
 
         Args:
             versions: the ids of versions.

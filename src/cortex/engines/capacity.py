@@ -20,7 +20,8 @@ class CapacityLedger(Protocol):
     """
 
     def refusal(self, compute: Compute) -> str | None:
-        """Why the engine could never run this ("needs 8 GPUs, this machine has 2"); None if it could.
+        """Why the engine could never run this ("needs 8 GPUs, this machine has 2"); None if it
+        could.
 
         Call it at any time while the engine is open. It changes nothing. The answer may become None
         when a larger machine joins.
@@ -29,8 +30,8 @@ class CapacityLedger(Protocol):
     def reserve(self, job_id: str, compute: Compute) -> str | None:
         """Reserve capacity for a job.
 
-        Call it before `Engine.claim`. A second call for a job with a reservation changes nothing and
-        returns None.
+        Call it before `Engine.claim`. A second call for a job with a reservation changes nothing
+        and returns None.
 
         Returns:
             None, or what is lacking ("needs 32 GiB, 31 GiB free"). Nothing is reserved then, and

@@ -1,5 +1,5 @@
-"""Where the log, the records and the files of each job lie. The operator, the engines and the nodes of
-a cluster share this layout:
+"""Where the log, the records and the files of each job are. The operator, the engines and the nodes
+of a cluster share this layout:
 
 <root>/<job_id>/log          what the job writes, and lines of the platform's own
 <root>/<job_id>/log.cut      the position of the gap in a log that exceeded `limits.log`
@@ -53,7 +53,8 @@ class JobFolders:
         return self.root / job_id / FILES
 
     def start_record(self, job_id: str, attempt: int) -> Path:
-        """The record that fences an attempt: the process that creates it decides whether the attempt runs."""
+        """The record that fences an attempt: the process that creates it decides whether the
+        attempt runs."""
         return self.root / job_id / f"start.{attempt}"
 
     def exit_record(self, job_id: str, attempt: int) -> Path:
@@ -73,11 +74,12 @@ class JobFolders:
         """Append a line of the platform's own to a job's log, as for a job that never got a worker.
         Creates folder and log if they are missing. Writes to the disk.
 
-        A job can put another file in place of its log. That file is not written to: the operator may
-        write where the job may not.
+        A job can put another file in place of its log. That file is not written to: the operator
+        may write where the job may not.
 
         Raises:
-            OSError: the log is not a plain file of the job's alone, or the disk accepts no write now.
+            OSError: the log is not a plain file of the job's alone, or the disk accepts no write
+            now.
         """
         path = self.log(job_id)
         path.parent.mkdir(0o700, exist_ok=True)

@@ -1,9 +1,10 @@
-"""Reads a job's log, which may have lost its middle: the supervisor of a job punches a hole into a log
-that exceeds `limits.log`, and records the hole in `log.cut` (`cortex.worker.supervisor.logfile`).
+"""Reads a job's log, which may have lost its middle: the supervisor of a job punches a hole into a
+log that exceeds `limits.log`, and records the hole in `log.cut`
+(`cortex.worker.supervisor.logfile`).
 
-The job can write to its folder. It can put a link, a pipe or another file in place of its log, write
-the record of a gap itself, and make the log as large as a file can be. Therefore nothing but a plain
-file of the job's alone is read, and no more of a log than its limit allows.
+The job can write to its folder. It can put a link, a pipe or another file in place of its log,
+write the record of a gap itself, and make the log as large as a file can be. Therefore nothing but
+a plain file of the job's alone is read, and no more of a log than its limit allows.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ REMOVED = "[cortex: the log was removed while it was read]\n"
 REPLACED = "[cortex: the log is not shown, for the job has put something else in its place]\n"
 
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-# No such file, a link, a socket, a file without read permission, a file with a lease (fcntl(2)) on it.
+# No such file, a link, a socket, a file without read permission, a file with a lease (fcntl(2)) on
+# it.
 _NOT_READABLE = (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EACCES, errno.EAGAIN)
 _MAX_RECORD_BYTES = 4096
 # A supervisor cuts at the ends of lines, on either side of the gap.
@@ -75,7 +77,8 @@ class Piece:
 
 
 class OpenLog:
-    """A job's log, open for reading together with its folder: the job may rename either meanwhile."""
+    """A job's log, open for reading together with its folder: the job may rename either
+    meanwhile."""
 
     def __init__(self, folder: int, fd: int) -> None:
         self.fd = fd
@@ -175,8 +178,9 @@ def length(path: Path) -> int:
 
 
 def find_gap(record: bytes | None, size: int, limit: int, attempts: int = 1) -> LogCut | None:
-    """The gap of a log: the recorded one, if it can be true, extended to all that exceeds the limit.
-    A job can write both files, and a sparse file of the largest size takes no space on the disk.
+    """The gap of a log: the recorded one, if it can be true, extended to all that exceeds the
+    limit. A job can write both files, and a sparse file of the largest size takes no space on the
+    disk.
 
     Args:
         record: the content of `log.cut`, read before `size` was determined.
@@ -199,9 +203,9 @@ def find_gap(record: bytes | None, size: int, limit: int, attempts: int = 1) -> 
 
 
 def is_own(folder: int, fd: int) -> bool:
-    """Whether an open file is a plain file that only the job or the operator can have created. A job
-    can move or link a file into its folder that the operator may read and the job may not. Of the
-    operator's own files the job may read those that all users may read.
+    """Whether an open file is a plain file that only the job or the operator can have created. A
+    job can move or link a file into its folder that the operator may read and the job may not. Of
+    the operator's own files the job may read those that all users may read.
 
     Args:
         folder: the job's folder, open.

@@ -33,8 +33,8 @@ class FileWatch:
     """One inotify instance for any number of files: a user may have few instances (128 by default).
     All methods are called on the event loop. Adding a callback twice has no effect.
 
-    A callback is a hint: the kernel drops events when its queue is full, and a job can create a file
-    of any name in its folder.
+    A callback is a hint: the kernel drops events when its queue is full, and a job can create a
+    file of any name in its folder.
     """
 
     def __init__(self, name: str) -> None:
@@ -68,8 +68,8 @@ class FileWatch:
             self._inotify = None
 
     def watch_open_log(self, path: Path, grown: Callback) -> bool:
-        """Call `grown` whenever a log grows; False, and nothing is watched, where no log exists yet.
-        The file itself is watched, not its name: the job may put another file in its place.
+        """Call `grown` whenever a log grows; False, and nothing is watched, where no log exists
+        yet. The file itself is watched, not its name: the job may put another file in its place.
 
         Raises:
             OSError: the log cannot be watched.

@@ -1,7 +1,8 @@
-"""Retention removes finished jobs, their logs, and versions that no job uses, after the times that are configured.
+"""Retention removes finished jobs, their logs, and versions that no job uses, after the times that
+are configured.
 
-A folder is removed before its row in the store, so that a crash in between leaves no folder without a row.
-Opened by the leader.
+A folder is removed before its row in the store, so that a crash in between leaves no folder without
+a row. Opened by the leader.
 """
 
 from __future__ import annotations

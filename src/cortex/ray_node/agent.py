@@ -202,7 +202,8 @@ class Agent:
             self._on_observation(self._failed(order, error))
         else:
             self._building.pop(job_id, None)  # from here on the engine stops the attempt
-            # What the job may take was decided by the operator and Ray, the indices of GPUs included.
+            # What the job may take was decided by the operator and Ray, the indices of GPUs
+            # included.
             self._engine.ledger.reserve_granted(job_id, order.api.compute, list(order.gpus))
             self._engine.start(self._attempt(order, python, deadline))
 

@@ -117,7 +117,7 @@ def shown_status(record: JobRecord, unreachable: str | None = None) -> Status:
     """The status of a job, as clients receive it.
 
     Args:
-        unreachable: why the engine cannot be asked about the job right now, if so.
+        unreachable: why the engine cannot report the state of the job right now; None if it can.
     """
     status = SHOWN[record.state, record.wanted]
     if status is Status.RUNNING and unreachable is not None:

@@ -1,5 +1,6 @@
-"""The events of a job, each with the values that the store records. The dispatcher makes them, and the route that
-stops a job; `store.transitions` applies them. `spec.lifecycle` has the states that accept each event.
+"""The events of a job, each with the values that the store records. The dispatcher makes them, and
+the route that stops a job; `store.transitions` applies them. `spec.lifecycle` has the states that
+accept each event.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ class Claim:
     """The job is going to be started.
 
     Attributes:
-        attempt: the number that the store holds when it takes the event, as in all events: for a claim, that of
-            the attempt before.
+        attempt: the number that the store holds when it takes the event, as in all events: for a
+            claim, that of the attempt before.
         handle: the engine recovers the attempt by it.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 _CORTEX = int.from_bytes(b"cortex", "big")
 
 # Keys of one database must differ; operators of other versions use the same values. PostgreSQL
-# tells a key of one bigint from a key of two integers.
+# distinguishes a key of one bigint from a key of two integers.
 LEADER_LOCK = _CORTEX
 """Held by the leader, on its own session."""
 DEPLOY_LOCK = _CORTEX << 4

@@ -86,13 +86,14 @@ class Store:
 
     @property
     def is_shared(self) -> bool:
-        """Whether several operators can use the database; a file has one, which locks its folder."""
+        """Whether several operators can use the database; a file has one, which locks its
+        folder."""
         return self._engine.dialect.name != "sqlite"
 
     @property
     def failed_write_stores_nothing(self) -> bool:
-        """Whether it is certain after StorageUnavailable that nothing was stored. A database in a file may hold
-        the write after a crash of a machine whose disk fails."""
+        """Whether it is certain after StorageUnavailable that nothing was stored. A database in a
+        file may hold the write after a crash of a machine whose disk fails."""
         return self.is_shared
 
     def close(self) -> None:
@@ -135,7 +136,8 @@ class Store:
         spec: JobSpec | None = None,
         actor: Actor = UNKNOWN,
     ) -> Outcome:
-        """Take one event of a job; see `transitions.apply`. Only the leader takes events but `Stop`.
+        """Take one event of a job; see `transitions.apply`. Only the leader takes events but
+        `Stop`.
 
         Args:
             actor: of a `Stop`, for the audit.

@@ -82,8 +82,8 @@ class Background:
     async def finish(self) -> None:
         """Wait until all tasks are done, also those that tasks start."""
         while self._tasks:
-            # Not gather(): since Python 3.12 it returns without a turn of the loop where all tasks are
-            # done, and `_done` would never run.
+            # Not gather(): since Python 3.12 it returns without a turn of the loop where all tasks
+            # are done, and `_done` would never run.
             await asyncio.wait(self._tasks)
 
     async def close(self) -> None:

@@ -61,8 +61,8 @@ class Invalid(ValueError):
 def decode(data: str | bytes, parse_int: Callable[[str], object] | None = None) -> object:
     """Decode JSON as `json.loads` does, also where a user's own `json` has replaced Python's.
 
-    CPython's decoder gets its exception by the name `json.decoder`: 3.11 from `sys.modules`, 3.13 by an
-    import, which would run the user's file in this process.
+    CPython's decoder gets its exception by the name `json.decoder`: 3.11 from `sys.modules`, 3.13
+    by an import, which would run the user's file in this process.
 
     Raises:
         ValueError: the data is not JSON.

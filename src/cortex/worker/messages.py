@@ -127,7 +127,7 @@ class Setup(_Message):
 
 
 class Order(_Message):
-    """Tells a supervisor to start one attempt of a job."""
+    """The order to a supervisor to start one attempt of a job."""
 
     __slots__ = (
         "attempt",

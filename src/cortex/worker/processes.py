@@ -264,7 +264,8 @@ def with_variable(name: str, value: str) -> dict[int, int]:
 
 
 def with_variable_below(name: str, folder: str) -> dict[int, int]:
-    """All processes in whose environment block this variable is a path below a folder: pid: start ticks.
+    """All processes in whose environment block this variable is a path below a folder: pid: start
+    ticks.
 
     Raises:
         OSError: descriptors or memory are short.

@@ -1,4 +1,5 @@
-"""`from cortex_internal.lib.log import logger`: Cortex's structured logger, which is `cortex.logger` here."""
+"""`from cortex_internal.lib.log import logger`: Cortex's structured logger, which is
+`cortex.logger` here."""
 
 from cortex.logger import logger
 

@@ -70,7 +70,9 @@ class ForkServerPool:
         """Send an order on hold to an idle supervisor of the version, if there is one."""
         server = self._servers.get(version.api.api_id)
         is_same = server is not None and server.version == version
-        return server.supervisors.send_order_on_hold(order) if server is not None and is_same else None
+        return (
+            server.supervisors.send_order_on_hold(order) if server is not None and is_same else None
+        )
 
     def warm(self, version: Version) -> None:
         """Start the version's fork server, if it does not run."""

@@ -41,7 +41,7 @@ class MachineLedger:
     ) -> None:
         """
         Args:
-            undo_prepare: called with the job whose reservation `release` gives back.
+            undo_prepare: called with the job whose reservation `release` removes.
             report_freed: called when `release` has freed capacity and a reservation was refused
                 before.
         """

@@ -48,7 +48,7 @@ class Exited:
     start: StartRecord | None
     rebooted: bool
     invalid: str | None = None
-    """Why the exit record is not valid, if that is so."""
+    """Why the exit record is invalid; None if it is valid."""
     copied: bool = False
     """Whether the attempt ran with another data folder, of which this one is a copy."""
 
@@ -201,7 +201,8 @@ def _of_handle(handle: str, name: str) -> object:
 def _alive(
     start: StartRecord | None, folder: int, account: Account | None, *, if_unknown: bool = True
 ) -> Alive | None:
-    """The supervisor that a record names, if it has this folder open, even if the job wrote the record.
+    """The supervisor that a record names, if it has this folder open, even if the job wrote the
+    record.
 
     Args:
         if_unknown: the answer where this user may not read what that process has open.

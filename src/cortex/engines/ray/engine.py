@@ -1,8 +1,8 @@
 """The engine protocol on a Ray cluster. Called by the dispatcher and by `tests/engines`.
 
-Each node has an agent, a detached actor that runs the local engine: records, limits, stop and recovery are
-those of one machine. The operator's side chooses nodes (`placement`), reserves in Ray what a job takes
-(`messages.Reservation`), and follows each attempt through the agents (`attempts`).
+Each node has an agent, a detached actor that runs the local engine: records, limits, stop and
+recovery are those of one machine. The operator's side chooses nodes (`placement`), reserves in Ray
+what a job takes (`messages.Reservation`), and follows each attempt through the agents (`attempts`).
 """
 
 from __future__ import annotations

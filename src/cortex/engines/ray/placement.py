@@ -188,7 +188,8 @@ class Placement:
     def __init__(self, report_freed: Callable[[], object] = lambda: None) -> None:
         """
         Args:
-            report_freed: called when `release` has freed capacity and a reservation was refused before.
+            report_freed: called when `release` has freed capacity and a reservation was refused
+                before.
         """
         self._report_freed = report_freed
         self.alive: dict[str, Node] = {}

@@ -50,7 +50,8 @@ class Deployed:
 
 
 class Deployer:
-    """Deploys and deletes, one at a time among all operators. What follows a deploy is the leader's (`warming`)."""
+    """Deploys and deletes, one at a time among all operators. What follows a deploy is the leader's
+    (`warming`)."""
 
     def __init__(
         self,
@@ -80,7 +81,8 @@ class Deployer:
             actor: who deploys.
 
         Returns:
-            Each API, in the order of the file. A warning stands with the first API that it is about.
+            Each API, in the order of the file. A warning stands with the first API that it is
+            about.
 
         Raises:
             InvalidSpec, InvalidProject: the error lists every mistake; nothing was deployed.
@@ -90,7 +92,9 @@ class Deployer:
         _check_masks(apis, file, text)
         submitted = await asyncio.to_thread(submitted_entries, text)
         async with self._store.deploy_lock:
-            project, warnings = await asyncio.to_thread(self._store_project, apis, file, text, archive)
+            project, warnings = await asyncio.to_thread(
+                self._store_project, apis, file, text, archive
+            )
             current = {d.name: d for d in await self._store.deployments()}
             done: list[tuple[Deployment, str]] = []
             for api, entry in zip(apis, submitted, strict=True):
@@ -114,8 +118,7 @@ class Deployer:
         for spec in changed:
             log.info("deployed", api=spec.name, api_id=spec.api_id)
         return [
-            Deployed(*each, its_warnings)
-            for each, its_warnings in zip(done, warnings, strict=True)
+            Deployed(*each, its_warnings) for each, its_warnings in zip(done, warnings, strict=True)
         ]
 
     async def undeploy(self, name: str, actor: Actor) -> int:
@@ -197,8 +200,8 @@ def _check_masks(apis: list[Api], file: str, text: str) -> None:
 
 
 def safe_name(filename: str | None) -> str:
-    """The last part of an uploaded file's name, which a client chose; `cortex.yaml` where that is no valid
-    name of a file."""
+    """The last part of an uploaded file's name, which a client chose; `cortex.yaml` where that is
+    no valid name of a file."""
     name = PurePosixPath(filename or "").name
     can_be = name not in {"", ".."} and name.isprintable() and len(name.encode()) <= _MAX_NAME_BYTES
     return name if can_be else "cortex.yaml"

@@ -1,7 +1,7 @@
 """Versions as jobs need them: the spec, the project's files, and a built environment.
 
-The dispatcher makes the version of a waiting job ready. The warmer does it after a deploy, so that the first job
-finds the environment built and a fork server warm.
+The dispatcher makes the version of a waiting job ready. The warmer does it after a deploy, so that
+the first job finds the environment built and a fork server warm.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class VersionUnusable(Exception):
 
 
 class VersionBlocked(Exception):
-    """A version cannot be made ready now, for instance because the disk is full. A retry may succeed."""
+    """A version cannot be made ready now, for instance because the disk is full. A retry may
+    succeed."""
 
 
 @dataclass
@@ -108,8 +109,8 @@ class Versions:
         return self._ready.get(api_id)
 
     async def make_ready(self, api_id: str) -> Version:
-        """Return the version once it can start jobs. Each call retries an environment that failed. Work that no
-        caller waits for any longer is cancelled.
+        """Return the version once it can start jobs. Each call retries an environment that failed.
+        Work that no caller waits for any longer is cancelled.
 
         Raises:
             VersionUnusable: no job of the version can run.
@@ -138,7 +139,8 @@ class Versions:
                 preparation.task.add_done_callback(self._cancelled.discard)
 
     async def build_has_begun(self, api_id: str) -> None:
-        """Return once the build of a version's environment has begun, or there is nothing to build."""
+        """Return once the build of a version's environment has begun, or there is nothing to
+        build."""
         preparation = self._preparing.get(api_id)
         if preparation is not None:
             await preparation.has_begun.wait()

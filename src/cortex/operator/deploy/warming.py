@@ -1,5 +1,5 @@
-"""The leader's work after a deploy: each version that is deployed now is made ready and gets a warm fork server,
-and the object store gets the projects that it lacks. Opened by `ha.leadership`.
+"""The leader's work after a deploy: each version that is deployed now is made ready and gets a warm
+fork server, and the object store gets the projects that it lacks. Opened by `ha.leadership`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class Warmer:
             warming.cancel()
 
     async def _supersede(self, before: str, after: str) -> None:
-        # Where both have the same requirements, the later version goes on with the build of the earlier one.
+        # Where both have the same requirements, the later version goes on with the build of the
+        # earlier one.
         await self._versions.build_has_begun(after)
         self._stop_warming(before)
 

@@ -1,9 +1,10 @@
-"""The dispatcher joins store and engine: it moves every job from the observed state to the wanted one.
+"""The dispatcher joins store and engine: it moves every job from the observed state to the wanted
+one.
 
-It keeps in memory only what the store already holds, so a restart is nothing special: `open` reads the
-unfinished jobs and goes on. Other operators on the same store may store jobs and stops as well; the dispatcher
-reads those again when it is notified (`refresh`). `Admission` decides which waiting job starts next, and the
-dispatcher alone acts on the decision.
+It keeps in memory only what the store already holds, so a restart is nothing special: `open` reads
+the unfinished jobs and goes on. Other operators on the same store may store jobs and stops as well;
+the dispatcher reads those again when it is notified (`refresh`). `Admission` decides which waiting
+job starts next, and the dispatcher alone acts on the decision.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class Dispatcher:
         Args:
             on_change: called with a job before and after each change that was stored.
             on_finished: called with the id of each job whose log grows no longer.
-            on_measures: called with the name of an API and what the task of a job that has ended measured.
+            on_measures: called with the name of an API and what the task of a job that has ended
+                measured.
         """
         self.background = Background("dispatcher failed")
         self.live_jobs = LiveJobs(store, self._job_changed)
@@ -104,7 +106,8 @@ class Dispatcher:
         self._refresher.open()
 
     async def close(self) -> None:
-        """Stop dispatching. Jobs that have started go on, and submits that are being stored are answered."""
+        """Stop dispatching. Jobs that have started go on, and submits that are being stored are
+        answered."""
         self._catalogue.unsubscribe(self)
         self.live_jobs.close()
         await self.background.close()
@@ -116,7 +119,8 @@ class Dispatcher:
         Raises:
             NotFound, Conflict, OverLimit, StorageUnavailable, Superseded: as `Store.submit` does.
         """
-        # The server lets this call end even when the client has disconnected: a stored job is dispatched.
+        # The server lets this call end even when the client has disconnected: a stored job is
+        # dispatched.
         is_likely = replay is None and not self._being_stored
         claim = self._starter.claim_early(draft, prestart=is_likely)
         is_new = is_claimed = is_refused = False
@@ -197,7 +201,8 @@ class Dispatcher:
         self._starter.schedule()
 
     def api_removed(self, name: str, api_ids: Collection[str]) -> None:
-        """See `CatalogueListener`. The limit stays: without it, jobs whose stop is not read yet would start."""
+        """See `CatalogueListener`. The limit stays: without it, jobs whose stop is not read yet
+        would start."""
 
     def observe(self, observation: Observation) -> None:
         """Take in an observation of the engine."""
@@ -263,9 +268,11 @@ class Dispatcher:
         if record is not None and ended.measures and self._on_measures is not None:
             self._on_measures(record.spec.api_name, ended.measures)
 
-    def _store_hints(self, live: LiveJob, hints: tuple[str, ...], message: str | None) -> str | None:
-        """Store the hints for the users of a version. The message of the first job with hints shows them, if it
-        has no other message."""
+    def _store_hints(
+        self, live: LiveJob, hints: tuple[str, ...], message: str | None
+    ) -> str | None:
+        """Store the hints for the users of a version. The message of the first job with hints shows
+        them, if it has no other message."""
         api_id = live.record.spec.api_id
         is_first = bool(hints) and api_id not in self._hints
         if hints or api_id in self._hints:
@@ -277,8 +284,8 @@ class Dispatcher:
             await self.live_jobs.fail(live, lost.reason)
 
     async def _retried(self, live: LiveJob, reason: str) -> bool:
-        """Retry a job whose attempt was lost, if its API allows another attempt; False where the loss is the
-        job's end."""
+        """Retry a job whose attempt was lost, if its API allows another attempt; False where the
+        loss is the job's end."""
         if live.record.state not in CLAIMED:
             return True  # the loss was reported twice
         assert live.version is not None
@@ -330,6 +337,6 @@ def event_of(ended: Ended) -> tuple[Event, str | None]:
         case Ending.TIMED_OUT:
             return Event.TIME_OUT, ended.message
         case Ending.STOPPED:
-            # The store knows whether a user stopped the job, and then shows it as stopped whatever the event.
-            # Only a job that no user has stopped shows this message.
+            # The store knows whether a user stopped the job, and then shows it as stopped whatever
+            # the event. Only a job that no user has stopped shows this message.
             return Event.LOSE, "something other than the operator stopped its supervising process"

@@ -1,7 +1,7 @@
 """The jobs in progress, in memory as the store holds them, and the events on their way there.
 
-`LiveJobs` owns them and is the only one that adds, changes or removes one. The dispatcher alone calls its
-methods that change something; everybody else calls `find`.
+`LiveJobs` owns them: it alone adds, changes and removes jobs. The dispatcher alone calls the
+methods that change something; all other parts call `find`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ class LiveJob:
         record: the job as it was stored last, without a config that is long.
         explain: says why a waiting job waits; see `why_waiting`.
         version: None until the job's version is ready, or described for a job that was recovered.
-        unreachable: why the engine cannot be asked about the job right now, if so.
-        blocked_by: what the machine lacks right now, while the start is retried until it has it again.
-        engine_wait: why the engine has not started the job yet that it was told to start.
+        unreachable: why the engine cannot report the state of the job right now; None if it can.
+        blocked_by: what the machine lacks right now, while the start is retried until it has it
+            again.
+        engine_wait: why the engine has not started the job yet, after `Engine.start`.
         deadline: by the monotonic clock, which the engine's processes share.
         timer: of the deadline, while the job waits.
     """
@@ -112,7 +113,8 @@ class LiveJobs:
         return list(self._jobs.values())
 
     def add(self, record: JobRecord, explain: Callable[[LiveJob], str | None]) -> LiveJob:
-        """A job is in progress from now on. A long config stays in the store until the job starts."""
+        """A job is in progress from now on. A long config stays in the store until the job
+        starts."""
         live = LiveJob(record.without_long_config(), explain)
         self._jobs[live.job_id] = live
         return live

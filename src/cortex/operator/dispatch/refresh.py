@@ -1,5 +1,5 @@
-"""Reads the jobs that other operators have changed, for the dispatcher: all that were reported since the last
-read, in one read.
+"""Reads the jobs that other operators have changed, for the dispatcher: all that were reported
+since the last read, in one read.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""The way of a waiting job to its start: its version is made ready, it joins the queue, it is claimed, and the
-engine starts it. Carries out the decisions of `Admission`. Used by the dispatcher alone.
+"""The way of a waiting job to its start: its version is made ready, it joins the queue, it is
+claimed, and the engine starts it. Carries out the decisions of `Admission`. Used by the dispatcher
+alone.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Starter:
         self._awaited = AwaitedVersions(versions, background, self._version_resolved)
 
     def add_waiting(self, record: JobRecord) -> None:
-        """Take up a job that waits."""
+        """Add a job that waits."""
         live = self._live_jobs.add(record, self.admission.why_waiting)
         if self.watch_deadline(live):
             self.enqueue(live)
@@ -143,11 +144,12 @@ class Starter:
         self.schedule()
 
     def claim_early(self, draft: JobSpec, *, prestart: bool) -> InitialClaim | None:
-        """Reserve what a job needs that is about to be stored, and make its handle; None where it has to wait.
+        """Reserve what a job needs that is about to be stored, and make its handle; None where it
+        has to wait.
 
         Args:
-            prestart: whether to use the time of the store's commit: this job is going to be stored, most
-                likely, and no other is being stored now.
+            prestart: whether to use the time of the store's commit: this job is going to be stored,
+                most likely, and no other is being stored now.
         """
         api = self._catalogue.find(draft.api_name)
         version = None if api is None else self._versions.ready(api.api_id)
@@ -235,7 +237,8 @@ def _deadline(spec: JobSpec) -> float | None:
 
 
 def attempt_of(live: LiveJob, spec: JobSpec) -> Attempt:
-    """A claimed job as the engine knows it; `spec` has the config where the job is to be started."""
+    """A claimed job as the engine knows it; `spec` has the config where the job is to be
+    started."""
     assert live.version is not None and live.record.handle is not None
     return Attempt(
         spec,

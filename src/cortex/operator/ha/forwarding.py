@@ -1,5 +1,6 @@
-"""Forwards to the leader what only the leader can answer: why a job waits, whether its engine can be reached, its
-log while it grows, and the cluster. A request is forwarded as it came, with its caller's token.
+"""Forwards to the leader what only the leader can answer: why a job waits, whether its engine can
+be reached, its log while it grows, and the cluster. A request is forwarded as it came, with its
+caller's token.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class LeaderProxy:
             await self._http.aclose()
 
     def leader_changed(self) -> None:
-        """Another operator may be the leader. Requests that wait for the earlier leader are given up."""
+        """Another operator may be the leader. Requests that wait for the earlier leader are given
+        up."""
         if self._leader is None:
             return
         self._is_outdated = True
@@ -86,7 +88,8 @@ class LeaderProxy:
             self._refreshing.add_done_callback(self._refreshed)
 
     async def forward(self, request: Request, or_status: int | None = None) -> Response | None:
-        """The leader's response. None where it has none, or no other operator can be reached as the leader.
+        """The leader's response. None where it has none, or no other operator can be reached as the
+        leader.
 
         The caller has checked that this operator is not the leader.
 
@@ -143,8 +146,8 @@ class LeaderProxy:
         return None
 
     async def _client(self) -> httpx.AsyncClient:
-        """Made for the first request: an operator that is alone on its store needs none, and httpx takes long
-        to import."""
+        """Made for the first request: an operator that is alone on its store needs none, and httpx
+        takes long to import."""
         if self._http is None:
             await in_thread(importlib.import_module, "httpx")
             import httpx
@@ -189,7 +192,8 @@ class LeaderProxy:
 
 
 class ForwardedAnswer(Response):
-    """The leader's response, passed on as it arrives. Where it breaks off, this one breaks off as well."""
+    """The leader's response, passed on as it arrives. Where it breaks off, this one breaks off as
+    well."""
 
     def __init__(self, response: httpx.Response, has_ended: asyncio.Event) -> None:
         """

@@ -1,5 +1,6 @@
-"""The leader's parts: opened when this operator becomes the leader, closed when it is the leader no longer. Jobs
-go on in between. An operator that is alone on its store leads from its start to its end.
+"""The leader's parts: opened when this operator becomes the leader, closed when it is the leader no
+longer. Jobs go on in between. An operator that is alone on its store leads from its start to its
+end.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Leadership:
         """
         Args:
             new_engine: makes the engine of a term; an engine is opened and closed once.
-            on_failure: called when this operator has become the leader and cannot lead: it has to end.
+            on_failure: called when this operator has become the leader and cannot lead: it has to
+                end.
         """
         self._settings = settings
         self._store = store

@@ -1,9 +1,9 @@
-"""Archives the logs of finished jobs in the object store, and fetches them when the data folder lacks a
-log. Opened by the app where an object store is configured; called by the dispatcher, the log routes and
-retention.
+"""Archives the logs of finished jobs in the object store, and fetches them when the data folder
+lacks a log. Opened by the app where an object store is configured; called by the dispatcher, the
+log routes and retention.
 
-Logs are sent in the background. The next start sends each log that has no mark: a crash in between loses
-nothing. The copy in the data folder is dropped a day after the log was sent or read last.
+Logs are sent in the background. The next start sends each log that has no mark: a crash in between
+loses nothing. The copy in the data folder is dropped a day after the log was sent or read last.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class Archive:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self, dispatcher: Dispatcher) -> None:
-        """Send logs from now on, and the unsent logs of earlier terms first. The dispatcher must know
-        all unfinished jobs."""
+        """Send logs from now on, and the unsent logs of earlier terms first. The dispatcher must
+        know all unfinished jobs."""
         self._is_open = True
         for job_id in await self._run(self._copies.not_sent):
             if dispatcher.live_jobs.find(job_id) is None and job_id not in self._waiting:
@@ -104,8 +104,8 @@ class Archive:
         self._more.set()
 
     async def has(self, job_id: str) -> bool:
-        """Whether this operator can serve a finished job's log without the leader: all operators share
-        one data folder, or this operator leads, or the log is archived."""
+        """Whether this operator can serve a finished job's log without the leader: all operators
+        share one data folder, or this operator leads, or the log is archived."""
         if not self._is_apart or self._is_open:
             return True
         return await self._run((self._marks / job_id).exists)
@@ -150,8 +150,8 @@ class Archive:
             await self._run(self._copies.remove, job_ids)
 
     async def drop_old(self) -> None:
-        """Drop the copies on this machine of archived logs that no client has read for a day. Does nothing
-        if it ran within the last hour."""
+        """Drop the copies on this machine of archived logs that no client has read for a day. Does
+        nothing if it ran within the last hour."""
         if time.monotonic() - self._dropped_at > _DROP_INTERVAL_S:
             self._dropped_at = time.monotonic()
             for job_id in await self._run(self._copies.old):

@@ -43,8 +43,8 @@ class ArchivedFiles:
         self._marks = marks
 
     def not_sent(self) -> list[str]:
-        """The jobs that have a folder here and no mark. Removes partial files that a killed operator
-        left."""
+        """The jobs that have a folder here and no mark. Removes partial files that a killed
+        operator left."""
         for part in self._marks.glob(f"{_PART}*"):
             # Another operator may be writing a new one, or have removed this one.
             with suppress(FileNotFoundError):
@@ -92,8 +92,8 @@ class ArchivedFiles:
             self._store.put(_log(job_id), part)
 
     def bring_back(self, job_id: str, *, is_sure: bool, is_leading: bool) -> bool:
-        """Fetch a log, if the object store has it and the copy here may be incomplete. Returns whether
-        a complete log is here now.
+        """Fetch a log, if the object store has it and the copy here may be incomplete. Returns
+        whether a complete log is here now.
 
         Args:
             is_sure: whether a log here without a mark is complete.
@@ -106,7 +106,9 @@ class ArchivedFiles:
                 return True
             if not self._fetch(job_id, path.parent):
                 return is_leading  # from an earlier term: no other operator has led since
-        elif not log_exists(path) and not is_replaced(path) and not self._fetch(job_id, path.parent):
+        elif (
+            not log_exists(path) and not is_replaced(path) and not self._fetch(job_id, path.parent)
+        ):
             return False
         mark.touch()
         return True
@@ -133,7 +135,8 @@ class ArchivedFiles:
             return True
 
     def remove(self, job_ids: list[str]) -> None:
-        """Remove logs from the object store, and their marks. The caller removes the job folders."""
+        """Remove logs from the object store, and their marks. The caller removes the job
+        folders."""
         self._store.delete([of(job_id) for job_id in job_ids for of in (_log, _cut)])
         for job_id in job_ids:
             (self._marks / job_id).unlink(missing_ok=True)
@@ -179,8 +182,8 @@ def _cut(job_id: str) -> str:
 
 
 def _restore_gap(packed: Path, whole: Path, cut: bytes) -> bool:
-    """Write an archived log with its gap as a hole. False where the record of the gap cannot be true:
-    an earlier version sent records unchecked."""
+    """Write an archived log with its gap as a hole. False where the record of the gap cannot be
+    true: an earlier version sent records unchecked."""
     size = packed.stat().st_size
     try:
         gap = LogCut.loads(cut)

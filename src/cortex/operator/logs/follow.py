@@ -23,9 +23,9 @@ class Writer(Protocol):
 async def follow(
     log: Log, offset: int, find_writer: Callable[[], Writer | None], watcher: FileWatch
 ) -> AsyncIterator[tuple[int, str] | None]:
-    """Yields a log from a byte offset on: (offset after it, text) for each piece as the job writes it,
-    and None after a while without one. Ends when the last process of the job has exited and all is
-    read. Replaces bytes that are not UTF-8."""
+    """Yields a log from a byte offset on: (offset after it, text) for each piece as the job writes
+    it, and None after a while without one. Ends when the last process of the job has exited and all
+    is read. Replaces bytes that are not UTF-8."""
     path, grown = log.path, asyncio.Event()
     first_offset = offset
     watching = False
@@ -63,7 +63,8 @@ async def follow(
 
 
 async def _changed(find_writer: Callable[[], Writer | None]) -> None:
-    """Return at the next change of the writer, or at once where it has ended since it was found last."""
+    """Return at the next change of the writer, or at once where it has ended since it was found
+    last."""
     if (writer := find_writer()) is not None:
         await writer.changed()
 

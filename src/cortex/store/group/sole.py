@@ -1,5 +1,5 @@
-"""An operator that is alone on its store: it is elected as soon as it stands. It has the interface of
-`OperatorGroup`. Made by `Store` for a database that no other operator can open.
+"""An operator that is alone on its store: it is elected as soon as it stands. It has the interface
+of `OperatorGroup`. Made by `Store` for a database that no other operator can open.
 """
 
 from __future__ import annotations
