@@ -205,7 +205,7 @@ class OperatorUnreachable(CortexError):
     http_status = 503
     is_unanswered = False
     """Whether the request was sent but not answered: the operator may have carried it out."""
-    was_there = True
+    was_ever_reached = True
     """Whether this client ever connected to the endpoint; if not, the endpoint may be mistyped."""
 
 

@@ -48,7 +48,7 @@ class Jobs:
 
     def end(self, path: Path, folder: int, result: object = None) -> Path:
         data = end_of(path, result).dumps()
-        self.reuse.put_exit(folder, "exit.1", data)
+        self.reuse.write_exit_record(folder, "exit.1", data)
         self.close_last()
         self.last = folder
         return path
@@ -521,7 +521,7 @@ def test_a_full_disk_leaves_no_half_record(jobs: Jobs, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "pwrite", half)
     monkeypatch.setattr(os, "write", none)
     with pytest.raises(OSError, match="No space left"):
-        jobs.reuse.put_exit(folder, "exit.1", end_of(path).dumps())
+        jobs.reuse.write_exit_record(folder, "exit.1", end_of(path).dumps())
     assert not (path / "exit.1").exists()
     monkeypatch.setattr(os, "pwrite", pwrite)
     monkeypatch.setattr(os, "write", write)

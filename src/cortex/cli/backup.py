@@ -57,10 +57,10 @@ def restore(
     config: ConfigFile = None,
 ) -> None:
     """Restore a backup into a new data folder, where no operator runs."""
-    from cortex.operator.backup.restore import restore as put_back
+    from cortex.operator.backup.restore import restore as restore_backup
 
     settings = _settings(data_dir, store, run_as, config)
-    summary = put_back(settings, file, replace=force)
+    summary = restore_backup(settings, file, replace=force)
     _warn_of_changed(summary)
     if summary.aside is not None:
         print_line(f"the previous data is in {summary.aside}")

@@ -28,7 +28,7 @@ from cortex.operator.dispatch.live_jobs import platform_end
 from cortex.spec.job import JobRecord
 from cortex.spec.lifecycle import CLAIMED, Event
 from cortex.spec.times import new_id
-from cortex.store import SAVED, Store, put_back
+from cortex.store import SAVED, Store, restore_instructions
 from cortex.store.events import Retry
 from cortex.worker import files as atomic_files
 from cortex.worker import processes
@@ -75,7 +75,7 @@ def check_is_intact(settings: Settings) -> None:
     if settings.store is None and saved:
         raise StartupError(
             f"the database {database} was removed, moved or replaced while an operator ran, which "
-            f"saved a copy as {saved[-1]}: {put_back(database)} To continue with the present "
+            f"saved a copy as {saved[-1]}: {restore_instructions(database)} To continue with the present "
             "database instead, move that copy elsewhere."
         )
     if settings.restore_folder.exists():

@@ -31,7 +31,7 @@ _TABLES = {
     ("tool", "hatch", "envs", "default", "dependencies"): "",
 }
 # Files that matter if neither requirements.txt nor pyproject.toml lists a requirement.
-_OTHERS = {
+_UNREAD_FILES = {
     "Pipfile": "pipenv requirements > requirements.txt",
     "environment.yml": "",
     "environment.yaml": "",
@@ -73,8 +73,8 @@ def unsupported_files(
     if not has_pip_file:
         yield from _other_requirements(project)
     yield from _tables(project)
-    for name in _existing(project, _OTHERS):
-        yield f"{name} is not read; {_ADVICE}{_export(_OTHERS[name])}"
+    for name in _existing(project, _UNREAD_FILES):
+        yield f"{name} is not read; {_ADVICE}{_export(_UNREAD_FILES[name])}"
     yield from _setup_files(project)
     yield from _inline(project, definition.path)
 

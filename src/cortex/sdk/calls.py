@@ -40,7 +40,7 @@ def get_object(path: str) -> Exchange[dict[str, JsonValue]]:
 
 def audit(limit: int | None, cursor: int | None) -> Exchange[AuditPage]:
     """A page of the audit log."""
-    params = _given({"limit": limit, "cursor": cursor})
+    params = _without_none({"limit": limit, "cursor": cursor})
     return cast("AuditPage", (yield Request("GET", "/-/audit", params=params)))
 
 
@@ -119,7 +119,7 @@ def list_jobs(
     api_name: str, status: str | None, limit: int | None, cursor: int | None
 ) -> Exchange[JobPage]:
     """A page of the API's jobs."""
-    params = _given({"status": status, "limit": limit, "cursor": cursor})
+    params = _without_none({"status": status, "limit": limit, "cursor": cursor})
     return cast("JobPage", (yield Request("GET", _jobs_path(api_name), params=params)))
 
 
@@ -158,7 +158,7 @@ def _log_request(api_name: str, job_id: str, headers: Mapping[str, str]) -> Requ
     return Request("GET", path, headers=headers, response_timeout_s=_STREAM_TIMEOUT_S)
 
 
-def _given(params: Mapping[str, str | int | None]) -> dict[str, str | float]:
+def _without_none(params: Mapping[str, str | int | None]) -> dict[str, str | float]:
     return {name: value for name, value in params.items() if value is not None}
 
 

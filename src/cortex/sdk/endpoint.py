@@ -105,7 +105,7 @@ class Endpoint:
             f"no operator answers at {self._description()} ({why or 'connection timed out'}). "
             f"{self._advice()}"
         )
-        error.was_there = self._was_reached.is_set()
+        error.was_ever_reached = self._was_reached.is_set()
         return error
 
     def timed_out(self, timeout_s: float) -> OperatorUnreachable:

@@ -130,7 +130,7 @@ def retry_until(deadline: float, new_request: Callable[[], Request]) -> Exchange
         try:
             return (yield new_request())
         except CortexError as error:
-            was_reached = not isinstance(error, OperatorUnreachable) or error.was_there
+            was_reached = not isinstance(error, OperatorUnreachable) or error.was_ever_reached
             left_s = (deadline if was_reached else first_connection_deadline) - monotonic()
             if not is_transient(error) or left_s <= 0:
                 raise

@@ -85,7 +85,7 @@ def _entries(root: Value | None, report: Report) -> list[dict[str, object]]:
         report.add(root.line if root else 1, "", f"no API found; allowed: {expected}")
         return []
     if not isinstance(root.data, list):
-        report.wrong(root, "", expected)
+        report.add_wrong_value(root, "", expected)
         return []
     first_lines: dict[tuple[str, str], int] = {}
     return [_entry(value, first_lines, report) for value in root.data]
@@ -196,7 +196,7 @@ def _object(known: Mapping[str, _Field]) -> Check:
 
     def check(value: Value, where: str, report: Report) -> object:
         if not isinstance(value.data, dict):
-            report.wrong(value, where, f"an object with the fields {', '.join(known)}")
+            report.add_wrong_value(value, where, f"an object with the fields {', '.join(known)}")
             return None
         parsed: dict[str, object] = {}
         for key, below in value.data.items():

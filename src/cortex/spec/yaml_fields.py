@@ -61,7 +61,9 @@ def name(value: Value, where: str, report: Report) -> object:
     if not isinstance(value.data, str) or not _NAME.fullmatch(value.data):
         near = re.sub(r"[^a-z0-9]+", "-", str(value.data).lower())[:63].strip("-")
         is_near = isinstance(value.data, str) and _NAME.fullmatch(near)
-        report.wrong(value, where, allowed, f"; did you mean {quoted(near)}?" if is_near else "")
+        report.add_wrong_value(
+            value, where, allowed, f"; did you mean {quoted(near)}?" if is_near else ""
+        )
         return None
     if value.data in RESERVED_ENDPOINTS:
         report.add(value.line, where, f"{quoted(value.data)} is reserved; choose another name")
@@ -77,7 +79,7 @@ def one_word(words: tuple[str, ...], note: str = "") -> Check:
         if isinstance(value.data, str) and value.data in words:
             return value.data
         hint = did_you_mean(value.data, words) if isinstance(value.data, str) else ""
-        report.wrong(value, where, allowed, hint)
+        report.add_wrong_value(value, where, allowed, hint)
         return None
 
     return check
@@ -93,7 +95,7 @@ def project_path(what: str) -> Check:
             return None
         normal = posixpath.normpath(path)
         if normal.startswith("/") or normal.split("/")[0] == "..":
-            report.wrong(value, where, allowed)
+            report.add_wrong_value(value, where, allowed)
             return None
         return path
 
@@ -104,7 +106,7 @@ def command(value: Value, where: str, report: Report) -> object:
     """Check a command and its arguments."""
     allowed = 'a list of strings, such as ["python", "train.py"]'
     if not isinstance(value.data, list) or not value.data:
-        report.wrong(value, where, allowed)
+        report.add_wrong_value(value, where, allowed)
         return None
     return [
         _text(part, f"{where}[{index}]", report, "a non-empty string; put it in quotes")
@@ -115,12 +117,14 @@ def command(value: Value, where: str, report: Report) -> object:
 def modules(value: Value, where: str, report: Report) -> object:
     """Check a list of names of modules."""
     if not isinstance(value.data, list):
-        report.wrong(value, where, "a list of modules, such as [numpy, sklearn.svm]")
+        report.add_wrong_value(value, where, "a list of modules, such as [numpy, sklearn.svm]")
         return None
     for index, part in enumerate(value.data):
         words = part.data.split(".") if isinstance(part.data, str) else [""]
         if not all(word.isidentifier() for word in words):
-            report.wrong(part, f"{where}[{index}]", "the name of a module, such as sklearn.svm")
+            report.add_wrong_value(
+                part, f"{where}[{index}]", "the name of a module, such as sklearn.svm"
+            )
     return [part.data for part in value.data]
 
 
@@ -151,7 +155,7 @@ def config(value: Value, where: str, report: Report) -> object:
     """Check an object of JSON values."""
     if isinstance(value.data, dict):
         return _json(value, where, report)
-    report.wrong(value, where, "an object")
+    report.add_wrong_value(value, where, "an object")
     return None
 
 
@@ -160,7 +164,7 @@ def endpoint(value: Value, where: str, report: Report) -> object:
     matched = _ENDPOINT.fullmatch(value.data) if isinstance(value.data, str) else None
     if matched is None:
         allowed = "one path segment of letters, digits, _ . and -, the first a letter or a digit"
-        report.wrong(value, where, allowed)
+        report.add_wrong_value(value, where, allowed)
         return None
     if matched[1] in RESERVED_ENDPOINTS:
         report.add(value.line, where, f"{quoted(matched[1])} is reserved; choose another")
@@ -173,7 +177,7 @@ def cpu(value: Value, where: str, report: Report) -> object:
     found = read_cpu_m(_number(value))
     if found:
         return found
-    report.wrong(value, where, 'cores as a number over 0, or thousandths such as "200m"')
+    report.add_wrong_value(value, where, 'cores as a number over 0, or thousandths such as "200m"')
     return None
 
 
@@ -185,10 +189,10 @@ def size(minimum: int, allowed: str) -> Check:
         if found is None:
             near = near_size(_number(value))
             hint = f"; did you mean {quoted(near)}?" if near else ""
-            report.wrong(value, where, "bytes, or a size such as 512Mi or 1G", hint)
+            report.add_wrong_value(value, where, "bytes, or a size such as 512Mi or 1G", hint)
             return None
         if found < minimum:
-            report.wrong(value, where, allowed)
+            report.add_wrong_value(value, where, allowed)
             return None
         return found
 
@@ -198,7 +202,9 @@ def size(minimum: int, allowed: str) -> Check:
 def labels(value: Value, where: str, report: Report) -> object:
     """Check labels of nodes, each with its allowed values."""
     if not isinstance(value.data, dict):
-        report.wrong(value, where, "an object of labels, each with a value or a list of values")
+        report.add_wrong_value(
+            value, where, "an object of labels, each with a value or a list of values"
+        )
         return None
     found: dict[str, object] = {}
     for key, below in value.data.items():
@@ -214,7 +220,7 @@ def labels(value: Value, where: str, report: Report) -> object:
                 allowed = (
                     "at most 63 letters, digits, - _ and ., in quotes if it looks like a number"
                 )
-                report.wrong(each, name, f"{allowed}; or a list of such values")
+                report.add_wrong_value(each, name, f"{allowed}; or a list of such values")
         found[key] = tuple(each.data for each in values)
     return found
 
@@ -226,7 +232,7 @@ def count(minimum: int, maximum: int) -> Check:
         is_integer = isinstance(value.data, int) and not isinstance(value.data, bool)
         if is_integer and isinstance(value.data, int) and minimum <= value.data <= maximum:
             return value.data
-        report.wrong(value, where, f"a whole number, {minimum} or more")
+        report.add_wrong_value(value, where, f"a whole number, {minimum} or more")
         return None
 
     return check
@@ -235,7 +241,7 @@ def count(minimum: int, maximum: int) -> Check:
 def _text(value: Value, where: str, report: Report, allowed: str) -> str | None:
     if isinstance(value.data, str) and value.data and "\0" not in value.data:
         return value.data
-    report.wrong(value, where, allowed)
+    report.add_wrong_value(value, where, allowed)
     return None
 
 
@@ -246,7 +252,7 @@ def _json(value: Value, where: str, report: Report) -> JsonValue:
     if isinstance(data, list):
         return [_json(v, f"{where}[{index}]", report) for index, v in enumerate(data)]
     if isinstance(data, NotJson) or (isinstance(data, float) and not math.isfinite(data)):
-        report.wrong(value, where, "a JSON value; put it in quotes to make it a string")
+        report.add_wrong_value(value, where, "a JSON value; put it in quotes to make it a string")
         return None
     return data
 

@@ -92,7 +92,7 @@ class Report:
         """Add a mistake in the field `where`; an empty name is the whole file."""
         self.mistakes.append(Mistake(line, f"{where}: {text}" if where else text))
 
-    def wrong(self, value: Value, where: str, allowed: str, hint: str = "") -> None:
+    def add_wrong_value(self, value: Value, where: str, allowed: str, hint: str = "") -> None:
         """Add a mistake: a value that is not allowed. The message shows the value."""
         self.add(value.line, where, f"found {value.shown()}; allowed: {allowed}{hint}")
 

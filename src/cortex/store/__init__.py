@@ -7,7 +7,7 @@ from cortex.store.apis import Deployment
 from cortex.store.group.election import LeaderCallbacks
 from cortex.store.group.locks import DatabaseLock
 from cortex.store.group.notifications import ChangeListener
-from cortex.store.sqlite import SAVED, put_back
+from cortex.store.sqlite import SAVED, restore_instructions
 from cortex.store.store import JobPage, Store
 from cortex.store.submissions import InitialClaim, Replay
 from cortex.store.transitions import Outcome
@@ -23,5 +23,5 @@ __all__ = [
     "Outcome",
     "Replay",
     "Store",
-    "put_back",
+    "restore_instructions",
 ]

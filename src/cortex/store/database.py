@@ -84,7 +84,9 @@ def _upgrade(connection: Connection) -> None:
 def unusable(engine: Engine, error: DBAPIError) -> StartupError:
     """The StartupError for a database error while the operator starts."""
     advice = sqlite.ADVICE if engine.dialect.name == "sqlite" else postgresql.ADVICE
-    return StartupError(f"the database {_name(engine)} cannot be used: {words(error)}. {advice}")
+    return StartupError(
+        f"the database {_name(engine)} cannot be used: {error_text(error)}. {advice}"
+    )
 
 
 def reader(engine: Engine) -> Engine:
@@ -116,11 +118,11 @@ def read(engine: Engine, work: Callable[[Connection], T]) -> T:
                 return work(connection)
     except DBAPIError as error:
         raise StorageUnavailable(
-            f"the store cannot be read: {words(error)}; try again later"
+            f"the store cannot be read: {error_text(error)}; try again later"
         ) from error
 
 
-def words(error: DBAPIError) -> str:
+def error_text(error: DBAPIError) -> str:
     """The message of the database, in one line."""
     return " ".join(str(error.orig).split())
 

@@ -24,7 +24,7 @@ from cortex.errors import StartupError
 from cortex.spec.api import Limits
 from cortex.spec.lifecycle import IN_PROGRESS
 from cortex.store import sqlite
-from cortex.store.database import connect, unusable, words
+from cortex.store.database import connect, error_text, unusable
 from cortex.store.schema import REVISION
 from cortex.store.url import shown
 
@@ -46,7 +46,7 @@ class Snapshot:
     """The maximum bytes of a job's log, by job id."""
 
 
-def take(url: str, target: Path) -> Snapshot:
+def create(url: str, target: Path) -> Snapshot:
     """Copy a database into a new file.
 
     Raises:
@@ -84,7 +84,7 @@ def read(path: Path) -> Snapshot:
             _check_is_operators(connection, str(path))
             found = _read(connection)
     except (SQLAlchemyError, ValueError, KeyError, TypeError) as error:
-        reason = words(error) if isinstance(error, DBAPIError) else repr(error)
+        reason = error_text(error) if isinstance(error, DBAPIError) else repr(error)
         raise StartupError(f"the database in it cannot be read: {reason}") from error
     finally:
         engine.dispose()
@@ -132,7 +132,7 @@ def check_is_unused(url: str) -> None:
             )
 
 
-def put_back(url: str, source: Path) -> None:
+def restore(url: str, source: Path) -> None:
     """Replace the content of a PostgreSQL database by a snapshot, in one transaction.
 
     The table of operators is emptied, for the operators of the snapshot's database may still run on

@@ -143,12 +143,12 @@ class DatabaseFile:
                 "or restore a backup."
             )
         return (
-            f"All data was saved as {path}. Stop the operator, {put_back(self._path)} The jobs "
+            f"All data was saved as {path}. Stop the operator, {restore_instructions(self._path)} The jobs "
             "keep running meanwhile."
         )
 
 
-def put_back(path: Path) -> str:
+def restore_instructions(path: Path) -> str:
     """What to do with the saved copy of a database."""
     # SQLite would apply a remaining -wal of the lost file to the copy.
     return (

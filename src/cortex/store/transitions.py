@@ -175,7 +175,7 @@ def _job(row: Row, spec: JobSpec | None, *, is_whole: bool) -> JobRecord:
     has_result, problem = result is not None, None
     if result == _STORED_AS_LONG_TEXT or (not is_whole and long_texts.is_long(result)):
         result = None
-    elif result is not None and (problem := _unfit(result)) is not None:
+    elif result is not None and (problem := _result_problem(result)) is not None:
         result, has_result = None, False
     return JobRecord(
         seq=seq,
@@ -207,7 +207,7 @@ def _spec(text: str) -> JobSpec:
     return JobSpec(**stored, config=None if config is None else encode(config))
 
 
-def _unfit(text: str) -> str | None:
+def _result_problem(text: str) -> str | None:
     """Why a stored result cannot be shown, or None."""
     try:
         value: JsonValue = _decode(text)

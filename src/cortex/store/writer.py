@@ -24,7 +24,7 @@ from sqlalchemy.exc import DatabaseError, DBAPIError, InternalError, Operational
 
 from cortex.errors import CortexError, OutcomeUnknown, StorageUnavailable, Superseded
 from cortex.store import postgresql, sqlite
-from cortex.store.database import words
+from cortex.store.database import error_text
 
 T = TypeVar("T")
 Write = Callable[[Connection], T]
@@ -315,7 +315,7 @@ def _refusal(error: Exception) -> Exception:
     # standby, by InternalError.
     if isinstance(error, OperationalError | InternalError) or type(error) is DatabaseError:
         return StorageUnavailable(
-            f"the store does not accept writes: {words(error)}; try again later"
+            f"the store does not accept writes: {error_text(error)}; try again later"
         )
     return error
 

@@ -367,9 +367,9 @@ def _kill(group: Path) -> None:
     for file, frozen, _ in _FREEZERS:
         _try_write(group / file, frozen)
     found = {pid: about[2] for pid in members(group) if (about := processes.stat(pid)) is not None}
-    still_there = members(group)  # their pids were not reused in between
+    alive_now = members(group)  # their pids were not reused in between
     shortage = processes.send_signals(
-        {pid: ticks for pid, ticks in found.items() if pid in still_there}, signal.SIGKILL
+        {pid: ticks for pid, ticks in found.items() if pid in alive_now}, signal.SIGKILL
     )
     for file, _, thawed in _FREEZERS:
         _try_write(group / file, thawed)

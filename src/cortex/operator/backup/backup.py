@@ -146,9 +146,9 @@ class _BackupWriter:
 
     def write(self, path: Path) -> Summary:
         database = self._scratch / "database"
-        taken = snapshot.take(self._settings.database_url, database)
-        self._summary.jobs = len(taken.logs)
-        packed = dict(self._packed(taken))
+        contents = snapshot.create(self._settings.database_url, database)
+        self._summary.jobs = len(contents.logs)
+        packed = dict(self._packed(contents))
         with _new_archive(path) as tar:
             store = "sqlite" if self._settings.store is None else "postgresql"
             manifest = Manifest(
@@ -156,7 +156,7 @@ class _BackupWriter:
                 cortex.__version__,
                 rfc3339(now_ns()),
                 store,
-                taken.revision,
+                contents.revision,
                 self._summary.changed,
             )
             _add_bytes(tar, MANIFEST, manifest.dumps())
@@ -168,14 +168,14 @@ class _BackupWriter:
                 archive.unlink()
                 for name, text in self._projects.locks(identity).items():
                     _add_bytes(tar, f"locks/{identity}/{name}", text.encode())
-            for job_id, limit in self._unarchived(taken.logs):
+            for job_id, limit in self._unarchived(contents.logs):
                 self._add_log(tar, job_id, limit)
             _add_bytes(tar, END, b"")
         return self._summary
 
-    def _packed(self, taken: snapshot.Snapshot) -> Iterator[tuple[str, Path]]:
+    def _packed(self, contents: snapshot.Snapshot) -> Iterator[tuple[str, Path]]:
         """Pack the projects of the data folder, one by one."""
-        for identity, is_needed in taken.projects.items():
+        for identity, is_needed in contents.projects.items():
             archive = self._scratch / f"{identity}.tar.gz"
             with tempfile.TemporaryDirectory(dir=self._scratch) as copy:
                 try:

@@ -72,7 +72,7 @@ def restore(settings: Settings, file: Path, *, replace: bool) -> Summary:
         try:
             unpacked.read(archive)
             if settings.store is not None:
-                snapshot.put_back(settings.store, unpacked.database)
+                snapshot.restore(settings.store, unpacked.database)
         except BaseException as error:
             shutil.rmtree(settings.restore_folder)
             if isinstance(error, CortexError | OSError | tarfile.TarError | EOFError | zlib.error):

@@ -114,7 +114,7 @@ class _Given:
     """The value as the file has it."""
 
 
-def _from_environment(environ: Mapping[str, str], mistakes: list[str]) -> dict[str, _Given]:
+def _from_environment(environ: Mapping[str, str], mistakes: list[str]) -> dict[str, _SourcedValue]:
     names = {variable(name): name for name in Configuration.model_fields}
     given = {}
     for key, value in sorted(environ.items()):
@@ -123,7 +123,7 @@ def _from_environment(environ: Mapping[str, str], mistakes: list[str]) -> dict[s
         if key not in names:
             mistakes.append(f"${key}: unknown setting{did_you_mean(key, names)}")
         elif value:  # an empty variable counts as unset: files of variables cannot unset one
-            given[names[key]] = _Given(value, f"${key}")
+            given[names[key]] = _SourcedValue(value, f"${key}")
     return given
 
 

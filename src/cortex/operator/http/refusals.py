@@ -22,7 +22,7 @@ _FIRST_WRITE_DELAY_S = 1.0
 _WRITE_INTERVAL_S = 60.0
 MAX_KINDS = 50
 """Entries per minute. Refusals of further callers are counted together, without their addresses."""
-_OTHERS = Actor(None, "others")
+_FURTHER_CALLERS = Actor(None, "others")
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Refusals:
         """
         key = (actor, f"{method}: {kind}")
         if key not in self._counts and len(self._counts) >= MAX_KINDS:
-            key = (_OTHERS, kind)
+            key = (_FURTHER_CALLERS, kind)
         self._counts.setdefault(key, _Count(now_ns())).count += 1
         if self._writer is None:
             self._writer = asyncio.create_task(self._write_periodically())

@@ -53,7 +53,7 @@ class Log:
         self._interval_s = FIRST_CHECK_S
         self._last_check = time.monotonic()
         self.next_check = self._last_check + self._interval_s
-        self._gave_up = False
+        self._is_unable_to_cut = False
 
     def enforce_limit(self) -> None:
         """Cut the log if it exceeds its limit, and set `next_check` (monotonic clock)."""
@@ -61,7 +61,7 @@ class Log:
             size = os.stat(NAME, dir_fd=self._folder, follow_symlinks=False).st_size
         except OSError:
             size = self._size
-        if size - self._cut_bytes() > self._limit and not self._gave_up:
+        if size - self._cut_bytes() > self._limit and not self._is_unable_to_cut:
             self._cut_file()
         self._schedule_check(size)
 
@@ -92,16 +92,16 @@ class Log:
 
     def _cut_middle(self, fd: int, size: int) -> None:
         # On either side of the hole: half of the limit is free until the next cut.
-        keep = self._limit // 4
-        start = _after_line(fd, keep) if self._cut is None else self._cut.start
-        end = _after_line(fd, size - keep)
+        kept_bytes = self._limit // 4
+        start = _after_line(fd, kept_bytes) if self._cut is None else self._cut.start
+        end = _after_line(fd, size - kept_bytes)
         cut = LogCut(start=start, end=end, limit=self._limit)
         # Before the hole is punched: a reader that finds zeros reads the record again.
         files.replace_durably(self._folder, CUT, cut.dumps())
         self._cut = cut
         if not punch(fd, start, end):
             os.unlink(CUT, dir_fd=self._folder)
-            self._gave_up = True
+            self._is_unable_to_cut = True
             self._cut = None
             os.pwrite(fd, _CANNOT, size)
 

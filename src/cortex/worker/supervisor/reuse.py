@@ -77,7 +77,7 @@ class Reuse:
         temporary = start.create(folder, name, data)
         return files.link_once(folder, temporary, name, made_in=folder)
 
-    def put_exit(self, folder: int, name: str, data: bytes) -> None:
+    def write_exit_record(self, folder: int, name: str, data: bytes) -> None:
         """Write an exit record, which is complete before it has its name; a power failure may lose
         it. The job must have no process left, and no further attempt.
 

@@ -329,7 +329,7 @@ class Supervisor:
                 if not self.station.has_engine():
                     files.replace_durably(self.folder, self._exit_name, data)
                 elif is_last:
-                    self.station.reuse.put_exit(self.folder, self._exit_name, data)
+                    self.station.reuse.write_exit_record(self.folder, self._exit_name, data)
                 else:
                     files.replace(self.folder, self._exit_name, data)
             except (FileNotFoundError, IsADirectoryError):
