@@ -140,8 +140,8 @@ async def answer(driver: Driver, method: str, arguments: tuple[object, ...]) -> 
         return _unreachable(f"{method} failed", cause)
 
 
-def _unreachable(what: str, why: Exception) -> Answer:
-    return Answer(unreachable=f"{what}: {shorten(str(why) or type(why).__name__, 300)}")
+def _unreachable(failure: str, cause: Exception) -> Answer:
+    return Answer(unreachable=f"{failure}: {shorten(str(cause) or type(cause).__name__, 300)}")
 
 
 async def serve(sock: socket.socket, driver: Driver) -> None:

@@ -104,7 +104,7 @@ def _empty(folder: int, top: int, level: int, moved: list[str]) -> None:
             elif level < _MAX_DEPTH:
                 _remove_folder(folder, entry.name, top, level + 1, moved)
             else:
-                _open_up(
+                _grant_owner_rights(
                     folder, entry.name
                 )  # moving a folder changes its `..`: that takes write permission
                 name = f".removed-{time.monotonic_ns()}"
@@ -131,7 +131,7 @@ def _open_subfolder(above: int, name: str) -> int:
     try:
         folder = os.open(name, beneath.FOLDER, dir_fd=above)
     except PermissionError:
-        _open_up(above, name)
+        _grant_owner_rights(above, name)
         return os.open(name, beneath.FOLDER, dir_fd=above)
     if os.fstat(folder).st_mode & stat.S_IRWXU != stat.S_IRWXU:
         try:
@@ -141,7 +141,7 @@ def _open_subfolder(above: int, name: str) -> int:
     return folder
 
 
-def _open_up(above: int, name: str) -> None:
+def _grant_owner_rights(above: int, name: str) -> None:
     """Give a folder's owner all rights. Does not follow a link."""
     # The only way before Linux 6.6, if the folder may not be opened for reading.
     fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)

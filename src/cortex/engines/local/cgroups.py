@@ -66,7 +66,7 @@ class CgroupParent:
             self.folder.chmod(0o700)
             if self.kind == "v2":
                 # Moving a process takes this right in the common ancestor of both groups.
-                _give(self.folder / "cgroup.procs", account)
+                _chown(self.folder / "cgroup.procs", account)
 
     def remove(self) -> None:
         """Remove the folder, unless it has groups."""
@@ -112,9 +112,9 @@ class CgroupParent:
         if self.kind == "v2":
             write(group / "memory.oom.group", 1)
         if account is not None:
-            _give(group / JOIN[self.kind], account)
+            _chown(group / JOIN[self.kind], account)
             if self.kind == "v1":
-                _give(group / "cgroup.event_control", account)
+                _chown(group / "cgroup.event_control", account)
 
 
 class CgroupManager:
@@ -350,7 +350,7 @@ def write(file: Path, content: object) -> None:
         os.close(fd)
 
 
-def _give(file: Path, account: Account) -> None:
+def _chown(file: Path, account: Account) -> None:
     os.chown(file, account.uid, account.gid)
 
 

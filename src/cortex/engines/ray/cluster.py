@@ -187,7 +187,7 @@ class Cluster:
         """Receive the observations of a node's agent while the node is alive."""
         while True:
             try:
-                hello = await self._greet(node)
+                hello = await self._begin_session(node)
                 await self._listener.on_agent_reachable(node)
                 node.is_ready, node.problem = True, None
                 self._listener.on_capacity_changed()
@@ -199,7 +199,7 @@ class Cluster:
                 self._mark_unreachable(node, repr(error))
             await asyncio.sleep(RETRY_DELAY_S)
 
-    async def _greet(self, node: Node) -> Hello:
+    async def _begin_session(self, node: Node) -> Hello:
         hello = await self.call_agent(node.node_id, "hello", timeout_s=HELLO_TIMEOUT_S)
         assert isinstance(hello, Hello)
         if hello.version != cortex.__version__:

@@ -90,7 +90,7 @@ def load(
     given = {
         **(_from_file(file, named_by, report, others) if file is not None else {}),
         **_from_environment(environ, others),
-        **{n: _Given(value, flag(n)) for n, value in flags.items() if value is not None},
+        **{n: _SourcedValue(value, flag(n)) for n, value in flags.items() if value is not None},
     }
     configuration = Configuration.model_construct()
     try:
@@ -104,7 +104,7 @@ def load(
 
 
 @dataclass(frozen=True)
-class _Given:
+class _SourcedValue:
     """The value of a setting, and its source."""
 
     value: object
@@ -136,7 +136,7 @@ def _file(file: Path | None, environ: Mapping[str, str]) -> tuple[Path | None, s
 
 def _from_file(
     file: Path, named_by: str, report: Report, unreadable: list[str]
-) -> dict[str, _Given]:
+) -> dict[str, _SourcedValue]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -157,7 +157,7 @@ def _from_file(
             hint = did_you_mean(key, Configuration.model_fields)
             report.add(value.line, shown_name(key), f"unknown setting{hint}")
         elif value.data is not None:
-            given[key] = _Given(_plain(value), f"{file}:{value.line}", value)
+            given[key] = _SourcedValue(_plain(value), f"{file}:{value.line}", value)
     return given
 
 
@@ -170,7 +170,7 @@ def _plain(value: Value) -> object:
 
 
 def _add_mistakes(
-    error: ValidationError, given: Mapping[str, _Given], report: Report, others: list[str]
+    error: ValidationError, given: Mapping[str, _SourcedValue], report: Report, others: list[str]
 ) -> None:
     """Add pydantic's errors: those in the file to the report, all others to the list."""
     settings = described(Configuration)

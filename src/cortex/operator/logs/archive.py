@@ -121,11 +121,11 @@ class Archive:
         job_id = record.spec.job_id
         async with self._lock(job_id):
             is_sure, is_leading = self._has_all_of(job_id), self._is_open
-            is_here = await self._run(
+            is_local = await self._run(
                 self._copies.bring_back, job_id, is_sure=is_sure, is_leading=is_leading
             )
         await self.drop_old()
-        if not is_here and record.attempt:
+        if not is_local and record.attempt:
             if self._is_apart and not self._is_open:
                 raise NoLeader(
                     f"the log of the job {job_id} is not in the object store yet, and there is no leader "

@@ -266,14 +266,14 @@ def _was_used(generator: object) -> bool:
     return bool(now["pos"] != new["pos"] or now["key"][0] != new["key"][0])
 
 
-def _is_unseeded(thing: object) -> bool:
+def _is_unseeded(value: object) -> bool:
     """Whether this is a generator of numpy that was seeded from the system's entropy. A generator
     with a fixed seed is the same in every process that makes it."""
-    source = getattr(thing, "bit_generator", None)
+    source = getattr(value, "bit_generator", None)
     if source is not None:
         entropy = getattr(getattr(source, "seed_seq", None), "entropy", None)
         return isinstance(entropy, int) and entropy >= 1 << 64  # it gives 128 bits
-    state: object = getattr(thing, "get_state", dict)()
+    state: object = getattr(value, "get_state", dict)()
     return isinstance(state, tuple) and int(state[1][0]) == 0x80000000
 
 
@@ -291,5 +291,5 @@ def _thread_name(thread: str) -> str:
         return ""  # it has ended meanwhile
 
 
-def _full_name(thing: object) -> str:
-    return f"{getattr(thing, '__module__', '?')}.{getattr(thing, '__qualname__', '?')}"
+def _full_name(value: object) -> str:
+    return f"{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', '?')}"

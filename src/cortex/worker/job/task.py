@@ -187,9 +187,11 @@ def _reseed(generators: Sequence[object]) -> None:
 
 def user_roots(setup: Setup) -> list[str]:
     """The folders of the user's own modules: the first entries of `sys.path`."""
-    there = [setup.project] + ([setup.python_path] if setup.python_path else [])
+    folders = [setup.project] + ([setup.python_path] if setup.python_path else [])
     listed = setup.env.get("PYTHONPATH", "")
-    return there + [os.path.join(setup.project, each) for each in listed.split(os.pathsep) if each]
+    return folders + [
+        os.path.join(setup.project, each) for each in listed.split(os.pathsep) if each
+    ]
 
 
 def prepare_interpreter(
@@ -204,10 +206,10 @@ def prepare_interpreter(
     """
     # At the end of the path, where they shadow nothing. A process that multiprocessing spawns gets
     # this path. It must find the task's module to unpickle its functions, and cortex.logger.
-    there = [*user_roots(setup), *sys.path]
+    folders = [*user_roots(setup), *sys.path]
     for folder in (_root(path), os.path.dirname(path), setup.import_dir):
-        if folder not in there:
-            there.append(folder)
+        if folder not in folders:
+            folders.append(folder)
             sys.path.append(folder)
     sys.argv = [path]
     # multiprocessing runs the file of __main__ again in each spawned process: it must not be ours.

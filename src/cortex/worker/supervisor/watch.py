@@ -321,7 +321,7 @@ class Supervisor:
             False if the record cannot be written at all.
         """
         delay_s = 0.1
-        is_opened_up = False
+        has_granted_rights = False
         while True:
             try:
                 # A record that an engine has read is as safe as the engine's store. Without an
@@ -335,9 +335,9 @@ class Supervisor:
             except (FileNotFoundError, IsADirectoryError):
                 return False  # the job spoilt its folder, or it was deleted: retrying cannot help
             except PermissionError:
-                if is_opened_up:
+                if has_granted_rights:
                     return False
-                is_opened_up = True
+                has_granted_rights = True
                 with contextlib.suppress(OSError):
                     os.fchmod(self.folder, 0o700)
             except OSError:  # a full disk, most likely; the record is worth waiting for

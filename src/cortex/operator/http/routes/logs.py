@@ -52,7 +52,7 @@ async def _logs(ctx: Context, request: Request, record: JobRecord, offset: int) 
         if (answer := await ctx.forwarded_or_fail(request)) is not None:
             return answer
         ctx.jobs.refresh(record)
-    _check_is_kept(record)
+    _check_exists(record)
     if (answer := await _fetched(ctx, request, record)) is not None:
         return answer
     log = await _log_of(ctx, record)
@@ -61,7 +61,7 @@ async def _logs(ctx: Context, request: Request, record: JobRecord, offset: int) 
     return _plain_text(request, log, offset)
 
 
-def _check_is_kept(record: JobRecord) -> None:
+def _check_exists(record: JobRecord) -> None:
     if not record.has_folder:
         raise NotFound(
             f"the log of the job {record.spec.job_id} was removed: logs are kept for a limited "
