@@ -94,7 +94,7 @@ def test_a_time_to_keep_that_is_longer_than_the_store_can_count_keeps_everything
     parts: Parts, monkeypatch: pytest.MonkeyPatch, days: float
 ) -> None:
     age_s = days * 86_400
-    parts.settings = replace(parts.settings, keep=Keep(jobs_s=age_s, logs_s=age_s, audit_s=age_s))
+    parts.settings = replace(parts.settings, retention=RetentionLimits(jobs_s=age_s, logs_s=age_s, audit_s=age_s))
     trim_audit = parts.store.trim_audit
 
     async def main() -> None:
