@@ -1,5 +1,5 @@
-"""A small real HTTP server with scripted answers, for tests of what the client and command make of
-them. It holds no logic of an operator: what an operator answers is for the tests of the operator."""
+"""A real HTTP server with scripted answers, for tests of the clients and the command. It contains
+no logic of an operator: the tests of the operator check an operator's answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass(frozen=True)
 class Answer:
-    """What one request is answered with; the pieces of a body are sent one by one."""
+    """The answer to one request; the stub sends the pieces of the body one by one."""
 
     status: int = 200
     pieces: Iterable[bytes] = ()
@@ -22,7 +22,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Request:
-    """What arrived."""
+    """A request that the stub received."""
 
     method: str
     path: str
@@ -30,7 +30,7 @@ class Request:
     body: bytes
 
 
-# The request arrives, and the connection is closed.
+# The stub receives the request and closes the connection without an answer.
 LOST = Answer(status=0)
 
 
@@ -44,7 +44,7 @@ def events(*pieces: bytes) -> Answer:
 
 @dataclass
 class OperatorStub:
-    """Answers by "METHOD /path?query"; a list of answers is used up in order, the last one stays."""
+    """Answers by "METHOD /path?query"; a list of answers is used in order, and its last one repeats."""
 
     answers: dict[str, Answer | list[Answer]] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Large bodies are read in processes of their own, which may be killed, or not to be had."""
+"""Separate processes read large bodies; they can be killed, or fail to start."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from cortex.operator.http.body_reader import LARGE_BYTES, BodyReader
 
 CONFIG = {"text": "x" * LARGE_BYTES}
 BODY = json.dumps({"timeout": 7, "config": CONFIG}).encode()
-SAID = ParsedSubmission(7, json.dumps(CONFIG, separators=(",", ":")))
+PARSED = ParsedSubmission(7, json.dumps(CONFIG, separators=(",", ":")))
 
 
-def with_reader(work: Callable[[BodyReader], Awaitable[None]]) -> None:
+def run_with_reader(work: Callable[[BodyReader], Awaitable[None]]) -> None:
     async def main() -> None:
         reader = BodyReader()
         try:
             await work(reader)
         finally:
             reader.close()
-        assert processes() == []
+        assert reader_processes() == []
 
     asyncio.run(main())
 
 
-def processes() -> list[int]:
+def reader_processes() -> list[int]:
     command = ["pgrep", "-P", str(os.getpid()), "-f", "cortex.operator.http.body_reader"]
     listed = subprocess.run(command, capture_output=True, text=True, check=False)
     return [int(pid) for pid in listed.stdout.split()]
@@ -56,68 +56,67 @@ def no_descriptors() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_one_process_reads_one_after_another_and_small_ones_need_none() -> None:
+def test_one_process_reads_large_bodies_in_turn_and_small_ones_need_none() -> None:
     async def work(reader: BodyReader) -> None:
         assert await read(reader, b'{"timeout": 7}') == ParsedSubmission(7, "{}")
-        assert processes() == []
+        assert reader_processes() == []
         for _ in range(3):
-            assert await read(reader) == SAID
-        assert len(processes()) == 1
+            assert await read(reader) == PARSED
+        assert len(reader_processes()) == 1
 
-    with_reader(work)
+    run_with_reader(work)
 
 
-def test_one_that_is_killed_while_it_waits_or_reads_is_replaced() -> None:
+def test_a_reader_killed_while_idle_or_reading_is_replaced() -> None:
     async def work(reader: BodyReader) -> None:
-        assert await read(reader) == SAID
-        os.kill(processes()[0], signal.SIGKILL)
-        assert await read(reader) == SAID
-        (pid,) = processes()
+        assert await read(reader) == PARSED
+        os.kill(reader_processes()[0], signal.SIGKILL)
+        assert await read(reader) == PARSED
+        (pid,) = reader_processes()
         os.kill(pid, signal.SIGSTOP)
         reading = asyncio.create_task(read(reader))
-        await asyncio.sleep(
-            0.1
-        )  # by then it is most likely in the middle; both ways come to the same
+        # By then it most likely reads the body; the result is the same if not.
+        await asyncio.sleep(0.1)
         os.kill(pid, signal.SIGKILL)
-        assert await reading == SAID
+        assert await reading == PARSED
 
-    with_reader(work)
+    run_with_reader(work)
 
 
-def test_nothing_is_left_of_one_whose_client_has_gone() -> None:
+def test_a_cancelled_read_ends_its_process() -> None:
     async def work(reader: BodyReader) -> None:
-        assert await read(reader) == SAID
-        os.kill(processes()[0], signal.SIGSTOP)
+        assert await read(reader) == PARSED
+        os.kill(reader_processes()[0], signal.SIGSTOP)
         reading = asyncio.create_task(read(reader))
         await asyncio.sleep(0.1)
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reading
         async with asyncio.timeout(60):
-            while processes():  # noqa: ASYNC110  # it is another process
+            while reader_processes():  # noqa: ASYNC110  # another process changes it
                 await asyncio.sleep(0.02)
-        assert await read(reader) == SAID
+        assert await read(reader) == PARSED
 
-    with_reader(work)
+    run_with_reader(work)
 
 
-def test_without_room_for_a_process_it_is_said_and_passes() -> None:
+def test_a_read_without_free_descriptors_is_refused_and_the_next_one_succeeds() -> None:
     async def work(reader: BodyReader) -> None:
-        await asyncio.to_thread(int)  # a thread needs descriptors of its own
+        await asyncio.to_thread(int)  # starts the thread of the read now: a start needs descriptors
         with no_descriptors(), pytest.raises(Busy, match="Too many open files"):
             await read(reader)
-        assert await read(reader) == SAID
+        assert await read(reader) == PARSED
 
-    with_reader(work)
+    run_with_reader(work)
 
 
-def test_one_that_has_had_nothing_to_read_for_a_time_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_reader_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body_reader, "_IDLE_TIMEOUT_S", 0.05)
 
     async def work(reader: BodyReader) -> None:
-        assert await read(reader) == SAID
+        assert await read(reader) == PARSED
         async with asyncio.timeout(60):
-            while processes():  # noqa: ASYNC110  # it is another process
+            while reader_processes():  # noqa: ASYNC110  # another process changes it
                 await asyncio.sleep(0.02)
 
-    with_reader(work)
+    run_with_reader(work)

@@ -1,4 +1,5 @@
-"""Who holds a connection and sends nothing, or reads nothing, is left; who is slow, or waits, is not."""
+"""The server disconnects a client that sends or reads nothing, and serves a client that is slow or
+waits for its answer."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import contextlib
 import json
 import resource
 import socket
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 
 import pytest
 import uvloop
@@ -19,21 +20,21 @@ from http_server.test_protocol import connected, head, serving
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 HALF = b"GET / HTTP/1.1\r\nHost: a\r\nX: "
-SOON_S = 0.4
-LARGE = bytes(24 * 1024**2)  # more than the system takes for a client that does not read
+TIMEOUT_S = 0.4
+LARGE = bytes(24 * 1024**2)  # more than the kernel buffers for a client that does not read
 
 
 @pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of it happens at once."""
-    monkeypatch.setattr(connections, "_CHECK_INTERVAL_S", 0.05)
-    monkeypatch.setattr(connections, "HEADER_TIMEOUT_S", SOON_S)
-    monkeypatch.setattr(wire, "BODY_TIMEOUT_S", SOON_S)
-    monkeypatch.setattr(wire, "ANSWER_TIMEOUT_S", SOON_S)
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every timeout passes within the test."""
+    monkeypatch.setattr(connections, "CHECK_INTERVAL_S", 0.05)
+    monkeypatch.setattr(connections, "HEADER_TIMEOUT_S", TIMEOUT_S)
+    monkeypatch.setattr(wire, "BODY_TIMEOUT_S", TIMEOUT_S)
+    monkeypatch.setattr(wire, "ANSWER_TIMEOUT_S", TIMEOUT_S)
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with the length of the body."""
+    """Answer with the length of the body."""
     length = 0
     while True:
         message = await receive()
@@ -42,107 +43,117 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
         length += len(message["body"])
         if not message["more_body"]:
             break
-    await answered(send, b"%d" % length)
+    await send_answer(send, b"%d" % length)
 
 
-async def answered(send: Send, body: bytes) -> None:
+async def send_answer(send: Send, body: bytes) -> None:
     headers = [(b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
-def run(work: Coroutine[None, None, None]) -> None:
-    """On the event loop that operators have."""
+def run_on_uvloop(work: Coroutine[None, None, None]) -> None:
+    """Run the work on the event loop that operators use."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(asyncio.wait_for(work, 100))
 
 
-async def answer(reader: asyncio.StreamReader) -> bytes:
-    """The body of the next one."""
-    told = await reader.readuntil(b"\r\n\r\n")
-    length = told.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
+async def read_answer(reader: asyncio.StreamReader) -> bytes:
+    """The body of the next answer."""
+    header = await reader.readuntil(b"\r\n\r\n")
+    length = header.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
     return await reader.readexactly(int(length))
 
 
-async def rest(reader: asyncio.StreamReader) -> bytes:
-    """All that comes until the connection ends in any way."""
-    got = b""
+async def read_to_end(reader: asyncio.StreamReader) -> bytes:
+    """All bytes until the connection ends, by an error or not."""
+    received = b""
     with contextlib.suppress(ConnectionError):
         while piece := await reader.read(65536):
-            got += piece
-    return got
+            received += piece
+    return received
 
 
-def timed_out(got: bytes) -> bool:
-    told, _, body = got.partition(b"\r\n\r\n")
+def is_timeout_answer(received: bytes) -> bool:
+    header, _, body = received.partition(b"\r\n\r\n")
     return (
-        told.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
-        and b"connection: close" in told
+        header.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
+        and b"connection: close" in header
         and json.loads(body)["kind"] == "request.timeout"
     )
 
 
-async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    assert await rest(reader) == b""
+async def sends_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    assert await read_to_end(reader) == b""
 
 
-async def half_a_header(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def sends_half_a_header(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     writer.write(HALF)
-    assert timed_out(await rest(reader))
+    assert is_timeout_answer(await read_to_end(reader))
 
 
-async def blank_lines(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    assert await trickled(reader, writer, b"\r\n") == b""
+async def sends_blank_lines(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    assert await received_while_sending(reader, writer, b"\r\n") == b""
 
 
-async def header_by_bytes(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def sends_a_header_by_bytes(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     writer.write(HALF)
-    assert timed_out(await trickled(reader, writer, b"x"))
+    assert is_timeout_answer(await received_while_sending(reader, writer, b"x"))
 
 
-async def second_header(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def sends_half_a_second_header(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     writer.write(GET + HALF)
-    assert await answer(reader) == b"0"
-    assert timed_out(await trickled(reader, writer, b"x"))
+    assert await read_answer(reader) == b"0"
+    assert is_timeout_answer(await received_while_sending(reader, writer, b"x"))
 
 
-async def half_a_body(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def sends_half_a_body(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     writer.write(head(100) + b"x")
-    assert timed_out(await rest(reader))
+    assert is_timeout_answer(await read_to_end(reader))
 
 
-async def body_by_bytes(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def sends_a_body_by_bytes(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     writer.write(head(1_000_000))
-    assert timed_out(await trickled(reader, writer, b"x"))
+    assert is_timeout_answer(await received_while_sending(reader, writer, b"x"))
 
 
-async def body_by_chunks(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def sends_a_body_by_chunks(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
-    # What is no body is no progress.
-    assert timed_out(await trickled(reader, writer, b"1;" + b"x" * 100 + b"\r\ny\r\n"))
+    # The extension of a chunk is not part of the body, and is no progress.
+    assert is_timeout_answer(
+        await received_while_sending(reader, writer, b"1;" + b"x" * 100 + b"\r\ny\r\n")
+    )
 
 
-async def second_body(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def sends_half_a_second_body(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     writer.write(head(1) + b"x" + head(2) + b"x")
-    assert await answer(reader) == b"1"
-    assert timed_out(await rest(reader))
+    assert await read_answer(reader) == b"1"
+    assert is_timeout_answer(await read_to_end(reader))
 
 
-async def trickled(
+async def received_while_sending(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, piece: bytes
 ) -> bytes:
-    """What comes back while it is sent again and again."""
+    """All that the server sends while the client sends a piece again and again."""
 
-    async def send() -> None:
+    async def send_pieces() -> None:
         with contextlib.suppress(ConnectionError):
             while True:
                 writer.write(piece)
                 await writer.drain()
                 await asyncio.sleep(0.02)
 
-    sending = asyncio.create_task(send())
+    sending = asyncio.create_task(send_pieces())
     try:
-        return await rest(reader)
+        return await read_to_end(reader)
     finally:
         sending.cancel()
 
@@ -150,54 +161,62 @@ async def trickled(
 @pytest.mark.parametrize(
     "client",
     [
-        silent, half_a_header, blank_lines, header_by_bytes, second_header, half_a_body, body_by_bytes,
-        body_by_chunks, second_body,
+        sends_nothing,
+        sends_half_a_header,
+        sends_blank_lines,
+        sends_a_header_by_bytes,
+        sends_half_a_second_header,
+        sends_half_a_body,
+        sends_a_body_by_bytes,
+        sends_a_body_by_chunks,
+        sends_half_a_second_body,
     ],
     ids=lambda client: client.__name__,
-)  # fmt: skip
-def test_a_client_that_sends_no_request_is_left(
+)
+def test_a_client_that_sends_no_request_is_disconnected(
     client: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
 ) -> None:
     async def work() -> None:
         async with connected(echo) as streams:
             await client(*streams)
 
-    run(work())
+    run_on_uvloop(work())
 
 
 @pytest.mark.parametrize("connection", ["keep-alive", "close"])
 @pytest.mark.parametrize("is_streamed", [False, True])
-def test_a_client_that_does_not_read_is_left(connection: str, is_streamed: bool) -> None:
-    over = asyncio.Event()
+def test_a_client_that_does_not_read_is_disconnected(connection: str, is_streamed: bool) -> None:
+    ended = asyncio.Event()
 
     async def large(scope: Scope, receive: Receive, send: Send) -> None:
         try:
             if not is_streamed:
-                await answered(send, LARGE)
+                await send_answer(send, LARGE)
                 return
             await send({"type": "http.response.start", "status": 200, "headers": []})
             for _ in range(len(LARGE) // 65536):
                 await send({"type": "http.response.body", "body": bytes(65536), "more_body": True})
         finally:
-            over.set()
+            ended.set()
 
     async def work() -> None:
         async with serving(large) as address:
-            with stalled(address, head(0, connection)) as client:
-                await over.wait()
+            with requesting_client(address, head(0, connection)) as client:
+                await ended.wait()
                 loop = asyncio.get_running_loop()
-                await asyncio.sleep(3 * SOON_S)
-                got = 0
+                await asyncio.sleep(3 * TIMEOUT_S)
+                received = 0
                 with contextlib.suppress(ConnectionError):
                     while piece := await loop.sock_recv(client, 1 << 20):
-                        got += len(piece)
-                assert got < len(LARGE)
+                        received += len(piece)
+                assert received < len(LARGE)
 
-    run(work())
+    run_on_uvloop(work())
 
 
 @contextlib.contextmanager
-def stalled(address: tuple[str, int], request: bytes):  # type: ignore[no-untyped-def]
+def requesting_client(address: tuple[str, int], request: bytes) -> Iterator[socket.socket]:
+    """The socket of a client that has sent a request and reads only what the test reads."""
     with socket.socket() as client:
         client.connect(address)
         client.sendall(request)
@@ -212,7 +231,7 @@ def test_a_slow_client_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = 70
 
     async def slow_answer(scope: Scope, receive: Receive, send: Send) -> None:
-        await answered(send, LARGE)
+        await send_answer(send, LARGE)
 
     async def sends(address: tuple[str, int]) -> None:
         reader, writer = await asyncio.open_connection(*address)
@@ -220,82 +239,89 @@ def test_a_slow_client_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(pieces):
             writer.write(bytes(10))
             await asyncio.sleep(0.05)
-        assert await answer(reader) == b"%d" % (10 * pieces)
+        assert await read_answer(reader) == b"%d" % (10 * pieces)
         writer.close()
 
     async def reads(address: tuple[str, int]) -> None:
-        loop, got = asyncio.get_running_loop(), 0
-        with stalled(address, head(0, "close")) as client:
+        loop, received = asyncio.get_running_loop(), 0
+        with requesting_client(address, head(0, "close")) as client:
             for _ in range(pieces):
-                got += len(await loop.sock_recv(client, 65536))
+                received += len(await loop.sock_recv(client, 65536))
                 await asyncio.sleep(0.05)
             while piece := await loop.sock_recv(client, 1 << 20):
-                got += len(piece)
-        assert got > len(LARGE)
+                received += len(piece)
+        assert received > len(LARGE)
 
     async def work() -> None:
         async with serving(echo) as first, serving(slow_answer) as second:
             await asyncio.gather(sends(first), reads(second))
 
-    run(work())
+    run_on_uvloop(work())
 
 
-async def waited(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def waits_for_its_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     writer.write(GET)
 
 
-async def not_read_yet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def body_is_not_read_yet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     writer.write(head(1_000_000))
     writer.write(bytes(1_000_000))
 
 
-async def asks_before(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def expects_100_continue(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     writer.write(head(3).replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"))
     assert b" 100 " in await reader.readuntil(b"\r\n\r\n")
     writer.write(b"abc")
 
 
-async def next_one_behind(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def sends_half_of_the_next_request(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     writer.write(GET + HALF)
 
 
 @pytest.mark.parametrize(
     "client",
-    [waited, not_read_yet, asks_before, next_one_behind],
+    [
+        waits_for_its_answer,
+        body_is_not_read_yet,
+        expects_100_continue,
+        sends_half_of_the_next_request,
+    ],
     ids=lambda client: client.__name__,
 )
-def test_a_client_that_waits_for_us_is_not(
+def test_a_client_that_waits_for_the_server_stays_connected(
     client: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
 ) -> None:
     async def late(scope: Scope, receive: Receive, send: Send) -> None:
-        await asyncio.sleep(4 * SOON_S)
+        await asyncio.sleep(4 * TIMEOUT_S)
         await echo(scope, receive, send)
 
     async def work() -> None:
         async with connected(late) as (reader, writer):
             await client(reader, writer)
-            assert int(await answer(reader)) in (0, 3, 1_000_000)
+            assert int(await read_answer(reader)) in (0, 3, 1_000_000)
 
-    run(work())
+    run_on_uvloop(work())
 
 
 def test_half_of_the_descriptors_are_for_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit, most in (
+    for limit, expected in (
         (1, 1), (2, 1), (1024, 512), (20_000, 10_000), (1 << 20, 16_384), (resource.RLIM_INFINITY, 16_384)
     ):  # fmt: skip
         monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
-        assert connections.max_connections() == most
+        assert connections.max_connections() == expected
 
 
-def test_connections_are_asked_after() -> None:
+def test_the_kernel_probes_idle_connections() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         configure_listener(listener)
         with socket.create_connection(listener.getsockname()):
-            taken, _ = listener.accept()
-            with taken:
+            accepted, _ = listener.accept()
+            with accepted:
                 for level, option in (
                     (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
                     (socket.IPPROTO_TCP, socket.TCP_NODELAY),
                 ):
-                    assert taken.getsockopt(level, option)
-                assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+                    assert accepted.getsockopt(level, option)
+                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60

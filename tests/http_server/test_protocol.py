@@ -1,4 +1,4 @@
-"""The server's side of one connection: what is read on after an early answer, and for how long."""
+"""The server's side of a connection: how much it reads after an early answer, and for how long."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ async def connected(
 
 
 @asynccontextmanager
-async def serving(app: ASGIApp, most: int = 100) -> AsyncIterator[tuple[str, int]]:
-    """A server of this app; where it listens."""
+async def serving(app: ASGIApp, max_connections: int = 100) -> AsyncIterator[tuple[str, int]]:
+    """Run a server of this app; its address."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = Server(app, listener, most, lambda: None)
+    server = Server(app, listener, max_connections, lambda: None)
     server.config.load()
     server.lifespan = server.config.lifespan_class(server.config)
     address = listener.getsockname()
@@ -58,8 +58,8 @@ async def serving(app: ASGIApp, most: int = 100) -> AsyncIterator[tuple[str, int
         await server.shutdown()
 
 
-def finished(run: Coroutine[None, None, None]) -> None:
-    """Run it; a connection that is never closed fails the test."""
+def run_with_timeout(run: Coroutine[None, None, None]) -> None:
+    """Run the coroutine; a connection that is never closed fails the test."""
     asyncio.run(asyncio.wait_for(run, 60))
 
 
@@ -69,10 +69,10 @@ def head(length: int, connection: str = "keep-alive") -> bytes:
     ).encode()
 
 
-async def sent_until_closed(
+async def send_until_closed(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, piece: bytes, pause_s: float
 ) -> int:
-    """How many bytes were sent when the other side closed."""
+    """Send a piece again and again until the server closes the connection; the number of bytes."""
     sent = 0
     with contextlib.suppress(ConnectionError):
         while True:
@@ -84,7 +84,7 @@ async def sent_until_closed(
 
 
 @pytest.mark.parametrize("connection", ["keep-alive", "close"])
-def test_a_client_that_trickles_is_left_after_a_time(
+def test_a_client_that_trickles_is_disconnected_after_a_time(
     monkeypatch: pytest.MonkeyPatch, connection: str
 ) -> None:
     monkeypatch.setattr(wire, "DISCARD_TIMEOUT_S", 0.3)
@@ -93,13 +93,13 @@ def test_a_client_that_trickles_is_left_after_a_time(
         async with connected(early) as (reader, writer):
             writer.write(head(1_000_000, connection))
             assert ANSWER in await reader.readuntil(ANSWER)
-            await sent_until_closed(reader, writer, b"x", 0.02)
+            await send_until_closed(reader, writer, b"x", 0.02)
 
-    finished(run())
+    run_with_timeout(run())
 
 
 @pytest.mark.parametrize("connection", ["keep-alive", "close"])
-def test_a_client_that_sends_much_is_left_after_so_many_bytes(
+def test_a_client_that_sends_much_is_disconnected_after_a_number_of_bytes(
     monkeypatch: pytest.MonkeyPatch, connection: str
 ) -> None:
     monkeypatch.setattr(wire, "MAX_DISCARDED_BYTES", 1_000_000)
@@ -108,40 +108,40 @@ def test_a_client_that_sends_much_is_left_after_so_many_bytes(
         async with connected(early) as (reader, writer):
             writer.write(head(10**12, connection))
             assert ANSWER in await reader.readuntil(ANSWER)
-            assert await sent_until_closed(reader, writer, bytes(10_000), 0) > 1_000_000
+            assert await send_until_closed(reader, writer, bytes(10_000), 0) > 1_000_000
 
-    finished(run())
+    run_with_timeout(run())
 
 
-def test_requests_follow_on_a_connection_that_is_kept() -> None:
+def test_a_kept_connection_serves_further_requests() -> None:
     async def run() -> None:
         async with connected(early) as (reader, writer):
             for _ in range(3):
                 writer.write(head(500_000))
                 await reader.readuntil(ANSWER)
                 writer.write(bytes(500_000))
-            writer.write(head(3) + b"abc" + head(3) + b"abc")  # and two at once
+            writer.write(head(3) + b"abc" + head(3) + b"abc")  # two requests at once
             await reader.readuntil(ANSWER)
             await reader.readuntil(ANSWER)
 
-    finished(run())
+    run_with_timeout(run())
 
 
-def test_a_connection_that_is_to_be_closed_ends_after_the_body() -> None:
+def test_a_connection_with_close_ends_after_the_body() -> None:
     async def run() -> None:
         async with connected(early) as (reader, writer):
             writer.write(head(500_000, "close"))
             await reader.readuntil(ANSWER)
-            # Sent by now: a client that reads to the end need not send the body first.
+            # The server sends its last byte before it has the body: the client may read first.
             assert await reader.read() == b""
             writer.write(bytes(500_000) + head(0))
             await writer.drain()
             assert await reader.read() == b""
 
-    finished(run())
+    run_with_timeout(run())
 
 
-def test_what_is_no_http_after_an_early_answer_is_not_answered() -> None:
+def test_invalid_http_after_an_early_answer_gets_no_answer() -> None:
     async def run() -> None:
         async with connected(early) as (reader, writer):
             chunked = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -150,13 +150,13 @@ def test_what_is_no_http_after_an_early_answer_is_not_answered() -> None:
             writer.write(b"not a length\r\n")
             assert await reader.read() == b""
 
-    finished(run())
+    run_with_timeout(run())
 
 
-def test_an_answer_that_breaks_off_closes_at_once() -> None:
+def test_an_answer_that_breaks_off_closes_the_connection_at_once() -> None:
     async def run() -> None:
         async with connected(broken) as (reader, writer):
             writer.write(head(500_000))
             assert (await reader.read()).endswith(ANSWER + b"\r\n")
 
-    finished(run())
+    run_with_timeout(run())

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-import s3_server as real
+import s3_server
 from cortex.errors import StartupError, StorageUnavailable
 from cortex.objects import ObjectStore, check_url
 from operator_harness import until
 from s3_server import S3Server
 
-pytestmark = pytest.mark.xdist_group("s3")  # whose server is slow to start
+pytestmark = pytest.mark.xdist_group("s3")  # one process runs them: the S3 server is slow to start
 
 
 @pytest.fixture(params=["file", "s3"])
@@ -37,7 +37,9 @@ def at_s3(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
 
 
 @pytest.mark.parametrize("size", [0, 1, 9 << 20])
-def test_what_is_put_is_read_as_it_was(files: ObjectStore, tmp_path: Path, size: int) -> None:
+def test_stored_content_is_read_back_unchanged(
+    files: ObjectStore, tmp_path: Path, size: int
+) -> None:
     content = os.urandom(size)
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(content)
@@ -50,7 +52,7 @@ def test_what_is_put_is_read_as_it_was(files: ObjectStore, tmp_path: Path, size:
     assert files.read("a/file") == b"another"
 
 
-def test_what_is_not_there_is_nothing_and_leaves_nothing(
+def test_a_missing_file_reads_as_none_and_leaves_no_file(
     files: ObjectStore, tmp_path: Path
 ) -> None:
     assert files.read("none") is None
@@ -60,10 +62,10 @@ def test_what_is_not_there_is_nothing_and_leaves_nothing(
     files.delete(["none", "none/of/it"])
 
 
-def test_a_folder_whose_last_file_has_just_gone_is_empty(
+def test_a_folder_whose_last_file_was_just_deleted_is_empty(
     files: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As s3fs answers where a deletion comes between its looks: nothing makes that happen for sure."""
+    """s3fs answers this if a deletion comes between its requests, which a test cannot time."""
     left = {f"{files._root}/a": {"type": "directory", "size": 0, "LastModified": None}}
     monkeypatch.setattr(files._fs, "find", lambda *_, **__: left)
     assert files.listed("a") == {}
@@ -80,16 +82,16 @@ def test_files_are_listed_with_their_age_and_deleted(files: ObjectStore) -> None
     assert files.read("b/1") is None
 
 
-def test_a_reader_sees_one_content_or_the_other(files: ObjectStore, tmp_path: Path) -> None:
+def test_a_reader_gets_one_content_or_the_other(files: ObjectStore, tmp_path: Path) -> None:
     contents = [bytes([number]) * (1 << 20) for number in range(4)]
     files.put("name", contents[0])
     done = threading.Event()
-    seen = []
+    contents_read = []
 
     def read() -> None:
-        seen.append(files.read("name"))  # once at least, however soon all is put
+        contents_read.append(files.read("name"))  # at least once, even if all puts are faster
         while not done.is_set():
-            seen.append(files.read("name"))
+            contents_read.append(files.read("name"))
 
     readers = [threading.Thread(target=read) for _ in range(2)]
     for reader in readers:
@@ -99,11 +101,11 @@ def test_a_reader_sees_one_content_or_the_other(files: ObjectStore, tmp_path: Pa
     done.set()
     for reader in readers:
         reader.join()
-    assert seen
-    assert set(seen) <= set(contents)
+    assert contents_read
+    assert set(contents_read) <= set(contents)
 
 
-def test_it_belongs_with_one_data_folder(files: ObjectStore) -> None:
+def test_a_store_has_one_owner(files: ObjectStore) -> None:
     assert files.owner() is None
     files.set_owner("one")
     assert files.owner() == "one"
@@ -111,7 +113,7 @@ def test_it_belongs_with_one_data_folder(files: ObjectStore) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "told"),
+    ("url", "message"),
     [
         ("bucket/prefix", "write s3://BUCKET/PREFIX"),
         ("gs://bucket", "write s3://BUCKET/PREFIX"),
@@ -124,13 +126,13 @@ def test_it_belongs_with_one_data_folder(files: ObjectStore) -> None:
         ("s3://bucket/a\n", "are allowed in it"),
     ],
 )
-def test_what_is_no_store_of_files_is_told(url: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told.replace("/", "/")) as error:
+def test_an_invalid_url_is_refused(url: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
         check_url(url)
     assert "secret" not in str(error.value)
 
 
-def test_what_reaches_it_is_loaded_only_for_it() -> None:
+def test_the_libraries_of_s3_are_loaded_only_for_a_store() -> None:
     code = (
         "import sys, cortex.operator.app, cortex.operator.config.sources\n"
         "print([n for n in ('fsspec', 's3fs', 'botocore', 'aiohttp') if n in sys.modules])"
@@ -139,18 +141,18 @@ def test_what_reaches_it_is_loaded_only_for_it() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_s3_library_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(StartupError, match=r"pip install 'cortex-tasks\[s3\]'"):
         ObjectStore("s3://bucket")
 
 
-def test_a_bucket_that_is_not_there_is_told(at_s3: S3Server, tmp_path: Path) -> None:
+def test_a_missing_bucket_is_reported(at_s3: S3Server, tmp_path: Path) -> None:
     files = ObjectStore("s3://nothere-1/prefix")
     for attempt in (files.owner, lambda: files.set_owner("x")):
         with pytest.raises(StartupError, match=r"no bucket 'nothere-1'. Create it"):
             attempt()
-    # It may have been there before: nothing is concluded of what it held.
+    # The bucket may have existed before: its files are unavailable, and not missing.
     for later in (
         lambda: files.read("x"),
         lambda: files.get("x", tmp_path / "x"),
@@ -161,7 +163,7 @@ def test_a_bucket_that_is_not_there_is_told(at_s3: S3Server, tmp_path: Path) -> 
     assert not (tmp_path / "x").exists()
 
 
-def test_a_folder_that_is_not_mounted_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_mounted_is_reported(tmp_path: Path) -> None:
     files = ObjectStore(f"file://{tmp_path}/away")
     attempts: list[Callable[[], object]] = [lambda: files.read("x"), lambda: files.put("x", b"")]
     for attempt in attempts:
@@ -170,7 +172,7 @@ def test_a_folder_that_is_not_mounted_is_told(tmp_path: Path) -> None:
     assert not (tmp_path / "away").exists()
 
 
-def test_missing_credentials_are_told(at_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_reported(at_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket = at_s3.bucket()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
@@ -183,8 +185,8 @@ def test_missing_credentials_are_told(at_s3: S3Server, monkeypatch: pytest.Monke
 
 @pytest.fixture
 def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[S3Server, str]]:
-    """A server that looks at credentials, with a bucket."""
-    with real.server() as server:
+    """A server that checks credentials, and its bucket."""
+    with s3_server.server() as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         bucket = server.bucket()
@@ -197,7 +199,7 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[S3Server, str]]:
         yield server, bucket
 
 
-def test_credentials_that_are_refused_are_told(
+def test_refused_credentials_are_reported(
     strict: tuple[S3Server, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"s3://{strict[1]}/prefix"
@@ -211,16 +213,18 @@ def test_credentials_that_are_refused_are_told(
         ObjectStore(url).set_owner("x")
 
 
-def test_a_server_that_is_away_is_told(at_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_server_is_reported(
+    at_s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
     with pytest.raises(StartupError, match=r"does not answer .* AWS_ENDPOINT_URL_S3"):
         ObjectStore("s3://bucket").owner()
 
 
-def test_a_server_that_hangs_is_given_up_and_found_again(
+def test_a_server_that_hangs_is_given_up_and_used_again_when_it_answers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with real.server() as server:
+    with s3_server.server() as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         bucket = f"s3://{server.bucket()}"
@@ -240,13 +244,13 @@ def test_a_server_that_hangs_is_given_up_and_found_again(
                 attempt()
         server.thaw()
 
-        def is_found() -> bool:  # within a second, which a loaded machine may take longer than
+        def answers_again() -> bool:  # within a second, or later on a loaded machine
             try:
-                # It may have removed it when it went on.
+                # The server may still carry out the deletion after the thaw.
                 assert files.read("x") in (b"x", b"z", None)
                 files.put("x", b"z")
                 return files.read("x") == b"z"
             except StorageUnavailable:
                 return False
 
-        until(is_found, "it is found again")
+        until(answers_again, "the server answers again")

@@ -1,3 +1,5 @@
+"""Logs as the clients read them: events, reconnects and errors."""
+
 from __future__ import annotations
 
 import asyncio
@@ -41,7 +43,7 @@ def test_events_are_parsed_with_comments_and_both_line_ends() -> None:
     ]
 
 
-# A busy machine may stand still.
+# A busy machine can pause for longer than any deadline.
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(), st.lists(st.integers(0, 200), max_size=8))
 def test_events_are_the_same_wherever_the_network_cuts_the_stream(
@@ -60,24 +62,24 @@ def test_a_log_breaks_no_line_at_unicode_separators() -> None:
     assert json.loads(next(parse([log(1, text)])).data) == text
 
 
-class Scripted:
-    """Connections that do, one after the other, what the script says."""
+class ScriptedConnections:
+    """Connections that follow a script, one step each."""
 
     def __init__(self, *script: Iterable[bytes] | Exception) -> None:
         self.script = iter(script)
-        self.asked: list[str | None] = []
+        self.last_ids: list[str | None] = []
 
     @contextmanager
     def __call__(self, last_id: str | None) -> Iterator[Iterable[bytes]]:
-        self.asked.append(last_id)
+        self.last_ids.append(last_id)
         step = next(self.script)
         if isinstance(step, Exception):
             raise step
         yield step
 
 
-def awaited(connect: Scripted, *, pause: Callable[[float], object]) -> list[str]:
-    """What `follow_async` makes of the script."""
+def followed_async(connect: ScriptedConnections, *, pause: Callable[[float], object]) -> list[str]:
+    """The pieces that `follow_async` yields for the script."""
 
     @asynccontextmanager
     async def opened(last_id: str | None) -> AsyncIterator[AsyncIterator[bytes]]:
@@ -91,24 +93,24 @@ def awaited(connect: Scripted, *, pause: Callable[[float], object]) -> list[str]
     async def paused(seconds: float) -> None:
         pause(seconds)
 
-    async def all_of_it() -> list[str]:
+    async def collect() -> list[str]:
         return [text async for text in follow_async(opened, pause=paused)]
 
-    return asyncio.run(all_of_it())
+    return asyncio.run(collect())
 
 
-both = pytest.mark.parametrize("follow", [follow, awaited], ids=["sync", "async"])
+sync_and_async = pytest.mark.parametrize("follow", [follow, followed_async], ids=["sync", "async"])
 Follow = Callable[..., Iterable[str]]
 
 
 def breaks_off(*chunks: bytes) -> Iterator[bytes]:
     yield from chunks
-    raise OperatorUnreachable("broke")
+    raise OperatorUnreachable("the connection broke")
 
 
-@both
-def test_a_log_goes_on_after_the_last_event_that_arrived(follow: Follow) -> None:
-    connect = Scripted(
+@sync_and_async
+def test_a_log_continues_after_the_last_received_event(follow: Follow) -> None:
+    connect = ScriptedConnections(
         breaks_off(log(3, "one"), log(9, "two")[:-1]),
         OperatorUnreachable("restarting"),
         [log(9, "two")],
@@ -116,28 +118,28 @@ def test_a_log_goes_on_after_the_last_event_that_arrived(follow: Follow) -> None
     )
     paused: list[float] = []
     assert "".join(follow(connect, pause=paused.append)) == "onetwothree"
-    assert connect.asked == [None, "3", "3", "9"]
+    assert connect.last_ids == [None, "3", "3", "9"]
     assert paused == [RECONNECT_DELAYS_S[0], RECONNECT_DELAYS_S[1], RECONNECT_DELAYS_S[0]]
 
 
-@both
-def test_an_operator_that_was_never_there_is_not_waited_for(follow: Follow) -> None:
+@sync_and_async
+def test_an_operator_that_never_answered_is_not_retried(follow: Follow) -> None:
     with pytest.raises(OperatorUnreachable):
-        list(follow(Scripted(OperatorUnreachable("none")), pause=pytest.fail))
+        list(follow(ScriptedConnections(OperatorUnreachable("none")), pause=pytest.fail))
 
 
-@both
-def test_an_operator_that_stays_away_is_given_up(follow: Follow) -> None:
+@sync_and_async
+def test_following_ends_when_the_operator_stays_unreachable(follow: Follow) -> None:
     away = [OperatorUnreachable("away")] * (len(RECONNECT_DELAYS_S) + 1)
-    connect = Scripted([log(1, "x")], *away)
+    connect = ScriptedConnections([log(1, "x")], *away)
     with pytest.raises(OperatorUnreachable):
         list(follow(connect, pause=lambda _: None))
-    assert len(connect.asked) == 1 + len(RECONNECT_DELAYS_S)
+    assert len(connect.last_ids) == 1 + len(RECONNECT_DELAYS_S)
 
 
-@both
-def test_an_error_that_will_not_pass_is_final(follow: Follow) -> None:
-    connect = Scripted([log(1, "x")], NotFound("deleted"))
+@sync_and_async
+def test_a_permanent_error_ends_following(follow: Follow) -> None:
+    connect = ScriptedConnections([log(1, "x")], NotFound("deleted"))
     with pytest.raises(NotFound):
         list(follow(connect, pause=lambda _: None))
 
@@ -154,16 +156,16 @@ def test_a_log_is_followed_over_http_across_connections(connect: Connect) -> Non
 
 
 def test_the_log_of_an_unknown_job_is_an_error(connect: Connect) -> None:
-    gone = answer({"kind": "not_found", "message": "there is no job j1"}, 404)
+    not_found = answer({"kind": "not_found", "message": "there is no job j1"}, 404)
     with (
-        OperatorStub({"GET /-/apis/iris/jobs/j1/logs": gone}) as stub,
+        OperatorStub({"GET /-/apis/iris/jobs/j1/logs": not_found}) as stub,
         connect(stub.url) as client,
         pytest.raises(NotFound, match="no job j1"),
     ):
         next(client.stream_job_logs("iris", "j1"))
 
 
-def test_a_log_that_breaks_off_while_it_is_read_is_told(connect: Connect) -> None:
+def test_a_log_that_breaks_off_while_it_is_read_is_an_error(connect: Connect) -> None:
     part = (
         b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; charset=utf-8\r\n"
         b"Transfer-Encoding: chunked\r\n\r\n4\r\npart\r\n"
@@ -188,7 +190,7 @@ def test_a_log_that_breaks_off_while_it_is_read_is_told(connect: Connect) -> Non
             done.result()
 
 
-def test_what_is_no_log_is_told(connect: Connect) -> None:
+def test_an_answer_that_is_no_log_is_an_error(connect: Connect) -> None:
     with (
         OperatorStub({"GET /-/apis/iris/jobs/j1/logs": answer({})}) as stub,
         connect(stub.url) as client,

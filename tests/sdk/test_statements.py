@@ -1,4 +1,5 @@
-"""A log is printed where its stream is called for as a statement, and iterated over anywhere else."""
+"""A call that streams a log prints it where the call is a statement; elsewhere it returns an
+iterator."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def test_a_statement_prints_in_programs_and_in_interactive_interpreters(
     statement: str, mode: str, client: Client, capsys: pytest.CaptureFixture[str]
 ) -> None:
     exec(compile(f"{statement}\n", "<input>", mode), {"client": client, "job": JOB})
-    # An interactive interpreter shows what is left to it.
+    # An interactive interpreter also shows the iterator that the call returns.
     assert capsys.readouterr().out.replace("<list_iterator", "").startswith("a\nbc\n")
 
 
@@ -58,8 +59,8 @@ def test_a_result_that_is_used_is_not_printed(
     def passed_on() -> Iterator[str]:
         return client.stream_job_logs("iris", JOB)
 
-    kept = client.stream_job_logs("iris", JOB)
-    assert "".join(kept) == "a\nbc\n"
+    result = client.stream_job_logs("iris", JOB)
+    assert "".join(result) == "a\nbc\n"
     assert list(client.stream_api_logs("iris")) == ["a\nb", "c\n"]
     assert list(passed_on()) == ["a\nb", "c\n"]
     for text in client.stream_job_logs("iris", JOB):

@@ -1,4 +1,4 @@
-"""Folders that users' code has written in go, whatever it has left there."""
+"""Folders in which users' code has written are removed, whatever it has left there."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def lay_out(job: Path) -> None:
         (job / name / "closed" / "file").touch()
 
 
-def close_off(job: Path) -> None:
+def make_unusable(job: Path) -> None:
     for name, mode in MODES.items():
         (job / name / "closed").chmod(0o000)
         (job / name).chmod(mode)
     job.chmod(0o500)
 
 
-def by_hand(root: Path) -> None:
+def by_remove(root: Path) -> None:
     remove(root / "jobs" / "job")
 
 
@@ -47,29 +47,31 @@ def by_an_agent(root: Path) -> None:
     asyncio.run(Agent.discard(agent, ["job"]))
 
 
-def by_the_next_owner_of_its_slot(root: Path) -> None:
-    workspace._find_or_create(root.parent, "node")
+def by_the_next_agent_of_the_node(root: Path) -> None:
+    workspace.find_or_create(root.parent, "node")
 
 
-def as_an_environment(root: Path) -> None:
+def by_environments(root: Path) -> None:
     Environments(root / "jobs").remove_unused([])
 
 
 @pytest.mark.parametrize(
-    "removal", [by_hand, by_an_agent, by_the_next_owner_of_its_slot, as_an_environment]
+    "removal", [by_remove, by_an_agent, by_the_next_agent_of_the_node, by_environments]
 )
-def test_folders_that_their_own_user_may_not_use_go_too(removal: Callable[[Path], None]) -> None:
-    def is_gone(own: Path) -> bool:
-        close_off(own / "0" / "jobs" / "job")
+def test_folders_that_their_own_user_cannot_open_are_removed(
+    removal: Callable[[Path], None],
+) -> None:
+    def is_removed(own: Path) -> bool:
+        make_unusable(own / "0" / "jobs" / "job")
         removal(own / "0")
         jobs = own / "0" / "jobs"
         return not jobs.exists() or not list(jobs.iterdir())
 
-    assert by_its_owner(lambda own: lay_out(own / "0" / "jobs" / "job"), is_gone)
+    assert by_its_owner(lambda own: lay_out(own / "0" / "jobs" / "job"), is_removed)
 
 
-def test_what_is_gone_already_leaves_the_folder_above_as_it_is(tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)  # other users pass through it, where jobs run as another
+def test_removing_a_missing_folder_leaves_its_parent_unchanged(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)  # with `run_as`, the user of the jobs passes through it
     remove(tmp_path / "job")
     assert tmp_path.stat().st_mode & 0o777 == 0o755
 

@@ -1,5 +1,5 @@
-"""An engine that does what the test says, and a world that outlives it: what was really begun, fenced
-off and ended. For the tests of what drives engines."""
+"""An engine that follows a test's script, for tests of the dispatcher. Its world outlives it, and
+has the facts: the attempts that have started, ended or were fenced."""
 
 from __future__ import annotations
 
@@ -31,14 +31,16 @@ Key = tuple[str, int]  # job and attempt
 
 @dataclass
 class World:
-    """What is so, whoever knows it. An attempt is ordered, running, or over; `fenced` ones never ran."""
+    """The facts about all attempts, whether an operator knows them or not. An attempt is ordered,
+    running or ended; a fenced attempt never ran."""
 
     ordered: dict[Key, Attempt] = field(default_factory=dict)
     running: dict[Key, Started] = field(default_factory=dict)
-    over: dict[Key, Ended | Lost] = field(default_factory=dict)
+    ended: dict[Key, Ended | Lost] = field(default_factory=dict)
     fenced: set[Key] = field(default_factory=set)
-    begun: Counter[Key] = field(default_factory=Counter)  # how often an attempt's code was started
-    told_to_stop: set[str] = field(default_factory=set)
+    start_counts: Counter[Key] = field(default_factory=Counter)
+    """How often the code of each attempt has started."""
+    stop_requested: set[str] = field(default_factory=set)
     clock: int = 2 * 10**18
 
     def tick(self) -> int:
@@ -47,10 +49,10 @@ class World:
 
 
 class ScriptedLedger:
-    """Room for so many jobs at once."""
+    """Capacity for a number of jobs, whatever each needs."""
 
-    def __init__(self, room: int, report_freed: Callable[[], None]) -> None:
-        self.room = room
+    def __init__(self, max_jobs: int, report_freed: Callable[[], None]) -> None:
+        self.max_jobs = max_jobs
         self.taken: set[str] = set()
         self._report_freed = report_freed
 
@@ -58,8 +60,8 @@ class ScriptedLedger:
         return None
 
     def reserve(self, job_id: str, compute: Compute) -> str | None:
-        if job_id not in self.taken and len(self.taken) >= self.room:
-            return "needs a place"
+        if job_id not in self.taken and len(self.taken) >= self.max_jobs:
+            return "needs a free slot"
         self.taken.add(job_id)
         return None
 
@@ -73,20 +75,20 @@ class ScriptedLedger:
 
 
 class ScriptedEngine:
-    """One operator's view of a world, with room for so many jobs at once."""
+    """The engine of one operator in a world, with capacity for a number of jobs."""
 
-    def __init__(self, world: World, room: int) -> None:
+    def __init__(self, world: World, max_jobs: int) -> None:
         self.world = world
-        self.ledger = ScriptedLedger(room, lambda: self._say(CapacityFreed()))
-        self.told_to_stop: set[str] = set()  # by this operator
-        self.said: list[Observation] = []
+        self.ledger = ScriptedLedger(max_jobs, lambda: self._observe(CapacityFreed()))
+        self.stop_requested: set[str] = set()  # by this operator
+        self.observations: list[Observation] = []
         self._report: Report = lambda _: None
 
     # The protocol
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities("scripted", Capacity(self.ledger.room, 0, 0), "none", "none")
+        return Capabilities("scripted", Capacity(self.ledger.max_jobs, 0, 0), "none", "none")
 
     async def open(self, report: Report) -> None:
         self._report = report
@@ -107,18 +109,18 @@ class ScriptedEngine:
         self.world.ordered[key] = attempt
 
     def stop(self, job_id: str) -> None:
-        self.told_to_stop.add(job_id)
-        self.world.told_to_stop.add(job_id)
+        self.stop_requested.add(job_id)
+        self.world.stop_requested.add(job_id)
 
     async def recover(self, attempt: Attempt) -> None:
         key = (attempt.spec.job_id, attempt.number)
         self.ledger.taken.add(key[0])
-        if key in self.world.over:
-            self._settle(self.world.over[key])
+        if key in self.world.ended:
+            self._finish(self.world.ended[key])
         elif key in self.world.running:
-            self._say(self.world.running[key])
-        else:  # what was ordered and has not begun is fenced off, and never will
-            self.never(key)
+            self._observe(self.world.running[key])
+        else:  # an attempt that was ordered and has not started is fenced: it never starts
+            self.never_start(key)
 
     def warm(self, version: Version) -> None: ...
 
@@ -129,48 +131,48 @@ class ScriptedEngine:
     def begin(self, key: Key) -> None:
         """The attempt's code begins to run."""
         del self.world.ordered[key]
-        self.world.begun[key] += 1
+        self.world.start_counts[key] += 1
         self.world.running[key] = Started(*key, self.world.tick())
-        self._say(self.world.running[key])
+        self._observe(self.world.running[key])
 
     def end(self, key: Key, ending: Ending, exit_code: int) -> None:
-        """The attempt ends by itself, or because it was told to."""
+        """The attempt ends, by itself or after a stop."""
         started = self.world.running.pop(key)
-        self.world.over[key] = Ended(
+        self.world.ended[key] = Ended(
             *key, ending, started.start_ns, self.world.tick(), exit_code, None, None, False
         )
-        self._settle(self.world.over[key])
+        self._finish(self.world.ended[key])
 
     def lose(self, key: Key) -> None:
         """The platform loses a running attempt."""
         del self.world.running[key]
-        self.world.over[key] = Lost(*key, "lost")
-        self._settle(self.world.over[key])
+        self.world.ended[key] = Lost(*key, "lost")
+        self._finish(self.world.ended[key])
 
-    def never(self, key: Key) -> None:
-        """An attempt comes to nothing before its code could run."""
+    def never_start(self, key: Key) -> None:
+        """An attempt fails before its code starts, and is fenced."""
         self.world.ordered.pop(key, None)
         self.world.fenced.add(key)
-        self._settle(NeverStarted(*key))
+        self._finish(NeverStarted(*key))
 
-    def away(self, key: Key) -> None:
-        """A running attempt cannot be asked after."""
-        self._say(Unreachable(*key, "away"))
+    def make_unreachable(self, key: Key) -> None:
+        """The engine loses contact with a running attempt."""
+        self._observe(Unreachable(*key, "away"))
 
-    def back(self, key: Key) -> None:
-        """It can be asked after again."""
-        self._say(Reachable(*key))
+    def make_reachable(self, key: Key) -> None:
+        """The engine has contact with the attempt again."""
+        self._observe(Reachable(*key))
 
     def repeat(self, index: int) -> None:
-        """Say again what was said before, late and twice."""
-        if self.said:
-            self._report(self.said[index % len(self.said)])
+        """Report an earlier observation again."""
+        if self.observations:
+            self._report(self.observations[index % len(self.observations)])
 
-    def _settle(self, last: Ended | Lost | NeverStarted) -> None:
+    def _finish(self, last: Ended | Lost | NeverStarted) -> None:
         self.ledger.taken.discard(last.job_id)
-        self._say(last)
-        self._say(CapacityFreed())
+        self._observe(last)
+        self._observe(CapacityFreed())
 
-    def _say(self, observation: Observation) -> None:
-        self.said.append(observation)
+    def _observe(self, observation: Observation) -> None:
+        self.observations.append(observation)
         self._report(observation)

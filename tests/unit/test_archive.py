@@ -1,4 +1,4 @@
-"""Logs in the store of files, where operators on one store have data folders of their own."""
+"""Logs in an object store that several operators share, each with its own data folder."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from cortex.worker.messages import LogCut
 from cortex.worker.supervisor import logfile
 
 _SPEC = JobSpec(job_id="1", api_name="a", api_id="1", config="{}", created_ns=1)
-OVER = JobRecord(1, _SPEC, State.SUCCEEDED, Wanted.RUN, attempt=1, handle=None)
+FINISHED = JobRecord(1, _SPEC, State.SUCCEEDED, Wanted.RUN, attempt=1, handle=None)
 
 LIMIT = 1 << 20
 
 
-class BodyReader:
-    """An operator that does not drive."""
+class Follower:
+    """An operator that is not the leader."""
 
     def __init__(self, folder: Path) -> None:
         for name in ("files", "jobs", "archived"):
             (folder / name).mkdir()
-        self.log = folder / "jobs" / OVER.spec.job_id / "log"
+        self.log = folder / "jobs" / FINISHED.spec.job_id / "log"
         self.files = ObjectStore(f"file://{folder / 'files'}")
         self.store = Store(f"sqlite:///{folder / 'operator.db'}")
         self.folders = JobFolders(folder / "jobs")
@@ -41,97 +41,101 @@ class BodyReader:
         self.archive = Archive(self.files, self.folders, self.store, self.marks, is_apart=True)
 
     def bring_back(self) -> None:
-        asyncio.run(self.archive.bring_back(OVER))
+        asyncio.run(self.archive.bring_back(FINISHED))
 
 
 @pytest.fixture
-def reader(tmp_path: Path) -> Iterator[BodyReader]:
-    made = BodyReader(tmp_path)
+def follower(tmp_path: Path) -> Iterator[Follower]:
+    made = Follower(tmp_path)
     yield made
     made.archive.end()
     made.store.close()
 
 
-def test_what_is_not_there_yet_may_be_with_whoever_drives(reader: BodyReader) -> None:
+def test_a_log_that_is_not_archived_yet_can_only_come_from_the_leader(follower: Follower) -> None:
     with pytest.raises(NoLeader, match="not in the object store yet"):
-        reader.bring_back()
-    reader.files.put("logs/1/log", b"all of it")
-    reader.bring_back()
-    assert reader.log.read_bytes() == b"all of it"
+        follower.bring_back()
+    follower.files.put("logs/1/log", b"all of it")
+    follower.bring_back()
+    assert follower.log.read_bytes() == b"all of it"
 
 
-def test_what_is_here_of_an_earlier_term_is_not_taken_for_all_of_it(reader: BodyReader) -> None:
-    reader.log.parent.mkdir()
-    reader.log.write_bytes(b"all")
+def test_a_partial_log_of_an_earlier_term_is_not_taken_for_the_whole_log(
+    follower: Follower,
+) -> None:
+    follower.log.parent.mkdir()
+    follower.log.write_bytes(b"all")
     with pytest.raises(NoLeader):
-        reader.bring_back()
-    reader.files.put("logs/1/log", b"all of it")
-    reader.bring_back()
-    assert reader.log.read_bytes() == b"all of it"
-    assert asyncio.run(reader.archive.has("1"))
+        follower.bring_back()
+    follower.files.put("logs/1/log", b"all of it")
+    follower.bring_back()
+    assert follower.log.read_bytes() == b"all of it"
+    assert asyncio.run(follower.archive.has("1"))
 
 
-def test_a_part_that_another_operator_removes_meanwhile_is_no_hindrance(reader: BodyReader) -> None:
-    (reader.marks / ".part-1").symlink_to("gone")
-    reader.log.parent.mkdir()
-    copies = ArchivedFiles(reader.files, reader.folders, reader.marks)
+def test_a_partial_copy_that_another_operator_removes_meanwhile_is_no_error(
+    follower: Follower,
+) -> None:
+    (follower.marks / ".part-1").symlink_to("missing")
+    follower.log.parent.mkdir()
+    copies = ArchivedFiles(follower.files, follower.folders, follower.marks)
     assert copies.not_sent() == ["1"]
 
 
-def test_a_log_that_is_removed_while_it_is_read_leaves_no_mark(
-    reader: BodyReader, monkeypatch: pytest.MonkeyPatch
+def test_a_log_that_is_removed_while_it_is_fetched_leaves_no_mark(
+    follower: Follower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader.files.put("logs/1/log", b"all of it")
-    get, is_there, may_go_on = reader.files.get, threading.Event(), threading.Event()
+    follower.files.put("logs/1/log", b"all of it")
+    get, is_fetched, may_return = follower.files.get, threading.Event(), threading.Event()
 
     def get_slowly(key: str, target: Path) -> bool:
         found = get(key, target)
-        is_there.set()
-        assert may_go_on.wait(30)
+        is_fetched.set()
+        assert may_return.wait(30)
         return found
 
-    async def both() -> None:
-        read = asyncio.create_task(reader.archive.bring_back(OVER))
-        await asyncio.to_thread(is_there.wait, 30)
-        removal = asyncio.create_task(reader.archive.remove(["1"]))
+    async def fetch_and_remove() -> None:
+        fetch = asyncio.create_task(follower.archive.bring_back(FINISHED))
+        await asyncio.to_thread(is_fetched.wait, 30)
+        removal = asyncio.create_task(follower.archive.remove(["1"]))
         done, _ = await asyncio.wait([removal], timeout=0.3)
         assert not done
-        may_go_on.set()
-        await asyncio.gather(read, removal)
+        may_return.set()
+        await asyncio.gather(fetch, removal)
 
-    monkeypatch.setattr(reader.files, "get", get_slowly)
-    asyncio.run(both())
-    assert not reader.files.get("logs/1/log", reader.log.with_name("other"))
-    assert not list(reader.marks.iterdir())
+    monkeypatch.setattr(follower.files, "get", get_slowly)
+    asyncio.run(fetch_and_remove())
+    assert not follower.files.get("logs/1/log", follower.log.with_name("other"))
+    assert not list(follower.marks.iterdir())
 
 
-def test_a_cut_log_that_cannot_be_sent_or_fetched_leaves_nothing_of_each_try(
-    reader: BodyReader, monkeypatch: pytest.MonkeyPatch
+def test_a_failed_upload_of_a_cut_log_leaves_no_files(
+    follower: Follower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copies = ArchivedFiles(reader.files, reader.folders, reader.marks)
+    copies = ArchivedFiles(follower.files, follower.folders, follower.marks)
     cut = LogCut(start=2, end=5, limit=4).dumps()
-    reader.log.parent.mkdir()
-    reader.log.write_bytes(b"ab\0\0\0cd")
-    reader.log.with_name(logfile.CUT).write_bytes(cut)
-    reader.files.put("logs/1/log", b"abcd")
+    follower.log.parent.mkdir()
+    follower.log.write_bytes(b"ab\0\0\0cd")
+    follower.log.with_name(logfile.CUT).write_bytes(cut)
+    follower.files.put("logs/1/log", b"abcd")
 
     def fails(*_: object) -> NoReturn:
-        raise StorageUnavailable("the store of files does not answer")
+        raise StorageUnavailable("the object store does not answer")
 
     with monkeypatch.context() as broken:
-        broken.setattr(reader.files, "put", fails)
+        broken.setattr(follower.files, "put", fails)
         with pytest.raises(StorageUnavailable):
             copies.send("1", LIMIT, 1, is_sure=True)
-        broken.setattr(reader.files, "read", fails)
+        broken.setattr(follower.files, "read", fails)
         with pytest.raises(StorageUnavailable):
             copies.send("1", LIMIT, 1, is_sure=False)
-    assert not list(reader.marks.iterdir())
+    assert not list(follower.marks.iterdir())
     copies.send("1", LIMIT, 1, is_sure=True)
-    assert reader.files.read("logs/1/log") == b"abcd"
-    reader.log.unlink()
+    assert follower.files.read("logs/1/log") == b"abcd"
+    follower.log.unlink()
     assert copies.bring_back("1", is_sure=True, is_leading=True)
-    assert reader.log.read_bytes() == b"ab\0\0\0cd"
-    assert [mark.name for mark in reader.marks.iterdir()] == ["1"]
+    assert follower.log.read_bytes() == b"ab\0\0\0cd"
+    assert [mark.name for mark in follower.marks.iterdir()] == ["1"]
 
 
 @pytest.mark.parametrize(
@@ -145,11 +149,11 @@ def test_a_cut_log_that_cannot_be_sent_or_fetched_leaves_nothing_of_each_try(
         b'{"start": 99, "end": 100, "limit": 1}',
     ],
 )
-def test_what_an_earlier_version_has_sent_of_a_forged_cut_is_no_error(
-    reader: BodyReader, cut: bytes
+def test_a_forged_cut_record_uploaded_by_an_earlier_version_is_ignored(
+    follower: Follower, cut: bytes
 ) -> None:
-    reader.files.put("logs/1/log", b"abcd")
-    reader.files.put("logs/1/log.cut", cut)
-    reader.bring_back()
-    assert reader.log.read_bytes() == b"abcd"
-    assert not reader.log.with_name(logfile.CUT).exists()
+    follower.files.put("logs/1/log", b"abcd")
+    follower.files.put("logs/1/log.cut", cut)
+    follower.bring_back()
+    assert follower.log.read_bytes() == b"abcd"
+    assert not follower.log.with_name(logfile.CUT).exists()

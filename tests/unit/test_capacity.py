@@ -1,5 +1,5 @@
-"""What the ledgers of the engines promise: a job has what it has reserved until that is given back, and
-jobs that were refused are considered again."""
+"""What the ledgers of the engines promise: a job has its capacity from its reservation until the
+release, and refused jobs are considered again."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ TOTAL = Capacity(2000, 4 * GIB, 2)
 HALF = Compute(cpu_m=1000, mem=2 * GIB, gpu=1)
 ALL = Compute(cpu_m=2000, mem=4 * GIB, gpu=2)
 
-Made = tuple[CapacityLedger, list[str]]
+LedgerAndReports = tuple[CapacityLedger, list[str]]
 
 
-def machine() -> Made:
+def machine() -> LedgerAndReports:
     reported: list[str] = []
     return MachineLedger(TOTAL, report_freed=lambda: reported.append("freed")), reported
 
 
-def cluster() -> Made:
+def cluster() -> LedgerAndReports:
     reported: list[str] = []
     made = Placement(lambda: reported.append("freed"))
     made.update((NodeState("a", "a", True, TOTAL, NOTHING),))
@@ -36,8 +36,8 @@ def cluster() -> Made:
 
 
 @pytest.fixture(params=[machine, cluster])
-def ledger(request: pytest.FixtureRequest) -> Made:
-    make: Callable[[], Made] = request.param
+def ledger_and_reports(request: pytest.FixtureRequest) -> LedgerAndReports:
+    make: Callable[[], LedgerAndReports] = request.param
     return make()
 
 
@@ -48,66 +48,70 @@ def free(ledger: CapacityLedger) -> Capacity:
     return node.free
 
 
-def test_a_reservation_lasts_until_it_is_released(ledger: Made) -> None:
-    books, _ = ledger
-    assert books.reserve("1", HALF) is None
-    assert free(books) == Capacity(1000, 2 * GIB, 1)
-    books.release("1")
-    assert free(books) == TOTAL
+def test_a_reservation_lasts_until_it_is_released(ledger_and_reports: LedgerAndReports) -> None:
+    ledger, _ = ledger_and_reports
+    assert ledger.reserve("1", HALF) is None
+    assert free(ledger) == Capacity(1000, 2 * GIB, 1)
+    ledger.release("1")
+    assert free(ledger) == TOTAL
 
 
-def test_a_second_call_changes_nothing(ledger: Made) -> None:
-    books, reported = ledger
+def test_a_second_call_changes_nothing(ledger_and_reports: LedgerAndReports) -> None:
+    ledger, reported = ledger_and_reports
     for _ in range(2):
-        assert books.reserve("1", HALF) is None
-        assert free(books) == Capacity(1000, 2 * GIB, 1)
-    assert books.reserve("2", ALL) is not None
+        assert ledger.reserve("1", HALF) is None
+        assert free(ledger) == Capacity(1000, 2 * GIB, 1)
+    assert ledger.reserve("2", ALL) is not None
     for _ in range(2):
-        books.release("1")
-        assert free(books) == TOTAL
+        ledger.release("1")
+        assert free(ledger) == TOTAL
         assert reported == ["freed"]
 
 
-def test_a_job_that_does_not_fit_reserves_nothing_and_says_what_it_lacks(ledger: Made) -> None:
-    books, _ = ledger
-    assert books.reserve("1", HALF) is None
-    words = books.reserve("2", ALL)
-    assert words is not None
-    assert words.startswith("needs 2 CPU, 1 free")
-    assert "; needs 4 GiB, 2 GiB free" in words
-    assert "; needs 2 GPUs, 1 free" in words
-    assert free(books) == Capacity(1000, 2 * GIB, 1)
+def test_a_job_that_does_not_fit_reserves_nothing_and_the_reason_names_what_it_lacks(
+    ledger_and_reports: LedgerAndReports,
+) -> None:
+    ledger, _ = ledger_and_reports
+    assert ledger.reserve("1", HALF) is None
+    reason = ledger.reserve("2", ALL)
+    assert reason is not None
+    assert reason.startswith("needs 2 CPU, 1 free")
+    assert "; needs 4 GiB, 2 GiB free" in reason
+    assert "; needs 2 GPUs, 1 free" in reason
+    assert free(ledger) == Capacity(1000, 2 * GIB, 1)
 
 
-def test_freed_capacity_is_reported_once_and_only_where_a_job_was_refused(ledger: Made) -> None:
-    books, reported = ledger
-    assert books.reserve("1", HALF) is None
-    books.release("1")
+def test_freed_capacity_is_reported_once_and_only_where_a_job_was_refused(
+    ledger_and_reports: LedgerAndReports,
+) -> None:
+    ledger, reported = ledger_and_reports
+    assert ledger.reserve("1", HALF) is None
+    ledger.release("1")
     assert reported == []
-    assert books.reserve("1", ALL) is None
-    assert books.reserve("2", HALF) is not None
-    assert books.reserve("3", HALF) is not None
-    books.release("none")
+    assert ledger.reserve("1", ALL) is None
+    assert ledger.reserve("2", HALF) is not None
+    assert ledger.reserve("3", HALF) is not None
+    ledger.release("none")
     assert reported == []
-    books.release("1")
+    ledger.release("1")
     assert reported == ["freed"]
-    assert books.reserve("2", HALF) is None
-    books.release("2")
+    assert ledger.reserve("2", HALF) is None
+    ledger.release("2")
     assert reported == ["freed"]
 
 
-def test_what_could_never_run_is_refused_whatever_is_free(ledger: Made) -> None:
-    books, _ = ledger
-    assert books.refusal(ALL) is None
-    assert books.reserve("1", ALL) is None
-    assert books.refusal(ALL) is None
-    words = books.refusal(Compute(gpu=8))
-    assert words is not None
-    assert words.startswith("needs 8 GPUs, ")
-    assert books.refusal(Compute(node_labels={"zone": ("a",)})) is not None
+def test_a_job_that_no_node_could_ever_run_is_refused(ledger_and_reports: LedgerAndReports) -> None:
+    ledger, _ = ledger_and_reports
+    assert ledger.refusal(ALL) is None
+    assert ledger.reserve("1", ALL) is None
+    assert ledger.refusal(ALL) is None
+    reason = ledger.refusal(Compute(gpu=8))
+    assert reason is not None
+    assert reason.startswith("needs 8 GPUs, ")
+    assert ledger.refusal(Compute(node_labels={"zone": ("a",)})) is not None
 
 
-def test_the_end_of_an_attempt_gives_back_and_the_engine_reports() -> None:
+def test_giving_back_leaves_the_report_of_freed_capacity_to_the_engine() -> None:
     for made, reported in (machine(), cluster()):
         assert isinstance(made, MachineLedger | Placement)
         assert made.reserve("1", ALL) is None
@@ -170,7 +174,7 @@ def test_reservations_outlast_a_change_of_the_total() -> None:
     assert made.free == TOTAL
 
 
-def test_what_is_lacking_is_said_in_words_for_each_kind() -> None:
+def test_each_missing_resource_is_named() -> None:
     assert lacking(HALF, TOTAL, "{} free") is None
     assert lacking(ALL, Capacity(500, -1, 1), "{} free") == (
         "needs 2 CPU, 0.5 free; needs 4 GiB, 0 B free; needs 2 GPUs, 1 free"

@@ -1,4 +1,5 @@
-"""The one check of what is told of a job: what passes it can be stored in any database and shown as strict JSON."""
+"""The check of a job's records and messages: every database can store a record that passes it, and
+it can be shown as strict JSON."""
 
 from __future__ import annotations
 
@@ -73,11 +74,11 @@ def loaded(kind: str, **changed: object) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_told_truly_is_taken_as_it_is(kind: str) -> None:
+def test_a_valid_message_is_accepted_unchanged(kind: str) -> None:
     made, fields = KINDS[kind]
     found = loaded(kind)
-    told = {name: getattr(found, name) for name in fields}
-    assert json.loads(json.dumps(told)) == {
+    values = {name: getattr(found, name) for name in fields}
+    assert json.loads(json.dumps(values)) == {
         **fields,
         **({"record": made.from_fields(fields).record} if kind == "reply" else {}),
     }
@@ -107,7 +108,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("kind", "changed"), WRONG)
-def test_what_cannot_be_is_refused_with_the_field_and_what_is_there(
+def test_an_invalid_value_is_refused_and_its_field_is_named(
     kind: str, changed: dict[str, object]
 ) -> None:
     with pytest.raises(Invalid) as caught:
@@ -119,22 +120,22 @@ def test_what_cannot_be_is_refused_with_the_field_and_what_is_there(
     words.encode()
 
 
-NO_OBJECTS = [
+NOT_OBJECTS = [
     b"", b"{", b"[]", b"1", b"null", b'"ending"', b"\xff", b"[" * 100_000, b'{"a":' * 100_000, b"\0",
     b'{"ending": ' + b"9" * 5000 + b"}",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("data", NO_OBJECTS, ids=range(len(NO_OBJECTS)))
+@pytest.mark.parametrize("data", NOT_OBJECTS, ids=range(len(NOT_OBJECTS)))
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_object_is_refused(kind: str, data: bytes) -> None:
+def test_anything_but_a_json_object_is_refused(kind: str, data: bytes) -> None:
     with pytest.raises(Invalid):
         KINDS[kind][0].loads(data)
 
 
 @pytest.mark.parametrize("data", [b"{}", b'{"v": 1}'])
 @pytest.mark.parametrize("kind", ["end", "cut"])
-def test_what_lacks_a_field_is_refused(kind: str, data: bytes) -> None:
+def test_a_missing_field_is_refused(kind: str, data: bytes) -> None:
     with pytest.raises(Invalid, match="lacks a field"):
         KINDS[kind][0].loads(data)
 
@@ -146,7 +147,7 @@ def nested(levels: int) -> object:
     return value
 
 
-NO_RESULTS = {
+INVALID_RESULTS = {
     "NaN": "it is not JSON",
     "Infinity": "it is not JSON",
     "[1e999]": "it is not JSON",
@@ -157,9 +158,9 @@ NO_RESULTS = {
 }
 
 
-@pytest.mark.parametrize("text", NO_RESULTS, ids=range(len(NO_RESULTS)))
+@pytest.mark.parametrize("text", INVALID_RESULTS, ids=range(len(INVALID_RESULTS)))
 @pytest.mark.parametrize("kind", ["end", "outcome"])
-def test_a_result_that_cannot_be_kept_is_left_out_and_the_rest_is_kept(
+def test_a_result_that_cannot_be_stored_is_left_out_and_the_rest_is_accepted(
     kind: str, text: str
 ) -> None:
     made, fields = KINDS[kind]
@@ -167,25 +168,25 @@ def test_a_result_that_cannot_be_kept_is_left_out_and_the_rest_is_kept(
     record = made.loads(own.encode())
     assert (record.has_result, record.result) == (False, None)
     assert record.message.startswith("the task's return value was not kept: ")
-    assert NO_RESULTS[text] in record.message
+    assert INVALID_RESULTS[text] in record.message
     assert record.measures == fields["measures"]
 
 
-def test_a_result_of_as_many_levels_as_a_config_may_have_is_kept() -> None:
+def test_a_deep_result_a_huge_number_and_odd_text_are_accepted() -> None:
     assert loaded("end", result=nested(250)).result == nested(250)
     assert loaded("end", result=10**4200).result == 10**4200
     assert loaded("end", result="\ud800\0").result == "\ud800\0"
 
 
 def test_a_time_in_the_future_is_now() -> None:
-    """A clock that was set back by years must not lose the jobs that ran meanwhile."""
+    """A clock that is set back by years must not lose the jobs that ran before."""
     found = loaded("end", start_ns=LARGE - 2, end_ns=LARGE - 1)
     assert NOW <= found.start_ns <= found.end_ns <= time.time_ns()
     assert NOW <= loaded("start", start_ns=LARGE - 1).start_ns <= time.time_ns()
     assert loaded("end", end_ns=NOW + 3600 * 10**9).end_ns == NOW + 3600 * 10**9
 
 
-def test_texts_are_a_line_that_can_be_stored() -> None:
+def test_texts_become_one_line_that_can_be_stored() -> None:
     found = loaded("end", message="a\n\ud800 " + "x" * 7_000_000, hints=["\udcff"] * 100)
     assert found.message.startswith("a \\ud800 xxx")
     assert len(found.message) == checks.MAX_MESSAGE
@@ -193,7 +194,7 @@ def test_texts_are_a_line_that_can_be_stored() -> None:
     assert loaded("reply", record=None, ended=False, error="\ud800").error == "\\ud800"
 
 
-def test_counts_and_measures_that_are_none_are_left_out() -> None:
+def test_invalid_metrics_are_left_out() -> None:
     sound = ["counter", "steps", [["model", "a"]], [1]]
     odd = [
         1, [], ["counter", "a", [], ["1"]], ["gauge", "a", [], [float("nan")]],
@@ -205,8 +206,10 @@ def test_counts_and_measures_that_are_none_are_left_out() -> None:
     assert loaded("end", measures=[*odd, sound]).measures == [sound]
     assert loaded("outcome", measures={"a": 1}).measures == []
     assert len(loaded("end", measures=[sound] * 1000).measures) == checks.MAX_SERIES
-    told = loaded("end", measures=[["gauge", "\ud800" * 9, [["x" * 10**6, "y\n"]], [1]]]).measures
-    ((_, name, ((key, value),), _),) = told
+    odd_names = loaded(
+        "end", measures=[["gauge", "\ud800" * 9, [["x" * 10**6, "y\n"]], [1]]]
+    ).measures
+    ((_, name, ((key, value),), _),) = odd_names
     assert (name, len(key), value) == ("\\ud800" * 9, checks.MAX_NAME, "y")
     many = [["gauge", "n" * 500, [["k" * 500, "v" * 500]] * 50, [1]]] * 100
     assert len(json.dumps(loaded("end", measures=many).measures)) < 2 * checks.MAX_MEASURES
@@ -215,7 +218,7 @@ def test_counts_and_measures_that_are_none_are_left_out() -> None:
 @pytest.mark.parametrize(
     "loading", [1, [1, []], [float("inf"), ["a"]], [1.0, ["a"] * 21], [1.0, [2]], ["x", ["a"]]]
 )
-def test_what_is_no_time_of_imports_is_none(loading: object) -> None:
+def test_an_invalid_import_time_is_left_out(loading: object) -> None:
     assert loaded("outcome", loading=loading).loading is None
 
 
@@ -223,7 +226,7 @@ def test_the_endings_are_those_of_engines() -> None:
     assert {"lost", *Ending} == checks.ENDINGS
 
 
-# What may stand in any place of a record.
+# Values for any place of a record.
 ODD: list[Callable[[random.Random], object]] = [
     lambda _: None,
     lambda rng: rng.random() < 0.5,
@@ -237,7 +240,7 @@ ODD: list[Callable[[random.Random], object]] = [
 
 
 def mutated(rng: random.Random, value: Any) -> Any:
-    """A copy with something odd in one place."""
+    """A copy with an odd value in one place."""
     if isinstance(value, dict) and value and rng.random() < 0.85:
         key = rng.choice(list(value))
         if rng.random() < 0.1:
@@ -258,17 +261,17 @@ def garbled(rng: random.Random, data: bytes) -> bytes:
 
 
 def check_strict(value: object) -> None:
-    """It can be shown, and be stored as what the store makes of it."""
+    """Check that the value can be shown, and be stored as the store encodes it."""
     text = json.dumps(value, allow_nan=False)
     assert json.loads(text.encode()) == json.loads(json.dumps(value))
-    assert "\0" not in text  # PostgreSQL's text holds any other character
+    assert "\0" not in text  # PostgreSQL's text type stores every other character
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_whatever_is_told_is_refused_or_can_be_stored_and_shown(kind: str) -> None:
+def test_any_record_is_refused_or_can_be_stored_and_shown(kind: str) -> None:
     rng = random.Random(f"checks {kind}")
     made, fields = KINDS[kind]
-    refused = taken = 0
+    refused = accepted = 0
     for number in range(3000):
         value = fields
         for _ in range(rng.randrange(1, 4)):
@@ -282,14 +285,14 @@ def test_whatever_is_told_is_refused_or_can_be_stored_and_shown(kind: str) -> No
             refused += 1
             str(error).encode()
             continue
-        taken += 1
+        accepted += 1
         check_strict({name: getattr(found, name) for name in made.__slots__})
         if kind == "end":
             check_end(found)
         if kind == "reply" and found.record is not None:
             check_end(ExitRecord(**found.record))
     assert refused > 300
-    assert taken > 20
+    assert accepted > 20
 
 
 def check_end(found: ExitRecord) -> None:

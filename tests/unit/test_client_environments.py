@@ -1,3 +1,5 @@
+"""The environments of the clients: the file with the URLs and tokens of operators."""
+
 from __future__ import annotations
 
 import json
@@ -25,7 +27,7 @@ def test_nothing_configured_means_the_operator_of_this_machine(folder: Path) -> 
     assert not folder.exists()
 
 
-def test_the_first_environment_becomes_the_default_and_stays_it() -> None:
+def test_the_first_environment_becomes_the_default_and_stays_the_default() -> None:
     environments.configure("one", "http://one:1/")
     environments.configure("two", "https://two/prefix")
     environments.configure("one", "http://one:2")
@@ -54,7 +56,7 @@ def test_deleting_the_default_leaves_none_and_says_how_to_choose() -> None:
 
 
 @pytest.mark.parametrize("act", [environments.resolve, environments.set_default, cortex.env_delete])
-def test_an_unknown_name_is_told_with_the_known_ones(act: Callable[[str], object]) -> None:
+def test_the_error_for_an_unknown_name_lists_the_known_ones(act: Callable[[str], object]) -> None:
     environments.configure("prod", "http://prod")
     with pytest.raises(UnknownEnvironment, match=r"'prdo' \(configured: prod\)"):
         act("prdo")
@@ -83,7 +85,7 @@ def test_an_endpoint_must_be_a_url(url: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "-x", "a b", "a/b", "a\n"])
-def test_a_name_must_be_one(name: str) -> None:
+def test_an_invalid_name_is_refused(name: str) -> None:
     with pytest.raises(InvalidRequest, match="not a valid name for an environment"):
         environments.configure(name, "http://host")
 
@@ -101,9 +103,7 @@ def test_a_name_must_be_one(name: str) -> None:
         b'{"default_environment": null, "environments": [{"name": "a", "operator_endpoint": "b"}]}',
     ],
 )
-def test_a_file_that_cannot_be_read_is_told_and_never_overwritten(
-    content: bytes, folder: Path
-) -> None:
+def test_an_unreadable_file_is_reported_and_never_overwritten(content: bytes, folder: Path) -> None:
     folder.mkdir()
     environments.path().write_bytes(content)
     for act in (
@@ -118,21 +118,21 @@ def test_a_file_that_cannot_be_read_is_told_and_never_overwritten(
 
 def test_a_save_leaves_one_file_and_keeps_a_link(folder: Path, tmp_path: Path) -> None:
     folder.mkdir()
-    environments.path().symlink_to(tmp_path / "kept.json")
+    environments.path().symlink_to(tmp_path / "target.json")
     environments.configure("one", "http://one")
 
     assert [p.name for p in folder.iterdir()] == ["environments.json"]
     assert environments.path().is_symlink()
-    assert json.loads((tmp_path / "kept.json").read_text())["default_environment"] == "one"
+    assert json.loads((tmp_path / "target.json").read_text())["default_environment"] == "one"
 
 
-def test_a_folder_that_cannot_be_written_is_told(folder: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(folder: Path) -> None:
     folder.write_text("a file where the folder should be")
     with pytest.raises(CortexError, match="cannot be saved in"):
         environments.configure("one", "http://one")
 
 
-def test_cortex_client_is_a_function_however_often_and_whatever_was_imported() -> None:
+def test_cortex_client_stays_a_function_after_imports_and_calls() -> None:
     for _ in range(2):
         with cortex.client() as opened:
             assert (opened.name, opened.operator_endpoint) == ("local", "http://localhost:8888")
@@ -141,7 +141,7 @@ def test_cortex_client_is_a_function_however_often_and_whatever_was_imported() -
         assert isinstance(opened, Client)
 
 
-def test_both_clients_are_made_of_an_environment_with_the_token_that_goes_before_its_own(
+def test_cortex_token_overrides_the_token_of_an_environment_in_both_clients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     environments.configure("far", "https://one.example", "ctx_own")
@@ -160,7 +160,7 @@ def test_both_clients_are_made_of_an_environment_with_the_token_that_goes_before
     assert "ctx_first" not in repr(cortex.AsyncClient.of_environment())
 
 
-def test_a_token_is_kept_for_its_endpoint_alone_and_for_its_owner_alone(folder: Path) -> None:
+def test_a_token_is_stored_for_one_endpoint_and_readable_by_its_owner_alone(folder: Path) -> None:
     environments.configure("far", "https://one.example", "ctx_secret")
     file = environments.path()
     assert file.stat().st_mode & 0o077 == 0
@@ -170,18 +170,18 @@ def test_a_token_is_kept_for_its_endpoint_alone_and_for_its_owner_alone(folder: 
     assert environments.load().named("far").token == "ctx_secret"
     assert "ctx_secret" not in repr(environments.load())
     assert "ctx_secret" not in json.dumps(environments.load().as_json())
-    # Sent to another host it would be given away.
+    # Sent to another host, the token would be revealed.
     assert environments.configure("far", "https://two.example").token is None
 
 
 @pytest.mark.parametrize("token", ["", "two words", "new\nline", "é", "x" * 513])
-def test_what_cannot_be_sent_is_no_token(folder: Path, token: str) -> None:
+def test_an_invalid_token_is_refused(folder: Path, token: str) -> None:
     with pytest.raises(InvalidRequest, match="token is invalid") as raised:
         environments.configure("far", "https://one.example", token)
     assert not token or token not in raised.value.message
 
 
-def test_the_variables_operator_is_the_one_that_no_name_asks_for(
+def test_the_operator_of_the_variable_is_the_default(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CORTEX_CLI_CONFIG_DIR", str(tmp_path))
@@ -192,7 +192,7 @@ def test_the_variables_operator_is_the_one_that_no_name_asks_for(
     found = environments.resolve(None)
     assert (found.operator_endpoint, environments.token_of(found)) == ("http://jobs:8888", None)
     assert environments.resolve("test").operator_endpoint == "http://test:1"
-    # One that is configured is it with its token.
+    # A URL that is configured comes with its token.
     monkeypatch.setenv("CORTEX_OPERATOR_ENDPOINT", "http://prod:1")
     assert environments.token_of(environments.resolve(None)) == "secret"
     monkeypatch.setenv("CORTEX_OPERATOR_ENDPOINT", "jobs:8888")
@@ -202,7 +202,7 @@ def test_the_variables_operator_is_the_one_that_no_name_asks_for(
     assert environments.resolve(None).name == "prod"
 
 
-def test_where_platformdirs_is_missing_the_file_lies_in_the_same_place(
+def test_the_file_has_the_same_path_without_platformdirs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("CORTEX_CLI_CONFIG_DIR", raising=False)

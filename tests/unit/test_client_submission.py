@@ -1,4 +1,4 @@
-"""What a submit sends."""
+"""The body of a submit."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from cortex.errors import InvalidRequest
 from cortex.sdk.exchange import submit_body
 
 
-def test_a_config_is_made_json_once() -> None:
-    made = 0
+def test_a_config_is_encoded_once() -> None:
+    encodings = 0
 
     class Large(dict[str, int]):
         def items(self) -> dict_items[str, int]:
-            nonlocal made
-            made += 1
+            nonlocal encodings
+            encodings += 1
             return super().items()
 
-    body = submit_body({"large": Large(x=1)}, 3)  # type: ignore[dict-item]  # a kind of dict
+    body = submit_body({"large": Large(x=1)}, 3)  # type: ignore[dict-item]  # a subclass of dict
     assert json.loads(body) == {"config": {"large": {"x": 1}}, "timeout": 3}
-    assert made == 1
+    assert encodings == 1
 
 
 @pytest.mark.parametrize(
@@ -34,13 +34,13 @@ def test_a_config_is_made_json_once() -> None:
         ({"ä": [1, "\ud800"]}, 1, b'{"config":{"\xc3\xa4":[1,"\xed\xa0\x80"]},"timeout":1}'),
     ],
 )
-def test_it_is_as_short_as_json_can_be(
+def test_the_body_is_the_shortest_json(
     config: dict[str, object] | None, timeout: int | None, body: bytes
 ) -> None:
     assert submit_body(config, timeout) == body  # type: ignore[arg-type]  # it is JSON
 
 
 @pytest.mark.parametrize("value", [float("nan"), {1, 2}, b"", {(1,): 1}])
-def test_what_is_no_json_is_refused(value: object) -> None:
+def test_a_config_that_json_cannot_express_is_refused(value: object) -> None:
     with pytest.raises(InvalidRequest, match="config cannot be written as JSON"):
-        submit_body({"x": value}, None)  # type: ignore[dict-item]  # that is the point
+        submit_body({"x": value}, None)  # type: ignore[dict-item]  # invalid on purpose

@@ -17,7 +17,7 @@ from cortex.cli.options import DataDir, StoreUrl
 from cortex.engines.base import Capacity
 from cortex.engines.local import machine
 from cortex.errors import StartupError
-from cortex.operator.app import _guessed_url
+from cortex.operator.app import guess_url
 from cortex.operator.config import schema, sources
 from cortex.operator.config.schema import Configuration, Setting, Several, described, flag, variable
 from cortex.operator.config.sources import Effective, load
@@ -142,13 +142,13 @@ def test_settings_are_made_of_the_configuration(
     ],
 )
 def test_the_address_for_other_operators_is_where_it_listens(host: str, address: str) -> None:
-    assert _guessed_url(host, 1) == address
+    assert guess_url(host, 1) == address
 
 
 def test_all_mistakes_are_reported_with_their_places(tmp_path: Path) -> None:
     text = "port: 70000\nkeep_job: 3\nmem: [1]\nstore: mysql://u:s3cret@h/d\ngrace: 1\ncpu: true\n"
     environ = {"CORTEX_SERVE_GRACE": "-1", "CORTEX_SERVE_PROT": "1", "CORTEX_SERVE_HOST": ""}
-    told = mistakes(tmp_path, text, environ, keep_count=0)
+    reported = mistakes(tmp_path, text, environ, keep_count=0)
     file = tmp_path / "operator.yaml"
     for begins, has in [
         (f"{file}:1: port: ", "65535; found 70000"),
@@ -159,10 +159,10 @@ def test_all_mistakes_are_reported_with_their_places(tmp_path: Path) -> None:
         ("$CORTEX_SERVE_PROT: ", 'did you mean "CORTEX_SERVE_PORT"?'),
         ("--keep-count: ", "found 0"),
     ]:
-        (line,) = (line for line in told if line.startswith(begins))
+        (line,) = (line for line in reported if line.startswith(begins))
         assert has in line
-    assert len(told) == 7
-    assert "s3cret" not in "".join(told)
+    assert len(reported) == 7
+    assert "s3cret" not in "".join(reported)
 
 
 @pytest.mark.parametrize(
@@ -197,10 +197,10 @@ def test_a_missing_file_is_reported_with_the_option_that_names_it(tmp_path: Path
     ],
 )  # fmt: skip
 def test_the_error_for_an_invalid_store_has_no_password(tmp_path: Path, store: str) -> None:
-    (told,) = mistakes(tmp_path, store=store)
+    (reported,) = mistakes(tmp_path, store=store)
     why = r"(not a valid URL|'[a-z+]+' is not a supported database|the name of the database is missing)"
-    assert re.match(rf"--store: {why}; write postgresql://", told)
-    assert "s3cret" not in told
+    assert re.match(rf"--store: {why}; write postgresql://", reported)
+    assert "s3cret" not in reported
 
 
 @pytest.mark.parametrize(
@@ -220,8 +220,8 @@ def test_the_error_for_an_invalid_store_has_no_password(tmp_path: Path, store: s
     ],
 )
 def test_an_invalid_host_name_is_reported(tmp_path: Path, name: str) -> None:
-    (told,) = mistakes(tmp_path, allow_host=["fine.example", name])
-    assert told == (
+    (reported,) = mistakes(tmp_path, allow_host=["fine.example", name])
+    assert reported == (
         "--allow-host: not a host name; write tasks.example.org or tasks.example.org:8080, each name by "
         f"itself, without https:// and in ASCII (xn--…); found {name!r}"
     )
@@ -241,9 +241,9 @@ def test_the_shown_configuration_is_a_file_with_the_same_meaning(tmp_path: Path)
 
 
 def test_the_error_for_an_invalid_object_store_has_no_secret(tmp_path: Path) -> None:
-    (told,) = mistakes(tmp_path, files="s3://key:s3cret@bucket")
-    assert told.startswith("--files: credentials are not allowed in the URL")
-    assert "s3cret" not in told
+    (reported,) = mistakes(tmp_path, files="s3://key:s3cret@bucket")
+    assert reported.startswith("--files: credentials are not allowed in the URL")
+    assert "s3cret" not in reported
 
 
 @pytest.mark.parametrize(
@@ -265,9 +265,9 @@ def test_no_password_is_shown(tmp_path: Path, store: str) -> None:
     "store", ["postgresql://me:a@s3cret@db/tasks", "postgresql://me:a@b/s3cret@db/tasks"]
 )
 def test_the_error_for_an_unescaped_password_does_not_show_it(tmp_path: Path, store: str) -> None:
-    (told,) = mistakes(tmp_path, store=store)
-    assert "with special characters of the password as %XX" in told
-    assert "s3cret" not in told
+    (reported,) = mistakes(tmp_path, store=store)
+    assert "with special characters of the password as %XX" in reported
+    assert "s3cret" not in reported
 
 
 def test_the_page_is_made_from_the_settings() -> None:

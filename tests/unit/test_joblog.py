@@ -1,5 +1,5 @@
-"""A job's folder and log, where the log has lost its middle, was replaced or was removed; and what is
-reported when they change."""
+"""A job's folder and log, also where the middle of the log is cut out, or the log was replaced or
+removed; and the reports of changes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def folders(tmp_path: Path) -> JobFolders:
 
 @pytest.fixture
 def log(folders: JobFolders) -> Log:
-    """A log that has lost its middle."""
+    """A log whose middle is cut out."""
     path = folders.log("job")
     path.write_bytes(b"abc\n\0\0\0\0def\n")
     folders.cut("job").write_bytes(GAP.dumps())
@@ -101,7 +101,7 @@ def test_nothing_is_appended_where_the_jobs_root_was_moved_away(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 5, 100])
-def test_a_line_stands_for_the_middle_that_a_log_has_lost(log: Log, size: int) -> None:
+def test_a_line_stands_for_the_cut_out_middle_of_a_log(log: Log, size: int) -> None:
     marker = b"[cortex: 4 B of the log are gone: limits.log is 1 MiB]\n"
     assert whole(log, size) == b"abc\n" + marker + b"def\n"
 
@@ -116,14 +116,14 @@ def test_a_line_stands_for_the_middle_that_a_log_has_lost(log: Log, size: int) -
         (99, Piece(b"", 99)),
     ],
 )
-def test_a_log_is_read_from_an_offset_up_to_its_gap_or_from_behind_it(
+def test_a_log_is_read_from_an_offset_up_to_its_gap_or_after_it(
     log: Log, offset: int, expected: Piece
 ) -> None:
     assert read(log, offset, 100) == expected
 
 
 @pytest.mark.parametrize("offset", [4, 5, 7])
-def test_an_offset_in_the_gap_leads_behind_it(log: Log, offset: int) -> None:
+def test_an_offset_in_the_gap_leads_to_its_end(log: Log, offset: int) -> None:
     piece = read(log, offset, 100)
     assert piece.is_marker
     assert piece.end == GAP.end
@@ -135,7 +135,7 @@ def test_an_offset_in_the_gap_leads_behind_it(log: Log, offset: int) -> None:
     assert part.end == offset
 
 
-def test_what_is_punched_out_while_a_log_is_read_does_not_read_as_zeros(
+def test_a_cut_made_during_a_read_does_not_read_as_zeros(
     folders: JobFolders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = Log(folders.log("job"), LIMIT)
@@ -176,7 +176,7 @@ def test_where_no_log_exists_nothing_is_read(folders: JobFolders) -> None:
 
 
 @pytest.mark.parametrize("name", ["log", "log.cut"])
-def test_what_a_job_has_put_in_place_of_its_log_is_not_read(
+def test_a_link_in_place_of_a_log_or_of_its_cut_record_is_not_read(
     log: Log, tmp_path: Path, name: str
 ) -> None:
     secret = tmp_path / "secret"
@@ -208,9 +208,6 @@ def test_an_open_log_keeps_its_gap_when_its_folder_is_moved(log: Log, folders: J
         gap = file.gap(LIMIT)
     assert gap is not None
     assert gap.fields() == GAP.fields()
-
-
-# Changes
 
 
 @asynccontextmanager
@@ -281,14 +278,14 @@ def test_a_log_is_reported_when_it_is_created_and_when_it_grows(folders: JobFold
             assert await is_silent(appeared)
             watch.remove(path, grown.set)
             path.write_text("and more")
-            record.touch()  # its folder is watched on
+            record.touch()  # its folder is still watched
             await reported(appeared)
             assert not grown.is_set()
 
     asyncio.run(main())
 
 
-def test_an_open_log_is_watched_and_not_what_takes_its_name(folders: JobFolders) -> None:
+def test_an_open_log_is_watched_and_its_replacement_is_not(folders: JobFolders) -> None:
     async def main() -> None:
         path, first, second = folders.log("job"), asyncio.Event(), asyncio.Event()
         async with watching() as watch:
@@ -317,7 +314,7 @@ def test_an_open_log_is_watched_and_not_what_takes_its_name(folders: JobFolders)
     asyncio.run(main())
 
 
-def test_what_was_removed_from_the_disk_can_be_removed_from_the_watch(
+def test_a_deleted_file_can_be_removed_from_the_watch(
     folders: JobFolders,
 ) -> None:
     async def main() -> None:

@@ -1,4 +1,4 @@
-"""The two tables are complete and cannot contradict the contract."""
+"""The two tables of the life cycle are complete and consistent."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_nothing_leaves_a_final_state() -> None:
     assert not [state for state, _ in TRANSITIONS if state in FINAL]
 
 
-def test_every_state_is_reached_and_every_event_is_taken_somewhere() -> None:
+def test_every_state_is_reached_and_every_event_has_a_transition() -> None:
     assert set(TRANSITIONS.values()) | {State.WAITING} == set(State)
     assert {event for _, event in TRANSITIONS} == set(Event)
 
@@ -39,7 +39,7 @@ def test_every_state_in_progress_can_end() -> None:
         assert TRANSITIONS[state, Event.LOSE] in FINAL
 
 
-def test_what_is_stopped_is_shown_as_stopped_whatever_is_observed() -> None:
+def test_a_stopped_job_is_shown_as_stopped_in_every_state() -> None:
     assert {SHOWN[state, Wanted.STOP] for state in State} == {Status.STOPPED}
 
 
@@ -47,7 +47,7 @@ def test_every_status_is_shown_but_unknown_which_is_never_stored() -> None:
     assert set(SHOWN.values()) == set(Status) - {Status.UNKNOWN}
 
 
-def test_a_job_that_is_cancelled_was_always_stopped() -> None:
+def test_a_cancelled_job_was_always_stopped() -> None:
     missing = {(s, w) for s in State for w in Wanted} - set(SHOWN)
     assert missing == {(State.CANCELLED, Wanted.RUN)}
 
@@ -55,4 +55,4 @@ def test_a_job_that_is_cancelled_was_always_stopped() -> None:
 def test_the_page_is_made_from_the_tables_that_the_code_runs_on() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "lifecycle.py"))
     text = (ROOT / "docs" / "lifecycle.md").read_text()
-    assert made["page"](text) == text, "`make docs` makes it anew"
+    assert made["page"](text) == text, "run `make docs`"

@@ -1,4 +1,4 @@
-"""A log that is read while things happen to it."""
+"""A log that is removed, created or cut while it is read; and the gap of a log that was cut."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def no_writer() -> None:
 
 
 class Running:
-    """A job that runs on, and does not change."""
+    """A running job that does not change."""
 
     async def changed(self) -> None:
         await asyncio.Event().wait()
@@ -86,7 +86,7 @@ def test_a_log_that_is_removed_while_it_is_followed_ends_with_a_line_that_says_s
     log = tmp_path / "log"
     log.write_bytes(b"x" * (follow._CHUNK_BYTES + 1))
 
-    async def pieces_of_it() -> list[tuple[int, str] | None]:
+    async def followed_pieces() -> list[tuple[int, str] | None]:
         pieces = []
         async with watching() as watcher:
             async for piece in follow.follow(Log(log, LIMIT), 0, no_writer, watcher):
@@ -95,7 +95,7 @@ def test_a_log_that_is_removed_while_it_is_followed_ends_with_a_line_that_says_s
         return pieces
 
     end = follow._CHUNK_BYTES
-    assert asyncio.run(pieces_of_it()) == [(end, "x" * end), (end, reader.REMOVED)]
+    assert asyncio.run(followed_pieces()) == [(end, "x" * end), (end, reader.REMOVED)]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_log_that_is_removed_while_it_is_followed_ends_with_a_line_that_says_s
         b'{"start": 1, "end": %d, "limit": 1}' % 10**30,
     ],
 )
-def test_what_a_job_has_written_in_place_of_a_cut_is_none(tmp_path: Path, cut: bytes) -> None:
+def test_a_forged_cut_record_is_ignored(tmp_path: Path, cut: bytes) -> None:
     log = tmp_path / "log"
     log.write_bytes(b"abc")
     (tmp_path / "log.cut").write_bytes(cut)
@@ -122,54 +122,55 @@ def test_what_a_job_has_written_in_place_of_a_cut_is_none(tmp_path: Path, cut: b
     assert asyncio.run(followed()) == ["abc"]
 
 
-def test_a_log_that_comes_while_it_is_looked_for_is_followed(
+def test_a_log_that_appears_between_the_read_and_the_watch_is_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log, read = tmp_path / "log", reader.read
 
-    def begin_late(of: Log, offset: int, size: int) -> Piece:
+    def create_after_the_read(of: Log, offset: int, size: int) -> Piece:
         found = read(of, offset, size)
         log.open("a").close()
         return found
 
-    async def pieces_of_it() -> tuple[int, str] | None:
+    async def followed_pieces() -> tuple[int, str] | None:
         async with watching() as watcher:
             pieces = follow.follow(Log(log, LIMIT), 0, Running, watcher)
             first = asyncio.ensure_future(anext(pieces))
-            while not watcher._watched:  # noqa: ASYNC110  # nobody tells of it
+            while not watcher._watched:  # noqa: ASYNC110  # no event reports it
                 await asyncio.sleep(0.01)
             log.write_text("first")
             return await first
 
-    monkeypatch.setattr(follow, "read", begin_late)
-    assert asyncio.run(asyncio.wait_for(pieces_of_it(), 60)) == (5, "first")
+    monkeypatch.setattr(follow, "read", create_after_the_read)
+    assert asyncio.run(asyncio.wait_for(followed_pieces(), 60)) == (5, "first")
 
 
-def test_whoever_stops_following_leaves_nothing_that_waits(tmp_path: Path) -> None:
+def test_a_cancelled_follower_leaves_no_waiting_task(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("first")
 
-    async def pieces_of_it() -> set[str]:
+    async def followed_pieces() -> set[str]:
         async with watching() as watcher:
             before = asyncio.all_tasks()
             pieces = follow.follow(Log(log, LIMIT), 0, Running, watcher)
             await anext(pieces)
             second = asyncio.ensure_future(anext(pieces))
-            while not asyncio.all_tasks() - before - {second}:  # noqa: ASYNC110  # nobody tells of it
+            while not asyncio.all_tasks() - before - {second}:  # noqa: ASYNC110  # no event reports it
                 await asyncio.sleep(0.01)
             second.cancel()
             await asyncio.wait({second})
             await asyncio.sleep(0)
             return {repr(task) for task in asyncio.all_tasks() - before}
 
-    assert asyncio.run(pieces_of_it()) == set()
+    assert asyncio.run(followed_pieces()) == set()
 
 
 LARGEST = (1 << 63) - 1
 
 
-def test_the_largest_file_that_there_can_be_is_read_to_its_end() -> None:
-    """tmpfs has such; a read that goes on beyond its end is an error to the kernel."""
+def test_the_largest_possible_file_is_read_to_its_end() -> None:
+    """tmpfs allows such a file. The kernel refuses a read whose range ends beyond the largest
+    offset."""
     with TemporaryDirectory(dir="/dev/shm") as folder:
         log = Log(Path(folder) / "log", LIMIT)
         log.path.write_bytes(b"first\n")
@@ -188,7 +189,7 @@ def cut(start: int, end: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("record", "size", "gone"),
+    ("record", "size", "expected"),
     [
         (None, 0, None),
         (None, LIMIT, None),
@@ -198,11 +199,11 @@ def cut(start: int, end: int) -> bytes:
         (b"{}", LIMIT, None),
     ],
 )
-def test_what_is_gone_of_a_log_is_what_its_record_says_where_that_can_be(
-    record: bytes | None, size: int, gone: tuple[int, int] | None
+def test_a_possible_cut_record_gives_the_gap_of_a_log(
+    record: bytes | None, size: int, expected: tuple[int, int] | None
 ) -> None:
     found = reader.find_gap(record, size, LIMIT)
-    assert (found and (found.start, found.end)) == gone
+    assert (found and (found.start, found.end)) == expected
     assert found is None or found.limit == LIMIT
 
 
@@ -211,7 +212,7 @@ def test_what_is_gone_of_a_log_is_what_its_record_says_where_that_can_be(
 )
 @pytest.mark.parametrize("size", [10 * LIMIT, LARGEST])
 @pytest.mark.parametrize("attempts", [1, 3])
-def test_no_more_is_left_of_a_log_than_its_limit_allows(
+def test_a_gap_leaves_no_more_than_the_limit_of_the_log(
     record: bytes | None, size: int, attempts: int
 ) -> None:
     found = reader.find_gap(record, size, LIMIT, attempts)

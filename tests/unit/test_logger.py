@@ -19,7 +19,7 @@ from cortex.logger import MAX_LEVELS, logger
 
 
 class Hostile:
-    """Nothing of it can be shown."""
+    """An object that cannot be shown: each conversion to text fails."""
 
     def __str__(self) -> str:
         raise ValueError("no words")
@@ -31,7 +31,7 @@ class Hostile:
 
 
 class Scalar:
-    """As numpy's are made: no number of Python's, but one is in it."""
+    """Like a scalar of numpy: not a Python number, but `item()` returns one."""
 
     ndim = 0
 
@@ -52,7 +52,7 @@ def refuse(constant: str) -> NoReturn:
 
 
 def strict(text: str) -> dict[str, Any]:
-    """The one record in what was printed."""
+    """The one record in the output, which must be strict JSON."""
     (line,) = text.splitlines()
     record: dict[str, Any] = json.loads(line, parse_constant=refuse)
     json.dumps(record, ensure_ascii=False).encode("utf-8")
@@ -93,7 +93,7 @@ CIRCLE["again"] = CIRCLE
     ],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
-def test_a_value_that_json_has_no_word_for_is_written_as_text(
+def test_a_value_that_json_cannot_express_is_written_as_text(
     value: object, written: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logger.info("epoch", extra={"value": value, "beside": 1})
@@ -102,7 +102,7 @@ def test_a_value_that_json_has_no_word_for_is_written_as_text(
     assert (record["message"], record["beside"]) == ("epoch", 1)
 
 
-def test_a_number_of_more_digits_than_python_writes_is_hexadecimal(
+def test_a_number_with_too_many_digits_for_python_is_written_in_hexadecimal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     logger.info("epoch", extra={"value": 10**5000})
@@ -132,12 +132,12 @@ EXTRA = st.recursive(
 def test_any_record_is_one_line_of_strict_json(
     capsys: pytest.CaptureFixture[str], extra: dict[str, object], message: str
 ) -> None:
-    # pytest reports what its own handler has seen, which cannot be text.
-    own, logger.handlers = logger.handlers, logger.handlers[:1]
+    # pytest's own handler puts messages into its report, which takes valid text alone.
+    handlers, logger.handlers = logger.handlers, logger.handlers[:1]
     try:
         logger.info(message, extra=extra)
     finally:
-        logger.handlers = own
+        logger.handlers = handlers
     assert strict(capsys.readouterr().out)["level"] == "info"
 
 
@@ -152,7 +152,7 @@ def test_any_record_is_one_line_of_strict_json(
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_message_that_cannot_be_made_is_kept_with_its_arguments(
+def test_a_message_that_cannot_be_formatted_is_kept_with_its_arguments(
     arguments: tuple[Any, ...],
     message: str,
     args: list[object],
@@ -195,7 +195,7 @@ def test_an_exception_is_in_its_record(capsys: pytest.CaptureFixture[str]) -> No
     assert "KeyError" in record["exc_info"]
 
 
-def test_a_handler_of_ones_own_finds_the_fields_on_the_record() -> None:
+def test_a_handler_of_the_user_finds_the_fields_on_the_record() -> None:
     out = io.StringIO()
     handler = logging.StreamHandler(out)
     handler.setFormatter(logging.Formatter("%(message)s %(loss)s %(extra_name)s"))

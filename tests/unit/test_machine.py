@@ -1,8 +1,8 @@
-"""The life cycle, checked by machine: the real store and the real dispatcher on a scripted engine, with a
-crash of the operator between any two steps, and in the middle of a commit. A model beside them knows
-what each client was told.
+"""The life cycle as a state machine: the real store and the real dispatcher on a scripted engine.
+The operator crashes between any two steps, and in the middle of a commit. A model beside them knows
+each answer that a client got.
 
-`make chaos` runs it long: CORTEX_MACHINE_EXAMPLES says how many runs.
+`make chaos` runs it longer: CORTEX_MACHINE_EXAMPLES is the number of runs.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from cortex.store import Replay, Store
 from cortex.store import writer as store_writer
 from unit.scripted_engine import Key, ScriptedEngine, World
 
-ROOM = 3
+MAX_ATTEMPTS = 3
 FOLDERS = JobFolders(Path("/nonexistent"))
-MOST_RUNNING = 2
+MAX_RUNNING = 2
 RETRIES = {"free": 0, "tight": 2}
-TIMEOUT = 300  # by the machine's clock; no run takes as long by the wall's
+TIMEOUT_S = 300  # seconds of the stepped clock; no run takes as long in real time
 CODES = {
     Ending.EXITED: [0, 1],
     Ending.OUT_OF_MEMORY: [-9],
@@ -57,14 +57,14 @@ CODES = {
 }
 
 
-class Environments(Versions):
-    """Versions whose environments are ready when the test says so."""
+class ScriptedVersions(Versions):
+    """Versions whose environments are ready, building or broken, as the test decides."""
 
     def __init__(self, store: Store, builds: dict[str, str]) -> None:
         nowhere = Path("/nonexistent")
         super().__init__(store, Projects(nowhere, nowhere), None)
-        self.builds = builds  # of each API: ready, building or broken
-        self.moved = asyncio.Event()
+        self.builds = builds  # by API: ready, building or broken
+        self.build_changed = asyncio.Event()
 
     def _version(self, spec: ApiSpec) -> Version:
         return Version(spec, Path("/nonexistent"), Path("/nonexistent"), {})
@@ -78,14 +78,14 @@ class Environments(Versions):
     async def make_ready(self, api_id: str) -> Version:
         spec = await self.spec(api_id)
         while self.builds[spec.name] == "building":
-            await self.moved.wait()
+            await self.build_changed.wait()
         if self.builds[spec.name] == "broken":
             raise VersionUnusable("the environment is broken", "it is broken\n")
         return self._version(spec)
 
 
 class SteppedLoop(asyncio.SelectorEventLoop):
-    """Its clock goes on when it is told to, and not otherwise: a run can be repeated."""
+    """The test alone advances the clock of this loop, which makes a run repeatable."""
 
     now_s = 0.0
 
@@ -94,7 +94,7 @@ class SteppedLoop(asyncio.SelectorEventLoop):
 
 
 @dataclass
-class Told:
+class ClientView:
     """What a client knows of its job."""
 
     name: str
@@ -103,8 +103,8 @@ class Told:
     final: tuple[object, ...] | None = None
 
 
-class Machine(RuleBasedStateMachine):
-    """Each rule is something that a client, an engine, the clock or fate does."""
+class OperatorMachine(RuleBasedStateMachine):
+    """Each rule is an action of a client, of the engine, of the clock, or a crash."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,13 +113,13 @@ class Machine(RuleBasedStateMachine):
         self.url = f"sqlite:///{self.folder.name}/operator.db"
         self.world = World()
         self.builds = {"free": "ready", "tight": "ready"}
-        self.jobs: dict[str, Told] = {}
+        self.jobs: dict[str, ClientView] = {}
         self.deleted: set[str] = set()
         self.keys: dict[str, str] = {}
-        self.waited = False  # time has passed: what waits with a timeout may be over
-        self.is_up = False
-        self.up()
-        self.do(self.store.deploy([self.spec("free", None), self.spec("tight", MOST_RUNNING)]))
+        self.time_has_passed = False  # then a waiting job may have timed out
+        self.is_operator_up = False
+        self.start_operator()
+        self.run(self.store.deploy([self.spec("free", None), self.spec("tight", MAX_RUNNING)]))
         self.crash(None)
 
     # The operator
@@ -137,11 +137,11 @@ class Machine(RuleBasedStateMachine):
             last_updated="2020-07-16T14:56:10.276007415Z",
         )
 
-    def up(self) -> None:
+    def start_operator(self) -> None:
         async def main() -> None:
             self.store = Store(self.url)
-            self.engine = ScriptedEngine(self.world, ROOM)
-            self.versions = Environments(self.store, self.builds)
+            self.engine = ScriptedEngine(self.world, MAX_ATTEMPTS)
+            self.versions = ScriptedVersions(self.store, self.builds)
             catalogue = Catalogue(self.store, others_deploy=False)
             await catalogue.refresh()
             self.dispatcher = Dispatcher(self.store, self.engine, self.versions, catalogue, FOLDERS)
@@ -153,28 +153,34 @@ class Machine(RuleBasedStateMachine):
             await self.dispatcher.open()
             self.clients.dispatch_with(self.dispatcher)
 
-        self.do(main())
-        self.is_up = True
+        self.run(main())
+        self.is_operator_up = True
 
-    def do(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Run the operator until this is done, and what follows from it has settled."""
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Run the operator until the work is done, and then until the operator is idle."""
         result = self.loop.run_until_complete(work)
-        self.loop.run_until_complete(self.settled())
+        self.loop.run_until_complete(self.until_idle())
         return result
 
-    async def settled(self) -> None:
-        """Until nothing moves any more: each round carries every chain of writes on by one."""
-        seen: list[object] = []
-        while len(seen) < 4 or any(each != seen[-1] for each in seen[-4:]):
+    async def until_idle(self) -> None:
+        """Wait until nothing changes any more. Each round advances every chain of writes by one."""
+        states: list[object] = []
+        while len(states) < 4 or any(each != states[-1] for each in states[-4:]):
             for _ in range(5):
                 await asyncio.sleep(0)
-            await self.store.ping()  # a write is done when one that comes after it is
+            await self.store.ping()  # the store answers in order: earlier writes are done
             world = (sorted(self.world.ordered), sorted(self.world.running))
-            seen.append((world, sorted(self.engine.ledger.taken), len(self.dispatcher.background)))
-            assert len(seen) < 1000, "it comes to no rest"
+            states.append(
+                (world, sorted(self.engine.ledger.taken), len(self.dispatcher.background))
+            )
+            assert len(states) < 1000, "the operator does not become idle"
 
     def crash(self, work: Coroutine[Any, Any, Any] | None, *, stored: bool = True) -> None:
-        """The operator dies; in the middle of some work, whose last write is stored, or is not."""
+        """The operator dies: in the middle of `work`, where that is given.
+
+        Args:
+            stored: whether the last write of `work` is stored.
+        """
         writer = self.store._writer
         try:
             with pytest.MonkeyPatch.context() as patch:
@@ -186,19 +192,19 @@ class Machine(RuleBasedStateMachine):
                     task.add_done_callback(lambda t: t.cancelled() or t.exception())
                     self.loop.run_until_complete(_some_steps())
                 writer.close()
-        finally:  # also where the test is broken off: nobody else holds a task that waits for ever
+        finally:  # also where the test is interrupted: nothing else ends a task that waits for ever
             for task in asyncio.all_tasks(self.loop):
                 task.cancel()
             self.loop.run_until_complete(_some_steps())
         self.loop.run_until_complete(self.dispatcher.close())
         self.loop.run_until_complete(self.engine.close())
         self.store._engine.dispose()
-        self.up()
-        # A submit that was not answered may have been stored all the same.
+        self.start_operator()
+        # A submit without an answer may still have been stored.
         for name in ("free", "tight"):
-            page = self.do(self.store.list_jobs(name, limit=1000))
+            page = self.run(self.store.list_jobs(name, limit=1000))
             for record in page.jobs:
-                self.jobs.setdefault(record.spec.job_id, Told(name, record.spec.timeout))
+                self.jobs.setdefault(record.spec.job_id, ClientView(name, record.spec.timeout))
 
     # Clients
 
@@ -210,18 +216,18 @@ class Machine(RuleBasedStateMachine):
 
     @rule(
         name=st.sampled_from(["free", "tight"]),
-        timeout=st.sampled_from([None, None, TIMEOUT]),
+        timeout=st.sampled_from([None, None, TIMEOUT_S]),
         key=st.sampled_from([None, None, "a", "b"]),
     )
     def submit(self, name: str, timeout: int | None, key: str | None) -> None:
         if name in self.deleted:
             return
         replay = None if key is None else Replay(key, "same")
-        record = self.do(self.clients.submit(self.draft(name, timeout), replay))
+        record = self.run(self.clients.submit(self.draft(name, timeout), replay))
         job_id = record.spec.job_id
-        known = self.keys.setdefault(f"{name} {key}", job_id) if key else job_id
-        assert job_id == known, "the same key is the same job"
-        self.jobs.setdefault(job_id, Told(name, record.spec.timeout))
+        first_id = self.keys.setdefault(f"{name} {key}", job_id) if key else job_id
+        assert job_id == first_id, "one key is one job"
+        self.jobs.setdefault(job_id, ClientView(name, record.spec.timeout))
 
     @rule(stored=st.booleans(), name=st.sampled_from(["free", "tight"]))
     def crash_in_a_submit(self, stored: bool, name: str) -> None:
@@ -232,20 +238,20 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def stop(self, data: st.DataObject) -> None:
         job_id = data.draw(st.sampled_from(sorted(self.jobs)))
-        outcome = self.do(self.clients.stop(job_id, UNKNOWN))
-        told = self.jobs[job_id]
+        outcome = self.run(self.clients.stop(job_id, UNKNOWN))
+        view = self.jobs[job_id]
         if outcome.taken:
-            assert told.final is None or told.stopped
-            told.stopped = True
+            assert view.final is None or view.stopped
+            view.stopped = True
         else:
-            assert told.stopped or shown_status(outcome.job) is not Status.RUNNING
+            assert view.stopped or shown_status(outcome.job) is not Status.RUNNING
 
     @precondition(lambda self: self.jobs)
     @rule(data=st.data(), stored=st.booleans())
     def crash_in_a_stop(self, data: st.DataObject, stored: bool) -> None:
         job_id = data.draw(st.sampled_from(sorted(self.jobs)))
         self.crash(self.clients.stop(job_id, UNKNOWN), stored=stored)
-        # The client was told nothing: it looks, and what it sees then holds.
+        # The client got no answer and reads the job. The status that it reads then is final.
         if shown_status(self.record(job_id)) is Status.STOPPED:
             self.jobs[job_id].stopped = True
 
@@ -254,7 +260,7 @@ class Machine(RuleBasedStateMachine):
     def delete(self, name: str, rare: int) -> None:
         if rare:
             return
-        for record in self.do(self.store.undeploy(name, "deleted")):
+        for record in self.run(self.store.undeploy(name, "deleted")):
             self.clients.stop_stored(record)
             self.jobs[record.spec.job_id].stopped = True
         self.deleted.add(name)
@@ -271,8 +277,8 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.world.ordered)
     @rule(data=st.data())
-    def come_to_nothing(self, data: st.DataObject) -> None:
-        self.act(self.engine.never, self.pick(data, self.world.ordered))
+    def never_start(self, data: st.DataObject) -> None:
+        self.act(self.engine.never_start, self.pick(data, self.world.ordered))
 
     @precondition(lambda self: self.world.running)
     @rule(data=st.data(), rare=st.integers(0, 3))
@@ -282,7 +288,7 @@ class Machine(RuleBasedStateMachine):
         endings = [Ending.EXITED, Ending.OUT_OF_MEMORY]
         if self.jobs[key[0]].timeout is not None:
             endings.append(Ending.TIMED_OUT)
-        if key[0] in self.world.told_to_stop or rare == 0:  # by whomever
+        if key[0] in self.world.stop_requested or rare == 0:  # or by another process
             endings.append(Ending.STOPPED)
         ending = data.draw(st.sampled_from(endings))
         self.act(self.engine.end, key, ending, data.draw(st.sampled_from(CODES[ending])))
@@ -294,16 +300,16 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.world.running)
     @rule(data=st.data())
-    def be_away(self, data: st.DataObject) -> None:
-        self.act(self.engine.away, self.pick(data, self.world.running))
+    def become_unreachable(self, data: st.DataObject) -> None:
+        self.act(self.engine.make_unreachable, self.pick(data, self.world.running))
 
     @precondition(lambda self: self.world.running)
     @rule(data=st.data())
-    def be_back(self, data: st.DataObject) -> None:
-        self.act(self.engine.back, self.pick(data, self.world.running))
+    def become_reachable(self, data: st.DataObject) -> None:
+        self.act(self.engine.make_reachable, self.pick(data, self.world.running))
 
     @rule(index=st.integers(0, 1000))
-    def say_again(self, index: int) -> None:
+    def repeat_an_observation(self, index: int) -> None:
         self.act(self.engine.repeat, index)
 
     @precondition(lambda self: self.world.running)
@@ -322,15 +328,16 @@ class Machine(RuleBasedStateMachine):
         async def main() -> None:
             action(*arguments)
 
-        self.do(main())
+        self.run(main())
 
-    # The clock, environments, the disk, fate
+    # The clock, environments, crashes
 
     @rule()
-    def let_time_pass(self) -> None:
-        self.waited = True
-        self.loop.now_s += 2 * TIMEOUT  # more than the timeout, and than any pause between attempts
-        self.do(asyncio.sleep(0))
+    def advance_clock(self) -> None:
+        self.time_has_passed = True
+        # More than the timeout, and more than any pause between attempts.
+        self.loop.now_s += 2 * TIMEOUT_S
+        self.run(asyncio.sleep(0))
 
     @rule(
         name=st.sampled_from(["free", "tight"]),
@@ -340,16 +347,16 @@ class Machine(RuleBasedStateMachine):
         self.builds[name] = build
 
         async def main() -> None:
-            self.versions.moved.set()
-            self.versions.moved = asyncio.Event()
+            self.versions.build_changed.set()
+            self.versions.build_changed = asyncio.Event()
 
-        self.do(main())
+        self.run(main())
 
     @rule()
-    def die(self) -> None:
+    def crash_between_steps(self) -> None:
         self.crash(None)
 
-    # What holds
+    # Invariants
 
     def record(self, job_id: str) -> JobRecord:
         record = self.loop.run_until_complete(self.store.job(job_id))
@@ -357,35 +364,38 @@ class Machine(RuleBasedStateMachine):
         return record
 
     @invariant()
-    def nobody_was_told_wrong(self) -> None:
-        if not self.is_up:
+    def every_answer_holds(self) -> None:
+        if not self.is_operator_up:
             return
-        for job_id, told in self.jobs.items():
+        for job_id, view in self.jobs.items():
             record = self.record(job_id)
             status = shown_status(record)
-            if told.stopped:
+            if view.stopped:
                 assert status is Status.STOPPED, "an acknowledged stop is final"
             if status is Status.RUNNING:
-                assert told.final is None, "a final status never changes"
+                assert view.final is None, "a final status never changes"
                 continue
-            seen = (status, record.start_ns, record.end_ns, record.message)
-            assert told.final in (None, seen), "a final status never changes"
-            told.final = seen
-            assert status in self.causes(job_id, told), (status, self.causes(job_id, told))
+            answer = (status, record.start_ns, record.end_ns, record.message)
+            assert view.final in (None, answer), "a final status never changes"
+            view.final = answer
+            assert status in self.possible_statuses(job_id, view), (
+                status,
+                self.possible_statuses(job_id, view),
+            )
             start = record.start_ns or record.spec.created_ns
             assert record.end_ns is not None
             assert record.spec.created_ns <= start <= record.end_ns
 
-    def causes(self, job_id: str, told: Told) -> set[Status]:
-        if told.stopped:
+    def possible_statuses(self, job_id: str, view: ClientView) -> set[Status]:
+        if view.stopped:
             return {Status.STOPPED}
-        ends = [self.world.over[key] for key in sorted(self.world.over) if key[0] == job_id]
+        ends = [self.world.ended[key] for key in sorted(self.world.ended) if key[0] == job_id]
         losses = len(self.losses(job_id))
-        if losses == len(ends) <= RETRIES[told.name]:  # it waits for its first attempt, or another
-            causes = {Status.UNEXPECTED_ERROR}  # its environment is broken
-            if told.timeout is not None and self.waited:
-                causes.add(Status.TIMED_OUT)
-            return causes
+        if losses == len(ends) <= RETRIES[view.name]:  # it waits for its first attempt, or another
+            statuses = {Status.UNEXPECTED_ERROR}  # its environment is broken
+            if view.timeout is not None and self.time_has_passed:
+                statuses.add(Status.TIMED_OUT)
+            return statuses
         last = ends[-1]
         if not isinstance(last, Ended):
             return {Status.UNEXPECTED_ERROR}
@@ -400,18 +410,18 @@ class Machine(RuleBasedStateMachine):
         """The attempts that the platform failed."""
         return [
             key
-            for key, last in self.world.over.items()
+            for key, last in self.world.ended.items()
             if key[0] == job_id and (not isinstance(last, Ended) or last.ending is Ending.STOPPED)
         ]
 
     @invariant()
-    def no_code_is_started_twice_in_one_attempt(self) -> None:
-        assert all(count == 1 for count in self.world.begun.values())
+    def code_starts_once_in_an_attempt(self) -> None:
+        assert all(count == 1 for count in self.world.start_counts.values())
 
     @invariant()
-    def no_code_is_started_again_but_after_a_loss_and_as_often_as_its_api_allows(self) -> None:
-        begun = Counter(job_id for job_id, _ in self.world.begun)
-        for job_id, count in begun.items():
+    def code_starts_again_only_after_a_loss_and_within_the_retries(self) -> None:
+        starts = Counter(job_id for job_id, _ in self.world.start_counts)
+        for job_id, count in starts.items():
             assert count <= 1 + len(self.losses(job_id))
             assert count <= 1 + RETRIES[self.jobs[job_id].name]
 
@@ -423,16 +433,16 @@ class Machine(RuleBasedStateMachine):
             assert (attempt.lost is None) == (not earlier)
 
     @invariant()
-    def no_more_run_than_may(self) -> None:
+    def no_more_jobs_run_than_allowed(self) -> None:
         attempts = [*self.world.ordered, *self.world.running]
         in_flight = {key[0] for key in attempts}
         assert len(attempts) == len(in_flight), "one attempt of a job at a time"
-        assert len(in_flight) <= ROOM
-        assert self.engine.ledger.taken == in_flight, "capacity is held for these and nobody else"
+        assert len(in_flight) <= MAX_ATTEMPTS
+        assert self.engine.ledger.taken == in_flight, "capacity is reserved for these jobs alone"
         tight = [job for job in in_flight if self.jobs[job].name == "tight"]
-        assert len(tight) <= MOST_RUNNING
+        assert len(tight) <= MAX_RUNNING
         stopped = {job for job in in_flight if self.jobs[job].stopped}
-        assert stopped <= self.engine.told_to_stop, "a stop is carried out, also after a crash"
+        assert stopped <= self.engine.stop_requested, "a stop is carried out, also after a crash"
 
     def teardown(self) -> None:
         try:
@@ -444,7 +454,7 @@ class Machine(RuleBasedStateMachine):
             self.folder.cleanup()
 
     def finish(self) -> None:
-        """Let everything end: each job reaches one final status, and nothing is held."""
+        """End every attempt: each job reaches one final status, and all capacity is free."""
         for name in self.builds:
             self.build(name, "ready")
         for _ in range(20 + 4 * len(self.jobs)):
@@ -452,12 +462,12 @@ class Machine(RuleBasedStateMachine):
                 self.act(self.engine.begin, key)
             for key in list(self.world.running):
                 self.act(self.engine.end, key, Ending.EXITED, 0)
-            self.let_time_pass()
+            self.advance_clock()
             if all(self.record(job).state in FINAL for job in self.jobs):
                 break
-        self.nobody_was_told_wrong()
-        for job_id, told in self.jobs.items():
-            assert told.final is not None, (told, self.record(job_id))
+        self.every_answer_holds()
+        for job_id, view in self.jobs.items():
+            assert view.final is not None, (view, self.record(job_id))
             assert self.record(job_id).state in FINAL
             assert self.clients.find(job_id) is None
         assert self.engine.ledger.taken == set(), "all capacity is given back"
@@ -468,10 +478,10 @@ async def _some_steps() -> None:
         await asyncio.sleep(0)
 
 
-def test_whatever_happens_in_whichever_order_nobody_is_told_wrong() -> None:
+def test_every_answer_to_a_client_holds_in_any_order_of_events() -> None:
     examples = int(os.environ.get("CORTEX_MACHINE_EXAMPLES", "15"))
     run_state_machine_as_test(
-        Machine,
+        OperatorMachine,
         settings=settings(
             max_examples=examples,
             stateful_step_count=40,
@@ -484,19 +494,18 @@ def test_whatever_happens_in_whichever_order_nobody_is_told_wrong() -> None:
 
 
 @pytest.fixture
-def machine() -> Iterator[Machine]:
-    """The same machine by hand; in the end every job has ended."""
-    made = Machine()
+def machine() -> Iterator[OperatorMachine]:
+    """The same machine, whose steps a test chooses; at the teardown every job has ended."""
+    made = OperatorMachine()
     try:
         yield made
     finally:
         made.teardown()
 
 
-def test_a_store_that_takes_no_writes_is_waited_for(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
+def test_an_end_is_stored_when_the_store_takes_writes_again(
+    machine: OperatorMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An end that cannot be stored is stored when it can be."""
     machine.submit("free", None, None)
     (key,) = machine.world.ordered
     machine.act(machine.engine.begin, key)
@@ -507,54 +516,56 @@ def test_a_store_that_takes_no_writes_is_waited_for(
         nonlocal refusals
         if refusals:
             refusals -= 1
-            raise StorageUnavailable("the store takes no writes now")
+            raise StorageUnavailable("the store accepts no writes now")
         return await real(*arguments)
 
     monkeypatch.setattr(machine.store, "apply", refuse)
     machine.act(machine.engine.end, key, Ending.EXITED, 0)
     assert shown_status(machine.record(key[0])) is Status.RUNNING
     for _ in range(6):
-        machine.let_time_pass()
+        machine.advance_clock()
     assert shown_status(machine.record(key[0])) is Status.SUCCEEDED
 
 
-def test_a_lost_attempt_is_told_while_the_next_one_runs_and_not_after_it(machine: Machine) -> None:
+def test_a_lost_attempt_is_reported_only_while_the_next_one_runs(machine: OperatorMachine) -> None:
     machine.submit("tight", None, None)
     (key,) = machine.world.ordered
     machine.act(machine.engine.begin, key)
-    machine.let_time_pass()
+    machine.advance_clock()
     machine.act(machine.engine.lose, key)
-    (again,) = machine.world.ordered
-    assert again == (key[0], 2)
-    machine.act(machine.engine.begin, again)
-    machine.let_time_pass()
+    (second,) = machine.world.ordered
+    assert second == (key[0], 2)
+    machine.act(machine.engine.begin, second)
+    machine.advance_clock()
     record = machine.record(key[0])
     assert (record.state, record.message) == (State.RUNNING, "attempt 1 was lost: lost")
-    assert record.start_ns == machine.world.running[again].start_ns
-    machine.act(machine.engine.end, again, Ending.EXITED, 0)
+    assert record.start_ns == machine.world.running[second].start_ns
+    machine.act(machine.engine.end, second, Ending.EXITED, 0)
     record = machine.record(key[0])
     assert (shown_status(record), record.message, record.losses) == (Status.SUCCEEDED, None, 1)
 
 
-def test_what_was_said_before_a_new_attempt_is_not_taken_to_be_about_it(machine: Machine) -> None:
+def test_a_late_observation_of_an_earlier_attempt_changes_nothing(machine: OperatorMachine) -> None:
     machine.submit("tight", None, None)
     (key,) = machine.world.ordered
     machine.act(machine.engine.begin, key)
     machine.build("tight", "building")
     machine.act(machine.engine.lose, key)
     assert machine.record(key[0]).state is State.WAITING
-    for index in range(len(machine.engine.said)):
-        machine.say_again(index)
+    for index in range(len(machine.engine.observations)):
+        machine.repeat_an_observation(index)
     assert machine.record(key[0]).state is State.WAITING
     machine.build("tight", "ready")
     assert list(machine.world.ordered) == [(key[0], 2)]
 
 
-def test_a_start_is_stored_whatever_else_is_seen_before(machine: Machine) -> None:
+def test_a_start_is_stored_although_the_attempt_becomes_unreachable(
+    machine: OperatorMachine,
+) -> None:
     machine.submit("free", None, None)
     (key,) = machine.world.ordered
     machine.act(machine.engine.begin, key)
-    machine.act(machine.engine.away, key)
-    machine.act(machine.engine.back, key)
-    machine.let_time_pass()
+    machine.act(machine.engine.make_unreachable, key)
+    machine.act(machine.engine.make_reachable, key)
+    machine.advance_clock()
     assert machine.record(key[0]).state is State.RUNNING

@@ -1,4 +1,5 @@
-"""Races of the operator's parts: between a log and its job's end, reads of the catalogue, submits and long polls."""
+"""Races between parts of the operator: a log and its job's end, reads of the catalogue, submits and
+long polls."""
 
 from __future__ import annotations
 
@@ -26,13 +27,13 @@ from cortex.spec.job import JobRecord
 from cortex.store import Store
 from store.store_harness import draft, spec
 from unit.scripted_engine import ScriptedEngine, World
-from unit.test_machine import Environments
+from unit.test_machine import ScriptedVersions
 
 LIMIT = 10**6
 T = TypeVar("T")
 
 
-async def limited(work: Coroutine[Any, Any, T]) -> T:
+async def with_timeout(work: Coroutine[Any, Any, T]) -> T:
     return await asyncio.wait_for(work, 60)
 
 
@@ -45,20 +46,22 @@ def test_the_end_of_a_followed_log_is_not_missed_while_the_log_is_read(
 
     async def work() -> list[tuple[int, str] | None]:
         none: Any = None
-        live = {"a": LiveJob(none, lambda _: None)}
+        live_jobs = {"a": LiveJob(none, lambda _: None)}
         watcher = FileWatch("log watch")
         watcher.open()
         found: list[tuple[int, str] | None] = []
         try:
-            async for piece in follow.follow(Log(log, LIMIT), 0, lambda: live.get("a"), watcher):
+            async for piece in follow.follow(
+                Log(log, LIMIT), 0, lambda: live_jobs.get("a"), watcher
+            ):
                 found.append(piece)
-                if live:  # the job ends while the piece is sent
-                    live.pop("a").notify()
+                if live_jobs:  # the job ends while the piece is sent
+                    live_jobs.pop("a").notify()
         finally:
             await watcher.close()
         return found
 
-    assert asyncio.run(limited(work())) == [(9, "all of it")]
+    assert asyncio.run(with_timeout(work())) == [(9, "all of it")]
 
 
 class SlowStore:
@@ -118,16 +121,16 @@ def test_a_deploy_takes_an_endpoint_from_an_api_that_was_deleted_elsewhere() -> 
     assert catalogue.name_at("x") == "b"
 
 
-def test_a_long_poll_that_comes_before_the_submit_goes_on_is_woken(tmp_path: Path) -> None:
+def test_a_long_poll_that_begins_before_the_submit_returns_is_woken(tmp_path: Path) -> None:
     async def work() -> JobRecord | None:
         leader = Leader(tmp_path)
         async with leader.opened(spec()):
-            submit, committed, goes_on = leader.store.submit, asyncio.Event(), asyncio.Event()
+            submit, committed, may_return = leader.store.submit, asyncio.Event(), asyncio.Event()
 
             async def late(*arguments: Any) -> Any:
                 stored = await submit(*arguments)
                 committed.set()
-                await goes_on.wait()
+                await may_return.wait()
                 return stored
 
             leader.store.submit = late  # type: ignore[method-assign,assignment]
@@ -135,9 +138,9 @@ def test_a_long_poll_that_comes_before_the_submit_goes_on_is_woken(tmp_path: Pat
             submitted = asyncio.ensure_future(leader.jobs.submit(job, None))
             await committed.wait()
             poll = asyncio.ensure_future(leader.jobs.next_record(job.job_id, 3600))
-            while job.job_id not in leader.jobs._waiting:  # noqa: ASYNC110  # nothing reports it
+            while job.job_id not in leader.jobs._waiting:  # noqa: ASYNC110  # no event reports it
                 await asyncio.sleep(0.01)
-            goes_on.set()
+            may_return.set()
             await submitted
             return await asyncio.wait_for(poll, 60)
 
@@ -145,8 +148,8 @@ def test_a_long_poll_that_comes_before_the_submit_goes_on_is_woken(tmp_path: Pat
     assert record is not None
 
 
-class Forwards:
-    """Finds no other leader, because this operator has become it meanwhile."""
+class ProxyWithoutLeader:
+    """A proxy that finds no other leader, because this operator has become the leader meanwhile."""
 
     def __init__(self, becomes_leader: Any) -> None:
         self._becomes_leader = becomes_leader
@@ -159,13 +162,13 @@ def test_an_operator_that_becomes_the_leader_while_it_forwards_answers_itself() 
     none: Any = None
     jobs = Jobs(none, lambda: None, lambda: None)
     dispatcher: Any = object()
-    leader: Any = Forwards(lambda: jobs.dispatch_with(dispatcher))
+    leader: Any = ProxyWithoutLeader(lambda: jobs.dispatch_with(dispatcher))
     ctx = Context(none, none, jobs, none, none, none, none, leader)
     assert asyncio.run(ctx.forwarded_or_fail(none)) is None
 
 
 class Leader:
-    """A dispatcher on a scripted engine, and the handles that the engine was asked for."""
+    """A leader on a scripted engine; `claims` has the jobs for which the engine made a handle."""
 
     def __init__(self, folder: Path) -> None:
         self.store = Store(f"sqlite:///{folder / 'operator.db'}")
@@ -184,7 +187,7 @@ class Leader:
             return claim(job_id, attempt)
 
         engine.claim = counted  # type: ignore[method-assign]
-        versions = Environments(self.store, {api.name: "ready"})
+        versions = ScriptedVersions(self.store, {api.name: "ready"})
         await self.store.deploy([api])
         await versions.spec(api.api_id)
         await self.catalogue.refresh()

@@ -1,4 +1,4 @@
-"""The encoders that are made once: they say what `json.dumps` says."""
+"""Reusable JSON encoders write the same text as `json.dumps`."""
 
 from __future__ import annotations
 
@@ -31,29 +31,31 @@ VALUES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("extension", [True, False], ids=["extension", "none"])
+@pytest.mark.parametrize("has_c_encoder", [True, False], ids=["C encoder", "Python encoder"])
 @pytest.mark.parametrize("name", VALUES)
-def test_it_says_the_same(name: str, extension: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not extension:
+def test_the_text_is_that_of_json_dumps(
+    name: str, has_c_encoder: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_c_encoder:
         monkeypatch.setattr(json.encoder, "c_make_encoder", None)
     encode = json_encoder.encoder()
     assert [encode(VALUES[name]) for _ in range(2)] == [json.dumps(VALUES[name])] * 2
 
 
-def test_numbers_that_json_does_not_have_are_as_one_wants_them() -> None:
+def test_nan_and_infinity_are_written_or_refused() -> None:
     assert json_encoder.encoder()([math.nan, math.inf]) == "[NaN, Infinity]"
     with pytest.raises(ValueError, match="JSON compliant"):
         json_encoder.encoder(allow_nan=False)([math.nan])
 
 
-def test_what_is_not_json_is_refused_and_the_next_value_is_not() -> None:
+def test_an_encoder_still_works_after_a_refused_value() -> None:
     encode = json_encoder.encoder()
     with pytest.raises(TypeError, match="set is not JSON serializable"):
         encode({"a": [{1}]})
     assert encode({"a": [1]}) == '{"a": [1]}'
 
 
-def test_a_value_that_holds_itself_is_refused() -> None:
+def test_a_value_that_contains_itself_is_refused() -> None:
     value: list[Any] = []
     value.append(value)
     with pytest.raises(ValueError, match="Circular reference"):

@@ -1,4 +1,5 @@
-"""`check_files` and the checks that it calls: a deploy reports every error of a project, with its line."""
+"""`check_files` and the checks that it calls: a deploy reports every error of a project, with its
+line."""
 
 from __future__ import annotations
 
@@ -77,14 +78,14 @@ def warnings(project: Path, definition: str = "path: a.py") -> list[str]:
         "\ufeff" + TASK,
     ],
 )
-def test_files_that_define_a_task(source: str, tmp_path: Path) -> None:
+def test_a_file_that_may_define_a_task_is_accepted(source: str, tmp_path: Path) -> None:
     encoding = "latin-1" if "latin-1" in source else "utf-8"
     write(tmp_path, {"a.py": source.encode(encoding)})
     assert check(tmp_path, YAML.format(path="a.py")) == []
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "message"),
     [
         ("x = 1\n", 'cortex.yaml:4: definition.path: "a.py" defines neither a class Task nor'),
         ("def f():\n    task = 1\n", "defines neither"),
@@ -113,23 +114,23 @@ def test_files_that_define_a_task(source: str, tmp_path: Path) -> None:
         ("x = '\0'\n", "a.py:1: source code string cannot contain null bytes"),
     ],
 )
-def test_files_that_define_none(source: str, told: str, tmp_path: Path) -> None:
+def test_a_file_without_a_usable_task_is_refused(source: str, message: str, tmp_path: Path) -> None:
     (line,) = check(write(tmp_path, {"a.py": source}), YAML.format(path="a.py"))
-    assert told in line
+    assert message in line
 
 
-def test_a_syntax_of_another_python_is_not_judged(tmp_path: Path) -> None:
+def test_the_syntax_of_another_python_is_not_checked(tmp_path: Path) -> None:
     write(tmp_path, {"a.py": "def task(:\n", "conda-packages.txt": "python=3.99\n"})
     assert check(tmp_path, YAML.format(path="a.py")) == []
 
 
-def test_what_is_too_deep_or_too_long_to_parse_is_left_to_the_job(tmp_path: Path) -> None:
+def test_a_file_too_deep_or_too_long_to_parse_is_not_checked(tmp_path: Path) -> None:
     write(tmp_path, {"a.py": "x = " + "-" * 100_000 + "1\n", "b.py": "#" * (5 << 20)})
     assert check(tmp_path, YAML.format(path="a.py")) == []
     assert check(tmp_path, YAML.format(path="b.py")) == []
 
 
-def test_every_mistake_of_a_project_at_once(tmp_path: Path) -> None:
+def test_every_mistake_of_a_project_is_reported_at_once(tmp_path: Path) -> None:
     write(
         tmp_path / "p",
         {
@@ -169,13 +170,13 @@ def test_every_mistake_of_a_project_at_once(tmp_path: Path) -> None:
     assert check(tmp_path / "p", text)[9].startswith("pyproject.toml:")
 
 
-def test_a_version_of_endless_digits_is_none(tmp_path: Path) -> None:
+def test_a_version_with_thousands_of_digits_is_no_version(tmp_path: Path) -> None:
     digits = "1" * 5000
     write(tmp_path, {"a.py": TASK, "conda-packages.txt": f"python={digits}\n"})
-    (told,) = check(tmp_path, "- {name: a, kind: TaskAPI, definition: {path: a.py}}")
-    assert told.startswith(f"conda-packages.txt:1: python={digits[:50]}")
+    (message,) = check(tmp_path, "- {name: a, kind: TaskAPI, definition: {path: a.py}}")
+    assert message.startswith(f"conda-packages.txt:1: python={digits[:50]}")
     write(tmp_path, {"conda-packages.txt": "", "pyproject.toml": pyproject(f">={digits}")})
-    assert read_requirements(tmp_path).python_to_find == f">={digits}"  # uv says what is wrong
+    assert read_requirements(tmp_path).python_to_find == f">={digits}"  # uv reports the error
 
 
 def pyproject(requires: str) -> str:
@@ -191,7 +192,7 @@ def test_a_command_needs_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["my.task.py", "train-v1.2.py", "pkg/1.py", "json.py"])
-def test_a_file_of_any_name_that_ends_in_py_is_taken(name: str, tmp_path: Path) -> None:
+def test_a_file_of_any_name_that_ends_in_py_is_accepted(name: str, tmp_path: Path) -> None:
     write(tmp_path, {name: TASK})
     assert check(tmp_path, YAML.format(path=name)) == []
 
@@ -201,7 +202,7 @@ PROJECT = "[project]\nname = 'x'\nversion = '1'\ndependencies = ['six']\n"
 
 
 @pytest.mark.parametrize(
-    ("files", "told"),
+    ("files", "message"),
     [
         (
             {"pyproject.toml": POETRY},
@@ -264,10 +265,10 @@ PROJECT = "[project]\nname = 'x'\nversion = '1'\ndependencies = ['six']\n"
     ],
 )
 def test_a_file_of_dependencies_that_is_not_read_is_named(
-    files: dict[str, str | bytes], told: str, tmp_path: Path
+    files: dict[str, str | bytes], message: str, tmp_path: Path
 ) -> None:
     (found,) = warnings(write(tmp_path, {"a.py": TASK, **files}))
-    assert found.startswith(told)
+    assert found.startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -289,30 +290,30 @@ def test_a_file_of_dependencies_that_is_not_read_is_named(
         {"a.py": "# /// script\n# dependencies = []\n# ///\n" + TASK},
     ],
 )
-def test_what_is_read_or_says_nothing_is_not_named(
+def test_no_warning_names_a_file_that_is_read_or_not_meant_for_jobs(
     files: dict[str, str | bytes], tmp_path: Path
 ) -> None:
     assert warnings(write(tmp_path, {"a.py": TASK, **files})) == []
 
 
-def test_odd_files_are_read_in_no_time(tmp_path: Path) -> None:
+def test_odd_files_are_read_quickly(tmp_path: Path) -> None:
     script = "# /// script\n" * 70_000
     odd = "requirements" + "_" * 200 + "x.text"
     write(tmp_path, {"a.py": script + TASK, odd: "", "pyproject.toml": pyproject(">=3.99," * 9999)})
     assert warnings(tmp_path) == []
     write(tmp_path, {"pyproject.toml": "[tool.pixi]\ndependencies = [[1], {}]\n"})
-    (told,) = warnings(tmp_path)
-    assert told.startswith("[tool.pixi.dependencies] of pyproject.toml is not read")
+    (message,) = warnings(tmp_path)
+    assert message.startswith("[tool.pixi.dependencies] of pyproject.toml is not read")
 
 
-def test_a_script_that_an_api_names_for_its_packages_is_named(tmp_path: Path) -> None:
+def test_a_script_that_an_api_names_for_its_packages_causes_a_warning(tmp_path: Path) -> None:
     write(tmp_path, {"a.py": TASK, "gpu.sh": "apt-get\n", "dependencies.sh": "apt-get\n"})
     (found,) = warnings(tmp_path, "path: a.py, dependencies: {shell: gpu.sh}")
     assert found.startswith("gpu.sh is not run, ")
 
 
 @pytest.mark.parametrize(
-    ("command", "told"),
+    ("command", "message"),
     [
         (
             "[./windows.sh]",
@@ -336,13 +337,13 @@ def test_a_script_that_an_api_names_for_its_packages_is_named(tmp_path: Path) ->
     ],
 )
 def test_a_program_of_the_project_that_would_not_run_is_a_warning(
-    command: str, told: str, tmp_path: Path
+    command: str, message: str, tmp_path: Path
 ) -> None:
     write(tmp_path, {"run.sh": "#!/bin/sh\n", "windows.sh": "#!/bin/bash\r\n", "data.txt": "x"})
     for script in ("run.sh", "windows.sh"):
         (tmp_path / script).chmod(0o755)
     (found,) = warnings(tmp_path, f"command: {command}")
-    assert found.startswith(f"definition.command: {told}")
+    assert found.startswith(f"definition.command: {message}")
 
 
 @pytest.mark.parametrize(
@@ -359,9 +360,7 @@ def test_a_program_of_the_project_that_would_not_run_is_a_warning(
         f"[./{'x' * 300}]",
     ],
 )
-def test_a_program_of_which_nothing_can_be_seen_is_left_to_the_job(
-    command: str, tmp_path: Path
-) -> None:
+def test_a_program_that_cannot_be_checked_causes_no_warning(command: str, tmp_path: Path) -> None:
     write(tmp_path, {"windows.sh": "x\r\n", "p/run.sh": "#!/bin/sh\n"})
     (tmp_path / "p/run.sh").chmod(0o755)
     assert warnings(tmp_path / "p", f"command: {command}") == []
@@ -428,7 +427,7 @@ def test_mistakes_in_variables_have_lines_and_show_no_values(tmp_path: Path) -> 
         ("", None, None),
     ],
 )
-def test_conda_packages_as_far_as_uv_goes(
+def test_python_and_pip_of_conda_packages_are_read(
     text: str, python: str | None, pip: str | None, tmp_path: Path
 ) -> None:
     wanted = read_requirements(write(tmp_path, {"conda-packages.txt": text}))
@@ -436,7 +435,7 @@ def test_conda_packages_as_far_as_uv_goes(
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         (
             "numpy",
@@ -483,14 +482,16 @@ def test_conda_packages_as_far_as_uv_goes(
         ("@EXPLICIT", "cannot be read; allowed: a line such as python=3.11"),
     ],
 )
-def test_any_other_line_is_a_mistake(line: str, told: str, tmp_path: Path) -> None:
+def test_any_other_line_of_conda_packages_is_a_mistake(
+    line: str, message: str, tmp_path: Path
+) -> None:
     write(tmp_path, {"conda-packages.txt": f"python=3.11\n\n{line}\n"})
     (found,) = requirement_mistakes(tmp_path)
-    assert found.startswith(f"conda-packages.txt:3: {line}: {told}")
+    assert found.startswith(f"conda-packages.txt:3: {line}: {message}")
     assert "no package of this name" not in found or "requirements.txt" not in found
 
 
-def test_of_a_whole_export_the_first_lines_are_told(tmp_path: Path) -> None:
+def test_only_the_first_mistakes_of_a_whole_export_are_reported(tmp_path: Path) -> None:
     exported = "".join(f"package-{number}=1.0=0\n" for number in range(200))
     found = requirement_mistakes(write(tmp_path, {"conda-packages.txt": exported}))
     assert len(found) == 11
@@ -511,20 +512,22 @@ def test_of_a_whole_export_the_first_lines_are_told(tmp_path: Path) -> None:
 def test_a_python_that_the_worker_does_not_run_on_is_refused(
     files: dict[str, str | bytes], file: str, found: str, tmp_path: Path
 ) -> None:
-    (told,) = requirement_mistakes(write(tmp_path, files))
-    assert told.startswith(
+    (message,) = requirement_mistakes(write(tmp_path, files))
+    assert message.startswith(
         f"{file}: found Python {found}; allowed: {MIN_PYTHON} or later, such as "
     )
 
 
-@pytest.mark.parametrize("asked", ["python=3", "python=3.9", "python<3.11", "python=4", "python"])
-def test_other_pythons_are_left_to_uv_which_takes_none_that_is_too_old(
-    asked: str, tmp_path: Path
+@pytest.mark.parametrize(
+    "requested", ["python=3", "python=3.9", "python<3.11", "python=4", "python"]
+)
+def test_uv_chooses_among_other_pythons_but_none_that_is_too_old(
+    requested: str, tmp_path: Path
 ) -> None:
-    wanted = read_requirements(write(tmp_path, {"conda-packages.txt": asked}))
+    wanted = read_requirements(write(tmp_path, {"conda-packages.txt": requested}))
     assert wanted.errors == []
     expected = {"python=3.9": "3.9", "python<3.11": f"<3.11,>={MIN_PYTHON}", "python=4": "4"}
-    assert wanted.python_for_uv == expected.get(asked)
+    assert wanted.python_for_uv == expected.get(requested)
 
 
 def test_the_files_that_an_api_names_are_read_instead(tmp_path: Path) -> None:
@@ -552,13 +555,13 @@ def test_the_files_that_an_api_names_are_read_instead(tmp_path: Path) -> None:
 def test_an_environment_yml_cannot_be_named(tmp_path: Path) -> None:
     write(tmp_path, {"environment.yml": "name: x\ndependencies: [python=3.11]\n"})
     wanted = read_requirements(tmp_path, Dependencies(conda="environment.yml"))
-    (told,) = wanted.errors
-    assert told.startswith(
+    (message,) = wanted.errors
+    assert message.startswith(
         "environment.yml: a YAML file of conda is not read; write its python and"
     )
 
 
-def test_files_that_an_api_names_have_to_be_there(tmp_path: Path) -> None:
+def test_files_that_an_api_names_must_exist(tmp_path: Path) -> None:
     write(tmp_path, {"a.py": TASK, "gpu/requirements.txt": "six\n", "r.txt": "-r no.txt\n"})
     text = (
         "- name: a\n  kind: TaskAPI\n  definition:\n    path: a.py\n    dependencies:\n"
@@ -574,7 +577,7 @@ def test_files_that_an_api_names_have_to_be_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "told"),
+    ("files", "message"),
     [
         (
             {"conda-packages.txt": "python=3.11\npython=3.12\n"},
@@ -611,9 +614,11 @@ def test_files_that_an_api_names_have_to_be_there(tmp_path: Path) -> None:
     ],
     ids=range(14),
 )
-def test_mistakes_in_requirements(files: dict[str, str | bytes], told: str, tmp_path: Path) -> None:
+def test_a_mistake_in_requirements_has_its_file_and_line(
+    files: dict[str, str | bytes], message: str, tmp_path: Path
+) -> None:
     (found,) = requirement_mistakes(write(tmp_path, files))
-    assert found.startswith(told)
+    assert found.startswith(message)
 
 
 def test_an_include_that_is_a_link_out_of_the_project_is_a_mistake(tmp_path: Path) -> None:
@@ -637,7 +642,7 @@ def test_an_include_that_is_a_link_out_of_the_project_is_a_mistake(tmp_path: Pat
         "-f wheels",
     ],
 )
-def test_local_requirements(line: str) -> None:
+def test_a_requirement_of_a_local_folder_or_file_is_local(line: str) -> None:
     assert is_local(line)
 
 
@@ -652,7 +657,7 @@ def test_local_requirements(line: str) -> None:
         "--no-binary :all:",
     ],
 )
-def test_requirements_from_elsewhere(line: str) -> None:
+def test_a_requirement_from_an_index_or_url_is_not_local(line: str) -> None:
     assert not is_local(line)
 
 
@@ -676,11 +681,11 @@ def test_requirements_from_elsewhere(line: str) -> None:
         ("what", False),
     ],
 )
-def test_requires_python(specifier: str, expected: bool) -> None:
+def test_a_version_satisfies_a_specifier_or_not(specifier: str, expected: bool) -> None:
     assert satisfies((3, 11, 7), specifier) is expected
 
 
-def test_a_line_of_a_secret_that_goes_over_several_is_not_shown(tmp_path: Path) -> None:
+def test_no_line_of_a_secret_of_several_lines_is_shown(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("KEY=-----BEGIN KEY-----\nMIIEvQ/IBADAN+Bg\n-----END KEY-----\n")
     assert check_variables(tmp_path) == [
         ".env:2: is not NAME=value; put a value of several lines in quotes",

@@ -45,7 +45,7 @@ def refused(folder: Path) -> str:
     return raised.value.message
 
 
-def test_a_project_comes_out_as_it_went_in(tmp_path: Path) -> None:
+def test_packing_and_unpacking_preserve_a_project(tmp_path: Path) -> None:
     project = write(tmp_path / "p", {"cortex.yaml": "- a", "src/a.py": "x", "run.sh": "#!/bin/sh"})
     (project / "run.sh").chmod(0o750)
     (project / "empty").mkdir()
@@ -77,7 +77,7 @@ def test_dot_files_byte_code_and_ignored_files_are_left_out(tmp_path: Path) -> N
     assert sorted(names(project)) == sorted(kept)
 
 
-def test_a_file_that_excludes_env_is_obeyed(tmp_path: Path) -> None:
+def test_cortexignore_can_exclude_dotenv(tmp_path: Path) -> None:
     assert names(write(tmp_path, {".env": "A=1", "a": "", ".cortexignore": "\ufeff.env\r\n"})) == [
         "a"
     ]
@@ -99,13 +99,13 @@ ENVIRONMENTS = {
 
 
 def test_environments_and_caches_of_tools_are_left_out_and_named(tmp_path: Path) -> None:
-    venv.create(tmp_path / "p/made", with_pip=False)  # whose links leave the project
+    venv.create(tmp_path / "p/made", with_pip=False)  # its links lead out of the project
     project = write(tmp_path / "p", {**ENVIRONMENTS, "a.py": "", "lib/b.py": "", ".git/config": ""})
     (project / "linked").symlink_to(tmp_path / "elsewhere")
     write(tmp_path / "elsewhere", {"pyvenv.cfg": ""})
     assert names(project) == ["a.py", "lib/b.py"]
-    told = left_out(project) or ""
-    assert told.startswith(
+    warning = left_out(project) or ""
+    assert warning.startswith(
         "left out of the upload: .env/ (a virtual environment), conda/ (a conda environment), "
         "linked (a virtual environment), made/ (a virtual environment), my env/ (a virtual environment) "
         "and 3 more; if jobs need it, add a line such as !.env/ to .cortexignore"
@@ -115,7 +115,7 @@ def test_environments_and_caches_of_tools_are_left_out_and_named(tmp_path: Path)
     )
 
 
-def test_a_line_that_names_what_is_left_out_brings_it_back(tmp_path: Path) -> None:
+def test_a_negated_line_that_names_a_left_out_folder_includes_it(tmp_path: Path) -> None:
     ignore = "!/my env/\n!node_modules\n!.streamlit/\n"
     more = {"web/node_modules/.bin/y": "", ".streamlit/config.toml": "", ".git/config": ""}
     project = write(tmp_path, {**ENVIRONMENTS, **more, "a.py": "", ".cortexignore": ignore})
@@ -127,12 +127,12 @@ def test_a_line_that_names_what_is_left_out_brings_it_back(tmp_path: Path) -> No
         "web/node_modules/.bin/y",
         "web/node_modules/x/index.js",
     ]
-    told = left_out(project) or ""
-    assert "my env" not in told
-    assert "conda/ (a conda environment)" in told
+    warning = left_out(project) or ""
+    assert "my env" not in warning
+    assert "conda/ (a conda environment)" in warning
 
 
-def test_a_pattern_brings_nothing_back_that_it_does_not_name(tmp_path: Path) -> None:
+def test_a_pattern_includes_no_folder_that_it_does_not_name(tmp_path: Path) -> None:
     ignore = "*\n!*/\n!*.py\n"
     more = {"a.py": "", "src/b.py": "", "src/data.bin": "", ".git/hooks/c.py": "", "src/.d.py": ""}
     project = write(tmp_path, {**ENVIRONMENTS, **more, ".cortexignore": ignore})
@@ -150,22 +150,24 @@ def test_a_pattern_brings_nothing_back_that_it_does_not_name(tmp_path: Path) -> 
         ("!src/deep/\nsrc/deep/", ["a.py", "src/a.py", "src/b.bin"]),
     ],
 )
-def test_the_last_line_that_names_a_path_decides_as_for_git(
+def test_the_last_line_that_names_a_path_decides_as_in_git(
     rules: str, kept: list[str], tmp_path: Path
 ) -> None:
     files = dict.fromkeys(["a.py", "src/a.py", "src/b.bin", "src/deep/c.py"], "")
     assert sorted(names(write(tmp_path, {**files, ".cortexignore": rules}))) == kept
 
 
-def test_of_a_folder_that_is_an_environment_itself_the_rest_is_packed(tmp_path: Path) -> None:
+def test_a_project_folder_that_is_an_environment_is_packed_without_the_parts_of_it(
+    tmp_path: Path,
+) -> None:
     venv.create(tmp_path / "p", with_pip=False)
     project = write(tmp_path / "p", {"a.py": "", "src/b.py": "", "src/bin/c": ""})
     assert names(project) == ["a.py", "pyvenv.cfg", "src/b.py", "src/bin/c"]
-    told = left_out(project) or ""
-    assert "bin/ (part of a virtual environment: the project's own folder is one)" in told
+    warning = left_out(project) or ""
+    assert "bin/ (part of a virtual environment: the project's own folder is one)" in warning
 
 
-def test_what_was_brought_back_once_is_packed_again_without_choosing(tmp_path: Path) -> None:
+def test_a_stored_project_is_packed_again_completely(tmp_path: Path) -> None:
     project = write(
         tmp_path / "p", {**ENVIRONMENTS, "a.py": "", ".cortexignore": "!.tox/\n!conda/"}
     )
@@ -197,7 +199,7 @@ def test_an_absolute_link_inside_becomes_relative(tmp_path: Path) -> None:
     assert {(tmp_path / "t" / n).readlink() for n in ("abs", "round")} == {Path("src/a")}
 
 
-def test_links_that_leave_and_special_files_are_all_named(tmp_path: Path) -> None:
+def test_links_out_of_the_project_and_special_files_are_all_named(tmp_path: Path) -> None:
     project = write(tmp_path / "p", {"a": ""})
     write(tmp_path, {"secret": ""})
     (project / "out").symlink_to("../secret")
@@ -206,7 +208,7 @@ def test_links_that_leave_and_special_files_are_all_named(tmp_path: Path) -> Non
     os.mkfifo(project / "pipe")
     with socket.socket(socket.AF_UNIX) as server:
         here = Path.cwd()
-        os.chdir(project)  # a socket's path is short
+        os.chdir(project)  # the path of a socket must be short
         try:
             server.bind("sock")
         finally:
@@ -227,7 +229,9 @@ def test_a_device_is_refused() -> None:
     assert "a device, which cannot be packed" in refused(Path("/dev"))
 
 
-def test_too_large_names_the_largest_and_reads_nothing(tmp_path: Path) -> None:
+def test_the_error_for_a_large_project_names_the_largest_files_and_reads_none(
+    tmp_path: Path,
+) -> None:
     for number in range(8):
         with (tmp_path / f"f{number}.bin").open("wb") as sparse:
             sparse.truncate((10 + number) << 20)
@@ -236,7 +240,7 @@ def test_too_large_names_the_largest_and_reads_nothing(tmp_path: Path) -> None:
         pack(tmp_path, out)
     message = raised.value.message
     assert "over 100 MiB or 20,000 files" in message
-    # f0 to f7 hold 108 MiB: f7 is the first over.
+    # f0 to f7 have 108 MiB: f7 is the first file over the limit.
     for number in range(3, 8):
         assert f"f{number}.bin ({10 + number}.0 MiB)" in message
     assert "f2.bin" not in message
@@ -244,19 +248,21 @@ def test_too_large_names_the_largest_and_reads_nothing(tmp_path: Path) -> None:
     assert out.getvalue() == b""
 
 
-def sized(path: Path, mebibytes: int) -> None:
+def sparse_file(path: Path, mebibytes: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as sparse:
         sparse.truncate(mebibytes << 20)
 
 
-def test_too_large_names_folders_and_what_would_exclude_them(tmp_path: Path) -> None:
+def test_the_error_for_a_large_project_names_folders_and_the_lines_that_exclude_them(
+    tmp_path: Path,
+) -> None:
     for number in range(30):
-        sized(tmp_path / f"app/data/images/{number:02}.png", 2)
+        sparse_file(tmp_path / f"app/data/images/{number:02}.png", 2)
     for number in range(10):
-        sized(tmp_path / f"app/out/run{number}/model.bin", 5)
-    sized(tmp_path / "app/weights.bin", 40)
-    sized(tmp_path / "small.bin", 1)
+        sparse_file(tmp_path / f"app/out/run{number}/model.bin", 5)
+    sparse_file(tmp_path / "app/weights.bin", 40)
+    sparse_file(tmp_path / "small.bin", 1)
     message = refused(tmp_path)
     assert (
         "the largest in it:\n"
@@ -270,19 +276,19 @@ def test_too_large_names_folders_and_what_would_exclude_them(tmp_path: Path) -> 
     assert names(tmp_path) == ["small.bin", "app/weights.bin"]
 
 
-def test_too_many_files_name_the_folder_that_holds_them(
+def test_the_error_for_too_many_files_names_their_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "MAX_PROJECT_FILES", 5)
     monkeypatch.setattr(packing, "_MAX_MEASURED", 7)
-    sized(tmp_path / "z.bin", 1)
+    sparse_file(tmp_path / "z.bin", 1)
     write(tmp_path, {f"data/f{n}": "" for n in range(9)})
     message = refused(tmp_path)
     assert "over 100 MiB or 5 files" in message
     assert "  data/ (0.0 MiB, 9 files)\n  z.bin (1.0 MiB)\n" in message
 
 
-def test_what_cannot_be_weighed_is_no_mistake_of_its_own(
+def test_an_unreadable_folder_causes_no_error_while_sizes_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "MAX_PROJECT_FILES", 2)
@@ -302,7 +308,7 @@ def test_the_root_of_the_machine_is_refused_at_once() -> None:
     assert refused(Path("/"))
 
 
-def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_file_or_folder_is_named(tmp_path: Path) -> None:
     assert "is not a folder" in refused(tmp_path / "nowhere")
     assert ".cortexignore is not UTF-8" in refused(
         write(tmp_path / "b", {".cortexignore": b"\xff"})
@@ -315,24 +321,24 @@ def test_a_file_that_vanishes_or_changes_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = write(tmp_path, {"a": "12"})
-    seen = packing._entries(project, UploadFiles(project))
-    monkeypatch.setattr(packing, "_entries", lambda *_: seen)
+    entries = packing._entries(project, UploadFiles(project))
+    monkeypatch.setattr(packing, "_entries", lambda *_: entries)
     (project / "a").write_text("123")
     assert "a changed while it was packed" in refused(project)
     (project / "a").unlink()
     assert "No such file" in refused(project)
 
 
-def test_a_full_disk_is_not_the_project_s_fault(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
     with (
         Path("/dev/full").open("wb", buffering=0) as full,
         pytest.raises(OSError, match="No space"),
     ):
         pack(write(tmp_path, {"a": os.urandom(1 << 20)}), full)
-    gc.collect()  # no finalizer complains, which Python 3.13 would print
+    gc.collect()  # Python 3.13 would print an error of a finalizer
 
 
-def test_a_link_to_itself_is_a_link_like_others(tmp_path: Path) -> None:
+def test_a_link_to_itself_is_packed_as_a_link(tmp_path: Path) -> None:
     project = write(tmp_path / "p", {"a": ""})
     (project / "loop").symlink_to("loop")
     assert names(project) == ["a", "loop"]

@@ -1,4 +1,4 @@
-"""Unpacking archives that were made to do harm."""
+"""Harmful and incomplete archives are refused, and leave nothing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def archive(*members: Member) -> io.BytesIO:
 
 
 def refused(stream: io.BytesIO, folder: Path) -> str:
-    """What it says; nothing may be left of it, in its folder or beside it."""
+    """The message of the refusal. Nothing of the archive may remain, in its folder or beside it."""
     folder.mkdir(exist_ok=True)
     before = sorted(folder.rglob("*"))
     with pytest.raises(InvalidProject) as raised:
@@ -94,7 +94,9 @@ def test_harmful_members_are_refused_and_leave_nothing(
     assert not Path("/tmp/cortex-probe-absolute").exists()
 
 
-def test_it_needs_no_filters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unpacking_needs_no_filters_of_tarfile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The `tarfile` of Python 3.11.2, which is Debian 12's, has none."""
     for name in ("FilterError", "data_filter", "fully_trusted_filter", "tar_filter"):
         monkeypatch.delattr(tarfile, name, raising=False)
@@ -129,11 +131,11 @@ def test_set_uid_and_foreign_owners_are_dropped(tmp_path: Path) -> None:
     ],
     ids=range(7),
 )
-def test_what_is_no_complete_archive_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_an_incomplete_or_invalid_archive_is_refused(content: bytes, tmp_path: Path) -> None:
     assert refused(io.BytesIO(content), tmp_path / "in")
 
 
-def test_too_large_is_refused_by_what_is_said(tmp_path: Path) -> None:
+def test_a_declared_size_over_the_limit_is_refused(tmp_path: Path) -> None:
     info = member("a")
     info.size = (100 << 20) + 1
     assert "over 100 MiB" in refused(io.BytesIO(gzip.compress(info.tobuf())), tmp_path / "in")
@@ -151,7 +153,7 @@ def test_bombs_are_stopped_while_they_are_read(tmp_path: Path) -> None:
     assert "more data than its headers declare" in refused(
         io.BytesIO(long_header), tmp_path / "header"
     )
-    # Folders with content: their sizes are counted, too.
+    # Folders with content: their sizes count.
     filled = member("d", tarfile.DIRTYPE)
     filled.size = 60 << 20
     stream = io.BytesIO(gzip.compress((filled.tobuf() + b"\0" * filled.size) * 2, 1))
@@ -175,7 +177,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "mine").exists()
 
 
-def test_a_disk_that_fails_is_not_the_archive_s_fault(
+def test_a_full_disk_is_an_os_error_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -187,8 +189,8 @@ def test_a_disk_that_fails_is_not_the_archive_s_fault(
     assert not (tmp_path / "t").exists()
 
 
-def test_project_id_is_over_names_bits_links_and_contents(tmp_path: Path) -> None:
-    def made(name: str, content: str = "x", *, mode: int = 0o644, link: str = "a") -> str:
+def test_the_project_id_depends_on_names_executable_bits_links_and_contents(tmp_path: Path) -> None:
+    def id_of(name: str, content: str = "x", *, mode: int = 0o644, link: str = "a") -> str:
         folder = tmp_path / os.urandom(4).hex()
         (folder / "sub").mkdir(parents=True)
         (folder / "sub" / name).write_text(content)
@@ -196,7 +198,7 @@ def test_project_id_is_over_names_bits_links_and_contents(tmp_path: Path) -> Non
         (folder / "link").symlink_to(link)
         return project_id(folder)
 
-    same = made("a")
-    assert same == made("a", mode=0o600)
-    changed = [made("b"), made("a", "y"), made("a", mode=0o755), made("a", link="b")]
+    same = id_of("a")
+    assert same == id_of("a", mode=0o600)
+    changed = [id_of("b"), id_of("a", "y"), id_of("a", mode=0o755), id_of("a", link="b")]
     assert len({same, *changed}) == 5

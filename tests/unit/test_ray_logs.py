@@ -17,7 +17,7 @@ from cortex.joblog.reader import Log, read
 from cortex.worker.checks import Invalid
 from cortex.worker.messages import LogCut
 
-MOST = 64
+MAX_PIECE_BYTES = 64
 LIMIT = 4096
 
 
@@ -28,32 +28,32 @@ def node(tmp_path: Path) -> Path:
 
 
 def copy(node: Path, copies: LogCopies, base: int = 0) -> None:
-    """As the engine does, until there is no more."""
+    """Copy the log to its end, as the engine does."""
     while True:
         offset = copies.size("job") - base
-        found = read_piece(node / "log", offset, MOST, LIMIT)
+        found = read_piece(node / "log", offset, MAX_PIECE_BYTES, LIMIT)
         if found.end == offset:
             return
         copies.write("job", base, found)
 
 
-@pytest.mark.parametrize("lost", [1, 5, 500])
-def test_a_copy_whose_beginning_was_lost_goes_on_at_its_place(
-    node: Path, tmp_path: Path, lost: int
+@pytest.mark.parametrize("lost_bytes", [1, 5, 500])
+def test_a_copy_whose_beginning_was_lost_continues_at_its_offset(
+    node: Path, tmp_path: Path, lost_bytes: int
 ) -> None:
     copies = LogCopies(JobFolders(tmp_path / "operator"))
-    copies.resume("job", lost)
-    assert copies.size("job") == lost
+    copies.resume("job", lost_bytes)
+    assert copies.size("job") == lost_bytes
     (node / "log").write_bytes(b"what came after\n" * 20)
-    copy(node, copies, base=lost)
-    text = shown(copies)
-    assert text[lost:] == b"what came after\n" * 20
-    assert text[lost - 1 : lost] == b"\n"
-    copies.resume("job", lost)
-    assert shown(copies) == text
+    copy(node, copies, base=lost_bytes)
+    text = shown_text(copies)
+    assert text[lost_bytes:] == b"what came after\n" * 20
+    assert text[lost_bytes - 1 : lost_bytes] == b"\n"
+    copies.resume("job", lost_bytes)
+    assert shown_text(copies) == text
 
 
-def shown(copies: LogCopies) -> bytes:
+def shown_text(copies: LogCopies) -> bytes:
     text, offset = b"", 0
     while (found := read(Log(copies.folders.log("job"), LIMIT), offset, 1 << 20)).data:
         text, offset = text + found.data, found.end
@@ -72,7 +72,9 @@ def test_a_copy_grows_with_its_log(node: Path, tmp_path: Path) -> None:
         assert copies.folders.log("job").read_bytes() == (node / "log").read_bytes()
 
 
-def test_a_second_attempt_goes_on_where_the_first_ended(node: Path, tmp_path: Path) -> None:
+def test_the_copy_of_a_second_attempt_continues_where_the_first_ended(
+    node: Path, tmp_path: Path
+) -> None:
     copies = LogCopies(JobFolders(tmp_path / "copies"))
     copies.create_folder("job")
     copies.folders.append_to_log("job", "first")
@@ -83,7 +85,7 @@ def test_a_second_attempt_goes_on_where_the_first_ended(node: Path, tmp_path: Pa
 
 
 def cut(node: Path, start: int, end: int) -> None:
-    """As a job's supervisor does with a log over its limit."""
+    """Cut the log, as a job's supervisor does over the limit."""
     (node / "log.cut").write_bytes(LogCut(start=start, end=end, limit=LIMIT).dumps())
     with (node / "log").open("r+b") as file:
         file.seek(start)
@@ -91,9 +93,7 @@ def cut(node: Path, start: int, end: int) -> None:
 
 
 @pytest.mark.parametrize("copied", [0, 50, 4000, 9000])
-def test_what_a_log_has_lost_is_lost_in_the_copy_too(
-    node: Path, tmp_path: Path, copied: int
-) -> None:
+def test_a_gap_of_a_log_is_a_gap_of_its_copy(node: Path, tmp_path: Path, copied: int) -> None:
     copies = LogCopies(JobFolders(tmp_path / "copies"))
     copies.create_folder("job")
     copies.folders.append_to_log("job", "before")
@@ -107,13 +107,13 @@ def test_what_a_log_has_lost_is_lost_in_the_copy_too(
     with (node / "log").open("ab") as file:
         file.write(b"end\n")
     copy(node, copies, base)
-    told = shown(copies)
-    assert told.startswith(b"before\n" + text[:100] + b"[cortex: 7.7 KiB of the log are gone")
-    assert told.endswith(text[8000:] + b"end\n")
+    found = shown_text(copies)
+    assert found.startswith(b"before\n" + text[:100] + b"[cortex: 7.7 KiB of the log are gone")
+    assert found.endswith(text[8000:] + b"end\n")
     assert copies.size("job") == base + len(text) + 4
 
 
-def test_the_gaps_of_two_attempts_are_one(node: Path, tmp_path: Path) -> None:
+def test_the_gaps_of_two_attempts_become_one(node: Path, tmp_path: Path) -> None:
     copies = LogCopies(JobFolders(tmp_path / "copies"))
     copies.create_folder("job")
     text = b"".join(b"%04d\n" % number for number in range(2000))
@@ -122,10 +122,10 @@ def test_the_gaps_of_two_attempts_are_one(node: Path, tmp_path: Path) -> None:
         cut(node, 100, 8000)
         copy(node, copies, base)
         (node / "log.cut").unlink()
-    told = shown(copies)
-    assert told.startswith(text[:100] + b"[cortex: ")
-    assert told.endswith(b"are gone: limits.log is 4 KiB]\n" + text[8000:])
-    assert b"\0" not in told
+    found = shown_text(copies)
+    assert found.startswith(text[:100] + b"[cortex: ")
+    assert found.endswith(b"are gone: limits.log is 4 KiB]\n" + text[8000:])
+    assert b"\0" not in found
 
 
 @pytest.mark.parametrize(
@@ -138,39 +138,35 @@ def test_the_gaps_of_two_attempts_are_one(node: Path, tmp_path: Path) -> None:
         b'{"start": 3, "end": 2, "limit": 1}',
     ],
 )
-def test_a_job_that_writes_the_record_itself_harms_nobody(
-    node: Path, tmp_path: Path, record: bytes
-) -> None:
+def test_a_forged_cut_record_is_ignored(node: Path, tmp_path: Path, record: bytes) -> None:
     copies = LogCopies(JobFolders(tmp_path / "copies"))
     copies.create_folder("job")
     (node / "log").write_text("text\n")
     (node / "log.cut").write_bytes(record)
     copy(node, copies)
-    assert shown(copies) == b"text\n"
+    assert shown_text(copies) == b"text\n"
 
 
-def test_a_link_in_the_place_of_a_log_is_not_followed(node: Path, tmp_path: Path) -> None:
+def test_a_link_in_place_of_a_log_is_not_followed(node: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("secret")
     (node / "log").symlink_to(secret)
-    assert read_piece(node / "log", 0, MOST, LIMIT).data == b""
+    assert read_piece(node / "log", 0, MAX_PIECE_BYTES, LIMIT).data == b""
     (node / "log").unlink()
     os.mkfifo(node / "log")
-    assert read_piece(node / "log", 0, MOST, LIMIT).data == b""
+    assert read_piece(node / "log", 0, MAX_PIECE_BYTES, LIMIT).data == b""
 
 
-def test_of_a_log_as_large_as_a_file_can_be_no_more_is_copied_than_its_limit_allows(
-    node: Path, tmp_path: Path
-) -> None:
+def test_no_more_than_the_limit_is_copied_of_a_huge_log(node: Path, tmp_path: Path) -> None:
     copies = LogCopies(JobFolders(tmp_path / "copies"))
     copies.create_folder("job")
     (node / "log").write_text("first\n")
     os.truncate(node / "log", 1 << 43)
     copy(node, copies)
-    told = shown(copies)
-    assert told.startswith(b"first\n")
-    assert b"are gone: limits.log is 4 KiB]" in told
-    assert len(told) < 1 << 18
+    found = shown_text(copies)
+    assert found.startswith(b"first\n")
+    assert b"are gone: limits.log is 4 KiB]" in found
+    assert len(found) < 1 << 18
     assert copies.folders.log("job").stat().st_blocks * 512 < 1 << 18
 
 
@@ -184,14 +180,14 @@ def odd_pieces() -> list[object]:
 
 
 @pytest.mark.parametrize("number", range(len(odd_pieces())))
-def test_a_piece_that_is_none_is_refused(number: int) -> None:
+def test_an_invalid_piece_is_refused(number: int) -> None:
     with pytest.raises(Invalid):
         checked_log_piece(odd_pieces()[number])
     sound = LogPiece(3, b"abc", 9, None)
     assert checked_log_piece(sound) is sound
 
 
-def test_a_lock_file_gets_a_name_of_its_own_alone() -> None:
+def test_a_lock_file_with_an_invalid_name_or_text_is_refused() -> None:
     lock = Lock("ab12", "linux-x86_64-3.11.lock", "a==1\n")
     assert checked_lock_file(lock) == lock
     odd = [
@@ -201,5 +197,5 @@ def test_a_lock_file_gets_a_name_of_its_own_alone() -> None:
     ]  # fmt: skip
     for changed in odd:
         with pytest.raises(Invalid):
-            checked_lock_file(replace(lock, **changed))  # type: ignore[arg-type]  # that is what is tried
+            checked_lock_file(replace(lock, **changed))  # type: ignore[arg-type]  # invalid on purpose
     assert checked_lock_file(replace(lock, text="\ud800")).text == "\\ud800"

@@ -1,4 +1,4 @@
-"""Which node takes a job, and in which words it is said that none does."""
+"""Which node takes a job, and the reason where none does."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMALL = Capacity(2000, 4 * GIB, 0)
 LARGE = Capacity(8000, 16 * GIB, 2)
 
 
-def test_jobs_go_where_most_is_free_and_gpus_are_left_to_those_that_want_them() -> None:
+def test_a_job_goes_to_the_emptiest_node_and_spares_gpus_for_jobs_that_need_them() -> None:
     cluster = nodes(state("a", SMALL), state("b", SMALL), state("g", LARGE))
     for job, expected in (("1", "a"), ("2", "b"), ("3", "a"), ("4", "b"), ("5", "g")):
         assert cluster.reserve(job, Compute(cpu_m=1000)) is None
@@ -43,7 +43,7 @@ def test_jobs_go_where_most_is_free_and_gpus_are_left_to_those_that_want_them() 
     assert cluster.reserve("7", Compute(gpu=1)) == "needs 1 GPU, 0 free on one node"
 
 
-def test_what_is_asked_for_must_be_free_on_one_node() -> None:
+def test_all_requested_resources_must_be_free_on_one_node() -> None:
     cluster = nodes(state("a", SMALL), state("b", SMALL))
     assert cluster.reserve("1", Compute(cpu_m=1500, mem=GIB)) is None
     assert cluster.reserve("2", Compute(cpu_m=500, mem=3 * GIB)) is None
@@ -55,7 +55,7 @@ def test_what_is_asked_for_must_be_free_on_one_node() -> None:
     assert cluster.reserve("3", wanted) is None
 
 
-def test_only_who_was_told_to_wait_is_told_of_more() -> None:
+def test_a_refusal_is_remembered_until_it_is_popped() -> None:
     cluster = nodes(state("a", SMALL))
     assert cluster.reserve("1", Compute(cpu_m=2000)) is None
     assert not cluster.pop_refused()
@@ -64,7 +64,7 @@ def test_only_who_was_told_to_wait_is_told_of_more() -> None:
     assert not cluster.pop_refused()
 
 
-def test_what_no_node_ever_had_is_refused_and_what_a_lost_one_had_is_waited_for() -> None:
+def test_a_request_that_no_node_ever_met_is_refused_and_one_that_a_lost_node_met_waits() -> None:
     cluster = nodes(state("a", SMALL), state("g", LARGE))
     assert cluster.refusal(Compute(gpu=4)) == "needs 4 GPUs, the largest node has 2"
     (lost,) = cluster.update((state("a", SMALL),))
@@ -74,42 +74,44 @@ def test_what_no_node_ever_had_is_refused_and_what_a_lost_one_had_is_waited_for(
     assert cluster.refusal(Compute(cpu_m=8000, mem=GIB)) is None
 
 
-def test_no_single_node_having_all_of_it_is_a_refusal() -> None:
+def test_a_request_that_no_single_node_meets_is_refused() -> None:
     cluster = nodes(state("a", Capacity(8000, GIB, 0)), state("b", Capacity(1000, 8 * GIB, 0)))
     wanted = Compute(cpu_m=4000, mem=4 * GIB)
     assert cluster.refusal(wanted) == "no node has 4 CPU and 4 GiB"
 
 
-def test_without_a_node_that_answers_jobs_wait_and_say_so() -> None:
+def test_jobs_wait_with_a_reason_while_no_node_answers() -> None:
     empty = Placement()
     assert empty.refusal(Compute(gpu=99)) is None
     assert empty.reserve("1", Compute()) == "waits for a node: the cluster has none now"
     cluster = nodes(state("a", SMALL))
     cluster.alive["a"].is_ready = False
     assert cluster.reserve("1", Compute()) == "waits for a node whose agent answers"
-    cluster.alive["a"].problem = "its agent is gone"
+    cluster.alive["a"].problem = "its agent has exited"
     assert (
-        cluster.reserve("1", Compute()) == "waits for a node whose agent answers: its agent is gone"
+        cluster.reserve("1", Compute())
+        == "waits for a node whose agent answers: its agent has exited"
     )
 
 
-def test_what_others_take_counts_once_it_was_seen_twice() -> None:
+def test_resources_that_others_use_count_after_two_observations() -> None:
     cluster = nodes(state("a", SMALL))
     assert cluster.reserve("1", Compute(cpu_m=500)) is None
-    told = (state("a", SMALL, Capacity(1500, 0, 0)),)  # ours, and 1000 of others
-    cluster.update(told)
+    # 500 for this operator's job, 1000 for others.
+    states = (state("a", SMALL, Capacity(1500, 0, 0)),)
+    cluster.update(states)
     assert cluster.alive["a"].free.cpu_m == 1500
-    cluster.update(told)
+    cluster.update(states)
     assert cluster.alive["a"].free.cpu_m == 500
     cluster.update((state("a", SMALL, Capacity(500, 0, 0)),))
     assert cluster.alive["a"].free.cpu_m == 1500
 
 
-def test_a_recovered_job_counts_even_beyond_what_there_is() -> None:
+def test_a_recovered_job_counts_even_beyond_the_capacity_of_its_node() -> None:
     cluster = nodes(state("a", SMALL))
     for number in range(3):
         cluster.reserve_granted(str(number), Compute(cpu_m=1000), "a")
-    cluster.reserve_granted("elsewhere", Compute(cpu_m=1000), "gone")
+    cluster.reserve_granted("elsewhere", Compute(cpu_m=1000), "a lost node")
     assert cluster.alive["a"].free.cpu_m == -1000
     assert cluster.reserve("4", Compute(cpu_m=1)) == "needs 0.001 CPU, 0 free on one node"
     assert cluster.node_of("elsewhere") is None
@@ -119,7 +121,7 @@ A_OR_B = Compute(cpu_m=1500, node_labels={"zone": ("a", "b")})
 C = Compute(node_labels={"zone": ("c",), "disk": ("ssd",)})
 
 
-def test_labels_select_nodes_and_say_so_where_there_is_none() -> None:
+def test_labels_select_nodes_and_the_reason_names_the_labels() -> None:
     cluster = nodes(
         state("a", SMALL, labels={"zone": "a"}),
         state("b", SMALL, labels={"zone": "b", "disk": "ssd"}),
@@ -140,18 +142,18 @@ def test_labels_select_nodes_and_say_so_where_there_is_none() -> None:
     assert cluster.refusal(wanted) == "needs 1 GPU, the largest node with zone=b has 0"
 
 
-def test_nodes_with_labels_that_come_later_are_not_refused_for_good() -> None:
+def test_a_request_for_labels_is_accepted_once_a_matching_node_joins() -> None:
     cluster = nodes(state("a", SMALL))
     assert cluster.refusal(C) is not None
     cluster.update((state("a", SMALL), state("c", SMALL, labels={"zone": "c", "disk": "ssd"})))
     assert cluster.refusal(C) is None
-    words = "waits for a node with zone=c, disk=ssd whose agent answers"
-    assert cluster.reserve("1", C) == words
+    reason = "waits for a node with zone=c, disk=ssd whose agent answers"
+    assert cluster.reserve("1", C) == reason
     cluster.alive["c"].is_ready = True
     assert cluster.reserve("1", C) is None
     cluster.update((state("a", SMALL),))
-    words = "waits for a node with zone=c, disk=ssd: the cluster has none now"
-    assert cluster.reserve("2", C) == words
+    reason = "waits for a node with zone=c, disk=ssd: the cluster has none now"
+    assert cluster.reserve("2", C) == reason
 
 
 @st.composite
@@ -162,25 +164,25 @@ def _steps(draw: st.DrawFn) -> list[tuple[str, int, Capacity]]:
     return draw(st.lists(step, max_size=30))
 
 
-# A busy machine may stand still.
+# A busy machine can pause for longer than any deadline.
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(steps=_steps(), wanted=st.tuples(*[st.integers(0, 5)] * 3))
 def test_a_capacity_index_finds_the_node_that_a_search_of_all_nodes_would(
     steps: list[tuple[str, int, Capacity]], wanted: tuple[int, int, int]
 ) -> None:
     index: CapacityIndex[int] = CapacityIndex()
-    there: dict[int, Capacity] = {}
+    present: dict[int, Capacity] = {}
     for what, number, free in steps:
         index.discard(number)
-        there.pop(number, None)
+        present.pop(number, None)
         if what == "put":
             index.add(number, free, number)
-            there[number] = free
+            present[number] = free
     compute = Compute(cpu_m=wanted[0], mem=wanted[1], gpu=wanted[2])
-    enough = [(-free.cpu_m, number) for number, free in there.items() if fits(compute, free)]
-    assert index.emptiest_for(compute) == (min(enough)[1] if enough else None)
-    most = Capacity(0, 0, 0)
-    for free in there.values():
-        most = most.maximum(free)
-    assert index.max_free == most
-    assert index.is_empty == (not there)
+    candidates = [(-free.cpu_m, number) for number, free in present.items() if fits(compute, free)]
+    assert index.emptiest_for(compute) == (min(candidates)[1] if candidates else None)
+    max_free = Capacity(0, 0, 0)
+    for free in present.values():
+        max_free = max_free.maximum(free)
+    assert index.max_free == max_free
+    assert index.is_empty == (not present)

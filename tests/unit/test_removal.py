@@ -1,4 +1,4 @@
-"""What retention does where something fails, or somebody deploys, while it removes."""
+"""Retention while a part of the operator fails, or another operator deploys."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cortex.store import Store
 
 
 class Parts:
-    """Of an operator that keeps nothing long."""
+    """The parts of an operator that retention uses; ended jobs expire after a millisecond."""
 
     def __init__(self, folder: Path) -> None:
         self.settings = settings = Settings(folder, retention=RetentionLimits(jobs_s=0.001))
@@ -40,14 +40,14 @@ class Parts:
             self.projects, self.environments, None,
         )  # fmt: skip
 
-    def project(self, content: str) -> str:
-        """Take a project in, as a deploy does."""
+    def add_project(self, content: str) -> str:
+        """Store a project, as a deploy does."""
         with self.projects.incoming() as incoming:
             incoming.mkdir()
             (incoming / "a.py").write_text(content)
             return self.projects.add_project(incoming)
 
-    def here(self) -> set[str]:
+    def project_folders(self) -> set[str]:
         return {folder.name for folder in self.settings.projects.iterdir()}
 
 
@@ -59,34 +59,34 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
     made.store.close()
 
 
-def test_a_round_that_fails_as_nobody_thought_of_is_logged_and_the_next_one_comes(
+def test_an_unexpected_error_is_logged_and_the_next_round_runs(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended, rounds = parts.store.jobs_ended, 0
 
     async def main() -> None:
-        came = asyncio.Event()
+        second_round = asyncio.Event()
 
         async def fails_once(before_ns: int, most: int) -> list[str]:
             nonlocal rounds
             rounds += 1
             if rounds == 1:
-                raise ZeroDivisionError("nobody thought of this")
-            came.set()
+                raise ZeroDivisionError("unexpected")
+            second_round.set()
             return await ended(before_ns, most)
 
         monkeypatch.setattr(parts.store, "jobs_ended", fails_once)
         removal = parts.retention()
         await removal.open()
         async with asyncio.timeout(30):
-            await came.wait()
+            await second_round.wait()
         await removal.close()
 
     with capture_logs() as logs:
         asyncio.run(main())
-    [told] = [entry for entry in logs if entry["log_level"] == "error"]
-    assert told["event"] == "retention failed"
-    assert str(told["exc_info"]) == "nobody thought of this"
+    [error] = [entry for entry in logs if entry["log_level"] == "error"]
+    assert error["event"] == "retention failed"
+    assert str(error["exc_info"]) == "unexpected"
 
 
 @pytest.mark.parametrize("days", [1e6, 1e300])
@@ -94,7 +94,9 @@ def test_a_time_to_keep_that_is_longer_than_the_store_can_count_keeps_everything
     parts: Parts, monkeypatch: pytest.MonkeyPatch, days: float
 ) -> None:
     age_s = days * 86_400
-    parts.settings = replace(parts.settings, retention=RetentionLimits(jobs_s=age_s, logs_s=age_s, audit_s=age_s))
+    parts.settings = replace(
+        parts.settings, retention=RetentionLimits(jobs_s=age_s, logs_s=age_s, audit_s=age_s)
+    )
     trim_audit = parts.store.trim_audit
 
     async def main() -> None:
@@ -116,55 +118,55 @@ def test_a_time_to_keep_that_is_longer_than_the_store_can_count_keeps_everything
     assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == []
 
 
-def test_a_removal_that_goes_on_when_it_is_over_stops_at_the_next_project(
+def test_a_closed_retention_stops_before_the_next_project(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(3):
-        parts.project(str(number))
+        parts.add_project(str(number))
     move_to_trash = parts.projects.move_to_trash
-    is_at_it, may_go_on = threading.Event(), threading.Event()
+    is_moving, may_move = threading.Event(), threading.Event()
 
-    def move_slowly(identity: str, came: int) -> None:
-        is_at_it.set()
-        assert may_go_on.wait(30)
-        move_to_trash(identity, came)
+    def move_slowly(identity: str, used_ns: int) -> None:
+        is_moving.set()
+        assert may_move.wait(30)
+        move_to_trash(identity, used_ns)
 
     monkeypatch.setattr(parts.projects, "move_to_trash", move_slowly)
 
     async def main() -> None:
         removal = parts.retention()
         await removal.open()
-        assert await asyncio.to_thread(is_at_it.wait, 30)
+        assert await asyncio.to_thread(is_moving.wait, 30)
         await removal.close()
-        may_go_on.set()
-        # The loop waits for its threads when it is closed.
+        may_move.set()
+        # `asyncio.run` waits for the loop's threads.
 
     asyncio.run(main())
-    assert len([name for name in parts.here() if not name.startswith(".")]) == 2
+    assert len([name for name in parts.project_folders() if not name.startswith(".")]) == 2
 
 
-def test_a_project_that_another_operator_deploys_at_that_moment_stays(
+def test_a_project_that_another_operator_deploys_during_a_round_stays(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    identity, other = parts.project("x = 1"), parts.project("x = 2")
+    identity, other = parts.add_project("x = 1"), parts.add_project("x = 2")
     parts.projects.save_lockfile(identity, "one.lock", "six==1.0\n")
     all_versions = parts.store.all_versions
 
     async def main() -> None:
-        # It has hung so long that the turn was another's.
-        async def and_a_deploy() -> list[ApiSpec]:
+        # This operator paused for so long that another one has got the deploy lock.
+        async def read_before_a_deploy() -> list[ApiSpec]:
             old = await all_versions()
-            assert parts.project("x = 1") == identity
+            assert parts.add_project("x = 1") == identity
             return old
 
-        monkeypatch.setattr(parts.store, "all_versions", and_a_deploy)
+        monkeypatch.setattr(parts.store, "all_versions", read_before_a_deploy)
         removal = parts.retention()
         await removal.open()
         async with asyncio.timeout(30):
-            while any(other in name for name in parts.here()):  # noqa: ASYNC110  # nobody tells
+            while any(other in name for name in parts.project_folders()):  # noqa: ASYNC110  # no event reports it
                 await asyncio.sleep(0.01)
         await removal.close()
 
     asyncio.run(main())
-    assert parts.here() == {identity}
+    assert parts.project_folders() == {identity}
     assert parts.projects.locks(identity) == {"one.lock": "six==1.0\n"}

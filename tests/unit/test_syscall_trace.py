@@ -1,4 +1,5 @@
-"""What tells the paths that root takes through others' folders (`syscall_trace`) misses none, and takes no other for one."""
+"""`syscall_trace` reports each path that root takes through a folder of another user, and no other
+path."""
 
 from __future__ import annotations
 
@@ -9,16 +10,16 @@ import pytest
 from syscall_trace import Seen, Trace
 
 UID = 65534
-BEGIN = [
+GIVE_AWAY = [
     '10 mkdir("/data/jobs/one", 0700) = 0',
     f'10 fchownat(AT_FDCWD</>, "/data/jobs/one", {UID}, {UID}, AT_SYMLINK_NOFOLLOW) = 0',
 ]
 FORK = "10 clone(child_stack=NULL, flags=CLONE_CHILD_SETTID|SIGCHLD, child_tidptr=0x7f) = 11"
 
 
-def seen(*lines: str) -> Seen:
+def traced(*lines: str) -> Seen:
     found = Seen()
-    Trace(UID, "/", found).read([*BEGIN, *lines])
+    Trace(UID, "/", found).read([*GIVE_AWAY, *lines])
     assert found.given >= {"/data/jobs/one"}
     return found
 
@@ -47,16 +48,16 @@ def seen(*lines: str) -> Seen:
         'readlink("/proc/12/cwd/log", 0x7f, 99) = -1 EINVAL (Invalid argument)',
     ],
 )
-def test_a_path_through_a_folder_that_was_given_away_is_told(call: str) -> None:
-    assert seen(f"10 {call}").wrong == [f"10 {call}"]
-    # By a process that it has forked, and in two parts.
+def test_a_path_through_a_folder_that_was_given_away_is_reported(call: str) -> None:
+    assert traced(f"10 {call}").wrong == [f"10 {call}"]
+    # The same call, by a forked process and in two parts.
     name, _, rest = call.rpartition(" = ")
     parts = [
         f"11 {name[:-1]} <unfinished ...>",
         FORK,
         f"11 <... {name.split('(')[0]} resumed>) = {rest}",
     ]
-    assert seen(*parts).wrong == [f"11 {call}"]
+    assert traced(*parts).wrong == [f"11 {call}"]
 
 
 @pytest.mark.parametrize(
@@ -71,8 +72,8 @@ def test_a_path_through_a_folder_that_was_given_away_is_told(call: str) -> None:
         'open("/proc/10/environ", O_RDONLY) = 9</proc/10/environ>',
     ],
 )
-def test_other_paths_are_not(call: str) -> None:
-    found = seen(f"10 {call}")
+def test_other_paths_are_not_reported(call: str) -> None:
+    found = traced(f"10 {call}")
     assert (found.wrong, found.right) == ([], set())
 
 
@@ -88,46 +89,46 @@ def test_other_paths_are_not(call: str) -> None:
         'fchownat(7</data/jobs/one>, "log", 0, 0, AT_SYMLINK_NOFOLLOW) = 0',
     ],
 )
-def test_a_name_in_an_open_folder_that_is_not_followed_is_right(call: str) -> None:
-    found = seen(f"10 {call}")
+def test_a_name_in_an_open_folder_is_right_if_links_are_not_followed(call: str) -> None:
+    found = traced(f"10 {call}")
     assert found.wrong == []
     assert found.right == {(call.partition("(")[0], "/data/jobs/one")}
 
 
-def test_what_the_other_user_does_itself_is_not_told() -> None:
+def test_calls_by_the_other_user_are_not_reported() -> None:
     become = [f"11 setreuid({UID}, {UID}) = 0", '11 chdir("/data/jobs/one") = 0']
     own = '11 open("/data/jobs/one/log", O_RDONLY) = 5</data/jobs/one/log>'
-    assert seen(FORK, *become, own).wrong == []
-    assert seen(FORK, own).wrong == [own]
+    assert traced(FORK, *become, own).wrong == []
+    assert traced(FORK, own).wrong == [own]
     failed = f"11 setreuid({UID}, {UID}) = -1 EPERM (Operation not permitted)"
-    assert seen(FORK, failed, own).wrong == [own]
+    assert traced(FORK, failed, own).wrong == [own]
 
 
-def test_a_folder_is_given_away_by_its_descriptor_too_and_under_a_name_that_it_gets_later() -> None:
+def test_a_folder_given_away_by_its_descriptor_counts_under_its_later_names() -> None:
     given = f"10 fchown(9</data/new>, {UID}, -1) = 0"
     use = '10 open("/data/{}/x", O_RDONLY) = -1 ENOENT (No such file or directory)'
-    assert seen(use.format("new"), given).wrong == []  # before it was
-    assert seen(given, use.format("new")).wrong == [use.format("new")]
+    assert traced(use.format("new"), given).wrong == []  # used before it was given away
+    assert traced(given, use.format("new")).wrong == [use.format("new")]
     moved = '10 renameat2(3</data>, "new", 3</data>, "old", RENAME_NOREPLACE) = 0'
-    assert seen(given, moved, use.format("old")).wrong == [use.format("old")]
+    assert traced(given, moved, use.format("old")).wrong == [use.format("old")]
 
 
-def test_a_folder_that_only_a_group_was_given_is_still_roots() -> None:
+def test_a_folder_given_to_a_group_alone_is_still_roots() -> None:
     given = f'10 chown("/data/jobs", -1, {UID}) = 0'
-    assert seen(given, '10 mkdir("/data/jobs/two", 0700) = 0').wrong == []
+    assert traced(given, '10 mkdir("/data/jobs/two", 0700) = 0').wrong == []
 
 
-def test_a_folder_that_the_other_user_may_write_in_is_told(tmp_path: Path) -> None:
+def test_a_folder_in_which_the_other_user_may_write_is_reported(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     use = f'10 open("{tmp_path}/x", O_RDONLY) = -1 ENOENT (No such file or directory)'
-    assert seen(use).wrong == [use]
-    tmp_path.chmod(0o1777)  # there each entry is its owner's alone
-    assert seen(use).wrong == []
+    assert traced(use).wrong == [use]
+    tmp_path.chmod(0o1777)  # with the sticky bit, only its owner can replace an entry
+    assert traced(use).wrong == []
 
 
-def test_relative_paths_are_those_of_the_folder_that_it_went_into() -> None:
-    went = '10 chdir("/data") = 0'
+def test_relative_paths_are_resolved_in_the_working_folder() -> None:
+    into_data = '10 chdir("/data") = 0'
     use = '10 open("jobs/one/log", O_RDONLY) = 5</data/jobs/one/log>'
-    assert seen(use).wrong == []
-    assert seen(went, use).wrong == [use]
-    assert seen("10 fchdir(3</data>) = 0", use).wrong == [use]
+    assert traced(use).wrong == []
+    assert traced(into_data, use).wrong == [use]
+    assert traced("10 fchdir(3</data>) = 0", use).wrong == [use]

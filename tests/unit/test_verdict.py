@@ -162,10 +162,12 @@ Make = Callable[..., Evidence]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
-    """Makes evidence with real files: memory events, an outcome file, and a log in a job's folder."""
+    """Make evidence with real files: memory events, an outcome file and a log in a job's folder."""
     with ExitStack() as stack:
 
-        def made(status: int | None, events: str, said: bytes, log: bytes, **more: Any) -> Evidence:
+        def made(
+            status: int | None, events: str, written: bytes, log: bytes, **more: Any
+        ) -> Evidence:
             before = b"of an earlier attempt\n"
             (tmp_path / "log").write_bytes(before + log)
             (tmp_path / "memory.events").write_text(events)
@@ -180,7 +182,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
             stack.callback(group.close)
             memory = os.memfd_create("outcome")
             stack.callback(os.close, memory)
-            os.write(memory, said)
+            os.write(memory, written)
             folder = os.open(tmp_path, os.O_RDONLY)
             stack.callback(os.close, folder)
             facts: dict[str, Any] = {
@@ -228,7 +230,7 @@ def test_a_job_without_files_has_no_outcome(make: Make) -> None:
     ("leftovers", "names"),
     [(["sh"], "sh"), ([*"abcde"], "a, b, c, d, e"), ([*"abcdefg"], "a, b, c, d, e and 2 more")],
 )
-def test_programs_that_a_successful_job_has_left_are_named(
+def test_leftover_programs_of_a_successful_job_are_named(
     leftovers: list[str], names: str, make: Make
 ) -> None:
     record = verdict.judge(make(SUCCESS, NO_KILL, RESULT, LOG, leftovers=leftovers), EXITED)
@@ -242,7 +244,7 @@ def test_programs_that_a_successful_job_has_left_are_named(
 
 
 @pytest.mark.parametrize(("end_ns", "at_least"), [(0, 1001), (500, 1000)])
-def test_an_end_that_is_unknown_or_before_the_start_is_corrected(
+def test_an_end_time_that_is_unknown_or_before_the_start_is_corrected(
     end_ns: int, at_least: int, make: Make
 ) -> None:
     record = verdict.judge(make(SUCCESS, NO_KILL, b"", b"", end_ns=end_ns), EXITED)

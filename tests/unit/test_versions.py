@@ -1,4 +1,4 @@
-"""A version is made ready when its files can be had, and not before."""
+"""A version becomes ready when its files are available, and not before."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from cortex.spec.api import ApiSpec, Definition, Networking
 from cortex.store import Store
 
 
-def test_a_version_is_held_up_while_its_files_cannot_be_had(tmp_path: Path) -> None:
-    asyncio.run(_check(tmp_path))
+def test_a_version_is_blocked_while_its_files_are_unavailable(tmp_path: Path) -> None:
+    asyncio.run(_block_and_recover(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_a_version_is_held_up_while_its_files_cannot_be_had(tmp_path: Path) -> N
         (b"A=x\0y\n", ".env:1: A: the value contains a NUL character; remove it"),
     ],
 )
-def test_a_version_whose_variables_a_job_has_spoilt_is_told_so(
+def test_a_version_whose_dotenv_a_job_has_spoilt_is_unusable(
     tmp_path: Path, written: bytes, reason: str
 ) -> None:
     async def main() -> None:
@@ -43,7 +43,7 @@ def test_a_version_whose_variables_a_job_has_spoilt_is_told_so(
         projects = Projects(tmp_path / "projects", tmp_path / "locks")
         store = Store(f"sqlite:///{tmp_path / 'operator.db'}")
         try:
-            spec = taken_in(projects)
+            spec = store_project(projects)
             (projects.folder(spec.project_id) / ".env").write_bytes(written)
             await store.deploy([spec])
             with pytest.raises(VersionUnusable) as raised:
@@ -56,18 +56,21 @@ def test_a_version_whose_variables_a_job_has_spoilt_is_told_so(
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM])
-def test_what_the_machine_lacks_for_a_moment_holds_a_version_up(
+def test_a_temporary_lack_of_resources_blocks_a_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def popen(*_: object, **__: object) -> NoReturn:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    with prepared(tmp_path) as versions, pytest.raises(VersionBlocked, match="cannot be built now"):
+    with (
+        deployed_version(tmp_path) as versions,
+        pytest.raises(VersionBlocked, match="cannot be built now"),
+    ):
         asyncio.run(versions.make_ready("v1"))
 
 
-def test_a_machine_without_room_for_a_thread_holds_a_version_up(
+def test_a_failed_start_of_a_thread_blocks_a_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start(_: threading.Thread) -> NoReturn:
@@ -83,25 +86,25 @@ def test_a_machine_without_room_for_a_thread_holds_a_version_up(
             with pytest.raises(VersionBlocked, match="cannot be built now"):
                 await versions.make_ready("v1")
 
-    with prepared(tmp_path) as versions:
+    with deployed_version(tmp_path) as versions:
         asyncio.run(main(versions))
 
 
 @contextmanager
-def prepared(folder: Path) -> Iterator[Versions]:
-    """A version that has an environment to be built, and nothing else of an operator."""
+def deployed_version(folder: Path) -> Iterator[Versions]:
+    """The versions of an operator with one deployed version, whose environment is not built yet."""
     for name in ("projects", "locks", "environments"):
         (folder / name).mkdir()
     projects = Projects(folder / "projects", folder / "locks")
     store = Store(f"sqlite:///{folder / 'operator.db'}")
     try:
-        asyncio.run(store.deploy([taken_in(projects)]))
+        asyncio.run(store.deploy([store_project(projects)]))
         yield Versions(store, projects, Environments(folder / "environments"))
     finally:
         store.close()
 
 
-def taken_in(projects: Projects) -> ApiSpec:
+def store_project(projects: Projects) -> ApiSpec:
     with projects.incoming() as incoming:
         incoming.mkdir()
         (incoming / "task.py").write_text("def task(config): pass\n")
@@ -117,25 +120,25 @@ def taken_in(projects: Projects) -> ApiSpec:
     )
 
 
-async def _check(tmp_path: Path) -> None:
-    shelf, data = tmp_path / "shelf", tmp_path / "data"
-    for folder in (shelf, data / "projects", data / "locks"):
+async def _block_and_recover(tmp_path: Path) -> None:
+    objects, data = tmp_path / "objects", tmp_path / "data"
+    for folder in (objects, data / "projects", data / "locks"):
         folder.mkdir(parents=True)
-    projects = Projects(data / "projects", data / "locks", ObjectStore(f"file://{shelf}"))
-    spec = taken_in(projects)
+    projects = Projects(data / "projects", data / "locks", ObjectStore(f"file://{objects}"))
+    spec = store_project(projects)
     (data / "projects" / spec.project_id).rename(tmp_path / "taken-away")
     store = Store(f"sqlite:///{tmp_path / 'operator.db'}")
     try:
         await store.deploy([spec])
         versions = Versions(store, projects, None)
-        shelf.rename(tmp_path / "away")
+        objects.rename(tmp_path / "away")
         with pytest.raises(VersionBlocked, match=r"the object store .* cannot be used"):
             await versions.make_ready("v1")
-        shelf.mkdir()
+        objects.mkdir()
         with pytest.raises(VersionUnusable, match="deploy it again"):
             await versions.make_ready("v1")
-        shelf.rmdir()
-        (tmp_path / "away").rename(shelf)
+        objects.rmdir()
+        (tmp_path / "away").rename(objects)
         version = await versions.make_ready("v1")
         assert (version.project / "task.py").is_file()
         await versions.close()

@@ -1,4 +1,5 @@
-"""The waiting line against a model that has no heap and no parked jobs: a sorted list, searched from its head."""
+"""The waiting queue, compared with a model without a heap and without parked jobs: a sorted list
+that is searched from its head."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ APIS = st.sampled_from(["a", "b", "c"])
 
 
 class Model(RuleBasedStateMachine):
-    """Jobs are pushed, admitted in order, and end; limits change, and jobs are withdrawn while they wait."""
+    """Clients submit and withdraw jobs, the queue admits them in order, they end, and limits
+    change."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +62,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(admits=st.integers(1, 3))
     def schedule(self, admits: int) -> None:
-        """As the caller does: until the queue is empty, or has no room for more."""
+        """Admit up to `admits` jobs, as the caller does."""
         while (job := self.queue.first()) is not None:
             if job in self.withdrawn:
                 self.queue.pop()
@@ -99,7 +101,7 @@ class Model(RuleBasedStateMachine):
             self.limits[api] = limit
 
     @invariant()
-    def the_count_of_running_jobs_is_told_at_the_limit_alone(self) -> None:
+    def the_count_of_running_jobs_is_reported_at_the_limit_alone(self) -> None:
         for api in ("a", "b", "c"):
             expected = None if self.may_run(api) else self.count(api)
             assert self.queue.running_at_limit(api) == expected

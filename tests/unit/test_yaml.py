@@ -1,4 +1,4 @@
-"""`read_apis`: what a cortex.yaml may say, and every mistake with its line."""
+"""`read_apis`: what a cortex.yaml may contain, and every mistake with its line."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FULL = """\
 
 
 def mistakes(text: str) -> list[str]:
-    """The lines of the message, without the file's name."""
+    """The lines of the message, without the name of the file."""
     with pytest.raises(InvalidSpec) as raised:
         read_apis(text, "cortex.yaml")
     lines = raised.value.message.split("\n")
@@ -50,18 +50,18 @@ def mistakes(text: str) -> list[str]:
     return [line.removeprefix("cortex.yaml:") for line in lines]
 
 
-def only(text: str) -> str:
+def mistake(text: str) -> str:
     found = mistakes(text)
     assert len(found) == 1, found
     return found[0]
 
 
-def one(definition: str = "path: iris.py", more: str = "") -> str:
+def one_api(definition: str = "path: iris.py", more: str = "") -> str:
     """One API: its `definition` on line 4 and what follows from line 5 on."""
     return f"- name: iris\n  kind: TaskAPI\n  definition:\n    {definition}\n{more}"
 
 
-def test_everything_that_may_be_said() -> None:
+def test_every_field_is_read() -> None:
     iris, shell = read_apis(FULL, "cortex.yaml")
     assert iris == Api(
         name="iris",
@@ -84,7 +84,7 @@ def test_everything_that_may_be_said() -> None:
     assert shell.definition.command == ["sh", "-c", "echo hi"]
 
 
-def test_what_is_left_out_or_null_is_the_default() -> None:
+def test_a_missing_or_null_field_has_its_default() -> None:
     (api,) = read_apis(MINIMAL, "cortex.yaml")
     assert api.networking.endpoint == "iris"
     assert api.compute == Compute(cpu_m=200, mem=None, gpu=0)
@@ -93,18 +93,18 @@ def test_what_is_left_out_or_null_is_the_default() -> None:
     assert read_apis(MINIMAL + "  networking: {endpoint: null}\n", "cortex.yaml") == [api]
 
 
-def test_an_api_is_frozen_and_says_the_same_after_json() -> None:
+def test_an_api_is_frozen_and_survives_json() -> None:
     (api, _) = read_apis(FULL, "cortex.yaml")
     assert Api.model_validate_json(api.model_dump_json()) == api
     with pytest.raises(ValueError, match="frozen"):
-        api.name = "other"  # type: ignore[misc]  # what is tested
+        api.name = "other"  # type: ignore[misc]  # invalid on purpose
 
 
 @pytest.mark.parametrize(
     ("cpu", "expected"),
     [("1", 1000), ("0.25", 250), ('"200m"', 200), ("200m", 200), ('"2"', 2000), ("0.0001", 1)],
 )
-def test_cpu_in_thousandths(cpu: str, expected: int) -> None:
+def test_cpu_is_read_in_thousandths(cpu: str, expected: int) -> None:
     (api,) = read_apis(MINIMAL + f"  compute: {{cpu: {cpu}}}\n", "cortex.yaml")
     assert api.compute.cpu_m == expected
 
@@ -130,27 +130,27 @@ def test_cpu_in_thousandths(cpu: str, expected: int) -> None:
         ("0x10000000", 1 << 28),
     ],
 )
-def test_mem_in_bytes(mem: str, expected: int) -> None:
+def test_mem_is_read_in_bytes(mem: str, expected: int) -> None:
     (api,) = read_apis(MINIMAL + f"  compute: {{mem: {mem}}}\n", "cortex.yaml")
     assert api.compute.mem == expected
 
 
-def test_a_mistake_says_line_what_was_found_what_is_allowed() -> None:
-    text = one(more='  compute:\n    cpu: 1\n    mem: "12 potatoes"\n')
-    assert only(text) == (
+def test_a_mistake_has_its_line_the_value_and_what_is_allowed() -> None:
+    text = one_api(more='  compute:\n    cpu: 1\n    mem: "12 potatoes"\n')
+    assert mistake(text) == (
         '7: compute.mem: found "12 potatoes"; allowed: bytes, or a size such as 512Mi or 1G'
     )
 
 
-def test_labels_have_a_value_or_several() -> None:
+def test_a_label_has_one_value_or_several() -> None:
     text = "  compute:\n    node_labels: {zone: [a, b], example.com/disk: ssd}\n"
-    (api,) = read_apis(one(more=text), "cortex.yaml")
+    (api,) = read_apis(one_api(more=text), "cortex.yaml")
     assert api.compute.node_labels == {"zone": ("a", "b"), "example.com/disk": ("ssd",)}
     assert Api.model_validate_json(api.model_dump_json()) == api
 
 
 @pytest.mark.parametrize(
-    ("labels", "told"),
+    ("labels", "message"),
     [
         ("a", '6: compute.node_labels: found "a"; allowed: an object of labels'),
         ("{zone: 3}", "6: compute.node_labels.zone: found 3; allowed: at most 63 letters"),
@@ -163,18 +163,18 @@ def test_labels_have_a_value_or_several() -> None:
         ("{a/b/c: a}", '6: compute.node_labels: found the label "a/b/c"; allowed in a label'),
     ],
 )
-def test_mistakes_in_labels_are_told(labels: str, told: str) -> None:
-    assert only(one(more=f"  compute:\n    node_labels: {labels}\n")).startswith(told)
+def test_mistakes_in_labels_are_reported(labels: str, message: str) -> None:
+    assert mistake(one_api(more=f"  compute:\n    node_labels: {labels}\n")).startswith(message)
 
 
 @pytest.mark.parametrize("found", ["-1", "1.5", "true", '"2"', "[]"])
 def test_retries_are_a_count(found: str) -> None:
-    (line,) = mistakes(one(more=f"  retries: {found}\n"))
+    (line,) = mistakes(one_api(more=f"  retries: {found}\n"))
     assert line.startswith("5: retries: found ")
     assert line.endswith("; allowed: a whole number, 0 or more")
 
 
-def test_every_mistake_is_told_at_once_in_the_order_of_lines() -> None:
+def test_every_mistake_is_reported_at_once_in_the_order_of_lines() -> None:
     text = """\
 - name: Iris
   kind: BatchAPI
@@ -205,7 +205,7 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines() -> None:
         9,
     ]
     joined = "\n".join(found)
-    for told in (
+    for message in (
         '1: name: found "Iris"; allowed: at most 63 lower-case',
         'did you mean "iris"?',
         "1: definition: missing; it is required",
@@ -223,11 +223,11 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines() -> None:
         '9: compute.mem: found "1Mi"; allowed: at least 16Mi',
         "9: compute.disk: unknown field; allowed: cpu, mem, gpu, node_labels",
     ):
-        assert told in joined
+        assert message in joined
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "1: no API found; allowed: a list of APIs"),
         ("# nothing\n", "1: no API found"),
@@ -251,12 +251,14 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines() -> None:
     ],
     ids=range(19),
 )
-def test_texts_that_hold_no_list_of_apis(text: str, told: str) -> None:
-    assert only(text).startswith(told)
+def test_a_text_without_a_list_of_apis_is_refused(text: str, message: str) -> None:
+    assert mistake(text).startswith(message)
 
 
-def test_an_anchor_may_be_given_again() -> None:
-    (api,) = read_apis(one("path: iris.py\n    config: {a: &x 1, b: &x 2, c: *x}"), "cortex.yaml")
+def test_an_anchor_may_be_defined_again() -> None:
+    (api,) = read_apis(
+        one_api("path: iris.py\n    config: {a: &x 1, b: &x 2, c: *x}"), "cortex.yaml"
+    )
     assert api.definition.config == {"a": 1, "b": 2, "c": 2}
 
 
@@ -265,20 +267,22 @@ def test_aliases_are_expanded_within_bounds() -> None:
     assert "too large once its aliases are expanded" in "\n".join(mistakes(bomb))
     long = "- &a " + "x" * 100_000 + "\n" + "- *a\n" * 200
     assert "too large once its aliases are expanded" in "\n".join(mistakes(long))
-    kind = one(
+    kind = one_api(
         "<<: &d {path: a.py}", "- {name: b, kind: TaskAPI, definition: {<<: *d, path: b.py}}"
     )
     assert [api.definition.path for api in read_apis(kind, "cortex.yaml")] == ["a.py", "b.py"]
     both = "<<: [{path: a.py}, {path: b.py, log_level: debug}]"
-    (api,) = read_apis(one(both), "cortex.yaml")
+    (api,) = read_apis(one_api(both), "cortex.yaml")
     assert (api.definition.path, api.definition.log_level) == ("a.py", "debug")
-    assert only(one("<<: [{path: a.py}, 3]")).startswith(
+    assert mistake(one_api("<<: [{path: a.py}, 3]")).startswith(
         "4: definition.<<: found a number; allowed: an ob"
     )
 
 
-def test_keys_are_strings_and_given_once() -> None:
-    text = one("path: a.py\n    path: b.py\n    path: c.py\n    1: x\n    ? [a]\n    : b\n    ~: c")
+def test_keys_must_be_strings_and_unique() -> None:
+    text = one_api(
+        "path: a.py\n    path: b.py\n    path: c.py\n    1: x\n    ? [a]\n    : b\n    ~: c"
+    )
     assert mistakes(text) == [
         "5: definition.path: given twice, first on line 4",
         "6: definition.path: given twice, first on line 4",
@@ -288,49 +292,49 @@ def test_keys_are_strings_and_given_once() -> None:
     ]
 
 
-def test_names_and_endpoints_are_given_once() -> None:
+def test_names_and_endpoints_must_be_unique() -> None:
     other = "- {name: %s, kind: TaskAPI, definition: {path: a.py}%s}\n"
     assert (
-        only(MINIMAL + other % ("iris", ""))
+        mistake(MINIMAL + other % ("iris", ""))
         == '4: name: "iris" is already used by the API on line 1'
     )
-    assert only(MINIMAL + other % ("b", ", networking: {endpoint: iris}")) == (
+    assert mistake(MINIMAL + other % ("b", ", networking: {endpoint: iris}")) == (
         '4: networking.endpoint: "iris" is already used by the API on line 1'
     )
     same_line = "[{name: a, kind: TaskAPI, definition: {path: a}}, {name: a, kind: TaskAPI, definition: {path: b}}]"
-    assert only(same_line) == '1: name: "a" is already used by the API on line 1'
+    assert mistake(same_line) == '1: name: "a" is already used by the API on line 1'
 
 
 @pytest.mark.parametrize(
     "name", ["", "1a", "a-", "-a", "a_b", "a.b", "a" * 64, "ä", "a\n", "5", "true", "[a]", "null"]
 )
-def test_names_that_are_not_dns_1035(name: str) -> None:
+def test_a_name_that_is_not_dns_1035_is_refused(name: str) -> None:
     quote = json.dumps(name) if name not in {"5", "true", "[a]", "null"} else name
-    assert only(MINIMAL.replace("iris\n", f"{quote}\n", 1)).startswith("1: name: found ")
+    assert mistake(MINIMAL.replace("iris\n", f"{quote}\n", 1)).startswith("1: name: found ")
 
 
 @pytest.mark.parametrize("name", ["a", "a1", "a-b", "a" * 63])
-def test_names_that_are(name: str) -> None:
+def test_a_dns_1035_name_is_accepted(name: str) -> None:
     assert read_apis(MINIMAL.replace("iris", name, 1), "c")[0].name == name
 
 
 @pytest.mark.parametrize("reserved", ["healthz", "readyz", "metrics"])
-def test_reserved_endpoints(reserved: str) -> None:
-    told = f'"{reserved}" is reserved'
-    assert told in only(MINIMAL.replace("iris", reserved, 1))
-    assert told in only(MINIMAL + f"  networking: {{endpoint: /{reserved}}}\n")
+def test_a_reserved_endpoint_is_refused(reserved: str) -> None:
+    message = f'"{reserved}" is reserved'
+    assert message in mistake(MINIMAL.replace("iris", reserved, 1))
+    assert message in mistake(MINIMAL + f"  networking: {{endpoint: /{reserved}}}\n")
 
 
 @pytest.mark.parametrize(
     "endpoint", ["a/b", "//a", "a/", ".", "..", "-a", "", "a b", "ä", 5, [], "a\n"]
 )
-def test_endpoints_that_are_not_one_path_segment(endpoint: object) -> None:
+def test_an_endpoint_that_is_not_one_path_segment_is_refused(endpoint: object) -> None:
     text = MINIMAL + f"  networking:\n    endpoint: {json.dumps(endpoint)}\n"
-    assert only(text).startswith("5: networking.endpoint: found ")
+    assert mistake(text).startswith("5: networking.endpoint: found ")
 
 
 @pytest.mark.parametrize(
-    ("definition", "told"),
+    ("definition", "message"),
     [
         (
             "path: a.py\n    command: [a]",
@@ -384,8 +388,8 @@ def test_endpoints_that_are_not_one_path_segment(endpoint: object) -> None:
         ),
     ],
 )
-def test_definitions_that_are_wrong(definition: str, told: str) -> None:
-    assert only(one(definition)).startswith(told)
+def test_an_invalid_definition_is_refused(definition: str, message: str) -> None:
+    assert mistake(one_api(definition)).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -405,14 +409,14 @@ def test_definitions_that_are_wrong(definition: str, told: str) -> None:
         ('"\\ud800"', "text with half a character"),
     ],
 )
-def test_a_config_holds_what_json_can(value: str, found: str) -> None:
-    told = only(one(f"path: a.py\n    config:\n      a:\n        - {value}"))
-    assert told.startswith(f"7: definition.config.a[0]: found {found}")
-    assert "a JSON value; put it in quotes" in told
+def test_a_config_value_that_json_cannot_express_is_refused(value: str, found: str) -> None:
+    message = mistake(one_api(f"path: a.py\n    config:\n      a:\n        - {value}"))
+    assert message.startswith(f"7: definition.config.a[0]: found {found}")
+    assert "a JSON value; put it in quotes" in message
 
 
 @pytest.mark.parametrize(
-    ("env", "told"),
+    ("env", "message"),
     [
         ("HUSH7", "definition.env: found a string"),
         ("[HUSH7]", "definition.env: found a list"),
@@ -429,16 +433,16 @@ def test_a_config_holds_what_json_can(value: str, found: str) -> None:
         ("{<<: HUSH7}", "definition.env.<<: found a string; allowed: an object"),
     ],
 )
-def test_mistakes_in_env_show_no_values(env: str, told: str) -> None:
+def test_mistakes_in_env_show_no_values(env: str, message: str) -> None:
     with pytest.raises(InvalidSpec) as raised:
-        read_apis(one(f"path: a.py\n    env: {env}"), "c")
-    assert raised.value.message.startswith(f"c:5: {told}")
+        read_apis(one_api(f"path: a.py\n    env: {env}"), "c")
+    assert raised.value.message.startswith(f"c:5: {message}")
     assert all(secret not in raised.value.message for secret in ("HUSH7", "5577", "2020"))
 
 
 def test_scalars_are_those_of_yaml_1_2() -> None:
     config = r'{a: 0o14, b: 1_000, c: -0x1F, d: yes, e: 1e3, f: "😀", g: =, h: +5, i: !!str 5}'
-    (api,) = read_apis(one(f"path: a.py\n    config: {config}"), "c")
+    (api,) = read_apis(one_api(f"path: a.py\n    config: {config}"), "c")
     expected = {"a": 12, "b": 1000, "c": -31, "d": "yes", "e": 1000.0, "f": "\U0001f600"}
     assert api.definition.config == expected | {"g": "=", "h": 5, "i": "5"}
 
@@ -446,8 +450,8 @@ def test_scalars_are_those_of_yaml_1_2() -> None:
 @pytest.mark.parametrize(
     "cpu", ["0", "-1", ".nan", ".inf", '"0m"', '"200 m"', "[1]", "false", "1e30"]
 )
-def test_cpus_that_are_wrong(cpu: str) -> None:
-    assert only(MINIMAL + f"  compute: {{cpu: {cpu}}}\n").startswith("4: compute.cpu: found ")
+def test_an_invalid_cpu_is_refused(cpu: str) -> None:
+    assert mistake(MINIMAL + f"  compute: {{cpu: {cpu}}}\n").startswith("4: compute.cpu: found ")
 
 
 @pytest.mark.parametrize(
@@ -466,26 +470,26 @@ def test_cpus_that_are_wrong(cpu: str) -> None:
         ("٣Gi", None),
     ],
 )
-def test_sizes_that_are_wrong(mem: str, hint: str | None) -> None:
-    told = only(MINIMAL + f'  compute: {{mem: "{mem}"}}\n')
-    assert told.startswith("4: compute.mem: found ")
-    assert told.partition("; did you mean ")[2] == (f'"{hint}"?' if hint else "")
+def test_an_invalid_size_is_refused_with_a_suggestion(mem: str, hint: str | None) -> None:
+    message = mistake(MINIMAL + f'  compute: {{mem: "{mem}"}}\n')
+    assert message.startswith("4: compute.mem: found ")
+    assert message.partition("; did you mean ")[2] == (f'"{hint}"?' if hint else "")
 
 
 @pytest.mark.parametrize("gpu", ["1.0", "true", '"1"', "-1", "100000"])
-def test_gpus_that_are_wrong(gpu: str) -> None:
-    assert only(MINIMAL + f"  compute: {{gpu: {gpu}}}\n").startswith("4: compute.gpu: found ")
+def test_an_invalid_gpu_is_refused(gpu: str) -> None:
+    assert mistake(MINIMAL + f"  compute: {{gpu: {gpu}}}\n").startswith("4: compute.gpu: found ")
 
 
-def test_a_field_in_the_wrong_place_is_shown_its_place() -> None:
-    assert only(MINIMAL + "  endpoint: a\n").endswith('did you mean "networking.endpoint"?')
-    assert only(MINIMAL + "  mem: 1Gi\n").endswith('did you mean "compute.mem"?')
+def test_the_error_for_a_misplaced_field_names_its_place() -> None:
+    assert mistake(MINIMAL + "  endpoint: a\n").endswith('did you mean "networking.endpoint"?')
+    assert mistake(MINIMAL + "  mem: 1Gi\n").endswith('did you mean "compute.mem"?')
 
 
-def test_what_is_shown_is_one_short_line() -> None:
+def test_a_long_value_is_shortened_in_the_error() -> None:
     long = "x\n" * 5000
-    told = only(MINIMAL + f"  compute: {{mem: {json.dumps(long)}}}\n")
-    assert len(told) < 200
+    message = mistake(MINIMAL + f"  compute: {{mem: {json.dumps(long)}}}\n")
+    assert len(message) < 200
 
 
 def test_field_lines_name_every_field() -> None:
@@ -514,9 +518,9 @@ def test_field_lines_name_every_field() -> None:
 def test_a_field_of_cortex_alone_is_refused_with_what_to_write_instead(
     field: str, name: str, instead: str
 ) -> None:
-    told = only(MINIMAL + f"  {field}\n")
-    assert told.startswith(f"4: {name}: this field of Cortex is not supported; ")
-    assert instead in told
+    message = mistake(MINIMAL + f"  {field}\n")
+    assert message.startswith(f"4: {name}: this field of Cortex is not supported; ")
+    assert instead in message
 
 
 @pytest.mark.parametrize(
@@ -527,7 +531,7 @@ def test_a_field_of_cortex_alone_is_refused_with_what_to_write_instead(
     ],
 )
 def test_a_field_of_a_definition_of_cortex_alone_is_refused(field: str, instead: str) -> None:
-    line = only(one(f"path: a.py\n    {field}"))
+    line = mistake(one_api(f"path: a.py\n    {field}"))
     assert line.startswith(
         f"5: definition.{field.partition(':')[0]}: this field of Cortex is not supported; "
     )
@@ -544,11 +548,11 @@ def test_an_old_spec_without_the_newer_fields_is_read() -> None:
     "name", ["PYTHONEXECUTABLE", "PYTHONHOME", "PYTHONINSPECT", "PYTHONPLATLIBDIR"]
 )
 def test_a_variable_of_python_that_no_job_of_a_path_can_have_is_refused(name: str) -> None:
-    told = only(one(f"path: a.py\n    env:\n      A: b\n      {name}: x"))
-    assert told.startswith(
+    message = mistake(one_api(f"path: a.py\n    env:\n      A: b\n      {name}: x"))
+    assert message.startswith(
         f"7: definition.env.{name}: allowed only with a command, not with a path: it "
     )
-    (api,) = read_apis(one(f"command: [a]\n    env: {{{name}: x}}"), "cortex.yaml")
+    (api,) = read_apis(one_api(f"command: [a]\n    env: {{{name}: x}}"), "cortex.yaml")
     assert api.definition.env == {name: "x"}
 
 
@@ -562,7 +566,7 @@ def test_a_variable_of_python_that_no_job_of_a_path_can_have_is_refused(name: st
         ("PYTHON_VERSION", [], ["3.11"]),
     ],
 )
-def test_variables_of_later_pythons_and_of_none(
+def test_variables_of_later_pythons_are_checked_and_others_are_not(
     name: str, refused: list[str], allowed: list[str]
 ) -> None:
     assert None not in [refusal(name, value) for value in refused]

@@ -181,7 +181,7 @@ async def run(settings: Settings, on_ready: Callable[[str], None]) -> None:
     settings = replace(
         settings,
         require_token=_requires_tokens(settings, listener),
-        advertise=settings.advertise or _guessed_url(settings.host, port),
+        advertise=settings.advertise or guess_url(settings.host, port),
     )
     end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     async with open_operator(settings, end.set_exception) as app:
@@ -261,7 +261,7 @@ def _listen(settings: Settings) -> socket.socket:
         ) from error
 
 
-def _guessed_url(host: str, port: int) -> str:
+def guess_url(host: str, port: int) -> str:
     """The URL at which other operators reach this one, guessed from the address that it listens
     on."""
     if host in ("", "0.0.0.0", "::"):

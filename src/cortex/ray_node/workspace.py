@@ -50,7 +50,7 @@ class AgentFolder:
         base.mkdir(0o700, parents=True, exist_ok=True)
         with (base / "lock").open("w") as base_lock:
             fcntl.flock(base_lock, fcntl.LOCK_EX)
-            root, lock, identity = _find_or_create(base, node_id)
+            root, lock, identity = find_or_create(base, node_id)
             folder = cls(root, lock, identity)
             for each in (folder.projects, folder.locks, folder.environments, folder.jobs):
                 each.mkdir(exist_ok=True)
@@ -59,7 +59,12 @@ class AgentFolder:
         return folder
 
 
-def _find_or_create(base: Path, node_id: str) -> tuple[Path, IO[str], str]:
+def find_or_create(base: Path, node_id: str) -> tuple[Path, IO[str], str]:
+    """The folder of a node's agent: its earlier one, or one that no living agent uses.
+
+    Returns:
+        the folder, its lock, and its identity, which is new unless the folder was this node's.
+    """
     roots = [base / str(number) for number in range(_MAX_FOLDERS)]
     owners = {root: _owner(root) for root in roots if root.is_dir()}
     own = next((root for root, (owner, _) in owners.items() if owner == node_id), None)

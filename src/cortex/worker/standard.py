@@ -12,7 +12,7 @@ after the task set this copy as their `__builtins__`, before they define functio
 the builtins that its module had at that time."""
 
 
-def _listed() -> frozenset[str]:
+def names_of_files() -> frozenset[str]:
     """The names by the files of the standard library: before 3.10, Python does not list them."""
     folder = os.path.dirname(os.__file__)
     files = os.listdir(folder)
@@ -22,4 +22,4 @@ def _listed() -> frozenset[str]:
     return frozenset(sys.builtin_module_names) | {name.partition(".")[0] for name in files}
 
 
-NAMES: frozenset[str] = getattr(sys, "stdlib_module_names", None) or _listed()
+NAMES: frozenset[str] = getattr(sys, "stdlib_module_names", None) or names_of_files()

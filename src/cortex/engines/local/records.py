@@ -90,7 +90,7 @@ def granted_gpus(folder: Path, attempt: Attempt) -> list[int]:
     try:
         with _opened(folder, must_exist=True) as fd:
             assert fd is not None
-            start = _start(fd, folder.name, attempt.number)
+            start = read_start(fd, folder.name, attempt.number)
     except OSError:
         return []
     recorded = [] if start is None else start.gpus
@@ -114,7 +114,7 @@ def inspect_attempt(folder: Path, attempt: Attempt, account: Account | None = No
     with _opened(folder, must_exist=not rebooted) as fd:
         if fd is None:
             return Exited(None, None, rebooted=True)
-        start = _start(fd, folder.name, attempt.number)
+        start = read_start(fd, folder.name, attempt.number)
         record, invalid = _exit(fd, folder.name, attempt.number)
         copied = ran_in is not None and ran_in != leftovers.folder_identity(folder.parent)
         # The exit record first: the supervisor may be alive with another job.
@@ -125,7 +125,7 @@ def inspect_attempt(folder: Path, attempt: Attempt, account: Account | None = No
             fence = StartRecord(job_id=folder.name, attempt=attempt.number, fenced=True)
             with beneath.opened(str(folder.parent)) as above:
                 files.create(fd, f"start.{attempt.number}", fence.dumps(), made_in=above)
-            start = _start(fd, folder.name, attempt.number)
+            start = read_start(fd, folder.name, attempt.number)
         if start is None or start.fenced:
             if not (_is_laid_out(fd) and leftovers.has_begun(folder, attempt.number)):
                 return Fenced()
@@ -148,7 +148,7 @@ def read_exit(folder: Path, attempt: int) -> Exited:
     with _opened(folder, must_exist=True) as fd:
         assert fd is not None
         record, invalid = _exit(fd, folder.name, attempt)
-        start = None if record is None else _start(fd, folder.name, attempt)
+        start = None if record is None else read_start(fd, folder.name, attempt)
         return Exited(record, start, rebooted=False, invalid=invalid)
 
 
@@ -157,7 +157,7 @@ def is_supervised(folder: Path, attempt: int) -> bool:
     try:
         with _opened(folder, must_exist=True) as fd:
             assert fd is not None
-            start = _start(fd, folder.name, attempt)
+            start = read_start(fd, folder.name, attempt)
             has_exit = _exit(fd, folder.name, attempt)[0] is not None
             forger = _forger(start, fd, folder.name, None) if has_exit else None
     except OSError:
@@ -242,7 +242,7 @@ def _is_laid_out(folder: int) -> bool:
     return any(not name.startswith("start.") for name in os.listdir(folder))
 
 
-def _start(folder: int, job_id: str, attempt: int) -> StartRecord | None:
+def read_start(folder: int, job_id: str, attempt: int) -> StartRecord | None:
     """The start record of an attempt; None where none exists, an empty record where it cannot be
     read. A record is complete before it gets its name. An incomplete record was spoilt by the job
     or a loss of power. A record that names another job is that of a later job, and then this

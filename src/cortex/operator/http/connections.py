@@ -18,7 +18,7 @@ log = structlog.get_logger()
 
 HEADER_TIMEOUT_S = 30.0
 """For the header of a request, from the connection's start or the end of the previous answer."""
-_CHECK_INTERVAL_S = 5.0
+CHECK_INTERVAL_S = 5.0
 _MAX_CONNECTIONS = 16_384
 _WARNING_INTERVAL_S = 60.0
 
@@ -135,7 +135,7 @@ class Connections:
             )
 
     def _schedule_check(self) -> None:
-        self._check_timer = asyncio.get_running_loop().call_later(_CHECK_INTERVAL_S, self._check)
+        self._check_timer = asyncio.get_running_loop().call_later(CHECK_INTERVAL_S, self._check)
 
     def _check(self) -> None:
         now = time.monotonic()
