@@ -1,6 +1,6 @@
-"""The bare limit of a request: `cortex serve` with its server and its loop as they are, but with an
-application that gives back what it gets in the place of the operator's own: at `/` by FastAPI, at
-`/bare` by the least that the server can call.
+"""The bare limit of a request: `cortex serve` with its own server and event loop, and an
+application that returns its input in place of the operator's. FastAPI answers `/`; `/bare` is the
+least code that the server can call.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The figures: what was measured of whom, over the rounds; printed, and kept as JSON."""
+"""The figures: the values of each subject in each round, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TITLE, _UNIT, _SUBJECTS = "title", "unit", "subjects"
 
 @dataclass
 class Results:
-    """Values by figure and by subject (us, a peer or a limit), and what was measured with what."""
+    """Values by figure and subject (us, a peer or a limit), with the machine and its versions."""
 
     about: dict[str, str] = field(default_factory=dict)
     values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
@@ -33,12 +33,12 @@ class Results:
         )
 
     def save(self, path: Path) -> None:
-        """Write them, over those that are there already: a long run may be made in parts."""
-        kept = Results.load(path) if path.exists() else Results()
-        values = {**kept.values, **self.values}
-        failed = {**kept.failed, **self.failed}
+        """Write the results to a file, and keep others that it has: a long run may have parts."""
+        earlier = Results.load(path) if path.exists() else Results()
+        values = {**earlier.values, **self.values}
+        failed = {**earlier.failed, **self.failed}
         content = {
-            "about": {**kept.about, **self.about},
+            "about": {**earlier.about, **self.about},
             "figures": {
                 name: {_TITLE: kind.title, _UNIT: kind.unit, _SUBJECTS: values[name]}
                 for name, kind in KINDS.items()
@@ -52,23 +52,23 @@ class Results:
         self.values.setdefault(figure, {}).setdefault(subject, []).append(value)
 
     def fail(self, figure: str, subject: str, words: str) -> None:
-        """Record the error of a subject in place of its values: those of fewer rounds would mislead."""
+        """Record a subject's error in place of its values: values of fewer rounds would mislead."""
         self.failed.setdefault(figure, {})[subject] = words
         for name, subjects in self.values.items():
-            if is_of(name, figure):
+            if belongs_to(name, figure):
                 subjects.pop(subject, None)
 
     def of(self, figure: str, subject: str) -> list[float]:
-        """The values of the rounds; none where it was not measured."""
+        """The subject's values, one for each round; none where it was not measured."""
         return self.values.get(figure, {}).get(subject, [])
 
     def ratios(self, figure: str, subject: str, beside: str) -> list[float]:
-        """A subject's values, each by that of another in the same round."""
+        """A subject's values, each divided by another subject's value of the same round."""
         pairs = zip(self.of(figure, subject), self.of(figure, beside), strict=False)
         return [value / other for value, other in pairs]
 
     def rows(self) -> list[list[str]]:
-        """Every figure of every subject, and how ours is to it, round by round."""
+        """Every figure of every subject, with the median ratio of our values to its values."""
         return [
             [
                 f"{KINDS[figure].title} [{KINDS[figure].unit}]", subject,
@@ -93,7 +93,7 @@ HEAD = ["figure", "of", "median", "min … max", "ours to it"]
 
 
 def number(value: float) -> str:
-    """With as many digits as say something."""
+    """A number with three significant digits, or without decimals from 100 on."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -104,8 +104,8 @@ def aligned(rows: list[list[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def is_of(name: str, figure: str) -> bool:
-    """Whether `name` is this figure, or one of several that it gave, such as `crowd-starts`."""
+def belongs_to(name: str, figure: str) -> bool:
+    """Whether `name` is this figure or a part of it, as `crowd-starts` is of `crowd`."""
     return name == figure or name.startswith(f"{figure}-")
 
 
@@ -122,10 +122,10 @@ def interleave(
     figure: str,
     subjects: Mapping[str, Callable[[], Measured]],
 ) -> None:
-    """Measure all subjects once in every round, so that what disturbs the machine disturbs all alike.
+    """Measure all subjects once in every round: a disturbance of the machine then affects all.
 
-    A subject gives one value, or several by the ending of the figure's name. A peer that fails is
-    recorded, and not measured again.
+    A subject gives one value, or several by the ending of the figure's name. The error of a peer is
+    recorded, and that peer is not measured again.
     """
     failed = results.failed[figure] = {}
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""What is measured, in words: the figures, and the names of those that they are measured of."""
+"""The names of the figures and of their subjects."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CORES = len(os.sched_getaffinity(0))
 
 OURS = "ours"
 WAITING = 100
-BEHIND = f"{OURS}, {WAITING} jobs waiting"
+BEHIND_WAITING = f"{OURS}, {WAITING} jobs waiting"
 ALL_CORES = "supervised fork on all cores"
 ONE_CORE = "supervised fork on one core"
 PEERS = ("RQ", "Celery", "Ray Jobs")
@@ -19,13 +19,13 @@ BARE_ECHO = "bare echo, same server, no framework"
 COMMITS = "rows in synced commits of 16"
 SIZES = {"1 thousand": 1_000, "100 thousand": 100_000, "1 million": 1_000_000}
 FEW, *_, MANY = SIZES
-IN_EACH = f"{OURS}, imported by each job"
-AHEAD = f"{OURS}, imported ahead"
+IMPORTED_BY_EACH = f"{OURS}, imported by each job"
+IMPORTED_AHEAD = f"{OURS}, imported ahead"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a figure is."""
+    """The title and unit of a figure."""
 
     title: str
     unit: str

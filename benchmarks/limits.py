@@ -1,8 +1,8 @@
-"""What the machine gives at most: the bare work that no job, request or commit can do without.
+"""The limits of the machine: the bare work that every job, request or commit needs.
 
-What is written stays until all has been measured: a file system that has just removed files may be slow to
-make new ones (ext4 without a journal: ten times, for up to six minutes), which would be others' time. What is
-measured on an aged folder is measured last.
+Written files stay until the end of all measurements. After a removal a file system may be slow to
+make new files (ext4 without a journal: ten times, for up to six minutes), and the next subject
+would lose that time. For the same reason the measurement on an aged folder is the last.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from load import flood, request
 from service import HERE, running
 
-# It says that it is ready, and begins when it is told.
+# Both programs print "ready", and start at the first byte of their input.
 _FORK = """
 import os, sys, time
 number = int(sys.argv[1])
@@ -59,11 +59,11 @@ print(start, time.monotonic())
 
 def fork_and_exit(number: int, processes: int = 1) -> float:
     """Forks, exits and waits per second of bare interpreters."""
-    return _together([_command(_FORK, number, processes)] * processes, number)
+    return _rate_together([_command(_FORK, number, processes)] * processes, number)
 
 
 def supervised_fork(folder: Path, number: int, processes: int = 1) -> float:
-    """The same with a supervising process for each, which writes and syncs an exit record.
+    """The same with a supervisor for each, which writes and syncs an exit record.
 
     Args:
         folder: a new one, for the records.
@@ -72,11 +72,11 @@ def supervised_fork(folder: Path, number: int, processes: int = 1) -> float:
     for own in (folder / str(n) for n in range(processes)):
         own.mkdir()
         commands.append([*_command(_SUPERVISED, number, processes), str(own)])
-    return _together(commands, number)
+    return _rate_together(commands, number)
 
 
 def age(folder: Path, number: int) -> None:
-    """Make as many files as this, a folder for every six of them, and remove them all, as retention does."""
+    """Make so many files, six to a folder, and remove them all, as retention does."""
     removed = folder / "removed"
     for n in range(number // 6):
         below = removed / str(n)
@@ -116,7 +116,7 @@ def grouped_commits(folder: Path, number: int, group: int = 16) -> float:
 
 
 class Echo:
-    """An endpoint on our server and framework that gives back what it gets."""
+    """An endpoint on our server and framework that returns its input."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -129,7 +129,7 @@ class Echo:
 
 @contextmanager
 def echo(folder: Path) -> Iterator[Echo]:
-    """The echo endpoint, running."""
+    """The echo endpoint while the block runs."""
     command: list[str | Path] = [sys.executable, HERE / "echo.py", folder / "data"]
     with running(command, folder=folder, ready=" listening on ") as (_, line):
         yield Echo(line.split()[-1])
@@ -139,8 +139,8 @@ def _command(code: str, number: int, processes: int) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", code, str(number // processes)]
 
 
-def _together(commands: list[list[str]], number: int) -> float:
-    """The rate of several processes that work at the same time."""
+def _rate_together(commands: list[list[str]], number: int) -> float:
+    """The joint rate of several processes that start at the same time."""
     pipe = subprocess.PIPE
     started = [subprocess.Popen(each, stdin=pipe, stdout=pipe, text=True) for each in commands]
     for process in started:

@@ -1,5 +1,5 @@
-"""A client that costs little, because it shares the cores with what it measures: HTTP/1.1 over kept-alive
-sockets, one request at a time on each, no pipelining. The same one asks all that is measured.
+"""A client that costs little, since it shares the cores with the measured service: HTTP/1.1 over
+kept-alive sockets, one request at a time on each, no pipelining. All services are measured with it.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from urllib.parse import urlsplit
 
 CONNECTIONS = 16
 _SIZE = 1 << 18
-_ANSWER_S = 90
+_ANSWER_TIMEOUT_S = 90
 
 
-class Refused(Exception):
-    """An answer that is not 200."""
+class RequestFailed(Exception):
+    """A request got no answer, or an answer other than 200."""
 
 
 def request(url: str, method: str, path: str, body: bytes = b"") -> bytes:
-    """A request as it goes over the wire."""
+    """The bytes of a request."""
     head = f"{method} {path} HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\n"
     if body:
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
@@ -36,25 +36,25 @@ class Connection:
     def __init__(self, url: str) -> None:
         self._url = url
         self._socket = _connect(url)
-        self._socket.settimeout(_ANSWER_S)
+        self._socket.settimeout(_ANSWER_TIMEOUT_S)
 
     def send(self, data: bytes) -> bytes:
-        """Send a request; the body of its answer."""
+        """Send a request, and return the body of its answer."""
         self._socket.sendall(data)
         received = b""
         while (body := _body(received)) is None:
             part = self._socket.recv(_SIZE)
             if not part:
-                raise Refused(f"{self._url} hung up after {received!r}")
+                raise RequestFailed(f"{self._url} closed the connection after {received!r}")
             received += part
         return body
 
     def json(self, data: bytes) -> Any:
-        """Send a request; the JSON of its answer."""
+        """Send a request, and return the JSON of its answer."""
         return json.loads(self.send(data))
 
     def ask(self, method: str, path: str, body: bytes = b"") -> Any:
-        """The JSON that answers a request of this path."""
+        """Make and send a request, and return the JSON of its answer."""
         return self.json(request(self._url, method, path, body))
 
     def close(self) -> None:
@@ -69,7 +69,7 @@ class Connection:
 
 @dataclass(frozen=True)
 class Flood:
-    """Many requests, answered."""
+    """The answers to many requests."""
 
     bodies: list[bytes]
     latencies_s: list[float]
@@ -81,8 +81,8 @@ class Flood:
 
 
 def flood(url: str, requests: Iterable[bytes], connections: int = CONNECTIONS) -> Flood:
-    """Send requests over several connections, each the next as soon as it has its answer."""
-    left = iter(requests)
+    """Send requests over several connections. Each sends its next request after its last answer."""
+    remaining = iter(requests)
     bodies: list[bytes] = []
     latencies: list[float] = []
     sockets = {sock.fileno(): sock for sock in (_connect(url) for _ in range(connections))}
@@ -91,7 +91,7 @@ def flood(url: str, requests: Iterable[bytes], connections: int = CONNECTIONS) -
     poller = select.epoll()
 
     def send(fd: int) -> None:
-        data = next(left, None)
+        data = next(remaining, None)
         if data is not None:
             sent[fd] = time.perf_counter()
             sockets[fd].sendall(data)
@@ -101,13 +101,13 @@ def flood(url: str, requests: Iterable[bytes], connections: int = CONNECTIONS) -
         poller.register(fd, select.EPOLLIN)
         send(fd)
     while sent:
-        ready = poller.poll(_ANSWER_S)
+        ready = poller.poll(_ANSWER_TIMEOUT_S)
         if not ready:
-            raise Refused(f"{url} has not answered for {_ANSWER_S} s")
+            raise RequestFailed(f"{url} has not answered for {_ANSWER_TIMEOUT_S} s")
         for fd, _ in ready:
             part = sockets[fd].recv(_SIZE)
             if not part:
-                raise Refused(f"{url} hung up after {received[fd]!r}")
+                raise RequestFailed(f"{url} closed the connection after {received[fd]!r}")
             data = received[fd] + part
             body = _body(data)
             if body is None:
@@ -126,7 +126,7 @@ def flood(url: str, requests: Iterable[bytes], connections: int = CONNECTIONS) -
 
 def _connect(url: str) -> socket.socket:
     parts = urlsplit(url)
-    sock = socket.create_connection((parts.hostname, parts.port), timeout=_ANSWER_S)
+    sock = socket.create_connection((parts.hostname, parts.port), timeout=_ANSWER_TIMEOUT_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
 
@@ -139,9 +139,9 @@ def _body(data: bytes) -> bytes | None:
     head = data[:end].lower()
     _, _, rest = head.partition(b"content-length:")
     if not rest:
-        raise Refused(f"an answer without its length: {head!r}")
+        raise RequestFailed(f"an answer without its length: {head!r}")
     if len(data) < end + 4 + int(rest.partition(b"\r\n")[0]):
         return None
     if data[9:12] != b"200":
-        raise Refused(data.decode(errors="replace"))
+        raise RequestFailed(data.decode(errors="replace"))
     return data[end + 4 :]

@@ -1,4 +1,4 @@
-"""The measurements by name: who is measured beside whom, and how often. `run` calls them."""
+"""The measurements by name, each with the services that it compares. `run` calls them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import limits
-import measures
 import memory
+import one_round
 import stored
-from aside import Aside, started
 from figures import Measured, PeerFailed, Results, interleave
 from kinds import (
-    AHEAD,
     ALL_CORES,
     BARE_ECHO,
-    BEHIND,
+    BEHIND_WAITING,
     COMMITS,
     CORES,
     ECHO,
     FEW,
-    IN_EACH,
+    IMPORTED_AHEAD,
+    IMPORTED_BY_EACH,
     INTERPRETER,
     MANY,
     ONE_CORE,
@@ -37,17 +36,18 @@ from kinds import (
 )
 from load import flood
 from ours import Cortex, operator
+from paused import PausedProcesses, started_processes
 from peers.registry import PEERS
 from service import Service
 from stored import Stored
 
-_SETTLED_S = 12  # supervising processes that are more than idling needs are kept for ten seconds
-_QUICK = 100  # times fewer stored jobs, to see whether it runs at all
+_SETTLE_S = 12  # an operator keeps surplus supervisors for ten seconds
+_QUICK_DIVISOR = 100  # of the numbers of stored jobs, with `--quick`
 
 
 @dataclass(frozen=True)
 class Options:
-    """How much is measured."""
+    """Which measurements run, and how large they are."""
 
     only: Sequence[str]
     rounds: int
@@ -57,7 +57,7 @@ class Options:
 
 
 class Bench:
-    """One measurement: what it starts ends with it."""
+    """One measurement. The services that it starts end with it."""
 
     def __init__(
         self, options: Options, results: Results, folder: Path, out: Path | None = None
@@ -94,26 +94,28 @@ class Bench:
     def of_peers(
         self, names: Iterable[str], measure: Callable[[Service], Measured]
     ) -> dict[str, Callable[[], Measured]]:
-        """What is measured of those peers, which run from here on, each while it is measured; none where
-        they are not asked for."""
+        """The subjects for these peers; none without `--peers`. Starts the peers, and pauses each
+        one except while it is measured."""
         measured: dict[str, Callable[[], Measured]] = {}
         for name in names if self.options.peers else ():
-            before = started()
+            before = started_processes()
             try:
                 peer = self._opened(name)
             except PeerFailed as error:
                 measured[name] = partial(_fail, error)
                 continue
-            aside = Aside(started() - before)
-            self._stack.callback(aside.release)
-            measured[peer.name] = partial(_of_peer, partial(aside.back, partial(measure, peer)))
+            paused = PausedProcesses(started_processes() - before)
+            self._stack.callback(paused.resume)
+            measured[peer.name] = partial(
+                _of_peer, partial(paused.while_running, partial(measure, peer))
+            )
         return measured
 
     def _opened(self, name: str) -> Service:
-        """A peer that runs until this measurement ends; an error of its end is printed.
+        """Start a peer, which runs until this measurement ends. Prints an error at its end.
 
         Raises:
-            PeerFailed: it does not start.
+            PeerFailed: the peer does not start.
         """
         opened = PEERS[name](self.folder(name))
 
@@ -121,20 +123,20 @@ class Bench:
             try:
                 opened.__exit__(*exc)
             except Exception as error:
-                print(f"{name} did not end as it should: {_words(error)}", file=sys.stderr)
+                print(f"{name} did not end as it should: {_one_line(error)}", file=sys.stderr)
 
         try:
             peer = opened.__enter__()
         except Exception as error:
-            raise PeerFailed(_words(error)) from error
+            raise PeerFailed(_one_line(error)) from error
         self._stack.push(close)
         return peer
 
     def stored(self) -> dict[str, Stored]:
-        """Operators that have finished few and many jobs."""
+        """Operators with few and many finished jobs."""
         sizes = SIZES
         if self.options.quick:
-            sizes = {name: SIZES[name] // _QUICK for name in (FEW, MANY)}
+            sizes = {name: SIZES[name] // _QUICK_DIVISOR for name in (FEW, MANY)}
         return {
             name: self._stack.enter_context(stored.operator(self.folder("stored"), size))
             for name, size in sizes.items()
@@ -152,65 +154,65 @@ def _of_peer(measure: Callable[[], Measured]) -> Measured:
     try:
         return measure()
     except Exception as error:
-        raise PeerFailed(_words(error)) from error
+        raise PeerFailed(_one_line(error)) from error
 
 
 def _fail(error: PeerFailed) -> Measured:
     raise error
 
 
-def _words(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """An error in one line."""
     text = " ".join(str(error).split())
     return text[:200] if text else type(error).__name__
 
 
 def submit(bench: Bench) -> None:
-    """How many submits a second are durably stored."""
+    """The rate of submits that are durably stored."""
     ours, echo, jobs = bench.ours("later"), bench.echo(), bench.options.jobs
     bench.measure(
         "submit",
         {
-            OURS: lambda: measures.submit_rate(ours, jobs),
+            OURS: lambda: one_round.submit_rate(ours, jobs),
             ECHO: lambda: echo.rate(2 * jobs),
             BARE_ECHO: lambda: echo.rate(2 * jobs, "/bare"),
             COMMITS: lambda: limits.grouped_commits(bench.folder("commits"), 10 * jobs),
-            **bench.of_peers(("rq", "celery"), lambda peer: measures.submit_rate(peer, jobs)),
+            **bench.of_peers(("rq", "celery"), lambda peer: one_round.submit_rate(peer, jobs)),
         },
     )
 
 
 def end_to_end(bench: Bench) -> None:
-    """How many jobs a second are done."""
+    """The rate of jobs from submit to end."""
     ours, jobs = bench.ours("noop"), bench.options.jobs
     bench.measure(
         "end-to-end",
         {
-            OURS: lambda: measures.end_to_end(ours, jobs),
+            OURS: lambda: one_round.end_to_end(ours, jobs),
             ALL_CORES: lambda: limits.supervised_fork(bench.folder("forks"), jobs, CORES),
             ONE_CORE: lambda: limits.supervised_fork(bench.folder("forks"), jobs),
             **bench.of_peers(
-                PEERS, lambda peer: measures.end_to_end(peer, max(4, int(jobs * peer.share)))
+                PEERS, lambda peer: one_round.end_to_end(peer, max(4, int(jobs * peer.share)))
             ),
         },
     )
 
 
 def first_line(bench: Bench) -> None:
-    """How long after its submit a job begins, when nothing else is to do, and when others wait."""
+    """The time from a submit to the job's start, on an idle operator and while other jobs wait."""
     ours, behind = bench.ours("noop"), bench.ours("noop", "queued")
     flood(behind.url, [behind.submit("queued")] * (WAITING + 1))
     number = max(10, bench.options.jobs // 5)
     bench.measure(
         "first-line",
         {
-            OURS: lambda: _percentiles(measures.first_lines(ours, number)),
-            BEHIND: lambda: _percentiles(measures.first_lines(behind, number)),
+            OURS: lambda: _percentiles(one_round.first_lines(ours, number)),
+            BEHIND_WAITING: lambda: _percentiles(one_round.first_lines(behind, number)),
             INTERPRETER: lambda: {"p50": limits.interpreter()},
             **bench.of_peers(
                 PEERS,
                 lambda peer: _percentiles(
-                    measures.first_lines(peer, max(3, int(number * peer.share)))
+                    one_round.first_lines(peer, max(3, int(number * peer.share)))
                 ),
             ),
         },
@@ -218,25 +220,25 @@ def first_line(bench: Bench) -> None:
 
 
 def stop(bench: Bench) -> None:
-    """How long after its stop a job is gone."""
+    """The time from a stop to the exit of the job's process."""
     ours, number = bench.ours("sleeper"), max(2, bench.options.jobs // 50)
 
     def of(service: Service) -> float:
         few = max(1, int(number * min(1, service.share * 10)))
-        return statistics.median(measures.stops(service, few, bench.folder("stop")))
+        return statistics.median(one_round.stops(service, few, bench.folder("stop")))
 
     bench.measure("stop", {OURS: lambda: of(ours), **bench.of_peers(PEERS, of)})
 
 
 def idle_memory(bench: Bench) -> None:
-    """What an operator takes when it has done some jobs and has nothing to do."""
+    """The memory of an idle operator that has run some jobs."""
     ours, jobs = bench.ours("noop"), bench.options.jobs
 
     def idle() -> dict[str, float]:
-        measures.end_to_end(ours, jobs)
+        one_round.end_to_end(ours, jobs)
         time.sleep(1)
         burst = memory.pss(memory.tree(ours.pid))
-        time.sleep(_SETTLED_S)
+        time.sleep(_SETTLE_S)
         operator, *others = memory.tree(ours.pid)
         own, beside = memory.pss([operator]), memory.pss(others)
         return {"memory": own + beside, "operator": own, "others": beside, "after-burst": burst}
@@ -249,26 +251,26 @@ def crowd(bench: Bench) -> None:
     ours, number = bench.ours("sleeper"), 2 * bench.options.jobs
 
     def all_at_once() -> dict[str, float]:
-        seen = measures.crowd(ours, number, bench.folder("crowd"))
+        crowd_figures = one_round.crowd(ours, number, bench.folder("crowd"))
         return {
-            "starts": seen.start_rate,
-            "stops": seen.stop_rate,
-            "memory": seen.beyond_mb,
-            "own-memory": seen.own_mb,
+            "starts": crowd_figures.start_rate,
+            "stops": crowd_figures.stop_rate,
+            "memory": crowd_figures.beyond_mb,
+            "own-memory": crowd_figures.own_mb,
         }
 
     bench.measure("crowd", {OURS: all_at_once})
 
 
 def stored_jobs(bench: Bench) -> None:
-    """Whether jobs are as fast when many finished ones are stored."""
+    """The speed of jobs beside few and many stored finished jobs."""
     operators, jobs = bench.stored(), bench.options.jobs
 
     def of(operator: Stored) -> dict[str, float]:
-        lines = measures.first_lines(operator.cortex, max(10, jobs // 10))
-        ended = measures.end_to_end(operator.cortex, jobs)
+        lines = one_round.first_lines(operator.cortex, max(10, jobs // 10))
+        ended = one_round.end_to_end(operator.cortex, jobs)
         operator.add_later()
-        submitted = measures.submit_rate(operator.cortex, jobs)
+        submitted = one_round.submit_rate(operator.cortex, jobs)
         operator.remove_later()
         return {"first-line": statistics.median(lines), "end-to-end": ended, "submit": submitted}
 
@@ -276,11 +278,11 @@ def stored_jobs(bench: Bench) -> None:
 
 
 def stored_status(bench: Bench) -> None:
-    """Whether a status is found as fast, and an operator starts as fast, with many finished jobs."""
+    """The speed of statuses, and of the operator's start, with few and many finished jobs."""
     operators, number = bench.stored(), 4 * bench.options.jobs
 
     def of(operator: Stored) -> dict[str, float]:
-        found = measures.statuses(operator.cortex, operator.sample, number)
+        found = one_round.statuses(operator.cortex, operator.sample, number)
         operator.stop()
         return {
             "status": found["rate"],
@@ -291,8 +293,8 @@ def stored_status(bench: Bench) -> None:
     bench.measure("stored", {name: partial(of, operator) for name, operator in operators.items()})
 
 
-def bare(bench: Bench) -> None:
-    """What the machine gives at most, beside one another."""
+def machine_limits(bench: Bench) -> None:
+    """The machine's rate of forks, on one core and on all."""
     number = 2 * bench.options.jobs
     bench.measure(
         "forks",
@@ -304,34 +306,37 @@ def bare(bench: Bench) -> None:
 
 
 def imports(bench: Bench) -> None:
-    """What a library costs each job that imports it, and what importing it ahead spares."""
+    """The cost of a library for each job that imports it, and the gain of importing it ahead."""
     ours, number = bench.ours("learner", "learner-ahead"), max(4, bench.options.jobs // 25)
 
     def of(task: str) -> dict[str, float]:
-        lines = measures.first_lines(ours, number, task)
-        rate = measures.end_to_end(ours, number, task)
-        seen = measures.crowd(ours, CORES, bench.folder("learners"), task)
+        lines = one_round.first_lines(ours, number, task)
+        rate = one_round.end_to_end(ours, number, task)
+        crowd_figures = one_round.crowd(ours, CORES, bench.folder("learners"), task)
         return {
             "first-line": statistics.median(lines),
             "end-to-end": rate,
-            "memory": seen.own_mb + seen.beyond_mb,
+            "memory": crowd_figures.own_mb + crowd_figures.beyond_mb,
         }
 
-    bench.measure("imports", {IN_EACH: partial(of, "learner"), AHEAD: partial(of, "learner-ahead")})
+    bench.measure(
+        "imports",
+        {IMPORTED_BY_EACH: partial(of, "learner"), IMPORTED_AHEAD: partial(of, "learner-ahead")},
+    )
 
 
 def aged(bench: Bench) -> None:
-    """How many jobs a second are done, and how soon they begin, where files were removed up to the moment
-    before: by ours, and by a supervised fork that writes its record there."""
+    """The rate of jobs and the time to their start in a folder where files were just removed: of
+    our operator, and of a supervised fork that writes its record there."""
     folder, jobs = bench.folder("aged"), bench.options.jobs
     limits.age(folder, 6 * jobs)
     ours = bench.ours("noop", folder=folder / "ours")
 
     def of_ours() -> dict[str, float]:
         limits.age(folder, 6 * jobs)
-        rate = measures.end_to_end(ours, jobs)
+        rate = one_round.end_to_end(ours, jobs)
         limits.age(folder, 6 * jobs)
-        lines = measures.first_lines(ours, max(10, jobs // 10))
+        lines = one_round.first_lines(ours, max(10, jobs // 10))
         return {"end-to-end": rate, "first-line": statistics.median(lines)}
 
     def of_forks(name: str, processes: int) -> dict[str, float]:
@@ -359,11 +364,11 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "crowd": crowd,
     "stored-jobs": stored_jobs,
     "stored-status": stored_status,
-    "limits": bare,
+    "limits": machine_limits,
     "imports": imports,
     "aged": aged,
 }
 
 
 def _percentiles(values: list[float]) -> dict[str, float]:
-    return {"p50": statistics.median(values), "p99": measures.quantile(values, 99)}
+    return {"p50": statistics.median(values), "p99": one_round.quantile(values, 99)}

@@ -1,6 +1,6 @@
-"""What processes take of the machine's memory: their proportional set size (PSS), where a page that
-several processes share counts for each of them by its share, so that a sum counts it once. Forked
-processes share most of theirs; their resident sizes would count it again and again.
+"""The memory of processes: their proportional set size (PSS). Each process that shares a page
+counts its share of the page, and the sum counts the page once. Forked processes share most of their
+pages; the sum of their resident sizes would count each page many times.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _PSS = re.compile(r"^Pss:\s+(\d+) kB", re.M)
 
 
 def pss(pids: Iterable[int]) -> float:
-    """MB of these processes, those that have gone meanwhile left out."""
+    """MB of these processes, without those that have exited."""
     total = 0
     for pid in pids:
         with suppress(OSError):
@@ -26,5 +26,5 @@ def pss(pids: Iterable[int]) -> float:
 
 
 def tree(root: int) -> list[int]:
-    """A process and all below it."""
+    """A process and its descendants."""
     return [root, *descendants(root)]

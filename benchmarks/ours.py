@@ -1,4 +1,4 @@
-"""Our own operator, started as `cortex serve` starts it, with the tasks that are measured."""
+"""Our operator, started by `cortex serve`, with the measured tasks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from load import Connection, request
 from service import Service, running
 
 CORTEX = Path(sys.executable).with_name("cortex")
-AT_ONCE = 50
+MAX_RUNNING = 50
 CPU = 1000
 _WAIT_S = 60
 _FINISHING = ("noop", "learner", "learner-ahead")
 
 _FILES = {
     "noop.py": (
-        "import time\n\n\ndef task(config):\n    now = time.time_ns()\n    print(now)\n    return now\n"
+        "import time\n\n\ndef task(config):\n"
+        "    now = time.time_ns()\n    print(now)\n    return now\n"
     ),
     "sleeper.py": (
         "import os, time\n\n\ndef task(config):\n"
@@ -46,7 +47,7 @@ _FILES = {
 _LEARNER = "sklearn.linear_model"
 _REQUIREMENTS = "scikit-learn>=1.7,<2\n"
 _APIS = {
-    "noop": ("path: noop.py", f"compute: {{cpu: {CPU // AT_ONCE}}}"),
+    "noop": ("path: noop.py", f"compute: {{cpu: {CPU // MAX_RUNNING}}}"),
     "later": ("path: sleeper.py", f"compute: {{cpu: {CPU}}}"),
     "sleeper": ("path: sleeper.py", "compute: {cpu: 500m}"),
     "queued": ("path: sleeper.py", "compute: {cpu: 1}, limits: {max_running: 1}"),
@@ -59,10 +60,10 @@ _APIS = {
 
 
 class Cortex(Service):
-    """An operator that runs."""
+    """A running operator."""
 
     name = "ours"
-    at_once = AT_ONCE
+    max_running = MAX_RUNNING
 
     def __init__(self, url: str, pid: int) -> None:
         self.url = url
@@ -77,14 +78,14 @@ class Cortex(Service):
         return job["result"]
 
     def finish(self, connection: Connection, task: str, job_id: str) -> Any:
-        """It can wait for a job by itself."""
+        """Wait for a job by long polls, and return its result."""
         asked = request(self.url, "GET", f"/{task}/{job_id}?wait={_WAIT_S}")
         while (result := self.result(connection.send(asked))) is None:
             pass
         return result
 
     def deploy(self, folder: Path, names: Sequence[str]) -> None:
-        """Deploy some of the tasks, as a user would."""
+        """Deploy some of the tasks by the client, as users do."""
         project = folder / "project"
         project.mkdir(exist_ok=True)
         for file, text in _FILES.items():
@@ -92,8 +93,8 @@ class Cortex(Service):
         if any("learner" in name for name in names):
             (project / "requirements.txt").write_text(_REQUIREMENTS)
         entries = [
-            f"- {{name: {name}, kind: TaskAPI, definition: {{{_APIS[name][0]}}}, {_APIS[name][1]}}}\n"
-            for name in names
+            f"- {{name: {name}, kind: TaskAPI, definition: {{{definition}}}, {rest}}}\n"
+            for name, (definition, rest) in ((name, _APIS[name]) for name in names)
         ]
         (project / "cortex.yaml").write_text("".join(entries))
         with Client(self.url) as client:
@@ -102,27 +103,28 @@ class Cortex(Service):
                     raise RuntimeError(deployed["error"])
         with Connection(self.url) as connection:
             for name in names:
-                # Its fork server is warm afterwards, and its environment built.
+                # Afterwards its environment is built and its fork server warm.
                 for _ in range(5 if name in _FINISHING else 0):
                     self.finish(connection, name, self.job_id(connection.send(self.submit(name))))
 
     def undeploy(self, name: str) -> None:
-        """Delete an API, and with it all its jobs."""
+        """Delete an API, which stops its jobs."""
         with Connection(self.url) as connection:
             connection.ask("DELETE", f"/-/apis/{name}")
 
     def names(self) -> list[str]:
-        """The APIs that are deployed."""
+        """The names of the deployed APIs."""
         with Connection(self.url) as connection:
             return [api["spec"]["name"] for api in connection.ask("GET", "/-/apis")]
 
 
 @contextmanager
 def serving(folder: Path) -> Iterator[Cortex]:
-    """An operator on a data folder below this one, which may be there already."""
+    """An operator on a data folder, new or existing, below `folder`."""
     folder.mkdir(exist_ok=True)
     command: list[str | Path] = [
-        CORTEX, "serve", "--port", "0", "--data-dir", folder / "data", "--cpu", str(CPU), "--grace", "2"
+        CORTEX, "serve", "--port", "0", "--data-dir", folder / "data", "--cpu", str(CPU),
+        "--grace", "2",
     ]  # fmt: skip
     with running(command, folder=folder, ready=" listening on ") as (process, line):
         yield Cortex(line.split()[-1], process.pid)
@@ -130,7 +132,7 @@ def serving(folder: Path) -> Iterator[Cortex]:
 
 @contextmanager
 def operator(folder: Path, names: Sequence[str] = ()) -> Iterator[Cortex]:
-    """An operator with some of the tasks; when it ends, so do its jobs."""
+    """An operator with some of the tasks. Its jobs end with it."""
     with serving(folder) as cortex:
         try:
             cortex.deploy(folder, names)

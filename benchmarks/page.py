@@ -1,6 +1,5 @@
-"""Writes the measured figures of results.json into docs/performance.md, between the two marks.
-
-`make bench-pictures` runs it. The text around the marks is written by hand.
+"""Writes the figures of results.json into docs/performance.md, between the two marks. The text
+around them is written by hand. `make bench-pictures` runs it.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def measured(results: Results) -> str:
                 failed={
                     figure: subjects
                     for figure, subjects in results.failed.items()
-                    if any(figures.is_of(name, figure) for name in shown)
+                    if any(figures.belongs_to(name, figure) for name in shown)
                 },
             )
             lines += [f"## {title}", "", f"![{title}](performance/{picture}.png)", ""]

@@ -1,5 +1,6 @@
-"""A picture of each group of figures, from the kept results: `make bench-pictures`. Bars reach to the
-median and lines go through it, whiskers from the least to the most; what is red is a target.
+"""Draws a picture of each group of figures from the stored results: `make bench-pictures`. A bar
+reaches to the median, a line passes through it, and whiskers reach from the minimum to the maximum.
+Targets are red.
 
 Run as `plots.py RESULTS FOLDER`, where matplotlib is installed.
 """
@@ -23,11 +24,11 @@ from targets import FLAT, TARGETS
 
 _OURS, _PEER, _LIMIT, _TARGET = "#1f6feb", "#8b949e", "#d0d7de", "#cf222e"
 _DPI = 110
-_WIDE = 40  # between the least and the most: from there on a linear axis hides the least
+_LOG_SCALE_RATIO = 40  # of the maximum to the minimum: beyond it a linear axis hides the minimum
 
 
 def draw(results: Results, folder: Path) -> None:
-    """Draw all that was measured."""
+    """Draw every picture whose figures were measured."""
     folder.mkdir(parents=True, exist_ok=True)
     mpl.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     for picture, (_, members) in PICTURES.items():
@@ -54,23 +55,23 @@ def _bars(results: Results, names: list[str], path: Path) -> None:
 def _bar_panel(results: Results, name: str, axis: Axes) -> None:
     kind, subjects, bounds = KINDS[name], results.values[name], _bounds(results, name)
     everything = [value for values in subjects.values() for value in values] + list(bounds.values())
-    if max(everything) / min(everything) > _WIDE:
+    if max(everything) / min(everything) > _LOG_SCALE_RATIO:
         axis.set_xscale("log")
         axis.set_xlim(min(everything) / 2, max(everything) * 5)
     else:
         axis.set_xlim(0, max(everything) * 1.22)
-    for place, (subject, values) in enumerate(subjects.items()):
+    for row, (subject, values) in enumerate(subjects.items()):
         median = statistics.median(values)
         whiskers = [[median - min(values)], [max(values) - median]]
         axis.barh(
-            place, median, 0.66, color=_colour(subject), xerr=whiskers,
+            row, median, 0.66, color=_colour(subject), xerr=whiskers,
             error_kw={"ecolor": "#24292f", "elinewidth": 1, "capsize": 3},
         )  # fmt: skip
-        _tell(axis, f"{number(median)} {kind.unit}", max(values), place)
-    for place, value in enumerate(bounds.values(), len(subjects)):
-        axis.plot([value], [place], marker="D", markersize=5, color=_TARGET)
-        axis.plot([value, value], [-0.4, place], color=_TARGET, linestyle="--", linewidth=0.8)
-        _tell(axis, f"{number(value)} {kind.unit}", value, place)
+        _add_label(axis, f"{number(median)} {kind.unit}", max(values), row)
+    for row, value in enumerate(bounds.values(), len(subjects)):
+        axis.plot([value], [row], marker="D", markersize=5, color=_TARGET)
+        axis.plot([value, value], [-0.4, row], color=_TARGET, linestyle="--", linewidth=0.8)
+        _add_label(axis, f"{number(value)} {kind.unit}", value, row)
     axis.set_yticks(range(len(subjects) + len(bounds)), [*subjects, *bounds])
     for label in axis.get_yticklabels()[len(subjects) :]:
         label.set_color(_TARGET)
@@ -79,7 +80,7 @@ def _bar_panel(results: Results, name: str, axis: Axes) -> None:
     axis.set_title(f"{kind.title} [{kind.unit}], {better}", loc="left", fontsize=9.5)
 
 
-def _tell(axis: Axes, text: str, x: float, y: float) -> None:
+def _add_label(axis: Axes, text: str, x: float, y: float) -> None:
     axis.annotate(
         text, (x, y), (6, 0), textcoords="offset points", va="center", fontsize=8, zorder=5,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
@@ -87,12 +88,12 @@ def _tell(axis: Axes, text: str, x: float, y: float) -> None:
 
 
 def _bounds(results: Results, name: str) -> dict[str, float]:
-    """What ours had to reach, or to stay below, by the words for it."""
+    """The bounds of our targets, by their labels."""
     found = {}
     for target in TARGETS:
         if target.figure != name:
             continue
-        sign = "≥" if target.is_least else "≤"
+        sign = "≥" if target.is_minimum else "≤"
         if target.beside is None:
             found[f"target: {sign} {number(target.bound)}"] = target.bound
         elif beside := results.of(name, target.beside):
@@ -139,7 +140,7 @@ def _write(figure: Figure, path: Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=_DPI)
     plt.close(figure)
-    # A few colours are enough, and no time or version goes in: the same results make the same file.
+    # Few colours, and no time or version in the file: the same results make the same file.
     with Image.open(drawn) as image:
         image.convert("RGB").quantize(48).save(path, optimize=True)
 

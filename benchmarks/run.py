@@ -1,6 +1,6 @@
 """The speed of a real operator beside peers and the bare limits of the machine: `make bench`.
 
-What counts are the ratios: in each round all that is compared is measured in turn, on the same machine
+The ratios count: in each round all compared services are measured in turn, on the same machine
 within the same seconds. Every figure is the median of the rounds, with its minimum and maximum.
 """
 
@@ -33,7 +33,7 @@ def main() -> None:
     }
     for what, value in results.about.items():
         print(f"{what}: {value}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is stopped then too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # this also stops the started services
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         for name in options.only:
             print(f"… {name}", file=sys.stderr)
@@ -50,10 +50,10 @@ def _options() -> tuple[Options, Path | None]:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=500, help="jobs in each round")
     parser.add_argument(
-        "--peers", action="store_true", help="beside the peers, which are installed"
+        "--peers", action="store_true", help="also measure the peers, which must be installed"
     )
     parser.add_argument("--quick", action="store_true", help="one small round: does it run at all?")
-    parser.add_argument("--out", type=Path, help="where the results are kept, over those of before")
+    parser.add_argument("--out", type=Path, help="the file of results; other figures in it stay")
     given = parser.parse_args()
     if given.quick:
         given.rounds, given.jobs = 1, 20

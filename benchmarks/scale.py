@@ -1,7 +1,8 @@
-"""How the operator fares with a thousand nodes and a hundred thousand waiting jobs: `make bench-scale`.
+"""Measures an operator with 1,000 nodes and 100,000 waiting jobs: `make bench-scale`.
 
-A real operator (`simulated`) on a real store, which is filled before it starts: as many jobs run as there is
-room for, all others wait. Every figure is told beside that of a tenth of all, which shows what grows.
+A real operator (`simulated`) has a real store, which is filled before it starts: jobs take every
+core of the nodes, and all others wait. Each figure is beside that of a tenth of the size, which
+shows what grows.
 """
 
 from __future__ import annotations
@@ -52,13 +53,13 @@ YAML = """
   compute: {cpu: CORES}
 """
 BATCH = 5000
-AT_ONCE = 64
+FLOW_SIZE = 64
 PAUSE_S = 0.05
 
 
 @dataclass
 class Size:
-    """How much of all there is."""
+    """The size of the cluster and of the load."""
 
     nodes: int
     cores: int
@@ -77,18 +78,19 @@ class Size:
 
 @dataclass
 class Operator:
-    """One that was started, and what it answers."""
+    """A simulated operator, which takes commands on its stdin."""
 
     process: subprocess.Popen[str]
     url: str
     ready_s: float
 
-    def tell(self, word: str) -> dict[str, Any]:
+    def command(self, line: str) -> dict[str, Any]:
+        """Send a command, and return the operator's counts."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(word + "\n")
+        self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
-        told: dict[str, Any] = json.loads(self.process.stdout.readline())
-        return told
+        reply: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return reply
 
     @property
     def mb(self) -> float:
@@ -97,7 +99,7 @@ class Operator:
 
 @dataclass
 class Table:
-    """Figures, of a tenth and of all."""
+    """Figures of a tenth and of the whole size."""
 
     rows: dict[str, list[str]] = field(default_factory=dict)
 
@@ -112,22 +114,22 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=1000)
     parser.add_argument("--cores", type=int, default=8, help="of each node; each job takes one")
     parser.add_argument("--waiting", type=int, default=100_000)
-    parser.add_argument("--seconds", type=float, default=10, help="for which jobs start and end")
+    parser.add_argument("--seconds", type=float, default=10, help="of the measured flow of jobs")
     parser.add_argument("--requests", type=int, default=300, help="of each kind")
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is stopped then too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # this also stops the operator
     size = Size(given.nodes, given.cores, given.waiting, given.seconds, given.requests)
     table = Table()
     for one in (size.tenth, size):
-        place(one, table)
-        whole(given.store, one, table)
+        measure_placement(one, table)
+        measure_on_new_store(given.store, one, table)
     heads = ("", *(f"{each.nodes:,} nodes, {each.waiting:,} wait" for each in (size.tenth, size)))
     print(f"{os.cpu_count()} cores, {given.store}, {size.cores} jobs run on each node")
     print(aligned([heads, *((what, *values) for what, values in table.rows.items())]))
 
 
-def whole(kind: str, size: Size, table: Table) -> None:
-    """All that is measured of one operator."""
+def measure_on_new_store(kind: str, size: Size, table: Table) -> None:
+    """Measure an operator on a new store."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="scale-")))
         store = None
@@ -137,11 +139,11 @@ def whole(kind: str, size: Size, table: Table) -> None:
         measure(folder, store, size, table)
 
 
-def place(size: Size, table: Table) -> None:
-    """The choice of a node alone: where there is room, and where there is none."""
+def measure_placement(size: Size, table: Table) -> None:
+    """Measure the choice of a node alone: one with capacity, and none where no node has it."""
     one, all_of_it = Compute(cpu_m=1000), Compute(cpu_m=1000 * size.cores)
     nodes = cluster(size.nodes, size.cores)
-    for number in range(size.nodes):  # none is all free, and none is full
+    for number in range(size.nodes):  # no node is empty, and none is full
         nodes.reserve_granted(f"held {number}", one, name(number))
 
     def taken() -> None:
@@ -151,8 +153,8 @@ def place(size: Size, table: Table) -> None:
     def refused() -> None:
         assert nodes.reserve("large", all_of_it) is not None
 
-    table.add("a node chosen, and given back [µs]", f"{_each_s(taken) * 1e6:.0f}")
-    table.add("a job refused by all nodes [µs]", f"{_each_s(refused) * 1e6:.0f}")
+    table.add("choose a node and release it [µs]", f"{_each_s(taken) * 1e6:.0f}")
+    table.add("refuse a job on all nodes [µs]", f"{_each_s(refused) * 1e6:.0f}")
 
 
 def measure(folder: Path, store: str | None, size: Size, table: Table) -> None:
@@ -162,29 +164,28 @@ def measure(folder: Path, store: str | None, size: Size, table: Table) -> None:
         empty = running.mb
     fill(url, api_ids["many"], size)
     with operator(folder, store, size) as running:
-        table.add("start until the first answer [s]", f"{running.ready_s:.1f}")
+        table.add("start, until the first answer [s]", f"{running.ready_s:.1f}")
         jobs_mb = running.mb - empty
         each_kb = jobs_mb * 1000 / (size.running + size.waiting)
-        table.add("memory for the jobs [MB]", f"{jobs_mb:.0f}, {each_kb:.1f} KB for each job")
-        look_at(running, size, table)
-        flow(running, size, table)
-        burst(running, size, table)
-        delete_all(running, table)
+        table.add("memory for the jobs [MB]", f"{jobs_mb:.0f} ({each_kb:.1f} KB each)")
+        measure_requests(running, size, table)
+        measure_flow(running, size, table)
+        measure_burst(running, size, table)
+        measure_delete(running, table)
 
 
-def look_at(running: Operator, size: Size, table: Table) -> None:
+def measure_requests(running: Operator, size: Size, table: Table) -> None:
     with Connection(running.url) as connection:
         body = json.dumps({}).encode()
-        ids = [
-            connection.ask("POST", "/large", body)["job_id"] for _ in range(4)
-        ]  # what these wait for, or take, is not measured
+        # The times of these submits are not measured.
+        ids = [connection.ask("POST", "/large", body)["job_id"] for _ in range(4)]
         latency(table, "submit", lambda _: connection.ask("POST", "/large", body), size)
         latency(table, "status", lambda n: connection.ask("GET", f"/large/{ids[n % 4]}"), size)
         page = connection.ask("GET", "/large?limit=100")["job_statuses"]
         stops = [job["job_id"] for job in page if job["job_id"] not in ids]
         latency(
-            table, "stop of a waiting job", lambda n: connection.ask("DELETE", f"/large/{stops[n]}"),
-            size, len(stops),
+            table, "stop of a waiting job",
+            lambda n: connection.ask("DELETE", f"/large/{stops[n]}"), size, len(stops),
         )  # fmt: skip
         latency(
             table, "list of 100 jobs", lambda _: connection.ask("GET", "/large?limit=100"), size, 20
@@ -195,59 +196,61 @@ def look_at(running: Operator, size: Size, table: Table) -> None:
         )
 
 
-def flow(running: Operator, size: Size, table: Table) -> None:
-    """A few places become free again and again: the jobs that get them end as soon as they have started."""
-    most = size.waiting // 2  # enough is left to start
-    before = running.tell(f"flow {AT_ONCE} {most}")
+def measure_flow(running: Operator, size: Size, table: Table) -> None:
+    """End a few jobs. Each job that starts on freed capacity ends at once, and frees it for the
+    next job."""
+    limit = size.waiting // 2  # other jobs stay waiting for the burst
+    before = running.command(f"flow {FLOW_SIZE} {limit}")
     latencies: list[float] = []
     stalls: list[float] = []
     begin = time.monotonic()
     with Connection(running.url) as connection:
         passed_s, ends = 0.0, 0
-        while passed_s < size.seconds and ends < most:
+        while passed_s < size.seconds and ends < limit:
             latencies.append(_timed_s(lambda: connection.ask("POST", "/many", b"{}")))
             time.sleep(PAUSE_S)
-            after = running.tell("look")
+            after = running.command("count")
             stalls.append(after["stall_s"])
             passed_s, ends = time.monotonic() - begin, after["ends"] - before["ends"]
-    running.tell("hold")
+    running.command("idle")
     table.add("jobs started and ended [1/s]", f"{ends / passed_s:,.0f}")
-    table.add("submit meanwhile, p50, p99 [ms]", _percentiles(latencies))
-    table.add("longest stall of the loop meanwhile [ms]", f"{max(stalls) * 1e3:.0f}")
+    table.add("submit at that rate, p50, p99 [ms]", _percentiles(latencies))
+    table.add("longest stall of the event loop at that rate [ms]", f"{max(stalls) * 1e3:.0f}")
 
 
-def burst(running: Operator, size: Size, table: Table) -> None:
-    """All that run end in the same moment, and as many start."""
-    before = running.tell("look")
+def measure_burst(running: Operator, size: Size, table: Table) -> None:
+    """End all running jobs in one moment, and wait until the same number has started."""
+    before = running.command("count")
     begin = time.monotonic()
-    running.tell("end")
+    running.command("end")
     with Connection(running.url) as connection:
         submit_s = _timed_s(lambda: connection.ask("POST", "/many", b"{}"))
-        while running.tell("look")["starts"] - before["starts"] < size.running:
+        while running.command("count")["starts"] - before["starts"] < size.running:
             time.sleep(PAUSE_S)
     table.add(
-        "all that run end at once: until as many run again [s]", f"{time.monotonic() - begin:.1f}"
+        "all running jobs end at once: until the same number runs again [s]",
+        f"{time.monotonic() - begin:.1f}",
     )
-    table.add("a submit right after that [s]", f"{submit_s:.1f}")
+    table.add("a submit right after all have ended [s]", f"{submit_s:.1f}")
 
 
-def delete_all(running: Operator, table: Table) -> None:
+def measure_delete(running: Operator, table: Table) -> None:
     with Connection(running.url) as connection:
         took_s = _timed_s(lambda: connection.ask("DELETE", "/-/apis/many"))
-    table.add("delete of the API, which stops all [s]", f"{took_s:.1f}")
+    table.add("delete the API, which stops all jobs [s]", f"{took_s:.1f}")
 
 
 def latency(
-    table: Table, what: str, ask: Callable[[int], object], size: Size, most: int = 10**9
+    table: Table, what: str, ask: Callable[[int], object], size: Size, limit: int = 10**9
 ) -> None:
     found = []
-    for number in range(min(size.requests, most)):
+    for number in range(min(size.requests, limit)):
         found.append(_timed_s(partial(ask, number)))
     table.add(f"{what}, p50, p99 [ms]", _percentiles(found))
 
 
 def deploy(url: str, size: Size) -> dict[str, str]:
-    """The ids of the versions."""
+    """Deploy the APIs, and return the ids of their versions."""
     yaml = YAML.replace("CORES", str(size.cores))
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "cortex.yaml").write_text(yaml)
@@ -265,7 +268,7 @@ def deploy(url: str, size: Size) -> dict[str, str]:
 
 
 def fill(url: str, api_id: str, size: Size) -> None:
-    """Put the jobs there as an operator would have left them."""
+    """Store the jobs as an operator would have left them."""
     Store(url).close()
     engine = connect(url)
     created = now_ns()
@@ -310,12 +313,12 @@ def operator(folder: Path, store: str | None, size: Size) -> Iterator[Operator]:
             raise SystemExit((folder / "log").read_text()[-4000:])
         yield Operator(process, url, time.monotonic() - begin)
     finally:
-        process.kill()  # what it has stored is all that is needed of it
+        process.kill()  # its store is all that the next operator needs
         process.wait()
 
 
 def _each_s(work: Callable[[], None]) -> float:
-    """How long it takes once."""
+    """The mean time of one call."""
     times, begin = 0, time.perf_counter()
     while (passed_s := time.perf_counter() - begin) < 0.2:
         work()

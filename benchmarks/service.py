@@ -1,5 +1,5 @@
-"""What is measured over HTTP, ours and the peers alike: something that takes jobs at an endpoint.
-`measures` asks it; `ours` and `peers` say how each is started and asked.
+"""A measured service, ours or a peer, which accepts jobs at an HTTP endpoint. `one_round` sends it
+requests; `ours` and `peers` start each service and adapt its requests.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _END_S = 15
 
 
 class Service:
-    """It has three tasks: `noop` returns the time of its first line, `later` waits behind what never
-    ends, `sleeper` tells its pid through the fifo that its config names, and sleeps."""
+    """A service with three tasks. `noop` returns the time of its first line. `later` does not
+    start. `sleeper` writes its pid to the fifo that its config names, and sleeps."""
 
     name: str
     url: str
-    at_once: int
-    """Jobs that it runs at the same time, at most."""
+    max_running: int
+    """The number of jobs that it runs at the same time, at most."""
     share = 1.0
-    """Of the jobs of a round, those that it gets: fewer where a job takes long."""
-    poll_s = 0.02
-    """Between two looks at a job, where it has no way to wait for one: rarely, since looking costs it."""
+    """The part of a round's jobs that it gets: less where a job takes long."""
+    poll_interval_s = 0.02
+    """Of a service without long polls. Polls are rare, because they slow the service down."""
 
     def submit(self, task: str, config: Mapping[str, object] | None = None) -> bytes:
         """The request that submits a job."""
@@ -52,13 +52,13 @@ class Service:
         return str(json.loads(answer)["job_id"])
 
     def result(self, answer: bytes) -> Any:
-        """What a job has returned, by its status; None while it is not done. One that failed raises."""
+        """The result in a job's status; None while it is not done. Raises if the job failed."""
         raise NotImplementedError
 
     def finish(self, connection: Connection, task: str, job_id: str) -> Any:
-        """Wait until a job is done; what it has returned."""
+        """Wait until a job is done, and return its result."""
         while (result := self.result(connection.send(self.status(task, job_id)))) is None:
-            time.sleep(self.poll_s)
+            time.sleep(self.poll_interval_s)
         return result
 
 
@@ -70,8 +70,8 @@ def running(
     env: Mapping[str, str] | None = None,
     ready: str | None = None,
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A program in a session of its own, and the first line of its output that has the word `ready` in
-    it; at the end nothing is left of it."""
+    """A program in its own session, and the first line of its output that contains `ready`. Its
+    processes end with the block."""
     log = folder / f"{Path(command[0]).name}-{len(list(folder.iterdir()))}.log"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -84,12 +84,12 @@ def running(
             start_new_session=True,
         )
     try:
-        yield process, "" if ready is None else _await(process, ready, log)
+        yield process, "" if ready is None else _await_line(process, ready, log)
     finally:
         _end(process)
 
 
-def _await(process: subprocess.Popen[bytes], ready: str, log: Path) -> str:
+def _await_line(process: subprocess.Popen[bytes], ready: str, log: Path) -> str:
     deadline = time.monotonic() + _START_S
     while process.poll() is None and time.monotonic() < deadline:
         for line in log.read_text().splitlines(keepends=True):
@@ -117,8 +117,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.01)
 
 
-def children() -> dict[int, list[int]]:
-    """The processes that there are, by their parents."""
+def children_by_parent() -> dict[int, list[int]]:
+    """All processes by their parents."""
     found: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -130,8 +130,8 @@ def children() -> dict[int, list[int]]:
 
 
 def descendants(root: int) -> list[int]:
-    """The processes below one."""
-    below = children()
+    """The descendants of a process."""
+    below = children_by_parent()
     found = [root]
     for pid in found:
         found += below.get(pid, [])

@@ -1,8 +1,15 @@
-"""A real operator on a cluster that is not there: `simulated.py DATA_DIR NODES CORES [STORE]`, run by `scale.py`.
+"""A real operator on a simulated cluster: `simulated.py DATA_DIR NODES CORES [STORE]`.
 
-Store, dispatcher, HTTP and the choice of nodes are the operator's own; what is played is what nodes do. A
-line on stdin tells it what: `hold`, jobs run on; `flow N MOST`, N end, and those that start from now on as soon
-as they have started, MOST in all; `end`, all end that run now. To each it says on stdout, as JSON, what was done so far.
+Store, dispatcher, HTTP and the choice of nodes are the operator's own; only the nodes are
+simulated. `scale.py` runs it. Each line on stdin is a command:
+
+    count            change nothing
+    idle             jobs run on
+    flow N LIMIT     end N jobs, and each job that starts from now on at once, up to LIMIT ends
+    end              end all running jobs
+
+Each command gets one line of JSON on stdout: the numbers of starts and ends until now, and the
+longest stall of the event loop since the previous command.
 """
 
 from __future__ import annotations
@@ -38,13 +45,13 @@ TICK_S = 0.01
 
 
 def cluster(count: int, cores: int, report_freed: Callable[[], object] = lambda: None) -> Placement:
-    """So many nodes, all alike, whose agents answer."""
+    """A cluster of equal nodes, whose agents answer."""
     total = Capacity(cores * MILLI, 0, 0)
-    made = Placement(report_freed)
-    made.update(tuple(NodeState(name(n), name(n), True, total, NOTHING) for n in range(count)))
-    for node in made.alive.values():
+    placement = Placement(report_freed)
+    placement.update(tuple(NodeState(name(n), name(n), True, total, NOTHING) for n in range(count)))
+    for node in placement.alive.values():
         node.is_ready = True
-    return made
+    return placement
 
 
 def name(number: int) -> str:
@@ -52,13 +59,13 @@ def name(number: int) -> str:
 
 
 class SimulatedEngine:
-    """The protocol of an engine; the choice of a node is the Ray engine's."""
+    """An engine whose nodes are simulated. The Ray engine's `Placement` chooses the node."""
 
     def __init__(self, count: int, cores: int) -> None:
         self.ledger = cluster(count, cores, lambda: self._report(CapacityFreed()))
         self._running: dict[str, Started] = {}
         self._report: Report = lambda _: None
-        self._most = 0  # ends after which none ends by itself any more
+        self._flow_limit = 0  # of `ends`: at it jobs no longer end by themselves
         self.starts = self.ends = 0
 
     @property
@@ -86,7 +93,7 @@ class SimulatedEngine:
         started = Started(job_id, attempt.number, time.time_ns())
         self._running[job_id] = started
         self._report(started)
-        if self.ends < self._most:
+        if self.ends < self._flow_limit:
             asyncio.get_running_loop().call_soon(self._end, job_id, Ending.EXITED)
 
     def stop(self, job_id: str) -> None:
@@ -101,12 +108,12 @@ class SimulatedEngine:
 
     def forget(self, *, versions: Sequence[str] = (), jobs: Sequence[str] = ()) -> None: ...
 
-    def obey(self, word: str, count: int, most: int) -> None:
-        """Carry out one of the words of stdin."""
-        if word == "look":
+    def carry_out(self, word: str, count: int, limit: int) -> None:
+        """Carry out one command."""
+        if word == "count":
             return
-        self._most = self.ends + most
-        ending = {"hold": 0, "flow": count, "end": len(self._running)}[word]
+        self._flow_limit = self.ends + limit
+        ending = {"idle": 0, "flow": count, "end": len(self._running)}[word]
         for job_id in list(self._running)[:ending]:
             self._end(job_id, Ending.EXITED)
 
@@ -123,8 +130,8 @@ class SimulatedEngine:
             self._report(CapacityFreed())
 
 
-class Pulse:
-    """How long the event loop was not its own."""
+class LoopStalls:
+    """Measures the longest stall of the event loop."""
 
     def __init__(self) -> None:
         self.worst_s = 0.0
@@ -135,32 +142,35 @@ class Pulse:
             await asyncio.sleep(TICK_S)
             self.worst_s = max(self.worst_s, time.monotonic() - before - TICK_S)
 
-    def taken(self) -> float:
+    def take_worst(self) -> float:
         worst_s, self.worst_s = self.worst_s, 0.0
         return worst_s
 
 
-async def obey(engine: SimulatedEngine, pulse: Pulse) -> None:
-    """Do what stdin says, until it ends."""
+async def carry_out_commands(engine: SimulatedEngine, stalls: LoopStalls) -> None:
+    """Carry out the commands on stdin until it ends."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     while line := (await reader.readline()).decode().strip():
         word, *numbers = line.split()
-        count, most = map(int, numbers or (0, 0))
-        engine.obey(word, count, most)
-        done = {"starts": engine.starts, "ends": engine.ends, "stall_s": pulse.taken()}
+        count, limit = map(int, numbers or (0, 0))
+        engine.carry_out(word, count, limit)
+        done = {"starts": engine.starts, "ends": engine.ends, "stall_s": stalls.take_worst()}
         print(json.dumps(done), flush=True)
-    os.kill(os.getpid(), signal.SIGTERM)  # who gave the words is gone, however it ended
+    os.kill(os.getpid(), signal.SIGTERM)  # `scale.py` has exited, perhaps by SIGKILL
 
 
 async def main() -> None:
     data_dir, count, cores, *store = sys.argv[1:]
     engine = SimulatedEngine(int(count), int(cores))
-    pulse = Pulse()
-    app.engine_factory = lambda *_: lambda: engine  # what is simulated
+    stalls = LoopStalls()
+    app.engine_factory = lambda *_: lambda: engine
     settings = Settings(Path(data_dir), store[0] if store else None, port=0)
-    tasks = [asyncio.create_task(pulse.run()), asyncio.create_task(obey(engine, pulse))]
+    tasks = [
+        asyncio.create_task(stalls.run()),
+        asyncio.create_task(carry_out_commands(engine, stalls)),
+    ]
     await app.run(settings, lambda url: print(url, flush=True))
     for task in tasks:
         task.cancel()

@@ -1,6 +1,6 @@
-"""Data folders of operators that have finished many jobs, made in seconds: a real deploy, a real job, and
-then the rows that so many such jobs would have left, their logs removed by then, through the store's own
-schema. `measurements` asks for them.
+"""Makes data folders of operators with many finished jobs in seconds: a real deploy, a real job,
+and then the rows that many such jobs would have left, after retention removed their logs, through
+the store's own schema. `measurements` uses it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from load import Connection
 from ours import Cortex
 
 _BATCH = 50_000
-_SPAN_NS = 60 * 86_400 * 10**9  # of the submits: so recent that retention keeps the jobs
+_SPAN_NS = 60 * 86_400 * 10**9  # of the submits: retention keeps jobs of that age
 _SAMPLE = 20_000
 
 
 class Stored:
-    """An operator on such a data folder, which can be started again."""
+    """An operator with many finished jobs, which can be stopped and started."""
 
     cortex: Cortex
 
@@ -47,7 +47,7 @@ class Stored:
         self.sample = _store(database_url(self._folder / "data", None), self._number)
 
     def start(self) -> float:
-        """Start the operator; the seconds until it has told the status of a job."""
+        """Start the operator, and return the seconds until it answers with the status of a job."""
         start = time.perf_counter()
         self.cortex = self._stack.enter_context(ours.serving(self._folder))
         with Connection(self.cortex.url) as connection:
@@ -55,11 +55,11 @@ class Stored:
         return time.perf_counter() - start
 
     def add_later(self) -> None:
-        """Deploy what takes jobs that do not start."""
+        """Deploy `later`, whose jobs do not start."""
         self.cortex.deploy(self._folder, ("noop", "later"))
 
     def remove_later(self) -> None:
-        """Stop those jobs."""
+        """Delete `later`, which stops its jobs."""
         self.cortex.undeploy("later")
 
     def stop(self) -> None:
@@ -69,7 +69,7 @@ class Stored:
 
 @contextmanager
 def operator(folder: Path, number: int) -> Iterator[Stored]:
-    """An operator with so many finished jobs, running."""
+    """A running operator with so many finished jobs."""
     stored = Stored(folder, number)
     stored.make()
     stored.start()
@@ -80,7 +80,7 @@ def operator(folder: Path, number: int) -> Iterator[Stored]:
 
 
 def _store(url: str, number: int) -> list[str]:
-    """Store a finished job over and over, under other ids and times; some of the ids."""
+    """Store copies of a finished job with other ids and times, and return some of the ids."""
     engine = connect(url)
     chosen: list[str] = []
     with engine.connect().execution_options(writes=True) as connection:
@@ -89,8 +89,7 @@ def _store(url: str, number: int) -> list[str]:
         connection.commit()
         del template["seq"]
         template["has_folder"] = False
-        # The driver's own way to run a statement often: a million rows through all of SQLAlchemy take
-        # a minute.
+        # By the driver's executemany: a million rows through all of SQLAlchemy take a minute.
         compiled = insert(jobs).values(template).compile(engine)
         columns = [*(compiled.positiontup or ())]  # type: ignore[attr-defined]  # SQLite's parameters have an order
         begin = now_ns() - _SPAN_NS
@@ -109,7 +108,7 @@ def _store(url: str, number: int) -> list[str]:
 
 
 def _again(job: dict[str, Any], job_id: str, created_ns: int) -> dict[str, Any]:
-    """The same job, at another time."""
+    """The row of a job, with another id and time."""
     later_ns = created_ns - job["created_ns"]
     spec = job["spec"].replace(job["job_id"], job_id)
     return {

@@ -51,9 +51,11 @@ def tables() -> str:
         [
             "## Transitions", "",
             "| observed | event | then observed |", "| --- | --- | --- |", *taken, "",
-            "A `stop` of a starting or running job changes the wanted state, not the observed one: its",
-            "processes are still ending. The store records their end, but the job stays shown as stopped.", "",
-            "## The status that users see", "", "| observed | wanted | status |", "| --- | --- | --- |", *shown, "",
+            "A `stop` of a starting or running job changes the wanted state, not the observed one:",
+            "its processes are still ending. The store records their end, but the job stays shown",
+            "as stopped.", "",
+            "## The status that users see", "",
+            "| observed | wanted | status |", "| --- | --- | --- |", *shown, "",
         ]
     )  # fmt: skip
 

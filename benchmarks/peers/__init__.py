@@ -1,3 +1,3 @@
-"""The peers: other systems that take jobs, each as its own documentation sets it up, and behind an
-endpoint that the same client asks. They run in an environment of their own: `make bench-peers`.
+"""The peers: other systems that run jobs, each set up as its documentation says, behind an endpoint
+for the same client. They run in their own environment: `make bench-peers`.
 """

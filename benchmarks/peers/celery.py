@@ -1,4 +1,5 @@
-"""Celery: one prefork worker of two processes that acknowledges late, behind FastAPI (`celery_app`)."""
+"""Celery: a prefork worker with two processes and late acknowledgement, behind FastAPI
+(`celery_app`)."""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ PROCESSES = 2
 
 
 class Celery(Service):
-    """Celery that runs."""
+    """A running Celery."""
 
     name = "Celery"
-    at_once = PROCESSES
+    max_running = PROCESSES
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -33,7 +34,7 @@ class Celery(Service):
 
 @contextmanager
 def opened(folder: Path) -> Iterator[Service]:
-    """Its Redis, its worker and its endpoint, running."""
+    """Celery with its Redis, worker and endpoint, while the block runs."""
     with ExitStack() as stack:
         env = {"BENCH_REDIS": stack.enter_context(redis(folder))}
         command = [

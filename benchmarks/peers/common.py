@@ -1,4 +1,4 @@
-"""How the programs of the peers are started: in their own environment, with this folder's modules."""
+"""Starts the programs of the peers in their own environment, with this folder's modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WARM = 5
 
 @contextmanager
 def worker(command: list[str], folder: Path, env: Mapping[str, str]) -> Iterator[None]:
-    """One of the programs that are installed with a peer."""
+    """A program of a peer, while the block runs."""
     path = f"{PYTHON.parent}:/usr/local/bin:/usr/bin:/bin"
     own = {**env, "PYTHONPATH": str(HERE), "PATH": path, "TMPDIR": str(folder)}
     program = PYTHON.with_name(command[0])
@@ -25,7 +25,7 @@ def worker(command: list[str], folder: Path, env: Mapping[str, str]) -> Iterator
 
 @contextmanager
 def endpoint(app: str, folder: Path, env: Mapping[str, str]) -> Iterator[str]:
-    """A FastAPI app on the fastest server that uvicorn comes with; its URL."""
+    """The URL of a FastAPI app on the fastest server that uvicorn offers."""
     command: list[str | Path] = [PYTHON, "-m", "peers.server", app]
     own = {**env, "PYTHONPATH": str(HERE)}
     with running(command, folder=folder, env=own, ready="http://") as (_, line):
@@ -33,7 +33,7 @@ def endpoint(app: str, folder: Path, env: Mapping[str, str]) -> Iterator[str]:
 
 
 def warm_up(service: Service) -> None:
-    """Have it do some jobs: its workers run then, and have imported what they need."""
+    """Run some jobs: afterwards the service's workers run and have done their imports."""
     with Connection(service.url) as connection:
         for _ in range(_WARM):
             job_id = service.job_id(connection.send(service.submit("noop")))

@@ -1,5 +1,6 @@
-"""Ray Jobs: a head node on this machine, asked through its own REST interface. A job is a shell command,
-which starts sooner than an interpreter would; of its two a second few are enough to measure."""
+"""Ray Jobs: a head node on this machine, through its own REST interface. A job is a shell command,
+which starts sooner than an interpreter would. It runs two jobs a second: a few are enough to
+measure."""
 
 from __future__ import annotations
 
@@ -12,16 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from load import Connection, Refused, request
+from load import Connection, RequestFailed, request
 from peers import common
 from service import Service
 
 
 class RayJobs(Service):
-    """A head that runs."""
+    """A running head node."""
 
     name = "Ray Jobs"
-    at_once = 1000
+    max_running = 1000
     share = 0.02
 
     def __init__(self, url: str) -> None:
@@ -51,7 +52,7 @@ class RayJobs(Service):
         return job["status"] if job["status"] == "SUCCEEDED" else None
 
     def finish(self, connection: Connection, task: str, job_id: str) -> Any:
-        """The number that it has printed, among lines of Ray's own."""
+        """Wait until a job is done, and return the number that it printed among Ray's lines."""
         super().finish(connection, task, job_id)
         logs = connection.ask("GET", f"/api/jobs/{job_id}/logs")["logs"]
         numbers = [line for line in logs.splitlines() if line.isdigit()]
@@ -62,8 +63,8 @@ class RayJobs(Service):
 
 @contextmanager
 def opened(folder: Path) -> Iterator[Service]:
-    """Its head node, running."""
-    # A path of its own: those of its sockets may have no more than 107 characters.
+    """Ray's head node, while the block runs."""
+    # A short path: the paths of Ray's sockets may have no more than 107 characters.
     with tempfile.TemporaryDirectory(prefix="r") as short:
         dashboard = _free_port()
         command = [
@@ -77,20 +78,20 @@ def opened(folder: Path) -> Iterator[Service]:
         ]  # fmt: skip
         with common.worker(command, folder, {}):
             ray = RayJobs(f"http://127.0.0.1:{dashboard}")
-            _await(ray)
+            _await_answer(ray)
             common.warm_up(ray)
             yield ray
 
 
-def _await(ray: RayJobs, patience_s: float = 60) -> None:
-    """Until its REST interface answers, and the agent behind it takes a job."""
-    deadline = time.monotonic() + patience_s
+def _await_answer(ray: RayJobs, timeout_s: float = 60) -> None:
+    """Wait until the REST interface answers, and the agent behind it accepts a job."""
+    deadline = time.monotonic() + timeout_s
     while True:
         try:
             with Connection(ray.url) as connection:
                 connection.send(ray.submit("noop"))
                 return
-        except (OSError, Refused):
+        except (OSError, RequestFailed):
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)

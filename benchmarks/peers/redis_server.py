@@ -1,5 +1,5 @@
-"""A Redis that syncs every write before it answers, so that what it has acknowledged is as durable as
-what our store has."""
+"""A Redis that syncs every write before it answers: its acknowledged writes are as durable as our
+store's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service import running
 
 @contextmanager
 def redis(folder: Path) -> Iterator[str]:
-    """The path of its socket."""
+    """The path of a Redis server's socket, while the block runs."""
     path = folder / "redis.sock"
     command: list[str | Path] = [
         "redis-server", "--port", "0", "--unixsocket", path, "--dir", folder, "--save", "",

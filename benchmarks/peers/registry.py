@@ -1,4 +1,4 @@
-"""Which peers there are, and their versions. `run` and `measurements` ask."""
+"""The peers and their versions. Called by `run` and `measurements`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _PACKAGES = ("rq", "celery", "ray", "redis", "fastapi", "uvicorn", "uvloop", "ht
 
 
 def versions() -> dict[str, str]:
-    """What is installed for them.
+    """The versions of the packages and the Redis server.
 
     Raises:
-        SystemExit: nothing is.
+        SystemExit: the peers are not installed.
     """
     if not PYTHON.exists() or shutil.which("redis-server") is None:
         raise SystemExit("the peers are not installed: `make bench-peers` does it, and measures")

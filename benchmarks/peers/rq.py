@@ -16,10 +16,10 @@ WORKERS = 2
 
 
 class Rq(Service):
-    """RQ that runs."""
+    """A running RQ."""
 
     name = "RQ"
-    at_once = WORKERS
+    max_running = WORKERS
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -33,12 +33,13 @@ class Rq(Service):
 
 @contextmanager
 def opened(folder: Path) -> Iterator[Service]:
-    """Its Redis, its workers and its endpoint, running."""
+    """RQ with its Redis, workers and endpoint, while the block runs."""
     with ExitStack() as stack:
         socket = stack.enter_context(redis(folder))
         env = {"BENCH_REDIS": socket}
         command = [
-            "rq", "worker", "--url", f"unix://{socket}", "--logging_level", "WARNING", "noop", "sleeper"
+            "rq", "worker", "--url", f"unix://{socket}", "--logging_level", "WARNING", "noop",
+            "sleeper",
         ]  # fmt: skip
         for _ in range(WORKERS):
             stack.enter_context(common.worker(command, folder, env))

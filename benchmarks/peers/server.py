@@ -1,4 +1,4 @@
-"""A peer's endpoint: its app on uvicorn as its extra `standard` sets it up, on a free port."""
+"""A peer's endpoint: its app on uvicorn with the extra `standard`, on a free port."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The tasks as the peers run them. A worker of RQ imports this anew in the process of each job: so
-nothing else is here."""
+"""The tasks of the peers. An RQ worker imports this file again in the process of each job: it has
+nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Works in steps for a minute. When the job is stopped, it saves a checkpoint, from which the next job resumes."""
+"""Works in steps for a minute. A stop makes it save a checkpoint, where the next job resumes."""
 
 import json
 import os

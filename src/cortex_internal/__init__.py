@@ -1,2 +1,1 @@
-"""The names under which task code written for Cortex finds what is in `cortex`. Standard library
-alone."""
+"""The names by which task code for Cortex finds what `cortex` has. Standard library alone."""

@@ -1,4 +1,4 @@
-"""A small disk of its own that can be filled, made read-only and mended: a tmpfs."""
+"""A small disk, a tmpfs, that a test can fill, make read-only and repair."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Disk:
         self._filler = folder / ".filler"
 
     def fill(self) -> None:
-        """Take all the room there is."""
+        """Take all free space."""
         size = _BLOCK
         with self._filler.open("ab", buffering=0) as file:
             while size:
@@ -31,7 +31,7 @@ class Disk:
                     size //= 2
 
     def empty(self) -> None:
-        """Give the room back."""
+        """Free the space that `fill` took."""
         self._filler.unlink()
 
     def remount(self, options: str) -> None:
@@ -40,7 +40,7 @@ class Disk:
 
 @contextmanager
 def mounted(folder: Path, options: str = "size=48m") -> Iterator[Disk]:
-    """A new disk at a folder, for as long as the block runs."""
+    """Mount a new disk at a folder while the block runs."""
     folder.mkdir(parents=True, exist_ok=True)
     _as_root("mount", "-t", "tmpfs", "-o", f"{options},mode=777", "tmpfs", str(folder))
     try:
@@ -50,7 +50,7 @@ def mounted(folder: Path, options: str = "size=48m") -> Iterator[Disk]:
 
 
 def _once_unused(*command: str) -> None:
-    """A process of the last job may be about to end, or to close its files."""
+    """Retry a command while a process of the last job still ends or closes its files."""
     until = time.monotonic() + _WAIT_TIMEOUT_S
     while subprocess.run([*_root(), *command], check=False).returncode != 0:
         assert time.monotonic() < until, f"still in use: {command}"

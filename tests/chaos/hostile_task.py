@@ -1,7 +1,8 @@
-"""A hostile job: what it does is drawn by its seed. Deployed by `hostile.py`, and run as a user without rights.
+"""A hostile job, whose seed draws its attacks. `hostile.py` deploys it, and it runs as a user
+without rights.
 
-It attacks itself and its relatives: its records, its log, its folder, its control groups, its supervisor and its
-fork server. Jobs of one user are not protected from each other, so it leaves those of others alone.
+It attacks its own job: its records, its log, its folder, its control groups, its supervisor and its
+fork server. Jobs of one user are not protected from each other, therefore it attacks no other job.
 """
 
 import contextlib
@@ -150,7 +151,7 @@ class Job:
             socket.socket(socket.AF_UNIX).bind(path)
 
     def do_swap_in_a_loop(self):
-        """Whatever appears in its folder is replaced by a link to a secret, for a while."""
+        """For three seconds, replace each new file in its folder with a link to a secret."""
 
         def swap():
             until = time.monotonic() + 3
@@ -178,7 +179,7 @@ class Job:
             with contextlib.suppress(OSError):
                 os.symlink(self.canary, f"{self.folder}/{number}")
 
-    # Its descriptors and its relatives'
+    # Its descriptors, and those of its supervisor and fork server
 
     def do_write_to_descriptors(self):
         for fd in range(3, 64):
@@ -234,18 +235,18 @@ class Job:
     def do_trace_its_supervisor(self):
         LIBC.ptrace(PTRACE_ATTACH, self.supervisor, 0, 0)
 
-    # Where it lives
+    # Its control groups and its process tree
 
     def do_leave_its_groups(self):
         for line in open("/proc/self/cgroup"):
             _, controllers, path = line.strip().split(":", 2)
             mount = "/sys/fs/cgroup" + (f"/{controllers.split('=')[-1]}" if controllers else "")
             for root in (mount, "/sys/fs/cgroup/unified"):
-                for place in ("", os.path.dirname(path), path):
+                for folder in ("", os.path.dirname(path), path):
                     for name in ("tasks", "cgroup.procs", "cgroup.threads"):
                         with (
                             contextlib.suppress(OSError),
-                            open(f"{root}/{place}/{name}", "w") as file,
+                            open(f"{root}/{folder}/{name}", "w") as file,
                         ):
                             file.write("0")
 
@@ -270,7 +271,7 @@ class Job:
                     os.mkdir(f"{root}/{path}/mine")
 
     def do_hide(self):
-        """A daemon without parent, session, environment or death signal."""
+        """Start a daemon without parent, session, environment or death signal."""
         if os.fork() == 0:
             os.setsid()
             if os.fork() == 0:
@@ -303,7 +304,7 @@ class Job:
                 signal.signal(number, signal.SIG_IGN)
 
     def do_be_the_last(self):
-        """Kill what watches over it, with nothing left that would say so, and live on."""
+        """Kill its fork server and its supervisor, which could report its end, and run on."""
         self.do_turn_its_death_signal_off()
         self.do_ignore_all()
         for victim in (self.fork_server, self.supervisor):

@@ -1,4 +1,4 @@
-"""A proxy in front of a PostgreSQL server that loses connections at the worst moment, when told to."""
+"""A proxy in front of a PostgreSQL server. A test makes it lose a connection during a commit."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _COMMIT = b"COMMIT\0"
 
 
 class PostgreSQLProxy(NetworkGate):
-    """Takes connections on a socket in a folder of its own."""
+    """Accepts connections on a socket in its own folder."""
 
     def __init__(self, server: Path, folder: Path) -> None:
         self.folder = folder
         self.cut: str | None = None
-        """Whether to lose the connection of the next commit: `before` the server has it, or `after`
-        it was made."""
-        self.goes_away = False
-        """Whether it takes no connections from then on."""
+        """Whether to lose the connection of the next commit: `before` the server receives it, or
+        `after` the server made it."""
+        self.closes_after_cut = False
+        """Whether the proxy accepts no connections after the cut."""
         self.is_mute = False
-        """Whether nothing that clients send gets there."""
+        """Whether the proxy forwards nothing that clients send."""
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(folder / _SOCKET))
         listener.listen()
@@ -34,7 +34,7 @@ class PostgreSQLProxy(NetworkGate):
 
     @property
     def has_cut(self) -> bool:
-        """Whether the connection that was to be lost was."""
+        """Whether the proxy has lost the connection."""
         return self.cut is None
 
     def sent(self, data: bytes, server: socket.socket) -> bool:
@@ -46,7 +46,7 @@ class PostgreSQLProxy(NetworkGate):
         if cut == "after":
             server.sendall(data)
             server.recv(65536)
-        self.is_open = not self.goes_away
+        self.is_open = not self.closes_after_cut
         return False
 
 
@@ -58,7 +58,7 @@ def _connected(path: Path) -> socket.socket:
 
 @contextmanager
 def postgresql_proxy(server: Path) -> Iterator[PostgreSQLProxy]:
-    """A proxy for as long as the block runs."""
+    """A proxy while the block runs."""
     with tempfile.TemporaryDirectory(prefix="px-") as folder:
         made = PostgreSQLProxy(server, Path(folder))
         try:

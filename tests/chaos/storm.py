@@ -1,10 +1,13 @@
-"""Fault injection: a real operator with many mixed jobs, while processes of every kind are killed and
-stopped at random and its disk fills up now and then; a model beside it knows what its client was told, and every answer is held against
-that. `make chaos`, or `python tests/chaos/storm.py --jobs 2000 --kills 500 --seed 7`. With `--store postgresql`
-the operator has a PostgreSQL server, which is killed and started again now and then as well; and with
-`--operators 3` there are several on it, of which clients ask any: each is killed and stopped like the rest.
+"""Fault injection. A real operator runs many mixed jobs, while the storm kills and stops processes
+of every kind at random, and fills the disk from time to time. A model records the answers that
+clients got, and the storm checks every later answer against it.
 
-The seed fixes what is done in which order; what the machine makes of it differs from run to run.
+`make chaos`, or `python tests/chaos/storm.py --jobs 2000 --kills 500 --seed 7`. With
+`--store postgresql` the storm also kills the PostgreSQL server and starts it again. With
+`--operators 3` three operators share that server, and clients send each request to any of them; the
+storm kills and stops the operators like other processes.
+
+The seed fixes the actions and their order; their timing differs from run to run.
 """
 
 from __future__ import annotations
@@ -34,17 +37,16 @@ from cortex.spec.times import parse_rfc3339
 from operator_harness import FINAL, Operator, operators, processes_with, until
 from postgresql_server import PostgreSQLServer, server
 
-KILLED = ["operator", "fork server", "supervisor", "worker"]
-LINES = 200
+KILLED_PROCESSES = ["operator", "fork server", "supervisor", "worker"]
+LINE_COUNT = 200
 LEASE_S = 2
-LONGEST_S = 20  # the longest timeout of a job that has one
-COMES_BACK = 0.2  # how likely whoever was killed is started again before the next step
-WAIT_TIMEOUT_S = 6  # for an answer, where another operator can be asked
-ANSWERED_S = 120  # within which somebody answers
-FROZEN_S = 10  # the longest that a process is stopped, so that `SLACK_S` has room for it
-SLACK_S = (
-    30  # beyond a timeout, grace included: a stopped supervisor is late, and so is a loaded machine
-)
+MAX_TIMEOUT_S = 20  # of a job
+REVIVE_PROBABILITY = 0.2  # that killed operators are started again before the next action
+WAIT_TIMEOUT_S = 6  # for the answer of one operator, where there are others
+ANSWER_TIMEOUT_S = 120  # for the answer of any operator
+MAX_FREEZE_S = 10  # of a stopped process; it has to fit into `SLACK_S`
+# Beyond a timeout, grace included: a stopped supervisor and a loaded machine are late.
+SLACK_S = 30
 
 TASK = """
 import os, signal, subprocess, sys, time
@@ -93,8 +95,8 @@ YAML = """
   definition: {command: [python, hungry.py]}
   compute: {cpu: 250m, mem: 48Mi}
 """
-# What a job of each kind ends as when nobody interferes.
-ENDS = {
+# How a job of each kind ends without interference.
+STATUS_BY_KIND = {
     "quick": "status_succeeded",
     "say": "status_succeeded",
     "breed": "status_succeeded",
@@ -111,18 +113,18 @@ WEIGHTS = {
 
 
 class Violation(AssertionError):
-    """A client was told something that is not so."""
+    """A client got a wrong answer."""
 
 
 @dataclass
 class Job:
-    """What the client knows of a job, and what was done to its processes."""
+    """A job, as its client knows it, and the faults that hit its processes."""
 
     kind: str
     answer: dict[str, Any]
     stopped: bool = False
     killed: Counter[str] = field(default_factory=Counter)
-    starved: bool = False  # the disk was full while it may have written to its log
+    had_full_disk: bool = False  # while it may have written to its log
     final: dict[str, Any] | None = None
 
     @property
@@ -136,105 +138,107 @@ class Job:
     def allowed(self) -> set[str]:
         if self.stopped:
             return {"status_stopped"}
-        ends = {ENDS[self.kind]}
-        # One that was lost after its time is not tried again.
+        ends = {STATUS_BY_KIND[self.kind]}
+        # A job that was lost after its timeout is not retried.
         has_timeout = self.answer["timeout"] is not None and self.killed["supervisor"]
         if self.killed["supervisor"] > self.retries or has_timeout:
             ends.add("status_unexpected_error")
-        if self.killed["worker"] or (self.starved and self.kind == "say"):
+        if self.killed["worker"] or (self.had_full_disk and self.kind == "say"):
             ends.add("status_worker_error")
         return ends
 
 
 class Database:
-    """A PostgreSQL server that something starts again a while after it was killed."""
+    """A PostgreSQL server that the storm kills, and that a timer starts again."""
 
     def __init__(self, running: PostgreSQLServer) -> None:
         self._server = running
         self._return: threading.Timer | None = None
 
     @property
-    def is_away(self) -> bool:
+    def is_down(self) -> bool:
         return self._return is not None and self._return.is_alive()
 
-    def die(self, for_s: float) -> None:
-        self.come_back()
+    def kill_for(self, for_s: float) -> None:
+        self.await_return()
         self._server.kill()
         self._return = threading.Timer(for_s, self._server.start)
         self._return.start()
 
-    def come_back(self) -> None:
+    def await_return(self) -> None:
         if self._return is not None:
             self._return.join()
 
 
 class Storm:
-    """One run. `check` and the actions raise Violation."""
+    """One run. `check_job` and the actions raise Violation."""
 
     def __init__(
         self,
-        all_of_them: list[Operator],
+        all_operators: list[Operator],
         disk: Disk,
         seed: int,
         database: Database | None = None,
-        longest_s: int = LONGEST_S,
+        max_timeout_s: int = MAX_TIMEOUT_S,
     ) -> None:
-        self.operators = all_of_them
-        self.are_several = len(all_of_them) > 1
+        self.operators = all_operators
+        self.has_several = len(all_operators) > 1
         self.disk = disk
         self.database = database
-        self.longest_s = longest_s
-        self.is_full = False
+        self.max_timeout_s = max_timeout_s
+        self.is_disk_full = False
         self.random = random.Random(seed)
-        self.whom = random.Random(seed)  # of its own: how often somebody is asked is not planned
+        # Not `random`: the number of requests differs from run to run.
+        self.operator_random = random.Random(seed)
         self.jobs: list[Job] = []
         self.kills: Counter[str] = Counter()
         self.freezes: Counter[str] = Counter()
-        self.most_wait_s = WAIT_TIMEOUT_S // 2 if self.are_several else 20
-        running = all_of_them[0]
+        self.max_wait_s = WAIT_TIMEOUT_S // 2 if self.has_several else 20
+        running = all_operators[0]
         self.marks = running.data_dir.parent / "marks"
         self.frozen: list[int] = []
         self.frozen_since = 0.0
-        task = TASK.format(marks=str(self.marks), lines=LINES)
+        task = TASK.format(marks=str(self.marks), lines=LINE_COUNT)
         response = running.deploy(YAML, {"task.py": task, "hungry.py": HUNGRY.replace("\\n", "\n")})
         assert response.status_code == 200, response.text
-        for each in all_of_them if self.are_several else ():
+        for each in all_operators if self.has_several else ():
             each.http.timeout = WAIT_TIMEOUT_S
 
     def run(self, jobs: int, kills: int) -> None:
-        """Submit `jobs` and kill `kills` times, in random order; then wait and check it all."""
-        plan: list[Callable[[], None]] = [self.submit, self.look] * jobs
+        """Submit `jobs` jobs and kill `kills` times, in random order. Then wait for all jobs and
+        check them."""
+        plan: list[Callable[[], None]] = [self.submit, self.check_any] * jobs
         plan += [self.stop] * (jobs // 6) + [self.fill] * (kills // 10)
-        plan += [self.take_database] * (kills // 6 if self.database is not None else 0)
-        # As many of each kind as of any other, so that a short run has all of them.
-        plan += [partial(self.kill, kind) for kind in islice(cycle(KILLED), kills)]
-        frozen = ["fork server", "supervisor", *["operator"] * self.are_several]
+        plan += [self.kill_database] * (kills // 6 if self.database is not None else 0)
+        # All kinds equally often, so that a short run has each of them.
+        plan += [partial(self.kill, kind) for kind in islice(cycle(KILLED_PROCESSES), kills)]
+        frozen = ["fork server", "supervisor", *["operator"] * self.has_several]
         plan += [partial(self.freeze, kind) for kind in islice(cycle(frozen), kills // 4)]
         self.random.shuffle(plan)
         for act in plan:
-            if self.are_several and self.whom.random() < COMES_BACK:
+            if self.has_several and self.operator_random.random() < REVIVE_PROBABILITY:
                 self.revive()
-            if time.monotonic() - self.frozen_since > FROZEN_S:
+            if time.monotonic() - self.frozen_since > MAX_FREEZE_S:
                 self.thaw()
             act()
         self.thaw()
-        self.make_room()
+        self.free_disk()
         self.revive()
         for job in self.jobs:
-            self.check(job, wait=120)
+            self.check_job(job, wait=120)
         for each in self.operators:
             each.kill()
         self.revive()
         for job in self.jobs:
-            self.check(job, wait=0)
-        self.check_marks()
+            self.check_job(job, wait=0)
+        self.check_start_marks()
 
     def request(self, method: str, path: str, **more: Any) -> httpx.Response:
-        """Send until it is answered, by any; an operator that was killed is started again."""
-        until_s = time.monotonic() + ANSWERED_S
+        """Send a request to any operator until one answers. Start one where all were killed."""
+        until_s = time.monotonic() + ANSWER_TIMEOUT_S
         while time.monotonic() < until_s:
-            was_away = self.database is not None and self.database.is_away
-            asked = self.whom.choice(self.operators)
+            was_away = self.database is not None and self.database.is_down
+            asked = self.operator_random.choice(self.operators)
             try:
                 response = asked.http.request(method, asked.url + path, **more)
             except httpx.TransportError:
@@ -245,8 +249,8 @@ class Storm:
             if response.status_code == 503 and "operator.no_driver" in response.text:
                 time.sleep(0.1)
                 continue
-            if response.status_code == 503 and self.is_full:
-                self.make_room()
+            if response.status_code == 503 and self.is_disk_full:
+                self.free_disk()
                 continue
             if response.status_code == 503 and was_away:
                 self.await_database()
@@ -260,14 +264,14 @@ class Storm:
         kind = self.random.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
         body: dict[str, object] = {"config": {"kind": kind, "pause": self.random.random() / 5}}
         if kind in ("sleep", "stubborn"):
-            body["timeout"] = self.random.randint(1, self.longest_s)
+            body["timeout"] = self.random.randint(1, self.max_timeout_s)
         api = "hungry" if kind == "hungry" else self.random.choice(["storm", "again"])
-        # With the key a submit whose answer was lost is sent again, and is still one job.
+        # With the key, a submit that is repeated after its answer was lost is still one job.
         key = {"Idempotency-Key": f"{len(self.jobs)}"}
         response = self.request("POST", f"/{api}", json=body, headers=key)
         if response.status_code != 200:
             raise Violation(f"submit: {response.status_code} {response.text}")
-        self.jobs.append(Job(kind, response.json(), starved=self.is_full))
+        self.jobs.append(Job(kind, response.json(), had_full_disk=self.is_disk_full))
 
     def stop(self) -> None:
         if not self.jobs:
@@ -280,46 +284,47 @@ class Storm:
             job.stopped = True
         elif response.status_code != 409 or job.stopped:
             raise Violation(f"{job}: {response.status_code} {response.text}")
-        self.check(job, wait=0)
+        self.check_job(job, wait=0)
 
-    def look(self) -> None:
+    def check_any(self) -> None:
         if self.jobs:
-            self.check(self.random.choice(self.jobs), wait=0)
+            self.check_job(self.random.choice(self.jobs), wait=0)
 
-    def check(self, job: Job, wait: int) -> None:
+    def check_job(self, job: Job, wait: int) -> None:
         path = f"/{job.answer['api_name']}/{job.id}"
         until_s = time.monotonic() + wait
         while True:
-            response = self.request("GET", path, params={"wait": min(wait, self.most_wait_s)})
+            response = self.request("GET", path, params={"wait": min(wait, self.max_wait_s)})
             if response.status_code != 200:
                 raise Violation(f"{job}: {response.status_code} {response.text}")
-            seen = response.json()["job_status"]
-            if seen["status"] in FINAL or time.monotonic() >= until_s:
+            status = response.json()["job_status"]
+            if status["status"] in FINAL or time.monotonic() >= until_s:
                 break
         if job.final is not None and any(
-            seen.get(f) != job.final.get(f) for f in ("status", "start_time", "end_time", "message")
+            status.get(f) != job.final.get(f)
+            for f in ("status", "start_time", "end_time", "message")
         ):
-            raise Violation(f"{job}: a final status changed to {seen}")
-        if job.stopped and seen["status"] != "status_stopped":
-            raise Violation(f"{job}: an acknowledged stop was lost: {seen}")
-        if seen["status"] not in FINAL:
+            raise Violation(f"{job}: a final status changed to {status}")
+        if job.stopped and status["status"] != "status_stopped":
+            raise Violation(f"{job}: an acknowledged stop was lost: {status}")
+        if status["status"] not in FINAL:
             if wait:
-                raise Violation(f"{job}: never final: {seen}")
+                raise Violation(f"{job}: never final: {status}")
             return
-        if seen["status"] not in job.allowed():
-            raise Violation(f"{job}: not the right ending: {seen}")
-        _check_times(job, seen)
-        is_told = seen["status"] == "status_succeeded" and job.final is None and not job.starved
-        if job.kind == "say" and is_told:
+        if status["status"] not in job.allowed():
+            raise Violation(f"{job}: not an allowed final status: {status}")
+        _check_times(job, status)
+        has_log = status["status"] == "status_succeeded" and not job.had_full_disk
+        if job.kind == "say" and has_log and job.final is None:
             log = self.request("GET", f"{path}/logs").text
-            log = log.rpartition(" begins\n")[2]  # the last attempt's, where there were more
-            if log != "".join(f"line {n}\n" for n in range(LINES)):
+            log = log.rpartition(" begins\n")[2]  # of the last attempt
+            if log != "".join(f"line {n}\n" for n in range(LINE_COUNT)):
                 raise Violation(f"{job}: its log is not complete: {len(log)} bytes")
-        job.final = seen
+        job.final = status
 
-    def check_marks(self) -> None:
-        """No job's code started twice in an attempt, nor again but after a loss and as often as its API
-        allows; what ran to an end of its own had started."""
+    def check_start_marks(self) -> None:
+        """Check that no code started twice in an attempt, that a job started again only after a
+        loss and only as often as its API allows, and that each job that succeeded had started."""
         marks = Counter(self.marks.read_text().split())
         twice = [mark for mark, count in marks.items() if count > 1]
         if twice:
@@ -335,7 +340,7 @@ class Storm:
         if kind == "operator":
             operator = self.random.choice(self.operators)
             operator.kill()
-            if not self.are_several:
+            if not self.has_several:
                 self.start(operator)
             self.kills[kind] += 1
             return
@@ -351,35 +356,35 @@ class Storm:
                 self.start(each)
 
     def start(self, operator: Operator) -> None:
-        """Start an operator, and see to what it does not start without."""
-        self.make_room()
+        """Start an operator, after its disk has space and its database runs."""
+        self.free_disk()
         self.await_database()
         operator.start()
 
-    def take_database(self) -> None:
+    def kill_database(self) -> None:
         assert self.database is not None
-        self.database.die(self.random.random() * 2)
+        self.database.kill_for(self.random.random() * 2)
         self.kills["database"] += 1
 
     def await_database(self) -> None:
         if self.database is not None:
-            self.database.come_back()
+            self.database.await_return()
 
     def fill(self) -> None:
-        """Fill the disk, until something is refused for it or it is filled again."""
-        self.make_room()
+        """Fill the disk. It stays full until an operator refuses a request or the next fill."""
+        self.free_disk()
         for job in self.jobs:
-            job.starved = job.starved or job.final is None
-        self.is_full = True
+            job.had_full_disk = job.had_full_disk or job.final is None
+        self.is_disk_full = True
         self.disk.fill()
 
-    def make_room(self) -> None:
-        if self.is_full:
+    def free_disk(self) -> None:
+        if self.is_disk_full:
             self.disk.empty()
-            self.is_full = False
+            self.is_disk_full = False
 
     def freeze(self, kind: str) -> None:
-        """Stop a process for a while: until the next answer is late, or the next one is stopped."""
+        """Stop a process until an answer is late, or until the storm stops the next process."""
         self.thaw()
         pid = self.random.choice(self.operators).process.pid if kind == "operator" else None
         if kind != "operator":
@@ -395,12 +400,12 @@ class Storm:
             _signal(self.frozen.pop(), signal.SIGCONT)
 
     def victim(self, kind: str) -> int | None:
-        """A process of that kind that is there now; the job it belongs to is remembered. A supervisor
-        is stopped, or it might have another job by the time that it is killed."""
+        """A running process of that kind. The model counts the kill for its job. The supervisor is
+        stopped here: otherwise it could have another job when it is killed."""
         children = [pid for each in self.operators for pid in _children(each.process.pid)]
         forked = [pid for pid in children if b"forkserver" in _command(pid)]
-        # The operator inherits the supervising processes of a fork server that was killed.
-        servers = [pid for pid in forked if not _is_supervising(pid)]
+        # The operator inherits the supervisors of a fork server that was killed.
+        servers = [pid for pid in forked if not _is_supervisor(pid)]
         if kind == "fork server":
             return self.random.choice(servers) if servers else None
         supervisors = [child for server in servers for child in _children(server)]
@@ -427,13 +432,13 @@ class Storm:
         return None
 
 
-def _check_times(job: Job, seen: dict[str, Any]) -> None:
-    if not seen["created_time"] <= seen["start_time"] <= seen["end_time"]:
-        raise Violation(f"{job}: times out of order: {seen}")
-    if seen["status"] == "status_timed_out":
-        lasted = parse_rfc3339(seen["end_time"]) - parse_rfc3339(seen["created_time"])
-        if lasted.total_seconds() > seen["timeout"] + SLACK_S:
-            raise Violation(f"{job}: outlived its timeout: {seen}")
+def _check_times(job: Job, status: dict[str, Any]) -> None:
+    if not status["created_time"] <= status["start_time"] <= status["end_time"]:
+        raise Violation(f"{job}: times out of order: {status}")
+    if status["status"] == "status_timed_out":
+        lasted = parse_rfc3339(status["end_time"]) - parse_rfc3339(status["created_time"])
+        if lasted.total_seconds() > status["timeout"] + SLACK_S:
+            raise Violation(f"{job}: outlived its timeout: {status}")
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
@@ -456,13 +461,13 @@ def _command(pid: int) -> bytes:
     return b""
 
 
-def _is_supervising(pid: int) -> bool:
-    """Whether it is a supervising process, not a fork server: it holds back SIGHUP for good."""
+def _is_supervisor(pid: int) -> bool:
+    """Whether a process is a supervisor, which always blocks SIGHUP, and not a fork server."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("SigBlk:"):
                 return bool(int(line.split()[1], 16) >> (signal.SIGHUP - 1) & 1)
-    return True  # it is gone
+    return True  # it has exited
 
 
 def storm(
@@ -472,10 +477,10 @@ def storm(
     kills: int,
     seed: int,
     store: str = "sqlite",
-    number: int = 1,
-    longest_s: int = LONGEST_S,
+    operator_count: int = 1,
+    max_timeout_s: int = MAX_TIMEOUT_S,
 ) -> Storm:
-    """One whole run on operators of its own; nothing of it may be left at the end."""
+    """Run a storm on new operators. No process of its last job may be left at the end."""
     with contextlib.ExitStack() as stack:
         disk = stack.enter_context(mounted(folder / "data", "size=256m"))
         database, options = None, []
@@ -483,15 +488,16 @@ def storm(
             made = stack.enter_context(server())
             database, options = Database(made), ["--store", made.url(made.create())]
             options += ["--lease", str(LEASE_S)]
-        running = stack.enter_context(operators(folder, number, "--cpu", "2", *options))
-        run = Storm(running, disk, seed, database, longest_s)
+        running = stack.enter_context(operators(folder, operator_count, "--cpu", "2", *options))
+        run = Storm(running, disk, seed, database, max_timeout_s)
         try:
             run.run(jobs, kills)
         finally:
             run.thaw()
-            run.make_room()
+            run.free_disk()
             run.await_database()
-        until(lambda: not processes_with("CORTEX_JOB_ID=" + run.jobs[-1].id), "the last one gone")
+        last = "CORTEX_JOB_ID=" + run.jobs[-1].id
+        until(lambda: not processes_with(last), "the last job's processes have ended")
     return run
 
 
@@ -512,7 +518,7 @@ def main() -> None:
             kills=options.kills,
             seed=options.seed,
             store=options.store,
-            number=options.operators,
+            operator_count=options.operators,
         )
     ends = Counter(job.final["status"] for job in run.jobs if job.final)
     print(f"{len(run.jobs)} jobs, {sum(run.kills.values())} kills {dict(run.kills)}")

@@ -1,4 +1,5 @@
-"""Backups that are taken while everything changes: each is restored, and an operator on it tells what was told."""
+"""Backups that are taken while jobs and APIs change. An operator on each restored backup gives the
+same answers as the first operator."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from operator_harness import FINAL, PROBE, Operator, operator, probe_yaml, until
 
 BACKUPS, JOBS = 3, 12
 APIS = 3
-KINDS = [
+CONFIGS = [
     {"do": "say", "lines": 20},
     {"do": "fail", "message": "no"},
     {"do": "leave", "code": 3},
@@ -27,8 +28,8 @@ KINDS = [
 
 
 @dataclass
-class Told:
-    """A job as its client was told of it."""
+class Reported:
+    """A job, as the answers to its client show it."""
 
     path: str
     job: dict[str, object]
@@ -36,15 +37,15 @@ class Told:
     log: str | None
 
 
-class Storm:
-    """Clients that submit, stop, deploy and delete, each in a thread of its own."""
+class Load:
+    """Clients that submit, stop, deploy and delete, each in its own thread."""
 
     def __init__(self, own_operator: Operator, seed: int) -> None:
         self.own = own_operator
-        self.told: dict[str, Told] = {}
+        self.reported: dict[str, Reported] = {}
         self.failed: list[str] = []
         self.is_over = threading.Event()
-        self._uploading = threading.Lock()  # one folder is packed
+        self._uploading = threading.Lock()  # every upload packs the same folder
         self._threads = [
             threading.Thread(target=self._guarded, args=(work, random.Random(seed + number)))
             for number, work in enumerate([self._submit] * 3 + [self._deploy])
@@ -76,8 +77,8 @@ class Storm:
 
     def _submit(self, http: httpx.Client, dice: random.Random) -> None:
         path = f"/probe{dice.randrange(APIS)}"
-        answer = http.post(self.own.url + path, json={"config": dice.choice(KINDS)})
-        if answer.status_code == 404:  # the API is deleted just now
+        answer = http.post(self.own.url + path, json={"config": dice.choice(CONFIGS)})
+        if answer.status_code == 404:  # another thread has just deleted the API
             return
         assert answer.status_code == 200, answer.text
         job = answer.json()
@@ -86,10 +87,10 @@ class Storm:
             http.delete(at)
         found = http.get(at, params={"wait": 60}).json()["job_status"]
         assert found["status"] in FINAL, found
-        if found["status"] == "status_stopped":  # which is final before its processes are gone
-            self.told[job["job_id"]] = Told(path, job, found, None)
+        if found["status"] == "status_stopped":  # final, but its processes may still write the log
+            self.reported[job["job_id"]] = Reported(path, job, found, None)
         else:
-            self.told[job["job_id"]] = Told(path, job, found, http.get(f"{at}/logs").text)
+            self.reported[job["job_id"]] = Reported(path, job, found, http.get(f"{at}/logs").text)
 
     def _deploy(self, http: httpx.Client, dice: random.Random) -> None:
         number = dice.randrange(APIS)
@@ -102,14 +103,14 @@ class Storm:
             self.own.deployed(probe_yaml(f"probe{number}"), {"probe.py": f"# {version}\n{PROBE}"})
 
 
-def test_what_was_final_is_in_the_backup_as_it_was_told(tmp_path: Path) -> None:
+def test_a_backup_has_every_final_job_with_its_reported_status(tmp_path: Path) -> None:
     with operator(tmp_path / "own", "--cpu", "2") as own_operator:
         taken: list[tuple[Path, set[str]]] = []
-        with Storm(own_operator, seed=7) as storm:
+        with Load(own_operator, seed=7) as load:
             for number in range(BACKUPS):
-                least = len(storm.told) + JOBS
-                until(lambda least=least: len(storm.told) >= least, "some jobs have ended")
-                before = set(storm.told)
+                enough = len(load.reported) + JOBS
+                until(lambda enough=enough: len(load.reported) >= enough, "some jobs have ended")
+                before = set(load.reported)
                 file = tmp_path / f"{number}.tar.gz"
                 done = preloaded_cli.run(
                     "backup", str(file), "--data-dir", str(own_operator.data_dir)
@@ -121,31 +122,31 @@ def test_what_was_final_is_in_the_backup_as_it_was_told(tmp_path: Path) -> None:
             done = preloaded_cli.run("restore", str(file), "--data-dir", str(folder / "data"))
             assert done.returncode == 0, done.stderr
             final = _final(folder / "data" / "operator.db")
-            assert before <= final  # what was acknowledged before is in it
-            _check(folder, {each: storm.told[each] for each in final & storm.told.keys()})
+            assert before <= final  # the backup has every job that was final before it
+            _check(folder, {each: load.reported[each] for each in final & load.reported.keys()})
 
 
 def _final(database: Path) -> set[str]:
-    """The jobs that a backup has as final."""
-    over = "wanted = 'stop' OR state NOT IN ('waiting', 'starting', 'running')"
+    """The jobs that are final in a backup."""
+    is_final = "wanted = 'stop' OR state NOT IN ('waiting', 'starting', 'running')"
     with closing(sqlite3.connect(database)) as opened:
-        return {job_id for (job_id,) in opened.execute(f"SELECT job_id FROM jobs WHERE {over}")}
+        return {job_id for (job_id,) in opened.execute(f"SELECT job_id FROM jobs WHERE {is_final}")}
 
 
-def _check(folder: Path, final: dict[str, Told]) -> None:
+def _check(folder: Path, final: dict[str, Reported]) -> None:
     with operator(folder) as other:
-        for job_id, told in final.items():
-            at = f"{other.url}/-/apis/{told.path[1:]}/jobs/{job_id}"
+        for job_id, reported in final.items():
+            at = f"{other.url}/-/apis/{reported.path[1:]}/jobs/{job_id}"
             found = other.http.get(at).json()["job_status"]
-            assert _shown(found) == _shown(told.status)
-            if told.log is not None:
-                assert other.http.get(f"{at}/logs").text == told.log
+            assert _shown(found) == _shown(reported.status)
+            if reported.log is not None:
+                assert other.http.get(f"{at}/logs").text == reported.log
         for api in other.http.get(f"{other.url}/-/apis").json():
             path = "/" + api["spec"]["networking"]["endpoint"]
             assert other.run(other.url + path)["status"] == "status_succeeded"
 
 
 def _shown(status: dict[str, Any]) -> dict[str, Any]:
-    """What never changes of a final status: what is left of a job that was stopped ends later."""
+    """The part of a final status that never changes. The processes of a stopped job end later."""
     later = {"worker_counts", "exit_code"} if status["status"] == "status_stopped" else set()
     return {name: value for name, value in status.items() if name not in later}

@@ -1,5 +1,6 @@
-"""A wall clock that jumps, back and forth, under an operator with jobs: statuses stay right, times in
-order, timeouts as long as they are. The clock is libfaketime's (Debian's package faketime).
+"""A wall clock that jumps back or forward under an operator with jobs. Statuses stay right, times
+stay in order, and timeouts keep their length. The clock is libfaketime's (Debian's package
+faketime).
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ SLEEP = {"do": "sleep", "s": 300}
 HOUR = 3600
 
 
-class Clock:
-    """The operator's: its offset lies in a file."""
+class FakeClock:
+    """The operator's wall clock, whose offset is in a file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -40,67 +41,74 @@ class Clock:
 
 
 @pytest.fixture
-def clock(tmp_path: Path) -> Clock:
+def clock(tmp_path: Path) -> FakeClock:
     assert LIBRARY, "libfaketime is missing: `make setup` installs it"
-    return Clock(tmp_path / "clock")
+    return FakeClock(tmp_path / "clock")
 
 
 @pytest.fixture
-def jumpy(tmp_path: Path, clock: Clock) -> Iterator[Operator]:
+def jumping_operator(tmp_path: Path, clock: FakeClock) -> Iterator[Operator]:
     with operator(tmp_path, "--cpu", "0.001", within=clock.command()) as running:
         yield running
 
 
 @pytest.mark.parametrize("jump", [-HOUR, HOUR])
 def test_no_jump_of_the_clock_makes_a_status_or_a_timeout_wrong(
-    jumpy: Operator, clock: Clock, jump: int
+    jumping_operator: Operator, clock: FakeClock, jump: int
 ) -> None:
-    endpoint = jumpy.deployed(probe_yaml(), {"probe.py": PROBE})
-    before = jumpy.run(endpoint)
-    # One that runs and two that wait behind it: the only core is taken.
-    runs = jumpy.submit(endpoint, config=SLEEP, timeout=20)
-    jumpy.await_log(endpoint, runs, "asleep")
+    endpoint = jumping_operator.deployed(probe_yaml(), {"probe.py": PROBE})
+    before = jumping_operator.run(endpoint)
+    # One job runs and takes the only core; two jobs wait behind it.
+    runs = jumping_operator.submit(endpoint, config=SLEEP, timeout=20)
+    jumping_operator.await_log(endpoint, runs, "asleep")
     start = time.monotonic()
-    overdue = jumpy.submit(endpoint, timeout=3)
-    patient = jumpy.submit(endpoint, config={"do": "say"}, timeout=600)
+    overdue = jumping_operator.submit(endpoint, timeout=3)
+    patient = jumping_operator.submit(endpoint, config={"do": "say"}, timeout=600)
     clock.set(jump)
-    after = jumpy.submit(endpoint, timeout=600)
+    after = jumping_operator.submit(endpoint, timeout=600)
     assert (after["created_time"] < patient["created_time"]) == (jump < 0), "the clock did jump"
     time.sleep(max(0.0, start + 1 - time.monotonic()))
-    is_running = jumpy.status(endpoint, overdue)["status"] == "status_running"
+    is_running = jumping_operator.status(endpoint, overdue)["status"] == "status_running"
     assert is_running or time.monotonic() - start >= 3
     for job in (runs, patient, after):
-        assert jumpy.status(endpoint, job)["status"] == "status_running"
-    ends = [jumpy.finished(endpoint, job) for job in (overdue, runs, patient, after)]
+        assert jumping_operator.status(endpoint, job)["status"] == "status_running"
+    ends = [jumping_operator.finished(endpoint, job) for job in (overdue, runs, patient, after)]
     assert [end["status"] for end in ends] == [
         "status_timed_out", "status_timed_out", "status_succeeded", "status_succeeded",
     ]  # fmt: skip
     assert time.monotonic() - start < HOUR, "no timeout was an hour longer"
     for end in (before, *ends):
         assert end["created_time"] <= end["start_time"] <= end["end_time"]
-    # Newest first is by submission, whatever the clock said.
-    listed = [job["job_id"] for job in jumpy.http.get(endpoint).json()["job_statuses"]]
+    # The list is in the order of the submits, newest first, and not of the clock.
+    listed = [job["job_id"] for job in jumping_operator.http.get(endpoint).json()["job_statuses"]]
     assert listed == [j["job_id"] for j in (after, patient, overdue, runs, before)]
-    assert jumpy.status(endpoint, before) == before
+    assert jumping_operator.status(endpoint, before) == before
 
 
-def test_a_clock_that_is_set_back_while_no_operator_runs(jumpy: Operator, clock: Clock) -> None:
-    endpoint = jumpy.deployed(probe_yaml(), {"probe.py": PROBE})
-    job = jumpy.submit(endpoint, config=SLEEP)
-    jumpy.await_log(endpoint, job, "asleep")
-    waiting = jumpy.submit(endpoint)
-    jumpy.kill()
+def test_jobs_end_as_they_should_after_the_clock_was_set_back_while_no_operator_ran(
+    jumping_operator: Operator, clock: FakeClock
+) -> None:
+    endpoint = jumping_operator.deployed(probe_yaml(), {"probe.py": PROBE})
+    job = jumping_operator.submit(endpoint, config=SLEEP)
+    jumping_operator.await_log(endpoint, job, "asleep")
+    waiting = jumping_operator.submit(endpoint)
+    jumping_operator.kill()
     clock.set(-HOUR)
-    jumpy.start()
-    endpoint = f"{jumpy.url}/probe"
-    # That it has started may not have been stored when the operator was killed.
+    jumping_operator.start()
+    endpoint = f"{jumping_operator.url}/probe"
+    # The operator may have been killed before it stored the start.
     until(
-        lambda: jumpy.status(endpoint, job)["worker_counts"] == {"pending": 0, "running": 1},
-        "it is seen to run",
+        lambda: (
+            jumping_operator.status(endpoint, job)["worker_counts"] == {"pending": 0, "running": 1}
+        ),
+        "the new operator shows the job as running",
     )
-    assert jumpy.delete(endpoint, job).status_code == 200
-    ends = [jumpy.finished(endpoint, each) for each in (job, waiting)]
+    assert jumping_operator.delete(endpoint, job).status_code == 200
+    ends = [jumping_operator.finished(endpoint, each) for each in (job, waiting)]
     assert [end["status"] for end in ends] == ["status_stopped", "status_succeeded"]
     for end in ends:
         assert end["created_time"] <= end["start_time"] <= end["end_time"]
-    until(lambda: jumpy.http.get(f"{jumpy.url}/readyz").status_code == 200, "ready")
+    until(
+        lambda: jumping_operator.http.get(f"{jumping_operator.url}/readyz").status_code == 200,
+        "ready",
+    )

@@ -1,5 +1,5 @@
-"""An operator whose PostgreSQL server is killed or restarted: nothing is lost or half
-stored, and all goes on when the server is back, without a restart of the operator."""
+"""An operator whose PostgreSQL server is killed or restarted loses nothing and stores nothing by
+half. It resumes when the server is back, without a restart of the operator."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ ASLEEP = {"do": "sleep", "s": 300}
 
 
 @contextmanager
-def on_server(tmp_path: Path, *options: str) -> Iterator[tuple[Operator, PostgreSQLServer]]:
-    """An operator with a server of its own."""
+def operator_on_server(
+    tmp_path: Path, *options: str
+) -> Iterator[tuple[Operator, PostgreSQLServer]]:
+    """An operator with its own PostgreSQL server."""
     with server() as running:
         url = running.url(running.create())
         with operator(tmp_path, "--store", url, "--cpu", "1", *options) as operated:
@@ -41,7 +43,7 @@ def ready(running: Operator) -> bool:
 def test_a_server_that_is_killed_loses_nothing_and_all_goes_on_when_it_is_back(
     tmp_path: Path,
 ) -> None:
-    with on_server(tmp_path) as (running, database):
+    with operator_on_server(tmp_path) as (running, database):
         endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
         done = running.run(endpoint, config={"do": "say"})
         short = running.submit(endpoint, config={"do": "sleep", "s": 1})
@@ -61,7 +63,7 @@ def test_a_server_that_is_killed_loses_nothing_and_all_goes_on_when_it_is_back(
             assert int(refused.headers["retry-after"]) > 0
             assert PASSWORD not in refused.text
         assert code(running, "/healthz") == 200
-        time.sleep(2)  # the short one ends meanwhile, and nobody can store it
+        time.sleep(2)  # the short job ends meanwhile, and no operator can store its end
         database.start()
         until(lambda: ready(running), "it is ready again")
         assert running.status(endpoint, done) == done
@@ -78,22 +80,24 @@ def test_a_server_that_is_killed_loses_nothing_and_all_goes_on_when_it_is_back(
         assert running.delete(endpoint, long).status_code == 200
 
 
-def test_what_was_told_is_so_however_often_the_server_is_killed_under_load(tmp_path: Path) -> None:
-    """Submits without a key: a job is there if and only if its client was told so."""
-    with on_server(tmp_path) as (running, database):
+def test_exactly_the_acknowledged_submits_are_stored_when_the_server_is_killed_under_load(
+    tmp_path: Path,
+) -> None:
+    """Without an idempotency key, a job exists if and only if its client got that answer."""
+    with operator_on_server(tmp_path) as (running, database):
         yaml = probe_yaml("probe", "  limits: {max_running: 1}\n")
         endpoint = running.deployed(yaml, {"probe.py": PROBE})
         first = running.submit(endpoint, config=ASLEEP)
         running.await_log(endpoint, first, "asleep")
-        is_over = False
+        are_done = False
         answers: list[httpx.Response] = []
 
-        def told() -> list[str]:
+        def acknowledged() -> list[str]:
             return [answer.json()["job_id"] for answer in answers if answer.status_code == 200]
 
         def submit(_: int) -> None:
             with httpx.Client(timeout=60) as client:
-                while not is_over:
+                while not are_done:
                     answer = client.post(endpoint, json={})
                     answers.append(answer)
                     if answer.status_code != 200:
@@ -103,13 +107,16 @@ def test_what_was_told_is_so_however_often_the_server_is_killed_under_load(tmp_p
             clients = [pool.submit(submit, number) for number in range(8)]
             try:
                 for number, pause_s in enumerate((0.5, 0.3, 0.7, 0.4), 1):
-                    until(lambda least=15 * number: len(told()) > least, "jobs are taken")
+                    until(
+                        lambda minimum=15 * number: len(acknowledged()) > minimum,
+                        "the operator accepts jobs",
+                    )
                     time.sleep(pause_s)
                     database.kill()
                     database.start()
                     until(lambda: ready(running), "it is ready again")
             finally:
-                is_over = True
+                are_done = True
             for client in clients:
                 client.result()
         codes = Counter(answer.status_code for answer in answers)
@@ -121,11 +128,11 @@ def test_what_was_told_is_so_however_often_the_server_is_killed_under_load(tmp_p
             page = running.http.get(endpoint, params=query).json()
             stored += [job["job_id"] for job in page["job_statuses"]]
             cursor = page["next_cursor"]
-        assert sorted(stored) == sorted([*told(), first["job_id"]])
+        assert sorted(stored) == sorted([*acknowledged(), first["job_id"]])
 
 
 def test_an_operator_that_is_killed_with_its_server_finds_everything_again(tmp_path: Path) -> None:
-    with on_server(tmp_path) as (running, database):
+    with operator_on_server(tmp_path) as (running, database):
         endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
         job = running.submit(endpoint, config={"do": "sleep", "s": 1})
         running.await_log(endpoint, job, "asleep")
@@ -138,9 +145,11 @@ def test_an_operator_that_is_killed_with_its_server_finds_everything_again(tmp_p
         assert (ended["status"], ended["result"]) == ("status_succeeded", "rested")
 
 
-def test_a_version_that_cannot_be_read_now_is_read_later(tmp_path: Path) -> None:
-    """A job whose environment is to be built when the server goes down."""
-    with on_server(tmp_path) as (running, database):
+def test_jobs_run_when_the_server_is_back_although_their_version_could_not_be_read(
+    tmp_path: Path,
+) -> None:
+    """The server goes down before the environment of the jobs is built."""
+    with operator_on_server(tmp_path) as (running, database):
         endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
         jobs = [running.submit(endpoint) for _ in range(3)]
         database.kill()
@@ -152,7 +161,7 @@ def test_a_version_that_cannot_be_read_now_is_read_later(tmp_path: Path) -> None
 
 
 def test_an_operator_ends_at_once_while_its_server_is_down(tmp_path: Path) -> None:
-    with on_server(tmp_path) as (running, database):
+    with operator_on_server(tmp_path) as (running, database):
         endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
         job = running.submit(endpoint, config=ASLEEP)
         running.await_log(endpoint, job, "asleep")
@@ -166,20 +175,22 @@ def test_an_operator_ends_at_once_while_its_server_is_down(tmp_path: Path) -> No
 # At the start
 
 
-def refused(folder: Path, *options: str) -> str:
-    """What `cortex serve` says when it does not start."""
-    said = operator_harness.refused(folder, *options)
-    assert PASSWORD not in said
-    return said
+def start_refused(folder: Path, *options: str) -> str:
+    """The error of `cortex serve` when it does not start."""
+    message = operator_harness.refused(folder, *options)
+    assert PASSWORD not in message
+    return message
 
 
-def test_a_store_that_cannot_be_used_is_told_at_the_start(tmp_path: Path, database: str) -> None:
+def test_an_unusable_store_is_reported_at_the_start(tmp_path: Path, database: str) -> None:
     data = tmp_path / "data"
-    assert "authentication failed" in refused(data, "--store", database.replace("%3A", "x"))
-    assert "'mysql' is not a supported database" in refused(data, "--store", "mysql://u:pw@h/d")
+    assert "authentication failed" in start_refused(data, "--store", database.replace("%3A", "x"))
+    assert "'mysql' is not a supported database" in start_refused(
+        data, "--store", "mysql://u:pw@h/d"
+    )
 
 
-def test_tokens_are_made_in_the_same_store_however_that_is_named(
+def test_token_commands_use_the_same_store_whether_a_flag_a_variable_or_a_file_names_it(
     tmp_path: Path, database: str
 ) -> None:
     config = tmp_path / "operator.yaml"

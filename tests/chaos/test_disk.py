@@ -1,5 +1,5 @@
-"""A disk that is full, read-only or damaged: nothing is lost or half stored, and all goes on when it is
-mended, without a restart."""
+"""An operator whose disk is full, read-only or damaged loses nothing and stores nothing by half. It
+resumes when the disk is repaired, without a restart."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ WAITS = """
 
 
 @contextmanager
-def on_disk(
+def operator_on_disk(
     tmp_path: Path, part: str = "", options: str = "size=48m"
 ) -> Iterator[tuple[Operator, Disk]]:
-    """An operator with its data folder, or a part of it, on a small disk."""
+    """An operator whose data folder, or a part of it, is on a small disk."""
     with (
         mounted(tmp_path / "data" / part, options) as disk,
         operator(tmp_path, "--cpu", "1") as running,
@@ -44,7 +44,7 @@ def code(running: Operator, path: str) -> int:
 
 
 def test_a_full_disk_loses_nothing_and_all_goes_on_when_it_has_room(tmp_path: Path) -> None:
-    with on_disk(tmp_path) as (running, disk):
+    with operator_on_disk(tmp_path) as (running, disk):
         endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE + WAITS})
         done = running.run(endpoint, config={"do": "say"})
         go = tmp_path / "go"
@@ -62,7 +62,7 @@ def test_a_full_disk_loses_nothing_and_all_goes_on_when_it_has_room(tmp_path: Pa
         assert (deploy.status_code, deploy.json()["kind"]) == (503, "storage.unavailable")
         assert running.http.delete(f"{running.url}/-/apis/probe").status_code == 503
         assert running.delete(endpoint, long).status_code == 503
-        # What is stored can be read, and nothing else is there.
+        # Stored data stays readable, and the refused changes have stored nothing.
         assert running.status(endpoint, done) == done
         assert running.log_of(endpoint, done) == "line 0\n"
         listed = running.http.get(endpoint).json()["job_statuses"]
@@ -71,7 +71,7 @@ def test_a_full_disk_loses_nothing_and_all_goes_on_when_it_has_room(tmp_path: Pa
         assert len(os.listdir(running.data_dir / "projects")) == 1
         assert (code(running, "/healthz"), code(running, "/readyz")) == (200, 503)
         go.touch()
-        time.sleep(2)  # the short one ends meanwhile, and cannot say so
+        time.sleep(2)  # the short job ends meanwhile, and its end cannot be stored
         assert running.status(endpoint, short)["status"] == "status_running"
         disk.empty()
         until(lambda: code(running, "/readyz") == 200, "it is ready again")
@@ -85,7 +85,7 @@ def test_a_full_disk_loses_nothing_and_all_goes_on_when_it_has_room(tmp_path: Pa
 
 
 def test_an_operator_that_is_killed_on_a_full_disk_finds_everything_again(tmp_path: Path) -> None:
-    with on_disk(tmp_path) as (running, disk):
+    with operator_on_disk(tmp_path) as (running, disk):
         endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
         job = running.submit(endpoint, config={"do": "sleep", "s": 1})
         running.await_log(endpoint, job, "asleep")
@@ -99,7 +99,7 @@ def test_an_operator_that_is_killed_on_a_full_disk_finds_everything_again(tmp_pa
 
 
 def test_a_job_whose_folder_cannot_be_made_waits_and_says_why(tmp_path: Path) -> None:
-    with on_disk(tmp_path, "jobs", "size=1m,nr_inodes=8") as (running, disk):
+    with operator_on_disk(tmp_path, "jobs", "size=1m,nr_inodes=8") as (running, disk):
         endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
         fillers = []
         with pytest.raises(OSError, match="No space"):
@@ -108,10 +108,11 @@ def test_a_job_whose_folder_cannot_be_made_waits_and_says_why(tmp_path: Path) ->
                 fillers.append(disk.folder / f".{number}")
         first, second = running.submit(endpoint), running.submit(endpoint, timeout=1)
         until(
-            lambda: "No space" in running.status(endpoint, first).get("message", ""), "it says why"
+            lambda: "No space" in running.status(endpoint, first).get("message", ""),
+            "the job's message says why",
         )
         assert running.status(endpoint, first)["worker_counts"] == {"pending": 1, "running": 0}
-        # It waits, and a timeout ends waiting as ever.
+        # A timeout still ends a waiting job.
         assert running.finished(endpoint, second)["status"] == "status_timed_out"
         for folder in fillers:
             folder.rmdir()
@@ -119,85 +120,95 @@ def test_a_job_whose_folder_cannot_be_made_waits_and_says_why(tmp_path: Path) ->
         assert running.finished(endpoint, first)["status"] == "status_succeeded"
 
 
-def test_a_job_that_cannot_be_laid_out_waits_too_and_can_be_stopped(tmp_path: Path) -> None:
-    with on_disk(tmp_path, "jobs", "size=1m") as (running, disk):
+def test_a_job_whose_folder_cannot_be_filled_waits_and_can_be_stopped(tmp_path: Path) -> None:
+    with operator_on_disk(tmp_path, "jobs", "size=1m") as (running, disk):
         endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
         disk.fill()
         jobs = [running.submit(endpoint) for _ in range(3)]
         for job in jobs:
-            until(lambda j=job: "No space" in running.status(endpoint, j).get("message", ""), "why")
+            until(
+                lambda j=job: "No space" in running.status(endpoint, j).get("message", ""),
+                "the job's message says why",
+            )
         assert running.delete(endpoint, jobs[0]).status_code == 200
         disk.empty()
         ends = [running.finished(endpoint, job)["status"] for job in jobs]
         assert ends == ["status_stopped", "status_succeeded", "status_succeeded"]
 
 
-def test_an_environment_waits_for_room(tmp_path: Path) -> None:
-    with on_disk(tmp_path, "environments", "size=8k") as (running, disk):
+def test_the_build_of_an_environment_waits_for_disk_space(tmp_path: Path) -> None:
+    with operator_on_disk(tmp_path, "environments", "size=8k") as (running, disk):
         endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
         job = running.submit(endpoint)
-        until(lambda: "full" in running.status(endpoint, job).get("message", ""), "it says why")
+        until(
+            lambda: "full" in running.status(endpoint, job).get("message", ""),
+            "the job's message says why",
+        )
         disk.remount("size=100m")
         assert running.finished(endpoint, job)["status"] == "status_succeeded"
 
 
 def test_a_disk_that_becomes_read_only_refuses_writes_until_it_is_mended(tmp_path: Path) -> None:
-    with on_disk(tmp_path, "jobs") as (running, disk):
+    with operator_on_disk(tmp_path, "jobs") as (running, disk):
         endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
         done = running.run(endpoint)
         disk.remount("ro")
         job = running.submit(endpoint)
-        until(lambda: "Read-only" in running.status(endpoint, job).get("message", ""), "why")
+        until(
+            lambda: "Read-only" in running.status(endpoint, job).get("message", ""),
+            "the job's message says why",
+        )
         assert running.status(endpoint, done) == done
         disk.remount("rw")
         assert running.finished(endpoint, job)["status"] == "status_succeeded"
 
 
-def serve(data: Path) -> tuple[int, str]:
+def serve_until_exit(data: Path) -> tuple[int, str]:
+    """The exit status and the errors of `cortex serve`, which does not start."""
     done = preloaded_cli.run("serve", "--port", "0", "--data-dir", str(data))
     assert "Traceback" not in done.stderr
     return done.returncode, done.stderr
 
 
-def test_a_read_only_data_folder_is_told_at_the_start(tmp_path: Path) -> None:
+def test_a_read_only_data_folder_is_reported_at_the_start(tmp_path: Path) -> None:
     with mounted(tmp_path / "data") as disk:
         disk.remount("ro")
-        status, words = serve(tmp_path / "data")
+        status, words = serve_until_exit(tmp_path / "data")
         assert status == 1
         assert "Read-only file system" in words
         assert "--data-dir" in words
 
 
-def test_a_full_disk_is_told_at_the_start(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_at_the_start(tmp_path: Path) -> None:
     with mounted(tmp_path / "data") as disk:
         disk.fill()
-        status, words = serve(tmp_path / "data")
+        status, words = serve_until_exit(tmp_path / "data")
         assert status == 1
         assert "full" in words or "No space" in words
 
 
 @pytest.mark.parametrize("damage", ["head", "tail", "empty header", "no database"])
-def test_a_damaged_database_is_told_and_left_as_it_is(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_database_is_reported_and_left_unchanged(tmp_path: Path, damage: str) -> None:
     with operator(tmp_path) as running:
         endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
         running.run(endpoint)
     database = tmp_path / "data" / "operator.db"
     content = database.read_bytes()
     half = len(content) // 2
-    spoiled = {
+    damaged = {
         "head": b"\xff" * half + content[half:],
         "tail": content[:5000] + b"\xff" * (len(content) - 5000),
         "empty header": bytes(100) + content[100:],
         "no database": b"this was never a database\n" * 1000,
     }[damage]
-    database.write_bytes(spoiled)
-    status, words = serve(tmp_path / "data")
+    database.write_bytes(damaged)
+    status, words = serve_until_exit(tmp_path / "data")
     assert status == 1
     assert "database" in words
-    assert database.read_bytes() == spoiled
+    assert database.read_bytes() == damaged
 
 
-def test_a_table_that_is_damaged_is_told_as_storage(tmp_path: Path) -> None:
+def test_a_damaged_table_is_reported_as_unavailable_storage(tmp_path: Path) -> None:
     with operator(tmp_path) as running:
         endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
         running.run(endpoint)
@@ -228,7 +239,9 @@ def test_a_table_that_is_damaged_is_told_as_storage(tmp_path: Path) -> None:
         ("jobs", "status_succeeded", ""),
     ],
 )
-def test_folders_that_somebody_removed(tmp_path: Path, part: str, status: str, words: str) -> None:
+def test_removed_folders_are_rebuilt_or_reported(
+    tmp_path: Path, part: str, status: str, words: str
+) -> None:
     with operator(tmp_path) as running:
         running.deployed(probe_yaml(), {"probe.py": PROBE})
         old = running.run(f"{running.url}/probe")

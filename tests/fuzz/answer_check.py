@@ -1,4 +1,4 @@
-"""What every answer has to be, whatever was asked."""
+"""Checks that hold for the answer to any request."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ KINDS = {
     for each in vars(errors).values()
     if isinstance(each, type) and issubclass(each, errors.CortexError)
 }
-_NEEDED = {405: "allow", 429: "retry-after"}
+_REQUIRED_HEADERS = {405: "allow", 429: "retry-after"}
 ALLOWED = {200, 206, 400, 401, 403, 404, 405, 408, 409, 413, 415, 416, 421, 429}
-_INSIDE = re.compile(
+_INTERNALS = re.compile(
     rb"Traceback \(most recent|site-packages|/usr/lib/python|/src/cortex/|\.py\\?\", line|<html|<!doctype",
     re.IGNORECASE,
 )
 
 
-def wrong(answer: Answer, method: str, private: bytes) -> str | None:
-    """What is wrong with an answer, if anything.
+def violation(answer: Answer, method: str, private: bytes) -> str | None:
+    """The rule that an answer breaks, if any.
 
     Args:
         private: the operator's folder, which no answer shows.
@@ -33,14 +33,14 @@ def wrong(answer: Answer, method: str, private: bytes) -> str | None:
         return "an empty answer with a body" if answer.body else None
     if answer.status not in ALLOWED:
         return f"status {answer.status}"
-    if _INSIDE.search(answer.body) or private in answer.body:
-        return "it shows what is inside the operator"
+    if _INTERNALS.search(answer.body) or private in answer.body:
+        return "it shows internals of the operator"
     if method == "HEAD":
         return "a body to HEAD" if answer.body else None
-    return _wrong_content(answer) if answer.status < 400 else _wrong_error(answer)
+    return _content_violation(answer) if answer.status < 400 else _error_violation(answer)
 
 
-def _wrong_content(answer: Answer) -> str | None:
+def _content_violation(answer: Answer) -> str | None:
     media_type = answer.headers.get("content-type", "")
     if media_type.startswith(("text/plain", "text/event-stream", "text/html")):
         return None
@@ -49,11 +49,11 @@ def _wrong_content(answer: Answer) -> str | None:
     return _not_json(answer.body)
 
 
-def _wrong_error(answer: Answer) -> str | None:
+def _error_violation(answer: Answer) -> str | None:
     media_type = answer.headers.get("content-type", "")
-    told = _not_json(answer.body) if media_type == "application/json" else f"as {media_type!r}"
-    if told is not None:
-        return f"an error that is {told}"
+    fault = _not_json(answer.body) if media_type == "application/json" else f"as {media_type!r}"
+    if fault is not None:
+        return f"an error that is {fault}"
     error = json.loads(answer.body)
     if not isinstance(error, dict) or error.keys() != {"kind", "message"}:
         return "an error that is not {kind, message}"
@@ -61,7 +61,7 @@ def _wrong_error(answer: Answer) -> str | None:
         return f"the kind {error['kind']!r} with status {answer.status}"
     if not isinstance(error["message"], str) or not error["message"].strip():
         return "an error without a message"
-    needed = _NEEDED.get(answer.status)
+    needed = _REQUIRED_HEADERS.get(answer.status)
     return None if needed is None or answer.headers.get(needed) else f"no header {needed}"
 
 

@@ -1,4 +1,4 @@
-"""Archives that were made to do harm."""
+"""Harmful archives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from fuzz import odd_values
 
 BLOCK = 512
-# Names of files that an archive tries to make beside the project; none may ever be there.
+# The name of a file that archives try to create outside the project.
 PLANTED = "cortex-fuzz-planted"
 
 _NAMES = [
@@ -52,7 +52,7 @@ _FILES = [
 
 
 def archive(rng: random.Random) -> bytes:
-    """A project's tar.gz, from valid to hopeless."""
+    """A project's tar.gz, valid, broken or harmful."""
     return rng.choices(_ARCHIVES, [10, 10, 10, 10, 1, 10, 50])[0](rng)
 
 
@@ -91,12 +91,12 @@ _ARCHIVES: list[Callable[[random.Random], bytes]] = [
 
 
 def packed(tar: bytes) -> bytes:
-    """As it travels."""
+    """The archive of a tar, as a client sends it."""
     return gzip.compress(tar, 1, mtime=0)
 
 
 def project(rng: random.Random) -> bytes:
-    """A tar as it should be, but for a file's content."""
+    """A valid tar, in which a file may have odd content."""
     out = io.BytesIO()
     style = rng.choice([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
     files = [file for file in _FILES[:3] if rng.random() < 0.8]
@@ -104,16 +104,16 @@ def project(rng: random.Random) -> bytes:
     with tarfile.open(fileobj=out, mode="w", format=style) as tar:
         for name, content in files:
             info = tarfile.TarInfo(name)
-            held = odd_values.mutated(rng, content) if rng.random() < 0.3 else content
-            if name == "requirements.txt":  # never one that something would be fetched for
-                held = b"-r nowhere.txt\n" + held
-            info.size = len(held)
-            tar.addfile(info, io.BytesIO(held))
+            body = odd_values.mutated(rng, content) if rng.random() < 0.3 else content
+            if name == "requirements.txt":  # fails before uv fetches anything
+                body = b"-r nowhere.txt\n" + body
+            info.size = len(body)
+            tar.addfile(info, io.BytesIO(body))
     return out.getvalue()
 
 
 def _member(rng: random.Random) -> bytes:
-    """A header by hand, and content that fits it or not."""
+    """A header made by hand, and content that may not fit it."""
     name = rng.choice(_NAMES) if rng.random() < 0.8 else odd_values.word(rng)
     before = b""
     if rng.random() < 0.25:
@@ -130,7 +130,7 @@ def _member(rng: random.Random) -> bytes:
     size = rng.choice(_SIZES) if rng.random() < 0.2 else None
     mode = rng.choice([b"0000644\0", b"0006777\0", b"0000000\0", b"xxxxxxx\0", b"\xff" * 8])
     return before + _header(
-        name, content, kind, link=link[:100], size=size, mode=mode, is_sound=rng.random() < 0.95
+        name, content, kind, link=link[:100], size=size, mode=mode, is_valid=rng.random() < 0.95
     )
 
 
@@ -142,14 +142,14 @@ def _header(
     link: bytes = b"",
     size: bytes | None = None,
     mode: bytes = b"0000644\0",
-    is_sound: bool = True,
+    is_valid: bool = True,
 ) -> bytes:
-    said = b"%011o\0" % len(content) if size is None else size
+    size_field = b"%011o\0" % len(content) if size is None else size
     head = (
         name.encode("utf-8", "surrogateescape")[:100].ljust(100, b"\0") + mode + b"0000000\0" * 2
-        + said[:12].ljust(12, b"\0") + b"00000000000\0" + b" " * 8 + kind + link.ljust(100, b"\0") + b"ustar\x0000"
+        + size_field[:12].ljust(12, b"\0") + b"00000000000\0" + b" " * 8 + kind + link.ljust(100, b"\0") + b"ustar\x0000"
     ).ljust(BLOCK, b"\0")  # fmt: skip
-    checksum = sum(head) if is_sound else 1
+    checksum = sum(head) if is_valid else 1
     head = head[:148] + b"%06o\0 " % checksum + head[156:]
     return head + content + b"\0" * (-len(content) % BLOCK)
 

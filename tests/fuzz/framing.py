@@ -1,4 +1,4 @@
-"""Requests framed as no client would: odd bytes, lengths, chunks, targets, and clients that leave."""
+"""Requests that no client would send: odd bytes, lengths, chunks, targets, and early disconnects."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fuzz.routes import HOSTS, METHODS, World
 
 
 def framing(rng: random.Random, world: World) -> Case:
-    """A request whose bytes are odd."""
+    """A request with odd bytes."""
     return rng.choice(_FRAMINGS)(rng, world)
 
 
 _Framing = Callable[[random.Random, World], Case]
 
 
-def _sound(rng: random.Random, world: World) -> bytes:
+def _valid_request(rng: random.Random, world: World) -> bytes:
     body = odd_values.submission(rng)
     if len(body) > 5000:
         body = b"{}"
@@ -27,7 +27,7 @@ def _sound(rng: random.Random, world: World) -> bytes:
 
 
 def _mutated_request(rng: random.Random, world: World) -> Case:
-    sent = odd_values.mutated(rng, _sound(rng, world))
+    sent = odd_values.mutated(rng, _valid_request(rng, world))
     return Case(sent, "POST", fresh=True, then="shut", may_close=True)
 
 
@@ -63,7 +63,7 @@ def _head(world: World) -> bytes:
 
 
 def _chunked(rng: random.Random, world: World) -> Case:
-    """Chunks that are sound, whatever their sizes and extensions: they are answered."""
+    """Valid chunks of any size, with extensions: the operator answers them."""
     body = rng.choice(odd_values.VALID)
     chunks = b""
     while body:
@@ -88,7 +88,7 @@ def _broken_chunks(rng: random.Random, world: World) -> Case:
 
 
 def _targets(rng: random.Random, world: World) -> Case:
-    """Odd targets in sound requests are answered."""
+    """A valid request with an odd target: the operator answers it."""
     target = rng.choice([
         b"*", b"http://%s/%s" % (world.host, world.endpoint.encode()), b"http://[/", b"localhost:80", b"//",
         b"///", b"//evil.example/x", b"/%s//x" % world.endpoint.encode(), b"/./%s" % world.endpoint.encode(), b"?",
@@ -98,12 +98,12 @@ def _targets(rng: random.Random, world: World) -> Case:
     ])  # fmt: skip
     method = rng.choice(METHODS)
     headers = [(b"Host", rng.choice([world.host, *HOSTS[:6]])), *world.headers]
-    # Answered as it stands, or refused as no HTTP at all: a CONNECT's answer has no end of its own.
+    # The operator may close a CONNECT unanswered: its answer would have no end of its own.
     return Case(request(method, target, headers), method, fresh=True, may_close=method == "CONNECT")
 
 
 def _http_1_0(rng: random.Random, world: World) -> Case:
-    sent = _sound(rng, world).replace(b" HTTP/1.1", b" HTTP/1.0", 1)
+    sent = _valid_request(rng, world).replace(b" HTTP/1.1", b" HTTP/1.0", 1)
     if rng.random() < 0.5:
         sent = sent.replace(b"Host: " + world.host + b"\r\n", b"", 1)
     if rng.random() < 0.3:
@@ -114,15 +114,18 @@ def _http_1_0(rng: random.Random, world: World) -> Case:
 def _pipelined(rng: random.Random, world: World) -> Case:
     count = rng.randrange(2, 6)
     return Case(
-        b"".join(_sound(rng, world) for _ in range(count)), "POST", fresh=True, answers=count
+        b"".join(_valid_request(rng, world) for _ in range(count)),
+        "POST",
+        fresh=True,
+        answers=count,
     )
 
 
-def _gone(rng: random.Random, world: World) -> Case:
-    """A client that leaves: in the middle of what it sends, or while it is answered."""
+def _disconnecting(rng: random.Random, world: World) -> Case:
+    """A client that disconnects in the middle of its request, or during the answer."""
     polled = f"/{world.endpoint}/{rng.choice(list(world.jobs) or ['x'])}"
     sent = rng.choice([
-        _sound(rng, world),
+        _valid_request(rng, world),
         request("GET", f"{polled}?wait=1", [(b"Host", world.host), *world.headers]),
         request("GET", f"{polled}/logs", [(b"Host", world.host), (b"Accept", b"text/event-stream"), *world.headers]),
         _head(world) + b"Content-Length: 100\r\n\r\n{",
@@ -136,5 +139,5 @@ def _gone(rng: random.Random, world: World) -> Case:
 
 _FRAMINGS: list[_Framing] = [
     _mutated_request, _mutated_request, _noise, _lengths, _chunked, _broken_chunks, _targets, _targets, _http_1_0,
-    _pipelined, _gone,
+    _pipelined, _disconnecting,
 ]  # fmt: skip

@@ -1,8 +1,9 @@
-"""Fuzzing: a real operator is sent what no client would send, and every answer is held against the
-contract. `make fuzz`, or `python tests/fuzz/fuzz.py --requests 50000 --seed 7`; `--replay upload/1234`
-sends one case of a seed again and shows it.
+"""Fuzzing: sends a real operator requests that no client would send, and checks every answer
+against the contract. `make fuzz`, or `python tests/fuzz/fuzz.py --requests 50000 --seed 7`;
+`--replay upload/1234` sends one case of a seed again and shows it.
 
-A case follows from the seed, its stream and its number alone. It prints a table of the answers.
+A case follows from the seed, its stream and its number alone. The program prints a table of the
+answers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from fuzz import routes, uploads
-from fuzz.answer_check import wrong
+from fuzz.answer_check import violation
 from fuzz.archives import PLANTED
 from fuzz.framing import framing
 from fuzz.raw_http import WAIT_TIMEOUT_S, Answer, Case, Connection, request
@@ -32,10 +33,10 @@ from fuzz.routes import World, operations
 from operator_harness import Operator, operator, until
 
 YAML = '- name: fuzz\n  kind: TaskAPI\n  definition: {command: ["true"]}\n  compute: {cpu: 1m}\n'
-# Few jobs at a time: what is fuzzed are requests, not the engine.
+# Few jobs at a time: the fuzzing is about requests, not about the engine.
 OPTIONS = ("--cpu", "0.004")
-MOST_FAULTS = 20
-STALLED = 20
+MAX_FAULTS = 20
+STALLED_CLIENTS = 20
 _DATA = {
     "projects",
     "locks",
@@ -48,7 +49,13 @@ _DATA = {
     "operator.db-wal",
     "operator.db-shm",
 }
-_IN_LOG = ("Traceback", "request crashed", "dispatcher failed", "never retrieved", "never awaited")
+_LOG_FAULTS = (
+    "Traceback",
+    "request crashed",
+    "dispatcher failed",
+    "never retrieved",
+    "never awaited",
+)
 
 # The share of all requests that a stream of cases gets.
 STREAMS: dict[str, tuple[float, Callable[[random.Random, World], Case]]] = {
@@ -62,7 +69,7 @@ SCHEMA_SHARE = 0.06
 
 @dataclass
 class Report:
-    """What a run sent, and what came back."""
+    """The requests and answers of a run."""
 
     requests: int = 0
     answers: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -83,7 +90,7 @@ class Report:
 
 
 class Run:
-    """One operator under fire."""
+    """The fuzzing of one operator."""
 
     def __init__(self, target: Operator, endpoint: str, seed: int) -> None:
         self._target = target
@@ -93,7 +100,7 @@ class Run:
         self.report = Report()
         parts = urlsplit(target.url)
         assert parts.hostname and parts.port
-        self._address = (parts.hostname, parts.port)
+        self.address = (parts.hostname, parts.port)
         authorization = target.http.headers.get("authorization")
         described = target.http.get(f"{target.url}/-/openapi.json").json()
         self.world = World(
@@ -104,8 +111,8 @@ class Run:
             operations=operations(described),
         )
 
-    def everything(self, count: int) -> None:
-        """All streams side by side, each over its own connection."""
+    def run_all_streams(self, count: int) -> None:
+        """Send all streams at the same time, each over its own connection."""
         threads = [
             threading.Thread(target=self._stream, args=(name, round(count * share)), name=name)
             for name, (share, _) in STREAMS.items()
@@ -123,20 +130,20 @@ class Run:
         """Send one case, and show it."""
         case = self.case(stream, index)
         print(case)
-        for answer in Connection(self._address).exchange(case):
+        for answer in Connection(self.address).exchange(case):
             print(answer)
 
     def _stream(self, stream: str, count: int) -> None:
-        connection = Connection(self._address)
+        connection = Connection(self.address)
         try:
             for index in range(count):
-                if len(self.report.faults) >= MOST_FAULTS:
+                if len(self.report.faults) >= MAX_FAULTS:
                     return
                 case = self.case(stream, index)
                 answers = connection.exchange(case)
                 self._judge(stream, index, case, answers)
                 for answer in answers:
-                    self._clean_up(connection, answer, random.Random(index))
+                    self._remove_created(connection, answer, random.Random(index))
         except Exception as error:
             self._fault(f"{stream}: {type(error).__name__}: {error}")
             raise
@@ -152,17 +159,17 @@ class Run:
                 self.report.answers[stream, status] += 1
             if case.may_close and not answer.status and answer.broken == "closed":
                 continue
-            told = wrong(answer, case.method, self._private)
-            if told is not None:
+            fault = violation(answer, case.method, self._private)
+            if fault is not None:
                 self._fault(
-                    f"{stream}/{index}: {told}\n  {case.sent[:300]!r}\n  {answer.body[:300]!r}"
+                    f"{stream}/{index}: {fault}\n  {case.sent[:300]!r}\n  {answer.body[:300]!r}"
                 )
         if not answers:
             with self._lock:
                 self.report.answers[stream, "left"] += 1
 
-    def _clean_up(self, connection: Connection, answer: Answer, rng: random.Random) -> None:
-        """Stop most of the jobs that were taken, and delete the APIs."""
+    def _remove_created(self, connection: Connection, answer: Answer, rng: random.Random) -> None:
+        """Stop most of the accepted jobs, and delete the deployed APIs."""
         if answer.status != 200 or not answer.body.startswith((b'{"job_id"', b"[{")):
             return
         found = json.loads(answer.body)
@@ -184,12 +191,12 @@ class Run:
         self._judge("delete", 0, case, connection.exchange(case))
 
     def _schema(self, count: int) -> None:
-        from fuzz.schema import fuzz_schema  # slow to import: not when tests are only collected
+        from fuzz.schema import fuzz_schema  # here: its import would slow the collection of tests
 
         headers = {name.decode(): value.decode() for name, value in self.world.headers}
 
-        def judge(answer: Answer, method: str, asked: bytes) -> None:
-            self._judge("schema", 0, Case(asked, method), [answer])
+        def judge(answer: Answer, method: str, sent: bytes) -> None:
+            self._judge("schema", 0, Case(sent, method), [answer])
 
         try:
             fuzz_schema(self._target.url, headers, count, self._seed, judge)
@@ -203,12 +210,12 @@ class Run:
 
 
 def fuzz(folder: Path, requests: int, seed: int) -> Report:
-    """Fuzz an operator in `folder`; fails where it did not hold what the contract says."""
+    """Fuzz an operator in `folder`. Fails where the operator broke the contract."""
     readers = folder / "readers"
     readers.mkdir(parents=True)
     started = time.monotonic()
     read = fuzz_readers(readers, seed, requests // 12)
-    canaries = _plant(folder / "home")
+    canaries = _plant_canary(folder / "home")
     with operator(folder / "home", *OPTIONS) as target:
         endpoint = target.deployed(YAML, {})
         assert target.run(endpoint)["status"] == "status_succeeded"
@@ -219,28 +226,28 @@ def fuzz(folder: Path, requests: int, seed: int) -> Report:
             before = _memory(target), _descriptors(target)
             for connection in _stall(run):
                 stalled.callback(connection.close)
-            run.everything(requests)
+            run.run_all_streams(requests)
             _assert_no(report.faults)
             answered = target.http.get(f"{target.url}/healthz")
             assert answered.status_code == 200
         report.seconds = time.monotonic() - started
-        _assert_sound(target, endpoint, report)
+        _assert_jobs_sound(target, endpoint, report)
         settled = before[1] + 16
-        until(lambda: _descriptors(target) <= settled, "the file descriptors given back")
+        until(lambda: _descriptors(target) <= settled, "the operator has closed its descriptors")
         report.memory = before[0], _memory(target)
         report.descriptors = before[1], _descriptors(target)
         log = target.log.read_text()
-        assert not [word for word in _IN_LOG if word in log], log[-5000:]
+        assert not [word for word in _LOG_FAULTS if word in log], log[-5000:]
         _assert_nothing_outside(target, canaries)
     return report
 
 
 def _assert_no(faults: list[str]) -> None:
-    assert not faults, "\n".join([f"{len(faults)} faults", *faults[:MOST_FAULTS]])
+    assert not faults, "\n".join([f"{len(faults)} faults", *faults[:MAX_FAULTS]])
 
 
-def _assert_sound(target: Operator, endpoint: str, report: Report) -> None:
-    """Every submit that was acknowledged is a job, all come to an end, and the next one succeeds."""
+def _assert_jobs_sound(target: Operator, endpoint: str, report: Report) -> None:
+    """Every acknowledged submit is a job, every job ends, and the next job succeeds."""
     for name, job_id in report.submitted:
         answer = target.http.get(
             f"{target.url}/-/apis/{name}/jobs/{job_id}",
@@ -255,8 +262,8 @@ def _assert_sound(target: Operator, endpoint: str, report: Report) -> None:
     assert target.run(endpoint)["status"] == "status_succeeded"
 
 
-def _plant(home: Path) -> set[str]:
-    """Make what archives aim at findable: the names beside the data folder now."""
+def _plant_canary(home: Path) -> set[str]:
+    """Put a canary beside the data folder, where archives aim, and return the allowed names."""
     home.mkdir(parents=True)
     (home / "canary").write_text("canary")
     (home / "canary").chmod(0o600)
@@ -267,7 +274,7 @@ def _assert_nothing_outside(target: Operator, allowed: set[str]) -> None:
     home = target.data_dir.parent
     assert {path.name for path in home.iterdir()} <= allowed
     assert (home / "canary").read_text() == "canary"
-    # By that name alone: one with backslashes before it is a plain name, in its project's folder.
+    # The exact name: on Linux a backslash is a plain character, and such names stay in the project.
     assert not list(Path(tempfile.gettempdir()).glob(PLANTED))
     assert not list(home.rglob(PLANTED))
     unknown = {path.name for path in target.data_dir.iterdir()} - _DATA
@@ -278,23 +285,23 @@ def _assert_nothing_outside(target: Operator, allowed: set[str]) -> None:
 
 
 def _stall(run: Run) -> list[Connection]:
-    """Clients whose bodies never end, for as long as the run lasts."""
+    """Connections of clients whose requests never end."""
     heads = [
         b"POST /%s HTTP/1.1\r\nHost: %s\r\nContent-Length: 100\r\n\r\n{",
         b"POST /%s HTTP/1.1\r\nHost: %s\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{",
         b"POST /%s HTTP/1.1\r\nHost: %s\r\nX: ",
     ]
     found = []
-    for number in range(STALLED):
+    for number in range(STALLED_CLIENTS):
         sent = heads[number % len(heads)] % (run.world.endpoint.encode(), run.world.host)
-        connection = Connection(run._address)
+        connection = Connection(run.address)
         connection.exchange(Case(sent, answers=0))
         found.append(connection)
     return found
 
 
 def _memory(target: Operator) -> int:
-    """MiB that are resident."""
+    """The operator's resident memory in MiB."""
     status = Path(f"/proc/{target.process.pid}/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) // 1024
 
@@ -308,22 +315,23 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=50_000)
     parser.add_argument("--seed", type=int, default=random.randrange(2**31))
     parser.add_argument("--replay", metavar="STREAM/NUMBER")
-    asked = parser.parse_args()
-    print(f"seed {asked.seed}", flush=True)
+    options = parser.parse_args()
+    print(f"seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="cortex-fuzz-") as folder:
-        if asked.replay:
-            stream, _, index = asked.replay.partition("/")
+        if options.replay:
+            stream, _, index = options.replay.partition("/")
             with operator(Path(folder), *OPTIONS) as target:
                 endpoint = target.deployed(YAML, {})
-                Run(target, endpoint, asked.seed).replay(stream, int(index))
+                Run(target, endpoint, options.seed).replay(stream, int(index))
                 print(target.log.read_text())
             return
-        report = fuzz(Path(folder), asked.requests, asked.seed)
+        report = fuzz(Path(folder), options.requests, options.seed)
     print(report.table())
     print(
         f"{report.requests} requests in {report.seconds:.0f} s, {len(report.submitted)} jobs, "
         f"{report.read} readings in process, no fault; memory {report.memory[0]} -> "
-        f"{report.memory[1]} MiB, file descriptors {report.descriptors[0]} -> {report.descriptors[1]}"
+        f"{report.memory[1]} MiB, file descriptors {report.descriptors[0]} -> "
+        f"{report.descriptors[1]}"
     )
 
 

@@ -1,5 +1,5 @@
-"""Odd values: texts, JSON, header values and mutations of bytes. Everything is drawn from a
-`random.Random`, so that a seed gives the same again."""
+"""Odd values: texts, JSON, header values and mutations of bytes. All are drawn from a
+`random.Random`, so that a seed gives the same values again."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TOKENS = [
 
 
 def word(rng: random.Random) -> str:
-    """A text that somebody may have forgotten."""
+    """A text that a program may fail to handle."""
     if rng.random() < 0.7:
         return rng.choice(WORDS)
     if rng.random() < 0.5:
@@ -70,7 +70,7 @@ def mutated(rng: random.Random, data: bytes, most: int = 4) -> bytes:
 
 
 def header_value(rng: random.Random) -> bytes:
-    """What may stand in a header without breaking its line; sometimes what may not."""
+    """A header's value without line breaks, often with bytes that are not allowed."""
     how = rng.randrange(6)
     if how == 0:
         return bytes(
@@ -86,7 +86,7 @@ def header_value(rng: random.Random) -> bytes:
 
 
 def json_value(rng: random.Random, depth: int = 0) -> object:
-    """Anything that JSON can hold, odd scalars mostly."""
+    """A JSON value, most often with odd scalars."""
     kind = rng.randrange(8 if depth < 4 else 6)
     if kind == 6:
         return [json_value(rng, depth + 1) for _ in range(rng.randrange(5))]
@@ -99,9 +99,9 @@ def json_value(rng: random.Random, depth: int = 0) -> object:
 
 
 def submission(rng: random.Random) -> bytes:
-    """The body of a submit: valid, nearly so, or not at all."""
+    """The body of a submit: valid, nearly valid, or invalid."""
     return rng.choices(
-        [_valid, _fields, _mutated, _special, _nested, _numbers], [1, 3, 5, 4, 3, 4]
+        [_valid, _fields, _mutated, _odd_documents, _nested, _numbers], [1, 3, 5, 4, 3, 4]
     )[0](rng)
 
 
@@ -149,7 +149,7 @@ def _numbers(rng: random.Random) -> bytes:
 
 
 def _nested(rng: random.Random) -> bytes:
-    """Depths around the limits of every parser and serialiser on the way."""
+    """Nesting around the depth limits of the operator's parsers and serialisers."""
     depth = rng.choice(
         [rng.randrange(90, 130), rng.randrange(180, 270), rng.randrange(300, 1100), 5000, 100_000]
     )
@@ -163,7 +163,7 @@ def _nested(rng: random.Random) -> bytes:
     return around.replace("%s", inside).encode()
 
 
-def _special(rng: random.Random) -> bytes:
+def _odd_documents(rng: random.Random) -> bytes:
     specials: list[Callable[[], bytes]] = [
         lambda: b"",
         lambda: b" \t\r\n",

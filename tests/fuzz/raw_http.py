@@ -1,5 +1,5 @@
-"""Requests as bytes on a socket, and what comes back. No client library would send what is sent here;
-the standard library's parser of responses says whether an answer is HTTP."""
+"""Sends requests as bytes on a socket, which no client library would send. The standard library's
+parser of responses decides whether an answer is HTTP."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ WAIT_TIMEOUT_S = 60
 
 @dataclass(frozen=True)
 class Case:
-    """What is sent, and how."""
+    """The bytes to send, and how to send them."""
 
     sent: bytes
     method: str = "GET"
-    """As the answer's framing depends on it."""
+    """The framing of the answer depends on it."""
     fresh: bool = False
-    """On a connection of its own."""
+    """Whether to use a new connection."""
     then: str = "read"
-    """`read` its answers, `shut` our side first, `leave` without reading, or `reset`."""
+    """`read` the answers, `shut` our side first, `leave` without reading, or `reset`."""
     may_close: bool = False
-    """Whether the connection may end unanswered: HTTP that can't be parsed, or is not complete."""
+    """Whether the operator may close without an answer: the HTTP is invalid or incomplete."""
     answers: int = 1
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One response; status 0 is a connection that ended, or broke the rules, without one."""
+    """One response. Status 0: the connection ended without one, or the response was no HTTP."""
 
     status: int
     headers: dict[str, str]
@@ -40,7 +40,7 @@ class Answer:
 
 
 class _Reader(io.BufferedReader):
-    """Stays open for the next answer: HTTPResponse closes what it reads from."""
+    """Stays open for the next answer, although HTTPResponse closes its file."""
 
     def close(self) -> None:
         pass
@@ -50,7 +50,7 @@ class _Reader(io.BufferedReader):
 
 
 class Connection:
-    """To an operator; opened again whenever it has ended."""
+    """A connection to an operator, opened again whenever it has ended."""
 
     def __init__(self, address: tuple[str, int]) -> None:
         self._address = address
@@ -62,13 +62,13 @@ class Connection:
         return self._socket is not None
 
     def exchange(self, case: Case) -> list[Answer]:
-        """Send a case; the answers that came."""
+        """Send a case, and return the answers."""
         if case.fresh:
             self.close()
         was_used = self._socket is not None
         found = self._exchange(case)
         if was_used and found and not found[0].status and found[0].broken == "closed":
-            found = self._exchange(case)  # an idle connection that the operator had ended
+            found = self._exchange(case)  # the operator had closed the idle connection
         if case.fresh:
             self.close()
         return found
@@ -84,7 +84,7 @@ class Connection:
             self._socket = socket.create_connection(self._address, WAIT_TIMEOUT_S)
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._reader = _Reader(socket.SocketIO(self._socket, "r"))
-        # The operator may answer, and close, before it has read all.
+        # The operator may answer and close before it has read the whole request.
         with contextlib.suppress(ConnectionError):
             self._socket.sendall(case.sent)
         if case.then == "shut":
@@ -124,7 +124,7 @@ class Connection:
 def request(
     method: str, target: str | bytes, headers: list[tuple[bytes, bytes]], body: bytes | None = None
 ) -> bytes:
-    """A request's bytes as they are given; Content-Length is added for a body."""
+    """The bytes of a request, unchecked. Content-Length is added for a body."""
     sent = target if isinstance(target, bytes) else target.encode("utf-8", "replace")
     lines = [method.encode("latin-1", "replace") + b" " + sent + b" HTTP/1.1"]
     lines += [name + b": " + value for name, value in headers]

@@ -1,4 +1,5 @@
-"""What reads foreign text and archives, fuzzed in process: only the errors that it documents may come."""
+"""Fuzzes the readers of users' texts and archives in process: they may raise only the errors that
+they document."""
 
 from __future__ import annotations
 
@@ -53,7 +54,7 @@ _INSERTS: dict[str, list[bytes]] = {
 
 
 def fuzz_readers(folder: Path, seed: int, rounds: int) -> int:
-    """Feed every reader; how many calls there were. Fails at the first that raises something else."""
+    """Feed every reader, and return the number of calls. Fails at the first undocumented error."""
     total = 0
     for name, (share, feed) in _READERS.items():
         for index in range(max(1, rounds // share)):
@@ -86,7 +87,7 @@ def _archive(rng: random.Random, folder: Path) -> None:
     try:
         unpack(io.BytesIO(archive(rng)), target)
         project_id(target)
-        _holds_only_files(target)
+        _assert_only_files_inside(target)
     except InvalidProject as error:
         assert error.message
         assert str(folder) not in error.message, error.message
@@ -96,7 +97,7 @@ def _archive(rng: random.Random, folder: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
 
 
-def _holds_only_files(target: Path) -> None:
+def _assert_only_files_inside(target: Path) -> None:
     root = target.resolve()
     for path in target.rglob("*"):
         assert path.is_symlink() or path.is_file() or path.is_dir(), path
@@ -167,7 +168,7 @@ def _project(rng: random.Random, folder: Path) -> None:
 
 
 _Feed = Callable[[random.Random, Path], None]
-# One call in so many rounds: some readers take longer than others.
+# Each reader, and the number of rounds for one call: some readers take longer than others.
 _READERS: dict[str, tuple[int, _Feed]] = {
     "yaml": (8, _yaml),
     "archive": (1, _archive),

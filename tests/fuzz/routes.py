@@ -1,4 +1,4 @@
-"""Requests to every route of the operator's own OpenAPI, and submits."""
+"""Requests to every route of the operator's OpenAPI document, and submits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ METHODS = [
     "CONNECT",
 ]
 _OTHER_QUERIES = ["jobID", "wait", "status", "limit", "cursor", "offset", "force", "x", "", "jobid"]
-# A long poll would hold the run up: of a wait that is taken there are only short ones.
+# Valid waits are short: a long poll would delay the run.
 _WAITS = ["0", "0.01", "-1", "nan", "inf", "1e400", "3600.1", "", "x", "0,1", "\u0663"]
 _STATUSES = ["status_running", "status_succeeded", "status_stopped", "running", "status_unknown"]
 _CONTENT_TYPES = [
@@ -58,7 +58,7 @@ _ODD_HEADERS: list[tuple[bytes, list[bytes]]] = [
     (b"Forwarded", [b"for=127.0.0.1;host=[", b"x"]),
     (b"X-HTTP-Method-Override", [b"DELETE"]),
 ]  # fmt: skip
-_OF_LOGS = [
+_LOG_HEADERS = [
     (name, [values[0]] if name == b"Accept" else values)
     for name, values in _ODD_HEADERS
     if name in {b"Accept", b"Range", b"Last-Event-ID"}
@@ -82,7 +82,7 @@ class Operation:
 
 @dataclass
 class World:
-    """What there is to ask for; the run adds what it makes."""
+    """The operator's address, APIs and jobs; the run adds the jobs that it submits."""
 
     host: bytes
     headers: Headers
@@ -113,17 +113,17 @@ def route(rng: random.Random, world: World) -> Case:
     operation = rng.choice(world.operations)
     method = operation.method if rng.random() < 0.8 else rng.choice(METHODS)
     target = _path(rng, world, operation, is_safe=method != "DELETE")
-    asked = []
+    query = []
     for _ in range(rng.choice([0, 0, 1, 1, 2, 4])):
         name = rng.choice(
             [*operation.queries, *operation.queries, *_OTHER_QUERIES, odd_values.word(rng)]
         )
-        asked.append(f"{_quoted(rng, name)}={_quoted(rng, _query_value(rng, world, name))}")
-    if asked:
-        target += "?" + "&".join(asked)
+        query.append(f"{_quoted(rng, name)}={_quoted(rng, _query_value(rng, world, name))}")
+    if query:
+        target += "?" + "&".join(query)
     headers = _headers(rng, world)
     if operation.path.endswith("/logs") and rng.random() < 0.5:
-        headers += [(name, rng.choice(values)) for name, values in _OF_LOGS]
+        headers += [(name, rng.choice(values)) for name, values in _LOG_HEADERS]
     body = None
     if operation.has_body or rng.random() < 0.15:
         body = odd_values.submission(rng)
@@ -155,9 +155,9 @@ def _path(rng: random.Random, world: World, operation: Operation, *, is_safe: bo
         elif part == "{endpoint}":
             parts.append(world.endpoint)
         elif part == "{name}":
-            # Whoever deletes the API that all ask for ends the run's use.
-            is_kept = is_safe or "{job_id}" in operation.path
-            parts.append(world.name if is_kept else "nothing")
+            # Other requests need the API: none may delete it.
+            is_harmless = is_safe or "{job_id}" in operation.path
+            parts.append(world.name if is_harmless else "nothing")
         else:
             parts.append(rng.choice(list(world.jobs) or ["x"]))
     if rng.random() < 0.05:
@@ -166,7 +166,8 @@ def _path(rng: random.Random, world: World, operation: Operation, *, is_safe: bo
 
 
 def _quoted(rng: random.Random, text: str) -> str:
-    """Escaped for a URL; sometimes as it is, but for what ends the request line."""
+    """A text escaped for a URL. Half of the texts are escaped only where they would break the
+    request line."""
     if rng.random() < 0.5:
         return quote(text, safe="%")
     return "".join(c if "!" <= c <= "~" else quote(c) for c in text)

@@ -1,4 +1,4 @@
-"""Requests that Schemathesis makes of the operator's own OpenAPI: what fits its schemas, and what does not."""
+"""Requests that Schemathesis makes from the operator's OpenAPI document: valid and invalid ones."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Judge = Callable[[Answer, str, bytes], None]
 
 
 def fuzz_schema(url: str, headers: dict[str, str], cases: int, seed: int, judge: Judge) -> None:
-    """Send about so many cases, spread over all operations, and hand every answer to `judge`, with its
-    method and what was asked."""
+    """Send about `cases` cases, spread over all operations. Call `judge` with every answer, its
+    method and its request."""
     schema = schemathesis.openapi.from_url(f"{url}/-/openapi.json", headers=headers)
     found = []
     for result in schema.get_all_operations():
@@ -31,7 +31,7 @@ def fuzz_schema(url: str, headers: dict[str, str], cases: int, seed: int, judge:
     with requests.Session() as session:
         session.trust_env = False
         session.headers.update(headers)
-        # The operator ends one that is idle, which may be right when a case comes that took long to make.
+        # Some cases take long to make, and the operator may close an idle connection meanwhile.
         session.headers["Connection"] = "close"
         for operation in found:
             for mode in GenerationMode:
@@ -70,6 +70,6 @@ def _send_all(
             f"{case.method} {sent.url}".encode(),
         )
 
-    # An operation that takes anything has nothing that does not fit.
+    # An operation that accepts any input has no invalid cases.
     with contextlib.suppress(Unsatisfiable):
         send()

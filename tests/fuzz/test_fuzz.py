@@ -1,4 +1,4 @@
-"""A short run of the fuzzing: one fixed seed, and one of its own each time."""
+"""Short runs of the fuzzing: one with a fixed seed, and one with a new seed each time."""
 
 from __future__ import annotations
 

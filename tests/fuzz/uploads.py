@@ -1,4 +1,4 @@
-"""Uploads that were made to do harm: a cortex.yaml, an archive, and the multipart form around them."""
+"""Harmful uploads: a cortex.yaml, an archive, and the multipart form around them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BROKEN_YAMLS = [
 
 
 def yaml_text(rng: random.Random) -> bytes:
-    """A cortex.yaml, from valid to hopeless."""
+    """A cortex.yaml, valid, broken or harmful."""
     return rng.choices(_YAML_TEXTS, [1, 4, 2, 1, 1, 1, 1, 1])[0](rng)
 
 
@@ -57,7 +57,7 @@ def _nested(rng: random.Random) -> bytes:
 
 
 def _structured(rng: random.Random) -> bytes:
-    """An entry whose fields hold what they should not."""
+    """An entry whose fields have values of other types."""
 
     def some(usual: object) -> object:
         return usual if rng.random() < 0.6 else odd_values.json_value(rng, 2)
@@ -75,15 +75,15 @@ def _structured(rng: random.Random) -> bytes:
     return json.dumps([entry] * rng.choice([1, 1, 2]), ensure_ascii=rng.random() < 0.5).encode()
 
 
-def _laughs(rng: random.Random) -> bytes:
-    """Few bytes that aliases make many."""
+def _billion_laughs(rng: random.Random) -> bytes:
+    """A few bytes that aliases expand to many."""
     levels, width = rng.choice([(4, 3), (9, 9), (30, 2), (50, 10), (3, 1000)])
     lines = [b"a0: &a0 [x, x]"]
     for level in range(1, levels):
         merged = rng.random() < 0.2
-        held = b", ".join([b"*a%d" % (level - 1)] * width)
+        aliases = b", ".join([b"*a%d" % (level - 1)] * width)
         line = b"a%d: &a%d {<<: [%s]}" if merged else b"a%d: &a%d [%s]"
-        lines.append(line % (level, level, held))
+        lines.append(line % (level, level, aliases))
     return b"\n".join(lines) + b"\n"
 
 
@@ -93,7 +93,7 @@ _YAML_TEXTS: list[Callable[[random.Random], bytes]] = [
     lambda rng: odd_values.mutated(rng, rng.choice(BROKEN_YAMLS), 3),
     lambda rng: rng.choice(BROKEN_YAMLS),
     _structured,
-    _laughs,
+    _billion_laughs,
     _encoded,
     _nested,
 ]
@@ -118,7 +118,7 @@ _CHARSETS = [
 
 
 def upload(rng: random.Random, world: World) -> Case:
-    """A deploy whose yaml, archive or form is odd."""
+    """A deploy with an odd cortex.yaml, archive or form."""
     is_form = rng.random() < 0.25
     yaml = rng.choice(YAMLS) if is_form else yaml_text(rng)
     tar = packed(project(rng)) if is_form or rng.random() < 0.4 else archive(rng)

@@ -50,7 +50,7 @@ def test_a_write_whose_outcome_is_unknown_waits_and_other_writes_are_refused(
     postgresql: PostgreSQLServer, database: str, cut: str
 ) -> None:
     async def work(store: Store) -> None:
-        proxy.cut, proxy.goes_away = cut, True
+        proxy.cut, proxy.closes_after_cut = cut, True
         unknown = asyncio.create_task(store.submit(draft()))
         await eventually(lambda: not proxy.is_open)
         for _ in range(5):
@@ -58,7 +58,7 @@ def test_a_write_whose_outcome_is_unknown_waits_and_other_writes_are_refused(
                 await store.submit(draft())
             await asyncio.sleep(0.1)
         assert not unknown.done()
-        proxy.is_open, proxy.goes_away = True, False
+        proxy.is_open, proxy.closes_after_cut = True, False
         job, is_new = await unknown
         assert is_new
         await store.ping()
@@ -72,7 +72,7 @@ def test_closing_the_store_does_not_wait_for_an_unknown_outcome(
     postgresql: PostgreSQLServer, database: str
 ) -> None:
     async def work(store: Store) -> None:
-        proxy.cut, proxy.goes_away = "after", True
+        proxy.cut, proxy.closes_after_cut = "after", True
         unknown = asyncio.create_task(store.submit(draft()))
         await eventually(lambda: not proxy.is_open)
         store.close()

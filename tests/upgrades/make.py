@@ -43,10 +43,8 @@ from typing import Any
 
 import httpx
 
-import postgresql_server
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
-
+import postgresql_server
 
 # A fixed path, because tracebacks in the logs name it.
 FOLDER = Path("/tmp/cortex-upgrade")
@@ -142,7 +140,7 @@ CHATTER_YAML = f"""
 """
 
 
-class Old:
+class OldOperator:
     """A running operator of the old version, and requests to it."""
 
     def __init__(self, cortex: Path, folder: Path, *options: str) -> None:
@@ -238,7 +236,7 @@ class Old:
         done = self.get(f"{self.path(name)}?wait=100")["job_status"]
         assert done["status"] == status, (name, done)
 
-    def runs(self, name: str) -> None:
+    def await_start(self, name: str) -> None:
         until(lambda: b"asleep" in self.log(name) and "running" in self.state(name), f"{name} runs")
 
     def state(self, name: str) -> str:
@@ -246,7 +244,7 @@ class Old:
         return " ".join(each for each, count in counts.items() if count)
 
     def lose(self, name: str) -> None:
-        """Kill the job's supervising process and its worker."""
+        """Kill the job's supervisor and its worker."""
         self._kill(self.jobs[name][1])
 
     def _kill(self, job_id: str, *, worker_alone: bool = False) -> None:
@@ -255,7 +253,7 @@ class Old:
         if not worker_alone:
             pids.insert(0, int(json.loads((folder / "start.1").read_text())["pid"]))
         for pid in pids:
-            with contextlib.suppress(ProcessLookupError):  # it ends with the other
+            with contextlib.suppress(ProcessLookupError):  # the worker ends with its supervisor
                 os.kill(pid, signal.SIGKILL)
 
     def is_archived(self, name: str) -> bool:
@@ -295,8 +293,8 @@ def until(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.05)
 
 
-def live(old: Old) -> None:
-    """Deploy APIs, run a job to each ending, then start the jobs that outlive the operator."""
+def run_scenario(old: OldOperator) -> None:
+    """Deploy APIs, run jobs to every final status, then start jobs that outlive the operator."""
     task = {"task.py": TASK}
     newer = {"task.py": TASK.replace("VERSION = 1", "VERSION = 2")}
     old.deploy(yaml("probe"), task)
@@ -326,7 +324,7 @@ def live(old: Old) -> None:
     old.submit("lost", "probe", config={"do": "sleep"})
     old.submit("lost once", "retried", config={"do": "first_sleeps"})
     for name in ("stopped", "lost", "lost once"):
-        old.runs(name)
+        old.await_start(name)
     old.stop("stopped")
     old.lose("lost")
     old.lose("lost once")
@@ -343,7 +341,7 @@ def live(old: Old) -> None:
 
     # In progress when the operator is killed.
     old.submit("again", "line", config={"do": "first_sleeps"})
-    old.runs("again")
+    old.await_start("again")
     old.submit("cancelled", "line")
     old.stop("cancelled")
     old.submit("waiting", "line", key="key of waiting", config={"mine": 1})
@@ -354,12 +352,12 @@ def live(old: Old) -> None:
     old.submit("running", "probe", key="key of running", config={"do": "sleep"})
     old.submit("stopping", "stubborn", config={"do": "stubborn"})
     for name in ("running", "stopping"):
-        old.runs(name)
+        old.await_start(name)
     old.stop("stopping")
     old.submit("late", "line", timeout=30)
 
 
-def expected(old: Old) -> dict[str, Any]:
+def expected(old: OldOperator) -> dict[str, Any]:
     """The answers of the old version."""
     jobs = {
         name: {
@@ -390,37 +388,37 @@ def make(
     """
     folder = FOLDER / root.name
     folder.mkdir()
-    old = Old(cortex, folder, *options)
+    old = OldOperator(cortex, folder, *options)
     old.start()
     try:
-        live(old)
+        run_scenario(old)
         (root / "expected.json").write_text(json.dumps(expected(old), indent=1))
         old.kill()
         # Hard links and holes stay.
         subprocess.run(["cp", "-a", "--sparse=always", old.data, old.files, root], check=True)
-        for left_out in ("jobs/.own", "environments"):
-            shutil.rmtree(root / "data" / left_out)
+        for excluded in ("jobs/.own", "environments"):
+            shutil.rmtree(root / "data" / excluded)
         if dump is not None:
             dump(root / "dump.sql", old.data / "jobs")
         else:
             with closing(
                 sqlite3.connect(root / "data" / "operator.db", isolation_level=None)
             ) as connection:
-                for here in _machine(old.data / "jobs").items():
-                    connection.execute("UPDATE jobs SET handle = replace(handle, ?, ?)", here)
+                for machine_id in _machine_ids(old.data / "jobs").items():
+                    connection.execute("UPDATE jobs SET handle = replace(handle, ?, ?)", machine_id)
                 connection.execute("VACUUM")  # removes the old text from free pages
     finally:
         old.end()
-    _neutral(root / "data" / "jobs")
+    _remove_machine_names(root / "data" / "jobs")
 
 
-def _machine(jobs: Path) -> dict[str, str]:
+def _machine_ids(jobs: Path) -> dict[str, str]:
     """The parts of a handle that identify this machine, each with its replacement."""
     about = jobs.stat()
     return {BOOT_ID: NO_BOOT_ID, f'"{about.st_dev}:{about.st_ino}"': '"0:0"'}
 
 
-def _neutral(jobs: Path) -> None:
+def _remove_machine_names(jobs: Path) -> None:
     """Remove the boot id and the path of the installation from the jobs' folders."""
     for path in jobs.rglob("*"):
         if path.is_symlink():
@@ -433,7 +431,7 @@ def _neutral(jobs: Path) -> None:
 
 def check(folder: Path, cortex: Path) -> None:
     """Check that the fixture names nothing of this machine."""
-    here = [
+    machine_words = [
         BOOT_ID,
         socket.gethostname(),
         str(Path.home()),
@@ -444,7 +442,9 @@ def check(folder: Path, cortex: Path) -> None:
         content = str(path.readlink()).encode() if path.is_symlink() else b""
         content += path.read_bytes() if path.is_file() else b""
         found = [
-            word for word in here if re.search(rf"(?<!\w){re.escape(word)}(?!\w)".encode(), content)
+            word
+            for word in machine_words
+            if re.search(rf"(?<!\w){re.escape(word)}(?!\w)".encode(), content)
         ]
         assert not found, (path, found)
 
@@ -475,8 +475,10 @@ def database() -> Iterator[tuple[str, Callable[[Path, Path], None]]]:
 
         def dump(target: Path, jobs: Path) -> None:
             with server.connected(name) as connection:
-                for here in _machine(jobs).items():
-                    connection.execute("UPDATE jobs SET handle = replace(handle, %s, %s)", here)
+                for machine_id in _machine_ids(jobs).items():
+                    connection.execute(
+                        "UPDATE jobs SET handle = replace(handle, %s, %s)", machine_id
+                    )
                 connection.execute("UPDATE operators SET runs_on = %s", (NO_BOOT_ID,))
             command = [
                 postgresql_server.program("pg_dump"),

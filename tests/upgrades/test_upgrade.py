@@ -1,4 +1,4 @@
-"""The current operator takes over the data that each earlier version left: see `make.py`."""
+"""The current operator takes over the data of each earlier version, which `make.py` recorded."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from operator_harness import Operator, operator
 from postgresql_server import PASSWORD, USER, PostgreSQLServer
 
 FIXTURES = sorted(Path(__file__).parent.glob("*.tar.xz"))
-# Else retention would remove the jobs of an old fixture.
+# Otherwise retention would remove the jobs of an old fixture.
 KEEP_ALL = ["--keep-jobs", "0", "--keep-logs", "0", "--keep-audit", "0"]
 IN_PROGRESS = {"again", "waiting", "waiting long", "waiting of the new version", "running", "late"}
 ECHO = {"base": 1, "nested": {"kept": True}}
 
-pytestmark = pytest.mark.xdist_group("upgrades")  # whose tests share one operator
+pytestmark = pytest.mark.xdist_group("upgrades")  # these tests share one operator
 
 
 @dataclass
 class Upgraded:
-    """The current operator on the data of a version."""
+    """The current operator on the data of an earlier version."""
 
     running: Operator
     before: Any
     """The answers of the old version."""
 
     def job(self, name: str) -> Any:
-        """The `job_status` now."""
+        """The `job_status` from the current operator."""
         answer = self.running.http.get(self.url(name), params={"wait": 100})
         assert answer.status_code == 200, (name, answer.text)
         return answer.json()["job_status"]
@@ -89,7 +89,8 @@ def database(folder: Path, request: pytest.FixtureRequest, identity: str) -> Ite
     """The database of a fixture, as options of `cortex serve`.
 
     Args:
-        identity: of the jobs folder, which handles name: a copy of that folder has another one.
+        identity: the device and inode of the jobs folder. Handles name it, and a copy of that
+            folder has another one.
     """
     dump = folder / "dump.sql"
     if not dump.exists():
@@ -112,18 +113,22 @@ def database(folder: Path, request: pytest.FixtureRequest, identity: str) -> Ite
         server.drop(name)
 
 
-def lacks(now: Any, before: Any, at: str = "") -> list[str]:
-    """The fields that an answer had before and lacks now, or has with another value."""
+def changed_fields(now: Any, before: Any, at: str = "") -> list[str]:
+    """The fields of the old answer that the new one lacks or has with another value."""
     if isinstance(before, dict) and isinstance(now, dict):
         return [
             line
             for key, value in before.items()
-            for line in (lacks(now[key], value, f"{at}.{key}") if key in now else [f"{at}.{key}"])
+            for line in (
+                changed_fields(now[key], value, f"{at}.{key}") if key in now else [f"{at}.{key}"]
+            )
         ]
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         pairs = zip(now, before, strict=True)
         return [
-            line for n, (new, old) in enumerate(pairs) for line in lacks(new, old, f"{at}[{n}]")
+            line
+            for n, (new, old) in enumerate(pairs)
+            for line in changed_fields(new, old, f"{at}[{n}]")
         ]
     return [] if now == before else [f"{at}: {before!r} has become {now!r}"]
 
@@ -140,7 +145,7 @@ def test_a_finished_job_is_shown_as_before(upgraded: Upgraded) -> None:
             before["endpoint"] = before["endpoint"].replace(
                 upgraded.before["url"], upgraded.running.url
             )
-            assert lacks(answer, before, name) == []
+            assert changed_fields(answer, before, name) == []
 
 
 def test_logs_are_the_same_byte_for_byte(upgraded: Upgraded) -> None:
@@ -165,7 +170,7 @@ def test_a_job_that_ran_is_lost_with_its_machine(upgraded: Upgraded) -> None:
     assert upgraded.log("running") == upgraded.before["jobs"]["running"]["log"]
 
 
-def test_a_job_that_ran_and_may_be_retried_begins_anew(upgraded: Upgraded) -> None:
+def test_a_job_that_ran_and_may_be_retried_starts_again(upgraded: Upgraded) -> None:
     job = upgraded.job("again")
     assert (job["status"], job["result"]) == ("status_succeeded", {"version": 1, "attempt": 2})
     log, before = upgraded.log("again"), upgraded.before["jobs"]["again"]["log"]
@@ -179,8 +184,8 @@ def test_a_job_that_ran_and_may_be_retried_begins_anew(upgraded: Upgraded) -> No
 def test_a_job_whose_stop_was_acknowledged_is_stopped(upgraded: Upgraded) -> None:
     job = upgraded.job("stopping")
     before = upgraded.before["jobs"]["stopping"]["answer"]["job_status"]
-    del before["end_time"]  # it had not ended yet
-    assert lacks(job, before) == []
+    del before["end_time"]  # its processes had not ended yet
+    assert changed_fields(job, before) == []
     assert job["start_time"] <= job["end_time"]
 
 
@@ -211,7 +216,7 @@ def test_a_job_whose_time_ran_out_meanwhile_has_timed_out(upgraded: Upgraded) ->
     )
 
 
-def test_what_was_deployed_takes_jobs(upgraded: Upgraded) -> None:
+def test_a_deployed_api_accepts_jobs(upgraded: Upgraded) -> None:
     assert upgraded.run("/probe", config={"new": True})["result"] == {
         "version": 2,
         "config": ECHO | {"new": True},
@@ -223,7 +228,7 @@ def test_what_was_deployed_takes_jobs(upgraded: Upgraded) -> None:
 def test_apis_are_listed_with_their_versions(upgraded: Upgraded) -> None:
     found = upgraded.running.http.get(f"{upgraded.running.url}/-/apis").json()
     for now, before in zip(found, upgraded.before["apis"], strict=True):
-        assert lacks(now["spec"], before["spec"]) == []
+        assert changed_fields(now["spec"], before["spec"]) == []
         assert now["api_versions"] == before["api_versions"]
 
 
@@ -240,18 +245,18 @@ def test_tokens_work_and_a_revoked_one_does_not(upgraded: Upgraded) -> None:
     assert [code(name, "POST") for name in tokens] == [403, 200, 200, 401]
 
 
-def test_a_key_is_still_one_job(upgraded: Upgraded) -> None:
+def test_an_idempotency_key_still_names_one_job(upgraded: Upgraded) -> None:
     for each in upgraded.before["keys"]:
         url = f"{upgraded.running.url}/-/apis/{each['api']}/jobs"
         headers = {"Idempotency-Key": each["key"]}
         again = upgraded.running.http.post(url, json=each["body"], headers=headers)
         assert again.status_code == 200, again.text
-        assert lacks(again.json(), each["answer"]) == []
+        assert changed_fields(again.json(), each["answer"]) == []
         other = {"config": {"other": True}}
         assert upgraded.running.http.post(url, json=other, headers=headers).status_code == 409
 
 
 def test_the_audit_goes_on(upgraded: Upgraded) -> None:
     before = upgraded.before["audit"]["entries"]
-    assert lacks(upgraded.audit()[-len(before) :], before) == []
+    assert changed_fields(upgraded.audit()[-len(before) :], before) == []
     assert {"deploy", "delete", "stop", "create_token"} <= {each["action"] for each in before}

@@ -1,4 +1,4 @@
-# Runs inside the machine, as root, in a unit to which systemd delegates its group.
+# Runs in the virtual machine, as root, in a unit to which systemd delegates its control group.
 uname -r
 stat -f -c 'cgroups: %T' /sys/fs/cgroup
 export HOME=/root TMPDIR=/var/tmp

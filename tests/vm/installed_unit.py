@@ -1,5 +1,5 @@
-"""docs/deploy/cortex.service, really installed and started: only in the machine of `tests/vm/vm.py`, for it
-changes the system."""
+"""Installs and starts docs/deploy/cortex.service. Runs only in the machine of `tests/vm/vm.py`,
+because it changes the system."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ UNIT = REPOSITORY / "docs" / "deploy" / "cortex.service"
 DATA = Path("/var/lib/cortex")
 PORT = 8888
 README = UNIT.with_name("README.md")
-AS_IS = ""
+UNCHANGED = ""
 DELEGATED = "Delegate=yes\n"
 DROP_INS = re.findall(r"^\[Service\]\n(.*?)^```", README.read_text(), re.M | re.S)
 (SLICE,) = [text for text in DROP_INS if "Slice=" in text]
-(OF_ROOT,) = [
+(RUN_AS_ROOT,) = [
     text.replace("RUN_AS=cortex", "RUN_AS=nobody") for text in DROP_INS if "RUN_AS" in text
 ]
 VARIANTS = {
-    "as it is": AS_IS,
+    "as it is": UNCHANGED,
     "delegated": DELEGATED,
     "in a slice": SLICE,
-    "run-as": OF_ROOT,
-    "run-as delegated": OF_ROOT + DELEGATED,
+    "run-as": RUN_AS_ROOT,
+    "run-as delegated": RUN_AS_ROOT + DELEGATED,
 }
 LIMITED = probe_yaml("limited").replace("cpu: 1m", "cpu: 1m, mem: 64Mi")
 
@@ -50,7 +50,7 @@ def journal() -> str:
 
 
 class Unit(Operator):
-    """The operator that systemd runs."""
+    """The operator as a unit of systemd."""
 
     def __init__(self, folder: Path, name: str) -> None:
         super().__init__(folder, data_dir=DATA)
@@ -103,11 +103,11 @@ def unit(
     installed.http.close()
     installed.systemctl("stop")
     subprocess.run(["systemctl", "reset-failed"], check=True)
-    until(lambda: not left(), f"nothing is left: {left()}")
+    until(lambda: not leftovers(), f"no process is left: {leftovers()}")
 
 
-def left() -> list[str]:
-    """The processes that name the data folder: none once all jobs are over and the operator has ended."""
+def leftovers() -> list[str]:
+    """The processes that name the data folder: none once all jobs and the operator have ended."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -120,22 +120,27 @@ def left() -> list[str]:
 
 
 def pid_of(unit: Unit, endpoint: str, job: Any) -> int:
-    until(lambda: "pid " in unit.log_of(endpoint, job), "the job tells its process")
+    until(lambda: "pid " in unit.log_of(endpoint, job), "the job logs its pid")
     return int(unit.log_of(endpoint, job).split("pid ")[1].split()[0])
 
 
 def sleeper(unit: Unit, name: str) -> tuple[str, Any, int]:
-    code = "import os, time\ndef task(config):\n    print('pid', os.getpid(), flush=True)\n    time.sleep(600)\n"
+    code = (
+        "import os, time\n"
+        "def task(config):\n"
+        "    print('pid', os.getpid(), flush=True)\n"
+        "    time.sleep(600)\n"
+    )
     endpoint = unit.deployed(probe_yaml(name), {"probe.py": code})
     job = unit.submit(endpoint)
     return endpoint, job, pid_of(unit, endpoint, job)
 
 
-def is_there(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
-def test_a_job_runs_and_its_user_is_the_one_of_the_unit(unit: Unit) -> None:
+def test_a_job_runs_as_the_user_of_the_unit(unit: Unit) -> None:
     code = "import os, pwd\ndef task(config): return pwd.getpwuid(os.getuid()).pw_name\n"
     endpoint = unit.deployed(probe_yaml("who"), {"probe.py": code})
     done = unit.run(endpoint)
@@ -143,7 +148,7 @@ def test_a_job_runs_and_its_user_is_the_one_of_the_unit(unit: Unit) -> None:
     assert done.get("result") == user, f"{done}\n{unit.log_of(endpoint, done)}\n{journal()}"
 
 
-def test_memory_limits_hold(unit: Unit) -> None:
+def test_a_job_beyond_its_memory_limit_ends(unit: Unit) -> None:
     endpoint = unit.deployed(LIMITED, {"probe.py": PROBE})
     done = unit.run(endpoint, config={"do": "allocate"})
     assert done["status"] == "status_worker_oom", (done, unit.http.get(f"{unit.url}/-/info").text)
@@ -152,37 +157,37 @@ def test_memory_limits_hold(unit: Unit) -> None:
     assert unit.answers()
 
 
-def test_a_restart_takes_no_job_along(unit: Unit) -> None:
+def test_a_restart_of_the_unit_ends_no_job(unit: Unit) -> None:
     endpoint, job, pid = sleeper(unit, "sleeper")
     before = unit.pid
     unit.systemctl("restart")
     assert unit.pid != before
-    assert is_there(pid)
+    assert is_alive(pid)
     assert unit.status(endpoint, job)["status"] == "status_running"
-    # One that is killed is started again by systemd.
+    # systemd starts a killed operator again.
     os.kill(unit.pid, 9)
     before = unit.pid
-    until(lambda: unit.pid not in (0, before), "systemd starts it again")
-    until(unit.answers, "it answers again")
-    assert is_there(pid)
+    until(lambda: unit.pid not in (0, before), "systemd starts the operator again")
+    until(unit.answers, "the operator answers again")
+    assert is_alive(pid)
     assert unit.status(endpoint, job)["status"] == "status_running"
     assert unit.run(unit.deployed(LIMITED, {"probe.py": PROBE}))["status"] == "status_succeeded"
     assert unit.delete(endpoint, job).status_code == 200
-    until(lambda: not is_there(pid), "the job is gone")
+    until(lambda: not is_alive(pid), "the job's process has ended")
 
 
-def test_a_stop_takes_no_job_along_and_a_start_finds_it(unit: Unit) -> None:
+def test_a_stop_of_the_unit_ends_no_job_and_a_start_recovers_it(unit: Unit) -> None:
     endpoint, job, pid = sleeper(unit, "sleeper")
     unit.systemctl("stop")
-    assert is_there(pid)
+    assert is_alive(pid)
     unit.systemctl("start")
     assert unit.status(endpoint, job)["status"] == "status_running"
     assert unit.delete(endpoint, job).status_code == 200
-    until(lambda: not is_there(pid), "the job is gone")
+    until(lambda: not is_alive(pid), "the job's process has ended")
     assert unit.finished(endpoint, job)["status"] == "status_stopped"
 
 
-def test_a_tree_that_hides_is_stopped_whole(unit: Unit) -> None:
+def test_a_stop_ends_every_hidden_process_of_a_job(unit: Unit) -> None:
     code = (
         "import os, time\n"
         "def task(config):\n"
@@ -204,6 +209,6 @@ def test_a_tree_that_hides_is_stopped_whole(unit: Unit) -> None:
     endpoint = unit.deployed(probe_yaml("hiding"), {"probe.py": code})
     job = unit.submit(endpoint)
     pid_of(unit, endpoint, job)
-    until(lambda: len(hidden()) == 3, "all three hide")
+    until(lambda: len(hidden()) == 3, "all three processes are hidden")
     assert unit.delete(endpoint, job).status_code == 200
-    until(lambda: not hidden(), "all are gone")
+    until(lambda: not hidden(), "all hidden processes have ended")

@@ -1,13 +1,14 @@
-"""Run tests in an emulated Debian 12: its own kernel, systemd, and cgroup v2 alone.
+"""Runs tests in an emulated Debian 12, with its own kernel, systemd, and only cgroup v2.
 
     python tests/vm/vm.py [PYTEST ARGUMENTS]
 
-Most machines that run operators look like that, and the machines that test a change do not. Without arguments
-it runs all that depends on groups, limits, users and processes. It needs root (debootstrap makes the system),
-and a mirror of Debian for the first run alone: the system is kept in `.vm`.
+Most machines that run operators are like that, and the machines that test a change are not. Without
+arguments it runs the tests that depend on control groups, limits, users and processes. It needs
+root, since debootstrap makes the system. Only the first run needs a Debian mirror: `.vm` stores the
+system.
 
-The system is one disk, which no run changes. This tree, its virtual environment and that one's Python are the
-other, below the same paths as here.
+The machine has two disks. One has the system, and no run changes it. The other has this tree, its
+virtual environment and that environment's Python, below the same paths as here.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 TREE = Path(__file__).resolve().parents[2]
-KEPT = TREE / ".vm"
+CACHE = TREE / ".vm"
 SUITE = "bookworm"
-# What tests call, and the libraries of a Python that is not Debian's own.
+# The programs that tests call, and the libraries of a Python that is not Debian's own.
 PACKAGES = [
     "systemd", "systemd-sysv", "udev", "dbus", "linux-image-cloud-amd64", "initramfs-tools",
     "python3", "curl", "openssl", "procps", "strace", "iproute2", "ca-certificates",
@@ -33,7 +34,7 @@ PACKAGES = [
     "libncursesw6", "faketime",
 ]  # fmt: skip
 SYSTEM_SIZE = "3G"
-LEFT_OUT = {".git", ".vm"}
+EXCLUDED = {".git", ".vm"}
 MEMORY, CPUS = "4G", "2"
 TIMEOUT_S = 3600
 RESULT = "exit status of the tests: "
@@ -57,21 +58,21 @@ WantedBy=default.target
 
 
 def main(arguments: list[str]) -> int:
-    """The exit status of the tests in the machine."""
+    """Run the tests in the machine, and return their exit status."""
     if os.geteuid() != 0:
         sys.exit("tests/vm/vm.py: needs root, for debootstrap; run it with sudo")
-    KEPT.mkdir(exist_ok=True)
+    CACHE.mkdir(exist_ok=True)
     system = _system()
     with _disk_of_tree(arguments) as disk:
         return _run(system, disk)
 
 
 def _system() -> Path:
-    """The disk of the system; its kernel lies beside it."""
-    disk = KEPT / "system.img"
+    """The disk of the system; its kernel is beside it."""
+    disk = CACHE / "system.img"
     if disk.exists():
         return disk
-    with tempfile.TemporaryDirectory(dir=KEPT) as folder:
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         root, part = Path(folder) / "root", Path(folder) / "system.img"
         command = ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}"]
         _checked(*command, SUITE, str(root), _mirror())
@@ -83,19 +84,19 @@ def _system() -> Path:
         _checked("chroot", str(root), "systemctl", "enable", "-q", "cortex-tests.service")
         for name in ("vmlinuz", "initrd.img"):
             (found,) = root.glob(f"boot/{name}-*")
-            shutil.copyfile(found, KEPT / name)
+            shutil.copyfile(found, CACHE / name)
         _filesystem(root, part, SYSTEM_SIZE)
         part.rename(disk)
     return disk
 
 
 def _mirror() -> str:
-    """Where this machine has its packages from."""
+    """The Debian mirror of this machine."""
     format_ = "$(REPO_URI) $(CODENAME)"
-    told = subprocess.run(
+    targets = subprocess.run(
         ["apt-get", "indextargets", "--format", format_], capture_output=True, text=True, check=True
     )
-    for line in told.stdout.splitlines():
+    for line in targets.stdout.splitlines():
         uri, codename = line.split()
         if codename == SUITE:
             return uri
@@ -104,25 +105,25 @@ def _mirror() -> str:
 
 @contextmanager
 def _disk_of_tree(arguments: list[str]) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir=KEPT) as folder:
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         root, disk = Path(folder) / "root", Path(folder) / "tree.img"
         root.mkdir()
         venv = TREE / ".venv"
         base = Path(os.path.realpath(venv / "bin" / "python")).parents[1]
-        within = [TREE] if base == Path("/usr") else [TREE, base]
-        for path in within:
+        paths = [TREE] if base == Path("/usr") else [TREE, base]
+        for path in paths:
             _copy(path, root / "files" / path.relative_to("/"))
         binds = "\n".join(
             f"mkdir -p {shlex.quote(str(path))} && mount --bind "
             f"{shlex.quote(f'/tree/files{path}')} {shlex.quote(str(path))}"
-            for path in within
+            for path in paths
         )
-        # A Python may lie in a home, which users of jobs have to pass.
-        open_ = "\n".join(
-            f"chmod a+x {shlex.quote(str(parent))}" for path in within for parent in path.parents
+        # A Python may be in a home folder, which the users of jobs have to traverse.
+        traversable = "\n".join(
+            f"chmod a+x {shlex.quote(str(parent))}" for path in paths for parent in path.parents
         )
         (root / "run").write_text(
-            f"set -e\n{binds}\n{open_}\ncd {shlex.quote(str(TREE))}\n"
+            f"set -e\n{binds}\n{traversable}\ncd {shlex.quote(str(TREE))}\n"
             f"export VM_TEST_ARGUMENTS={shlex.quote(shlex.join(arguments))}\n"
             f"status=0\nsh tests/vm/guest.sh || status=$?\necho '{RESULT}'$status\n"
         )
@@ -131,12 +132,12 @@ def _disk_of_tree(arguments: list[str]) -> Iterator[Path]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """As hard links: they are only read."""
+    """Copy a tree as hard links, since its files are only read."""
 
-    def left_out(_: str, names: list[str]) -> set[str]:
-        return {name for name in names if name in LEFT_OUT or name.startswith(".venv-")}
+    def excluded_names(_: str, names: list[str]) -> set[str]:
+        return {name for name in names if name in EXCLUDED or name.startswith(".venv-")}
 
-    shutil.copytree(source, target, symlinks=True, ignore=left_out, copy_function=_link)
+    shutil.copytree(source, target, symlinks=True, ignore=excluded_names, copy_function=_link)
 
 
 def _link(source: str, target: str) -> str:
@@ -155,11 +156,11 @@ def _run(system: Path, disk: Path) -> int:
     acceleration = ["-accel", "tcg,thread=multi"]  # /dev/kvm of a nested machine often hangs
     command = [
         "qemu-system-x86_64", *acceleration, "-cpu", "max", "-smp", CPUS, "-m", MEMORY,
-        "-kernel", str(KEPT / "vmlinuz"), "-initrd", str(KEPT / "initrd.img"),
+        "-kernel", str(CACHE / "vmlinuz"), "-initrd", str(CACHE / "initrd.img"),
         "-append", "root=/dev/vda rw console=ttyS0 quiet panic=-1",
         "-drive", f"file={system},format=raw,if=virtio,snapshot=on",
         "-drive", f"file={disk},format=raw,if=virtio",
-        "-serial", f"file:{KEPT / 'console.log'}", "-serial", "stdio",
+        "-serial", f"file:{CACHE / 'console.log'}", "-serial", "stdio",
         "-nic", "none", "-display", "none", "-monitor", "none", "-no-reboot",
     ]  # fmt: skip
     status: int | None = None
@@ -176,7 +177,7 @@ def _run(system: Path, disk: Path) -> int:
         finally:
             machine.kill()
     if status is None:
-        sys.exit(f"tests/vm/vm.py: the machine ended before its tests; see {KEPT / 'console.log'}")
+        sys.exit(f"tests/vm/vm.py: the machine ended before its tests; see {CACHE / 'console.log'}")
     return status
 
 

@@ -219,7 +219,7 @@ class Engine(Protocol):
     engine gets `recover` for each attempt that the store holds as claimed.
 
     An engine reports exactly one of Ended, Lost and NeverStarted for each attempt that it started
-    or recovered, and releases the attempt's capacity before that. It may call `report` at any
+    or recovered, and gives back the attempt's capacity before that. It may call `report` at any
     time on the loop while it is open, also before `start` returns. Jobs survive their operator:
     neither `close` nor SIGKILL of the operator's process ends a job, and neither counts as a stop.
     """

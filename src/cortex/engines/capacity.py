@@ -14,16 +14,15 @@ from cortex.worker.messages import size
 class CapacityLedger(Protocol):
     """The reservations of all jobs: the capacity that they request, not what they use.
 
-    Call all methods on the event loop; they do not block it. The ledger is in memory alone: after a
-    restart it is empty, and `Engine.recover` counts the capacity of each attempt again. The engine
-    itself releases a job's capacity before it reports the end of the attempt.
+    All methods are called on the event loop, and do not block it. The ledger is in memory alone:
+    after a restart it is empty, and `Engine.recover` counts the capacity of each attempt again. The
+    engine itself gives back a job's capacity before it reports the end of the attempt.
     """
 
     def refusal(self, compute: Compute) -> str | None:
-        """Why the engine could never run this ("needs 8 GPUs, this machine has 2"); None if it
-        could.
+        """Why the engine could never run this ("needs 8 GPUs, this machine has 2"), or None.
 
-        Call it at any time while the engine is open. It changes nothing. The answer may become None
+        Call it at any time while the engine is open. Changes nothing. The answer may become None
         when a larger machine joins.
         """
 

@@ -1,4 +1,4 @@
-"""Where the log, the records and the files of each job are. The operator, the engines and the nodes
+"""Where the log, the records and the files of each job lie. The operator, the engines and the nodes
 of a cluster share this layout:
 
 <root>/<job_id>/log          what the job writes, and lines of the platform's own
@@ -53,8 +53,7 @@ class JobFolders:
         return self.root / job_id / FILES
 
     def start_record(self, job_id: str, attempt: int) -> Path:
-        """The record that fences an attempt: the process that creates it decides whether the
-        attempt runs."""
+        """The record that fences an attempt: its creator decides whether the attempt runs."""
         return self.root / job_id / f"start.{attempt}"
 
     def exit_record(self, job_id: str, attempt: int) -> Path:
@@ -78,8 +77,7 @@ class JobFolders:
         may write where the job may not.
 
         Raises:
-            OSError: the log is not a plain file of the job's alone, or the disk accepts no write
-            now.
+            OSError: the log is not a plain file of the job's alone, or the disk refuses the write.
         """
         path = self.log(job_id)
         path.parent.mkdir(0o700, exist_ok=True)

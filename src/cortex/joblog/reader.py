@@ -1,6 +1,5 @@
-"""Reads a job's log, which may have lost its middle: the supervisor of a job punches a hole into a
-log that exceeds `limits.log`, and records the hole in `log.cut`
-(`cortex.worker.supervisor.logfile`).
+"""Reads a job's log, which may have lost its middle: the job's supervisor punches a hole into a log
+that exceeds `limits.log`, and records the hole in `log.cut` (`cortex.worker.supervisor.logfile`).
 
 The job can write to its folder. It can put a link, a pipe or another file in place of its log,
 write the record of a gap itself, and make the log as large as a file can be. Therefore nothing but
@@ -26,8 +25,7 @@ REMOVED = "[cortex: the log was removed while it was read]\n"
 REPLACED = "[cortex: the log is not shown, for the job has put something else in its place]\n"
 
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-# No such file, a link, a socket, a file without read permission, a file with a lease (fcntl(2)) on
-# it.
+# No such file, a link, a socket, a file without read permission or with a lease (fcntl(2)).
 _NOT_READABLE = (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EACCES, errno.EAGAIN)
 _MAX_RECORD_BYTES = 4096
 # A supervisor cuts at the ends of lines, on either side of the gap.
@@ -77,8 +75,7 @@ class Piece:
 
 
 class OpenLog:
-    """A job's log, open for reading together with its folder: the job may rename either
-    meanwhile."""
+    """A job's log, open for reading with its folder: the job may rename either meanwhile."""
 
     def __init__(self, folder: int, fd: int) -> None:
         self.fd = fd
@@ -179,8 +176,7 @@ def length(path: Path) -> int:
 
 def find_gap(record: bytes | None, size: int, limit: int, attempts: int = 1) -> LogCut | None:
     """The gap of a log: the recorded one, if it can be true, extended to all that exceeds the
-    limit. A job can write both files, and a sparse file of the largest size takes no space on the
-    disk.
+    limit. A job can write both files, and a sparse file of the largest size takes no disk space.
 
     Args:
         record: the content of `log.cut`, read before `size` was determined.

@@ -68,8 +68,8 @@ class FileWatch:
             self._inotify = None
 
     def watch_open_log(self, path: Path, grown: Callback) -> bool:
-        """Call `grown` whenever a log grows; False, and nothing is watched, where no log exists
-        yet. The file itself is watched, not its name: the job may put another file in its place.
+        """Call `grown` whenever a log grows; False, and nothing is watched, where no log exists.
+        The file itself is watched, not its name: the job may put another file in its place.
 
         Raises:
             OSError: the log cannot be watched.

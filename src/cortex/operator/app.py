@@ -276,8 +276,7 @@ def _url(host: str, port: int) -> str:
 def engine_factory(
     settings: Settings, data_folder_id: str, projects: Projects
 ) -> Callable[[], Engine]:
-    """Makes the engine of each term. What can fail of that fails now, at the start of a follower as
-    well.
+    """Makes the engine of each term. What can fail fails now, also at the start of a follower.
 
     Raises:
         StartupError: the namespace of a Ray cluster cannot be read or written.

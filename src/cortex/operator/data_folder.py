@@ -75,8 +75,8 @@ def check_is_intact(settings: Settings) -> None:
     if settings.store is None and saved:
         raise StartupError(
             f"the database {database} was removed, moved or replaced while an operator ran, which "
-            f"saved a copy as {saved[-1]}: {restore_instructions(database)} To continue with the present "
-            "database instead, move that copy elsewhere."
+            f"saved a copy as {saved[-1]}: {restore_instructions(database)} To continue with the "
+            "present database instead, move that copy elsewhere."
         )
     if settings.restore_folder.exists():
         raise StartupError(

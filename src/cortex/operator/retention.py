@@ -1,8 +1,7 @@
-"""Retention removes finished jobs, their logs, and versions that no job uses, after the times that
-are configured.
+"""After configured times, retention removes finished jobs, their logs, and unused versions.
 
-A folder is removed before its row in the store, so that a crash in between leaves no folder without
-a row. Opened by the leader.
+A folder is removed before its row in the store: a crash in between leaves no folder without a row.
+Opened by the leader.
 """
 
 from __future__ import annotations
@@ -147,7 +146,7 @@ class Retention:
 
 
 def _ago(seconds: float) -> int:
-    """The time so many seconds ago; at the earliest the epoch, as the store's times have 64 bits."""
+    """The time so many seconds ago, but not before the epoch: the store's times have 64 bits."""
     now = now_ns()
     return now - int(min(seconds * 1e9, now))
 

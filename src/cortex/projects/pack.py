@@ -123,7 +123,7 @@ class _Gzip(gzip.GzipFile):
         try:
             super().__init__(filename="", mode="wb", compresslevel=level, fileobj=out, mtime=0)
         except BaseException:
-            # Without this, the finalizer tries to write, and Python 3.13 prints its error.
+            # Leave nothing to write: the finalizer would try, and Python 3.13 prints its error.
             self.fileobj = None  # type: ignore[assignment]  # as `close` does
             raise
 

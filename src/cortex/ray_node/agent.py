@@ -1,7 +1,5 @@
-"""The agent of a node: a detached actor, which Ray restarts when it dies.
-
-It runs the local engine in a folder of the node, and keeps the engine's observations until the
-operator has received them.
+"""The agent of a node: a detached actor, which Ray restarts when it dies. It runs the local engine
+in a folder of the node, and keeps the engine's observations until the operator has received them.
 
 The Ray engine calls its public methods through the driver. Jobs do not depend on the agent: their
 supervisors go on without it, and a new agent recovers them, as an operator does on one machine.
@@ -117,7 +115,7 @@ class Agent:
             self._on_observation(NeverStarted(job_id, self._orders[job_id].number))
 
     async def recover(self, order: NodeOrder) -> None:
-        """Report the state of an attempt. An earlier agent may have started it, or none has."""
+        """Report the state of an attempt. An earlier agent may have started it, or none."""
         await self._open()
         job_id = order.spec.job_id
         self._check(order)
@@ -202,8 +200,7 @@ class Agent:
             self._on_observation(self._failed(order, error))
         else:
             self._building.pop(job_id, None)  # from here on the engine stops the attempt
-            # What the job may take was decided by the operator and Ray, the indices of GPUs
-            # included.
+            # The operator and Ray have decided what the job may take, the indices of GPUs included.
             self._engine.ledger.reserve_granted(job_id, order.api.compute, list(order.gpus))
             self._engine.start(self._attempt(order, python, deadline))
 

@@ -118,8 +118,8 @@ def _conda_lines(packages: Sequence[str]) -> list[str]:
     if other is not None:
         raise InvalidProject(
             f"conda_packages asks for {other!r}, but the task comes from Python {own}, and "
-            "no other version runs its byte code. Call create_api with that Python, or deploy a folder "
-            "with project_dir="
+            "no other version runs its byte code. Call create_api with that Python, or deploy a "
+            "folder with project_dir="
         )
     return [*packages] if pins else [f"python={own}", *packages]
 

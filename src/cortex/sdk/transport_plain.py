@@ -39,8 +39,8 @@ class PlainTransport:
     def __init__(self, endpoint: Endpoint) -> None:
         if endpoint.proxy is not None and endpoint.proxy.scheme != "http":
             raise CortexError(
-                f"the proxy {endpoint.proxy.url} cannot be used in a task; use an http:// proxy, or "
-                "list the operator's host in NO_PROXY",
+                f"the proxy {endpoint.proxy.url} cannot be used in a task; use an http:// proxy, "
+                "or list the operator's host in NO_PROXY",
                 kind="client.proxy",
             )
         self._endpoint = endpoint

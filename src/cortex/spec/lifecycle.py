@@ -104,8 +104,8 @@ ABOUT: dict[State, str] = {
     State.WAITING: (
         "The job is stored, and no attempt is under way. The leader's dispatcher claims it when "
         "its environment is ready and the engine has free capacity. It ends here if it is stopped, "
-        "if its deadline passes, or if it cannot be run. A crash of the operator loses nothing: the "
-        "next leader reads the waiting jobs from the store."
+        "if its deadline passes, or if it cannot be run. A crash of the operator loses nothing: "
+        "the next leader reads the waiting jobs from the store."
     ),
     State.STARTING: (
         "The dispatcher has claimed the job for one attempt and hands it to an engine, which has "

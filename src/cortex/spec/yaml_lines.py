@@ -1,6 +1,6 @@
 """YAML text as plain values with their lines, and reports of the mistakes in it.
 
-Called by `spec.cortex_yaml` and, for an operator's configuration file, by `operator.config.sources`.
+`spec.cortex_yaml` and, for an operator's configuration file, `operator.config.sources` use it.
 
 The text is only composed into nodes, never constructed into objects. Therefore no tag runs any
 code, every value has a line, and duplicate keys, dates and tags become mistakes like any other.

@@ -143,8 +143,8 @@ class DatabaseFile:
                 "or restore a backup."
             )
         return (
-            f"All data was saved as {path}. Stop the operator, {restore_instructions(self._path)} The jobs "
-            "keep running meanwhile."
+            f"All data was saved as {path}. Stop the operator, {restore_instructions(self._path)} "
+            "The jobs keep running meanwhile."
         )
 
 

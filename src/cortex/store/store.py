@@ -86,8 +86,7 @@ class Store:
 
     @property
     def is_shared(self) -> bool:
-        """Whether several operators can use the database; a file has one, which locks its
-        folder."""
+        """Whether several operators can use the database. SQLite has one, which locks a folder."""
         return self._engine.dialect.name != "sqlite"
 
     @property
@@ -136,8 +135,7 @@ class Store:
         spec: JobSpec | None = None,
         actor: Actor = UNKNOWN,
     ) -> Outcome:
-        """Take one event of a job; see `transitions.apply`. Only the leader takes events but
-        `Stop`.
+        """Take one event of a job (`transitions.apply`). All but `Stop` are the leader's alone.
 
         Args:
             actor: of a `Stop`, for the audit.

@@ -264,8 +264,7 @@ def with_variable(name: str, value: str) -> dict[int, int]:
 
 
 def with_variable_below(name: str, folder: str) -> dict[int, int]:
-    """All processes in whose environment block this variable is a path below a folder: pid: start
-    ticks.
+    """Processes in whose environment this variable is a path below a folder, as {pid: start ticks}.
 
     Raises:
         OSError: descriptors or memory are short.

@@ -1,5 +1,4 @@
-"""`from cortex_internal.lib.log import logger`: Cortex's structured logger, which is
-`cortex.logger` here."""
+"""`from cortex_internal.lib.log import logger`: the structured logger, which is `cortex.logger`."""
 
 from cortex.logger import logger
 

@@ -46,7 +46,10 @@ log = structlog.get_logger()
 RETRY_DELAY_S = 1.0
 _KILLED = "the supervisor was killed"
 _REBOOTED = "the machine restarted while the job ran"
-_COPIED = "it ran with another data folder, of which this one is a copy; its outcome there is unknown here"
+_COPIED = (
+    "it ran with another data folder, of which this one is a copy; "
+    "its outcome there is unknown here"
+)
 
 
 class Attempts:

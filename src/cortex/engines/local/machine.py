@@ -61,8 +61,8 @@ class MachineLedger:
         """See `CapacityLedger.refusal`."""
         if compute.node_labels:
             return (
-                f"needs a node with {label_text(compute.node_labels)}: labels are those of a cluster's "
-                "nodes, and this operator runs jobs on its own machine"
+                f"needs a node with {label_text(compute.node_labels)}: labels are those of a "
+                "cluster's nodes, and this operator runs jobs on its own machine"
             )
         return lacking(compute, self.total, "this machine has {}")
 

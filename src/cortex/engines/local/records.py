@@ -201,7 +201,7 @@ def _of_handle(handle: str, name: str) -> object:
 def _alive(
     start: StartRecord | None, folder: int, account: Account | None, *, if_unknown: bool = True
 ) -> Alive | None:
-    """The supervisor that a record names, if it has this folder open, even if the job wrote the
+    """The supervisor that a record names, if it has this folder open. The job may have written that
     record.
 
     Args:

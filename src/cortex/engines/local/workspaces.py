@@ -171,6 +171,6 @@ def _check_access(account: Account, import_dir: Path) -> None:
         problem = str(error)
     if problem:
         raise StartupError(
-            f"jobs cannot run as {account.name!r}: {problem}. Install Python and Cortex where that user "
-            "can read them, and let that user pass through the folders above the data folder."
+            f"jobs cannot run as {account.name!r}: {problem}. Install Python and Cortex where that "
+            "user can read them, and let that user pass through the folders above the data folder."
         )

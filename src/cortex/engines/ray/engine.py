@@ -61,15 +61,17 @@ class RayEngine:
             self._folders.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StartupError(
-                f"the data folder {self._folders.root} cannot be written: {error}; choose another one"
+                f"the data folder {self._folders.root} cannot be written: {error}; "
+                "choose another one"
             ) from error
         try:
             self._attempts.open(report)
             await self._cluster.open(self._attempts)
         except LinkError as error:
             raise StartupError(
-                f"the Ray cluster at {self._address} cannot be joined: {error}. Is it up, does this "
-                "machine run a node of it, and are its versions of Ray and Python those of this one?"
+                f"the Ray cluster at {self._address} cannot be joined: {error}. Is it up, does "
+                "this machine run a node of it, and are its versions of Ray and Python those of "
+                "this one?"
             ) from error
 
     async def close(self) -> None:

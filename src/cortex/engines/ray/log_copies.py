@@ -1,4 +1,6 @@
-"""How a job's log gets from its node to the operator.
+"""How a job's log gets from its node to the operator: the agent of the node reads it in pieces, and
+the operator appends the pieces to a copy. Operators read, follow and keep copies like logs of jobs
+on their own machine, and a copy outlives its node.
 
 The agent of the node reads the log in pieces, and the operator appends the pieces to a copy.
 Operators read, follow and archive copies like logs of jobs on their own machine, and a copy
@@ -22,7 +24,8 @@ from cortex.worker.supervisor import logfile
 
 
 def read_piece(log: Path, offset: int, size: int, limit: int) -> LogPiece:
-    """Up to `size` bytes of a log from an offset on. A piece that reaches the gap ends after it.
+    """Up to `size` bytes of a log from an offset on; the piece ends after the gap, if it reaches
+    that. No bytes where no log can be opened.
 
     Args:
         limit: the `limits.log` of the API's version.
@@ -62,10 +65,8 @@ class LogCopies:
             return 0
 
     def offset(self, job_id: str, base: int) -> int:
-        """The offset in the node's log at which the copy continues.
-
-        It is 0 where the copy lacks a part of its beginning.
-        """
+        """The offset in the node's log at which the copy continues; 0 where the copy lacks a part
+        of its beginning."""
         return max(0, self.size(job_id) - base)
 
     def create_folder(self, job_id: str) -> int:

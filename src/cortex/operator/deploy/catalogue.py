@@ -1,8 +1,8 @@
 """The catalogue: what is deployed now. One map, and one method that changes it.
 
 The routes find endpoints in it, the dispatcher the current version and the limit of an API, and the
-leader warms the versions in it. Where other operators deploy as well, it is read again when the
-store notifies of a change.
+leader warms the versions in it. Where other operators also deploy, each operator reads it again
+when the store notifies of a change.
 """
 
 from __future__ import annotations

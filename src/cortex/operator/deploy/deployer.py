@@ -50,8 +50,8 @@ class Deployed:
 
 
 class Deployer:
-    """Deploys and deletes, one at a time among all operators. What follows a deploy is the leader's
-    (`warming`)."""
+    """Deploys and deletes, one at a time among all operators. The leader prepares the versions
+    that were deployed (`warming`)."""
 
     def __init__(
         self,
@@ -81,8 +81,7 @@ class Deployer:
             actor: who deploys.
 
         Returns:
-            Each API, in the order of the file. A warning stands with the first API that it is
-            about.
+            Each API, in the order of the file. A warning is with the first API that it concerns.
 
         Raises:
             InvalidSpec, InvalidProject: the error lists every mistake; nothing was deployed.
@@ -191,8 +190,8 @@ def _check_masks(apis: list[Api], file: str, text: str) -> None:
             [
                 Mistake(
                     lines[index, "definition", "env", name],
-                    f'definition.env.{name}: found "{MASK}", which answers show instead of the value; '
-                    "write the value itself",
+                    f'definition.env.{name}: found "{MASK}", which answers show instead of the '
+                    "value; write the value itself",
                 )
                 for index, name in masked
             ],
@@ -200,8 +199,7 @@ def _check_masks(apis: list[Api], file: str, text: str) -> None:
 
 
 def safe_name(filename: str | None) -> str:
-    """The last part of an uploaded file's name, which a client chose; `cortex.yaml` where that is
-    no valid name of a file."""
+    """The last part of the file name that a client sent; `cortex.yaml` where it is not valid."""
     name = PurePosixPath(filename or "").name
     can_be = name not in {"", ".."} and name.isprintable() and len(name.encode()) <= _MAX_NAME_BYTES
     return name if can_be else "cortex.yaml"

@@ -1,4 +1,4 @@
-"""The spec of a version as answers show it. `versions` and the views call it."""
+"""The spec of a version as answers show it. Called by the views and by `versions`, its cache."""
 
 from __future__ import annotations
 
@@ -18,11 +18,8 @@ class ShownSpec:
 
 
 def shown_spec(spec: ApiSpec) -> Json:
-    """The spec of a version as answers show it.
-
-    It has the keys that Cortex had beside ours. It has no secrets: every token may read it, and
-    answers end up in logs.
-    """
+    """The spec of a version, with the keys that Cortex had beside ours, and without secrets: every
+    token may read it, and answers end in logs."""
     answer = spec.model_dump(mode="json")
     submitted = answer["submitted_api_spec"] or _submitted_entry(spec)
     compute = submitted.get("compute")

@@ -46,8 +46,7 @@ class VersionUnusable(Exception):
 
 
 class VersionBlocked(Exception):
-    """A version cannot be made ready now, for instance because the disk is full. A retry may
-    succeed."""
+    """A version cannot be made ready now, for example on a full disk. A retry may succeed."""
 
 
 @dataclass
@@ -85,8 +84,8 @@ class Versions:
             found = await self._store.version(api_id)
             if found is None:
                 raise NotFound(
-                    f"the version {api_id} was removed, and all jobs of it: they are kept for a time "
-                    "(`cortex serve --keep-jobs`)"
+                    f"the version {api_id} was removed, and all jobs of it: they are kept for a "
+                    "time (`cortex serve --keep-jobs`)"
                 )
             self._specs[api_id] = found
         return self._specs[api_id]
@@ -110,7 +109,7 @@ class Versions:
 
     async def make_ready(self, api_id: str) -> Version:
         """Return the version once it can start jobs. Each call retries an environment that failed.
-        Work that no caller waits for any longer is cancelled.
+        The work is cancelled once no caller waits for it.
 
         Raises:
             VersionUnusable: no job of the version can run.
@@ -184,7 +183,8 @@ class Versions:
         try:
             if not await in_thread(self._projects.ensure_local, spec.project_id):
                 raise VersionUnusable(
-                    "the project's files are gone from where the operator keeps them; deploy it again",
+                    "the project's files are gone from where the operator keeps them; "
+                    "deploy it again",
                     f"{project} does not exist\n",
                 )
             # Jobs run in this folder and may have changed its `.env`.

@@ -1,5 +1,5 @@
-"""The leader's work after a deploy: each version that is deployed now is made ready and gets a warm
-fork server, and the object store gets the projects that it lacks. Opened by `ha.leadership`.
+"""The leader's work after a deploy: it makes each deployed version ready, warms a fork server for
+it, and uploads the projects that the object store lacks. Opened by `ha.leadership`.
 """
 
 from __future__ import annotations

@@ -63,15 +63,13 @@ class Admission:
         """Add a job whose version is ready.
 
         Returns:
-            Whether `decide` may decide otherwise now: behind a job that is blocked nothing has
-            changed.
+            Whether `decide` may decide otherwise now: behind a blocked job nothing has changed.
         """
         self._queue.push(live.record.seq, live.job_id, live.api_name)
         return self._blocked_by is None or self._queue.first() == live.job_id
 
     def decide(self) -> Decision:
-        """One step of scheduling; the caller acts on the decision and asks again until it is
-        `Wait`."""
+        """One step of scheduling. The caller acts on the decision and repeats until `Wait`."""
         while (job_id := self._queue.first()) is not None:
             live = self._live_jobs.find(job_id)
             # 1. A job that has ended or started meanwhile leaves the queue.
@@ -99,8 +97,8 @@ class Admission:
         return Wait(None)
 
     def try_claim(self, api_name: str, job_id: str, compute: Compute) -> bool:
-        """Reserve what a job needs that is about to be stored, and count it as running. False where
-        other jobs wait before it, or it does not fit."""
+        """Reserve capacity for a job that is about to be stored, and count the job as running.
+        False where other jobs wait before it, or it does not fit."""
         if self._pending_unclaimed or self._queue.first() is not None:
             return False
         if self._queue.running_at_limit(api_name) is not None:
@@ -113,20 +111,18 @@ class Admission:
         return True
 
     def submit_begins(self) -> None:
-        """A job without a claim is being stored: no job that is submitted later may claim before
-        it."""
+        """A job without a claim is being stored: no job submitted later may claim before it."""
         self._pending_unclaimed += 1
 
     def submit_ends(self) -> None:
         self._pending_unclaimed -= 1
 
     def count_recovered(self, api_name: str, job_id: str) -> None:
-        """Count a job as running that an earlier operator started. `Engine.recover` reserves what
-        it uses."""
+        """Count a job of an earlier operator as running. `Engine.recover` reserves what it uses."""
         self._queue.admit(api_name, job_id)
 
     def cancel(self, api_name: str, job_id: str) -> None:
-        """Release what `Start` or `try_claim` reserved, for a job that the engine does not get."""
+        """Give back what `Start` or `try_claim` reserved, where no `Engine.start` follows."""
         self._ledger.release(job_id)
         self._queue.release(api_name, job_id)
 

@@ -1,5 +1,5 @@
-"""Waiting jobs whose version is not ready: each version is made ready once, for all its jobs
-together. Used by the dispatcher alone.
+"""Waiting jobs whose version is not ready. Each version is made ready once for all its jobs. Used
+by the dispatcher alone.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""The dispatcher joins store and engine: it moves every job from the observed state to the wanted
-one.
+"""The dispatcher joins store and engine: it moves each job from its observed to its wanted state.
 
 It keeps in memory only what the store already holds, so a restart is nothing special: `open` reads
 the unfinished jobs and goes on. Other operators on the same store may store jobs and stops as well;
@@ -106,8 +105,7 @@ class Dispatcher:
         self._refresher.open()
 
     async def close(self) -> None:
-        """Stop dispatching. Jobs that have started go on, and submits that are being stored are
-        answered."""
+        """Stop dispatching. Started jobs go on, and submits that are being stored are answered."""
         self._catalogue.unsubscribe(self)
         self.live_jobs.close()
         await self.background.close()
@@ -119,8 +117,7 @@ class Dispatcher:
         Raises:
             NotFound, Conflict, OverLimit, StorageUnavailable, Superseded: as `Store.submit` does.
         """
-        # The server lets this call end even when the client has disconnected: a stored job is
-        # dispatched.
+        # The server finishes this call even if the client disconnects: a stored job is dispatched.
         is_likely = replay is None and not self._being_stored
         claim = self._starter.claim_early(draft, prestart=is_likely)
         is_new = is_claimed = is_refused = False
@@ -201,8 +198,7 @@ class Dispatcher:
         self._starter.schedule()
 
     def api_removed(self, name: str, api_ids: Collection[str]) -> None:
-        """See `CatalogueListener`. The limit stays: without it, jobs whose stop is not read yet
-        would start."""
+        """See `CatalogueListener`. The limit stays: else jobs whose stop is unread would start."""
 
     def observe(self, observation: Observation) -> None:
         """Take in an observation of the engine."""
@@ -284,8 +280,8 @@ class Dispatcher:
             await self.live_jobs.fail(live, lost.reason)
 
     async def _retried(self, live: LiveJob, reason: str) -> bool:
-        """Retry a job whose attempt was lost, if its API allows another attempt; False where the
-        loss is the job's end."""
+        """Retry a job whose attempt was lost, if its API allows another attempt. False where the
+        loss ends the job."""
         if live.record.state not in CLAIMED:
             return True  # the loss was reported twice
         assert live.version is not None
@@ -337,6 +333,6 @@ def event_of(ended: Ended) -> tuple[Event, str | None]:
         case Ending.TIMED_OUT:
             return Event.TIME_OUT, ended.message
         case Ending.STOPPED:
-            # The store knows whether a user stopped the job, and then shows it as stopped whatever
-            # the event. Only a job that no user has stopped shows this message.
+            # The store knows whether a user stopped the job, and then shows it as stopped after any
+            # event. Only a job that no user has stopped shows this message.
             return Event.LOSE, "something other than the operator stopped its supervising process"

@@ -83,8 +83,7 @@ class Jobs:
         """Stop a job. The stop is durable when this returns.
 
         Returns:
-            An outcome that is not taken where the job is unknown, had completed, or was stopped
-            before.
+            An outcome that is not taken where the job is unknown, completed, or already stopped.
         """
         stop = Stop(now_ns(), "stopped by a user")
         outcome = await self._store.apply(job_id, stop, actor=actor)
@@ -128,7 +127,7 @@ class Jobs:
 
     async def next_record(self, job_id: str, within_s: float) -> JobRecord | None:
         """A job after its next change that a client can observe, or as it is after `within_s`
-        seconds; at once where it is not in progress. None where the store does not hold it.
+        seconds; at once where it is not in progress. None where the store does not have it.
 
         Raises:
             StorageUnavailable: the store cannot be read now.
@@ -148,8 +147,7 @@ class Jobs:
         return await self._store.job(job_id)
 
     def refresh(self, record: JobRecord) -> None:
-        """A job was read a moment ago: the leader's dispatcher may not have been notified of it
-        yet."""
+        """A job was just read: the leader's dispatcher may not have been notified of it yet."""
         if self._dispatcher is not None and not self._is_current:
             self._dispatcher.refresh(record)
 
@@ -186,8 +184,7 @@ class Jobs:
             changed.set()
 
     def _notify(self, job_id: str) -> None:
-        """The store does not notify of this operator's own writes, and this one may lead
-        meanwhile."""
+        """The store does not notify an operator of its own writes, and this one may lead by now."""
         if self._notified is not None:
             self._notified.on_job_changed(job_id)
 

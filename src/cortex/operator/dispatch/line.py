@@ -69,8 +69,8 @@ class WaitingQueue:
         return True
 
     def _unpark_one(self, api_name: str) -> None:
-        """Let one parked job try again. One at a time, for there may be many: each that is popped
-        and not admitted unparks the next."""
+        """Let one parked job try again. One at a time, for there may be many: each job that is
+        popped and not admitted unparks the next."""
         parked = self._parked.get(api_name)
         if not parked or self.running_at_limit(api_name) is not None:
             return

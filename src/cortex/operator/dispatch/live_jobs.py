@@ -1,7 +1,7 @@
 """The jobs in progress, in memory as the store holds them, and the events on their way there.
 
-`LiveJobs` owns them: it alone adds, changes and removes jobs. The dispatcher alone calls the
-methods that change something; all other parts call `find`.
+`LiveJobs` owns them: only its methods add, change or remove one. The dispatcher alone calls those
+methods; all other callers use `find`.
 """
 
 from __future__ import annotations
@@ -113,8 +113,7 @@ class LiveJobs:
         return list(self._jobs.values())
 
     def add(self, record: JobRecord, explain: Callable[[LiveJob], str | None]) -> LiveJob:
-        """A job is in progress from now on. A long config stays in the store until the job
-        starts."""
+        """Add a job that is in progress. A long config stays in the store until the job starts."""
         live = LiveJob(record.without_long_config(), explain)
         self._jobs[live.job_id] = live
         return live

@@ -1,5 +1,5 @@
-"""Reads the jobs that other operators have changed, for the dispatcher: all that were reported
-since the last read, in one read.
+"""Reads the jobs that other operators have changed, for the dispatcher: one read for all jobs that
+were reported since the last.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""The way of a waiting job to its start: its version is made ready, it joins the queue, it is
-claimed, and the engine starts it. Carries out the decisions of `Admission`. Used by the dispatcher
-alone.
+"""Brings a waiting job to its start: makes its version ready, puts it into the queue, claims it,
+and has the engine start it. Carries out the decisions of `Admission`. Used by the dispatcher alone.
 """
 
 from __future__ import annotations
@@ -144,8 +143,8 @@ class Starter:
         self.schedule()
 
     def claim_early(self, draft: JobSpec, *, prestart: bool) -> InitialClaim | None:
-        """Reserve what a job needs that is about to be stored, and make its handle; None where it
-        has to wait.
+        """Reserve capacity for a job that is about to be stored, and make its handle. None where
+        the job has to wait.
 
         Args:
             prestart: whether to use the time of the store's commit: this job is going to be stored,
@@ -237,8 +236,7 @@ def _deadline(spec: JobSpec) -> float | None:
 
 
 def attempt_of(live: LiveJob, spec: JobSpec) -> Attempt:
-    """A claimed job as the engine knows it; `spec` has the config where the job is to be
-    started."""
+    """A claimed job as the engine knows it. `spec` has the config if the job is to be started."""
     assert live.version is not None and live.record.handle is not None
     return Attempt(
         spec,

@@ -78,8 +78,7 @@ class LeaderProxy:
             await self._http.aclose()
 
     def leader_changed(self) -> None:
-        """Another operator may be the leader. Requests that wait for the earlier leader are given
-        up."""
+        """Another operator may be the leader. Give up requests that wait for the earlier one."""
         if self._leader is None:
             return
         self._is_outdated = True
@@ -88,8 +87,8 @@ class LeaderProxy:
             self._refreshing.add_done_callback(self._refreshed)
 
     async def forward(self, request: Request, or_status: int | None = None) -> Response | None:
-        """The leader's response. None where it has none, or no other operator can be reached as the
-        leader.
+        """The leader's response. None where it has none, or this operator reaches no other operator
+        as the leader.
 
         The caller has checked that this operator is not the leader.
 
@@ -192,8 +191,7 @@ class LeaderProxy:
 
 
 class ForwardedAnswer(Response):
-    """The leader's response, passed on as it arrives. Where it breaks off, this one breaks off as
-    well."""
+    """The leader's response, passed on as it arrives. It breaks off where the leader's does."""
 
     def __init__(self, response: httpx.Response, has_ended: asyncio.Event) -> None:
         """

@@ -1,6 +1,5 @@
-"""The leader's parts: opened when this operator becomes the leader, closed when it is the leader no
-longer. Jobs go on in between. An operator that is alone on its store leads from its start to its
-end.
+"""The leader's parts: opened when this operator becomes the leader, closed when it stops leading.
+Jobs go on in between. An operator that is alone on its store leads from its start to its end.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 """This operator among those that share its store: it is notified of their changes, stands for
-election, and forwards to the leader what only the leader can answer. Alone on its store, it is the
-leader.
+election, and forwards to the leader what only the leader can answer. Alone on its store, it leads.
 """
 
 from __future__ import annotations

@@ -128,12 +128,12 @@ class Archive:
         if not is_local and record.attempt:
             if self._is_apart and not self._is_open:
                 raise NoLeader(
-                    f"the log of the job {job_id} is not in the object store yet, and there is no leader "
-                    "to ask for it; retry"
+                    f"the log of the job {job_id} is not in the object store yet, and there is no "
+                    "leader to ask for it; retry"
                 )
             raise NotFound(
-                f"the log of the job {job_id} is gone: the operator's machine was lost before the log "
-                "was sent to the object store"
+                f"the log of the job {job_id} is gone: the operator's machine was lost before the "
+                "log was sent to the object store"
             )
 
     async def remove(self, job_ids: list[str]) -> None:

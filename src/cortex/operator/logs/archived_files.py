@@ -135,8 +135,7 @@ class ArchivedFiles:
             return True
 
     def remove(self, job_ids: list[str]) -> None:
-        """Remove logs from the object store, and their marks. The caller removes the job
-        folders."""
+        """Remove logs and their marks from the object store. The caller removes the job folders."""
         self._store.delete([of(job_id) for job_id in job_ids for of in (_log, _cut)])
         for job_id in job_ids:
             (self._marks / job_id).unlink(missing_ok=True)

@@ -63,8 +63,7 @@ async def follow(
 
 
 async def _changed(find_writer: Callable[[], Writer | None]) -> None:
-    """Return at the next change of the writer, or at once where it has ended since it was found
-    last."""
+    """Return at the writer's next change, or at once if it has ended since the last look-up."""
     if (writer := find_writer()) is not None:
         await writer.changed()
 

@@ -62,8 +62,7 @@ class ImportWatch:
         self._handlers: list[str] = []
         """Exit handlers that are not Python's own."""
         self.generators: list[object] = []
-        """Generators of numpy that were seeded from the system's entropy: each job seeds them
-        anew."""
+        """Generators of numpy seeded from the system's entropy: each job seeds them anew."""
         self._real_register = atexit.register
         self._threading_register: Callable[..., object] | None = None
         self._before = self._state()

@@ -1,7 +1,6 @@
 """Keeps a job's log under its limit: punches what exceeds the limit out of the middle of the file.
-The beginning and the end stay at their offsets, so that a reader's offset stays valid and the
-writer notices nothing. Called by the job's supervisor; `cortex.joblog.reader` reads the gap from
-`log.cut`.
+The beginning and the end stay at their offsets: a reader's offset stays valid, and the writer
+notices nothing. Called by the job's supervisor; `cortex.joblog.reader` reads `log.cut`.
 """
 
 from __future__ import annotations

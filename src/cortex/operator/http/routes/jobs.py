@@ -49,7 +49,8 @@ IdempotencyKey = Annotated[
     str | None,
     Header(
         alias="Idempotency-Key",
-        description="Submits with the same key and body make one job: repeats get the first answer.",
+        description="Submits with the same key and body make one job: "
+        "repeats get the first answer.",
     ),
     AfterValidator(_checked_key),
 ]

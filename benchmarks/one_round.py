@@ -1,4 +1,4 @@
-"""What is measured of a service, in one round. Each returns one value, or several."""
+"""The measurements of one service in one round. Each function returns one value or several."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ def submit_rate(service: Service, number: int) -> float:
 
 
 def end_to_end(service: Service, number: int, task: str = "noop") -> float:
-    """Jobs per second from the first submit at 16 connections until the last is final. Some more before
-    them are not timed: in the half minute since the last round, which was others' time, much of what is
-    measured has gone from the machine's caches and memory.
+    """Jobs per second from the first submit at 16 connections until the last job is final. Some
+    jobs before them are not timed: since the service's last round, half a minute ago, other
+    services have replaced much of its data in the machine's caches and memory.
     """
-    _all_done(service, max(1, number // 5), task)
-    return number / _all_done(service, number, task)
+    _run_all(service, max(1, number // 5), task)
+    return number / _run_all(service, number, task)
 
 
-def _all_done(service: Service, number: int, task: str) -> float:
+def _run_all(service: Service, number: int, task: str) -> float:
     """Seconds for so many jobs.
 
-    Jobs start in the order of their submits, more or less: once the last ones are done, so are all.
-    That they are, and have succeeded, is looked at when the time is taken.
+    Jobs start roughly in the order of their submits: once the last ones are done, all are. After
+    the time is taken, this checks that all jobs have succeeded.
     """
     start = time.perf_counter()
     answers = flood(service.url, [service.submit(task)] * number).bodies
     ids = [service.job_id(answer) for answer in answers]
     with Connection(service.url) as connection:
-        for job_id in ids[: -service.at_once - 2 * CONNECTIONS : -1]:
+        for job_id in ids[: -service.max_running - 2 * CONNECTIONS : -1]:
             service.finish(connection, task, job_id)
         elapsed = time.perf_counter() - start
     for answer in flood(service.url, [service.status(task, job_id) for job_id in ids]).bodies:
@@ -62,7 +62,7 @@ def first_lines(service: Service, number: int, task: str = "noop") -> list[float
 
 
 def stops(service: Service, number: int, folder: Path) -> list[float]:
-    """Milliseconds from sending a stop until the job's process is gone, one job at a time."""
+    """Milliseconds from sending a stop until the job's process has exited, one job at a time."""
     taken = []
     with Fifo(folder / "started") as fifo, Connection(service.url) as connection:
         submit = service.submit("sleeper", {"fifo": str(fifo.path)})
@@ -71,14 +71,14 @@ def stops(service: Service, number: int, folder: Path) -> list[float]:
             pidfd = os.pidfd_open(fifo.pids(1)[0])
             start = time.perf_counter()
             connection.send(service.stop("sleeper", job_id))
-            gone([pidfd])
+            await_exits([pidfd])
             taken.append((time.perf_counter() - start) * 1000)
     return taken
 
 
 def statuses(service: Service, ids: Sequence[str], number: int) -> dict[str, float]:
-    """Status requests per second at 16 connections for jobs at random, and milliseconds that 99 of 100
-    take no longer than, there."""
+    """Status requests per second at 16 connections for random jobs, and their 99th percentile in
+    milliseconds."""
     asked = [service.status("noop", job_id) for job_id in random.choices(ids, k=number)]
     answered = flood(service.url, asked)
     return {"rate": answered.rate, "p99": quantile(answered.latencies_s, 99) * 1000}
@@ -99,7 +99,7 @@ def crowd(service: Cortex, number: int, folder: Path, task: str = "sleeper") -> 
     stops = [service.stop(task, service.job_id(answer)) for answer in answers]
     start = time.perf_counter()
     flood(service.url, stops)
-    gone(pidfds)
+    await_exits(pidfds)
     stopped_s = time.perf_counter() - start
     return Crowd(
         start_rate=number / started_s,
@@ -111,13 +111,13 @@ def crowd(service: Cortex, number: int, folder: Path, task: str = "sleeper") -> 
 
 @dataclass(frozen=True)
 class Crowd:
-    """What was seen of many jobs at once."""
+    """The figures of many jobs at once."""
 
     start_rate: float
     stop_rate: float
     own_mb: float
     beyond_mb: float
-    """Of each job's share in what all take more than when idle, the part that is not its own process."""
+    """The growth of all processes' memory since idle, without the jobs' own processes, by job."""
 
 
 def quantile(values: list[float], percent: int) -> float:
@@ -126,14 +126,14 @@ def quantile(values: list[float], percent: int) -> float:
 
 
 class Fifo:
-    """Where jobs say that they have begun, each by one line with its pid."""
+    """A pipe to which each job writes its pid, as one line, when it has begun."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __enter__(self) -> Fifo:
         os.mkfifo(self.path)
-        # Open for writing too: it has no end while there is no writer.
+        # Also open for writing: otherwise the pipe is at its end while there is no writer.
         self._file = os.fdopen(os.open(self.path, os.O_RDWR), "rb", buffering=0)
         self._read = b""
         return self
@@ -142,10 +142,10 @@ class Fifo:
         self._file.close()
         self.path.unlink()
 
-    def pids(self, number: int, patience_s: float = 60) -> list[int]:
-        """The pids of the next jobs, as soon as so many have begun."""
+    def pids(self, number: int, timeout_s: float = 60) -> list[int]:
+        """Wait until so many jobs have begun, and return their pids."""
         while self._read.count(b"\n") < number:
-            if not select.select([self._file], [], [], patience_s)[0]:
+            if not select.select([self._file], [], [], timeout_s)[0]:
                 begun = self._read.count(b"\n")
                 raise RuntimeError(f"of {number} jobs only {begun} have begun")
             self._read += self._file.read(1 << 16)
@@ -153,18 +153,18 @@ class Fifo:
         return [int(line) for line in lines]
 
 
-def gone(pidfds: list[int], patience_s: float = 60) -> None:
+def await_exits(pidfds: list[int], timeout_s: float = 60) -> None:
     """Wait until these processes have ended."""
     poller = select.epoll()
     for fd in pidfds:
         poller.register(fd, select.EPOLLIN)
-    left = len(pidfds)
-    while left:
-        ended = poller.poll(patience_s)
+    remaining = len(pidfds)
+    while remaining:
+        ended = poller.poll(timeout_s)
         if not ended:
-            raise RuntimeError(f"{left} stopped jobs have not ended within {patience_s} s")
+            raise RuntimeError(f"{remaining} stopped jobs have not ended within {timeout_s} s")
         for fd, _ in ended:
             poller.unregister(fd)
             os.close(fd)
-        left -= len(ended)
+        remaining -= len(ended)
     poller.close()

@@ -1,5 +1,5 @@
-"""Peers that stand aside while another is measured: what their processes do when they have nothing to do
-would take its time. `measurements` uses it.
+"""Pauses the peers while another service is measured: the work of their idle processes would slow
+that service down. `measurements` uses it.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
-from service import children, descendants
+from service import children_by_parent, descendants
 
 T = TypeVar("T")
-_CATCH_UP_S = 1  # what it has missed is not what is measured
+_CATCH_UP_S = 1  # resumed processes first do the work of the pause, which is not measured
 
 
-class Aside:
-    """Processes that are stopped, and all below them, but while something is done with them."""
+class PausedProcesses:
+    """Processes and their descendants that are stopped except while they are measured."""
 
     def __init__(self, roots: set[int]) -> None:
         self._roots = roots
         self._send(signal.SIGSTOP)
 
-    def back(self, measure: Callable[[], T]) -> T:
-        """Measure it, with all of them going on."""
+    def while_running(self, measure: Callable[[], T]) -> T:
+        """Measure while the processes run."""
         self._send(signal.SIGCONT)
         time.sleep(_CATCH_UP_S)
         try:
@@ -33,8 +33,8 @@ class Aside:
         finally:
             self._send(signal.SIGSTOP)
 
-    def release(self) -> None:
-        """Let them go on for good."""
+    def resume(self) -> None:
+        """Let the processes run from now on."""
         self._send(signal.SIGCONT)
 
     def _send(self, number: signal.Signals) -> None:
@@ -44,6 +44,6 @@ class Aside:
                     os.kill(pid, number)
 
 
-def started() -> set[int]:
-    """The processes that this one has started."""
-    return set(children().get(os.getpid(), ()))
+def started_processes() -> set[int]:
+    """The processes that this process has started."""
+    return set(children_by_parent().get(os.getpid(), ()))
