@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from cortex.errors import InvalidProject
+from cortex.projects import pack as packing
 from cortex.projects import unpack as unpacking
+from cortex.projects.pack import pack_stored
 from cortex.projects.unpack import project_id, unpack
 
 Member = tuple[str, bytes | str | tarfile.TarInfo]
@@ -143,7 +145,22 @@ def test_a_declared_size_over_the_limit_is_refused(tmp_path: Path) -> None:
 
 def test_too_many_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpacking, "MAX_PROJECT_FILES", 3)
-    assert "over 3 files" in refused(archive(*[(f"f{n}", b"") for n in range(4)]), tmp_path / "in")
+    assert "over 3 files and folders" in refused(
+        archive(*[(f"f{n}", b"") for n in range(4)]), tmp_path / "in"
+    )
+
+
+@pytest.mark.parametrize("content", [b"", "target"], ids=["file", "link"])
+def test_folders_that_an_archive_does_not_list_count(
+    content: bytes | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = [("a/b/f", content), ("a/c", member("a/c", tarfile.DIRTYPE)), ("./a/b/g", content)]
+    for module in (packing, unpacking):
+        monkeypatch.setattr(module, "MAX_PROJECT_FILES", 5)
+    unpack(archive(*members), tmp_path / "allowed")
+    pack_stored(tmp_path / "allowed", io.BytesIO())
+    message = refused(archive(*members, ("a/c/h", b"")), tmp_path / "in")
+    assert "over 5 files and folders" in message
 
 
 def test_bombs_are_stopped_while_they_are_read(tmp_path: Path) -> None:

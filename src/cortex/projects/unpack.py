@@ -134,20 +134,26 @@ def _unpack(archive: IO[bytes], target: Path) -> None:
     source.expect(0)
     links: list[tuple[Path, str]] = []
     left, count = MAX_PROJECT_BYTES, 0
+    folders = {Path()}
     with tarfile.open(fileobj=source, mode="r|") as tar:  # type: ignore[call-overload]  # it only reads
         while True:
             source.expect(0)
             member = tar.next()
             if member is None:
                 break
-            count += 1
+            path = _path_of(member, target)
+            count += 1 + _add_parents(path.relative_to(target), folders)
+            if member.isdir():
+                folders.add(path.relative_to(target))
             left -= member.size
             if count > MAX_PROJECT_FILES:
-                raise InvalidProject(f"the project has over {MAX_PROJECT_FILES:,} files")
+                raise InvalidProject(
+                    f"the project has over {MAX_PROJECT_FILES:,} files and folders"
+                )
             if left < 0:
                 raise InvalidProject(f"the project is over {MAX_PROJECT_BYTES >> 20} MiB")
             source.expect(member.size)
-            _extract(tar, member, target, links)
+            _extract(tar, member, path, links)
     source.finish()
     for path, linked in links:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,10 +161,23 @@ def _unpack(archive: IO[bytes], target: Path) -> None:
     _check_links(target, [path for path, _ in links])
 
 
+def _add_parents(path: Path, folders: set[Path]) -> int:
+    """Add the parents of a relative path to the known folders, and return how many are new.
+
+    An archive need not list its folders, but the project has them, and they count: without this,
+    the longest names would make a hundred folders for each file.
+    """
+    known = len(folders)
+    for parent in path.parents:
+        if parent in folders:
+            break
+        folders.add(parent)
+    return len(folders) - known
+
+
 def _extract(
-    tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, links: list[tuple[Path, str]]
+    tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path, links: list[tuple[Path, str]]
 ) -> None:
-    path = _path_of(member, target)
     if member.isdir():
         path.mkdir(parents=True, exist_ok=True)
     elif member.issym():
