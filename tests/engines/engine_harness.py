@@ -1,4 +1,4 @@
-"""A real engine with real processes, driven through the protocol; used by every test of this folder."""
+"""A real engine with real processes, called through the protocol, for all tests of this folder."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from cortex.spec.times import new_id, now_ns
 LIMIT_S = 90.0
 T = TypeVar("T")
 E = TypeVar("E", bound=Engine)
-"""The engine that a test takes: the fixture that it asks for has made one of that class."""
+"""The class of a test's engine, which is the class that the test's fixture makes."""
 Final = Ended | Lost | NeverStarted
 
 
@@ -58,8 +58,10 @@ SLEEP = """
 
 
 class EngineHarness:
-    """A project folder, a data root, and what an engine on them has reported: the local engine, and
-    what the other engines' harnesses are made from."""
+    """A project folder, a data root, and the observations of an engine on them.
+
+    This class has the local engine; the harnesses of the other engines extend it.
+    """
 
     def __init__(
         self, folder: Path, memory_limit: str | None = None, own_folder: str | None = None
@@ -70,43 +72,44 @@ class EngineHarness:
         self.memory_limit = memory_limit
         self.own_folder = own_folder
         self.grace_s = 5.0
-        self.moments = [0, 0.01, 0.03, 0.05, 0.08]
-        """Seconds from "not even an interpreter" to "long running"."""
+        self.kill_delays_s = [0, 0.01, 0.03, 0.05, 0.08]
+        """Seconds after a start at which an operator is killed: from "no interpreter yet" to
+        "long running"."""
         self.python = Path(sys.executable)
         self.env: Mapping[str, str] = {}
-        self.seen: list[Observation] = []
-        self.waits: list[str] = []
+        self.observations: list[Observation] = []
+        self.wait_reasons: list[str] = []
         self.changed = asyncio.Event()
         self.jobs: list[str] = []
 
     def run(self, scenario: Callable[[E], Awaitable[None]]) -> None:
-        """Run a scenario with an engine that is open."""
-        self.run_fresh(scenario)
+        """Run a scenario with an open engine."""
+        self.run_with_new_engine(scenario)
 
-    def run_fresh(self, scenario: Callable[[E], Awaitable[None]]) -> None:
-        """Run a scenario with an engine that was opened for it and is closed after it."""
+    def run_with_new_engine(self, scenario: Callable[[E], Awaitable[None]]) -> None:
+        """Open an engine, run a scenario with it, and close it."""
 
         async def main() -> None:
             async with self.engine() as engine:
                 await scenario(cast(E, engine))
 
-        self.changed = asyncio.Event()  # one is bound to its loop
+        self.changed = asyncio.Event()  # an Event is bound to its loop
         asyncio.run(main())
 
-    def made(self) -> Engine:
-        """An engine, not open yet, as an operator on this harness's data root has it."""
-        _, arguments = self.maker()
+    def new_engine(self) -> Engine:
+        """An engine on this harness's data root, not open yet."""
+        _, arguments = self.engine_arguments()
         return LocalEngine(*arguments)
 
-    def maker(self) -> tuple[str, tuple[Any, ...]]:
-        """The class of `made` and its arguments, for another process."""
-        ways = self.memory_limit, None, self.own_folder
-        return "local", (self.root, None, self.grace_s, *ways)
+    def engine_arguments(self) -> tuple[str, tuple[Any, ...]]:
+        """The name of the class of `new_engine` and its arguments, for another process."""
+        limits = self.memory_limit, None, self.own_folder
+        return "local", (self.root, None, self.grace_s, *limits)
 
     @contextlib.asynccontextmanager
     async def engine(self) -> AsyncIterator[Engine]:
-        engine = self.made()
-        await engine.open(self._saw)
+        engine = self.new_engine()
+        await engine.open(self.report)
         try:
             yield engine
         finally:
@@ -119,10 +122,10 @@ class EngineHarness:
         if path.exists() and path.read_text() == text:
             return
         path.write_text(text)
-        os.utime(self.project)  # as a deploy does
+        os.utime(self.project)  # a deploy does the same
 
     def bare_environment(self, modules: Mapping[str, str]) -> None:
-        """An environment that holds these modules and nothing else."""
+        """Use an environment that contains these modules alone."""
         folder = self.root.parent / "environment"
         venv.create(folder, symlinks=True)
         site = next(folder.glob("lib/python*/site-packages"))
@@ -131,7 +134,8 @@ class EngineHarness:
         self.python = folder / "bin" / "python"
 
     def project_id(self) -> str:
-        """The project's, whatever the jobs that run in it compile meanwhile."""
+        """The project's id, computed again if a job compiles files of the project at the same
+        time."""
         while True:
             try:
                 return project_id(self.project)
@@ -188,10 +192,10 @@ class EngineHarness:
 
     async def start(self, engine: Engine, attempt: Attempt) -> str:
         """Reserve, claim and start, as the dispatcher does."""
-        return (await self.begin(engine, attempt)).spec.job_id
+        return (await self.start_attempt(engine, attempt)).spec.job_id
 
-    async def begin(self, engine: Engine, attempt: Attempt, number: int = 1) -> Attempt:
-        """The same; the attempt as the store holds it then. What it has reserved already it keeps."""
+    async def start_attempt(self, engine: Engine, attempt: Attempt, number: int = 1) -> Attempt:
+        """The same. Returns the attempt as the store has it then, with its handle."""
         job_id = attempt.spec.job_id
         assert engine.ledger.reserve(job_id, attempt.version.api.compute) is None
         attempt = replace(attempt, number=number, handle=engine.claim(job_id, number))
@@ -206,26 +210,26 @@ class EngineHarness:
     async def started(self, attempt: Attempt) -> Started:
         return await self._first(attempt, Started)
 
-    async def seen_of(self, attempt: Attempt, kind: type[T]) -> T:
+    async def observed(self, attempt: Attempt, kind: type[T]) -> T:
         return await self._first(attempt, kind)
 
     async def unreachable(self, attempt: Attempt) -> Unreachable:
         return await self._first(attempt, Unreachable)
 
     async def ended(self, attempt: Attempt) -> Ended:
-        last = await self.last(attempt)
+        last = await self.final(attempt)
         assert isinstance(last, Ended), last
         return last
 
-    async def last(self, attempt: Attempt) -> Final:
+    async def final(self, attempt: Attempt) -> Final:
         return await self._first(attempt, Ended, Lost, NeverStarted)
 
-    async def printed(self, attempt: Attempt, words: str) -> None:
-        """Wait until the job's log holds these words."""
-        await until(lambda: words in self.log(attempt))
+    async def printed(self, attempt: Attempt, text: str) -> None:
+        """Wait until the job's log contains this text."""
+        await until(lambda: text in self.log(attempt))
 
-    async def number_after(self, attempt: Attempt, word: str) -> int:
-        """Wait until the job's log holds this word, a number and the end of the line; the number."""
+    async def number_in_log(self, attempt: Attempt, word: str) -> int:
+        """Wait for a line of the job's log that ends in this word and a number; the number."""
         line = re.compile(rf"{word} (\d+)\n")
         await until(lambda: line.search(self.log(attempt)))
         found = line.search(self.log(attempt))
@@ -237,103 +241,114 @@ class EngineHarness:
         return path.read_text() if path.exists() else ""
 
     def folder(self, attempt: Attempt) -> Path:
-        """The job's folder, where its worker runs."""
+        """The job's folder, on the machine where its worker runs."""
         return self.root / attempt.spec.job_id
 
     def files(self, attempt: Attempt) -> Path:
-        """The project's folder, where the worker runs."""
+        """The project's folder, on the machine where the worker runs."""
         return self.project
 
-    def kept(self, attempt: Attempt) -> Path:
-        """What the job has made or changed in its current folder, once it has ended."""
+    def own_files(self, attempt: Attempt) -> Path:
+        """The files that the job made or changed in its current folder, once it has ended."""
         return self.folder(attempt) / "own"
 
     def killed_operator(self, attempt: Attempt, moment: str) -> Attempt:
-        """An operator starts the attempt and is killed; the attempt as the store holds it then."""
-        told = subprocess.run(
+        """Start the attempt in an operator that is then killed. Returns the attempt as the store
+        has it.
+
+        Args:
+            attempt: is claimed and started.
+            moment: "claimed", "started", or the seconds after the start at which the operator is killed.
+        """
+        operator = subprocess.run(
             [sys.executable, str(Path(__file__).parent / "killed_operator.py")],
-            input=pickle.dumps((*self.maker(), moment, attempt)),
+            input=pickle.dumps((*self.engine_arguments(), moment, attempt)),
             capture_output=True,
             timeout=LIMIT_S,
             check=False,
         )
-        assert told.returncode == -signal.SIGKILL, told.stderr.decode()
-        return replace(attempt, handle=told.stdout.decode())
+        assert operator.returncode == -signal.SIGKILL, operator.stderr.decode()
+        return replace(attempt, handle=operator.stdout.decode())
 
     @property
     def marker(self) -> Path:
-        """Where `sleeper` tells that it runs; it ends when there is one more that ends in .go."""
+        """The job of `sleeper` writes this file. `finish_sleeper` lets that job end."""
         return self.project.parent / "marker"
 
     def sleeper(self, cpu_m: int = 100) -> Attempt:
         return self.attempt(SLEEP, config={"file": str(self.marker)}, cpu_m=cpu_m)
 
-    def go(self) -> None:
+    def finish_sleeper(self) -> None:
         Path(f"{self.marker}.go").touch()
 
     def start_record(self, attempt: Attempt) -> Path:
         return self.folder(attempt) / f"start.{attempt.number}"
 
     def close(self) -> None:
-        """Nothing runs any more, or is about to end."""
+        """Release what the harness has besides the engine."""
 
-    def left(self) -> list[str]:
-        """Processes and control groups that belong to this data root."""
+    def leftovers(self) -> list[str]:
+        """The processes and control groups of this data root."""
         found = [f"{pid}: {about}" for pid, about in processes(str(self.root.parent), self.jobs)]
         prefix = cgroup_support.group_prefix(self.root)
         for folder, names, _ in os.walk("/sys/fs/cgroup"):
             found += [f"{folder}/{name}" for name in names if name.startswith(prefix)]
         return found
 
-    def sweep(self) -> None:
-        """Remove the empty groups of processes that have outlived their operator, as the next one would."""
+    def remove_orphaned_groups(self) -> None:
+        """Remove the empty groups of a closed operator, as the next operator does."""
         for group in cgroup_support.list_groups(self.root):
             if cgroups.is_orphaned(group):
                 cgroups.remove(group, timeout_s=0)
-        for folder in self.left():
+        for folder in self.leftovers():
             if folder.endswith("-jobs"):
                 with contextlib.suppress(OSError):
                     Path(folder).rmdir()
 
-    def left_of_jobs(self) -> list[str]:
-        """The same without what waits for the next job."""
+    def leftovers_of_jobs(self) -> list[str]:
+        """The same without the fork servers and supervisors that wait for the next job."""
         return [
-            line for line in self.left() if "forkserver/main.py" not in line and not _is_held(line)
+            line
+            for line in self.leftovers()
+            if "forkserver/main.py" not in line and not _is_of_a_live_supervisor(line)
         ]
 
     async def _first(self, attempt: Attempt, *kinds: type[T]) -> T:
-        """The first observation of these kinds for the attempt; all others stay to be asked for."""
+        """Wait for the first observation of these kinds for the attempt."""
         end = time.monotonic() + LIMIT_S
         while True:
-            for one in self.seen:
-                if isinstance(one, CapacityFreed):
+            for observation in self.observations:
+                if isinstance(observation, CapacityFreed):
                     continue
-                mine = one.job_id == attempt.spec.job_id
-                if mine and one.attempt == attempt.number and isinstance(one, kinds):
-                    return one
-            assert time.monotonic() < end, f"only saw {self.seen}; log: {self.log(attempt)}"
+                is_of_job = observation.job_id == attempt.spec.job_id
+                is_of_attempt = is_of_job and observation.attempt == attempt.number
+                if is_of_attempt and isinstance(observation, kinds):
+                    return observation
+            assert time.monotonic() < end, (
+                f"only {self.observations} were reported; log: {self.log(attempt)}"
+            )
             self.changed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.changed.wait(), 1)
 
-    def _saw(self, observation: Observation) -> None:
-        if isinstance(observation, Waits):  # how often depends on how fast an interpreter starts
-            self.waits.append(observation.reason)
+    def report(self, observation: Observation) -> None:
+        if isinstance(observation, Waits):  # their number depends on how fast an interpreter starts
+            self.wait_reasons.append(observation.reason)
         else:
-            self.seen.append(observation)
+            self.observations.append(observation)
         self.changed.set()
 
 
-def _is_held(group: str) -> bool:
-    """Whether it is the folder of all groups, or the group of a supervising process that lives."""
+def _is_of_a_live_supervisor(group: str) -> bool:
+    """Whether it is the folder of all groups, or the group of a live supervisor."""
     is_supervisors = "-supervisor." in group and not cgroups.is_orphaned(Path(group))
     return is_supervisors or group.endswith("-jobs")
 
 
-async def until(holds: Callable[..., object], limit_s: float = LIMIT_S) -> None:
+async def until(condition: Callable[..., object], limit_s: float = LIMIT_S) -> None:
     end = time.monotonic() + limit_s
-    while not holds():
-        assert time.monotonic() < end, "waited in vain"
+    while not condition():
+        assert time.monotonic() < end, f"the condition did not hold within {limit_s} s"
         await asyncio.sleep(0.01)
 
 
@@ -346,19 +361,23 @@ def parent(pid: int) -> int:
 
 
 def processes(folder: str, jobs: list[str]) -> list[tuple[int, str]]:
-    """Whose folder, command line or environment names the folder or one of the jobs."""
-    words = [folder.encode(), *(job.encode() for job in jobs)]
+    """The processes whose current folder, command line or environment names the folder or a job.
+
+    Returns:
+        The pid of each, and the beginning of its command line and environment.
+    """
+    names = [folder.encode(), *(job.encode() for job in jobs)]
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
             about = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
-            if not about:  # it ends: it has its folder for a moment more, and no memory
+            if not about:  # it is ending: it still has its folder, and no memory
                 continue
             about += os.fsencode((entry / "cwd").readlink())
         except OSError:
             continue
-        if any(word in about for word in words):
+        if any(name in about for name in names):
             found.append((int(entry.name), about[:200].decode(errors="replace")))
     return found

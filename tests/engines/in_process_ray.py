@@ -1,6 +1,6 @@
-"""A cluster of one node without Ray: its agent is in this process, and Ray's part (which nodes there are, who
-holds a seat) is what the test says. Engine, agent, driver's answers, guard and jobs are the real ones.
-"""
+"""A cluster of one node without Ray: its agent is in this process, and the test sets Ray's part
+(the nodes, the reservations). The engine, the agent, the driver's answers, the guard and the
+jobs are real."""
 
 from __future__ import annotations
 
@@ -33,28 +33,29 @@ STATE = NodeState("node-a", "a", True, Capacity(4000, 8 * GIB, 0), Capacity(0, 0
 
 
 class InProcessRay(Driver):
-    """Ray's part of a node, and the link to it."""
+    """Ray's part of the cluster, which the real driver class would ask Ray for."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(NAMESPACE, str(folder))
         self.states = [STATE]
-        self.seats: set[str] = set()
+        self.reservations: set[str] = set()
         self.agent: Agent | None = None
         self.is_cut_off = False
-        self.before: dict[str, Callable[[], Coroutine[object, object, None]]] = {}
-        """What happens before an agent is asked for something, by its name."""
-        self.asked: list[str] = []
-        self._calls: set[asyncio.Task[object]] = set()
+        self.before_call: dict[str, Callable[[], Coroutine[object, object, None]]] = {}
+        """Coroutines to run before a call to the agent, by the name of the agent's method."""
+        self.calls: list[str] = []
+        """The names of the agent's methods that were called."""
+        self._running_calls: set[asyncio.Task[object]] = set()
 
     async def node_states(self) -> tuple[NodeState, ...]:
         return tuple(self.states)
 
     async def reserve(self, seat: Reservation, within_s: float) -> tuple[int, ...]:
-        self.seats.add(seat.name)
+        self.reservations.add(seat.name)
         return ()
 
     async def release(self, name: str) -> None:
-        self.seats.discard(name)
+        self.reservations.discard(name)
 
     async def send_project(self, node_id: str, project_id: str, folder: str) -> None:
         packed = io.BytesIO()
@@ -64,30 +65,30 @@ class InProcessRay(Driver):
     async def call_agent(
         self, node_id: str, method: str, arguments: tuple[object, ...], within_s: float
     ) -> object:
-        self.asked.append(method)
-        if method in self.before:
-            await self.before[method]()
+        self.calls.append(method)
+        if method in self.before_call:
+            await self.before_call[method]()
         if self.agent is None:
             self.agent = Agent(NAMESPACE, node_id, self._node_dir, STATE.total)
         agent = self.agent
         work = getattr(agent, method)(*pickle.loads(pickle.dumps(arguments)))
         call = asyncio.create_task(work)
-        self._calls.add(call)
+        self._running_calls.add(call)
         try:
             done, _ = await asyncio.wait({call}, timeout=within_s)
             if not done:
                 raise TimeoutError
             if agent is not self.agent:
-                raise RuntimeError("its agent is gone")
+                raise RuntimeError("its agent was killed")
             return call.result()
         finally:
-            self._calls.discard(call)
+            self._running_calls.discard(call)
 
     async def kill_agent(self) -> None:
-        """All that is left of an agent's process when it is gone: nothing."""
+        """End everything in this process that would die with the agent's own process."""
         agent, self.agent = self.agent, None
         if agent is not None:
-            tasks = [*agent._tasks, *self._calls]
+            tasks = [*agent._tasks, *self._running_calls]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -97,7 +98,7 @@ class InProcessRay(Driver):
 
 
 class InProcessLink:
-    """What an engine has of it."""
+    """The engine's link to an `InProcessRay`."""
 
     def __init__(self, ray: InProcessRay) -> None:
         self._ray = ray
@@ -106,26 +107,26 @@ class InProcessLink:
     async def call(self, method: str, *arguments: object, timeout_s: float) -> object:
         if self._ray.is_cut_off:
             raise LinkError("cut off")
-        told = await asyncio.wait_for(answer(self._ray, method, arguments), timeout_s)
-        if told.unreachable is not None:
-            raise LinkError(told.unreachable)
-        if told.refused is not None:
-            raise Refused(told.refused)
-        return told.value
+        response = await asyncio.wait_for(answer(self._ray, method, arguments), timeout_s)
+        if response.unreachable is not None:
+            raise LinkError(response.unreachable)
+        if response.refused is not None:
+            raise Refused(response.refused)
+        return response.value
 
     async def close(self) -> None:
         self.closed.set()
 
 
 class InProcessHarness(EngineHarness):
-    """One test's."""
+    """The project, the jobs and the node of one test."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, None)
         self.ray = InProcessRay(folder / "nodes")
         self.locks: Any = None
 
-    def made(self) -> RayEngine:
+    def new_engine(self) -> RayEngine:
         engine = RayEngine(self.root, "near:1", NAMESPACE, self.grace_s, str(self.root), self.locks)
 
         async def open_link() -> InProcessLink:
@@ -146,14 +147,14 @@ class InProcessHarness(EngineHarness):
                 await self.ray.kill_agent()
 
     @property
-    def slot(self) -> Path:
+    def agent_folder(self) -> Path:
         return self.root.parent / "nodes" / NAMESPACE / "0"
 
     def folder(self, attempt: Attempt) -> Path:
-        return self.slot / "jobs" / attempt.spec.job_id
+        return self.agent_folder / "jobs" / attempt.spec.job_id
 
-    def lost(self) -> None:
-        """The node is not there any more."""
+    def lose_node(self) -> None:
+        """Let the cluster report the node as dead."""
         self.ray.states = [replace(STATE, is_alive=False)]
 
 
@@ -166,11 +167,11 @@ async def ready(engine: Engine) -> None:
 
 @contextlib.contextmanager
 def in_process_harness(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcessHarness]:
-    """One whose raylet is a process that does nothing: the guard waits for its end."""
+    """A harness whose raylet only sleeps: the guard waits for the end of the raylet."""
     made = InProcessHarness(folder)
     raylet = subprocess.Popen(["sleep", "600"])
     monkeypatch.setenv("RAY_RAYLET_PID", str(raylet.pid))
-    monkeypatch.setattr(reservations, "release", made.ray.seats.discard)
+    monkeypatch.setattr(reservations, "release", made.ray.reservations.discard)
     try:
         yield made
     finally:

@@ -1,5 +1,6 @@
-"""An operator that is killed: claims and starts an attempt in a process of its own, tells its handle,
-and dies by SIGKILL at the moment that the test asks for. Run by `EngineHarness.killed_operator`."""
+"""An operator that is killed: claims and starts an attempt in its own process, prints the
+handle, and kills itself by SIGKILL at the moment that the test chooses.
+`EngineHarness.killed_operator` runs it."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ async def main() -> None:
     if moment == "started":
         await started.wait()
     else:
-        # From "not even a fork server" to "long running": each of these moments must be safe.
+        # From "not even a fork server" to "long running": each moment must be safe.
         await asyncio.sleep(float(moment))
     os.kill(os.getpid(), signal.SIGKILL)
 

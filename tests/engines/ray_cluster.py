@@ -1,4 +1,4 @@
-"""A real Ray cluster on this machine: a head, and more raylets beside it, each a node of its own."""
+"""A real Ray cluster on this machine: a head, and more raylets, each of which is a node."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 MIB = 1 << 20
 RAY = Path(sys.executable).parent / "ray"
-# What makes it light, and lets it see soon what is dead.
+# Without these, the cluster takes more memory, and notices the death of a node much later.
 SETTINGS = {
     "RAY_gcs_rpc_server_reconnect_timeout_s": "8",
     "RAY_health_check_initial_delay_ms": "500",
@@ -35,13 +35,13 @@ SETTINGS = {
 
 @dataclass
 class RayCluster:
-    """Its processes are known by their session folder, which stands in the command line of each."""
+    """A cluster. The command line of each of its processes names its session folder."""
 
     folder: Path
     port: int
     env: dict[str, str]
     raylets: dict[str, int] = field(default_factory=dict)
-    """Raylets that were started, by a name of the test's: their pids."""
+    """The pid of each raylet that was started, by the name that the test gave it."""
 
     @property
     def address(self) -> str:
@@ -60,43 +60,43 @@ class RayCluster:
         )  # fmt: skip
 
     def node_id(self, name: str) -> str:
-        """What Ray calls the node of a raylet."""
+        """Ray's id of a raylet's node."""
         command = Path(f"/proc/{self.raylets[name]}/cmdline").read_text()
         found = re.search(r"--node_id=(\w+)", command)
         assert found is not None, command
         return found[1]
 
     def kill(self, name: str) -> None:
-        """Kill a raylet, as a machine that is gone; its workers end with it."""
+        """Kill a raylet, and with it its workers: as if its machine were lost."""
         os.kill(self.raylets.pop(name), signal.SIGKILL)
 
     def kill_head(self) -> None:
-        """Kill all of the head: the cluster's memory, and the raylet beside it."""
+        """Kill the head: the cluster's memory (GCS) and the head's raylet."""
         for pid, command in self._processes():
             if "gcs_server" in command:
                 os.kill(pid, signal.SIGKILL)
         self.kill("head")
 
-    def raylets_left(self) -> list[int]:
-        found = [pid for pid, command in self._processes() if "raylet/raylet" in command]
-        # What one has forked looks like it until it executes its program.
-        return [pid for pid in found if _parent(pid) not in (None, *found)]
+    def live_raylets(self) -> list[int]:
+        raylets = [pid for pid, command in self._processes() if "raylet/raylet" in command]
+        # A child of a raylet has the raylet's command line until it executes its own program.
+        return [pid for pid in raylets if _parent(pid) not in (None, *raylets)]
 
     @contextlib.contextmanager
     def head_stopped(self) -> Iterator[None]:
-        """The cluster's memory hangs: it takes connections, and answers nobody."""
-        held = [pid for pid, command in self._processes() if "gcs_server" in command]
-        for pid in held:
+        """The cluster's memory (GCS) hangs: it accepts connections, and answers no call."""
+        pids = [pid for pid, command in self._processes() if "gcs_server" in command]
+        for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         try:
             yield
         finally:
-            for pid in held:
+            for pid in pids:
                 os.kill(pid, signal.SIGCONT)
 
     @contextlib.contextmanager
     def raylet_stopped(self, node_id: str) -> Iterator[None]:
-        """The raylet of a node hangs: until it goes on, it starts no process in place of one that has died."""
+        """The raylet of a node hangs: it replaces no dead process until it continues."""
         (pid,) = (pid for name, pid in self.raylets.items() if self.node_id(name) == node_id)
         os.kill(pid, signal.SIGSTOP)
         try:
@@ -104,7 +104,7 @@ class RayCluster:
         finally:
             os.kill(pid, signal.SIGCONT)
 
-    def end(self) -> None:
+    def shut_down(self) -> None:
         until = time.monotonic() + 20
         while (left := self._processes()) and time.monotonic() < until:
             for pid, _ in left:
@@ -115,7 +115,7 @@ class RayCluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, name: str, *arguments: str) -> None:
-        before = self.raylets_left()
+        before = self.live_raylets()
         done = subprocess.run(
             [
                 RAY, "start", "--node-ip-address=127.0.0.1", "--disable-usage-stats",
@@ -125,7 +125,7 @@ class RayCluster:
             env=self.env, capture_output=True, text=True, check=False, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
-        (self.raylets[name],) = set(self.raylets_left()).difference(before)
+        (self.raylets[name],) = set(self.live_raylets()).difference(before)
 
     def _processes(self) -> list[tuple[int, str]]:
         found = []
@@ -141,8 +141,8 @@ class RayCluster:
 
 @contextlib.contextmanager
 def cluster(*names: str) -> Iterator[RayCluster]:
-    """A head, and a raylet more for each name."""
-    # Ray's sockets lie below it, and a socket's path is short.
+    """A head, and one more raylet for each name."""
+    # Ray makes its sockets below this folder, and a socket's path has at most 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="ct-ray-", dir="/tmp"))
     env = {**os.environ, **SETTINGS, "CORTEX_TEST_CLUSTER": str(folder)}
     env.pop("RAY_ADDRESS", None)
@@ -153,7 +153,7 @@ def cluster(*names: str) -> Iterator[RayCluster]:
             made.add(name)
         yield made
     finally:
-        made.end()
+        made.shut_down()
 
 
 def _is_zombie(entry: Path) -> bool:
@@ -167,7 +167,7 @@ def _parent(pid: int) -> int | None:
 
 
 def _port() -> int:
-    """A free one that no worker of Ray's is given, nor the kernel gives to anybody meanwhile."""
+    """A free port outside the ranges from which Ray's workers and the kernel take ports."""
     while True:
         port = random.randrange(20000, 32768)
         with contextlib.suppress(OSError), socket.socket() as sock:

@@ -1,6 +1,6 @@
-"""The harness of the Ray engine: the cluster, the agents and one open engine are shared by all tests of a test
-process, because each of them takes seconds to start; jobs, projects and environments are each test's own.
-"""
+"""The harness of the Ray engine. All tests of a test process share the cluster, the agents and
+one open engine, because each takes seconds to start. Every test has its own jobs, projects and
+environments."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ NAMESPACE = "cortex-tests"
 
 
 @dataclass
-class Session:
-    """What tests share. The loop stands still between them."""
+class RaySession:
+    """The parts that tests share. The loop does not run between tests."""
 
     folder: Path
     cluster: RayCluster
@@ -39,21 +39,21 @@ class Session:
 
     @property
     def nodes(self) -> Path:
-        """What agents have on their nodes, each in a folder of its own."""
+        """The parent of the agents' folders."""
         return self.folder / "nodes" / NAMESPACE
 
 
 @contextlib.contextmanager
-def session(folder: Path) -> Iterator[Session]:
+def open_session(folder: Path) -> Iterator[RaySession]:
     with cluster("second") as running, asyncio.Runner() as runner:
         engine = RayEngine(folder / "jobs", running.address, NAMESPACE, 5.0, str(folder / "nodes"))
-        made = Session(folder, running, runner, engine)
+        made = RaySession(folder, running, runner, engine)
         runner.run(_open(engine))
         try:
             yield made
         finally:
             runner.run(engine.close())
-            running.end()
+            running.shut_down()
             end = time.monotonic() + LIMIT_S
             while processes(str(folder), []) and time.monotonic() < end:
                 time.sleep(0.1)
@@ -66,29 +66,29 @@ async def _open(engine: RayEngine) -> None:
 
 
 async def ready(engine: Engine, count: int = 2) -> None:
-    """Wait until the agents of so many nodes answer."""
+    """Wait until the agents of `count` nodes answer."""
     await until(lambda: sum(node.is_ready for node in engine.ledger.nodes()) >= count, 180)
 
 
-def agent_in(slot: Path) -> int:
-    """The process of the agent whose folder this is."""
-    return int((slot / "lock").read_text())
+def agent_pid(agent_folder: Path) -> int:
+    """The pid of the agent that has this folder."""
+    return int((agent_folder / "lock").read_text())
 
 
 class RayHarness(EngineHarness):
-    """One test's."""
+    """The project and the jobs of one test, on the shared cluster."""
 
-    def __init__(self, folder: Path, shared: Session) -> None:
+    def __init__(self, folder: Path, shared: RaySession) -> None:
         super().__init__(folder, None)
         self.shared = shared
         self.root = shared.jobs
-        self.moments = [0.03]
+        self.kill_delays_s = [0.03]
         self._versions: set[str] = set()
 
     def run(self, scenario: Callable[[E], Awaitable[None]]) -> None:
         engine = self.shared.engine
         attempts = engine._attempts
-        attempts._report, attempts._calls._grace_s = self._saw, self.grace_s
+        attempts._report, attempts._calls._grace_s = self.report, self.grace_s
 
         async def main() -> None:
             await scenario(cast(E, engine))
@@ -96,21 +96,21 @@ class RayHarness(EngineHarness):
         self.changed = asyncio.Event()
         self.shared.runner.run(main())
 
-    def made(self) -> RayEngine:
-        return RayEngine(*self.maker()[1])  # type: ignore[arg-type]
+    def new_engine(self) -> RayEngine:
+        return RayEngine(*self.engine_arguments()[1])  # type: ignore[arg-type]
 
-    def maker(self) -> tuple[str, tuple[object, ...]]:
+    def engine_arguments(self) -> tuple[str, tuple[object, ...]]:
         address, nodes = self.shared.cluster.address, str(self.shared.nodes.parent)
         return "ray", (self.root, address, NAMESPACE, self.grace_s, nodes)
 
     @contextlib.asynccontextmanager
     async def engine(self) -> AsyncIterator[Engine]:
         async with super().engine() as engine:
-            await ready(engine, 1)  # the tests of a head that dies leave one
+            await ready(engine, 1)  # the tests that kill a node or the head leave one node
             yield engine
 
     def bare_environment(self, modules: Mapping[str, str]) -> None:
-        """The nodes build it, from a wheel in the project."""
+        """Let the nodes build an environment with these modules, from a wheel in the project."""
         name = "third-1.0-py3-none-any.whl"
         about = "third-1.0.dist-info"
         files = {
@@ -133,15 +133,16 @@ class RayHarness(EngineHarness):
         return self._on_a_node(f"jobs/{attempt.spec.job_id}")
 
     def files(self, attempt: Attempt) -> Path:
-        # More than one node may have the project; the job's own folder tells which it ran on.
+        # More than one node may have the project; the job ran on the node that has the job's
+        # folder.
         return self.folder(attempt).parents[1] / "projects" / attempt.version.api.project_id
 
     def agent_of(self, attempt: Attempt) -> int:
-        """The process of the agent that has an attempt."""
-        return agent_in(self.folder(attempt).parents[1])
+        """The pid of the agent that runs an attempt."""
+        return agent_pid(self.folder(attempt).parents[1])
 
     async def start_on(self, name: str, engine: RayEngine, attempt: Attempt) -> None:
-        """Start an attempt on the node of a raylet of the cluster's: all others look taken."""
+        """Start an attempt on the node of this raylet: the other nodes count as not ready."""
         wanted = self.shared.cluster.node_id(name)
         others = [n for n in engine.ledger.alive.values() if n.state.node_id != wanted]
         for node in others:
@@ -150,16 +151,16 @@ class RayHarness(EngineHarness):
         for node in others:
             node.is_ready = True
 
-    async def taken(self, engine: Engine) -> list[int]:
-        """What Ray counts as taken of each node, in thousandths of a core."""
+    async def taken_cpu_m(self, engine: Engine) -> list[int]:
+        """The CPU that Ray counts as taken on each node, in thousandths of a core."""
         assert isinstance(engine, RayEngine)
         states = await engine._cluster.call_driver("node_states")
         assert isinstance(states, tuple)
         return [state.taken.cpu_m for state in states if state.is_alive]
 
     @contextlib.asynccontextmanager
-    async def others(self, cpus: int, count: int) -> AsyncIterator[None]:
-        """Somebody else's placement groups in the same cluster, of so many cores each."""
+    async def foreign_reservations(self, cpus: int, count: int) -> AsyncIterator[None]:
+        """Placement groups of another program in the same cluster, each of `cpus` cores."""
         link = Link(self.shared.cluster.address, "others", None)
         await link.open(30)
         nodes = [node.state.node_id for node in self.shared.engine.ledger.alive.values()]
@@ -176,8 +177,8 @@ class RayHarness(EngineHarness):
             await link.close()
 
     @contextlib.contextmanager
-    def stopped_cluster(self, engine: Engine) -> Iterator[None]:
-        """The cluster hangs, and the operator's link breaks."""
+    def hanging_cluster(self, engine: Engine) -> Iterator[None]:
+        """The cluster hangs, and the operator's link to it breaks."""
         assert isinstance(engine, RayEngine)
         assert engine._cluster._link is not None
         assert engine._cluster._link._process is not None
@@ -197,8 +198,8 @@ class RayHarness(EngineHarness):
 
         self.run(forget)
 
-    def left(self) -> list[str]:
-        """Processes and control groups of this test's jobs."""
+    def leftovers(self) -> list[str]:
+        """The processes and control groups of this test's jobs."""
         found = [f"{pid}: {about}" for pid, about in processes("\0no folder", self.jobs)]
         for folder, names, _ in os.walk("/sys/fs/cgroup"):
             found += [f"{folder}/{name}" for name in names if any(job in name for job in self.jobs)]

@@ -1,4 +1,4 @@
-"""What every engine promises of one attempt from start to end."""
+"""The promises of every engine about one attempt, from its start to its end."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def test_a_task_succeeds_with_its_result(harness: EngineHarness) -> None:
     harness.run(scenario)
 
 
-def test_a_start_is_told_while_the_job_runs(harness: EngineHarness) -> None:
+def test_a_start_is_reported_while_the_job_runs(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
         attempt = harness.sleeper()
         await harness.start(engine, attempt)
         started = await harness.started(attempt)
-        harness.go()
+        harness.finish_sleeper()
         ended = await harness.ended(attempt)
         assert attempt.spec.created_ns <= started.start_ns == ended.start_ns
-        assert harness.seen.index(started) < harness.seen.index(ended)
+        assert harness.observations.index(started) < harness.observations.index(ended)
 
     harness.run(scenario)
 
@@ -144,7 +144,7 @@ def test_sys_exit_is_honoured(
         (["./not-executable"], 126, "exit code 126: cortex: cannot run './not-executable'"),
     ],
 )
-def test_a_command_ends_as_it_ends(
+def test_a_command_ends_with_its_own_exit_code(
     harness: EngineHarness, command: list[str], exit_code: int, message: str | None
 ) -> None:
     async def scenario(engine: Engine) -> None:
@@ -174,14 +174,15 @@ def test_a_worker_that_is_killed_from_outside_has_exited_by_that_signal(
     harness.run(scenario)
 
 
-# And stays as large, until whoever watches it has seen that.
+# The process stays large until the watchdog has measured it.
 EAT = """
 b = []
 for _ in range(400): b.append(bytearray(1 << 20)); time.sleep(0.002)
 time.sleep(60)
 """
-# It is given a second from the end of its shell: by then its interpreter has started.
-EAT_ONCE_LEFT = """
+# A leftover process has a second from the end of its shell. The interpreter has started by then:
+# the shell waits for the file "ready".
+EAT_AFTER_SHELL_ENDS = """
 import os, time
 shell = os.getppid()
 open("ready", "w").close()
@@ -203,7 +204,7 @@ def test_a_task_over_its_memory_is_out_of_memory(harness: EngineHarness) -> None
     harness.run(scenario)
 
 
-def test_a_child_over_the_memory_is_out_of_memory_though_its_shell_goes_on(
+def test_a_child_over_the_memory_is_out_of_memory_though_its_shell_continues(
     harness: EngineHarness,
 ) -> None:
     async def scenario(engine: Engine) -> None:
@@ -217,9 +218,11 @@ def test_a_child_over_the_memory_is_out_of_memory_though_its_shell_goes_on(
     harness.run(scenario)
 
 
-def test_a_child_that_is_left_over_the_memory_is_out_of_memory(harness: EngineHarness) -> None:
+def test_a_child_over_the_memory_after_its_shell_ended_is_out_of_memory(
+    harness: EngineHarness,
+) -> None:
     async def scenario(engine: Engine) -> None:
-        (harness.project / "eat.py").write_text(EAT_ONCE_LEFT)
+        (harness.project / "eat.py").write_text(EAT_AFTER_SHELL_ENDS)
         script = f"{sys.executable} eat.py & until [ -e ready ]; do sleep 0.01; done"
         attempt = harness.attempt(command=[SH, "-c", script], mem=64 * MIB)
         ended = await harness.outcome(engine, attempt)
@@ -240,9 +243,8 @@ def test_the_timeout_ends_a_job(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
         code = "import time\ndef task(config): time.sleep(config['s'])"
         first = harness.attempt(code, config={"s": 0})
-        await harness.outcome(
-            engine, first
-        )  # else its time may be over before it has an interpreter
+        # Without a first job, the timeout may pass before there is an interpreter.
+        await harness.outcome(engine, first)
         attempt = harness.attempt(code, config={"s": 60}, timeout=1)
         ended = await harness.outcome(engine, replace(attempt, version=first.version))
         assert ended.ending is Ending.TIMED_OUT
@@ -259,7 +261,7 @@ def test_a_stopped_task_may_save_its_work(harness: EngineHarness) -> None:
         attempt = harness.attempt("""
             import os, signal, sys, time
             def save(*_):
-                os.write(1, b"saved\\n")  # print is not for signal handlers
+                os.write(1, b"saved\\n")  # print is not safe in a signal handler
                 sys.exit(0)
             def task(config):
                 signal.signal(signal.SIGTERM, save)
@@ -272,7 +274,7 @@ def test_a_stopped_task_may_save_its_work(harness: EngineHarness) -> None:
         ended = await harness.ended(attempt)
         assert (ended.ending, ended.exit_code) == (Ending.STOPPED, 0)
         assert harness.log(attempt) == "ready\nsaved\n"
-        engine.stop(attempt.spec.job_id)  # harmless now
+        engine.stop(attempt.spec.job_id)  # has no effect on an ended job
 
     harness.grace_s = 60
     harness.run(scenario)
@@ -303,7 +305,7 @@ def test_a_stop_right_after_the_start_is_not_lost(harness: EngineHarness) -> Non
             attempt = harness.attempt(command=["sleep", "60"], api_id="same")
             await harness.start(engine, attempt)
             engine.stop(attempt.spec.job_id)
-            last = await harness.last(attempt)
+            last = await harness.final(attempt)
             assert isinstance(last, NeverStarted) or (
                 isinstance(last, Ended) and last.ending is Ending.STOPPED
             )
@@ -346,9 +348,9 @@ def test_daemonised_grandchildren_end_with_the_job(harness: EngineHarness, sleep
     harness.run(scenario)
 
 
-def test_a_fork_bomb_is_gone_after_a_stop(harness: EngineHarness) -> None:
+def test_a_stop_ends_a_fork_bomb(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
-        # Each process lives for a moment and leaves a successor or two: never more than 60.
+        # Each process lives for 5 ms and then forks a successor; there are never more than 60.
         attempt = harness.attempt("""
             import os, signal, time
             def task(config):
@@ -408,7 +410,7 @@ def test_the_log_is_complete_and_in_order(harness: EngineHarness) -> None:
         ("'x' * (1 << 20)", "at most 1048576 are allowed"),
     ],
 )
-def test_a_value_that_cannot_be_kept_does_not_fail_the_task(
+def test_a_result_that_cannot_be_stored_does_not_fail_the_task(
     harness: EngineHarness, value: str, why: str
 ) -> None:
     async def scenario(engine: Engine) -> None:
@@ -421,7 +423,7 @@ def test_a_value_that_cannot_be_kept_does_not_fail_the_task(
     harness.run(scenario)
 
 
-def test_a_large_result_is_kept(harness: EngineHarness) -> None:
+def test_a_large_result_is_stored(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
         ended = await harness.outcome(
             engine, harness.attempt("def task(config): return 'x' * 1000000")
@@ -453,9 +455,9 @@ def test_nothing_leaks_from_one_job_to_the_next(harness: EngineHarness) -> None:
     harness.run(scenario)
 
 
-def test_the_users_modules_shadow_as_in_a_plain_interpreter(harness: EngineHarness) -> None:
+def test_the_users_modules_shadow_others_as_in_plain_python(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
-        # Of this name the worker has one itself; a built-in module is never the user's.
+        # The worker has imported its own json before. A built-in module is never the user's.
         harness.write("mine = True\n", "json.py")
         harness.write("mine = True\n", "lib/other.py")
         attempt = harness.attempt(
@@ -467,7 +469,7 @@ def test_the_users_modules_shadow_as_in_a_plain_interpreter(harness: EngineHarne
     harness.run(scenario)
 
 
-def test_multiprocessing_works_in_every_way_of_starting(harness: EngineHarness) -> None:
+def test_multiprocessing_works_with_every_start_method(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
         attempt = harness.attempt(
             """
@@ -526,19 +528,19 @@ def test_a_worker_inherits_no_file_and_no_signal_state(harness: EngineHarness) -
         targets = [line.split(" -> ")[1] for line in lines if " -> " in line]
         path = str(harness.folder(attempt) / "log")
         assert targets[:3] == ["/dev/null", path, path]
-        assert len(targets) == 4  # the last is the folder that it lists
+        assert len(targets) == 4  # the last is the folder that ls lists
         attempt = harness.attempt(command=["grep", "-E", "Sig(Blk|Ign)", "/proc/self/status"])
         await harness.outcome(engine, attempt)
         masks = [int(line.split()[1], 16) for line in harness.log(attempt).splitlines()]
-        # Signals 32 and 33 are the C library's own: no program can reset what was inherited.
+        # Signals 32 and 33 belong to the C library: no program can reset their inherited state.
         assert [mask & ~(0b11 << 31) for mask in masks] == [0, 0]
         attempt = harness.attempt("import os\ndef task(c): return os.listdir('/proc/self/fd')")
         fds = (await harness.outcome(engine, attempt)).result
         assert isinstance(fds, list)
-        assert len(fds) == 5  # the pipe that the result goes through, and the listed folder
+        assert len(fds) == 5  # three streams, the pipe for the result, and the listed folder
         attempt = harness.attempt(command=["pwd"])
         await harness.outcome(engine, attempt)
-        # A copy of the project has the name of its folder, an overlay all of its path.
+        # A copy of the project has its folder's name, an overlay its whole path.
         assert Path(harness.log(attempt).strip()).name == harness.files(attempt).name
 
     harness.run(scenario)
@@ -571,8 +573,8 @@ def test_the_logger_writes_json_lines(harness: EngineHarness) -> None:
     harness.run(scenario)
 
 
-def test_the_environment_is_the_users_own_and_warm(harness: EngineHarness) -> None:
-    """Nothing of the operator's site-packages is seen; what the API asks for is imported ahead."""
+def test_a_job_has_the_users_environment_and_the_preloaded_modules(harness: EngineHarness) -> None:
+    """The operator's site-packages are not visible; `definition.preload` is imported ahead."""
 
     async def scenario(engine: Engine) -> None:
         ahead = "import os\npid = os.getpid()\n"
@@ -600,8 +602,8 @@ def test_the_environment_is_the_users_own_and_warm(harness: EngineHarness) -> No
         assert isinstance(result, dict)
         venv = result.pop("venv")
         assert venv != sys.prefix
-        theirs = {"pydantic": False, "own": True, "third": True, "fourth": False}
-        assert result == {**theirs, "prefix": venv}
+        expected = {"pydantic": False, "own": True, "third": True, "fourth": False}
+        assert result == {**expected, "prefix": venv}
 
     harness.run(scenario)
 
@@ -618,7 +620,7 @@ def test_the_environment_is_the_users_own_and_warm(harness: EngineHarness) -> No
     ],
     ids=["thread", "file", "exit"],
 )
-def test_an_import_that_jobs_cannot_share_is_left_to_each(
+def test_an_import_that_jobs_cannot_share_is_done_by_each_job(
     harness: EngineHarness, module: str, exit_code: int
 ) -> None:
     async def scenario(engine: Engine) -> None:
@@ -633,19 +635,19 @@ def test_an_import_that_jobs_cannot_share_is_left_to_each(
     harness.run(scenario)
 
 
-def test_a_stop_while_the_interpreter_is_being_warmed_is_at_once(harness: EngineHarness) -> None:
+def test_a_stop_while_the_fork_server_imports_takes_effect_at_once(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
         harness.bare_environment({"third": "import time\ntime.sleep(5)\n"})
         attempt = harness.attempt("import third\ndef task(config): print('ran')")
         await harness.start(engine, attempt)
         engine.stop(attempt.spec.job_id)
-        assert isinstance(await harness.last(attempt), NeverStarted)
+        assert isinstance(await harness.final(attempt), NeverStarted)
         assert harness.log(attempt) == ""
 
     harness.run(scenario)
 
 
-def test_many_jobs_at_once(harness: EngineHarness) -> None:
+def test_many_jobs_run_at_once_and_each_has_its_own_result(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
         attempts = [
             harness.attempt(
@@ -656,7 +658,7 @@ def test_many_jobs_at_once(harness: EngineHarness) -> None:
         for attempt in attempts:
             await harness.start(engine, attempt)
         assert [(await harness.ended(a)).result for a in attempts] == list(range(40))
-        starts = [seen.job_id for seen in harness.seen if isinstance(seen, Started)]
+        starts = [each.job_id for each in harness.observations if isinstance(each, Started)]
         assert len(starts) == len(set(starts))
 
     harness.run(scenario)
@@ -678,7 +680,7 @@ def test_a_config_of_any_size_reaches_the_task_and_its_file(harness: EngineHarne
     harness.run(scenario)
 
 
-def test_a_result_of_any_size_is_kept(harness: EngineHarness) -> None:
+def test_a_result_of_any_size_is_stored(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
         attempt = harness.attempt("def task(c): return 'x' * 900_000")
         await harness.start(engine, attempt)

@@ -1,4 +1,4 @@
-"""What users' code may tell the operator, which acts on it with rights that the code may not have."""
+"""Forged records and messages of users' code, which the operator must not trust."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def harness(local_harness: EngineHarness) -> EngineHarness:
     return local_harness
 
 
-def forged(harness: EngineHarness, name: str, data: bytes) -> Attempt:
-    """An attempt of an earlier operator, with such a record."""
+def attempt_with_record(harness: EngineHarness, name: str, data: bytes) -> Attempt:
+    """An attempt of an earlier operator, with this record in its folder."""
     attempt = harness.attempt("def task(config): ...", handle=records.make_handle())
     harness.root.mkdir(exist_ok=True)
     records.create_job_folder(str(harness.folder(attempt)), None)
@@ -46,8 +46,8 @@ def forged(harness: EngineHarness, name: str, data: bytes) -> Attempt:
     return attempt
 
 
-def test_a_record_that_is_none_is_a_lost_job_and_nothing_else(harness: EngineHarness) -> None:
-    odd = [b"", b"[" * 100000, b"[]", b"1", b'"ending"', b"null", b"\xff"]
+def test_an_invalid_record_is_a_lost_job_and_nothing_else(harness: EngineHarness) -> None:
+    invalid = [b"", b"[" * 100000, b"[]", b"1", b'"ending"', b"null", b"\xff"]
     start: list[dict[str, Any]] = [
         {"pid": "x"}, {"pid": -1}, {"pid": 1 << 40}, {"ticks": None}, {"start_ns": 1 << 70},
         {"gpus": {"a": 1}}, {"gpus": ["0"]},
@@ -56,29 +56,31 @@ def test_a_record_that_is_none_is_a_lost_job_and_nothing_else(harness: EngineHar
         {"ending": "over"}, {"ending": ["exited"]}, {"exit_code": "0"}, {"exit_code": 1 << 40},
         {"start_ns": None}, {"end_ns": 1 << 70}, {"message": {}},
     ]  # fmt: skip
-    spoilt = [("start.1", data) for data in odd] + [("exit.1", data) for data in odd]
+    spoilt = [("start.1", data) for data in invalid] + [("exit.1", data) for data in invalid]
     spoilt += [("start.1", json.dumps({**START, **field}).encode()) for field in start]
     spoilt += [("exit.1", json.dumps({**END, **field}).encode()) for field in end]
 
     async def scenario(engine: LocalEngine) -> None:
         for name, data in spoilt:
-            attempt = forged(harness, name, data)
+            attempt = attempt_with_record(harness, name, data)
             await engine.recover(attempt)
-            assert isinstance(await harness.last(attempt), Lost), (name, data)
+            assert isinstance(await harness.final(attempt), Lost), (name, data)
             engine.stop(attempt.spec.job_id)
 
     harness.run(scenario)
 
 
-def spoilt(harness: EngineHarness, spoil: Callable[[Path], object]) -> Attempt:
-    """An attempt that runs on without its operator, and has spoilt its start record."""
+def attempt_with_spoilt_start_record(
+    harness: EngineHarness, spoil: Callable[[Path], object]
+) -> Attempt:
+    """An attempt that runs without its operator, and has spoilt its start record."""
     attempt = harness.killed_operator(harness.sleeper(), "started")
     asyncio.run(harness.printed(attempt, "pid"))
     spoil(harness.start_record(attempt))
     return attempt
 
 
-def in_place_of(make: Callable[[Path], object]) -> Callable[[Path], object]:
+def replacing(make: Callable[[Path], object]) -> Callable[[Path], object]:
     def spoil(record: Path) -> None:
         record.unlink()
         make(record)
@@ -92,22 +94,22 @@ SPOILS: dict[str, Callable[[Path], object]] = {
     "fenced": lambda record: record.write_bytes(b'{"fenced": true}'),
     "another's": lambda record: record.write_text(json.dumps(START)),
     "removed": lambda record: record.unlink(),
-    "link": in_place_of(lambda record: record.symlink_to("elsewhere")),
-    "pipe": in_place_of(os.mkfifo),
-    "folder": in_place_of(os.mkdir),
+    "link": replacing(lambda record: record.symlink_to("elsewhere")),
+    "pipe": replacing(os.mkfifo),
+    "folder": replacing(os.mkdir),
 }
 
 
 @pytest.mark.parametrize("spoil", SPOILS)
-def test_a_job_that_has_spoilt_its_start_record_is_taken_up_all_the_same(
+def test_a_job_that_has_spoilt_its_start_record_is_still_recovered(
     harness: EngineHarness, spoil: str
 ) -> None:
-    attempt = spoilt(harness, SPOILS[spoil])
+    attempt = attempt_with_spoilt_start_record(harness, SPOILS[spoil])
 
     async def scenario(engine: LocalEngine) -> None:
         await engine.recover(attempt)
         await harness.started(attempt)
-        harness.go()
+        harness.finish_sleeper()
         assert (await harness.ended(attempt)).result == "done"
         assert harness.marker.read_text() == "ran\n"
 
@@ -115,7 +117,7 @@ def test_a_job_that_has_spoilt_its_start_record_is_taken_up_all_the_same(
 
 
 @pytest.mark.parametrize("spoil", SPOILS)
-def test_without_its_supervising_process_it_is_ended_and_lost(
+def test_a_job_with_a_spoilt_start_record_and_no_supervisor_is_ended_and_lost(
     harness: EngineHarness, spoil: str
 ) -> None:
     attempt = harness.killed_operator(harness.attempt(DAEMON, mem=512 << 20), "started")
@@ -124,19 +126,19 @@ def test_without_its_supervising_process_it_is_ended_and_lost(
         await harness.printed(attempt, "daemon")
         await harness.printed(attempt, "ready")
         supervisor = pid_of(harness, attempt)
-        # That of the killed operator would end what is left, too.
+        # The fork server of the killed operator would end the remaining processes as well.
         await until(lambda: not is_fork_server(parent(supervisor), harness))
         SPOILS[spoil](harness.start_record(attempt))
         os.kill(supervisor, signal.SIGKILL)
         await engine.recover(attempt)
-        assert isinstance(await harness.last(attempt), Lost)
-        assert harness.left_of_jobs() == []
+        assert isinstance(await harness.final(attempt), Lost)
+        assert harness.leftovers_of_jobs() == []
 
     harness.run(scenario)
 
 
 @pytest.mark.parametrize("spoil", SPOILS)
-def test_nothing_of_it_is_left_where_its_operator_sees_its_supervising_process_end(
+def test_a_job_with_a_spoilt_start_record_leaves_no_process_when_its_supervisor_dies(
     harness: EngineHarness, spoil: str
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
@@ -147,8 +149,8 @@ def test_nothing_of_it_is_left_where_its_operator_sees_its_supervising_process_e
         supervisor = pid_of(harness, attempt)
         SPOILS[spoil](harness.start_record(attempt))
         os.kill(supervisor, signal.SIGKILL)
-        assert isinstance(await harness.last(attempt), Lost | NeverStarted)
-        assert harness.left_of_jobs() == []
+        assert isinstance(await harness.final(attempt), Lost | NeverStarted)
+        assert harness.leftovers_of_jobs() == []
 
     harness.run(scenario)
 
@@ -165,16 +167,16 @@ def test_a_job_that_has_no_environment_and_no_record_is_not_started_again(
         harness.start_record(attempt).write_bytes(b"")
         await engine.recover(attempt)
         await harness.started(attempt)
-        harness.go()
+        harness.finish_sleeper()
         assert (await harness.ended(attempt)).exit_code == 0
 
     harness.run(scenario)
 
 
-def test_an_end_that_is_told_is_believed_where_the_start_is_not(harness: EngineHarness) -> None:
+def test_a_valid_exit_record_counts_without_a_valid_start_record(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         for spoil in SPOILS.values():
-            attempt = forged(harness, "exit.1", json.dumps(END).encode())
+            attempt = attempt_with_record(harness, "exit.1", json.dumps(END).encode())
             spoil(harness.start_record(attempt))
             await engine.recover(attempt)
             assert (await harness.ended(attempt)).exit_code == 0
@@ -182,41 +184,41 @@ def test_an_end_that_is_told_is_believed_where_the_start_is_not(harness: EngineH
     harness.run(scenario)
 
 
-def test_a_record_that_its_owner_may_not_read_is_none(harness: EngineHarness) -> None:
-    attempt = forged(harness, "exit.1", json.dumps(END).encode())
+def test_a_record_that_its_owner_may_not_read_does_not_count(harness: EngineHarness) -> None:
+    attempt = attempt_with_record(harness, "exit.1", json.dumps(END).encode())
 
-    def lay_out(own: Path) -> None:
+    def move_folder(own: Path) -> None:
         harness.folder(attempt).rename(own / attempt.spec.job_id)
 
-    def is_gone(own: Path) -> bool:
+    def is_exited_without_record(own: Path) -> bool:
         for record in (own / attempt.spec.job_id).iterdir():
             record.chmod(0)
-        found = records.inspect_attempt(own / attempt.spec.job_id, attempt)
-        return isinstance(found, records.Exited) and found.exit is None
+        state = records.inspect_attempt(own / attempt.spec.job_id, attempt)
+        return isinstance(state, records.Exited) and state.exit is None
 
-    assert by_its_owner(lay_out, is_gone)
+    assert by_its_owner(move_folder, is_exited_without_record)
 
 
-def test_what_can_be_no_record_is_not_read(harness: EngineHarness) -> None:
+def test_a_file_that_cannot_be_a_record_is_not_read(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        attempt = forged(harness, "exit.1", json.dumps(END).encode())
+        attempt = attempt_with_record(harness, "exit.1", json.dumps(END).encode())
         os.truncate(harness.folder(attempt) / "exit.1", 1 << 40)
         await engine.recover(attempt)
-        assert isinstance(await harness.last(attempt), Lost)
-        attempt = forged(harness, "job.json", b"{}")
+        assert isinstance(await harness.final(attempt), Lost)
+        attempt = attempt_with_record(harness, "job.json", b"{}")
         with socket.socket(socket.AF_UNIX) as bound, contextlib.chdir(harness.folder(attempt)):
             bound.bind("exit.1")
         await engine.recover(attempt)
-        assert isinstance(await harness.last(attempt), Lost)
+        assert isinstance(await harness.final(attempt), Lost)
 
     harness.run(scenario)
 
 
-def test_no_group_but_its_own_is_ended_with_a_job(harness: EngineHarness, tmp_path: Path) -> None:
+def test_only_the_group_of_a_job_is_ended_with_it(harness: EngineHarness, tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "300"]) as victim:
 
         async def scenario(engine: LocalEngine) -> None:
-            attempt = forged(harness, "exit.1", b"")
+            attempt = attempt_with_record(harness, "exit.1", b"")
             group = (
                 tmp_path
                 / "group"
@@ -228,7 +230,7 @@ def test_no_group_but_its_own_is_ended_with_a_job(harness: EngineHarness, tmp_pa
             start = {**START, "cgroups": [str(group), f"/sys/fs/cgroup/../..{group}"]}
             harness.start_record(attempt).write_text(json.dumps(start))
             await engine.recover(attempt)
-            assert isinstance(await harness.last(attempt), Lost)
+            assert isinstance(await harness.final(attempt), Lost)
             assert victim.poll() is None
             assert (group / "cgroup.kill").read_text() == ""
 
@@ -236,23 +238,23 @@ def test_no_group_but_its_own_is_ended_with_a_job(harness: EngineHarness, tmp_pa
         victim.kill()
 
 
-def test_a_process_of_somebody_elses_is_no_supervisor(harness: EngineHarness) -> None:
+def test_a_process_of_another_user_is_no_supervisor(harness: EngineHarness) -> None:
     about = stat(os.getpid())
     assert about is not None
     own = json.dumps({**START, "pid": os.getpid(), "ticks": about[2]}).encode()
-    attempt = forged(harness, "start.1", own)
+    attempt = attempt_with_record(harness, "start.1", own)
     alive = records.inspect_attempt(harness.folder(attempt), attempt)
     assert isinstance(alive, records.Alive)
     os.close(alive.pidfd)
-    look = records.inspect_attempt(harness.folder(attempt), attempt, NOBODY)
-    assert isinstance(look, records.Exited)
+    state = records.inspect_attempt(harness.folder(attempt), attempt, NOBODY)
+    assert isinstance(state, records.Exited)
     same = replace(NOBODY, uid=os.getuid())
     alive = records.inspect_attempt(harness.folder(attempt), attempt, same)
     assert isinstance(alive, records.Alive)
     os.close(alive.pidfd)
 
 
-def test_a_process_that_has_not_the_job_s_folder_open_is_no_supervisor(
+def test_a_process_without_the_jobs_folder_open_is_no_supervisor(
     harness: EngineHarness,
 ) -> None:
     with subprocess.Popen(["sleep", "300"]) as victim:
@@ -261,17 +263,17 @@ def test_a_process_that_has_not_the_job_s_folder_open_is_no_supervisor(
         own = json.dumps({**START, "pid": victim.pid, "ticks": about[2]}).encode()
 
         async def scenario(engine: LocalEngine) -> None:
-            attempt = forged(harness, "start.1", own)
+            attempt = attempt_with_record(harness, "start.1", own)
             await engine.recover(attempt)
             engine.stop(attempt.spec.job_id)
-            assert isinstance(await harness.last(attempt), Lost)
+            assert isinstance(await harness.final(attempt), Lost)
             assert victim.poll() is None
 
         harness.run(scenario)
         victim.kill()
 
 
-FORGED = """#!{python}
+FORGED_FORK_SERVER = """#!{python}
 import json, os, socket, sys
 sys.path.insert(0, {source!r})
 from cortex.worker import messages, syscalls
@@ -285,22 +287,22 @@ while operator.recv(65536):
 """
 
 
-def test_a_fork_server_cannot_name_a_process_of_somebody_elses(harness: EngineHarness) -> None:
+def test_a_fork_server_cannot_name_a_process_of_another_user(harness: EngineHarness) -> None:
     assert os.geteuid() == 0, "this test needs root, as the operator does for --run-as"
     own = Account("root", 0, 0, (0,), "/")
     with subprocess.Popen(["sleep", "300"], user=NOBODY.uid) as victim:
         harness.python = harness.project / "python"
         source = str(Path(cortex.__file__).parents[1])
-        script = FORGED.format(python=sys.executable, source=source, pid=victim.pid)
+        script = FORGED_FORK_SERVER.format(python=sys.executable, source=source, pid=victim.pid)
         harness.python.write_text(script)
         harness.python.chmod(0o755)
 
         async def scenario(_: LocalEngine) -> None:
             engine = LocalEngine(harness.root, None, 1, harness.memory_limit, own)
-            await engine.open(harness._saw)
+            await engine.open(harness.report)
             attempt = harness.attempt("def task(config): ...")
             await harness.start(engine, attempt)
-            last = await harness.last(attempt)
+            last = await harness.final(attempt)
             assert isinstance(last, Lost)
             assert "not run as the jobs' user" in last.reason
             await engine.close()
@@ -310,7 +312,7 @@ def test_a_fork_server_cannot_name_a_process_of_somebody_elses(harness: EngineHa
         victim.kill()
 
 
-SPOKEN = """#!{python}
+SPEAKING_FORK_SERVER = """#!{python}
 import array, json, os, socket, sys
 sys.path.insert(0, {source!r})
 from cortex.worker import messages
@@ -329,18 +331,18 @@ def pidfd():
     return os.pidfd_open(os.getpid())
 
 
-{says}
+{sends}
 operator.recv(1)
 while operator.recv(65536):
     pass
 """
-SAID = {
+MESSAGES = {
     "no JSON": "send(b'{')",
     "other types": """send(b'{"pid": "1"}')""",
-    "an import that nobody wants": """send(b'{"importing": "os"}')""",
+    "an import that was not requested": """send(b'{"importing": "os"}')""",
     "that it is ready, twice": "send(ready); send(ready)",
-    "a process that nobody asked for": "send(pid, pidfd(), operator.fileno())",
-    "an error that nobody asked for": """send(b'{"error": "no"}')""",
+    "a process that was not requested": "send(pid, pidfd(), operator.fileno())",
+    "an error without a request": """send(b'{"error": "no"}')""",
     "files with nothing": "send(ready, 1, 2); send(b'x')",
     "a file for a process": "send(ready); operator.recv(9); send(pid, 1, operator.fileno())",
     "a file for a socket": "send(ready); operator.recv(9); send(pid, pidfd(), os.open('/', 0))",
@@ -352,21 +354,23 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("says", SAID)
-def test_a_fork_server_for_which_users_code_speaks_harms_nobody_else(
-    harness: EngineHarness, says: str
+@pytest.mark.parametrize("sends", MESSAGES)
+def test_a_fork_server_whose_socket_users_code_writes_to_harms_no_other_version(
+    harness: EngineHarness, sends: str
 ) -> None:
     good = harness.python
     harness.python = harness.project / "python"
     source = str(Path(cortex.__file__).parents[1])
-    harness.python.write_text(SPOKEN.format(python=sys.executable, source=source, says=SAID[says]))
+    harness.python.write_text(
+        SPEAKING_FORK_SERVER.format(python=sys.executable, source=source, sends=MESSAGES[sends])
+    )
     harness.python.chmod(0o755)
 
     async def scenario(engine: LocalEngine) -> None:
         before = set(os.listdir("/proc/self/fd"))
         attempt = harness.attempt("def task(config): ...")
         await harness.start(engine, attempt)
-        last = await harness.last(attempt)
+        last = await harness.final(attempt)
         assert isinstance(last, Lost | NeverStarted)
         if isinstance(last, Lost):
             assert "not valid" in last.reason or "not run as the jobs' user" in last.reason
@@ -380,16 +384,17 @@ def test_a_fork_server_for_which_users_code_speaks_harms_nobody_else(
     harness.run(scenario)
 
 
-def test_a_job_tells_of_no_gpu_that_it_has_not(harness: EngineHarness) -> None:
-    """The store knows which it has; a claim of an earlier version does not tell, and then its record may."""
+def test_a_job_cannot_claim_a_gpu_that_it_does_not_have(harness: EngineHarness) -> None:
+    """The handle in the store lists the job's GPUs. A handle of an earlier version has no such
+    list: there the start record counts."""
     attempt = harness.attempt("def task(config): ...", gpu=1, handle=records.make_handle(gpus=[1]))
     old = replace(attempt, handle=records.make_handle())
     harness.root.mkdir(exist_ok=True)
     records.create_job_folder(str(harness.folder(attempt)), None)
     job_id = attempt.spec.job_id
-    for gpus, held in (([1], [1]), ([0, 1], []), ([], []), ([0, 0], []), (["0"], [])):
+    for gpus, granted in (([1], [1]), ([0, 1], []), ([], []), ([0, 0], []), (["0"], [])):
         start = {**START, "job_id": job_id, "attempt": 1, "gpus": gpus}
         harness.start_record(attempt).write_text(json.dumps(start))
         assert records.granted_gpus(harness.folder(attempt), attempt) == [1]
-        assert records.granted_gpus(harness.folder(attempt), old) == held
+        assert records.granted_gpus(harness.folder(attempt), old) == granted
     assert records.granted_gpus(harness.folder(attempt), replace(old, handle="[]")) == []

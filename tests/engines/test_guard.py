@@ -1,4 +1,4 @@
-"""The guard of a lost node ends its jobs, also one that keeps its supervising process from that."""
+"""The guard of a lost node ends its jobs, also a job that blocks its own supervisor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cortex.ray_node import guard
 from cortex.worker import processes
 from engines.engine_harness import EngineHarness
 
-HOLDS_UP = """
+BLOCKS_SUPERVISOR = """
     import ctypes, os, signal, time
     def task(config):
         supervisor = os.getppid()
@@ -33,27 +33,27 @@ HOLDS_UP = """
 """
 
 
-def test_a_job_that_holds_up_its_supervisor_is_ended(
+def test_the_guard_ends_a_job_that_blocks_its_supervisor(
     local_harness: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guard, "_STOP_TIMEOUT_S", 0.5)
 
     async def scenario(engine: LocalEngine) -> None:
-        attempt = local_harness.attempt(HOLDS_UP)
+        attempt = local_harness.attempt(BLOCKS_SUPERVISOR)
         await local_harness.start(engine, attempt)
         await local_harness.printed(attempt, "ready")
         await asyncio.to_thread(guard.end_all, local_harness.root)
-        told = re.findall(r"pid (\d+)", local_harness.log(attempt))
-        assert [pid for pid in told if processes.ticks_if_alive(pid) is not None] == []
-        assert isinstance(await local_harness.last(attempt), Lost)
+        pids = re.findall(r"pid (\d+)", local_harness.log(attempt))
+        assert [pid for pid in pids if processes.ticks_if_alive(pid) is not None] == []
+        assert isinstance(await local_harness.final(attempt), Lost)
 
     local_harness.run(scenario)
 
 
-def test_it_needs_no_package_that_is_installed() -> None:
-    """It is executed in isolation. This one finds nothing to guard."""
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    command = [sys.executable, "-I", "-S", guard.__file__, "/nowhere", str(gone.pid)]
+def test_the_guard_needs_no_installed_package() -> None:
+    """Python runs the guard isolated (-I -S). Here the guard finds no job to end."""
+    exited = subprocess.Popen(["true"])
+    exited.wait()
+    command = [sys.executable, "-I", "-S", guard.__file__, "/nowhere", str(exited.pid)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""What a job costs the disk: each new inode costs a millisecond where many files were removed lately."""
+"""The new inodes of a job: each costs a millisecond where many files were removed recently."""
 
 from __future__ import annotations
 
@@ -27,26 +27,27 @@ def inodes(harness: EngineHarness) -> set[int]:
     return {path.lstat().st_ino for path in harness.root.rglob("*")}
 
 
-def following(
+def next_attempt(
     harness: EngineHarness, first: Attempt, code: str | None = CODE, number: int = 0
 ) -> Attempt:
-    """An attempt of the same version, which the same supervising process gets."""
+    """An attempt of the same version, which the same supervisor gets."""
     made = harness.attempt(code, config={"number": number})
     return replace(made, version=first.version)
 
 
-async def begun_with_byte_code(
+async def finished_with_byte_code(
     harness: EngineHarness, engine: LocalEngine, attempt: Attempt
 ) -> Attempt:
-    """A job that has ended in a workspace with the project's byte code, which another process compiles meanwhile."""
-    first = await begun(harness, engine, attempt)
+    """Run jobs until the project has byte code, which the fork server compiles; the last job."""
+    first = await finished(harness, engine, attempt)
     await until(lambda: list(harness.project.glob("__pycache__/task.*.pyc")))
     code = (harness.project / "task.py").read_text()
-    return await begun(harness, engine, following(harness, first, code))
+    return await finished(harness, engine, next_attempt(harness, first, code))
 
 
-async def begun(harness: EngineHarness, engine: LocalEngine, attempt: Attempt) -> Attempt:
-    attempt = await harness.begin(engine, attempt)
+async def finished(harness: EngineHarness, engine: LocalEngine, attempt: Attempt) -> Attempt:
+    """Start an attempt and wait for its end; the attempt with its handle."""
+    attempt = await harness.start_attempt(engine, attempt)
     await harness.ended(attempt)
     return attempt
 
@@ -66,10 +67,10 @@ def test_a_job_that_writes_nothing_but_its_log_makes_two_inodes(
     harness: EngineHarness, code: str
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        first = await begun_with_byte_code(harness, engine, harness.attempt(code))
+        first = await finished_with_byte_code(harness, engine, harness.attempt(code))
         for number in range(20):
             before = inodes(harness)
-            attempt = await begun(harness, engine, following(harness, first, code, number))
+            attempt = await finished(harness, engine, next_attempt(harness, first, code, number))
             new = inodes(harness) - before
             folder = harness.folder(attempt)
             assert new == {folder.stat().st_ino, (folder / "log").stat().st_ino}
@@ -80,14 +81,16 @@ def test_a_job_that_writes_nothing_but_its_log_makes_two_inodes(
 
 def test_the_jobs_of_a_command_make_two_inodes_each(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        first = await begun(harness, engine, harness.attempt(command=["ls", "-l", "/proc/self/fd"]))
+        first = await finished(
+            harness, engine, harness.attempt(command=["ls", "-l", "/proc/self/fd"])
+        )
         log = harness.log(first)
         for _ in range(5):
             before = inodes(harness)
             attempt = harness.attempt(command=["ls"])
-            attempt = await begun(harness, engine, replace(attempt, version=first.version))
+            attempt = await finished(harness, engine, replace(attempt, version=first.version))
             assert len(inodes(harness) - before) == 2
-            # It inherits none of the files that jobs share.
+            # The command inherits none of the files that jobs share.
             assert harness.log(attempt).count(" -> ") == log.count(" -> ")
 
     harness.run(scenario)
@@ -102,10 +105,10 @@ def test_a_task_inherits_none_of_the_files_that_jobs_share(harness: EngineHarnes
     """
 
     async def scenario(engine: LocalEngine) -> None:
-        first = await begun(harness, engine, harness.attempt(code))
+        first = await finished(harness, engine, harness.attempt(code))
         root = str(harness.root)
         for _ in range(5):
-            attempt = await begun(harness, engine, following(harness, first, code))
+            attempt = await finished(harness, engine, next_attempt(harness, first, code))
             names = (await harness.ended(attempt)).result
             assert isinstance(names, list)
             below = {name for name in names if str(name).startswith(root)}
@@ -114,7 +117,7 @@ def test_a_task_inherits_none_of_the_files_that_jobs_share(harness: EngineHarnes
     harness.run(scenario)
 
 
-def test_each_job_finds_its_own_files_and_what_it_has_written_stays(harness: EngineHarness) -> None:
+def test_each_job_finds_its_own_files_and_its_written_files_stay(harness: EngineHarness) -> None:
     code = """
         import json, os
         def task(config):
@@ -130,10 +133,10 @@ def test_each_job_finds_its_own_files_and_what_it_has_written_stays(harness: Eng
 
     async def scenario(engine: LocalEngine) -> None:
         first = harness.attempt(code, config={"number": 0})
-        attempts = [await begun(harness, engine, first)]
+        attempts = [await finished(harness, engine, first)]
         for number in range(1, 8):
-            attempt = following(harness, first, code, number)
-            attempts.append(await begun(harness, engine, attempt))
+            attempt = next_attempt(harness, first, code, number)
+            attempts.append(await finished(harness, engine, attempt))
         for number, attempt in enumerate(attempts):
             assert (await harness.ended(attempt)).result == [attempt.spec.job_id, number, []]
             if number % 2:
@@ -143,58 +146,64 @@ def test_each_job_finds_its_own_files_and_what_it_has_written_stays(harness: Eng
     harness.run(scenario)
 
 
-def test_operators_that_take_over_are_told_each_end_from_the_journal(
+def test_operators_that_take_over_read_each_end_from_the_journal(
     harness: EngineHarness,
 ) -> None:
-    """The first operator hangs before it has stored anything, and its supervising process goes on with its
-    jobs: the next operator asks after all of them."""
+    """The first operator hangs before it has stored anything, and its supervisor continues with
+    its jobs: the next operator recovers all of them."""
 
     async def scenario(engine: LocalEngine) -> None:
-        first = await begun(harness, engine, harness.attempt(CODE, config={"number": 0}))
+        first = await finished(harness, engine, harness.attempt(CODE, config={"number": 0}))
         attempts = [first]
         for number in range(1, 5):
-            attempts.append(await begun(harness, engine, following(harness, first, number=number)))
+            attempts.append(
+                await finished(harness, engine, next_attempt(harness, first, number=number))
+            )
         harness.write(SLEEP)
-        running = await harness.begin(engine, replace(harness.sleeper(), version=first.version))
+        running = await harness.start_attempt(
+            engine, replace(harness.sleeper(), version=first.version)
+        )
         await harness.printed(running, "pid")
         assert {pid_of(harness, each) for each in (*attempts, running)} == {pid_of(harness, first)}
-        seen, harness.seen = harness.seen, []
+        observations, harness.observations = harness.observations, []
         async with harness.engine() as other:
             for attempt in (*attempts, running):
                 await other.recover(attempt)
             for number, attempt in enumerate(attempts):
                 assert (await harness.ended(attempt)).result == number
             await harness.started(running)
-            harness.go()
+            harness.finish_sleeper()
             assert (await harness.ended(running)).result == "done"
             assert exists(pid_of(harness, running)), (
-                "it waits for the next job of the first operator"
+                "the supervisor waits for the next job of the first operator"
             )
-            # The journal goes on, and says of the ends that were told what it said before.
+            # The journal grows, and its records of the reported ends stay as they were.
             harness.write(CODE)
-            later = await begun(harness, engine, following(harness, first, number=9))
+            later = await finished(harness, engine, next_attempt(harness, first, number=9))
             for number, attempt in enumerate((*attempts, later)):
                 found = records.read_exit(harness.folder(attempt), 1).exit
                 assert found is not None
                 assert found.result == (9 if attempt is later else number)
-        harness.seen = seen
+        harness.observations = observations
 
     harness.run(scenario)
 
 
-def test_an_end_without_an_operator_has_a_file_of_its_own(harness: EngineHarness) -> None:
-    """Which is synced, and which an operator of an older version can read."""
+def test_an_end_without_an_operator_has_its_own_file(harness: EngineHarness) -> None:
+    """The file is synced, and an operator of an older version can read it."""
     ended: list[Attempt] = []
 
     async def scenario(engine: LocalEngine) -> None:
-        first = await begun(harness, engine, harness.attempt(CODE, config={"number": 1}))
+        first = await finished(harness, engine, harness.attempt(CODE, config={"number": 1}))
         harness.write(SLEEP)
-        running = await harness.begin(engine, replace(harness.sleeper(), version=first.version))
+        running = await harness.start_attempt(
+            engine, replace(harness.sleeper(), version=first.version)
+        )
         await harness.printed(running, "pid")
         ended.extend((first, running))
 
     harness.run(scenario)
-    harness.go()
+    harness.finish_sleeper()
     first, running = ended
     record = harness.folder(running) / "exit.1"
     asyncio.run(until(record.exists))
@@ -207,32 +216,36 @@ def test_a_job_that_spoils_its_start_record_harms_no_job_before_or_after_it(
     harness: EngineHarness, spoil: str
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        first = await begun(harness, engine, harness.attempt(CODE, config={"number": 1}))
+        first = await finished(harness, engine, harness.attempt(CODE, config={"number": 1}))
         supervisor = pid_of(harness, first)
         harness.write(SLEEP)
-        second = await harness.begin(engine, replace(harness.sleeper(), version=first.version))
+        second = await harness.start_attempt(
+            engine, replace(harness.sleeper(), version=first.version)
+        )
         await harness.printed(second, "pid")
         SPOILS[spoil](harness.start_record(second))
-        seen, harness.seen = harness.seen, []
+        observations, harness.observations = harness.observations, []
         async with harness.engine() as other:
             await other.recover(first)
             assert (await harness.ended(first)).result == 1
-        harness.seen = seen
-        harness.go()
+        harness.observations = observations
+        harness.finish_sleeper()
         assert (await harness.ended(second)).result == "done"
         Path(f"{harness.marker}.go").unlink()  # noqa: ASYNC240  # the test has nothing else to do
-        third = await harness.begin(engine, replace(harness.sleeper(), version=first.version))
+        third = await harness.start_attempt(
+            engine, replace(harness.sleeper(), version=first.version)
+        )
         await harness.printed(third, "pid")
         assert pid_of(harness, third) == supervisor
-        seen, harness.seen = harness.seen, []
+        observations, harness.observations = harness.observations, []
         async with harness.engine() as other:
             for attempt in (first, second, third):
                 await other.recover(attempt)
             assert (await harness.ended(first)).result == 1
             assert (await harness.ended(second)).result == "done"
             await harness.started(third)
-            harness.go()
+            harness.finish_sleeper()
             assert (await harness.ended(third)).result == "done"
-        harness.seen = seen
+        harness.observations = observations
 
     harness.run(scenario)

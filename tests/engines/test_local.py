@@ -1,5 +1,5 @@
-"""What the local engine promises of its own: it runs on the operator's machine, in whose environment the
-operator builds what a job needs, and it counts that machine's capacity itself."""
+"""The local engine's own promises: it runs jobs on the operator's machine, in environments that the
+operator built there, and counts the capacity of that machine itself."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def harness(local_harness: EngineHarness) -> EngineHarness:
 
 def test_an_environment_without_python_is_lost_with_the_reason(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        for python, words in ((Path("/no/python"), "No such file"), (Path("/bin/false"), "")):
+        for python, message in ((Path("/no/python"), "No such file"), (Path("/bin/false"), "")):
             harness.python = python
             attempt = harness.attempt("def task(config): pass")
             await harness.start(engine, attempt)
-            lost = await harness.last(attempt)
+            lost = await harness.final(attempt)
             assert isinstance(lost, Lost)
             assert lost.reason.startswith("the environment's Python could not start")
-            assert words in lost.reason
+            assert message in lost.reason
 
     harness.run(scenario)
 
 
-def test_capacity_is_taken_and_given_back(harness: EngineHarness) -> None:
+def test_capacity_is_reserved_and_released(harness: EngineHarness) -> None:
     async def scenario(_: LocalEngine) -> None:
         engine = LocalEngine(harness.root, Capacity(1000, 4 << 30, 2), 1, "watchdog")
-        await engine.open(harness._saw)
+        await engine.open(harness.report)
         assert engine.ledger.refusal(Compute(gpu=8)) == "needs 8 GPUs, this machine has 2"
         assert engine.ledger.refusal(Compute(mem=4 << 30, cpu_m=1000, gpu=2)) is None
         assert engine.ledger.refusal(Compute(node_labels={"zone": ("a", "b")})) == (
@@ -53,10 +53,10 @@ def test_capacity_is_taken_and_given_back(harness: EngineHarness) -> None:
         assert engine.ledger.reserve("b", Compute(cpu_m=2000)) == "needs 2 CPU, 0.4 free"
         assert engine.ledger.reserve("b", Compute(gpu=2)) == "needs 2 GPUs, 1 free"
         engine.ledger.release("a")
-        assert harness.seen == [CapacityFreed()]
+        assert harness.observations == [CapacityFreed()]
         assert engine.ledger.reserve("b", Compute(cpu_m=1000, mem=4 << 30, gpu=2)) is None
         engine.ledger.release("b")
-        assert harness.seen == [CapacityFreed()]
+        assert harness.observations == [CapacityFreed()]
         await engine.close()
 
     harness.run(scenario)
@@ -65,8 +65,8 @@ def test_capacity_is_taken_and_given_back(harness: EngineHarness) -> None:
 def test_gpus_are_allotted_by_index(harness: EngineHarness) -> None:
     async def scenario(_: LocalEngine) -> None:
         engine = LocalEngine(harness.root, Capacity(1000, 4 << 30, 3), 1, harness.memory_limit)
-        await engine.open(harness._saw)
-        engine.ledger.reserve("somebody", Compute(gpu=1))
+        await engine.open(harness.report)
+        engine.ledger.reserve("another-job", Compute(gpu=1))
         attempt = harness.attempt(command=[SH, "-c", "echo [$CUDA_VISIBLE_DEVICES]"])
         await harness.outcome(engine, attempt)
         assert harness.log(attempt) == "[]\n"
@@ -88,7 +88,7 @@ def test_proxies_are_passed_on_from_the_operator(
     harness.run(scenario)
 
 
-def test_a_deadline_ends_the_wait_for_an_interpreter_that_is_being_warmed(
+def test_a_deadline_ends_the_wait_for_the_imports_of_a_fork_server(
     harness: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fork_server, "PRELOAD_TIMEOUT_S", 3600)
@@ -98,12 +98,12 @@ def test_a_deadline_ends_the_wait_for_an_interpreter_that_is_being_warmed(
         code = "import third\ndef task(config): ..."
         attempt = harness.attempt(code, timeout=1, preload=("third",))
         await harness.start(engine, attempt)
-        assert isinstance(await harness.last(attempt), NeverStarted)
+        assert isinstance(await harness.final(attempt), NeverStarted)
 
     harness.run(scenario)
 
 
-STUBBORN = """
+SLOW_TO_STOP = """
     import signal, sys, time
     def task(config):
         def clean_up(*_):
@@ -118,10 +118,10 @@ STUBBORN = """
 
 def test_each_attempt_has_its_own_grace(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        patient = replace(harness.attempt(STUBBORN, config={"takes_s": 1}), grace_s=60)
-        hasty = replace(harness.attempt(STUBBORN, config={"takes_s": 60}), grace_s=0.1)
+        patient = replace(harness.attempt(SLOW_TO_STOP, config={"takes_s": 1}), grace_s=60)
+        hasty = replace(harness.attempt(SLOW_TO_STOP, config={"takes_s": 60}), grace_s=0.1)
         for attempt in (patient, hasty):
-            await harness.begin(engine, attempt)
+            await harness.start_attempt(engine, attempt)
             await harness.printed(attempt, "runs")
         for attempt in (patient, hasty):
             engine.stop(attempt.spec.job_id)

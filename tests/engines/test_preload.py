@@ -1,4 +1,5 @@
-"""`definition.preload`: what is imported ahead, what is refused for being harmful, and who is told why."""
+"""`definition.preload`: which modules are imported ahead, which are refused as harmful, and the
+hint that gives the reason."""
 
 from __future__ import annotations
 
@@ -94,9 +95,11 @@ HARMFUL = {
 
 
 @pytest.mark.parametrize("kind", HARMFUL)
-def test_what_a_fork_does_not_copy_is_not_imported_ahead(harness: EngineHarness, kind: str) -> None:
+def test_a_module_that_a_fork_does_not_copy_is_not_imported_ahead(
+    harness: EngineHarness, kind: str
+) -> None:
     code, why = HARMFUL[kind]
-    # Only while it is imported ahead: a job imports it as if nothing had been.
+    # The module fails only while it is imported ahead: a job imports it normally.
     harness.bare_environment(
         {"lib": f"{PID}if 'CORTEX_JOB_ID' not in os.environ:\n" + indented(code)}
     )
@@ -104,14 +107,16 @@ def test_what_a_fork_does_not_copy_is_not_imported_ahead(harness: EngineHarness,
     async def scenario(engine: Engine) -> None:
         ended = await harness.outcome(engine, harness.attempt(IMPORTED_HERE, preload=("lib",)))
         assert ended.result is True
-        [hint] = not_ahead(ended)
+        [hint] = hints_of_refusals(ended)
         assert hint.startswith("lib is not imported ahead: ")
         assert why in hint
 
     harness.run(scenario)
 
 
-def test_what_an_import_makes_in_the_project_goes_with_it(harness: EngineHarness) -> None:
+def test_files_that_an_import_ahead_makes_in_the_project_are_removed(
+    harness: EngineHarness,
+) -> None:
     writes = "if 'CORTEX_JOB_ID' not in os.environ:\n    os.makedirs('a/b')\n    open('a/b/c', 'w').close()\n"
     harness.bare_environment({"lib": f"{PID}{writes}"})
 
@@ -124,8 +129,8 @@ def test_what_an_import_makes_in_the_project_goes_with_it(harness: EngineHarness
     harness.run(scenario)
 
 
-def not_ahead(ended: Ended) -> list[str]:
-    """The hints about modules that are not imported ahead: on a busy machine there may be one about a slow import."""
+def hints_of_refusals(ended: Ended) -> list[str]:
+    """The hints about refused modules. A busy machine may add a hint about a slow import."""
     return [hint for hint in ended.hints if " is not imported ahead" in hint]
 
 
@@ -133,7 +138,7 @@ def indented(code: str) -> str:
     return "".join(f"    {line}\n" for line in code.splitlines())
 
 
-def test_only_what_is_harmful_is_left_out(harness: EngineHarness) -> None:
+def test_only_harmful_modules_are_not_imported_ahead(harness: EngineHarness) -> None:
     harness.bare_environment(
         {"first": PID, "harmful": f"{PID}kept = open('/dev/null')\n", "last": PID}
     )
@@ -148,19 +153,19 @@ def test_only_what_is_harmful_is_left_out(harness: EngineHarness) -> None:
         )
         ended = await harness.outcome(engine, attempt)
         assert ended.result == [False, True, False]
-        assert [hint.partition(" is not")[0] for hint in not_ahead(ended)] == ["harmful"]
+        assert [hint.partition(" is not")[0] for hint in hints_of_refusals(ended)] == ["harmful"]
 
     harness.run(scenario)
 
 
-def test_an_import_that_takes_too_long_is_left_to_the_jobs(
+def test_an_import_that_takes_too_long_is_done_by_the_jobs(
     harness: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fork_server, "PRELOAD_TIMEOUT_S", 0.5)
     hurry = fork_server.ForkServer._on_preload_timeout
 
     def hurry_an_import(server: fork_server.ForkServer) -> None:
-        if server.importing is None:  # its interpreter may take longer than that to start
+        if server.importing is None:  # the interpreter may take longer than the timeout to start
             asyncio.get_running_loop().call_later(0.05, hurry_an_import, server)
         else:
             hurry(server)
@@ -172,24 +177,24 @@ def test_an_import_that_takes_too_long_is_left_to_the_jobs(
     async def scenario(engine: LocalEngine) -> None:
         ended = await harness.outcome(engine, harness.attempt(IMPORTED_HERE, preload=("lib",)))
         assert ended.result is True
-        [hint] = not_ahead(ended)
+        [hint] = hints_of_refusals(ended)
         assert "takes longer than 0.5 s" in hint
 
     harness.run(scenario)
 
 
-def test_a_job_that_waits_for_an_import_says_so(harness: EngineHarness) -> None:
+def test_a_job_that_waits_for_an_import_has_that_reason(harness: EngineHarness) -> None:
     harness.bare_environment({"lib": f"{PID}import time\ntime.sleep(1)\n"})
 
     async def scenario(engine: Engine) -> None:
         ended = await harness.outcome(engine, harness.attempt(IMPORTED_HERE, preload=("lib",)))
         assert ended.result is False
-        assert "waits for lib to be imported ahead (definition.preload)" in harness.waits
+        assert "waits for lib to be imported ahead (definition.preload)" in harness.wait_reasons
 
     harness.run(scenario)
 
 
-def test_modules_are_imported_in_the_order_that_was_asked_for(harness: EngineHarness) -> None:
+def test_modules_are_imported_in_the_order_of_preload(harness: EngineHarness) -> None:
     harness.bare_environment(
         {
             "order": "seen = []\n",
@@ -207,7 +212,7 @@ def test_modules_are_imported_in_the_order_that_was_asked_for(harness: EngineHar
     harness.run(scenario)
 
 
-def test_an_import_finds_the_environment_and_the_project_and_keeps_what_it_changes(
+def test_an_import_ahead_has_the_environment_and_the_project_and_its_changes_stay(
     harness: EngineHarness,
 ) -> None:
     harness.env = {"MODE": "fast"}
@@ -230,9 +235,9 @@ def test_an_import_finds_the_environment_and_the_project_and_keeps_what_it_chang
     harness.run(scenario)
 
 
-def test_what_an_import_prints_is_in_the_log_of_each_job(harness: EngineHarness) -> None:
-    words = "import sys, warnings\nprint('no GPU')\nprint('really', file=sys.stderr)\n"
-    harness.bare_environment({"lib": f"{words}warnings.warn('old', UserWarning)\n"})
+def test_the_output_of_an_import_is_in_the_log_of_each_job(harness: EngineHarness) -> None:
+    prints = "import sys, warnings\nprint('no GPU')\nprint('really', file=sys.stderr)\n"
+    harness.bare_environment({"lib": f"{prints}warnings.warn('old', UserWarning)\n"})
 
     async def scenario(engine: Engine) -> None:
         attempts = [
@@ -256,18 +261,18 @@ def test_random_numbers_of_python_differ_from_job_to_job(harness: EngineHarness)
         attempt = harness.attempt("import lib\ndef task(config): ...", preload=("lib",))
         assert (await harness.outcome(engine, attempt)).hints == ()
         code = "import lib, uuid\ndef task(config): return [lib.random_number(), uuid.uuid4().hex]"
-        seen = set()
+        numbers = set()
         for _ in range(3):
             ended = await harness.outcome(engine, harness.attempt(code, preload=("lib",)))
             assert isinstance(ended.result, list)
-            seen.update(ended.result)
-        assert len(seen) == 6
+            numbers.update(ended.result)
+        assert len(numbers) == 6
 
     harness.run(scenario)
 
 
-def test_threads_that_end_before_a_fork_are_no_threads(harness: EngineHarness) -> None:
-    """As those of OpenBLAS: they end when a process is forked, and start again in whoever needs them."""
+def test_threads_that_end_before_a_fork_are_allowed(harness: EngineHarness) -> None:
+    """The threads of OpenBLAS end before a fork, and start again when a process uses them."""
     harness.bare_environment(
         {
             "lib": f"""{PID}
@@ -290,7 +295,7 @@ os.register_at_fork(before=before)
     harness.run(scenario)
 
 
-def test_a_job_that_spends_long_on_imports_says_what_would_spare_it_that(
+def test_a_job_with_slow_imports_gets_a_hint_to_preload_them(
     harness: EngineHarness,
 ) -> None:
     harness.bare_environment({"lib": "import time\ntime.sleep(0.4)\nclass Model: ...\n"})
@@ -310,7 +315,7 @@ def test_a_job_that_spends_long_on_imports_says_what_would_spare_it_that(
     harness.run(scenario)
 
 
-def test_a_program_that_patches_the_standard_library_is_not_told_to_import_ahead(
+def test_a_program_that_patches_the_standard_library_gets_no_hint_to_preload(
     harness: EngineHarness,
 ) -> None:
     harness.bare_environment(
@@ -331,7 +336,7 @@ def test_a_program_that_patches_the_standard_library_is_not_told_to_import_ahead
     harness.run(scenario)
 
 
-def test_time_of_the_users_own_is_not_told_as_an_imports(harness: EngineHarness) -> None:
+def test_time_of_the_users_own_code_does_not_count_as_an_import(harness: EngineHarness) -> None:
     async def scenario(engine: Engine) -> None:
         code = "import json, time\ntime.sleep(0.4)\ndef task(config): return 1"
         assert (await harness.outcome(engine, harness.attempt(code))).hints == ()

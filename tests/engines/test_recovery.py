@@ -1,5 +1,5 @@
-"""What the local engine promises when something dies: a supervisor, a fork server, a disk. These are its
-own processes and files; what every engine promises of an operator that dies is in `test_restarts`."""
+"""The promises of the local engine when a supervisor, a fork server or a disk fails. Those are
+the local engine's own; `test_restarts` has the promises of every engine when its operator dies."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_after_a_restart_of_the_machine_a_running_job_is_lost(harness: EngineHar
         handle["boot"] = "another"
         attempt = replace(harness.sleeper(), handle=json.dumps(handle))
         await engine.recover(attempt)
-        assert await harness.last(attempt) == Lost(
+        assert await harness.final(attempt) == Lost(
             attempt.spec.job_id, 1, "the machine restarted while the job ran"
         )
 
@@ -66,9 +66,9 @@ def test_a_killed_supervisor_loses_the_job_and_leaves_nothing(harness: EngineHar
         await harness.printed(attempt, "ready")
         await harness.printed(attempt, "daemon")
         os.kill(json.loads(harness.start_record(attempt).read_text())["pid"], signal.SIGKILL)
-        lost = await harness.last(attempt)
+        lost = await harness.final(attempt)
         assert lost == Lost(attempt.spec.job_id, 1, "the supervisor was killed")
-        assert harness.left_of_jobs() == []
+        assert harness.leftovers_of_jobs() == []
 
     harness.run(scenario)
 
@@ -80,92 +80,93 @@ def test_a_supervisor_killed_while_no_operator_ran_loses_the_job(harness: Engine
         await harness.printed(attempt, "ready")
         os.kill(json.loads(harness.start_record(attempt).read_text())["pid"], signal.SIGKILL)
         await engine.recover(attempt)
-        assert isinstance(await harness.last(attempt), Lost)
+        assert isinstance(await harness.final(attempt), Lost)
 
     harness.run(scenario)
 
 
-def test_a_killed_fork_server_takes_no_job_along(harness: EngineHarness) -> None:
+def test_a_killed_fork_server_ends_no_job(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         attempt = harness.sleeper()
         await harness.start(engine, attempt)
         await harness.printed(attempt, "pid")
         servers = [
-            int(line.split(":")[0]) for line in harness.left() if "forkserver/main.py" in line
+            int(line.split(":")[0]) for line in harness.leftovers() if "forkserver/main.py" in line
         ]
         for pid in servers:
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it was one's helper
+            # A helper of a fork server may have exited meanwhile.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 if parent(pid) == os.getpid():
                     os.kill(pid, signal.SIGKILL)
         again = harness.attempt("def task(c): return 2", api_id=attempt.spec.api_id)
         await harness.start(engine, again)
-        last = await harness.last(again)
+        last = await harness.final(again)
         assert isinstance(last, NeverStarted | Ended)
-        harness.go()
+        harness.finish_sleeper()
         assert (await harness.ended(attempt)).result == "done"
 
     harness.run(scenario)
 
 
-def test_a_folder_that_is_away_is_unreachable_until_it_is_back(harness: EngineHarness) -> None:
+def test_a_job_is_unreachable_while_the_jobs_folder_is_missing(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         attempt = harness.sleeper()
         await harness.start(engine, attempt)
         await harness.started(attempt)
         supervisor = json.loads(harness.start_record(attempt).read_text())["pid"]
-        away = harness.root.with_name("away")
-        harness.root.rename(away)
+        moved = harness.root.with_name("moved")
+        harness.root.rename(moved)
         os.kill(supervisor, signal.SIGKILL)
         await harness.unreachable(attempt)
-        away.rename(harness.root)
-        await harness.last(attempt)
-        kinds = [type(o) for o in harness.seen]
+        moved.rename(harness.root)
+        await harness.final(attempt)
+        kinds = [type(o) for o in harness.observations]
         assert kinds == [Started, Unreachable, Lost]
 
     harness.run(scenario)
 
 
-def test_what_a_supervisor_says_needs_no_folder(harness: EngineHarness) -> None:
+def test_an_end_that_a_supervisor_reports_needs_no_folder(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         attempt = harness.sleeper()
         await harness.start(engine, attempt)
         await harness.printed(attempt, "pid")
-        away = harness.root.with_name("away")
-        harness.root.rename(away)
-        harness.go()
+        moved = harness.root.with_name("moved")
+        harness.root.rename(moved)
+        harness.finish_sleeper()
         assert (await harness.ended(attempt)).result == "done"
-        away.rename(harness.root)
+        moved.rename(harness.root)
 
     harness.run(scenario)
 
 
-def test_recovering_while_the_folder_is_away_waits_for_it(harness: EngineHarness) -> None:
+def test_the_recovery_of_a_job_waits_for_a_missing_folder(harness: EngineHarness) -> None:
     attempt = harness.killed_operator(harness.sleeper(), "started")
-    harness.go()
+    harness.finish_sleeper()
 
     async def scenario(engine: LocalEngine) -> None:
         folder = harness.root / attempt.spec.job_id
-        away = harness.root / "away"
-        folder.rename(away)
+        moved = harness.root / "moved"
+        folder.rename(moved)
         await engine.recover(attempt)
         await harness.unreachable(attempt)
-        away.rename(folder)
+        moved.rename(folder)
         assert (await harness.ended(attempt)).result == "done"
 
     harness.run(scenario)
 
 
-def test_what_a_killed_operator_left_of_control_groups_is_swept(harness: EngineHarness) -> None:
+def test_control_groups_of_a_killed_operator_are_swept(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        found = {engine._cgroups.memory, engine._cgroups.trees}
-        places = {place for place in found if place is not None}
-        for place in places:
-            # A pid and its ticks that nobody has, and what earlier versions called it.
+        groups = {engine._cgroups.memory, engine._cgroups.trees}
+        parents = {group for group in groups if group is not None}
+        for group in parents:
+            # A pid and ticks of no process, and the names that earlier versions used.
             for name in ("gone-1", "supervisor.1.1", "probe.1.1", "probe.1.1.limit", "probe123"):
-                (place.folder / f"{engine._cgroups.prefix}{name}" / "below").mkdir(parents=True)
-        assert len([line for line in harness.left() if "-jobs/" in line]) >= 5 * len(places)
+                (group.folder / f"{engine._cgroups.prefix}{name}" / "below").mkdir(parents=True)
+        assert len([line for line in harness.leftovers() if "-jobs/" in line]) >= 5 * len(parents)
         async with harness.engine():
-            await until(lambda: not [line for line in harness.left() if "-jobs/" in line])
+            await until(lambda: not [line for line in harness.leftovers() if "-jobs/" in line])
 
     harness.run(scenario)
 
@@ -187,17 +188,17 @@ HIDDEN = r"""
 """
 
 
-def test_what_a_killed_supervisor_leaves_is_found_without_session_or_environment(
+def test_leftovers_of_a_killed_supervisor_are_found_without_session_or_environment(
     harness: EngineHarness,
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
         attempt = harness.attempt(HIDDEN)
         await harness.start(engine, attempt)
         await harness.printed(attempt, "ready")
-        hidden = await harness.number_after(attempt, "hidden")
+        hidden = await harness.number_in_log(attempt, "hidden")
         assert exists(hidden)
         os.kill(json.loads(harness.start_record(attempt).read_bytes())["pid"], signal.SIGKILL)
-        assert isinstance(await harness.last(attempt), Lost)
+        assert isinstance(await harness.final(attempt), Lost)
         await until(lambda: not exists(hidden))
 
     harness.run(scenario)
@@ -217,13 +218,13 @@ def test_a_fork_server_that_is_killed_before_it_is_ready_fails_no_job(
 
         await until(importing)
         os.kill(importing()[0], signal.SIGKILL)
-        assert isinstance(await harness.last(attempt), NeverStarted)
+        assert isinstance(await harness.final(attempt), NeverStarted)
 
     harness.run(scenario)
 
 
 def is_fork_server(pid: int, harness: EngineHarness) -> bool:
-    # The folder tells it from one of another test in the same process.
+    # The folder distinguishes it from the fork servers of other tests in the same process.
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
         return (
@@ -238,7 +239,7 @@ def pid_of(harness: EngineHarness, attempt: Attempt) -> int:
     return int(json.loads(harness.start_record(attempt).read_text())["pid"])
 
 
-def test_one_supervising_process_takes_one_job_after_another(harness: EngineHarness) -> None:
+def test_one_supervisor_runs_one_job_after_another(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         code = "import os\ndef task(c): return os.getpid()"
         attempts = [harness.attempt(code)]
@@ -248,12 +249,12 @@ def test_one_supervising_process_takes_one_job_after_another(harness: EngineHarn
             attempts.append(replace(harness.attempt(code), version=version))
             ends.append(await harness.outcome(engine, attempts[-1]))
         assert len({pid_of(harness, attempt) for attempt in attempts}) == 1
-        assert len({end.result for end in ends}) == 5, "each job has a process of its own"
+        assert len({end.result for end in ends}) == 5, "two jobs had the same process"
 
     harness.run(scenario)
 
 
-def test_a_job_that_ended_is_told_so_also_while_its_supervisor_has_another(
+def test_an_ended_job_is_reported_while_its_supervisor_runs_another(
     harness: EngineHarness,
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
@@ -264,44 +265,44 @@ def test_a_job_that_ended_is_told_so_also_while_its_supervisor_has_another(
         await harness.start(engine, second)
         await harness.printed(second, "pid")
         assert pid_of(harness, first) == pid_of(harness, second)
-        # An operator that comes up and had not stored the end of the first job yet.
-        seen, harness.seen = harness.seen, []
+        # A new operator, which does not have the end of the first job in its store.
+        observations, harness.observations = harness.observations, []
         async with harness.engine() as other:
             await other.recover(replace(first, handle=records.make_handle()))
             assert (await harness.ended(first)).result == 1
-            other.stop(first.spec.job_id)  # nothing that could reach the second
-        harness.seen = seen
-        harness.go()
+            other.stop(first.spec.job_id)  # must not reach the second job
+        harness.observations = observations
+        harness.finish_sleeper()
         assert (await harness.ended(second)).result == "done"
 
     harness.run(scenario)
 
 
-def ends(harness: EngineHarness) -> list[Ended]:
-    return [seen for seen in harness.seen if isinstance(seen, Ended)]
+def reported_ends(harness: EngineHarness) -> list[Ended]:
+    return [each for each in harness.observations if isinstance(each, Ended)]
 
 
-def test_an_end_is_told_to_another_operator_while_the_first_keeps_the_supervisor(
+def test_an_end_is_reported_to_a_second_operator_while_the_first_has_the_supervisor(
     harness: EngineHarness,
 ) -> None:
-    """As where an operator hangs, whose supervising processes wait for its next order."""
+    """The supervisors of an operator that hangs wait for its next order."""
 
     async def scenario(engine: LocalEngine) -> None:
-        attempt = await harness.begin(engine, harness.sleeper())
+        attempt = await harness.start_attempt(engine, harness.sleeper())
         await harness.printed(attempt, "pid")
         async with harness.engine() as other:
             await other.recover(attempt)
-            harness.go()
-            await until(lambda: len(ends(harness)) == 2)
+            harness.finish_sleeper()
+            await until(lambda: len(reported_ends(harness)) == 2)
             assert exists(pid_of(harness, attempt))
 
     harness.run(scenario)
 
 
-def test_an_end_is_told_where_records_cannot_be_watched(
+def test_an_end_is_reported_where_records_cannot_be_watched(
     harness: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The user has no inotify instance left: the end of the process tells."""
+    """The user has no inotify instance left: the end of the process shows the end of the job."""
 
     def refuse(*_: object) -> None:
         raise OSError(errno.EMFILE, "too many inotify instances")
@@ -312,13 +313,13 @@ def test_an_end_is_told_where_records_cannot_be_watched(
     async def scenario(engine: LocalEngine) -> None:
         await harness.printed(attempt, "pid")
         await engine.recover(attempt)
-        harness.go()
+        harness.finish_sleeper()
         assert (await harness.ended(attempt)).result == "done"
 
     harness.run(scenario)
 
 
-def test_a_stop_that_comes_late_is_not_taken_to_be_about_the_next_job(
+def test_a_late_stop_does_not_reach_the_next_job(
     harness: EngineHarness,
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
@@ -328,7 +329,7 @@ def test_a_stop_that_comes_late_is_not_taken_to_be_about_the_next_job(
             attempt = replace(harness.attempt(code), version=version)
             await harness.start(engine, attempt)
             await until(harness.start_record(attempt).exists)
-            engine.stop(attempt.spec.job_id)  # it may have ended by itself already
+            engine.stop(attempt.spec.job_id)  # the job may have ended by itself before
             following = replace(harness.attempt(code), version=version)
             assert (await harness.outcome(engine, following)).ending is Ending.EXITED
             assert (await harness.ended(attempt)).ending in (Ending.EXITED, Ending.STOPPED)
@@ -336,7 +337,7 @@ def test_a_stop_that_comes_late_is_not_taken_to_be_about_the_next_job(
     harness.run(scenario)
 
 
-def test_idle_supervising_processes_end_with_their_version(harness: EngineHarness) -> None:
+def test_idle_supervisors_end_with_their_version(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         attempt = harness.attempt("def task(c): return 1")
         await harness.outcome(engine, attempt)
@@ -348,7 +349,7 @@ def test_idle_supervising_processes_end_with_their_version(harness: EngineHarnes
     harness.run(scenario)
 
 
-def test_a_supervising_process_that_is_killed_while_idle_costs_nobody_anything(
+def test_a_supervisor_that_is_killed_while_idle_fails_no_job(
     harness: EngineHarness,
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
@@ -358,7 +359,7 @@ def test_a_supervising_process_that_is_killed_while_idle_costs_nobody_anything(
             pid = pid_of(harness, attempt)
             os.kill(pid, signum)
             await until(lambda pid=pid: not exists(pid))
-            for _ in range(2):  # the engine sees it too: else its order may come to nothing
+            for _ in range(2):  # until the engine has observed it: else its order may fail
                 await asyncio.sleep(0)
             following = replace(harness.attempt("def task(c): return 1"), version=attempt.version)
             assert (await harness.outcome(engine, following)).result == 1
@@ -367,7 +368,7 @@ def test_a_supervising_process_that_is_killed_while_idle_costs_nobody_anything(
     harness.run(scenario)
 
 
-def test_the_process_of_the_next_job_that_is_killed_while_it_waits_costs_nobody_anything(
+def test_a_waiting_job_process_that_is_killed_fails_no_job(
     harness: EngineHarness,
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
@@ -385,7 +386,7 @@ def test_the_process_of_the_next_job_that_is_killed_while_it_waits_costs_nobody_
     harness.run(scenario)
 
 
-def test_a_file_that_changes_after_the_next_process_was_made_is_run_as_it_is_then(
+def test_a_file_that_changes_after_the_fork_ahead_is_run_as_changed(
     harness: EngineHarness,
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
@@ -398,10 +399,10 @@ def test_a_file_that_changes_after_the_next_process_was_made_is_run_as_it_is_the
     harness.run(scenario)
 
 
-def test_an_order_that_nobody_took_up_is_fenced_without_a_search(
+def test_an_order_that_no_supervisor_took_is_fenced_without_a_search(
     harness: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There may be very many, and a search looks at all processes and control groups there are."""
+    """There may be very many such orders, and a search reads all processes and control groups."""
     searched: list[str] = []
     with_variable = processes.with_variable
 
@@ -412,14 +413,14 @@ def test_an_order_that_nobody_took_up_is_fenced_without_a_search(
     monkeypatch.setattr(processes, "with_variable", counted)
 
     async def scenario(engine: LocalEngine) -> None:
-        for laid_out in ([], ["files"]):
+        for existing in ([], ["files"]):
             attempt = harness.attempt("def task(config): pass")
             attempt = replace(attempt, handle=engine.claim(attempt.spec.job_id, 1))
-            for name in laid_out:
+            for name in existing:
                 (harness.folder(attempt) / name).mkdir()
             await engine.recover(attempt)
-            assert isinstance(await harness.last(attempt), NeverStarted)
-            assert searched == ["processes"] * len(laid_out)
+            assert isinstance(await harness.final(attempt), NeverStarted)
+            assert searched == ["processes"] * len(existing)
 
     harness.run(scenario)
 
@@ -429,7 +430,7 @@ def sleeping(job_id: str, *fds: int) -> Iterator[subprocess.Popen[bytes]]:
     environment = {**os.environ, "CORTEX_JOB_ID": job_id}
     with subprocess.Popen(["sleep", "300"], env=environment, pass_fds=fds) as running:
         try:
-            # Right after it was executed it has no environment yet.
+            # Right after the exec, /proc shows no environment yet.
             asyncio.run(
                 until(lambda: running.pid in processes.with_variable("CORTEX_JOB_ID", job_id))
             )
@@ -438,7 +439,7 @@ def sleeping(job_id: str, *fds: int) -> Iterator[subprocess.Popen[bytes]]:
             running.kill()
 
 
-def test_an_operator_that_hung_leaves_alone_what_a_later_attempt_runs(tmp_path: Path) -> None:
+def test_an_operator_that_hung_ends_no_process_of_a_later_attempt(tmp_path: Path) -> None:
     folder = tmp_path / "job-of-two-attempts"
     folder.mkdir()
     (folder / "start.1").touch()
@@ -452,7 +453,7 @@ def test_an_operator_that_hung_leaves_alone_what_a_later_attempt_runs(tmp_path: 
     os.close(opened)
 
 
-def test_a_job_that_writes_the_start_of_a_later_attempt_is_ended_all_the_same(
+def test_a_job_that_writes_the_start_record_of_a_later_attempt_is_still_ended(
     harness: EngineHarness,
 ) -> None:
     attempt = harness.killed_operator(harness.attempt(DAEMON, mem=512 << 20), "started")
@@ -467,21 +468,21 @@ def test_a_job_that_writes_the_start_of_a_later_attempt_is_ended_all_the_same(
             harness.start_record(attempt).with_suffix(f".{number}").write_text(json.dumps(own))
         os.kill(supervisor, signal.SIGKILL)
         await engine.recover(attempt)
-        assert isinstance(await harness.last(attempt), Lost)
-        assert harness.left_of_jobs() == []
+        assert isinstance(await harness.final(attempt), Lost)
+        assert harness.leftovers_of_jobs() == []
 
     harness.run(scenario)
 
 
-def test_a_process_that_shows_no_environment_at_one_look_is_found_at_the_next(
+def test_a_process_without_an_environment_in_one_search_is_found_in_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it does in the midst of an exec, for some microseconds."""
-    with_variable, looks = processes.with_variable, [0]
+    """During an exec, /proc shows no environment for some microseconds."""
+    with_variable, searches = processes.with_variable, [0]
 
     def blind_at_first(name: str, value: str) -> dict[int, int]:
-        looks[0] += 1
-        return {} if looks[0] == 1 else with_variable(name, value)
+        searches[0] += 1
+        return {} if searches[0] == 1 else with_variable(name, value)
 
     monkeypatch.setattr(processes, "with_variable", blind_at_first)
     folder = tmp_path / "job-that-executes"

@@ -1,4 +1,4 @@
-"""How a supervising process ends what is left of a job, when it gets to that too late or too early."""
+"""How a supervisor ends a job's leftovers when the sweep is very late, or the job never began."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-MADE = """
+SETUP = """
 import os, socket, subprocess, sys, time, types
 from cortex.worker import processes
 from cortex.worker.supervisor import signals, station, watch
@@ -24,13 +24,13 @@ order = Order(job_id="job", attempt=1, folder=folder, grace_s=1, timeout=None, d
 watch_station = station.Station(setup, signals.Signals(for_python=False), socket.socketpair()[0], 0)
 job = watch.Supervisor(watch_station, order)
 """
-LATE = """
+STOPPED_MIDWAY = """
 daemon = "import os, sys, time; os.setsid(); os.fork(); print(os.getpid(), flush=True); time.sleep(60)"
 for _ in range(3):
     made = subprocess.Popen([sys.executable, "-c", daemon], stdout=subprocess.PIPE)
     made.stdout.readline(), made.stdout.readline()
 
-# Right after the first of them is stopped, this process is, and goes on a minute later.
+# Right after the first process is stopped, this process is stopped as well, for a minute.
 late = [0.0]
 monotonic, send = time.monotonic, processes.send_signals
 
@@ -49,9 +49,9 @@ print(job.is_childless, len(processes.descendants(os.getpid())))
 """
 
 
-def test_what_was_stopped_is_killed_however_late_it_is(tmp_path: Path) -> None:
-    """The supervising process was stopped itself in the middle of the sweep, for longer than it takes."""
-    assert told(LATE, tmp_path) == "True 0\n"
+def test_stopped_processes_are_killed_however_late_the_sweep_is(tmp_path: Path) -> None:
+    """The supervisor itself was stopped in the middle of the sweep, longer than a sweep takes."""
+    assert output_of(STOPPED_MIDWAY, tmp_path) == "True 0\n"
 
 
 UNBEGUN = """
@@ -65,14 +65,15 @@ print(job.run(), killed, job.is_childless)
 """
 
 
-def test_the_process_that_waits_is_not_signalled_after_it_is_reaped(tmp_path: Path) -> None:
-    """Its job could not begin, and it is killed with all that there is: then its pid may be anybody's."""
-    assert told(UNBEGUN, tmp_path) == "False [True] True\n"
+def test_the_waiting_process_is_not_signalled_after_it_is_reaped(tmp_path: Path) -> None:
+    """The job cannot begin, and the supervisor kills the process that was forked for it. The pid
+    may then belong to any other process."""
+    assert output_of(UNBEGUN, tmp_path) == "False [True] True\n"
     record = (tmp_path / "exit.1").read_text()
     assert '"ending": "lost"' in record
-    assert "\n" not in record, "another attempt may follow, which reaches no file of other jobs"
+    assert "\n" not in record, "the record is in a shared file, which the next attempt cannot reach"
 
 
-def told(script: str, folder: Path) -> str:
-    command = [sys.executable, "-c", MADE + script, str(folder)]
+def output_of(script: str, folder: Path) -> str:
+    command = [sys.executable, "-c", SETUP + script, str(folder)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout

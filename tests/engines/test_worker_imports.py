@@ -1,4 +1,4 @@
-"""The worker runs in the user's environment: the standard library is all that it may load, and of that little."""
+"""The worker runs in users' environments: it may load only a small part of the standard library."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ print(*set(sys.modules) - before)
 """
 
 
-def test_importing_the_worker_loads_the_standard_library_alone_and_little_of_it() -> None:
+def test_the_worker_loads_only_a_small_part_of_the_standard_library() -> None:
     command = [sys.executable, "-c", PROBE]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    worker, everything = (set(line.split()) for line in told.splitlines())
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    worker, everything = (set(line.split()) for line in output.splitlines())
     tops = {name.partition(".")[0] for name in everything}
     assert tops - sys.stdlib_module_names == {"cortex"}
-    # All that is loaded is copied by each fork.
+    # Each fork copies all that is loaded.
     dear = {"ast", "asyncio", "pathlib", "selectors", "shutil", "socket", "threading", "traceback"}
     assert not dear & worker

@@ -1,5 +1,5 @@
-"""A job has its project to itself: whatever it does in its current folder, no other job sees it, and the project is
-as it was deployed. Both ways of a workspace promise the same."""
+"""A job has its project to itself: no other job finds its changes in the current folder, and the
+project stays as it was deployed. Both kinds of workspace, overlay and copy, promise the same."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cortex.spec.job import Json
 from cortex.system.account import find
 from cortex.system.folders import remove
 from cortex.worker.copying import Copy
-from engines.conftest import nothing_is_left
+from engines.conftest import assert_no_leftovers
 from engines.engine_harness import EngineHarness, exists, until
 
 IS_ROOT = os.geteuid() == 0
@@ -37,11 +37,11 @@ DEPLOYED = {
     "sub/other.txt": "deployed",
     "helper.py": "import os\nHERE = os.path.dirname(os.path.abspath(__file__))\n",
 }
-# What a job finds of its project: names, contents, modes and targets of links.
-SEEN = """
+# The project as a job finds it: names, contents, modes and targets of links.
+LISTING = """
 import os, stat
 
-def seen(top="."):
+def listing(top="."):
     found = {}
     for parent, folders, names in os.walk(top):
         folders[:] = [name for name in folders if name != "__pycache__"]
@@ -58,7 +58,7 @@ def seen(top="."):
                 found[os.path.relpath(path, top)].pop()
     return found
 """
-# Each is done by one job. Beside it, what of it is in `own/` afterwards.
+# Each change is made by one job. Beside it: the names in `own/` afterwards.
 CHANGES = {
     "a new file": ("open('new.txt', 'w').write('x')", {"new.txt"}),
     "a file that replaces one": ("open('model.pkl', 'w').write('x')", {"model.pkl"}),
@@ -142,7 +142,7 @@ CHANGES = {
         {f"f{i}" for i in range(500)},
     ),
     "a large file": ("open('large', 'wb').truncate(1 << 30)", {"large"}),
-    "odd names": (
+    "unusual names": (
         "open(b'\\xff\\n,:', 'w').close(); os.mkdir('-rf'); open('-rf/x', 'w').close()",
         {"\udcff\n,:", "-rf/x"},
     ),
@@ -154,27 +154,27 @@ CHANGES = {
 }
 TASK = """
 import os, shutil, subprocess, sys, time
-from seen import seen
+from listing import listing
 
 def task(config):
-    what = config["what"]
-    before = seen()
-    if what:
-        exec("def change():\\n    config = {}\\n    " + what, globals())
-        change()
+    change = config["change"]
+    before = listing()
+    if change:
+        exec("def make_change():\\n    config = {}\\n    " + change, globals())
+        make_change()
     while "wait" in config and not os.path.exists(config["wait"]):
         time.sleep(0.01)
     return [before, os.getcwd(), os.path.dirname(os.path.abspath(__file__))]
 """
 
 
-def made(folder: Path, own_folder: str | None) -> EngineHarness:
+def harness_with_project(folder: Path, own_folder: str | None) -> EngineHarness:
     harness = EngineHarness(folder, None, own_folder)
     for name, text in DEPLOYED.items():
         path = harness.project / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    (harness.project / "seen.py").write_text(SEEN)
+    (harness.project / "listing.py").write_text(LISTING)
     (harness.project / "link.txt").symlink_to("data.csv")
     (harness.project / "broken").symlink_to("nowhere")
     (harness.project / "folder").symlink_to("sub")
@@ -185,23 +185,23 @@ def made(folder: Path, own_folder: str | None) -> EngineHarness:
 
 @pytest.fixture(params=["overlay", "copy"] if IS_ROOT else ["copy"])
 def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EngineHarness]:
-    harness = made(tmp_path, None if request.param == "overlay" else "copy")
+    harness = harness_with_project(tmp_path, None if request.param == "overlay" else "copy")
     yield harness
-    nothing_is_left(harness)
+    assert_no_leftovers(harness)
     assert list(workspaces.workspaces_of(harness.root).glob("*")) == []
 
 
 def job(
-    harness: EngineHarness, what: str = "", like: Attempt | None = None, wait: str | None = None
+    harness: EngineHarness, change: str = "", like: Attempt | None = None, wait: str | None = None
 ) -> Attempt:
-    config: Json = {"what": what} if wait is None else {"what": what, "wait": wait}
+    config: Json = {"change": change} if wait is None else {"change": change, "wait": wait}
     attempt = harness.attempt(TASK, config=config)
     return attempt if like is None else replace(attempt, version=like.version)
 
 
-def own(harness: EngineHarness, attempt: Attempt) -> set[str]:
-    """The files in a job's `own/`."""
-    top = harness.kept(attempt)
+def own_file_names(harness: EngineHarness, attempt: Attempt) -> set[str]:
+    """The names of the files in a job's `own/`."""
+    top = harness.own_files(attempt)
     return {
         str(Path(parent, name).relative_to(top))
         for parent, _, names in os.walk(top)
@@ -210,7 +210,7 @@ def own(harness: EngineHarness, attempt: Attempt) -> set[str]:
 
 
 def workspaces_of(harness: EngineHarness) -> set[tuple[str, int]]:
-    """All that is below the folder of the workspaces, with inodes."""
+    """The paths and inodes below the folder of the workspaces."""
     top = workspaces.workspaces_of(harness.root)
     return {
         (name, os.lstat(Path(parent, name)).st_ino)
@@ -219,9 +219,11 @@ def workspaces_of(harness: EngineHarness) -> set[tuple[str, int]]:
     }
 
 
-@pytest.mark.parametrize("what", CHANGES)
-def test_what_a_job_changes_the_next_one_does_not_see(harness: EngineHarness, what: str) -> None:
-    change, kept = CHANGES[what]
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_next_job_finds_the_project_as_it_was_deployed(
+    harness: EngineHarness, name: str
+) -> None:
+    change, own = CHANGES[name]
 
     async def scenario(engine: LocalEngine) -> None:
         first = job(harness, change)
@@ -233,22 +235,22 @@ def test_what_a_job_changes_the_next_one_does_not_see(harness: EngineHarness, wh
         following = job(harness, like=first)
         result = (await harness.outcome(engine, following)).result
         after, again, _ = result
-        assert again == where  # in the same supervising process
+        assert again == where  # in the same supervisor
         assert after == before
-        # And so does the project itself, for jobs of other supervising processes.
+        # The project itself stays unchanged for jobs of other supervisors.
         assert (harness.project / "data.csv").read_text() == "deployed"
         assert not (harness.project / "new.txt").exists()
-        if kept is not None:
-            assert own(harness, first) == kept
-        assert not harness.kept(following).exists()
+        if own is not None:
+            assert own_file_names(harness, first) == own
+        assert not harness.own_files(following).exists()
         assert "cortex:" not in harness.log(first)
-        remove(harness.folder(first))  # as retention does; pytest could not remove the deep one
+        remove(harness.folder(first))  # as retention does; pytest cannot remove a folder that deep
         assert not harness.folder(first).exists()
 
     harness.run(scenario)
 
 
-def test_jobs_at_the_same_time_do_not_see_one_another(harness: EngineHarness) -> None:
+def test_concurrent_jobs_do_not_share_their_changes(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         go = harness.root.parent / "go"
         change = (
@@ -261,16 +263,16 @@ def test_jobs_at_the_same_time_do_not_see_one_another(harness: EngineHarness) ->
         for each in jobs:
             await harness.started(each)
         go.touch()
-        seen: list[Any] = [(await harness.ended(each)).result for each in jobs]
-        assert all(each[0] == seen[0][0] for each in seen)
-        assert [(harness.kept(each) / "model.pkl").read_text() for each in jobs] == [
+        results: list[Any] = [(await harness.ended(each)).result for each in jobs]
+        assert all(each[0] == results[0][0] for each in results)
+        assert [(harness.own_files(each) / "model.pkl").read_text() for each in jobs] == [
             each.spec.job_id for each in jobs
         ]
 
     harness.run(scenario)
 
 
-def test_a_folder_of_the_project_can_be_renamed_and_is_whole(harness: EngineHarness) -> None:
+def test_a_folder_of_the_project_can_be_renamed_and_stays_complete(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         change = (
             "os.rename('sub', 'moved'); assert open('moved/deep/file.txt').read() == 'deployed'; "
@@ -278,7 +280,7 @@ def test_a_folder_of_the_project_can_be_renamed_and_is_whole(harness: EngineHarn
         )
         first = job(harness, change)
         assert (await harness.outcome(engine, first)).exit_code == 0, harness.log(first)
-        assert "moved/new.txt" in own(harness, first)
+        assert "moved/new.txt" in own_file_names(harness, first)
         following = job(harness, "assert os.path.exists('sub/deep/file.txt')", like=first)
         assert (await harness.outcome(engine, following)).exit_code == 0, harness.log(following)
         assert (harness.project / "sub/deep/file.txt").exists()
@@ -286,14 +288,14 @@ def test_a_folder_of_the_project_can_be_renamed_and_is_whole(harness: EngineHarn
     harness.run(scenario)
 
 
-def test_a_command_has_the_project_to_itself_as_well(harness: EngineHarness) -> None:
+def test_a_command_has_the_project_to_itself(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         script = "./run.sh; cat model.pkl; echo mine > model.pkl; cat model.pkl"
         first = harness.attempt(command=["sh", "-c", script])
         for attempt in (first, replace(harness.attempt(command=["sh"]), version=first.version)):
             assert (await harness.outcome(engine, attempt)).exit_code == 0
             assert harness.log(attempt) == "ran\ndeployedmine\n"
-            assert (harness.kept(attempt) / "model.pkl").read_text() == "mine\n"
+            assert (harness.own_files(attempt) / "model.pkl").read_text() == "mine\n"
 
     harness.run(scenario)
 
@@ -313,32 +315,32 @@ def test_modules_below_python_path_are_the_jobs_own(harness: EngineHarness) -> N
             is_here, path = result
             assert is_here
             assert path[1] == path[0] + "/src"
-            assert own(harness, attempt) == {"src/state"}
+            assert own_file_names(harness, attempt) == {"src/state"}
 
     harness.run(scenario)
 
 
-def test_a_job_that_changes_nothing_costs_no_file(harness: EngineHarness) -> None:
+def test_a_job_that_changes_nothing_makes_no_file(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         first = harness.attempt("import helper\ndef task(config): return open('data.csv').read()")
         assert (await harness.outcome(engine, first)).result == "deployed"
-        # Byte code is compiled ahead for all jobs; a job before that compiles for itself.
+        # The fork server compiles byte code for all jobs; a job before that compiles its own.
         await until(lambda: list(harness.project.glob("__pycache__/helper.*.pyc")))
         code = (harness.project / "task.py").read_text()
-        for _ in range(2):  # the first may find a workspace without the byte code
+        for _ in range(2):  # the first job may find a workspace without the byte code
             following = replace(harness.attempt(code), version=first.version)
             await harness.outcome(engine, following)
         before = workspaces_of(harness)
         for _ in range(3):
             following = replace(harness.attempt(code), version=first.version)
             assert (await harness.outcome(engine, following)).result == "deployed"
-            assert not harness.kept(following).exists()
+            assert not harness.own_files(following).exists()
             assert workspaces_of(harness) == before
 
     harness.run(scenario)
 
 
-def test_a_project_that_is_mended_is_seen_by_the_next_job(harness: EngineHarness) -> None:
+def test_the_next_job_gets_a_repaired_project(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         first = job(harness)
         await harness.outcome(engine, first)
@@ -350,14 +352,14 @@ def test_a_project_that_is_mended_is_seen_by_the_next_job(harness: EngineHarness
 
 
 def test_an_attempt_begins_with_the_project_as_it_was_deployed(harness: EngineHarness) -> None:
-    """What an earlier attempt has left is of that attempt."""
+    """A later attempt does not find the files of an earlier one."""
 
     async def scenario(engine: LocalEngine) -> None:
-        first = await harness.begin(engine, job(harness, "open('first', 'x').close()"))
+        first = await harness.start_attempt(engine, job(harness, "open('first', 'x').close()"))
         await harness.ended(first)
-        second = await harness.begin(engine, first, 2)
+        second = await harness.start_attempt(engine, first, 2)
         assert (await harness.ended(second)).exit_code == 0
-        assert own(harness, second) == {"first"}
+        assert own_file_names(harness, second) == {"first"}
 
     harness.run(scenario)
 
@@ -365,34 +367,34 @@ def test_an_attempt_begins_with_the_project_as_it_was_deployed(harness: EngineHa
 @pytest.mark.parametrize(
     "spoil", ["open(own, 'w').close()", "os.symlink('/', own)", "os.mkdir(own)"]
 )
-def test_what_a_job_puts_in_the_place_of_its_own_folder_is_not_followed(
+def test_a_file_in_place_of_a_jobs_own_folder_is_replaced_and_a_link_is_not_followed(
     harness: EngineHarness, spoil: str
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
         place = "own = os.path.dirname(os.environ['CORTEX_JOB_DIR']) + '/own'; "
         attempt = job(harness, f"{place}{spoil}; open('new', 'w').close()")
         assert (await harness.outcome(engine, attempt)).exit_code == 0
-        assert own(harness, attempt) == {"new"}
+        assert own_file_names(harness, attempt) == {"new"}
 
     harness.run(scenario)
 
 
-def test_what_cannot_be_kept_is_said_in_the_log(harness: EngineHarness) -> None:
+def test_the_log_says_that_files_could_not_be_saved(harness: EngineHarness) -> None:
     assert IS_ROOT, "this test mounts, which takes root"
-    # What is mounted at a place cannot be moved away from there.
+    # A mount point cannot be renamed.
     change = """own = os.path.dirname(os.environ["CORTEX_JOB_DIR"]) + "/own"; os.mkdir(own)
     subprocess.run(["mount", "-t", "tmpfs", "none", own], check=True); open("new", "w").close()"""
 
     async def scenario(engine: LocalEngine) -> None:
-        attempt = await harness.begin(engine, job(harness, change))
+        attempt = await harness.start_attempt(engine, job(harness, change))
         ended = await harness.ended(attempt)
-        if harness.kept(attempt).is_mount():
-            unmount(harness.kept(attempt))
-        else:  # it was mounted for jobs of this supervising process alone, which may therefore have no more
+        if harness.own_files(attempt).is_mount():
+            unmount(harness.own_files(attempt))
+        else:  # mounted in this supervisor's mount namespace alone: the supervisor may get no more jobs
             await until(lambda: not exists(pid_of(harness, attempt)))
         assert ended.exit_code == 0, harness.log(attempt)
-        words = "cortex: not all that the job wrote in its current folder was kept"
-        assert words in harness.log(attempt)
+        message = "cortex: not all that the job wrote in its current folder was kept"
+        assert message in harness.log(attempt)
         following = job(harness, "assert not os.path.exists('new')", like=attempt)
         assert (await harness.outcome(engine, following)).exit_code == 0, harness.log(following)
 
@@ -404,21 +406,21 @@ def pid_of(harness: EngineHarness, attempt: Attempt) -> int:
 
 
 def mounts_below(folder: Path) -> list[str]:
-    """The mounts that name this folder: other processes of this machine mount and unmount meanwhile."""
+    """The mounts that name this folder: other processes mount and unmount at the same time."""
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     return [line for line in mounts if str(folder) in line]
 
 
-def test_a_killed_supervising_process_leaves_nothing_mounted_and_is_swept(
+def test_a_killed_supervisor_leaves_no_mount_and_its_workspace_is_swept(
     harness: EngineHarness,
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        attempt = await harness.begin(
+        attempt = await harness.start_attempt(
             engine, job(harness, "open('new', 'w').close()", wait="/no/such")
         )
         await harness.started(attempt)
         os.kill(pid_of(harness, attempt), signal.SIGKILL)
-        assert isinstance(await harness.last(attempt), Lost)
+        assert isinstance(await harness.final(attempt), Lost)
         assert not workspaces_of(harness)
 
     harness.run(scenario)
@@ -433,7 +435,7 @@ def test_a_killed_supervising_process_leaves_nothing_mounted_and_is_swept(
 
 
 def test_a_workspace_in_use_is_not_swept(harness: EngineHarness) -> None:
-    """An operator was killed, and the next one opens while the jobs go on."""
+    """An operator was killed, and the next one opens while the jobs run."""
     go = harness.root.parent / "go"
     attempt = job(harness, "open('new', 'w').write('kept')", wait=str(go))
     attempt = harness.killed_operator(attempt, "started")
@@ -445,22 +447,22 @@ def test_a_workspace_in_use_is_not_swept(harness: EngineHarness) -> None:
         go.touch()
         ended = await harness.ended(attempt)
         assert ended.exit_code == 0
-        assert (harness.kept(attempt) / "new").read_text() == "kept"
+        assert (harness.own_files(attempt) / "new").read_text() == "kept"
 
     harness.run(scenario)
 
 
-def test_a_full_disk_holds_a_job_up_that_would_have_to_share(tmp_path: Path) -> None:
+def test_a_job_waits_while_a_full_disk_prevents_its_own_copy(tmp_path: Path) -> None:
     assert IS_ROOT, "this test mounts, which takes root"
-    harness = made(tmp_path, "copy")
+    harness = harness_with_project(tmp_path, "copy")
     (harness.project / "large").write_text("x" * (1 << 20))
 
     async def scenario(engine: LocalEngine) -> None:
         small = str(workspaces.workspaces_of(harness.root))
         mount("-t", "tmpfs", "-o", "size=256k", "none", small)
         try:
-            first = await harness.begin(engine, job(harness))
-            never = await harness.last(first)
+            first = await harness.start_attempt(engine, job(harness))
+            never = await harness.final(first)
             await until(lambda: not workspaces_of(harness))
         finally:
             # The kernel refuses for as long as the ending process has a descriptor there.
@@ -468,21 +470,21 @@ def test_a_full_disk_holds_a_job_up_that_would_have_to_share(tmp_path: Path) -> 
         assert isinstance(never, NeverStarted)
         assert never.blocked_by is not None
         assert "the job's own copy of its project cannot be made: No space left" in never.blocked_by
-        second = await harness.begin(engine, first, 2)
+        second = await harness.start_attempt(engine, first, 2)
         assert (await harness.ended(second)).exit_code == 0
 
     harness.run(scenario)
-    nothing_is_left(harness)
+    assert_no_leftovers(harness)
 
 
-def test_a_job_that_would_have_to_share_is_lost_in_words(harness: EngineHarness) -> None:
+def test_a_job_that_can_get_no_own_copy_is_lost_with_the_reason(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         root = workspaces.workspaces_of(harness.root)
         root.rmdir()
         root.write_text("in the way")
         attempt = job(harness)
         await harness.start(engine, attempt)
-        lost = await harness.last(attempt)
+        lost = await harness.final(attempt)
         assert isinstance(lost, Lost)
         assert "the job's own copy of its project cannot be made: Not a directory" in lost.reason
         assert str(root) in lost.reason
@@ -529,15 +531,17 @@ assert os.listdir(own_root) == []
 
 @pytest.fixture
 def open_to_all() -> Iterator[Path]:
-    """A folder that any user can reach, which is not so of pytest's."""
+    """A folder that any user can reach. pytest's temporary folders are closed to other users."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
 
 
-def test_who_may_not_mount_has_a_copy_in_which_the_same_can_be_read(open_to_all: Path) -> None:
+def test_a_user_who_may_not_mount_gets_a_copy_of_all_that_the_user_can_read(
+    open_to_all: Path,
+) -> None:
     assert IS_ROOT, "this test becomes another user, which takes root"
-    harness = made(open_to_all, None)
+    harness = harness_with_project(open_to_all, None)
     (harness.project / "secret").write_text("not theirs")
     (harness.project / "secret").chmod(0o600)
     (harness.project / "closed").mkdir()
@@ -552,14 +556,14 @@ def test_who_may_not_mount_has_a_copy_in_which_the_same_can_be_read(open_to_all:
     assert done.returncode == 0, done.stderr
 
 
-def test_what_this_machine_allows_is_found_by_trying_it(tmp_path: Path) -> None:
+def test_the_probe_tries_what_this_machine_allows(tmp_path: Path) -> None:
     assert workspaces.probe(tmp_path, None) == ("overlay" if IS_ROOT else "copy")
     assert workspaces.probe(tmp_path, find("nobody")) == "copy"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_overlay_on_what_can_bear_none_is_not_allowed(tmp_path: Path) -> None:
-    """As in a container whose root is an overlay itself: the kernel takes no layer of that kind for the changes."""
+def test_an_overlay_is_not_used_on_a_file_system_that_cannot_have_one(tmp_path: Path) -> None:
+    """A container's root may be an overlay, which the kernel refuses as an upper layer."""
     assert IS_ROOT, "this test mounts, which takes root"
     for name in ("lower", "upper", "work", "merged"):
         (tmp_path / name).mkdir()
@@ -572,7 +576,7 @@ def test_an_overlay_on_what_can_bear_none_is_not_allowed(tmp_path: Path) -> None
         unmount(tmp_path / "merged")
 
 
-def test_a_folder_is_swept_when_its_process_is_gone_and_not_before(tmp_path: Path) -> None:
+def test_a_folder_is_swept_once_its_process_has_exited_and_not_before(tmp_path: Path) -> None:
     code = """
 import sys
 from cortex.worker.workspace import _claim
@@ -607,17 +611,17 @@ def unmount(path: Path) -> None:
     subprocess.run(["umount", path], check=True)
 
 
-def test_a_file_that_gets_its_name_while_the_project_is_copied_fails_no_job(tmp_path: Path) -> None:
-    """As byte code does, which the fork server compiles meanwhile."""
+def test_a_file_that_is_renamed_while_the_project_is_copied_fails_no_job(tmp_path: Path) -> None:
+    """Byte code is such a file: the fork server compiles it at any time, under a temporary name."""
     project, folder = tmp_path / "project", tmp_path / "own"
     for each in (project, folder):
         each.mkdir()
     (project / "task.py").write_text("whole")
-    over = threading.Event()
+    copied = threading.Event()
 
     def compile_ahead() -> None:
         number = 0
-        while not over.is_set():
+        while not copied.is_set():
             number += 1
             temporary = project / f"task.pyc.{number}"
             temporary.write_text("whole")
@@ -630,7 +634,7 @@ def test_a_file_that_gets_its_name_while_the_project_is_copied_fails_no_job(tmp_
         for _ in range(200):
             copy.make()
     finally:
-        over.set()
+        copied.set()
         thread.join()
     copy.make()
     made = Path(copy.project)

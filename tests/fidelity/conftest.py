@@ -11,21 +11,21 @@ from fidelity.harness import Runner
 
 @pytest.fixture(scope="session")
 def runner() -> Iterator[Runner]:
-    """One engine for all programs of a test process. Its folder has a short name: that of a socket below it, as
-    multiprocessing makes them, has at most 107 characters."""
-    yield from _made(None)
+    """One engine for all programs of a test process. Its folder has a short name:
+    multiprocessing makes sockets below it, and the path of a socket has at most 107 characters."""
+    yield from _open_runner(None)
 
 
 @pytest.fixture(scope="session")
-def copying() -> Iterator[Runner]:
-    """The same, on a machine that does not let its jobs have an overlay: they have copies of their projects."""
-    yield from _made("copy")
+def copying_runner() -> Iterator[Runner]:
+    """The same, as on a machine without overlays: each job has a copy of its project."""
+    yield from _open_runner("copy")
 
 
-def _made(own_folder: str | None) -> Iterator[Runner]:
+def _open_runner(own_folder: str | None) -> Iterator[Runner]:
     with tempfile.TemporaryDirectory(prefix="fidelity") as name:
-        made = Runner(Path(name), own_folder)
+        runner = Runner(Path(name), own_folder)
         try:
-            yield made
+            yield runner
         finally:
-            made.close()
+            runner.close()

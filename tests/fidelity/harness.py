@@ -1,8 +1,9 @@
-"""Runs one small program twice, as plain Python and as a job, and compares what came of it.
+"""Runs one small program twice, as plain Python and as a job, and compares the outcomes.
 
-The oracle is Python itself: a driver of a few lines imports the task from the project, in the project's folder, calls
-it and notes its result. The job is the same project with `definition.path`, run by the local engine. Both have the
-same environment and the same variables, each has folders of its own. Used by every test of this folder.
+The oracle is Python itself: a driver of a few lines imports the task from the project, in the
+project's folder, calls it and writes its result to a file. The job is the same project with
+`definition.path`, run by the local engine. Both have the same environment and the same
+variables, and each has its own folders. Every test of this folder uses it.
 """
 
 from __future__ import annotations
@@ -44,10 +45,19 @@ from cortex.spec.api import ApiSpec, Compute, Definition, Networking
 from cortex.spec.job import JobSpec
 from cortex.spec.times import new_id, now_ns
 from cortex.worker.supervisor.watch import LEFTOVER_TIMEOUT_S
-from fidelity.outcome import NO_RESULT, Outcome, agree, contents, left_of, normalised, read, running
+from fidelity.outcome import (
+    NO_RESULT,
+    Outcome,
+    assert_agree,
+    contents,
+    leftovers_of,
+    normalised,
+    proc_file,
+    processes_of_run,
+)
 
 LIMIT_S = 90.0
-SETTLE_S = 10.0
+TRACKER_TIMEOUT_S = 10.0
 
 DRIVER = """
 import sys
@@ -70,7 +80,7 @@ def main():
     close(file)
 main()
 """
-BY_FILE = """
+IMPORT_BY_PATH = """
     from importlib.util import module_from_spec, spec_from_file_location
     spec = spec_from_file_location({module!r}, {path!r})
     module = sys.modules[spec.name] = module_from_spec(spec)
@@ -80,11 +90,11 @@ BY_FILE = """
 
 @dataclass(frozen=True)
 class Program:
-    """A project of a few lines, and how it is run."""
+    """A project of a few lines, and how to run it."""
 
     name: str
     code: str
-    """Of the task's file."""
+    """The content of the task's file."""
     path: str = "task.py"
     files: Mapping[str, str] = field(default_factory=dict)
     """Other files of the project."""
@@ -95,23 +105,23 @@ class Program:
     preload: tuple[str, ...] = ()
     python_path: str | None = None
     jobs: int = 1
-    """Jobs of one version, run one after another: each agrees with plain Python."""
-    fresh: bool = False
-    """Whether each run has another result, and the jobs of a version have different ones."""
+    """The number of jobs of one version, one after another: each must agree with plain Python."""
+    is_random: bool = False
+    """Whether each job must have a different result, instead of the result of plain Python."""
     stop_at: str | None = None
-    """Words in the log at which the run gets SIGTERM."""
+    """The run gets SIGTERM when this text is in the log."""
     reader: str | None = None
-    """Code that prints what is in the files of a run: for formats whose bytes differ each time."""
-    by_file: bool = False
-    """Whether an import statement cannot name the task's file."""
-    says: str | None = None
-    """What the job's message holds: plain Python has none."""
-    but: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the outcome that differ for a job by design, and what they are there."""
-    why: str | None = None
-    """The reason for that."""
+    """Code that prints the content of the run's files: for formats whose bytes always differ."""
+    import_by_path: bool = False
+    """Whether the driver imports the task's file by path: an import statement cannot name it."""
+    message_contains: str | None = None
+    """A part of the job's message. Plain Python has no message."""
+    differences: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the outcome that differ for a job by design, with their values for the job."""
+    reason: str | None = None
+    """The reason for the differences."""
     python: Path | None = None
-    """An interpreter of an environment that is there already."""
+    """An interpreter of an existing environment."""
 
 
 class RunFolder:
@@ -133,73 +143,74 @@ class RunFolder:
 
 
 class Runner:
-    """An engine that stays open, with a loop and a thread of its own, and a folder for all runs."""
+    """An open engine, with its own loop and thread, and a folder for all runs."""
 
     def __init__(self, folder: Path, own_folder: str | None = None) -> None:
         self._folder = folder
         self._bare = _environment(folder / "bare", {})
         self._count = 0
-        self._seen: dict[str, list[Observation]] = {}
+        self._observations: dict[str, list[Observation]] = {}
         self._changed = asyncio.Event()
         self.root = folder / "jobs"
         self.engine = LocalEngine(self.root, None, 5.0, own_folder=own_folder)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
-        self._do(self.engine.open(self._saw))
+        self._in_loop(self.engine.open(self._report))
 
     def close(self) -> None:
-        self._do(self.engine.close())
+        self._in_loop(self.engine.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        end = time.monotonic() + SETTLE_S
-        while (left := running(str(self._folder))) and time.monotonic() < end:
+        end = time.monotonic() + TRACKER_TIMEOUT_S
+        while (left := processes_of_run(str(self._folder))) and time.monotonic() < end:
             time.sleep(0.01)
-        assert not left, [read(pid, "cmdline") for pid in left]
+        assert not left, [proc_file(pid, "cmdline") for pid in left]
 
     def check(self, program: Program) -> None:
-        """The program comes to the same as a job as it does in plain Python."""
-        with self._prepared(program) as (folder, version, place):
-            expected = self._plain(program, RunFolder(folder / "plain", program), version)
-            _sane(program, expected)
-            expected = replace(expected, **program.but)
+        """Assert that the program has the same outcome as a job and in plain Python."""
+        with self._project(program) as (folder, version, run_folder):
+            expected = self._run_plain(program, RunFolder(folder / "plain", program), version)
+            _assert_no_typing_mistake(program, expected)
+            expected = replace(expected, **program.differences)
             results = []
             for _ in range(program.jobs):
-                found, message = self._do(self._job(program, place, version))
-                results.append(found.result)
-                if program.fresh:
-                    found = replace(found, result=expected.result)
-                agree(found, expected, message)
-                if program.says is not None and program.says not in (message or ""):
-                    pytest.fail(f"message: {message!r}, without {program.says!r}", pytrace=False)
-                place.clear()
-            if program.fresh and len({json.dumps(each) for each in results}) < program.jobs:
+                outcome, message = self._in_loop(self._run_job(program, run_folder, version))
+                results.append(outcome.result)
+                if program.is_random:
+                    outcome = replace(outcome, result=expected.result)
+                assert_agree(outcome, expected, message)
+                part = program.message_contains
+                if part is not None and part not in (message or ""):
+                    pytest.fail(f"message: {message!r}, without {part!r}", pytrace=False)
+                run_folder.clear()
+            if program.is_random and len({json.dumps(each) for each in results}) < program.jobs:
                 pytest.fail(f"jobs have the same result: {results}", pytrace=False)
 
     def run(self, program: Program) -> tuple[Outcome, Outcome]:
-        """What a job and plain Python come to, for a test that compares them itself."""
-        with self._prepared(program) as (folder, version, place):
-            plain = self._plain(program, RunFolder(folder / "plain", program), version)
-            job, _ = self._do(self._job(program, place, version))
+        """The outcomes of a job and of plain Python, for a test that compares them itself."""
+        with self._project(program) as (folder, version, run_folder):
+            plain = self._run_plain(program, RunFolder(folder / "plain", program), version)
+            job, _ = self._in_loop(self._run_job(program, run_folder, version))
             return job, plain
 
     @contextlib.contextmanager
-    def _prepared(self, program: Program) -> Iterator[tuple[Path, Version, RunFolder]]:
+    def _project(self, program: Program) -> Iterator[tuple[Path, Version, RunFolder]]:
         self._count += 1
         folder = self._folder / str(self._count)
         python = program.python or self._bare
         if program.libraries:
             python = _environment(folder / "environment", program.libraries)
-        place = RunFolder(folder / "job", program)
-        version = self._version(program, place, python)
+        run_folder = RunFolder(folder / "job", program)
+        version = self._version(program, run_folder, python)
         try:
-            yield folder, version, place
+            yield folder, version, run_folder
         finally:
-            self._do(self._forget(version))
+            self._in_loop(self._forget(version))
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _version(self, program: Program, place: RunFolder, python: Path) -> Version:
+    def _version(self, program: Program, run_folder: RunFolder, python: Path) -> Version:
         api = ApiSpec(
             name="probe",
             definition=Definition(
@@ -211,14 +222,13 @@ class Runner:
             project_id="0" * 64,
             last_updated="2020-07-16T14:56:10.276007415Z",
         )
-        env = {"TMPDIR": str(place.temporary), **program.env}
-        return Version(api, place.project, python, env)
+        env = {"TMPDIR": str(run_folder.temporary), **program.env}
+        return Version(api, run_folder.project, python, env)
 
-    # As plain Python
-
-    def _plain(self, program: Program, place: RunFolder, version: Version) -> Outcome:
-        mark = new_id()
-        result, log, own = place.folder / "result", place.folder / "log", place.folder / "files"
+    def _run_plain(self, program: Program, run_folder: RunFolder, version: Version) -> Outcome:
+        run_id = new_id()
+        folder = run_folder.folder
+        result, log, own = folder / "result", folder / "log", folder / "files"
         own.mkdir()
         values = {
             "config": program.config,
@@ -228,26 +238,26 @@ class Runner:
             "result": str(result),
         }
         driver = DRIVER
-        if program.by_file:
+        if program.import_by_path:
             lines = DRIVER.splitlines(keepends=True)
             at = next(n for n, line in enumerate(lines) if "__import__" in line)
-            driver = "".join([*lines[:at], BY_FILE, *lines[at + 1 :]])
+            driver = "".join([*lines[:at], IMPORT_BY_PATH, *lines[at + 1 :]])
         env = {
             **environment(version, None),
-            "CORTEX_JOB_ID": mark,
+            "CORTEX_JOB_ID": run_id,
             "CORTEX_JOB_DIR": str(own),
-            "CORTEX_JOB_SPEC": str(place.folder / "job.json"),
+            "CORTEX_JOB_SPEC": str(run_folder.folder / "job.json"),
             "CORTEX_ATTEMPT": "1",
             **program.env,
-            "TMPDIR": str(place.temporary),
+            "TMPDIR": str(run_folder.temporary),
         }
         if program.python_path is not None:
-            env["PYTHONPATH"] = str(place.project / program.python_path)
-        before = contents(place.project)
+            env["PYTHONPATH"] = str(run_folder.project / program.python_path)
+        before = contents(run_folder.project)
         with log.open("ab") as output:
             process = subprocess.Popen(
                 [str(version.python), "-c", driver.format_map(values)],
-                cwd=place.project,
+                cwd=run_folder.project,
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -256,40 +266,42 @@ class Runner:
             )
         try:
             if program.stop_at is not None:
-                words = program.stop_at
-                _until(lambda: words in log.read_text() or process.poll() is not None, words)
+                stop_at = program.stop_at
+                _until(lambda: stop_at in log.read_text() or process.poll() is not None, stop_at)
                 process.send_signal(signal.SIGTERM)
             code = process.wait(LIMIT_S)
         finally:
             process.kill()
             process.wait()
-            self._settle(mark)
+            self._end_leftovers(run_id)
         text = log.read_bytes().decode("utf-8", "backslashreplace")
         return Outcome(
             exit_code=code,
-            # A job that fails has no result, whatever the task returned before an exit handler failed.
+            # A job that fails has no result, whatever the task returned before an exit handler
+            # failed.
             result=json.loads(result.read_text()) if result.exists() and code == 0 else NO_RESULT,
-            log=normalised(text, {place.project: "project", own: "own", place.folder: "run"}),
-            files=self._files(program, version, before, [place.project, own]),
-            left=left_of(text, place.temporary),
+            log=normalised(
+                text, {run_folder.project: "project", own: "own", run_folder.folder: "run"}
+            ),
+            files=self._files(program, version, before, [run_folder.project, own]),
+            leftovers=leftovers_of(text, run_folder.temporary),
         )
 
-    def _settle(self, mark: str) -> None:
-        """Let what was left end by itself, and its trackers clean up; then nothing of the run may stay."""
-        begun = time.monotonic()
-        while left := running(mark):
-            has_tracker = any(b"tracker" in read(pid, "cmdline") for pid in left)
-            if time.monotonic() > begun + (SETTLE_S if has_tracker else LEFTOVER_TIMEOUT_S):
+    def _end_leftovers(self, run_id: str) -> None:
+        """Give leftover processes and trackers time to end by themselves, then kill them."""
+        start = time.monotonic()
+        while left := processes_of_run(run_id):
+            has_tracker = any(b"tracker" in proc_file(pid, "cmdline") for pid in left)
+            timeout_s = TRACKER_TIMEOUT_S if has_tracker else LEFTOVER_TIMEOUT_S
+            if time.monotonic() > start + timeout_s:
                 for pid in left:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
                 return
             time.sleep(0.01)
 
-    # As a job
-
-    async def _job(
-        self, program: Program, place: RunFolder, version: Version
+    async def _run_job(
+        self, program: Program, run_folder: RunFolder, version: Version
     ) -> tuple[Outcome, str | None]:
         spec = JobSpec(
             job_id=new_id(),
@@ -299,83 +311,85 @@ class Runner:
             timeout=None,
             created_ns=now_ns(),
         )
-        before = contents(place.project)
+        before = contents(run_folder.project)
         job_id = spec.job_id
         assert self.engine.ledger.reserve(job_id, version.api.compute) is None
         self.engine.start(Attempt(spec, version, 1, self.engine.claim(job_id, 1), None))
         log = JobFolders(self.root).log(job_id)
         if program.stop_at is not None:
-            words = program.stop_at
-            await self._first(job_id, Started)
+            stop_at = program.stop_at
+            await self._wait_for(job_id, Started)
             end = time.monotonic() + LIMIT_S
-            while not (log.exists() and words in log.read_text()):
+            while not (log.exists() and stop_at in log.read_text()):
                 assert time.monotonic() < end, log.read_text()
                 await asyncio.sleep(0.01)
             self.engine.stop(job_id)
         try:
-            ended = await self._first(job_id, Ended)
+            ended = await self._wait_for(job_id, Ended)
         except BaseException:
             self.engine.stop(job_id)
-            await self._first(job_id, Ended)
+            await self._wait_for(job_id, Ended)
             raise
         assert ended.ending is (Ending.EXITED if program.stop_at is None else Ending.STOPPED), ended
-        assert not running(job_id), "a process of the job is left"
+        assert not processes_of_run(job_id), "a process of the job still runs"
         text = log.read_bytes().decode("utf-8", "backslashreplace")
-        text = re.sub(rf"{self.root}/\.own/[0-9-]+/project", str(place.project), text)
+        text = re.sub(rf"{self.root}/\.own/[0-9-]+/project", str(run_folder.project), text)
         folder = log.parent
-        names = {place.project: "project", folder / "files": "own", place.folder: "run"}
-        changed = [place.project, folder / "own", folder / "files"]
+        names = {run_folder.project: "project", folder / "files": "own", run_folder.folder: "run"}
+        changed = [run_folder.project, folder / "own", folder / "files"]
         outcome = Outcome(
             exit_code=ended.exit_code,
             result=ended.result if ended.has_result else NO_RESULT,
             log=normalised(text, names),
             files=self._files(program, version, before, changed),
-            left=left_of(text, place.temporary),
+            leftovers=leftovers_of(text, run_folder.temporary),
         )
         return outcome, ended.message
 
     async def _forget(self, version: Version) -> None:
         self.engine.forget(versions=[version.api.api_id])
 
-    async def _first(self, job_id: str, kind: type[Any]) -> Any:
+    async def _wait_for(self, job_id: str, kind: type[Any]) -> Any:
         end = time.monotonic() + LIMIT_S
         while True:
-            for one in self._seen.get(job_id, ()):
-                if isinstance(one, (kind, Ended)):
-                    return one
-                if isinstance(one, Lost | NeverStarted | Unreachable):
-                    pytest.fail(repr(one), pytrace=False)
+            for observation in self._observations.get(job_id, ()):
+                if isinstance(observation, (kind, Ended)):
+                    return observation
+                if isinstance(observation, Lost | NeverStarted | Unreachable):
+                    pytest.fail(repr(observation), pytrace=False)
             if time.monotonic() > end:
                 log = JobFolders(self.root).log(job_id)
                 text = log.read_text() if log.exists() else "no log"
-                pytest.fail(f"the job does not end; its log: {text}", pytrace=False)
+                pytest.fail(
+                    f"the job has not ended within {LIMIT_S} s; its log: {text}", pytrace=False
+                )
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), 1)
 
-    def _saw(self, observation: Observation) -> None:
+    def _report(self, observation: Observation) -> None:
         job_id = getattr(observation, "job_id", None)
         if job_id is not None:
-            self._seen.setdefault(job_id, []).append(observation)
+            self._observations.setdefault(job_id, []).append(observation)
             self._changed.set()
 
-    def _do(self, work: Coroutine[Any, Any, Any]) -> Any:
+    def _in_loop(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(2 * LIMIT_S)
 
     def _files(
         self, program: Program, version: Version, before: Mapping[str, bytes], folders: list[Path]
     ) -> Mapping[str, Any]:
-        """The files that are new or different, or what the program's reader says of them."""
-        found: dict[str, Any] = {}
+        """The new and changed files, or the output of the program's reader about them."""
+        changed: dict[str, Any] = {}
         for folder in folders:
             now = contents(folder)
-            found |= {name: data for name, data in now.items() if before.get(name) != data}
+            changed |= {name: data for name, data in now.items() if before.get(name) != data}
         if program.reader is None:
-            return found
+            return changed
         folder = self._folder / "read"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        for name, data in found.items():
+        for name, data in changed.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data)
         done = subprocess.run(
@@ -390,7 +404,7 @@ class Runner:
 
 
 def _environment(folder: Path, libraries: Mapping[str, str]) -> Path:
-    """An environment that holds these files and nothing else, as a virtual environment has it."""
+    """A virtual environment that contains these files alone."""
     base = Path(sys.executable).resolve()
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site = folder / "lib" / version / "site-packages"
@@ -407,17 +421,17 @@ def _environment(folder: Path, libraries: Mapping[str, str]) -> Path:
     return folder / "bin" / "python"
 
 
-def _sane(program: Program, outcome: Outcome) -> None:
-    """A program with a typing mistake would agree with itself, too."""
-    if program.why is None:
-        assert not program.but
-    if program.says is None:
+def _assert_no_typing_mistake(program: Program, outcome: Outcome) -> None:
+    """Both runs of a program with a typing mistake would agree."""
+    if program.reason is None:
+        assert not program.differences
+    if program.message_contains is None:
         for mistake in ("SyntaxError", "NameError", "IndentationError"):
             assert mistake in program.code or mistake not in outcome.log, outcome.log
 
 
-def _until(holds: Callable[[], object], what: str) -> None:
+def _until(condition: Callable[[], object], what: str) -> None:
     end = time.monotonic() + LIMIT_S
-    while not holds():
-        assert time.monotonic() < end, f"never: {what}"
+    while not condition():
+        assert time.monotonic() < end, f"not within {LIMIT_S} s: {what}"
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""What a run leaves, and how two of them are compared. Used by `harness`."""
+"""The outcome of a run, and the comparison of two outcomes. Used by `harness`."""
 
 from __future__ import annotations
 
@@ -18,30 +18,31 @@ MAX_SHOWN = 2000
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that a run leaves."""
+    """The observable outcome of a run."""
 
     exit_code: int
     result: Any
     log: str
     files: Mapping[str, Any]
-    left: tuple[str, ...]
-    """Segments of shared memory, and temporary files."""
+    leftovers: tuple[str, ...]
+    """Segments of shared memory and temporary files that exist after the run."""
 
 
-def agree(job: Outcome, plain: Outcome, message: str | None) -> None:
+def assert_agree(job: Outcome, plain: Outcome, message: str | None) -> None:
+    """Fail with all differences between the two, and the job's message."""
     __tracebackhide__ = True
-    told = []
+    differences = []
     for name in (each.name for each in fields(Outcome)):
-        expected, found = getattr(plain, name), getattr(job, name)
+        expected, actual = getattr(plain, name), getattr(job, name)
         if name == "files":
-            expected, found = (
+            expected, actual = (
                 {key: value for key, value in one.items() if other.get(key) != value}
-                for one, other in ((expected, found), (found, expected))
+                for one, other in ((expected, actual), (actual, expected))
             )
-        if expected != found:
-            told.append(f"{name}:\n  plain: {_shown(expected)}\n  job:   {_shown(found)}")
-    if told:
-        pytest.fail("\n".join([*told, f"message: {message!r}"]), pytrace=False)
+        if expected != actual:
+            differences.append(f"{name}:\n  plain: {_shown(expected)}\n  job:   {_shown(actual)}")
+    if differences:
+        pytest.fail("\n".join([*differences, f"message: {message!r}"]), pytrace=False)
 
 
 def _shown(value: object) -> str:
@@ -61,7 +62,8 @@ _NO_FRAMES = re.compile(
 
 
 def normalised(text: str, folders: Mapping[Path, str]) -> str:
-    """The text without what may differ: frames of the driver and of the platform, folders, addresses, times."""
+    """The text without parts that may differ: frames of the driver and of the platform, folders,
+    addresses, times."""
     text = _FRAMES.sub("", text)
     for folder, name in folders.items():
         text = text.replace(str(folder), f"<{name}>")
@@ -74,7 +76,8 @@ def normalised(text: str, folders: Mapping[Path, str]) -> str:
     return re.sub(r"\btmp[a-z0-9_]{8}\b", "<temporary>", text)
 
 
-def left_of(log: str, temporary: Path) -> tuple[str, ...]:
+def leftovers_of(log: str, temporary: Path) -> tuple[str, ...]:
+    """The log's memory segments, which are removed, and the files of the temporary folder."""
     named = sorted(set(re.findall(r"\bpsm_[0-9a-f]{8}\b", log)))
     found = ["segment" for name in named if (Path("/dev/shm") / name).exists()]
     for name in named:
@@ -87,6 +90,7 @@ def left_of(log: str, temporary: Path) -> tuple[str, ...]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """The files below a folder, without byte code."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -94,19 +98,20 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def running(mark: str) -> list[int]:
-    """Processes whose environment or command line holds the mark."""
-    sought = mark.encode()
+def processes_of_run(run_id: str) -> list[int]:
+    """The processes whose environment or command line contains the id of the run."""
+    sought = run_id.encode()
     found = []
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) != os.getpid():
             pid = int(entry)
-            if sought in read(pid, "environ") + read(pid, "cmdline"):
+            if sought in proc_file(pid, "environ") + proc_file(pid, "cmdline"):
                 found.append(pid)
     return found
 
 
-def read(pid: int, name: str) -> bytes:
+def proc_file(pid: int, name: str) -> bytes:
+    """A file of /proc/<pid>; empty if the process has exited."""
     try:
         return Path(f"/proc/{pid}/{name}").read_bytes()
     except OSError:

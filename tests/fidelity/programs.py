@@ -1,4 +1,4 @@
-"""How the tables of programs are written."""
+"""Makes the rows of the tables of programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""asyncio: loops that are closed and loops that are left open."""
+"""asyncio: loops that the program closes, and loops that it does not close."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ ASYNC = [
         """,
     ),
     program(
-        "subprocess-left-running",
+        "subprocess-that-runs-at-exit",
         """
         import asyncio
         async def main():
@@ -170,5 +170,5 @@ ASYNC = [
 
 
 @pytest.mark.parametrize("program", ASYNC)
-def test_asyncio(program: Program, runner: Runner) -> None:
+def test_asyncio_agrees_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)

@@ -1,4 +1,4 @@
-"""What ends with the objects that a program leaves: destructors, generators, context managers."""
+"""Objects that exist when a program ends: their destructors, generators, context managers."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ DESTRUCTORS = [
         """,
     ),
     program(
-        "of-an-object-that-the-collector-does-not-know",
+        "of-an-untracked-object",
         """
         class Bare:
             __slots__ = ()
@@ -122,7 +122,7 @@ DESTRUCTORS = [
         """,
     ),
     program(
-        "inherited-by-an-object-that-the-collector-does-not-know",
+        "inherited-by-an-untracked-object",
         """
         class Base:
             __slots__ = ()
@@ -200,7 +200,7 @@ DESTRUCTORS = [
         },
     ),
     program(
-        "kept-by-an-exception",
+        "referenced-by-an-exception",
         """
         class Thing:
             def __del__(self):
@@ -224,7 +224,7 @@ DESTRUCTORS = [
         """,
     ),
     program(
-        "kept-by-a-standard-module",
+        "referenced-by-a-standard-module",
         """
         import os
         class Thing:
@@ -275,15 +275,15 @@ DESTRUCTORS = [
         def task(config):
             return next(kept)
         """,
-        but={
+        differences={
             "log": "Exception ignored in: <generator object numbers at <address>>\n"
             'Traceback (most recent call last):\n  File "sys", line 1, in <module>\n'
             "RuntimeError: generator ignored GeneratorExit\n"
         },
-        why="Python adds the frame that runs to the error, and at its own end none does",
+        reason="Python adds the running frame to the error; at the end of plain Python no frame runs",
     ),
     program(
-        "context-manager-left-open",
+        "open-context-manager",
         """
         import contextlib
         @contextlib.contextmanager
@@ -303,11 +303,11 @@ DESTRUCTORS = [
         "async def later():\n    pass\ndef task(config):\n    later()\n    return 1\n",
     ),
     program(
-        "coroutine-kept",
+        "unfinished-coroutine",
         "async def later():\n    pass\nkept = later()\ndef task(config):\n    return 1\n",
     ),
     program(
-        "async-generator-left-open",
+        "open-async-generator",
         """
         import asyncio
         async def numbers():
@@ -375,11 +375,9 @@ DESTRUCTORS = [
     ),
 ]
 
-WHOLE = (
-    "the modules of Python are whole when a job's own ones end; in plain Python they may be gone"
-)
+MODULES_COMPLETE = "Python's modules are complete while a job's own objects are destroyed; in plain Python they may be cleared"
 
-MORE = [
+MORE_IN_A_JOB = [
     program(
         "failing",
         """
@@ -390,14 +388,14 @@ MORE = [
         def task(config):
             return 1
         """,
-        but={
+        differences={
             "log": "Exception ignored in: <function Thing.__del__ at <address>>\n"
             "Traceback (most recent call last):\n"
             '  File "<project>/task.py", line 3, in __del__\n'
             "    raise ValueError('in the destructor')\n"
             "ValueError: in the destructor\n"
         },
-        why=f"{WHOLE}, and with them the lines of a traceback",
+        reason=f"{MODULES_COMPLETE}, and with them the lines of a traceback",
     ),
     program(
         "writing-a-file",
@@ -405,24 +403,26 @@ MORE = [
         class Writer:
             def __init__(self):
                 self.rows = []
-            def __del__(self):  # NameError: in plain Python `open` is gone by then
+            def __del__(self):  # NameError: plain Python has removed `open` before
                 with open('rows', 'w') as f:
                     f.write(str(self.rows))
         writer = Writer()
         def task(config):
             writer.rows.append(1)
         """,
-        but={"log": "", "files": {"rows": b"[1]"}},
-        why=WHOLE,
+        differences={"log": "", "files": {"rows": b"[1]"}},
+        reason=MODULES_COMPLETE,
     ),
 ]
 
 
-@pytest.mark.parametrize("program", MORE)
-def test_a_destructor_that_can_do_more(program: Program, runner: Runner) -> None:
+@pytest.mark.parametrize("program", MORE_IN_A_JOB)
+def test_a_destructor_can_do_more_in_a_job_than_in_plain_python(
+    program: Program, runner: Runner
+) -> None:
     runner.check(program)
 
 
 @pytest.mark.parametrize("program", DESTRUCTORS)
-def test_a_destructor(program: Program, runner: Runner) -> None:
+def test_destructors_agree_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)

@@ -1,4 +1,4 @@
-"""Exceptions of every class that end a program."""
+"""Exceptions of every kind that end a program."""
 
 from __future__ import annotations
 
@@ -8,36 +8,39 @@ from fidelity.harness import Program, Runner
 from fidelity.programs import program
 
 
-def raised(name: str, classes: str, error: str, says: str | None = None) -> object:
+def raised(name: str, classes: str, error: str, message_contains: str | None = None) -> object:
     code = f"{classes}\ndef task(config):\n    raise {error}\n"
-    return program(name, code, says=says)
+    return program(name, code, message_contains=message_contains)
 
 
 ERRORS = [
-    raised("value-error", "", "ValueError('bad batch')", says="ValueError: bad batch"),
-    raised("without-words", "", "ValueError"),
+    raised("value-error", "", "ValueError('bad batch')", message_contains="ValueError: bad batch"),
+    raised("without-a-message", "", "ValueError"),
     raised("several-lines", "", "ValueError('one\\ntwo\\n\\nthree')"),
-    raised("odd-letters", "", "ValueError('żółw 🐢')"),
+    raised("non-ascii", "", "ValueError('żółw 🐢')"),
     raised(
         "frozen-dataclass",
         "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass MissingColumn(Exception):\n    name: str",
         "MissingColumn('price')",
-        says="price",
+        message_contains="price",
     ),
     raised(
         "frozen-dataclass-with-slots",
         "from dataclasses import dataclass\n@dataclass(frozen=True, slots=True)\nclass E(Exception):\n    name: str",
         "E('price')",
-        says="task.E: price",
+        message_contains="task.E: price",
     ),
     raised(
-        "slots", "class E(Exception):\n    __slots__ = ('x',)", "E('words')", says="task.E: words"
+        "slots",
+        "class E(Exception):\n    __slots__ = ('x',)",
+        "E('words')",
+        message_contains="task.E: words",
     ),
     raised(
         "no-attributes-may-be-set",
         "class E(Exception):\n    def __setattr__(self, name, value):\n        raise AttributeError(name)",
         "E('words')",
-        says="task.E: words",
+        message_contains="task.E: words",
     ),
     raised(
         "no-attributes-may-be-read",
@@ -90,12 +93,14 @@ ERRORS = [
         "def make():\n    class E(Exception):\n        pass\n    return E",
         "make()('words')",
     ),
-    raised("odd-module", "class E(Exception):\n    __module__ = None", "E('words')"),
+    raised(
+        "exception-without-a-module", "class E(Exception):\n    __module__ = None", "E('words')"
+    ),
     raised(
         "module-is-main", "class E(Exception):\n    pass\nE.__module__ = '__main__'", "E('words')"
     ),
     raised("not-an-exception", "", "3"),
-    raised("words-instead", "", "'words'"),
+    raised("string-instead-of-an-exception", "", "'words'"),
     raised(
         "class-that-cannot-be-made",
         "class E(Exception):\n    def __init__(self, a, b):\n        pass",
@@ -113,7 +118,7 @@ ERRORS = [
         """,
     ),
     program(
-        "notes-of-odd-kinds",
+        "notes-that-are-no-strings",
         """
         def task(config):
             error = ValueError('words')
@@ -169,31 +174,41 @@ ERRORS = [
     ),
     program("recursion", "def task(config):\n    return task(config)\n"),
     program(
-        "no-memory", "def task(config):\n    return len(bytearray(1 << 62))\n", says="MemoryError"
+        "no-memory",
+        "def task(config):\n    return len(bytearray(1 << 62))\n",
+        message_contains="MemoryError",
     ),
     program(
         "division", "def task(config):\n    x = [1, 2]\n    return x[0] / (x[1] -\n        2)\n"
     ),
-    program("syntax-error", "def task(config):\n    return 1 +\n", says="SyntaxError"),
-    program("indentation-error", "def task(config):\nreturn 1\n", says="IndentationError"),
-    program("tabs", "def task(config):\n        x = 1\n\treturn x\n", says="TabError"),
-    program("null-byte", "def task(config):\n    return 'a\0b'\n", says="null bytes"),
+    program("syntax-error", "def task(config):\n    return 1 +\n", message_contains="SyntaxError"),
     program(
-        "not-utf-8-in-words",
-        "# coding: nonsense\ndef task(config):\n    return 1\n",
-        says="nonsense",
+        "indentation-error", "def task(config):\nreturn 1\n", message_contains="IndentationError"
     ),
-    program("other-coding", "# coding: latin-1\ndef task(config):\n    return 'ü'\n"),
+    program("tabs", "def task(config):\n        x = 1\n\treturn x\n", message_contains="TabError"),
+    program("null-byte", "def task(config):\n    return 'a\0b'\n", message_contains="null bytes"),
     program(
-        "error-at-import", "x = {}['a']\ndef task(config):\n    return 1\n", says="KeyError: 'a'"
+        "message-that-is-not-utf-8",
+        "# coding: nonsense\ndef task(config):\n    return 1\n",
+        message_contains="nonsense",
+    ),
+    program("other-source-encoding", "# coding: latin-1\ndef task(config):\n    return 'ü'\n"),
+    program(
+        "error-at-import",
+        "x = {}['a']\ndef task(config):\n    return 1\n",
+        message_contains="KeyError: 'a'",
     ),
     program("exit-at-import", "import sys\nsys.exit(3)\n"),
-    program("exit-with-words-at-import", "import sys\nsys.exit('no licence')\n", says="no licence"),
+    program(
+        "exit-with-a-message-at-import",
+        "import sys\nsys.exit('no licence')\n",
+        message_contains="no licence",
+    ),
     program(
         "error-in-the-class",
         "class Task:\n    def __init__(self):\n        raise ValueError('no model')\n"
         "    def __call__(self, config):\n        return 1\n",
-        says="no model",
+        message_contains="no model",
     ),
     program(
         "error-in-a-library",
@@ -211,7 +226,7 @@ ERRORS = [
     program(
         "traceback-with-eval",
         "def task(config):\n    return eval('1 / 0', {}, {})\n",
-        says="division",
+        message_contains="division",
     ),
     program(
         "error-in-a-child-class",
@@ -244,5 +259,5 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("program", ERRORS)
-def test_an_error(program: Program, runner: Runner) -> None:
+def test_an_error_ends_a_job_as_it_ends_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)

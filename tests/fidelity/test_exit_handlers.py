@@ -1,4 +1,4 @@
-"""Exit handlers and finalizers, and the order in which they run."""
+"""Exit handlers and finalizers, and their order."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ HANDLERS = [
         "after-a-syntax-error-of-another-module",
         "import atexit\natexit.register(print, 'at exit')\nimport other\n",
         files={"other.py": "def f(:\n"},
-        says="SyntaxError",
+        message_contains="SyntaxError",
     ),
     program(
         "writing-a-result",
@@ -260,5 +260,5 @@ HANDLERS = [
 
 
 @pytest.mark.parametrize("program", HANDLERS)
-def test_an_exit_handler(program: Program, runner: Runner) -> None:
+def test_exit_handlers_agree_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)

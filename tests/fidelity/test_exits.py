@@ -1,4 +1,4 @@
-"""How a program can end else: sys.exit of everything, os._exit, signals."""
+"""Other ends of a program: sys.exit of every kind of value, os._exit, signals."""
 
 from __future__ import annotations
 
@@ -8,46 +8,46 @@ from fidelity.harness import Program, Runner
 from fidelity.programs import program
 
 
-def left(name: str, code: str) -> object:
+def exits_with(name: str, code: str) -> object:
     return program(name, f"import os, sys\n{code}\ndef task(config):\n    sys.exit({name})\n")
 
 
 EXITS = [
-    left("None", ""),
-    left("0", ""),
-    left("1", ""),
-    left("2", ""),
-    left("127", ""),
-    left("255", ""),
-    left("256", ""),
-    left("257", ""),
-    left("-1", ""),
-    left("-256", ""),
-    left("2**31", ""),
-    left("2**32 + 5", ""),
-    left("2**63 - 1", ""),
-    left("2**63", ""),
-    left("2**70", ""),
-    left("-2**70", ""),
-    left("'words'", ""),
-    left("'words\\nof two lines\\n'", ""),
-    left("''", ""),
-    left("'żółw \\udcff'", ""),
-    left("[]", ""),
-    left("{}", ""),
-    left("(1, 2)", ""),
-    left("True", ""),
-    left("False", ""),
-    left("0.0", ""),
-    left("3.7", ""),
-    left("b'bytes'", ""),
-    left("ValueError('x')", ""),
-    left("Code.BAD", "import enum\nclass Code(enum.IntEnum):\n    BAD = 4"),
-    left(
+    exits_with("None", ""),
+    exits_with("0", ""),
+    exits_with("1", ""),
+    exits_with("2", ""),
+    exits_with("127", ""),
+    exits_with("255", ""),
+    exits_with("256", ""),
+    exits_with("257", ""),
+    exits_with("-1", ""),
+    exits_with("-256", ""),
+    exits_with("2**31", ""),
+    exits_with("2**32 + 5", ""),
+    exits_with("2**63 - 1", ""),
+    exits_with("2**63", ""),
+    exits_with("2**70", ""),
+    exits_with("-2**70", ""),
+    exits_with("'words'", ""),
+    exits_with("'words\\nof two lines\\n'", ""),
+    exits_with("''", ""),
+    exits_with("'żółw \\udcff'", ""),
+    exits_with("[]", ""),
+    exits_with("{}", ""),
+    exits_with("(1, 2)", ""),
+    exits_with("True", ""),
+    exits_with("False", ""),
+    exits_with("0.0", ""),
+    exits_with("3.7", ""),
+    exits_with("b'bytes'", ""),
+    exits_with("ValueError('x')", ""),
+    exits_with("Code.BAD", "import enum\nclass Code(enum.IntEnum):\n    BAD = 4"),
+    exits_with(
         "Index()",
         "class Index:\n    def __index__(self):\n        return 9\n    def __repr__(self):\n        return 'Index()'",
     ),
-    left("Int(300)", "class Int(int):\n    pass"),
+    exits_with("Int(300)", "class Int(int):\n    pass"),
 ]
 
 
@@ -56,7 +56,7 @@ OTHER_EXITS = [
     program("raise-with-many", "def task(config):\n    raise SystemExit(1, 2)\n"),
     program("own-class", "class E(SystemExit):\n    code = 6\ndef task(config):\n    raise E\n"),
     program(
-        "own-class-of-odd-code",
+        "own-class-whose-code-fails",
         "class E(SystemExit):\n    @property\n    def code(self):\n        raise ValueError\n"
         "def task(config):\n    raise E(3)\n",
     ),
@@ -148,10 +148,10 @@ OTHER_EXITS = [
 
 
 @pytest.mark.parametrize("program", EXITS)
-def test_an_exit(program: Program, runner: Runner) -> None:
+def test_sys_exit_agrees_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)
 
 
 @pytest.mark.parametrize("program", OTHER_EXITS)
-def test_another_end(program: Program, runner: Runner) -> None:
+def test_other_ends_agree_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)

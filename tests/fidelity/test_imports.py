@@ -1,4 +1,5 @@
-"""How a program imports its modules: order, conditions, environment, path, names, words.
+"""How a program imports its modules: order, conditions, environment, path, names, output.
+
 Each library is a few lines in the site-packages of the environment.
 """
 
@@ -86,7 +87,7 @@ ORDER = [
         libraries={"tablelib.py": "WHO = 'installed'\n"},
     ),
     program(
-        "module-put-in-place",
+        "module-replaced-in-sys-modules",
         """
         import sys, types
         fake = types.ModuleType('tablelib')
@@ -242,7 +243,7 @@ ORDER = [
             "metricslib.py": "NAMES = set()\ndef counter(name):\n    if name in NAMES:\n        raise ValueError(f'metric {name} is there already')\n    NAMES.add(name)\n",
             "weblib.py": "import metricslib\nmetricslib.counter('requests_total')\nimport libgl_binding\n",
         },
-        says="ModuleNotFoundError: No module named 'libgl_binding'",
+        message_contains="ModuleNotFoundError: No module named 'libgl_binding'",
     ),
     program(
         "settings-that-an-import-needs",
@@ -258,8 +259,14 @@ ORDER = [
             "applib.py": "import os\nimport metricslib\nmetricslib.counter('app_info')\nSETTINGS = os.environ['APP_SETTINGS']\n",
         },
     ),
-    program("missing", "import missing_lib\n" + RETURN, says="No module named 'missing_lib'"),
-    program("missing-name", "from os import no_such_name\n" + RETURN, says="cannot import name"),
+    program(
+        "missing", "import missing_lib\n" + RETURN, message_contains="No module named 'missing_lib'"
+    ),
+    program(
+        "missing-name",
+        "from os import no_such_name\n" + RETURN,
+        message_contains="cannot import name",
+    ),
     program(
         "library-that-fails-at-times",
         """
@@ -279,7 +286,7 @@ ORDER = [
         "library-that-exits",
         "import lib\n" + RETURN,
         libraries={"lib.py": "import sys\nsys.exit('this machine has no licence')\n"},
-        says="no licence",
+        message_contains="no licence",
     ),
     program(
         "library-that-kills",
@@ -331,18 +338,18 @@ ORDER = [
         libraries={
             "pipeline.pth": "import os, sys; sys.path.append(os.path.join(os.getcwd(), 'src'))\n"
         },
-        fresh=True,
+        is_random=True,
         jobs=3,
     ),
     program(
         "package-that-makes-an-id",
         "import pipeline\ndef task(config):\n    return pipeline.RUN_ID\n",
         libraries={"pipeline/__init__.py": "import uuid\nRUN_ID = uuid.uuid4().hex\n"},
-        fresh=True,
+        is_random=True,
         jobs=3,
     ),
     program(
-        "modules-that-are-there-before",
+        "modules-loaded-before",
         """
         import sys
         names = set(sys.modules)
@@ -369,7 +376,7 @@ ORDER = [
         "import warnings\ndef task(config):\n    return [[f[0], f[2].__name__] for f in warnings.filters]\n",
     ),
     program(
-        "words-at-import",
+        "output-at-import",
         "import lib\n" + RETURN,
         libraries={
             "lib.py": "import sys\nprint('lib: no GPU, using the CPU')\nprint('to stderr', file=sys.stderr)\n"
@@ -384,7 +391,7 @@ ORDER = [
         },
     ),
     program(
-        "words-of-own-modules",
+        "output-of-own-modules",
         "print('task file')\nimport helper\ndef task(config):\n    print('task')\n",
         files={"helper.py": "print('helper')\n"},
         jobs=2,
@@ -401,5 +408,5 @@ ORDER = [
 
 
 @pytest.mark.parametrize("program", ORDER)
-def test_an_import(program: Program, runner: Runner) -> None:
+def test_imports_agree_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)

@@ -1,4 +1,4 @@
-"""`cortex.logger` writes the same lines in a job as beside it, and each of them is JSON."""
+"""`cortex.logger` writes the same lines in a job and in plain Python, and each line is JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROGRAMS = [
         "objects", HEAD + "    logger.info('epoch', extra={'a': {1, 2}.__class__, 'b': b'x'})\n"
     ),
     program(
-        "object-without-words",
+        "object-whose-repr-fails",
         HEAD
         + "    class Shy:\n        def __repr__(self):\n            raise ValueError\n    logger.info('x', extra={'shy': Shy()})\n",
     ),
@@ -50,7 +50,9 @@ PROGRAMS = [
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_line(program: Program, runner: Runner) -> None:
+def test_the_logger_writes_the_same_json_line_as_in_plain_python(
+    program: Program, runner: Runner
+) -> None:
     job, plain = runner.run(program)
     assert _without_the_job(job.log) == _without_the_job(plain.log)
     lines = [json.loads(line, parse_constant=_refuse) for line in job.log.splitlines()]

@@ -332,7 +332,7 @@ ALL_METHODS = {
     "names",
     "set-start-method",
 }
-"""Of the rest a server that multiprocessing forks from makes no more than a spawned process does."""
+"""The programs for all start methods. For the others, forkserver adds nothing to spawn."""
 
 POOLED = [
     program(
@@ -347,5 +347,5 @@ POOLED = [
 
 
 @pytest.mark.parametrize("program", POOLED)
-def test_multiprocessing(program: Program, runner: Runner) -> None:
+def test_multiprocessing_agrees_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)

@@ -1,4 +1,4 @@
-"""Pickles, which find functions and classes by the names of their modules."""
+"""Pickles: they refer to functions and classes by the names of their modules."""
 
 from __future__ import annotations
 
@@ -81,5 +81,5 @@ PICKLES = [
 
 
 @pytest.mark.parametrize("program", PICKLES)
-def test_a_pickle(program: Program, runner: Runner) -> None:
+def test_pickles_agree_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)

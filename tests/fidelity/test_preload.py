@@ -1,5 +1,8 @@
-"""Libraries that a fork server imports ahead, since definition.preload names them. What a library makes at its import is
-checked: it is either harmless for the jobs, or not imported ahead; in both cases a job comes to what plain Python does."""
+"""Libraries that `definition.preload` names, and that a fork server imports ahead.
+
+The fork server checks the side effects of each import. A library is either harmless for the
+jobs, or not imported ahead: in both cases a job agrees with plain Python.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ from typing import Any
 import pytest
 
 from fidelity.harness import Program, Runner
+from fidelity.test_import_side_effects import SIDE_EFFECTS
 from fidelity.test_imports import ORDER
-from fidelity.test_made_at_import import MADE_AT_IMPORT
 
 CHANGED = {
-    # What a user changes by asking for it: the modules are imported before the first line of the task's file.
+    # The user's choice changes these: the modules are imported before the first line of the task's
+    # file.
     "environment-before-an-import",
     "environment-by-setdefault-in-another-module",
     "environment-by-putenv",
@@ -26,7 +30,7 @@ CHANGED = {
     "in-the-task",
     "lazy-loader",
     "warnings-at-import",
-    # What a module keeps of the process that imports it, and nobody can see from outside.
+    # The modules store facts about the importing process, which the fork server cannot detect.
     "own-package-installed-for-development",
     "package-that-makes-an-id",
     "process-id-of-a-library",
@@ -35,8 +39,8 @@ CHANGED = {
 
 
 def preloaded(rows: list[Any]) -> list[Any]:
-    """The programs of another table, with all their libraries imported ahead, and two jobs for each."""
-    found = []
+    """The programs of another table, with all their libraries imported ahead, and two jobs each."""
+    changed_rows = []
     for row in rows:
         program: Program = row.values[0]
         names = tuple(
@@ -44,10 +48,10 @@ def preloaded(rows: list[Any]) -> list[Any]:
         )
         if names and program.name not in CHANGED:
             changed = replace(program, preload=names, jobs=max(2, program.jobs))
-            found.append(pytest.param(changed, id=program.name))
-    return found
+            changed_rows.append(pytest.param(changed, id=program.name))
+    return changed_rows
 
 
-@pytest.mark.parametrize("program", preloaded([*ORDER, *MADE_AT_IMPORT]))
-def test_a_library_imported_ahead(program: Program, runner: Runner) -> None:
+@pytest.mark.parametrize("program", preloaded([*ORDER, *SIDE_EFFECTS]))
+def test_preloaded_libraries_agree_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)

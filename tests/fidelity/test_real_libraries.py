@@ -1,5 +1,5 @@
-"""Libraries of PyPI in their last versions, as people use them. `make fidelity` installs them into an environment of their
-own; the other targets leave these tests out."""
+"""Real libraries of PyPI, in the versions of the lock file. `make fidelity` installs them into
+their own environment; the other targets skip these tests."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ PROGRAMS = [
     """,
         preload=("numpy",),
         jobs=3,
-        fresh=True,
+        is_random=True,
     ),
     program(
         "numpy-memory-map",
@@ -408,7 +408,7 @@ PROGRAMS = [
             return [fake.name(), fake.uuid4(), fake.email()]
     """,
         jobs=3,
-        fresh=True,
+        is_random=True,
     ),
     program(
         "faker-seeded",
@@ -527,19 +527,22 @@ PROGRAMS = [
 @pytest.fixture(scope="session")
 def python() -> Path:
     """The interpreter of the environment that `make fidelity` builds."""
-    found = os.environ.get("CORTEX_FIDELITY_PYTHON")
-    if found is None:
+    interpreter = os.environ.get("CORTEX_FIDELITY_PYTHON")
+    if interpreter is None:
         pytest.fail(
-            "the libraries have an environment of their own: run `make fidelity`", pytrace=False
+            "CORTEX_FIDELITY_PYTHON is not set: run `make fidelity`, which builds the libraries' environment",
+            pytrace=False,
         )
-    return Path(found)
+    return Path(interpreter)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_library(program: Program, runner: Runner, python: Path) -> None:
+def test_libraries_agree_with_plain_python(program: Program, runner: Runner, python: Path) -> None:
     runner.check(replace(program, python=python, preload=()))
 
 
 @pytest.mark.parametrize("program", [row for row in PROGRAMS if row.values[0].preload])
-def test_a_library_imported_ahead(program: Program, runner: Runner, python: Path) -> None:
+def test_preloaded_libraries_agree_with_plain_python(
+    program: Program, runner: Runner, python: Path
+) -> None:
     runner.check(replace(program, python=python, jobs=max(2, program.jobs)))

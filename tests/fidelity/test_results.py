@@ -1,4 +1,4 @@
-"""What a task returns."""
+"""The return value of a task."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from fidelity.harness import Program, Runner
 from fidelity.outcome import NO_RESULT
 from fidelity.programs import program
 
-NOT_JSON = (
-    "JSON has no such value: the job's message says so, plain Python has nothing to say it of"
-)
+NOT_JSON = "JSON has no such value: the job's message says it, plain Python has no message"
 
 
 FEW_DIGITS = {"PYTHONINTMAXSTRDIGITS": "640"}
@@ -68,9 +66,9 @@ RESULTS = [
         "def task(config):\n    return config['n'] == 10**700\n",
         env=FEW_DIGITS,
         config={"n": 10**700},
-        but={"exit_code": 0, "result": True, "log": ""},
-        why="plain Python cannot read the literal of the driver's",
-        says="",
+        differences={"exit_code": 0, "result": True, "log": ""},
+        reason="plain Python cannot parse the driver's literal",
+        message_contains="",
     ),
 ]
 
@@ -80,7 +78,7 @@ NO_RESULTS = [
     ("infinity", "[float('inf')]", ""),
     ("object", "object()", ""),
     ("bytes", "b'bytes'", ""),
-    ("keys-that-are-one-in-json", "{'a': [{1: 'x', '1': 'y'}]}", ""),
+    ("keys-that-collide-in-json", "{'a': [{1: 'x', '1': 'y'}]}", ""),
     ("set", "{1, 2}", ""),
     ("module", "sys", "import sys"),
     ("function", "task", ""),
@@ -92,25 +90,37 @@ NO_RESULTS = [
 
 
 @pytest.mark.parametrize("program", RESULTS)
-def test_a_result(program: Program, runner: Runner) -> None:
+def test_results_agree_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "before"), NO_RESULTS, ids=[row[0] for row in NO_RESULTS]
 )
-def test_a_result_that_is_not_kept(name: str, value: str, before: str, runner: Runner) -> None:
+def test_a_result_that_is_not_json_is_not_stored(
+    name: str, value: str, before: str, runner: Runner
+) -> None:
     code = f"{before}\ndef task(config):\n    return {value}\n"
-    runner.check(Program(name, code, says="not kept", but={"result": NO_RESULT}, why=NOT_JSON))
+    runner.check(
+        Program(
+            name,
+            code,
+            message_contains="not kept",
+            differences={"result": NO_RESULT},
+            reason=NOT_JSON,
+        )
+    )
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_number_that_python_does_not_read(sign: int) -> None:
+def test_a_number_with_more_digits_than_python_reads_is_no_result(sign: int) -> None:
     number = sign * 10**4300
     limit = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(0)
     try:
-        found = [task._why_no_result(json.dumps(each).encode()) for each in ([number], str(number))]
+        problems = [
+            task._why_no_result(json.dumps(each).encode()) for each in ([number], str(number))
+        ]
     finally:
         sys.set_int_max_str_digits(limit)
-    assert found == ["it has a number of over 4300 digits", None]
+    assert problems == ["it has a number of over 4300 digits", None]

@@ -1,4 +1,4 @@
-"""A program that is sent SIGTERM while it runs, as a stop and a timeout do."""
+"""Programs that get SIGTERM while they run: a stop and a timeout send it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ PROGRAMS = [
         stop_at="ready",
     ),
     program(
-        "handler-that-goes-on",
+        "handler-that-continues",
         "import signal, time\nstopped = []\nsignal.signal(signal.SIGTERM, lambda *a: stopped.append(1))\ndef task(config):\n    print('ready')\n    while not stopped:\n        time.sleep(0.01)\n    print('saved')\n",
         stop_at="ready",
     ),
@@ -89,5 +89,5 @@ PROGRAMS = [
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_stop(program: Program, runner: Runner) -> None:
+def test_a_stop_agrees_with_sigterm_in_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)

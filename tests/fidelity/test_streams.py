@@ -1,4 +1,4 @@
-"""The standard streams: what is printed, in which order, and what a program does to them."""
+"""The standard streams: the output, its order, and programs that change the streams."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STREAMS = [
         "carriage-returns",
         "def task(config):\n    for n in range(3):\n        print(f'\\r{n} %', end='')\n",
     ),
-    program("odd-letters", "def task(config):\n    print('żółw 🐢')\n"),
+    program("non-ascii", "def task(config):\n    print('żółw 🐢')\n"),
     program("null-bytes", "def task(config):\n    print('a\\0b')\n"),
     program("long-line", "def task(config):\n    print('x' * 300_000)\n"),
     program(
@@ -101,7 +101,7 @@ STREAMS = [
         "import os\ndef task(config):\n    os.dup2(os.open('f', os.O_CREAT | os.O_WRONLY), 1)\n    print('into the file')\n    os.system('echo from a shell')\n",
     ),
     program(
-        "odd-stdout",
+        "tee-as-stdout",
         "import sys\nclass Tee:\n    def __init__(self, to):\n        self.to = to\n    def write(self, text):\n        self.to.write(text.upper())\ndef task(config):\n    sys.stdout = Tee(sys.stdout)\n    print('louder')\n    return 1\n",
     ),
     program(
@@ -146,5 +146,5 @@ STREAMS = [
 
 
 @pytest.mark.parametrize("program", STREAMS)
-def test_a_stream(program: Program, runner: Runner) -> None:
+def test_streams_agree_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)

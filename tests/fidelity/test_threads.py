@@ -1,4 +1,4 @@
-"""Threads that go on when a program ends, and what they find."""
+"""Threads that still run when a program ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fidelity.programs import program
 
 THREADS = [
     program(
-        "thread-that-goes-on",
+        "thread-that-continues",
         """
         import threading, time
         def work():
@@ -22,7 +22,7 @@ THREADS = [
         """,
     ),
     program(
-        "thread-that-goes-on-after-an-error",
+        "thread-that-continues-after-an-error",
         """
         import threading, time
         def work():
@@ -83,7 +83,7 @@ THREADS = [
         """,
     ),
     program(
-        "daemon-thread-that-holds-a-file",
+        "daemon-thread-with-an-open-file",
         """
         import threading, time
         ready = threading.Event()
@@ -187,7 +187,7 @@ THREADS = [
         """,
     ),
     program(
-        "executor-with-many-left",
+        "executor-with-many-pending-tasks",
         """
         import concurrent.futures
         pool = concurrent.futures.ThreadPoolExecutor(1)
@@ -226,7 +226,7 @@ THREADS = [
         """,
     ),
     program(
-        "pool-of-threads-left-open",
+        "open-pool-of-threads",
         """
         from multiprocessing.pool import ThreadPool
         pool = ThreadPool(2)
@@ -238,5 +238,5 @@ THREADS = [
 
 
 @pytest.mark.parametrize("program", THREADS)
-def test_a_thread(program: Program, runner: Runner) -> None:
+def test_threads_agree_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)

@@ -132,7 +132,7 @@ VARIABLES = [
         env={"PYTHONBREAKPOINT": "0"},
     ),
     program(
-        "breakpoint-of-ones-own",
+        "own-breakpoint",
         "def task(config):\n    return breakpoint('words')\n",
         files={"hook.py": "def stop(words):\n    return words\n"},
         env={"PYTHONBREAKPOINT": "hook.stop"},
@@ -150,7 +150,7 @@ VARIABLES = [
         env={"LC_ALL": "C.UTF-8"},
     ),
     program(
-        "odd-values",
+        "unusual-values",
         "import os\ndef task(config):\n    return [os.environ['A'], os.environ['B'], os.environ['C']]\n",
         env={"A": "", "B": "ż=\n$HOME", "C": " x "},
     ),
@@ -163,5 +163,5 @@ VARIABLES = [
 
 
 @pytest.mark.parametrize("program", VARIABLES)
-def test_a_variable_of_the_environment(program: Program, runner: Runner) -> None:
+def test_environment_variables_agree_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)

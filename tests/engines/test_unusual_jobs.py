@@ -1,4 +1,4 @@
-"""What a job may do to its own process, or leave there, and is told as it is all the same."""
+"""Jobs that damage their own process or leave threads in it: their ends are reported correctly."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ def harness(local_harness: EngineHarness) -> EngineHarness:
     return local_harness
 
 
-async def told(harness: EngineHarness, engine: LocalEngine, attempt: Attempt) -> tuple[object, ...]:
-    """How an attempt ends."""
+async def end_of(
+    harness: EngineHarness, engine: LocalEngine, attempt: Attempt
+) -> tuple[object, ...]:
+    """Start an attempt; how it ended."""
     ended = await harness.outcome(engine, attempt)
     return ended.ending, ended.exit_code, ended.message
 
@@ -30,7 +32,7 @@ async def told(harness: EngineHarness, engine: LocalEngine, attempt: Attempt) ->
         ("raise ValueError('x')", 1, "exit code 1: ValueError: x"),
     ],
 )
-def test_a_task_that_closes_all_its_files_ends_as_it_ends(
+def test_a_task_that_closes_all_its_files_ends_with_its_own_exit_code(
     harness: EngineHarness, end: str, exit_code: int, message: str | None
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
@@ -41,14 +43,14 @@ def test_a_task_that_closes_all_its_files_ends_as_it_ends(
                 os.closerange(3, 1000)
                 {end}
         """)
-        assert await told(harness, engine, attempt) == (Ending.EXITED, exit_code, message)
+        assert await end_of(harness, engine, attempt) == (Ending.EXITED, exit_code, message)
         assert ("has closed the file" in harness.log(attempt)) == (exit_code == 0)
-        assert (harness.kept(attempt) / "at-exit").exists()
+        assert (harness.own_files(attempt) / "at-exit").exists()
 
     harness.run(scenario)
 
 
-def test_nothing_is_written_into_a_file_that_has_the_number_of_one_of_ours(
+def test_a_users_file_that_reuses_our_descriptor_number_is_not_written_to(
     harness: EngineHarness,
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
@@ -61,7 +63,7 @@ def test_nothing_is_written_into_a_file_that_has_the_number_of_one_of_ours(
         """)
         ended = await harness.outcome(engine, attempt)
         assert (ended.ending, ended.exit_code) == (Ending.EXITED, 0)
-        files = [harness.kept(attempt) / f"file{number}" for number in range(8)]
+        files = [harness.own_files(attempt) / f"file{number}" for number in range(8)]
         assert [file.read_text() for file in files] == [""] * 8
 
     harness.run(scenario)
@@ -74,7 +76,7 @@ def test_nothing_is_written_into_a_file_that_has_the_number_of_one_of_ours(
         "full = os.open('/dev/full', os.O_WRONLY); os.dup2(full, 1); os.dup2(full, 2)",
     ],
 )
-def test_a_task_that_nothing_can_be_printed_for_ends_as_it_ends(
+def test_a_task_without_usable_streams_ends_with_its_own_exit_code(
     harness: EngineHarness, spoil: str
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
@@ -101,12 +103,12 @@ def test_a_task_that_nothing_can_be_printed_for_ends_as_it_ends(
                     {spoil}
                     {end}
             """)
-            assert await told(harness, engine, attempt) == (Ending.EXITED, exit_code, message)
+            assert await end_of(harness, engine, attempt) == (Ending.EXITED, exit_code, message)
 
     harness.run(scenario)
 
 
-def test_what_cannot_be_shown_fails_nothing(harness: EngineHarness) -> None:
+def test_a_value_whose_methods_fail_fails_no_job(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         for end, exit_code, message in (
             ("sys.exit(Shy())", 1, "<its message cannot be shown>"),
@@ -127,12 +129,12 @@ def test_what_cannot_be_shown_fails_nothing(harness: EngineHarness) -> None:
                 def task(config):
                     {end}
             """)
-            assert await told(harness, engine, attempt) == (Ending.EXITED, exit_code, message)
+            assert await end_of(harness, engine, attempt) == (Ending.EXITED, exit_code, message)
 
     harness.run(scenario)
 
 
-def test_what_a_process_that_was_forked_by_hand_comes_to_is_not_the_tasks(
+def test_the_outcome_of_a_process_forked_by_hand_is_not_the_tasks(
     harness: EngineHarness,
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
@@ -174,7 +176,7 @@ def test_an_error_that_names_a_file_whose_name_is_not_utf_8_can_be_stored(
 
 
 @pytest.mark.parametrize("levels", [250, 251, 600, 950, 965, 970, 975, 980, 985, 5000])
-def test_a_result_is_kept_unless_it_is_nested_deeper_than_a_config_may_be(
+def test_a_result_is_stored_unless_it_is_nested_deeper_than_a_config_may_be(
     harness: EngineHarness, levels: int
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
@@ -192,7 +194,7 @@ def test_a_result_is_kept_unless_it_is_nested_deeper_than_a_config_may_be(
     harness.run(scenario)
 
 
-def test_many_brackets_are_not_deep(harness: EngineHarness) -> None:
+def test_many_brackets_do_not_count_as_depth(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         for value in ("[[]] * 1000", "'[' * 1000", "[{'a': '{'}] * 300"):
             ended = await harness.outcome(
@@ -203,29 +205,29 @@ def test_many_brackets_are_not_deep(harness: EngineHarness) -> None:
     harness.run(scenario)
 
 
-ALONE = """
+WITHOUT_FIRST_THREAD = """
     import ctypes, os, signal, threading, time
-    def more(write):
+    def continue_alone(write):
         while "Z" not in open(f"/proc/{os.getpid()}/stat").read():
             time.sleep(0.01)
         print("alone", os.getpid(), flush=True)
         os.close(write)
         time.sleep(60)
-    def leave(write):
-        threading.Thread(target=more, args=(write,)).start()
+    def end_first_thread(write):
+        threading.Thread(target=continue_alone, args=(write,)).start()
         ctypes.CDLL(None).pthread_exit(None)
     def task(config):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         read, write = os.pipe()
         if config["itself"] or os.fork() == 0:
-            leave(write)
+            end_first_thread(write)
         os.close(write)
         os.read(read, 1)
 """
 
 
-def lives(harness: EngineHarness, attempt: Attempt) -> bool:
-    """Whether the process that told its pid is there, which has no folder or environment to know it by."""
+def is_alive(harness: EngineHarness, attempt: Attempt) -> bool:
+    """Whether the process exists whose pid is in the log; it has no memory left to find it by."""
     return Path("/proc", harness.log(attempt).split()[1]).exists()
 
 
@@ -233,21 +235,21 @@ def test_a_job_whose_first_thread_has_ended_can_be_stopped(harness: EngineHarnes
     harness.grace_s = 0.2
 
     async def scenario(engine: LocalEngine) -> None:
-        attempt = harness.attempt(ALONE, config={"itself": True})
+        attempt = harness.attempt(WITHOUT_FIRST_THREAD, config={"itself": True})
         await harness.start(engine, attempt)
         await harness.printed(attempt, "alone")
         engine.stop(attempt.spec.job_id)
         assert (await harness.ended(attempt)).ending is Ending.STOPPED
-        assert not lives(harness, attempt)
+        assert not is_alive(harness, attempt)
 
     harness.run(scenario)
 
 
 def test_a_process_whose_first_thread_has_ended_ends_with_its_job(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        attempt = harness.attempt(ALONE, config={"itself": False})
+        attempt = harness.attempt(WITHOUT_FIRST_THREAD, config={"itself": False})
         ended = await harness.outcome(engine, attempt)
         assert (ended.ending, ended.exit_code) == (Ending.EXITED, 0)
-        assert not lives(harness, attempt)
+        assert not is_alive(harness, attempt)
 
     harness.run(scenario)

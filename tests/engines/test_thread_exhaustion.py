@@ -1,4 +1,4 @@
-"""What the local engine does on a machine that has no room for another thread, as a fork bomb may have it."""
+"""The local engine on a machine that can start no more threads, as during a fork bomb."""
 
 from __future__ import annotations
 
@@ -27,61 +27,61 @@ def harness(local_harness: EngineHarness) -> EngineHarness:
 
 
 @pytest.fixture
-def full(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Set while no thread of a loop's pool can be started. That the machine has no room for one cannot be made
-    so without the rest of the tests having none."""
-    start, is_full = threading.Thread.start, threading.Event()
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set while no thread of a loop's pool can be started. A real lack of threads would affect
+    all other tests on the machine."""
+    start, no_threads = threading.Thread.start, threading.Event()
 
-    def begin(thread: threading.Thread) -> None:
-        if is_full.is_set() and thread.name.startswith("asyncio_"):
+    def start_unless_set(thread: threading.Thread) -> None:
+        if no_threads.is_set() and thread.name.startswith("asyncio_"):
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    monkeypatch.setattr(threading.Thread, "start", begin)
-    return is_full
+    monkeypatch.setattr(threading.Thread, "start", start_unless_set)
+    return no_threads
 
 
 def run(
     harness: EngineHarness,
-    full: threading.Event,
+    no_threads: threading.Event,
     scenario: Callable[[LocalEngine], Awaitable[None]],
 ) -> None:
-    """With an engine whose loop has no threads yet."""
+    """Run a scenario with an engine whose loop has no threads yet."""
 
     async def main() -> None:
         engine = LocalEngine(harness.root, None, 1, "watchdog")
-        engine._attempts.report = harness._saw
+        engine._attempts.report = harness.report
         engine._prepare_machine()
-        full.set()
+        no_threads.set()
         try:
             await scenario(engine)
         finally:
-            full.clear()
+            no_threads.clear()
             await engine.close()
 
     harness.changed = asyncio.Event()
     asyncio.run(main())
 
 
-def test_a_job_is_taken_up_once_there_is_room(
-    harness: EngineHarness, full: threading.Event
+def test_a_job_is_recovered_once_a_thread_can_start(
+    harness: EngineHarness, no_threads: threading.Event
 ) -> None:
     attempt = harness.killed_operator(harness.sleeper(), "started")
 
     async def scenario(engine: LocalEngine) -> None:
         await engine.recover(attempt)
         await harness.unreachable(attempt)
-        full.clear()
+        no_threads.clear()
         await harness.started(attempt)
-        harness.go()
+        harness.finish_sleeper()
         assert (await harness.ended(attempt)).result == "done"
-        assert [type(seen) for seen in harness.seen] == [Unreachable, Started, Ended]
+        assert [type(each) for each in harness.observations] == [Unreachable, Started, Ended]
 
-    run(harness, full, scenario)
+    run(harness, no_threads, scenario)
 
 
-def test_a_killed_job_is_told_as_lost_once_there_is_room(
-    harness: EngineHarness, full: threading.Event, monkeypatch: pytest.MonkeyPatch
+def test_a_killed_job_is_reported_as_lost_once_a_thread_can_start(
+    harness: EngineHarness, no_threads: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempt = harness.killed_operator(harness.sleeper(), "started")
     refused: list[str] = []
@@ -93,42 +93,42 @@ def test_a_killed_job_is_told_as_lost_once_there_is_room(
         await in_thread(function, root)
 
     async def scenario(engine: LocalEngine) -> None:
-        full.clear()
+        no_threads.clear()
         await engine.recover(attempt)
         await harness.started(attempt)
         monkeypatch.setattr("cortex.engines.local.engine.in_thread", no_thread_at_first)
         os.kill(pid_of(harness, attempt), signal.SIGKILL)
-        assert isinstance(await harness.last(attempt), Lost)
+        assert isinstance(await harness.final(attempt), Lost)
         assert refused == ["sweep"]
 
-    run(harness, full, scenario)
+    run(harness, no_threads, scenario)
 
 
-def test_a_fork_server_that_cannot_be_started_holds_its_job_up_with_the_reason(
-    harness: EngineHarness, full: threading.Event
+def test_a_job_whose_fork_server_cannot_start_waits_with_the_reason(
+    harness: EngineHarness, no_threads: threading.Event
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
         attempt = harness.attempt("def task(config): ...")
         await harness.start(engine, attempt)
-        last = await harness.last(attempt)
+        last = await harness.final(attempt)
         assert isinstance(last, NeverStarted)
         assert "can't start new thread" in (last.blocked_by or "")
 
-    run(harness, full, scenario)
+    run(harness, no_threads, scenario)
 
 
-def test_a_fork_server_that_cannot_be_waited_for_is_ended(
-    harness: EngineHarness, full: threading.Event
+def test_a_fork_server_that_no_thread_can_wait_for_is_ended(
+    harness: EngineHarness, no_threads: threading.Event
 ) -> None:
     before = children(os.getpid())
 
     async def scenario(engine: LocalEngine) -> None:
-        full.clear()
+        no_threads.clear()
         await harness.outcome(engine, harness.attempt("def task(config): ..."))
-        pool = asyncio.get_running_loop()
-        pool.set_default_executor(ThreadPoolExecutor(thread_name_prefix="asyncio"))
-        full.set()
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(thread_name_prefix="asyncio"))
+        no_threads.set()
         await engine._servers.close()
         assert set(children(os.getpid())) <= set(before)
 
-    run(harness, full, scenario)
+    run(harness, no_threads, scenario)

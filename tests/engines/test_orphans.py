@@ -1,13 +1,14 @@
-"""What the operator ends of what it inherits, and what it spares. In a process of its own, for it is to inherit."""
+"""Which of the processes that it inherits the operator ends, and which it spares. Each test has
+a process of its own, which inherits them."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
-MADE = """
+SCRIPT = """
 import asyncio, os, subprocess, sys, time
-from cortex.engines.local import orphans as inherited
+from cortex.engines.local import orphans as operator_orphans
 from cortex.worker.forkserver import orphans
 from cortex.worker import processes
 
@@ -22,10 +23,9 @@ def start(code):
     return child
 
 
-made = []
 own, known = start(""), start(MARKED)
 before = start(MARKED)
-watch = inherited.Orphans(lambda: {known.pid})
+watch = operator_orphans.Orphans(lambda: {known.pid})
 watch.open()
 stranger = start(MARKED + DAEMON)
 below = processes.descendants(stranger.pid)
@@ -42,31 +42,31 @@ finally:
 ENDED = "[None, None, None] 1 [None]\nFalse\n"
 
 
-def test_only_what_descends_from_a_fork_server_and_nobody_knows_is_ended() -> None:
-    assert told("async def main(): await watch.end_orphans()") == ENDED
+def test_only_unknown_descendants_of_a_fork_server_are_ended() -> None:
+    assert output_of("async def main(): await watch.end_orphans()") == ENDED
 
 
-def test_what_cannot_be_told_for_want_of_descriptors_is_asked_again() -> None:
+def test_a_check_that_fails_for_lack_of_descriptors_is_repeated() -> None:
     main = """
 def refuse(parent):
-    inherited.orphans.marked = marked
+    operator_orphans.orphans.marked = marked
     raise OSError(24, "too many open files")
 
 async def main():
     global marked
-    marked, inherited.orphans.marked = inherited.orphans.marked, refuse
+    marked, operator_orphans.orphans.marked = operator_orphans.orphans.marked, refuse
     await watch.end_orphans()
 """
-    assert told(main).endswith(ENDED)
+    assert output_of(main).endswith(ENDED)
 
 
-def test_nothing_is_ended_any_more_once_supervising_processes_are_let_go_of() -> None:
+def test_no_process_is_ended_once_the_supervisors_are_released() -> None:
     main = "async def main():\n    watch.close()\n    await watch.end_orphans()"
-    assert told(main).endswith("True\n")
+    assert output_of(main).endswith("True\n")
 
 
-def told(main: str) -> str:
-    command = [sys.executable, "-c", f"{main}\n{MADE}"]
+def output_of(main: str) -> str:
+    command = [sys.executable, "-c", f"{main}\n{SCRIPT}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -1,4 +1,5 @@
-"""What else can be open when a program ends: databases, shared memory, C streams, sockets, locks."""
+"""Other resources that are open when a program ends: databases, shared memory, C streams,
+sockets, locks."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import pytest
 from fidelity.harness import Program, Runner
 from fidelity.programs import program
 
-OTHERS = [
+RESOURCES = [
     program(
         "shelve",
         """
@@ -219,7 +220,7 @@ OTHERS = [
         """,
     ),
     program(
-        "socket-that-somebody-reads",
+        "socket-with-a-reader",
         """
         import socket, threading
         ours, theirs = socket.socketpair()
@@ -268,7 +269,7 @@ OTHERS = [
         """,
     ),
     program(
-        "file-of-a-folder-that-was-left",
+        "file-of-an-earlier-current-folder",
         """
         import os
         def task(config):
@@ -295,12 +296,12 @@ OTHERS = [
     program(
         "all-descriptors-closed",
         "import os\nf = open('f', 'w')\ndef task(config):\n    f.write('abc')\n    os.closerange(3, 100)\n    return 1\n",
-        but={
+        differences={
             "result": "<no result>",
             "log": "cortex: the task's return value was not kept: the task has closed the file of its "
             "outcome\n",
         },
-        why="the job's result and message travel through a descriptor that the program has closed",
+        reason="the job's result and message travel through a descriptor that the program has closed",
     ),
     program(
         "detached-buffer",
@@ -311,7 +312,7 @@ OTHERS = [
         "import io\nclass B(io.BufferedWriter):\n    pass\nf = B(io.FileIO('f', 'w'))\nf.me = f\ndef task(config):\n    f.write(b'abc')\n",
     ),
     program(
-        "resource-warnings-of-what-the-collector-does-not-know",
+        "resource-warnings-of-untracked-objects",
         "import os\nkept = os.scandir('.')\ndef task(config):\n    next(kept)\n",
         env={"PYTHONWARNINGS": "default"},
     ),
@@ -322,6 +323,6 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("program", OTHERS)
-def test_something_else(program: Program, runner: Runner) -> None:
+@pytest.mark.parametrize("program", RESOURCES)
+def test_open_resources_agree_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)

@@ -1,4 +1,4 @@
-"""The supervising processes of a version that begin at the same time: few, and the others in their turn."""
+"""Only a few supervisors of a version start at the same time; the other orders wait."""
 
 from __future__ import annotations
 
@@ -32,38 +32,39 @@ def harness(local_harness: EngineHarness) -> EngineHarness:
     return local_harness
 
 
-def mute(harness: EngineHarness) -> Attempt:
-    """Of a job that stops its supervising process, before that has said that it started if it is quick."""
+def stopping_attempt(harness: EngineHarness) -> Attempt:
+    """A job that stops its supervisor, usually before the supervisor has reported the start."""
     return harness.attempt(SILENT, config={"silent": True}, api_id="one")
 
 
-def plain(harness: EngineHarness) -> Attempt:
+def short_attempt(harness: EngineHarness) -> Attempt:
     return harness.attempt(SILENT, api_id="one")
 
 
-async def silent(harness: EngineHarness, engine: LocalEngine) -> Attempt:
-    """One that is given to a supervising process which is stopped, and so says nothing of its start."""
-    before = plain(harness)
+async def attempt_of_a_stopped_supervisor(harness: EngineHarness, engine: LocalEngine) -> Attempt:
+    """An attempt that was ordered from a stopped supervisor, which therefore reports no start."""
+    before = short_attempt(harness)
     await harness.outcome(engine, before)
     supervisor = pid_of(harness, before)
-    await until(lambda: children(supervisor))  # that of the next job: it is done with this one
+    # The process for the next job exists: the supervisor is done with this job.
+    await until(lambda: children(supervisor))
     os.kill(supervisor, signal.SIGSTOP)
-    attempt = replace(plain(harness), version=before.version)
+    attempt = replace(short_attempt(harness), version=before.version)
     await harness.start(engine, attempt)
     return attempt
 
 
 @pytest.fixture
-def one_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_start_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor_pool, "MAX_STARTING", 1)
     monkeypatch.setattr(supervisor_pool, "START_TIMEOUT_S", 3600.0)
 
 
-@pytest.mark.usefixtures("one_at_once")
+@pytest.mark.usefixtures("one_start_at_a_time")
 def test_an_order_waits_until_there_is_room_for_its_start(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        first = await silent(harness, engine)
-        others = [replace(plain(harness), version=first.version) for _ in range(2)]
+        first = await attempt_of_a_stopped_supervisor(harness, engine)
+        others = [replace(short_attempt(harness), version=first.version) for _ in range(2)]
         for attempt in others:
             await harness.start(engine, attempt)
         await asyncio.sleep(0.1)
@@ -76,26 +77,26 @@ def test_an_order_waits_until_there_is_room_for_its_start(harness: EngineHarness
     harness.run(scenario)
 
 
-@pytest.mark.usefixtures("one_at_once")
-def test_an_order_that_waits_for_its_turn_is_taken_back(harness: EngineHarness) -> None:
+@pytest.mark.usefixtures("one_start_at_a_time")
+def test_a_stop_withdraws_an_order_that_waits_for_its_start(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        first = await silent(harness, engine)
-        second = replace(plain(harness), version=first.version)
+        first = await attempt_of_a_stopped_supervisor(harness, engine)
+        second = replace(short_attempt(harness), version=first.version)
         await harness.start(engine, second)
         await asyncio.sleep(0.1)
         engine.stop(second.spec.job_id)
-        assert isinstance(await harness.last(second), NeverStarted)
+        assert isinstance(await harness.final(second), NeverStarted)
         engine.stop(first.spec.job_id)
         await harness.ended(first)
 
     harness.run(scenario)
 
 
-@pytest.mark.usefixtures("one_at_once")
-def test_a_version_that_is_replaced_hands_out_what_waits(harness: EngineHarness) -> None:
+@pytest.mark.usefixtures("one_start_at_a_time")
+def test_a_retired_version_hands_out_its_waiting_orders(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        first = await silent(harness, engine)
-        second = replace(plain(harness), version=first.version)
+        first = await attempt_of_a_stopped_supervisor(harness, engine)
+        second = replace(short_attempt(harness), version=first.version)
         await harness.start(engine, second)
         engine.forget(versions=["one"])
         engine.stop(first.spec.job_id)
@@ -104,16 +105,16 @@ def test_a_version_that_is_replaced_hands_out_what_waits(harness: EngineHarness)
     harness.run(scenario)
 
 
-def test_those_that_never_say_that_they_began_hold_up_nobody_for_long(
+def test_supervisors_that_never_report_their_start_delay_other_orders_only_briefly(
     harness: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor_pool, "MAX_STARTING", 3)  # also where there are very many cores
 
     async def scenario(engine: LocalEngine) -> None:
-        first = [mute(harness) for _ in range(2 * supervisor_pool.MAX_STARTING)]
+        first = [stopping_attempt(harness) for _ in range(2 * supervisor_pool.MAX_STARTING)]
         for attempt in first:
             await harness.start(engine, attempt)
-        assert (await harness.outcome(engine, plain(harness))).exit_code == 0
+        assert (await harness.outcome(engine, short_attempt(harness))).exit_code == 0
         for attempt in first:
             engine.stop(attempt.spec.job_id)
             await harness.ended(attempt)
@@ -136,7 +137,7 @@ def test_many_jobs_begin_while_others_run(
             await harness.start(engine, attempt)
         for attempt in running:
             await harness.printed(attempt, "pid")
-        harness.go()
+        harness.finish_sleeper()
         assert [(await harness.ended(attempt)).result for attempt in running] == ["done"] * len(
             running
         )

@@ -1,4 +1,5 @@
-"""Control groups of every kind that this machine has: what is in one ends with it, and what they cannot do is told."""
+"""Control groups of every kind that this machine has: their processes end with them, and a group
+that cannot be made loses its job with the reason."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from cortex.engines.local.cgroups import CgroupParent
 from cortex.worker import processes
 from engines.engine_harness import EngineHarness, until
 
-# It multiplies for as long as nobody ends it, each time in a session of its own, and ignores whatever can be.
+# Forks until it is killed or 60 s have passed, each time in a new session, and ignores all signals
+# that a process can ignore.
 BOMB = """
 import os, signal, sys, time
 sys.stdin.read()
@@ -37,18 +39,18 @@ while time.monotonic() < until:
 """
 
 
-def places() -> list[CgroupParent]:
-    found = []
+def parent_groups() -> list[CgroupParent]:
+    groups = []
     for controller, folders in cgroup_support._mounts().items():
         if controller in ("", "freezer", "pids"):
-            found.append(
+            groups.append(
                 CgroupParent("v1" if controller else "v2", folders[0] / f"cortex-test{os.getpid()}")
             )
-    return found
+    return groups
 
 
-@pytest.fixture(params=places(), ids=lambda place: place.folder.parent.name)
-def place(request: pytest.FixtureRequest) -> Iterator[CgroupParent]:
+@pytest.fixture(params=parent_groups(), ids=lambda group: group.folder.parent.name)
+def parent_group(request: pytest.FixtureRequest) -> Iterator[CgroupParent]:
     made: CgroupParent = request.param
     try:
         made.folder.mkdir()
@@ -59,9 +61,9 @@ def place(request: pytest.FixtureRequest) -> Iterator[CgroupParent]:
     assert not made.folder.exists()
 
 
-def test_what_multiplies_in_a_group_and_in_those_below_it_ends(place: CgroupParent) -> None:
+def test_a_fork_bomb_in_a_group_and_in_the_groups_below_it_ends(parent_group: CgroupParent) -> None:
     bomb = subprocess.Popen([sys.executable, "-c", BOMB], stdin=subprocess.PIPE, env={})
-    group = place.create_group_of(bomb.pid, "cortex-x-supervisor.1.1")
+    group = parent_group.create_group_of(bomb.pid, "cortex-x-supervisor.1.1")
     below = group / "a" / "b"
     below.mkdir(parents=True)
     assert bomb.stdin is not None
@@ -77,12 +79,12 @@ def test_what_multiplies_in_a_group_and_in_those_below_it_ends(place: CgroupPare
     assert not [pid for pid in members if (about := processes.stat(pid)) and about[0] not in "ZX"]
 
 
-def test_a_process_that_is_gone_gets_no_group(place: CgroupParent) -> None:
-    gone = subprocess.Popen(["true"])
-    gone.wait()
+def test_an_exited_process_gets_no_group(parent_group: CgroupParent) -> None:
+    exited = subprocess.Popen(["true"])
+    exited.wait()
     with pytest.raises(ProcessLookupError):
-        place.create_group_of(gone.pid, "gone")
-    assert not (place.folder / "gone").exists()
+        parent_group.create_group_of(exited.pid, "exited")
+    assert not (parent_group.folder / "exited").exists()
 
 
 @pytest.fixture
@@ -90,54 +92,56 @@ def harness(tmp_path: Path) -> Iterator[EngineHarness]:
     made = EngineHarness(tmp_path)
     yield made
 
-    def nothing_is_left() -> bool:
-        made.sweep()
-        return not made.left()
+    def has_no_leftovers() -> bool:
+        made.remove_orphaned_groups()
+        return not made.leftovers()
 
-    asyncio.run(until(nothing_is_left))
+    asyncio.run(until(has_no_leftovers))
 
 
-def limited(engine: LocalEngine) -> None:
+def skip_without_memory_limits(engine: LocalEngine) -> None:
     if engine._cgroups.memory is None:
         pytest.skip("no control group limits memory here")
 
 
 def test_a_job_whose_group_cannot_be_made_is_lost_with_the_reason(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        limited(engine)
-        place = engine._cgroups.memory
-        assert place is not None
-        engine._cgroups.memory = replace(place, folder=Path("/no/such"))
+        skip_without_memory_limits(engine)
+        memory = engine._cgroups.memory
+        assert memory is not None
+        engine._cgroups.memory = replace(memory, folder=Path("/no/such"))
         attempt = harness.attempt("def task(config): ...", mem=64 << 20)
         await harness.start(engine, attempt)
-        last = await harness.last(attempt)
+        last = await harness.final(attempt)
         assert isinstance(last, Lost)
         assert last.reason.startswith("its control group cannot be made: ")
-        engine._cgroups.memory = place
+        engine._cgroups.memory = memory
 
     harness.run(scenario)
 
 
-def test_a_job_whose_group_somebody_removes_is_lost_and_runs_without_no_limit(
+def test_a_job_whose_group_is_removed_is_lost_and_does_not_run_unlimited(
     harness: EngineHarness,
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        limited(engine)
+        skip_without_memory_limits(engine)
         harness.bare_environment({})
         attempt = harness.attempt("def task(config): ...", mem=64 << 20)
-        await harness.start(engine, attempt)  # it waits for the interpreter
+        await harness.start(engine, attempt)  # it waits for the fork server
         [group] = engine._cgroups._limits.values()
         group.rmdir()
-        last = await harness.last(attempt)
+        last = await harness.final(attempt)
         assert isinstance(last, Lost)
         assert "the job's control group does not exist" in last.reason
 
     harness.run(scenario)
 
 
-def test_a_superseded_operator_that_closes_takes_no_groups_place(harness: EngineHarness) -> None:
+def test_jobs_still_get_groups_after_a_superseded_operator_removed_the_parent_groups(
+    harness: EngineHarness,
+) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        limited(engine)
+        skip_without_memory_limits(engine)
         assert engine._cgroups.memory is not None
         assert engine._cgroups.trees is not None
         engine._cgroups.memory.remove()
@@ -145,44 +149,44 @@ def test_a_superseded_operator_that_closes_takes_no_groups_place(harness: Engine
         attempt = harness.attempt(
             "def task(config): return open('/proc/self/cgroup').read()", mem=64 << 20
         )
-        found = str((await harness.outcome(engine, attempt)).result)
-        assert f"{attempt.spec.job_id}-1" in found
-        assert "supervisor." in found or engine._cgroups.memory == engine._cgroups.trees
+        groups = str((await harness.outcome(engine, attempt)).result)
+        assert f"{attempt.spec.job_id}-1" in groups
+        assert "supervisor." in groups or engine._cgroups.memory == engine._cgroups.trees
 
     harness.run(scenario)
 
 
-def test_a_place_of_an_operator_that_was_killed_goes_although_another_hierarchy_works_now(
+def test_a_parent_group_of_a_killed_operator_is_removed_also_from_an_unused_hierarchy(
     harness: EngineHarness,
 ) -> None:
     mounts = cgroup_support._mounts()
-    of_another = next((mounts[each][-1] for each in ("pids", "cpu", "") if each in mounts), None)
-    if of_another is None or not os.access(of_another, os.W_OK):
+    unused = next((mounts[each][-1] for each in ("pids", "cpu", "") if each in mounts), None)
+    if unused is None or not os.access(unused, os.W_OK):
         pytest.skip("this user has no control groups")
-    place = of_another / f"{cgroup_support.group_prefix(harness.root)}jobs"
-    place.mkdir()
+    parent_group = unused / f"{cgroup_support.group_prefix(harness.root)}jobs"
+    parent_group.mkdir()
 
     async def scenario(engine: LocalEngine) -> None:
-        assert place.is_dir()
+        assert parent_group.is_dir()
 
     harness.run(scenario)
-    assert not place.exists()
+    assert not parent_group.exists()
 
 
-def test_a_place_that_works_stays_where_no_limit_does(
+def test_a_parent_group_is_used_for_process_trees_where_no_memory_limit_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mounts = cgroup_support._mounts()
     monkeypatch.setattr(cgroup_support, "_mounts", lambda: {**mounts, "": [], "memory": [tmp_path]})
-    found = cgroup_support.probe(tmp_path)
-    if found.trees is None:
+    support = cgroup_support.probe(tmp_path)
+    if support.trees is None:
         pytest.skip("this user has no control groups")
-    assert found.kind == "watchdog"
-    assert found.trees.folder.is_dir()
-    found.trees.remove()
+    assert support.kind == "watchdog"
+    assert support.trees.folder.is_dir()
+    support.trees.remove()
 
 
-def test_a_group_is_of_a_process_that_lives_or_an_orphan() -> None:
+def test_a_group_without_a_live_process_is_an_orphan() -> None:
     about = processes.stat("self")
     assert about is not None
     assert not cgroups.is_orphaned(Path(f"cortex-a-supervisor.{os.getpid()}.{about[2]}"))

@@ -1,4 +1,4 @@
-"""Hooks that a program sets into the interpreter."""
+"""Hooks that a program installs in the interpreter."""
 
 from __future__ import annotations
 
@@ -157,5 +157,5 @@ HOOKS = [
 
 
 @pytest.mark.parametrize("program", HOOKS)
-def test_a_hook(program: Program, runner: Runner) -> None:
+def test_hooks_agree_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)

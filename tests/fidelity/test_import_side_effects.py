@@ -1,4 +1,4 @@
-"""What a library can make at its import: random state, folders, locks, files, threads, processes."""
+"""Side effects of an import: random state, folders, locks, files, threads, processes."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import pytest
 from fidelity.harness import Program, Runner
 from fidelity.programs import program
 
-MADE_AT_IMPORT = [
+SIDE_EFFECTS = [
     program(
         "random-state",
         "import fakelib\ndef task(config):\n    return fakelib.name()\n",
         libraries={
             "fakelib.py": "import random\n_random = random.Random()\ndef name():\n    return _random.randrange(10**12)\n"
         },
-        fresh=True,
+        is_random=True,
         jobs=3,
     ),
     program(
         "random-of-the-module",
         "import lib\nimport random\ndef task(config):\n    return [random.random(), lib.X]\n",
         libraries={"lib.py": "import random\nX = random.random()\n"},
-        fresh=True,
+        is_random=True,
         jobs=3,
     ),
     program(
@@ -38,13 +38,13 @@ MADE_AT_IMPORT = [
     program(
         "uuid",
         "import uuid\ndef task(config):\n    return [str(uuid.uuid4()), str(uuid.uuid1())]\n",
-        fresh=True,
+        is_random=True,
         jobs=3,
     ),
     program(
         "secrets",
         "import secrets\nX = secrets.token_hex(8)\ndef task(config):\n    return X\n",
-        fresh=True,
+        is_random=True,
         jobs=3,
     ),
     program(
@@ -61,7 +61,7 @@ MADE_AT_IMPORT = [
     program(
         "names-of-temporary-files",
         "import tempfile\nname = tempfile.mktemp()\ndef task(config):\n    return [name, tempfile.mktemp()]\n",
-        fresh=True,
+        is_random=True,
         jobs=3,
     ),
     program(
@@ -144,7 +144,7 @@ MADE_AT_IMPORT = [
         jobs=2,
     ),
     program(
-        "thread-that-is-over",
+        "finished-thread",
         "import lib\nimport threading\ndef task(config):\n    return [lib.X, threading.active_count()]\n",
         libraries={
             "lib.py": "import threading\nX = []\nt = threading.Thread(target=X.append, args=(1,))\nt.start()\nt.join()\n"
@@ -280,6 +280,6 @@ MADE_AT_IMPORT = [
 ]
 
 
-@pytest.mark.parametrize("program", MADE_AT_IMPORT)
-def test_something_made_at_import(program: Program, runner: Runner) -> None:
+@pytest.mark.parametrize("program", SIDE_EFFECTS)
+def test_side_effects_of_imports_agree_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)

@@ -1,5 +1,5 @@
-"""How files of a project may be called and laid out: odd names of the task's file, names of standard modules, packages,
-data beside the code, a folder of definition.python_path."""
+"""The names and the layout of a project's files: unusual names of the task's file, names of
+standard modules, packages, data beside the code, a folder of `definition.python_path`."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ PATHS = [
     program("space", ONE, path="my task.py"),
     program("space-and-spawn", SPAWN, path="my task.py"),
     program("digits", ONE, path="2024.py"),
-    program("odd-letters", ONE, path="żółw.py"),
+    program("non-ascii", ONE, path="żółw.py"),
     program("keyword", ONE, path="class.py"),
-    program("dots", ONE, path="my.task.py", by_file=True),
-    program("dots-and-a-version", ONE, path="train-v1.2.py", by_file=True),
+    program("dots", ONE, path="my.task.py", import_by_path=True),
+    program("dots-and-a-version", ONE, path="train-v1.2.py", import_by_path=True),
     program(
         "dots-and-an-error",
         "def task(config):\n    raise ValueError('x')\n",
         path="my.task.py",
-        by_file=True,
+        import_by_path=True,
     ),
     program("folder", ONE, path="jobs/train.py"),
     program("folder-and-spawn", SPAWN, path="jobs/train.py"),
@@ -44,7 +44,7 @@ PATHS = [
         path="random.py",
     ),
     *[
-        program(f"standard-name-{name}", ONE, path=f"{name}.py", by_file=name == "__main__")
+        program(f"standard-name-{name}", ONE, path=f"{name}.py", import_by_path=name == "__main__")
         for name in (
             "queue",
             "test",
@@ -77,7 +77,7 @@ PATHS = [
         },
     ),
     program(
-        "package-with-words",
+        "package-with-output",
         "print('task')\ndef task(config):\n    return 1\n",
         path="pkg/task.py",
         files={"pkg/__init__.py": "print('package')\n"},
@@ -93,7 +93,7 @@ PATHS = [
         ONE,
         path="pkg/task.py",
         files={"pkg/__init__.py": "1 / 0\n"},
-        says="ZeroDivisionError",
+        message_contains="ZeroDivisionError",
     ),
     program(
         "package-and-absolute-imports",
@@ -117,7 +117,7 @@ PATHS = [
         "relative-import-without-a-package",
         "from . import helper\n" + ONE,
         files={"helper.py": ""},
-        says="ImportError",
+        message_contains="ImportError",
     ),
     program(
         "python-path",
@@ -176,7 +176,7 @@ FILES = {
     "utils": "WHO = 'own'\n",
     "test": "WHO = 'own'\n",
 }
-# With a driver that imports json for the result, a project's own one would be in its way.
+# The driver imports json for the result, and would import the project's own module of these names.
 NO_RESULT = {"json", "enum", "re", "codecs"}
 
 
@@ -196,8 +196,8 @@ OWN = [
         "threading",
         "import threading\ndef task(config):\n    return threading.WHO\n",
         files={"threading.py": "WHO = 'own'\n"},
-        but={"log": ""},
-        why="Python asks a module of this name for threads to wait for, whosever it is, and complains that it has no such function",
+        differences={"log": ""},
+        reason="Python calls a function of any module of this name to wait for threads, and prints an error where the function is missing",
     ),
     program(
         "package-cortex-with-a-logger",
@@ -225,7 +225,7 @@ OWN = [
         "shadow-that-breaks",
         "import logging\ndef task(config):\n    return 1\n",
         files={"string.py": "1 / 0\n"},
-        says="ZeroDivisionError",
+        message_contains="ZeroDivisionError",
     ),
     program(
         "named-like-the-task",
@@ -281,12 +281,12 @@ OWN = [
         },
     ),
     program(
-        "path-files",
+        "pth-files",
         "import lib\ndef task(config):\n    return lib.X\n",
         libraries={"more/lib.py": "X = 1\n", "more.pth": "more\n"},
     ),
     program(
-        "path-files-that-run",
+        "pth-files-that-run-code",
         "import sys\ndef task(config):\n    return sys.started\n",
         libraries={"start.pth": "import sys; sys.started = 'yes'\n"},
     ),
@@ -302,8 +302,8 @@ OWN = [
             "usercustomize.py": "import sys\nsys.started = 1\n",
             "sitecustomize.py": "import sys\nsys.started = 1\n",
         },
-        but={"result": False},
-        why="`python -c` takes a sitecustomize of the current folder where PYTHONPATH names it, and not otherwise",
+        differences={"result": False},
+        reason="`python -c` imports a sitecustomize of the current folder only where PYTHONPATH names that folder",
     ),
     program(
         "dotenv",
@@ -348,15 +348,15 @@ OWN = [
         jobs=2,
     ),
     program("more-parameters", "def task(config, more=3, *args, **kwargs):\n    return more\n"),
-    program("no-parameter", "def task():\n    return 1\n", says="TypeError"),
+    program("no-parameter", "def task():\n    return 1\n", message_contains="TypeError"),
 ]
 
 
 @pytest.mark.parametrize("program", PATHS)
-def test_a_task_file(program: Program, runner: Runner) -> None:
+def test_task_files_of_any_name_agree_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)
 
 
 @pytest.mark.parametrize("program", OWN)
-def test_a_file_of_the_project(program: Program, runner: Runner) -> None:
+def test_files_of_the_project_agree_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)

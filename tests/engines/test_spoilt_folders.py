@@ -1,4 +1,4 @@
-"""What a job may do to its folder and to the process that watches over it, and is told as it is all the same."""
+"""Jobs that spoil their folder or stop their supervisor: their ends are reported correctly."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_job_that_has_spoilt_its_folder_loses_no_more_than_a_large_result(
 
 
 @pytest.mark.parametrize("spoil", SPOILS)
-def test_a_job_that_has_spoilt_its_folder_ends_as_it_ends(
+def test_a_job_that_has_spoilt_its_folder_ends_with_its_own_result(
     harness: EngineHarness, spoil: str
 ) -> None:
     async def scenario(engine: LocalEngine) -> None:
@@ -68,35 +68,37 @@ PLANT = """
             print("again")
             return
         os.unlink(log)
-        theirs = config["folder"]
+        outside = config["folder"]
         {plant}
-        open(theirs + "/planted", "w").close()
+        open(outside + "/planted", "w").close()
         time.sleep(300)
 """
 PLANTS = [
-    "os.symlink(theirs + '/elsewhere', log)",
-    "os.link(theirs + '/elsewhere', log)",
+    "os.symlink(outside + '/elsewhere', log)",
+    "os.link(outside + '/elsewhere', log)",
     "os.mkfifo(log)",
 ]
 
 
 @pytest.mark.parametrize("plant", PLANTS)
-def test_what_was_put_in_a_logs_place_is_not_written_to(harness: EngineHarness, plant: str) -> None:
+def test_a_file_that_replaces_a_log_is_not_written_to(harness: EngineHarness, plant: str) -> None:
     async def scenario(engine: LocalEngine) -> None:
-        theirs = harness.root.parent
-        attempt = harness.attempt(PLANT.format(plant=plant), config={"folder": str(theirs)})
-        elsewhere, planted = theirs / "elsewhere", theirs / "planted"
-        elsewhere.write_text("theirs")
-        attempt = await harness.begin(engine, attempt)
+        outside = harness.root.parent
+        attempt = harness.attempt(PLANT.format(plant=plant), config={"folder": str(outside)})
+        elsewhere, planted = outside / "elsewhere", outside / "planted"
+        elsewhere.write_text("outside")
+        attempt = await harness.start_attempt(engine, attempt)
         await until(planted.exists)
         os.kill(pid_of(harness, attempt), signal.SIGKILL)
-        assert isinstance(await harness.last(attempt), Lost)
+        assert isinstance(await harness.final(attempt), Lost)
         with pytest.raises(OSError, match="log"):
-            JobFolders(harness.root).append_to_log(attempt.spec.job_id, "words of the operator")
-        attempt = await harness.begin(engine, replace(attempt, losses=1, lost="it was lost"), 2)
+            JobFolders(harness.root).append_to_log(attempt.spec.job_id, "a line of the operator")
+        attempt = await harness.start_attempt(
+            engine, replace(attempt, losses=1, lost="it was lost"), 2
+        )
         assert (await harness.ended(attempt)).exit_code == 0
         assert harness.log(attempt) == "cortex: it was lost; attempt 2 begins\nagain\n"
-        assert elsewhere.read_text() == "theirs"
+        assert elsewhere.read_text() == "outside"
 
     harness.run(scenario)
 
@@ -125,7 +127,7 @@ def test_a_file_that_a_log_links_to_is_not_cut(harness: EngineHarness) -> None:
     harness.run(scenario)
 
 
-def test_a_stop_reaches_a_supervising_process_that_is_stopped(harness: EngineHarness) -> None:
+def test_a_stop_reaches_a_stopped_supervisor(harness: EngineHarness) -> None:
     async def scenario(engine: LocalEngine) -> None:
         attempt = harness.attempt("""
             import os, signal, time
@@ -142,7 +144,7 @@ def test_a_stop_reaches_a_supervising_process_that_is_stopped(harness: EngineHar
     harness.run(scenario)
 
 
-def test_a_stop_after_a_restart_reaches_one_that_is_stopped(harness: EngineHarness) -> None:
+def test_a_stop_after_a_restart_reaches_a_stopped_supervisor(harness: EngineHarness) -> None:
     attempt = harness.killed_operator(harness.sleeper(), "started")
 
     async def scenario(engine: LocalEngine) -> None:

@@ -1,5 +1,6 @@
-"""What can be open when a program ends, in each of the ways that hold it: a module's variable, a cycle, a class, a
-default argument, a generator, a local variable of a frame that an exception keeps."""
+"""Files that are open when a program ends, with each kind of reference to them: a module's
+variable, a cycle, a class, a default argument, a generator, a local variable of a frame that an
+exception refers to."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from fidelity.harness import Program, Runner
 from fidelity.programs import program
 
 WRITERS = {
-    # What opens a file, what writes into it.
+    # The code that opens a file, and the code that writes to it.
     "text": ("open('f', 'w')", "f.write('42 rows\\n')"),
     "text-with-large-buffer": ("open('f', 'w', buffering=1 << 20)", "f.write('x' * 100_000)"),
     "text-with-newline": (
@@ -51,7 +52,7 @@ WRITERS = {
     "json": ("open('f', 'w')", "json.dump({'a': 1}, f)"),
     "fileinput": ("fileinput.input('given.txt', inplace=True)", "next(f); print('in place')"),
     "named-temporary": ("tempfile.NamedTemporaryFile('w', delete=False)", "f.write('abc')"),
-    "named-temporary-that-goes": ("tempfile.NamedTemporaryFile('w')", "f.write('abc')"),
+    "named-temporary-deleted-at-close": ("tempfile.NamedTemporaryFile('w')", "f.write('abc')"),
     "temporary": ("tempfile.TemporaryFile('w')", "f.write('abc')"),
     "spooled": ("tempfile.SpooledTemporaryFile(max_size=2)", "f.write(b'abc')"),
     "temporary-folder": ("tempfile.TemporaryDirectory()", "open(f.name + '/a', 'w').write('x')"),
@@ -98,7 +99,7 @@ from xml.etree import ElementTree
 """
 
 
-HOLDERS = {
+REFERENCES = {
     "module": "f = {open}\ndef task(config):\n    global keep\n    {write}\n    return 1\n",
     "local": "def task(config):\n    f = {open}\n    {write}\n    return 1\n",
     "default-argument": "def task(config, f={open}):\n    {write}\n    return 1\n",
@@ -145,7 +146,7 @@ HOLDERS = {
     ),
     "exception": "def task(config):\n    f = {open}\n    {write}\n    raise ValueError('bad row')\n",
     "module-and-exception": "f = {open}\ndef task(config):\n    {write}\n    raise ValueError('bad row')\n",
-    "kept-exception": (
+    "stored-exception": (
         "kept = []\ndef work():\n    f = {open}\n    {write}\n    1 / 0\n"
         "def task(config):\n    try:\n        work()\n    except ZeroDivisionError as error:\n        kept.append(error)\n    return 1\n"
     ),
@@ -167,26 +168,26 @@ HOLDERS = {
 }
 
 
-def held(writer: str, holder: str) -> object:
+def with_open_file(writer: str, reference: str) -> object:
     opening, writing = WRITERS[writer]
-    code = HOLDERS[holder].format(open=opening, write=writing)
+    code = REFERENCES[reference].format(open=opening, write=writing)
     given = {"given.txt": "given\nlines\n", "held.py": ""}
     return program(
-        f"{writer}-{holder}", IMPORTS + dedent(code), files=given, libraries={"lib.py": ""}
+        f"{writer}-{reference}", IMPORTS + dedent(code), files=given, libraries={"lib.py": ""}
     )
 
 
-HELD = [
-    *[held(writer, "module") for writer in WRITERS],
-    *[held("text", holder) for holder in HOLDERS if holder != "module"],
+PROGRAMS = [
+    *[with_open_file(writer, "module") for writer in WRITERS],
+    *[with_open_file("text", reference) for reference in REFERENCES if reference != "module"],
     *[
-        held(writer, holder)
+        with_open_file(writer, reference)
         for writer in ("gzip", "zip", "csv", "temporary-folder")
-        for holder in ("cycle", "exception", "library", "own-module")
+        for reference in ("cycle", "exception", "library", "own-module")
     ],
 ]
 
 
-@pytest.mark.parametrize("program", HELD)
-def test_a_file(program: Program, runner: Runner) -> None:
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_open_files_agree_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)

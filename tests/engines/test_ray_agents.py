@@ -1,5 +1,5 @@
-"""What the Ray engine and the agents of nodes promise each other, whatever comes late, fails or is lost in
-between: on a node without Ray (`ray`)."""
+"""The promises that the Ray engine and the agents of nodes make each other, whatever arrives
+late, fails or is lost between them: on a node without Ray (`ray`)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from engines.engine_harness import LIMIT_S, until
 from engines.in_process_ray import NAMESPACE, InProcessHarness, in_process_harness, ready
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
-TALKS = """
+PRINTS_LINES = """
     import os, time
     def task(config):
         while not os.path.exists(config["file"] + ".go"):
@@ -36,7 +36,7 @@ TALKS = """
             time.sleep(0.01)
 """
 
-SAYS_WHICH = """
+PRINTS_ATTEMPT = """
     import glob, os
     def task(config):
         print("attempt", len(glob.glob(os.environ["CORTEX_JOB_DIR"] + "/../start.*")), flush=True)
@@ -49,36 +49,38 @@ def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InProce
         yield made
 
 
-def test_a_log_is_its_own_attempts_while_another_one_is_about_to_begin(
+def test_a_log_belongs_to_its_own_attempt_while_the_next_is_about_to_begin(
     harness: InProcessHarness,
 ) -> None:
     async def scenario(engine: Engine) -> None:
-        talker = harness.attempt(TALKS, config={"file": str(harness.marker)}, path="talks.py")
-        attempt = harness.attempt(SAYS_WHICH)
+        printer = harness.attempt(
+            PRINTS_LINES, config={"file": str(harness.marker)}, path="printer.py"
+        )
+        attempt = harness.attempt(PRINTS_ATTEMPT)
         await harness.outcome(engine, attempt)
-        await harness.start(engine, talker)
-        await harness.printed(talker, "line")
+        await harness.start(engine, printer)
+        await harness.printed(printer, "line")
 
-        async def polled() -> None:
-            asked = harness.ray.asked.count("poll")
-            await until(lambda: harness.ray.asked.count("poll") > asked + 2)
+        async def wait_for_polls() -> None:
+            polls = harness.ray.calls.count("poll")
+            await until(lambda: harness.ray.calls.count("poll") > polls + 2)
 
-        harness.ray.before["start"] = polled
-        second = await harness.begin(engine, attempt, 2)
+        harness.ray.before_call["start"] = wait_for_polls
+        second = await harness.start_attempt(engine, attempt, 2)
         await harness.ended(second)
         assert harness.log(attempt) == "attempt 1\nattempt 2\n"
-        harness.go()
-        await harness.ended(talker)
+        harness.finish_sleeper()
+        await harness.ended(printer)
 
     harness.run(scenario)
 
 
-@pytest.mark.parametrize("lacks", [errno.ENOSPC, errno.EMFILE])
+@pytest.mark.parametrize("error_number", [errno.ENOSPC, errno.EMFILE])
 def test_an_attempt_that_never_starts_adds_nothing_to_the_log(
-    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch, lacks: int
+    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch, error_number: int
 ) -> None:
     async def build(*_: object) -> Path:
-        raise OSError(lacks, os.strerror(lacks))
+        raise OSError(error_number, os.strerror(error_number))
 
     async def scenario(engine: Engine) -> None:
         attempt = harness.attempt("def task(config): print('hello')")
@@ -86,26 +88,26 @@ def test_an_attempt_that_never_starts_adds_nothing_to_the_log(
         assert harness.ray.agent is not None
         with monkeypatch.context() as patched:
             patched.setattr(harness.ray.agent._provisions._environments, "build", build)
-            second = await harness.begin(engine, attempt, 2)
-            assert isinstance(await harness.last(second), NeverStarted)
+            second = await harness.start_attempt(engine, attempt, 2)
+            assert isinstance(await harness.final(second), NeverStarted)
         assert harness.log(attempt) == "hello\n"
-        await harness.ended(await harness.begin(engine, attempt, 3))
+        await harness.ended(await harness.start_attempt(engine, attempt, 3))
         assert harness.log(attempt) == "hello\nhello\n"
 
     harness.run(scenario)
 
 
-def test_the_resolvers_words_follow_the_log_of_an_earlier_attempt(
+def test_the_resolvers_output_follows_the_log_of_an_earlier_attempt(
     harness: InProcessHarness,
 ) -> None:
     async def scenario(engine: Engine) -> None:
         attempt = harness.attempt("def task(config): print('hello')")
         await harness.outcome(engine, attempt)
-        shutil.rmtree(harness.slot / "environments")
-        project = harness.slot / "projects" / attempt.version.api.project_id
+        shutil.rmtree(harness.agent_folder / "environments")
+        project = harness.agent_folder / "projects" / attempt.version.api.project_id
         (project / "requirements.txt").write_text("./missing.whl\n")
-        second = await harness.begin(engine, attempt, 2)
-        assert isinstance(await harness.last(second), Lost)
+        second = await harness.start_attempt(engine, attempt, 2)
+        assert isinstance(await harness.final(second), Lost)
         log = harness.log(attempt)
         assert log.count("hello") == 1
         assert "missing.whl" in log
@@ -113,7 +115,7 @@ def test_the_resolvers_words_follow_the_log_of_an_earlier_attempt(
     harness.run(scenario)
 
 
-def test_a_node_keeps_to_the_operators_rules_for_builds(
+def test_a_node_builds_by_the_rules_of_the_operator(
     harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NAMED", "yes")
@@ -122,26 +124,26 @@ def test_a_node_keeps_to_the_operators_rules_for_builds(
         assert isinstance(engine, RayEngine)
         engine._attempts._calls._builds = Builds(0.001, frozenset({"NAMED"}))
         attempt = harness.attempt("def task(config): pass")
-        lost = await harness.last(await harness.begin(engine, attempt))
+        lost = await harness.final(await harness.start_attempt(engine, attempt))
         assert isinstance(lost, Lost)
         assert lost.is_final
         assert "not built within 0.001 s" in lost.reason
         assert harness.ray.agent is not None
         rules = harness.ray.agent._provisions._environments.rules
-        found = rules.inherited(os.environ, is_own_user=True)
-        assert found["NAMED"] == "yes"
+        inherited = rules.inherited(os.environ, is_own_user=True)
+        assert inherited["NAMED"] == "yes"
 
     harness.run(scenario)
 
 
-def test_a_copy_that_could_not_be_begun_for_a_full_disk_is_complete_once_it_is_not(
+def test_a_log_copy_that_a_full_disk_prevented_is_complete_once_there_is_room(
     harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(engine: Engine) -> None:
         first = harness.sleeper()
         JobFolders(harness.root).append_to_log(first.spec.job_id, "of an earlier attempt")
-        attempt = await harness.begin(engine, first)
-        await harness.number_after(first, "pid")
+        attempt = await harness.start_attempt(engine, first)
+        await harness.number_in_log(first, "pid")
         await engine.close()
         size = len(harness.log(first))
         shutil.rmtree(harness.root)
@@ -149,13 +151,13 @@ def test_a_copy_that_could_not_be_begun_for_a_full_disk_is_complete_once_it_is_n
         def resume(*_: object) -> None:
             raise FULL
 
-        other = harness.made()
-        await other.open(harness._saw)
+        other = harness.new_engine()
+        await other.open(harness.report)
         await ready(other)
         with monkeypatch.context() as patched:
             patched.setattr(LogCopies, "resume", resume)
             await other.recover(attempt)
-        harness.go()
+        harness.finish_sleeper()
         await harness.ended(attempt)
         assert [node.problem for node in other.ledger.nodes()] == [None]
         log = harness.log(first)
@@ -167,77 +169,77 @@ def test_a_copy_that_could_not_be_begun_for_a_full_disk_is_complete_once_it_is_n
     harness.run(scenario)
 
 
-def test_lock_files_that_cannot_be_read_hold_a_job_up(harness: InProcessHarness) -> None:
+def test_a_job_waits_while_its_lock_files_cannot_be_read(harness: InProcessHarness) -> None:
     class Locks:
         def locks(self, _: str) -> dict[str, str]:
             raise FULL
 
         def save_lockfile_if_absent(self, *_: str) -> None:
-            """It keeps none."""
+            """Save no lock file."""
 
     harness.locks = Locks()
 
     async def scenario(engine: Engine) -> None:
         attempt = harness.attempt("def task(config): pass")
         await harness.start(engine, attempt)
-        last = await harness.last(attempt)
-        assert isinstance(last, NeverStarted)
-        assert "No space left" in str(last.blocked_by)
-        await until(lambda: not harness.ray.seats)
+        final = await harness.final(attempt)
+        assert isinstance(final, NeverStarted)
+        assert "No space left" in str(final.blocked_by)
+        await until(lambda: not harness.ray.reservations)
 
     harness.run(scenario)
 
 
-def test_a_seat_on_a_node_that_is_gone_is_given_up_by_the_next_operator(
+def test_the_next_operator_releases_a_reservation_on_a_lost_node(
     harness: InProcessHarness,
 ) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = await harness.begin(engine, harness.sleeper())
+        attempt = await harness.start_attempt(engine, harness.sleeper())
         await harness.started(attempt)
-        assert harness.ray.seats
+        assert harness.ray.reservations
         await engine.close()
-        harness.lost()
-        other = harness.made()
-        await other.open(harness._saw)
+        harness.lose_node()
+        other = harness.new_engine()
+        await other.open(harness.report)
         await other.recover(attempt)
-        assert isinstance(await harness.last(attempt), Lost)
-        await until(lambda: not harness.ray.seats)
+        assert isinstance(await harness.final(attempt), Lost)
+        await until(lambda: not harness.ray.reservations)
         await other.close()
-        harness.go()
+        harness.finish_sleeper()
 
     harness.run(scenario)
 
 
-def test_a_seat_of_which_the_node_has_lost_the_records_is_given_up(
+def test_a_reservation_whose_records_the_node_lost_is_released(
     harness: InProcessHarness,
 ) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = await harness.begin(engine, harness.sleeper())
+        attempt = await harness.start_attempt(engine, harness.sleeper())
         await harness.started(attempt)
         await harness.ray.kill_agent()
-        (harness.slot / "owner").unlink()
-        assert "records in it, is gone" in str(await harness.last(attempt))
-        await until(lambda: not harness.ray.seats)
+        (harness.agent_folder / "owner").unlink()
+        assert "records in it, is gone" in str(await harness.final(attempt))
+        await until(lambda: not harness.ray.reservations)
 
     harness.run(scenario)
 
 
-def test_an_operator_that_was_superseded_takes_no_news_from_the_one_that_drives(
+def test_a_superseded_operator_takes_no_observation_from_the_leader(
     harness: InProcessHarness,
 ) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = await harness.begin(engine, harness.sleeper())
+        attempt = await harness.start_attempt(engine, harness.sleeper())
         await harness.started(attempt)
-        harness.seen.clear()
-        other = harness.made()
-        seen: list[object] = []
-        await other.open(seen.append)
+        harness.observations.clear()
+        other = harness.new_engine()
+        observations: list[object] = []
+        await other.open(observations.append)
         await ready(other)
         await other.recover(attempt)
-        await until(lambda: seen)
-        harness.go()
+        await until(lambda: observations)
+        harness.finish_sleeper()
         await harness.ended(attempt)
-        await until(lambda: any(isinstance(each, Ended) for each in seen))
+        await until(lambda: any(isinstance(each, Ended) for each in observations))
         await other.close()
 
     for _ in range(5):
@@ -245,7 +247,7 @@ def test_an_operator_that_was_superseded_takes_no_news_from_the_one_that_drives(
         Path(f"{harness.marker}.go").unlink()
 
 
-def test_without_inotify_logs_are_copied_all_the_same(
+def test_logs_are_copied_also_without_inotify(
     harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def inotify() -> None:
@@ -254,53 +256,53 @@ def test_without_inotify_logs_are_copied_all_the_same(
     monkeypatch.setattr(watch, "Inotify", inotify)
 
     async def scenario(engine: Engine) -> None:
-        attempt = await harness.begin(engine, harness.sleeper())
+        attempt = await harness.start_attempt(engine, harness.sleeper())
         await harness.printed(attempt, "pid")
-        harness.go()
+        harness.finish_sleeper()
         await harness.ended(attempt)
 
     harness.run(scenario)
 
 
-def test_a_node_that_is_lost_while_a_project_travels_there_loses_no_job(
+def test_a_node_lost_during_the_transfer_of_a_project_loses_no_job(
     harness: InProcessHarness,
 ) -> None:
     async def scenario(engine: Engine) -> None:
         attempt = harness.sleeper()
 
-        async def lost() -> None:
-            harness.lost()
-            await harness.last(attempt)
+        async def lose_node() -> None:
+            harness.lose_node()
+            await harness.final(attempt)
 
-        harness.ray.before["unpack"] = lost
+        harness.ray.before_call["unpack"] = lose_node
         await harness.start(engine, attempt)
-        assert isinstance(await harness.last(attempt), NeverStarted)
-        await until(lambda: not harness.ray.seats)
+        assert isinstance(await harness.final(attempt), NeverStarted)
+        await until(lambda: not harness.ray.reservations)
 
     harness.run(scenario)
     assert not harness.marker.exists()
 
 
-def test_a_stop_while_a_project_travels_starts_nothing(harness: InProcessHarness) -> None:
+def test_a_stop_during_the_transfer_of_a_project_starts_nothing(harness: InProcessHarness) -> None:
     async def scenario(engine: Engine) -> None:
         attempt = harness.sleeper()
 
         async def stop() -> None:
             engine.stop(attempt.spec.job_id)
 
-        harness.ray.before["unpack"] = stop
+        harness.ray.before_call["unpack"] = stop
         await harness.start(engine, attempt)
-        assert isinstance(await harness.last(attempt), NeverStarted)
-        assert harness.ray.asked.count("start") == 1
+        assert isinstance(await harness.final(attempt), NeverStarted)
+        assert harness.ray.calls.count("start") == 1
 
     harness.run(scenario)
 
 
-def test_an_order_that_was_given_up_while_it_was_built_is_in_no_later_ones_way(
+def test_an_order_abandoned_during_its_build_blocks_no_later_order(
     harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt, go_on = harness.sleeper(), asyncio.Event()
+        attempt, may_finish = harness.sleeper(), asyncio.Event()
         job_id, api = attempt.spec.job_id, attempt.version.api
         assert engine.ledger.reserve(job_id, api.compute) is None
         attempt = replace(attempt, handle=engine.claim(job_id, 1))
@@ -316,38 +318,38 @@ def test_an_order_that_was_given_up_while_it_was_built_is_in_no_later_ones_way(
         async def slow(order: NodeOrder) -> Path:
             python = await build(order)
             if order.number == 1:
-                await go_on.wait()
+                await may_finish.wait()
             return python
 
         monkeypatch.setattr(agent._provisions, "build", slow)
         hello = await agent.hello()
         await agent.start(orders[0])
         late = agent._building[job_id]
-        await agent.recover(orders[1])  # the operator has heard nothing of the first
+        await agent.recover(orders[1])  # no report of the first order has reached the operator
         await agent.start(orders[2])
         log = harness.folder(attempt) / "log"
         await until(lambda: log.exists() and "pid" in log.read_text())
-        go_on.set()
+        may_finish.set()
         await asyncio.gather(late, return_exceptions=True)
         assert "pid" in log.read_text()
-        harness.go()
-        seen: list[object] = []
+        harness.finish_sleeper()
+        observations: list[object] = []
         seq = hello.seq
-        while not any(isinstance(each, Ended) and each.attempt == 3 for each in seen):
+        while not any(isinstance(each, Ended) and each.attempt == 3 for each in observations):
             polled = agent.poll(hello.incarnation, seq, {}, LIMIT_S)
             poll = await asyncio.wait_for(polled, 2 * LIMIT_S)
-            assert poll.seq > seq, seen
-            seen, seq = [*seen, *poll.seen], poll.seq
+            assert poll.seq > seq, observations
+            observations, seq = [*observations, *poll.seen], poll.seq
         engine.ledger.release(job_id)
 
     harness.run(scenario)
     assert harness.marker.read_text() == "ran\n"
 
 
-def test_what_an_agent_that_was_killed_had_taken_in_by_half_is_removed(
+def test_the_next_agent_removes_a_partial_upload(
     harness: InProcessHarness,
 ) -> None:
-    part = harness.slot / "projects" / ".incoming-cut-off"
+    part = harness.agent_folder / "projects" / ".incoming-cut-off"
     part.mkdir(parents=True)
     (part / "half").touch()
 
@@ -368,44 +370,44 @@ def test_a_job_that_has_spoilt_its_start_record_ends_with_its_node(
         harness.start_record(attempt).write_bytes(b"")
 
     harness.run(scenario)
-    guard.end_all(harness.slot / "jobs")
+    guard.end_all(harness.agent_folder / "jobs")
     assert not processes.with_variable("CORTEX_JOB_ID", attempt.spec.job_id)
 
 
 def test_a_killed_agent_is_replaced(harness: InProcessHarness) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = await harness.begin(engine, harness.sleeper())
+        attempt = await harness.start_attempt(engine, harness.sleeper())
         await harness.started(attempt)
         await harness.ray.kill_agent()
-        await harness.seen_of(attempt, Reachable)
-        harness.go()
+        await harness.observed(attempt, Reachable)
+        harness.finish_sleeper()
         await harness.ended(attempt)
 
     harness.run(scenario)
 
 
-def test_a_job_whose_folder_is_gone_with_its_records_is_lost_and_runs_no_more(
+def test_a_job_whose_folder_was_removed_with_its_records_is_lost_and_ended(
     harness: InProcessHarness,
 ) -> None:
     async def scenario(engine: Engine) -> None:
-        attempt = await harness.begin(engine, harness.sleeper())
+        attempt = await harness.start_attempt(engine, harness.sleeper())
         await harness.started(attempt)
         await harness.ray.kill_agent()
         shutil.rmtree(harness.folder(attempt))
-        last = await harness.last(attempt)
-        assert isinstance(last, Lost)
-        assert "records in it, is gone" in last.reason
+        final = await harness.final(attempt)
+        assert isinstance(final, Lost)
+        assert "records in it, is gone" in final.reason
         assert not processes.with_variable("CORTEX_JOB_ID", attempt.spec.job_id)
 
     harness.run(scenario)
 
 
 @pytest.mark.parametrize("is_lost", [True, False], ids=["node", "agent"])
-def test_a_seat_that_an_agent_was_killed_before_it_gave_up_is_given_up(
+def test_a_reservation_that_a_killed_agent_did_not_release_is_released(
     harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch, *, is_lost: bool
 ) -> None:
     def let_go(_: str) -> None:
-        raise RayError("the cluster cannot be asked now")
+        raise RayError("the cluster does not answer now")
 
     async def scenario(engine: Engine) -> None:
         with monkeypatch.context() as patched:
@@ -413,42 +415,41 @@ def test_a_seat_that_an_agent_was_killed_before_it_gave_up_is_given_up(
             await harness.outcome(engine, harness.attempt("def task(config): pass"))
             await harness.ray.kill_agent()
         if is_lost:
-            harness.lost()
-        await until(lambda: not harness.ray.seats)
+            harness.lose_node()
+        await until(lambda: not harness.ray.reservations)
 
     harness.run(scenario)
 
 
-def test_a_seat_of_which_nothing_is_known_is_given_up_by_whoever_drives_next(
+def test_the_next_leader_releases_a_reservation_of_unknown_outcome(
     harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def cut_off(seat: Reservation, _: float) -> tuple[int, ...]:
-        harness.ray.seats.add(seat.name)
+    async def cut_off(reservation: Reservation, _: float) -> tuple[int, ...]:
+        harness.ray.reservations.add(reservation.name)
         harness.ray.is_cut_off = True
         raise RayError("the link broke")
 
     async def scenario(engine: Engine) -> None:
         with monkeypatch.context() as patched:
             patched.setattr(harness.ray, "reserve", cut_off)
-            attempt = await harness.begin(engine, harness.sleeper())
+            attempt = await harness.start_attempt(engine, harness.sleeper())
             await until(lambda: harness.ray.is_cut_off)
             await asyncio.sleep(0.1)
             await engine.close()
         harness.ray.is_cut_off = False
-        other = harness.made()
-        await other.open(harness._saw)
-        if not any(
-            isinstance(each, NeverStarted) for each in harness.seen
-        ):  # else it is not asked after
+        other = harness.new_engine()
+        await other.open(harness.report)
+        # The operator recovers only attempts whose end was not reported.
+        if not any(isinstance(each, NeverStarted) for each in harness.observations):
             await other.recover(attempt)
-        assert isinstance(await harness.last(attempt), NeverStarted)
-        await until(lambda: not harness.ray.seats)
+        assert isinstance(await harness.final(attempt), NeverStarted)
+        await until(lambda: not harness.ray.reservations)
         await other.close()
 
     harness.run(scenario)
 
 
-def test_the_time_of_a_job_ends_though_its_seat_cannot_be_given_up(
+def test_a_job_times_out_though_its_reservation_cannot_be_released(
     harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def cut_off(*_: object) -> tuple[int, ...]:
@@ -459,20 +460,20 @@ def test_the_time_of_a_job_ends_though_its_seat_cannot_be_given_up(
         monkeypatch.setattr(harness.ray, "reserve", cut_off)
         attempt = harness.attempt("def task(config): pass", timeout=1)
         await harness.start(engine, attempt)
-        assert isinstance(await harness.last(attempt), NeverStarted)
+        assert isinstance(await harness.final(attempt), NeverStarted)
         assert harness.ray.is_cut_off
 
     harness.run(scenario)
 
 
-ODD: list[dict[str, object]] = [
+INVALID: list[dict[str, object]] = [
     {"end_ns": "x"}, {"exit_code": 1 << 40}, {"ending": "over"}, {"message": 1}, {"start_ns": -1},
     {"hints": "words"}, {"measures": None}, {"has_result": "yes"},
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("changed", ODD, ids=[next(iter(each)) for each in ODD])
-def test_what_a_node_tells_and_what_cannot_be_is_a_lost_attempt(
+@pytest.mark.parametrize("changed", INVALID, ids=[next(iter(each)) for each in INVALID])
+def test_an_impossible_report_of_a_node_is_a_lost_attempt(
     harness: InProcessHarness, changed: dict[str, object]
 ) -> None:
     async def scenario(engine: Engine) -> None:
@@ -481,31 +482,31 @@ def test_what_a_node_tells_and_what_cannot_be_is_a_lost_attempt(
         await harness.printed(attempt, "pid")
         assert harness.ray.agent is not None
         end = Ended(job_id, 1, Ending.EXITED, 1, 2, 0, None, None, False)
-        harness.ray.agent._add_to_outbox(replace(end, **changed))  # type: ignore[arg-type]  # that is what is tried
-        last = await harness.last(attempt)
-        assert isinstance(last, Lost)
-        assert last.reason.startswith("its node sent an invalid observation: ")
+        harness.ray.agent._add_to_outbox(replace(end, **changed))  # type: ignore[arg-type]  # the test forges it
+        final = await harness.final(attempt)
+        assert isinstance(final, Lost)
+        assert final.reason.startswith("its node sent an invalid observation: ")
         harness.ray.agent._engine.stop(job_id)
-        await until(lambda: job_id not in harness.ray.agent._orders)  # type: ignore[union-attr]  # it is there
+        await until(lambda: job_id not in harness.ray.agent._orders)  # type: ignore[union-attr]  # the agent exists
 
     harness.run(scenario)
 
 
-def test_a_result_that_a_node_tells_and_that_is_none_is_left_out(harness: InProcessHarness) -> None:
+def test_an_invalid_result_that_a_node_reports_is_dropped(harness: InProcessHarness) -> None:
     async def scenario(engine: Engine) -> None:
         attempt = harness.sleeper()
         job_id = await harness.start(engine, attempt)
         await harness.printed(attempt, "pid")
         assert harness.ray.agent is not None
         now = time.time_ns()
-        lie = Ended(job_id, 1, Ending.EXITED, now, now, 0, None, float("nan"), True)
+        forged = Ended(job_id, 1, Ending.EXITED, now, now, 0, None, float("nan"), True)
         harness.ray.agent._add_to_outbox(Waits(job_id, 1, "\ud800" * 999))
-        harness.ray.agent._add_to_outbox(lie)
+        harness.ray.agent._add_to_outbox(forged)
         last = await harness.ended(attempt)
         assert (last.has_result, last.result) == (False, None)
         assert "not JSON" in (last.message or "")
-        assert all(len(words) <= 500 and words.encode() for words in harness.waits)
-        harness.go()
-        await until(lambda: job_id not in harness.ray.agent._orders)  # type: ignore[union-attr]  # it is there
+        assert all(len(reason) <= 500 and reason.encode() for reason in harness.wait_reasons)
+        harness.finish_sleeper()
+        await until(lambda: job_id not in harness.ray.agent._orders)  # type: ignore[union-attr]  # the agent exists
 
     harness.run(scenario)

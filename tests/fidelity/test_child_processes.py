@@ -1,4 +1,4 @@
-"""Other processes: commands, and forks by hand."""
+"""Child processes: commands, and forks by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fidelity.programs import program
 
 SUBPROCESSES = [
     program(
-        "order-of-words",
+        "order-of-output",
         """
         import subprocess, sys
         def task(config):
@@ -84,21 +84,21 @@ SUBPROCESSES = [
         files={"pack/__init__.py": "", "pack/__main__.py": "print(__name__, __package__)\n"},
     ),
     program(
-        "left-running",
+        "child-runs-at-exit",
         "import subprocess\ndef task(config):\n    subprocess.Popen(['sleep', '0.1'])\n    return 1\n",
     ),
     program(
-        "writes-as-it-is-left",
+        "child-writes-at-exit",
         "import subprocess\ndef task(config):\n    global p\n    p = subprocess.Popen(['cat'], stdin=-1)\n    p.stdin.write(b'words\\n')\n",
     ),
     program(
-        "has-still-to-write-as-it-is-left",
+        "child-still-writes-at-exit",
         "import subprocess\ndef task(config):\n    global p\n"
         "    p = subprocess.Popen('sleep 0.2; gzip -n > words.gz', shell=True, stdin=-1)\n"
         "    p.stdin.write(b'words\\n' * 5000)\n",
     ),
     program(
-        "children-and-theirs-have-still-to-write",
+        "children-and-grandchildren-still-write-at-exit",
         "import subprocess\ndef task(config):\n    global p\n"
         "    p = subprocess.Popen('cat | (sleep 0.2; cat) | tee words', shell=True, stdin=-1)\n"
         "    p.stdin.write(b'words\\n')\n",
@@ -211,5 +211,5 @@ SUBPROCESSES = [
 
 
 @pytest.mark.parametrize("program", SUBPROCESSES)
-def test_another_process(program: Program, runner: Runner) -> None:
+def test_child_processes_agree_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)

@@ -1,4 +1,5 @@
-"""Programs that change Python itself: what it calls at its end, its modules, what watches over its code."""
+"""Programs that change Python itself: functions that it calls at its end, its modules, trace
+functions, its garbage collector, its filters of warnings."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ REPLACED = [
         program(
             f"builtin-{name}",
             f"import builtins\ndel builtins.{name}\ndef task(config):\n    1 / 0\n",
-            says="ZeroDivisionError: division by zero",
+            message_contains="ZeroDivisionError: division by zero",
         )
         for name in ("getattr", "isinstance", "len", "str", "type")
     ],
@@ -91,13 +92,13 @@ MODULES = [
         files={"helper.py": "print('loaded')\n"},
     ),
     program(
-        "taken-out-and-put-in-again",
+        "removed-and-added-again",
         f"import sys\nsys.modules['os'] = sys.modules.pop('os')\n{KEEPS_A_FILE}",
     ),
     program("deleted", f"import sys\n{KEEPS_A_FILE}    del sys.modules\n"),
     program("replaced", f"import sys\n{KEEPS_A_FILE}    sys.modules = {{}}\n"),
     program(
-        "in-their-order",
+        "in-order",
         "import sys, helper\ndef task(config):\n    return list(sys.modules)[-2:] == ['helper', __name__]\n",
         files={"helper.py": ""},
     ),
@@ -117,7 +118,7 @@ MODULES = [
 
 WATCHERS = [
     program(
-        "trace-left-that-fails",
+        "failing-trace-at-exit",
         """
         import sys
         def late(frame, event, argument):
@@ -127,7 +128,7 @@ WATCHERS = [
         """,
     ),
     program(
-        "profile-left-that-fails",
+        "failing-profile-at-exit",
         """
         import sys
         def late(frame, event, argument):
@@ -173,7 +174,7 @@ WATCHERS = [
 
 COLLECTOR = [
     program(
-        "callbacks-left",
+        "gc-callbacks-at-exit",
         """
         import gc
         def told(phase, about):
@@ -183,7 +184,7 @@ COLLECTOR = [
         """,
     ),
     program(
-        "garbage-left",
+        "uncollected-garbage",
         "import gc\ndef task(config):\n    gc.garbage.append('x')\n    gc.set_debug(gc.DEBUG_UNCOLLECTABLE)\n",
     ),
     program(
@@ -221,25 +222,29 @@ FILTERS = [
 
 
 @pytest.mark.parametrize("program", REPLACED)
-def test_something_replaced(program: Program, runner: Runner) -> None:
+def test_replaced_functions_agree_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)
 
 
 @pytest.mark.parametrize("program", MODULES)
-def test_modules(program: Program, runner: Runner) -> None:
+def test_changes_of_sys_modules_agree_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)
 
 
 @pytest.mark.parametrize("program", WATCHERS)
-def test_a_watcher(program: Program, runner: Runner) -> None:
+def test_trace_and_profile_functions_agree_with_plain_python(
+    program: Program, runner: Runner
+) -> None:
     runner.check(program)
 
 
 @pytest.mark.parametrize("program", COLLECTOR)
-def test_the_collector(program: Program, runner: Runner) -> None:
+def test_changes_of_the_garbage_collector_agree_with_plain_python(
+    program: Program, runner: Runner
+) -> None:
     runner.check(program)
 
 
 @pytest.mark.parametrize("program", FILTERS)
-def test_filters_of_warnings(program: Program, runner: Runner) -> None:
+def test_filters_of_warnings_agree_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)

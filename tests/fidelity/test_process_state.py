@@ -1,4 +1,5 @@
-"""The state of a process, as a program finds it and changes it: signals, tracing, locale, folder, limits, flags."""
+"""The state of a process, at its start and after changes: signals, tracing, locale, folder,
+limits, flags."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import pytest
 from fidelity.harness import Program, Runner
 from fidelity.programs import program
 
-FOUND = [
+INITIAL = [
     program(
         "signals",
         """
@@ -205,7 +206,7 @@ CHANGED = [
         "import sys\nlines = []\ndef trace(frame, event, arg):\n    if frame.f_code.co_name == 'work':\n        lines.append([event, frame.f_lineno])\n    return trace\ndef work():\n    x = 1\n    return x\ndef task(config):\n    sys.settrace(trace)\n    work()\n    sys.settrace(None)\n    return lines\n",
     ),
     program(
-        "trace-left-on",
+        "trace-at-exit",
         "import sys\ncount = [0]\ndef task(config):\n    sys.settrace(lambda *a: count.__setitem__(0, 1))\n    sum([])\n    return 1\n",
     ),
     program(
@@ -238,8 +239,8 @@ CHANGED = [
         "folder-changed",
         "import os\ndef task(config):\n    os.chdir('/')\n    os.makedirs(os.environ['TMPDIR'] + '/x')\n    import helper\n    return [os.getcwd(), helper.X]\n",
         files={"helper.py": "X = 1\n"},
-        but={"result": ["/", 1], "exit_code": 0, "log": ""},
-        why="the project's folder is in a job's path by its whole name; `python -c` has the current folder there, and finds no modules after a chdir",
+        differences={"result": ["/", 1], "exit_code": 0, "log": ""},
+        reason="a job's sys.path has the project's absolute path; `python -c` has the current folder there, and finds no modules after a chdir",
     ),
     program(
         "folder-removed",
@@ -304,14 +305,14 @@ CHANGED = [
     program(
         "all-modules-forgotten",
         "import sys\ndef task(config):\n    sys.modules.clear()\n    return 1\n",
-        but={"result": 1},
-        why="the driver cannot import json any more; a job has loaded it",
+        differences={"result": 1},
+        reason="the driver cannot import json any more; a job has imported json before",
     ),
     program(
         "builtins-changed",
         "import builtins\ndef task(config):\n    builtins.sorted = lambda x: 7\n    builtins.open = None\n    return sorted('')\n",
-        but={"result": 7},
-        why="the driver imports json with what is left of the builtins; a job has it already",
+        differences={"result": 7},
+        reason="the driver imports json with the remaining builtins; a job has imported json before",
     ),
     program(
         "streams-of-children-changed",
@@ -333,11 +334,11 @@ CHANGED = [
 ]
 
 
-@pytest.mark.parametrize("program", FOUND)
-def test_what_is_found(program: Program, runner: Runner) -> None:
+@pytest.mark.parametrize("program", INITIAL)
+def test_the_initial_state_agrees_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)
 
 
 @pytest.mark.parametrize("program", CHANGED)
-def test_what_is_changed(program: Program, runner: Runner) -> None:
+def test_changes_of_the_state_agree_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)

@@ -1,5 +1,5 @@
-"""Relative writes are a job's own: each job of a version finds the project as it was deployed, whatever jobs before it
-and beside it have written."""
+"""Files that a job writes by a relative path are its own: each job of a version finds the
+project as it was deployed, whatever other jobs have written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GIVEN = {
 }
 
 RENAMED = (
-    "of a folder of the project that a job renamed, its own folder keeps what it changed alone"
+    "where a job renamed a folder of the project, its own folder contains only the changed files"
 )
 
 
@@ -50,22 +50,24 @@ PROGRAMS = [
     writes("delete-a-file", "os.remove('given.txt')"),
     writes("delete-a-folder", "shutil.rmtree('data')"),
     writes(
-        "delete-and-make-again",
+        "delete-and-recreate",
         "shutil.rmtree('data')\nos.mkdir('data')\nopen('data/new', 'w').write('x')",
     ),
     writes("rename-a-file", "os.rename('given.txt', 'renamed.txt')"),
-    writes("rename-a-folder", "os.rename('data', 'renamed')", but={"files": {}}, why=RENAMED),
+    writes(
+        "rename-a-folder", "os.rename('data', 'renamed')", differences={"files": {}}, reason=RENAMED
+    ),
     writes(
         "rename-a-folder-into-another",
         "os.mkdir('to')\nos.rename('data/deep', 'to/deep')",
-        but={"files": {}},
-        why=RENAMED,
+        differences={"files": {}},
+        reason=RENAMED,
     ),
     writes(
         "rename-a-folder-and-write-in-it",
         "os.rename('data', 'renamed')\nopen('renamed/new', 'w').write('x')\nprint(open('renamed/rows.csv').read())",
-        but={"files": {"renamed/new": b"x"}},
-        why=RENAMED,
+        differences={"files": {"renamed/new": b"x"}},
+        reason=RENAMED,
     ),
     writes(
         "by-the-path-of-the-code",
@@ -125,10 +127,12 @@ PROGRAMS = [
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_relative_write(program: Program, runner: Runner) -> None:
+def test_relative_writes_agree_with_plain_python(program: Program, runner: Runner) -> None:
     runner.check(program)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_relative_write_in_a_copy(program: Program, copying: Runner) -> None:
-    copying.check(replace(program, but={}, why=None))
+def test_relative_writes_in_a_copy_agree_with_plain_python(
+    program: Program, copying_runner: Runner
+) -> None:
+    copying_runner.check(replace(program, differences={}, reason=None))

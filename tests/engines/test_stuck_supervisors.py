@@ -1,4 +1,4 @@
-"""What the engine does where a supervising process does not do its work."""
+"""The engine's backstop: it acts where a supervisor does not do its work."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def harness(local_harness: EngineHarness) -> EngineHarness:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backstop, "POLL_INTERVAL_S", 0.1)
 
 
 @contextlib.contextmanager
-def held_up(pid: int) -> Iterator[None]:
-    """A process that cannot go on, whatever signal it gets."""
+def traced(pid: int) -> Iterator[None]:
+    """Trace a process, which then cannot run, whatever signal it gets."""
     command = [sys.executable, "-c", TRACES, str(pid)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as tracer:
         try:
@@ -51,28 +51,28 @@ def held_up(pid: int) -> Iterator[None]:
             tracer.kill()
 
 
-def test_an_order_that_a_stopped_process_does_not_begin_with_is_taken_from_it(
+def test_an_order_that_a_stopped_supervisor_does_not_begin_is_taken_from_it(
     harness: EngineHarness,
 ) -> None:
-    """A job of the same user may stop those that wait for others' jobs."""
+    """A job may stop supervisors of the same user that wait for other jobs."""
 
     async def scenario(engine: LocalEngine) -> None:
         first = harness.attempt("def task(c): return 1")
         await harness.outcome(engine, first)
         supervisor = pid_of(harness, first)
-        with held_up(supervisor):
+        with traced(supervisor):
             following = replace(harness.attempt("def task(c): return 1"), version=first.version)
             await harness.start(engine, following)
-            assert isinstance(await harness.last(following), NeverStarted)
-        await until(lambda: not exists(supervisor))  # its fork server collects it
+            assert isinstance(await harness.final(following), NeverStarted)
+        await until(lambda: not exists(supervisor))  # its fork server reaps it
 
     harness.run(scenario)
 
 
-def test_a_job_that_its_supervisor_does_not_end_is_ended(
+def test_the_engine_ends_a_job_that_its_supervisor_does_not_end(
     harness: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where the job has written into that process: here it was told of no deadline."""
+    """The supervisor got no deadline, as if the job had overwritten its supervisor's memory."""
     monkeypatch.setattr(backstop, "RUNNING_OVERDUE_S", 0.2)
     harness.grace_s = 0.1
 
@@ -80,9 +80,10 @@ def test_a_job_that_its_supervisor_does_not_end_is_ended(
         order = engine._order
         monkeypatch.setattr(engine, "_order", lambda each: order(replace(each, deadline=None)))
         first = harness.attempt("def task(c): return 1")
-        await harness.outcome(engine, first)  # the next begins long before its timeout
+        # The fork server is warm afterwards: the next job begins long before its timeout.
+        await harness.outcome(engine, first)
         attempt = harness.attempt(SLEEP, config={"file": str(harness.marker)}, timeout=2)
-        begun = await harness.begin(engine, replace(attempt, version=first.version))
+        begun = await harness.start_attempt(engine, replace(attempt, version=first.version))
         assert (await harness.ended(begun)).ending is Ending.TIMED_OUT
         await until(lambda: not exists(pid_of(harness, begun)))
 
@@ -90,8 +91,8 @@ def test_a_job_that_its_supervisor_does_not_end_is_ended(
 
 
 @dataclass(eq=False)
-class Late:
-    """An attempt that should have been over long ago."""
+class OverdueAttempt:
+    """An attempt that should have ended long ago."""
 
     pidfd: int
     stopped_polls: int = 0
@@ -101,34 +102,34 @@ class Late:
     has_begun: bool = True
 
 
-def after_a_look(late: Late) -> None:
-    async def look() -> None:
+def poll_once(attempt: OverdueAttempt) -> None:
+    async def poll() -> None:
         background = Background("failed")
-        watching = backstop.Backstop(lambda: [late], background)
-        await watching._poll()
+        poller = backstop.Backstop(lambda: [attempt], background)
+        await poller._poll()
         await background.finish()
 
-    asyncio.run(look())
+    asyncio.run(poll())
 
 
-def test_a_supervisor_that_has_nothing_to_end_any_more_is_left_alone() -> None:
-    """Its record may wait until there is room on the disk."""
+def test_a_supervisor_without_a_process_to_end_is_not_killed() -> None:
+    """The supervisor may be waiting for room on the disk to write its exit record."""
     with subprocess.Popen(["sleep", "300"]) as running:
-        late = Late(os.pidfd_open(running.pid))
-        after_a_look(late)
-        assert (running.poll(), late.is_force_killed) == (None, False)
+        attempt = OverdueAttempt(os.pidfd_open(running.pid))
+        poll_once(attempt)
+        assert (running.poll(), attempt.is_force_killed) == (None, False)
         running.kill()
-        os.close(late.pidfd)
+        os.close(attempt.pidfd)
 
 
-def test_what_cannot_be_ended_for_want_of_descriptors_is_ended_at_a_later_look(
+def test_a_kill_that_fails_for_lack_of_descriptors_is_retried_at_the_next_poll(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError(24, "too many open files")
 
     with subprocess.Popen(["sleep", "300"]) as running:
-        late = Late(os.pidfd_open(running.pid))
+        attempt = OverdueAttempt(os.pidfd_open(running.pid))
         running.send_signal(signal.SIGSTOP)
         asyncio.run(until(lambda: backstop._stopped([running.pid])))
         for where, name in (
@@ -138,8 +139,8 @@ def test_what_cannot_be_ended_for_want_of_descriptors_is_ended_at_a_later_look(
         ):
             with monkeypatch.context() as short:
                 short.setattr(where, name, refuse)
-                after_a_look(late)
-            assert (running.poll(), late.is_force_killed) == (None, False)
-        after_a_look(late)
+                poll_once(attempt)
+            assert (running.poll(), attempt.is_force_killed) == (None, False)
+        poll_once(attempt)
         assert running.wait() == -signal.SIGKILL
-        os.close(late.pidfd)
+        os.close(attempt.pidfd)
