@@ -406,12 +406,12 @@ def test_a_job_whose_folder_was_removed_with_its_records_is_lost_and_ended(
 def test_a_reservation_that_a_killed_agent_did_not_release_is_released(
     harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch, *, is_lost: bool
 ) -> None:
-    def let_go(_: str) -> None:
+    def release(_: str) -> None:
         raise RayError("the cluster does not answer now")
 
     async def scenario(engine: Engine) -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(reservations, "release", let_go)
+            patched.setattr(reservations, "release", release)
             await harness.outcome(engine, harness.attempt("def task(config): pass"))
             await harness.ray.kill_agent()
         if is_lost:

@@ -107,6 +107,6 @@ class TrackedAttempt:
         """The end of an attempt of which no code ran.
 
         Args:
-            held_up_by: what the machine lacked, if that is the reason.
+            blocked_by: what the machine lacked, if that is the reason.
         """
         return NeverStarted(self.job_id, self.attempt.number, blocked_by)
