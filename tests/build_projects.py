@@ -1,5 +1,6 @@
-"""Projects whose environment takes a build that runs code of theirs: a package, with its backend, that lies in the
-project. Nothing is downloaded.
+"""Projects whose environment needs a build that runs the project's own code.
+
+Each project contains a package and the build backend for it. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ import os, pathlib, signal, sys, time
 
 
 def daemonise(own, *, until="/"):
-    '''Leave a process of another session, which ignores signals and has no environment; its pid is in a file.'''
+    '''Start a process in another session, which ignores signals and has no environment.
+
+    The file `own` gets its pid.'''
     own = pathlib.Path(own)
     if os.fork() == 0:
         os.setsid()
@@ -43,7 +46,7 @@ def daemonise(own, *, until="/"):
                 f"os.rename({str(own)!r} + '.new', {str(own)!r})\\n"
                 "time.sleep(600)\\n"
             )
-            for number in (0, 1, 2):  # uv waits for the end of its output
+            for number in (0, 1, 2):  # uv waits until its output is closed
                 os.dup2(os.open("/dev/null", os.O_RDWR), number)
             os.chdir("/")
             os.execve(sys.executable, [sys.executable, "-c", code], {})
@@ -59,11 +62,12 @@ def hang():
 """
 
 
-def files(setup: str, name: str = "made") -> dict[str, str]:
-    """A project that is built by this code, which may use what is in `DAEMON`.
+def project_files(setup: str, name: str = "made") -> dict[str, str]:
+    """The files of a project whose package is built by this code.
 
     Args:
-        name: another one where two builds shall have nothing in common.
+        setup: code that may use the functions of `DAEMON`.
+        name: the name of the package; two builds share nothing if their names differ.
     """
     return {
         "requirements.txt": f"./{name}\n",
@@ -74,9 +78,9 @@ def files(setup: str, name: str = "made") -> dict[str, str]:
     }
 
 
-def laid_out(folder: Path, setup: str) -> Path:
-    """The same in a folder."""
-    for name, text in files(setup).items():
+def make_project(folder: Path, setup: str) -> Path:
+    """Write such a project into a folder; the folder."""
+    for name, text in project_files(setup).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     return folder

@@ -1,4 +1,4 @@
-"""Every client behind the methods of `Client`, so that all take the same tests."""
+"""Gives every client the methods of `Client`, for tests that run with each client."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Connect = Callable[..., Client]
 
 
 def client_in_a_task(*arguments: Any, **named: Any) -> Client:
-    """A client as a task makes it, with the standard library alone."""
+    """The client that a task gets: it uses the standard library alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CORTEX_JOB_ID", "01jobjobjobjobjob1")
         return Client(*arguments, **named)
 
 
 class AwaitedClient:
-    """A client whose methods are awaited, in an event loop that runs in a thread of its own."""
+    """An `AsyncClient` with blocking methods. A thread runs its event loop."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         self._begin(AsyncClient(*arguments, **named))
@@ -67,8 +67,8 @@ class AwaitedClient:
 
         return call
 
-    def _wait(self, asked: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(asked, self._loop).result()
+    def _wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def _each(self, texts: AsyncGenerator[str, None]) -> Iterator[str]:
         async def following() -> str | None:

@@ -1,4 +1,4 @@
-"""Fixtures that every folder of tests may use."""
+"""Fixtures for every folder of tests."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from operator_proxy import OperatorProxy
 from postgresql_server import PostgreSQLServer, server
 from s3_server import S3Server
 
-# A shell lets what it runs in the background ignore it, and so would all that the tests start.
+# A shell starts background commands with SIGINT ignored, and child processes would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def shared_operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
-    """One operator for all tests of a test process that neither kill nor fill it."""
+    """One operator for all tests of a test process. They must not kill or fill it."""
     with operator(tmp_path_factory.mktemp("shared")) as running:
         yield running
 
@@ -39,28 +39,28 @@ def probe(shared_operator: Operator) -> str:
 
 @pytest.fixture
 def own_operator(tmp_path: Path) -> Iterator[Operator]:
-    """An operator for one test, which may kill it; it has one core for jobs."""
+    """An operator with one core, for one test, which may kill it."""
     with operator(tmp_path, "--cpu", "1") as running:
         yield running
 
 
 @pytest.fixture
-def patient_operator(tmp_path: Path) -> Iterator[Operator]:
-    """An operator that gives a stopped job time to save its work, also where the machine is busy."""
+def long_grace_operator(tmp_path: Path) -> Iterator[Operator]:
+    """An operator that gives a stopped job enough time to save its work, even on a busy machine."""
     with operator(tmp_path, "--grace", "30") as running:
         yield running
 
 
 @pytest.fixture(params=[Client, AwaitedClient, client_in_a_task], ids=["sync", "async", "task"])
 def connect(request: pytest.FixtureRequest) -> Connect:
-    """Makes a client; each test that uses it is run with all."""
+    """Makes a client. Each test that uses this fixture runs once for every kind of client."""
     made: Connect = request.param
     return made
 
 
 @pytest.fixture
 def operator_proxy(own_operator: Operator) -> Iterator[OperatorProxy]:
-    """A way to an operator that has the probe, and which the test may kill."""
+    """A proxy to an operator with the probe deployed. The test may kill the operator."""
     own_operator.deployed(probe_yaml(), {"probe.py": PROBE})
     with closing(OperatorProxy(own_operator)) as made:
         yield made
@@ -68,21 +68,21 @@ def operator_proxy(own_operator: Operator) -> Iterator[OperatorProxy]:
 
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[PostgreSQLServer]:
-    """A PostgreSQL server for all tests of a test process that do not kill it."""
+    """A PostgreSQL server for all tests of a test process. They must not kill it."""
     with server() as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[S3Server]:
-    """An S3 server for all tests of a test process that do not stop it."""
+    """An S3 server for all tests of a test process. They must not stop it."""
     with s3_server.server() as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def migrated_database(postgresql: PostgreSQLServer) -> str:
-    """A database with the store's tables, which others are copies of."""
+    """The name of a database with the store's tables, the template of other databases."""
     name = postgresql.create()
     Store(postgresql.url(name)).close()
     return name
@@ -120,8 +120,11 @@ def database(postgresql: PostgreSQLServer, migrated_database: str) -> Iterator[s
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """pytest-xdist 3.8 appends the group of a test to an attribute that pytest 9.2 does not read any
-    more: without this each worker would start the servers of all groups."""
+    """Put the xdist group of each test into its node id.
+
+    pytest-xdist 3.8 appends the group to an attribute that pytest 9.2 no longer reads. Without this
+    hook each worker would start the servers of all groups.
+    """
     for item in items:
         grouped = getattr(item, "_nodeid", None)
         if grouped is not None and grouped != item.nodeid:

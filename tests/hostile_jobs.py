@@ -1,4 +1,4 @@
-"""Jobs that turn on the processes that watch over them."""
+"""Jobs that attack their supervisor and their fork server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from cortex.worker import processes
 from operator_harness import Operator, probe_yaml, until
 
-# A job that turns on its relatives. What it starts says who it is, and is not ended by the end of its parent.
+# A job that attacks its ancestors. Its processes print their pids, and outlive their parents.
 HOSTILE = """
 import ctypes, os, signal, sys, time
 
@@ -27,7 +27,7 @@ class Task:
     def parent(self, pid):
         return int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1])
 
-    def last(self):
+    def ignore_sigterm(self):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print("ready\\n", end="", flush=True)
         while True:
@@ -38,11 +38,11 @@ class Task:
         while not os.path.exists(config["go"]):
             time.sleep(0.02)
 
-    def stop_it(self, config):
+    def stop_supervisor(self, config):
         os.kill(self.supervisor, signal.SIGSTOP)
-        self.last()
+        self.ignore_sigterm()
 
-    def stop_it_again_and_again(self, config):
+    def stop_supervisor_repeatedly(self, config):
         if os.fork() == 0:
             os.setsid()
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -52,26 +52,26 @@ class Task:
                 time.sleep(0.0001)
         while open(f"/proc/{self.supervisor}/stat").read().rpartition(")")[2].split()[0] != "T":
             time.sleep(0.0001)
-        self.last()
+        self.ignore_sigterm()
 
-    def trace_it(self, config):
-        if libc.ptrace(PTRACE_ATTACH, self.supervisor, 0, 0) != 0:  # some systems refuse it
+    def trace_supervisor(self, config):
+        if libc.ptrace(PTRACE_ATTACH, self.supervisor, 0, 0) != 0:  # some systems forbid ptrace
             os.kill(self.supervisor, signal.SIGSTOP)
-        self.last()
+        self.ignore_sigterm()
 
     def stop_server(self, config):
         os.kill(self.server, signal.SIGSTOP)
-        self.last()
+        self.ignore_sigterm()
 
-    def stop_server_again_and_again(self, config):
+    def stop_server_repeatedly(self, config):
         self.supervisor = self.server
-        self.stop_it_again_and_again(config)
+        self.stop_supervisor_repeatedly(config)
 
     def trace_server(self, config):
         self.supervisor = self.server
-        self.trace_it(config)
+        self.trace_supervisor(config)
 
-    def kill_it_when_asked_to_end(self, config):
+    def kill_supervisor_on_sigterm(self, config):
         def kill(*_):
             os.kill(self.supervisor, signal.SIGKILL)
         libc.prctl(PR_SET_PDEATHSIG, 0)
@@ -80,7 +80,7 @@ class Task:
         while True:
             time.sleep(1)
 
-    # The same processes on other tries find out what is left of the first.
+    # The second attempt returns the processes of the first one that still live.
 
     def hide(self, config):
         hidden = open_file(config["file"], "r")
@@ -91,19 +91,21 @@ class Task:
                 libc.prctl(PR_SET_PDEATHSIG, 0)
                 os.setsid()
                 code = "import os, time; os.fork(); os.setsid(); time.sleep(600)"
-                if number == 1:  # no two looks find the same process
+                if number == 1:  # the process changes between any two scans of /proc
                     code = "import os, time\\nwhile os.fork() == 0: time.sleep(0.001)"
                 os.execve(sys.executable, [sys.executable, "-c", code], {})
         libc.prctl(PR_SET_PDEATHSIG, 0)
         time.sleep(0.5)
-        open_file(config["file"], "w", " ".join(map(str, [os.getpid(), *self.below()])))
+        open_file(config["file"], "w", " ".join(map(str, [os.getpid(), *self.children()])))
         victims = {"server": self.server, "supervisor": self.supervisor}
         for who, number in config["signals"]:
             os.kill(victims[who], getattr(signal, number))
         time.sleep(600)
 
-    def below(self):
-        return [int(e) for e in os.listdir("/proc") if e.isdigit() and int(e) != os.getpid() and self.parent_or_none(e) == os.getpid()]
+    def children(self):
+        own = os.getpid()
+        pids = [int(e) for e in os.listdir("/proc") if e.isdigit() and int(e) != own]
+        return [pid for pid in pids if self.parent_or_none(pid) == own]
 
     def parent_or_none(self, pid):
         try:
@@ -119,7 +121,7 @@ def open_file(path, mode, text=None):
     except FileNotFoundError:
         return ""
 """
-HIDES = {
+SIGNALS_AFTER_HIDING = {
     "fork server first": [("server", "SIGKILL"), ("supervisor", "SIGKILL")],
     "supervisor first": [("supervisor", "SIGKILL"), ("server", "SIGKILL")],
     "fork server stopped": [("server", "SIGSTOP"), ("supervisor", "SIGKILL")],
@@ -132,30 +134,30 @@ HIDES = {
 }
 
 
-def deployed(running: Operator, name: str = "probe", more: str = "") -> str:
+def deploy_hostile(running: Operator, name: str = "probe", more: str = "") -> str:
     endpoint = running.deployed(probe_yaml(name, more), {"probe.py": HOSTILE})
     return endpoint.removeprefix(running.url)
 
 
-def warmed_up(running: Operator, path: str) -> str:
-    """The path again, when a job of that API has run: the next begins long before its timeout."""
+def warm_up(running: Operator, path: str) -> str:
+    """Run one job of an API: the next job starts well before its timeout. Returns the path."""
     done = running.run(running.url + path, config={"do": "wait", "go": "/"})
     assert done["status"] == "status_succeeded"
     return path
 
 
-def begun(running: Operator, path: str, what: str, timeout: int | None = None) -> Any:
-    """A job that has done its worst."""
+def start_attack(running: Operator, path: str, what: str, timeout: int | None = None) -> Any:
+    """Submit a job and wait until it has attacked."""
     job = running.submit(running.url + path, config={"do": what}, timeout=timeout)
     running.await_log(running.url + path, job, "ready")
     return job
 
 
-def left(running: Operator, path: str, job: Any) -> list[int]:
-    """What lives of the processes that a job has told of."""
-    told = re.findall(r"pid (\d+)", running.log_of(running.url + path, job))
-    assert told
-    return [int(pid) for pid in told if processes.ticks_if_alive(pid) is not None]
+def living_processes(running: Operator, path: str, job: Any) -> list[int]:
+    """The processes whose pid a job printed and that still live."""
+    reported = re.findall(r"pid (\d+)", running.log_of(running.url + path, job))
+    assert reported
+    return [int(pid) for pid in reported if processes.ticks_if_alive(pid) is not None]
 
 
 def supervisor_of(running: Operator, job: Any) -> int:
@@ -164,6 +166,6 @@ def supervisor_of(running: Operator, job: Any) -> int:
     return int(json.loads(max(records.glob("start.*")).read_bytes())["pid"])
 
 
-def state(pid: int) -> str:
+def process_state(pid: int) -> str:
     about = processes.stat(pid)
     return "gone" if about is None else about[0]

@@ -1,5 +1,6 @@
-"""A way to a server that can be shut, for tests of what happens when the network goes. `chaos.postgresql_proxy` does
-worse to PostgreSQL's.
+"""A TCP proxy that can be shut, for tests of lost connections.
+
+`chaos.postgresql_proxy` adds faults in the middle of PostgreSQL's commits.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from contextlib import contextmanager, suppress
 
 
 class NetworkGate:
-    """Passes on what clients and the server send. While it is shut, connections are lost, and new ones at
-    once."""
+    """Forwards bytes between clients and a server.
+
+    Shutting the gate closes all connections; a shut gate closes each new connection at once.
+    """
 
     def __init__(self, listener: socket.socket, connect: Callable[[], socket.socket]) -> None:
         self.is_open = True
-        """Whether it takes new connections."""
-        self.shuts_at = b""
-        """At what a client sends it shuts, once, before that is passed on; empty for nothing."""
+        """Whether the gate accepts new connections."""
+        self.shut_before = b""
+        """The gate shuts once, instead of forwarding these bytes from a client. Empty: never."""
         self._listener = listener
         self._connect = connect
         self._sockets: set[socket.socket] = set()
@@ -28,7 +31,7 @@ class NetworkGate:
 
     @property
     def url(self) -> str:
-        """Of one that listens on a port."""
+        """The URL of a gate that listens on a port."""
         return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
     def shut(self) -> None:
@@ -48,11 +51,11 @@ class NetworkGate:
         for thread in self._threads:
             thread.join(10)
 
-    def sent(self, data: bytes, server: socket.socket) -> bool:
-        """Pass on what a client has sent; whether its connection goes on."""
-        shuts_at = self.shuts_at  # another connection's thread may be about to empty it
-        if shuts_at and shuts_at in data:
-            self.shuts_at = b""
+    def forward(self, data: bytes, server: socket.socket) -> bool:
+        """Forward bytes of a client to the server; whether to keep the connection."""
+        shut_before = self.shut_before  # another thread may clear the attribute meanwhile
+        if shut_before and shut_before in data:
+            self.shut_before = b""
             self.shut()
             return False
         server.sendall(data)
@@ -71,7 +74,7 @@ class NetworkGate:
             both = {client, server}
             self._sockets |= both
             try:
-                if self.is_open:  # only here, for `shut` ends all that is known by then
+                if self.is_open:  # checked after registration: `shut` closes all registered sockets
                     self._until_closed(client, server)
             finally:
                 self._sockets -= both
@@ -88,7 +91,7 @@ class NetworkGate:
                         return
                     if source is server:
                         client.sendall(data)
-                    elif not self.sent(data, server):
+                    elif not self.forward(data, server):
                         return
 
     def _run(self, work: Callable[..., None], *arguments: object) -> None:
@@ -99,7 +102,7 @@ class NetworkGate:
 
 @contextmanager
 def network_gate(port: int) -> Iterator[NetworkGate]:
-    """A gate to a port of this machine, for as long as the block runs."""
+    """A gate to a port of this machine, for the duration of the block."""
     listener = socket.create_server(("127.0.0.1", 0))
     made = NetworkGate(listener, lambda: socket.create_connection(("127.0.0.1", port)))
     try:

@@ -1,4 +1,4 @@
-"""A real operator in a process of its own, real projects, real HTTP: what the tests stand on."""
+"""Runs real operators in processes of their own, and sends them projects and requests over HTTP."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import preloaded_cli
 from cortex.projects.pack import pack
 
 CORTEX = str(Path(sys.executable).with_name("cortex"))
-WAIT_TIMEOUT_S = 180  # where many tests share a few cores, an environment takes long to build
+WAIT_TIMEOUT_S = 180  # building an environment is slow while many tests share few cores
 FINAL = {
     "status_succeeded",
     "status_worker_error",
@@ -34,7 +34,7 @@ FINAL = {
 }
 TIME = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z$")
 
-# One task that does what its config says. A line is one write: standard output is not buffered.
+# A task that does what its config says. It writes each line with one write, without a buffer.
 PROBE = """
 import ctypes, json, os, signal, subprocess, sys, time
 
@@ -115,8 +115,13 @@ class Task:
 """
 
 
-def by_its_owner(lay_out: Callable[[Path], object], holds: Callable[[Path], bool]) -> bool:
-    """What is found in a new folder by its owner, who is not root: root may do anything anywhere."""
+def as_unprivileged_owner(lay_out: Callable[[Path], object], check: Callable[[Path], bool]) -> bool:
+    """Whether a check holds in a new folder for its owner, a user without root's rights.
+
+    Args:
+        lay_out: fills the folder.
+        check: runs in a child process as the owner; root would pass every permission check.
+    """
     with tempfile.TemporaryDirectory() as name:
         own = Path(name)
         lay_out(own)
@@ -130,7 +135,7 @@ def by_its_owner(lay_out: Callable[[Path], object], holds: Callable[[Path], bool
                     os.setgroups([])
                     os.setgid(65534)
                     os.setuid(65534)
-                code = int(not holds(own))
+                code = int(not check(own))
             finally:
                 os._exit(code)
         _, status = os.waitpid(child, 0)
@@ -138,7 +143,7 @@ def by_its_owner(lay_out: Callable[[Path], object], holds: Callable[[Path], bool
 
 
 def probe_yaml(name: str = "probe", more: str = "") -> str:
-    """A cortex.yaml of one API that takes next to no CPU, so that tests do not wait for it."""
+    """A cortex.yaml of one API that requests almost no CPU: its jobs start at once."""
     return (
         f"- name: {name}\n"
         "  kind: TaskAPI\n"
@@ -150,20 +155,20 @@ def probe_yaml(name: str = "probe", more: str = "") -> str:
 
 
 class Operator:
-    """`cortex serve` on a free port, and a data folder of its own if it is given no other."""
+    """`cortex serve` on a free port, with its own data folder unless `data_dir` names another."""
 
     def __init__(self, folder: Path, *options: str, data_dir: Path | None = None) -> None:
         self.folder = folder
         self.data_dir = data_dir or folder / "data"
         self.options = options
-        self.within: list[str] = []  # a command that runs the operator's
+        self.command_prefix: list[str] = []  # a command that executes `cortex serve`
         self.log = folder / "operator.log"
-        # Longer than a long poll may take, and connections are let go of before the operator lets go of
-        # them (uvicorn: 5 s idle): else a request can meet a closing one.
+        # The timeout exceeds the longest long poll. The client closes idle connections before the
+        # operator does (uvicorn: after 5 s): otherwise a request can meet a closing connection.
         self.http = httpx.Client(
             timeout=WAIT_TIMEOUT_S + 30,
             limits=httpx.Limits(keepalive_expiry=2.0),
-            verify=False,  # nothing is encrypted, and to load all authorities takes 40 ms
+            verify=False,  # nothing is encrypted, and loading the certificates takes 40 ms
         )
         self.environment: dict[str, str] = {}
 
@@ -171,27 +176,27 @@ class Operator:
         config = {"CORTEX_CLI_CONFIG_DIR": str(self.data_dir.parent / "cli")}
         environment = {**os.environ, **config, **self.environment}
         words = ["serve", "--port", "0", "--data-dir", str(self.data_dir), *self.options]
-        own, told = os.pipe()
-        with os.fdopen(own) as said, self.log.open("a") as log:
-            output: dict[str, Any] = {"stdin": 0, "stdout": told, "stderr": log.fileno()}
+        read_end, write_end = os.pipe()
+        with os.fdopen(read_end) as printed, self.log.open("a") as log:
+            output: dict[str, Any] = {"stdin": 0, "stdout": write_end, "stderr": log.fileno()}
             self.process: subprocess.Popen[bytes] | preloaded_cli.Program
-            if self.within:
-                command = [*self.within, CORTEX, *words]
+            if self.command_prefix:
+                command = [*self.command_prefix, CORTEX, *words]
                 self.process = subprocess.Popen(command, env=environment, **output)
             else:
                 self.process = preloaded_cli.start(*words, env=environment, **output)
-            os.close(told)
-            line = said.readline()
+            os.close(write_end)
+            line = printed.readline()
         assert " listening on " in line, self.log.read_text()
         self.url = line.split()[-1]
 
     def kill(self) -> None:
-        """As a crash would: SIGKILL."""
+        """Send SIGKILL, as in a crash."""
         self.process.kill()
         self.process.wait()
 
     def stop(self) -> int:
-        """As an administrator would: SIGTERM."""
+        """Send SIGTERM, as an administrator does; the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(WAIT_TIMEOUT_S)
 
@@ -213,7 +218,7 @@ class Operator:
         )
 
     def deployed(self, yaml: str, files: dict[str, str]) -> str:
-        """Deploy one API; its endpoint."""
+        """Deploy one API, which must succeed; its endpoint."""
         response = self.deploy(yaml, files)
         assert response.status_code == 200, response.text
         return str(response.json()[0]["api"]["endpoint"])
@@ -232,13 +237,13 @@ class Operator:
         return self.get(endpoint, job)["job_status"]
 
     def finished(self, endpoint: str, job: Any) -> Any:
-        """The job_status once it is final."""
+        """Wait for the end of a job; its final job_status."""
         found = self.get(endpoint, job, wait=WAIT_TIMEOUT_S)["job_status"]
         assert found["status"] in FINAL, found
         return found
 
     def run(self, endpoint: str, **body: object) -> Any:
-        """Submit, and the final job_status."""
+        """Submit a job and wait for its end; its final job_status."""
         return self.finished(endpoint, self.submit(endpoint, **body))
 
     def log_of(self, endpoint: str, job: Any) -> str:
@@ -251,8 +256,11 @@ class Operator:
         return self.http.delete(f"{endpoint}/{job['job_id']}")
 
 
-def reachable() -> list[str]:
-    """A command in whose mounts any user can reach this interpreter: it may lie in root's home."""
+def reachable_interpreter() -> list[str]:
+    """A command prefix in whose mounts every user can reach this Python interpreter.
+
+    The interpreter may lie in root's home, which other users cannot enter.
+    """
     closed = [p for p in Path(sys.base_prefix).parents if not p.stat().st_mode & 1]
     if not closed:
         return []
@@ -264,8 +272,8 @@ def reachable() -> list[str]:
     return ["unshare", "-m", "sh", "-c", script, "sh", str(closed[-1]), sys.base_prefix, aside]
 
 
-def refused(data_dir: Path, *options: str) -> str:
-    """What `cortex serve` says when it does not start."""
+def startup_error(data_dir: Path, *options: str) -> str:
+    """The message of a `cortex serve` that must not start."""
     done = preloaded_cli.run("serve", "--port", "0", "--data-dir", str(data_dir), *options)
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
     assert "Traceback" not in done.stderr
@@ -274,12 +282,12 @@ def refused(data_dir: Path, *options: str) -> str:
 
 @contextmanager
 def operator(
-    folder: Path, *options: str, within: list[str] | None = None, token: str | None = None
+    folder: Path, *options: str, command_prefix: list[str] | None = None, token: str | None = None
 ) -> Iterator[Operator]:
-    """An operator that runs; at the end its APIs are deleted and nothing of it may be left."""
+    """A running operator. At the end it must leave no process and no control group."""
     folder.mkdir(parents=True, exist_ok=True)
     running = Operator(folder, "--grace", "1", *options)
-    running.within = within or []
+    running.command_prefix = command_prefix or []
     if token is not None:
         running.http.headers["Authorization"] = f"Bearer {token}"
     running.start()
@@ -287,8 +295,8 @@ def operator(
         yield running
     finally:
         try:
-            _end(running)
-        finally:  # a check that failed leaves no operator behind
+            _stop_and_check(running)
+        finally:  # end the operator even if a check fails
             running.kill()
 
 
@@ -296,7 +304,7 @@ def operator(
 def operators(
     folder: Path, number: int, *options: str, token: str | None = None
 ) -> Iterator[list[Operator]]:
-    """Several operators that share a store, which the options name, and a data folder."""
+    """Several running operators with one data folder and one store, which the options name."""
     data_dir = folder / "data"
     made = [
         Operator(folder / str(n), "--grace", "1", *options, data_dir=data_dir)
@@ -312,61 +320,64 @@ def operators(
         yield made
     finally:
         try:
-            _end(*made)
+            _stop_and_check(*made)
         finally:
             for each in made:
                 each.kill()
 
 
-def _end(*all_of_them: Operator) -> None:
-    for running in all_of_them:
+def _stop_and_check(*running_operators: Operator) -> None:
+    """Delete all APIs, stop the operators, and check their exit codes, logs and leftovers."""
+    for running in running_operators:
         if running.process.poll() is not None:
             running.start()
-    running = all_of_them[0]
+    running = running_operators[0]
     for api in running.http.get(f"{running.url}/-/apis").json():
         running.http.delete(f"{running.url}/-/apis/{api['spec']['name']}")
-    until(lambda: not _workers(running.data_dir), "the workers gone")
+    until(lambda: not _job_processes(running.data_dir), "all job processes have exited")
     codes = []
-    for each in all_of_them:
+    for each in running_operators:
         each.http.close()
         codes.append(each.stop())
-    until(lambda: not processes_with(str(running.data_dir)), "all processes gone")
+    until(lambda: not processes_with(str(running.data_dir)), "all processes have exited")
     root = running.data_dir / "jobs"
-    names = {path.name for path in root.iterdir()} | {_limits().group_prefix(root)}
-    until(lambda: not _swept(root, names), "the cgroups gone")
-    for each, code in zip(all_of_them, codes, strict=True):
-        told = each.log.read_text()
-        assert code == 0, told
-        assert "Traceback" not in told, told
+    names = {path.name for path in root.iterdir()} | {_cgroup_support().group_prefix(root)}
+    until(lambda: not _remaining_groups(root, names), "all control groups are removed")
+    for each, code in zip(running_operators, codes, strict=True):
+        log = each.log.read_text()
+        assert code == 0, log
+        assert "Traceback" not in log, log
 
 
-def _workers(data_dir: Path) -> list[int]:
-    # A fork server has the room for a job's id in its environment, and dashes in it.
+def _job_processes(data_dir: Path) -> list[int]:
+    # A fork server reserves this variable for a job's id, filled with dashes.
     job = re.compile(rb"\bCORTEX_JOB_ID=[0-9a-z]")
     return [pid for pid in processes_with(str(data_dir)) if job.search(_environ(pid))]
 
 
-def _limits() -> ModuleType:
+def _cgroup_support() -> ModuleType:
+    # Imported here: it loads a module that is also a program and removes an entry of `sys.path`.
     before = list(sys.path)
-    from cortex.engines.local import (
-        cgroup_support,
-    )  # here: what it loads, a program itself, drops a path
+    from cortex.engines.local import cgroup_support
 
     sys.path[:] = before
     return cgroup_support
 
 
-def _swept(root: Path, names: set[str]) -> list[str]:
-    """The control groups that are left, without those that a killed operator has left empty: the next one would
-    remove them. The kernel may call one busy for a while after its last process was reaped."""
-    if left := _limits().list_groups(root):
-        for group in left:
-            _limits().cgroups.remove(group, timeout_s=0)
-        _limits().remove_parents(root)
-    return _cgroups(names)
+def _remaining_groups(root: Path, names: set[str]) -> list[str]:
+    """Remove empty control groups; the groups that remain.
+
+    A killed operator leaves its empty groups, which the next operator would remove. The kernel may
+    report a group as busy for a short time after its last process was reaped.
+    """
+    if groups := _cgroup_support().list_groups(root):
+        for group in groups:
+            _cgroup_support().cgroups.remove(group, timeout_s=0)
+        _cgroup_support().remove_parents(root)
+    return _groups_named(names)
 
 
-def _cgroups(names: set[str]) -> list[str]:
+def _groups_named(names: set[str]) -> list[str]:
     return [
         folder
         for folder, _, _ in os.walk("/sys/fs/cgroup")
@@ -375,7 +386,7 @@ def _cgroups(names: set[str]) -> list[str]:
 
 
 def processes_with(mark: str) -> list[int]:
-    """The processes that have a text in their environment or command line."""
+    """The processes with this text in their environment or command line."""
     found = []
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) != os.getpid():
@@ -397,8 +408,8 @@ def _read(path: str) -> bytes:
 
 
 def until(condition: Callable[..., object], what: str) -> None:
-    """Wait for a condition; the test fails when it never comes."""
+    """Wait until a condition holds; fail the test after `WAIT_TIMEOUT_S`."""
     deadline = time.monotonic() + WAIT_TIMEOUT_S
     while not condition():
         assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.05)  # to look through all processes is work, too
+        time.sleep(0.05)  # some conditions read all of /proc

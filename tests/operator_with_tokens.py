@@ -1,4 +1,4 @@
-"""An operator that requires tokens, for the tests of what they allow."""
+"""An operator that requires tokens, for tests of their scopes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cortex(*arguments: str, code: int = 0, **variables: str) -> str:
 
 
 def token(data: Path, name: str, scope: str) -> str:
-    """Made by the command in this process: an interpreter for each would take longer than the tests."""
+    """Create a token. The command runs in this process: starting an interpreter takes longer."""
     arguments = ["token", "create", name, "--scope", scope, "--data-dir", str(data)]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -34,7 +34,7 @@ def token(data: Path, name: str, scope: str) -> str:
 
 @contextmanager
 def operator_with_tokens(folder: Path, *options: str) -> Iterator[tuple[Operator, dict[str, str]]]:
-    """An operator that requires tokens, and one of each scope; the tests' own client deploys."""
+    """An operator that requires tokens, and one token of each scope. `Operator.http` may deploy."""
     tokens = {scope: token(folder / "data", scope, scope) for scope in SCOPES}
     with operator(folder, *options, token=tokens["deploy"]) as running:
         yield running, tokens

@@ -1,4 +1,4 @@
-"""A real PostgreSQL server for tests: started in a folder of its own, killed, started again, removed."""
+"""Runs a real PostgreSQL server in a temporary folder. Tests may kill and restart it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import psycopg
 
 _NOBODY = 65534
-# It does not run as root.
+# PostgreSQL refuses to run as root.
 _AS_NOBODY = ["setpriv", f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups"]
 _WAIT_TIMEOUT_S = 60
 USER, PASSWORD = "cortex", "a:b/c@d ?#%"
@@ -32,12 +32,12 @@ def _binaries() -> Path:
 
 
 def program(name: str) -> str:
-    """The path of one of PostgreSQL's programs, of the version that the server has."""
+    """The path of a PostgreSQL program of the server's version."""
     return str(_binaries() / name)
 
 
 class PostgreSQLServer:
-    """One server on a Unix socket in its folder. Databases are `USER`'s, who needs the password."""
+    """A server on a Unix socket in its folder. `USER` owns the databases and needs `PASSWORD`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -47,7 +47,7 @@ class PostgreSQLServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def make(self) -> None:
-        """Its files, and a user."""
+        """Make the server's files, start it, and create `USER`."""
         if os.geteuid() == 0:
             os.chown(self.folder, _NOBODY, _NOBODY)
         self.folder.chmod(0o755)
@@ -71,7 +71,7 @@ class PostgreSQLServer:
             connection.execute(f"CREATE ROLE {USER} LOGIN PASSWORD '{password}'")
 
     def start(self) -> None:
-        """Start it, and wait until it takes connections."""
+        """Start the server, and wait until it accepts connections."""
         settings = {
             "listen_addresses": "",
             "unix_socket_directories": str(self.folder),
@@ -92,16 +92,16 @@ class PostgreSQLServer:
                     return
                 assert time.monotonic() < deadline, self.log.read_text()
                 time.sleep(0.02)
-            # What is left of one that was killed may hold its memory for a moment.
+            # Processes of a killed server may keep its shared memory for a moment.
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """As a crash of its machine would: SIGKILL to all of its processes."""
+        """Send SIGKILL to all processes of the server, as in a crash of the machine."""
         assert self._process is not None
         pid = self._process.pid
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGSTOP)  # it would start processes again that are killed
+            os.kill(pid, signal.SIGSTOP)  # otherwise it would restart its killed children
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         for each in [*map(int, children), pid]:
             with contextlib.suppress(ProcessLookupError):
@@ -109,34 +109,34 @@ class PostgreSQLServer:
         self._process.wait()
 
     def stop(self) -> None:
-        """As an administrator would who does not wait for clients."""
+        """Stop the server without waiting for clients (PostgreSQL's fast shutdown)."""
         assert self._process is not None
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
             self._process.wait(_WAIT_TIMEOUT_S)
 
     def remove(self) -> None:
-        """End it, and remove its files."""
+        """Kill the server, and remove its files."""
         if self._process is not None and self._process.poll() is None:
             self.kill()
         shutil.rmtree(self.folder)
 
     @contextmanager
     def connected(self, database: str = "postgres") -> Iterator[psycopg.Connection]:
-        """A connection of its administrator's."""
+        """A connection as the administrator of the server."""
         with psycopg.connect(
             host=str(self.folder), user="postgres", dbname=database, autocommit=True
         ) as connection:
             yield connection
 
     def url(self, database: str, user: str = USER, password: str = PASSWORD) -> str:
-        """A database's URL, as `cortex serve --store` takes it."""
+        """The URL of a database, for `cortex serve --store`."""
         from urllib.parse import quote
 
         return f"postgresql://{user}:{quote(password, safe='')}@/{database}?host={self.folder}"
 
     def create(self, template: str | None = None, **more: str) -> str:
-        """A new database; its name."""
+        """Create a database; its name."""
         name = f"d{uuid.uuid4().hex[:12]}"
         options = {"OWNER": USER, **more, **({"TEMPLATE": template} if template else {})}
         words = " ".join(f"{key} {value}" for key, value in options.items())
@@ -145,7 +145,7 @@ class PostgreSQLServer:
         return name
 
     def drop(self, database: str) -> None:
-        """Remove a database, whoever is connected."""
+        """Remove a database, even if it has connections."""
         with self.connected() as connection:
             connection.execute(f"DROP DATABASE {database} WITH (FORCE)")
 
@@ -155,7 +155,7 @@ class PostgreSQLServer:
 
 @contextmanager
 def server() -> Iterator[PostgreSQLServer]:
-    """A server for as long as the block runs. Its folder's name is short, as a socket's has to be."""
+    """A server for the duration of the block. The path of a Unix socket must be short."""
     made = PostgreSQLServer(Path(tempfile.mkdtemp(prefix="pg-")))
     try:
         made.make()

@@ -1,8 +1,8 @@
-"""The `cortex` command, each time in a process of its own, which is forked from one that has loaded the
-program already: to load it takes a core a second, and the tests run it hundreds of times.
+"""Runs the `cortex` command in a new process, forked from a process that has loaded the program.
 
-What a process sees is what it would see if it was executed: its arguments, environment, folder and
-descriptors. Tests of what comes before that, such as the installed script, execute it.
+Loading the program takes one core for a second, and the tests run the command hundreds of times.
+The forked process gets its own arguments, environment, folder and descriptors, as if it had been
+executed. Tests of earlier steps, such as the installed script, execute the real command.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 _WAIT_TIMEOUT_S = 180
-_LONG_TO_LOAD = (
+_PRELOADED = (
     "alembic.command",
     "cortex.sdk",
     "cortex.operator.app",
@@ -38,24 +38,24 @@ _LONG_TO_LOAD = (
 
 
 class Program:
-    """One that runs, as `subprocess.Popen` shows it."""
+    """A running command, with the methods of `subprocess.Popen`."""
 
-    def __init__(self, pid: int, end: int) -> None:
+    def __init__(self, pid: int, exit_pipe: int) -> None:
         self.pid = pid
-        self._end = end
+        self._exit_pipe = exit_pipe
         self._code: int | None = None
 
     def poll(self) -> int | None:
-        """Its exit code, if it has ended."""
-        return self._ended(0)
+        """The exit code, or None while the command runs."""
+        return self._exit_code(0)
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit code once it has ended.
+        """Wait for the exit of the command; its exit code.
 
         Raises:
-            subprocess.TimeoutExpired: it has not.
+            subprocess.TimeoutExpired: the command still runs.
         """
-        code = self._ended(timeout)
+        code = self._exit_code(timeout)
         if code is None:
             raise subprocess.TimeoutExpired(f"cortex, pid {self.pid}", timeout or 0)
         return code
@@ -68,16 +68,16 @@ class Program:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
-    def _ended(self, within_s: float | None) -> int | None:
+    def _exit_code(self, timeout_s: float | None) -> int | None:
         if self._code is None:
             with selectors.DefaultSelector() as selector:
-                selector.register(self._end, selectors.EVENT_READ)
-                if not selector.select(within_s):
+                selector.register(self._exit_pipe, selectors.EVENT_READ)
+                if not selector.select(timeout_s):
                     return None
-            told = os.read(self._end, 16)
-            assert told, "the process that had loaded the program is gone"
-            os.close(self._end)
-            self._code = int(told)
+            code = os.read(self._exit_pipe, 16)
+            assert code, "the process with the loaded program has exited"
+            os.close(self._exit_pipe)
+            self._code = int(code)
         return self._code
 
 
@@ -89,18 +89,18 @@ def start(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> Program:
-    """Run the command, beside the caller."""
-    asked = {
+    """Start the command, and return at once."""
+    request = {
         "arguments": arguments,
         "environment": dict(os.environ if env is None else env),
         "folder": str(Path.cwd() if cwd is None else cwd),
     }
-    end, told = os.pipe()
+    exit_pipe, write_end = os.pipe()
     try:
-        pid = _parent().ask(asked, [stdin, stdout, stderr, told])
+        pid = _parent().fork(request, [stdin, stdout, stderr, write_end])
     finally:
-        os.close(told)
-    return Program(pid, end)
+        os.close(write_end)
+    return Program(pid, exit_pipe)
 
 
 def run(
@@ -109,7 +109,11 @@ def run(
     cwd: Path | None = None,
     answer: str = "",
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end, with its standard input."""
+    """Run the command until it exits.
+
+    Args:
+        answer: the standard input of the command.
+    """
     with (
         tempfile.TemporaryFile() as read,
         tempfile.TemporaryFile() as out,
@@ -134,7 +138,7 @@ def _text(file: IO[bytes]) -> str:
 
 
 class _Parent:
-    """The process that has loaded the program, one for each test process."""
+    """The process with the loaded program. Each test process has one."""
 
     def __init__(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -143,17 +147,17 @@ class _Parent:
             [sys.executable, __file__, str(number)], pass_fds=[number], stdin=subprocess.DEVNULL
         )
         theirs.close()
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
 
-    def ask(self, asked: dict[str, Any], descriptors: list[int]) -> int:
-        with self._turn:
-            socket.send_fds(self._control, [json.dumps(asked).encode()], descriptors)
-            told = self._control.recv(64)
-        assert told, "the process that was to load the program is gone"
-        return int(told)
+    def fork(self, request: dict[str, Any], descriptors: list[int]) -> int:
+        with self._lock:
+            socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
+            pid = self._control.recv(64)
+        assert pid, "the process with the loaded program has exited"
+        return int(pid)
 
     def end(self) -> None:
-        """Let it end."""
+        """Close the socket, and wait until the process has exited."""
         self._control.close()
         self._process.wait(_WAIT_TIMEOUT_S)
 
@@ -165,25 +169,29 @@ def _parent() -> _Parent:
     return made
 
 
-# In that process
+# The following runs in the process with the loaded program.
 
 
 def _main() -> None:
-    del sys.path[0]  # the tests' folder, which the program does not see
+    del sys.path[0]  # the tests' folder: an executed program would not have it
     from cortex.cli.main import main
 
-    for name in _LONG_TO_LOAD:
+    for name in _PRELOADED:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
-    asked = _serve(socket.socket(fileno=int(sys.argv[1])))
-    if asked is not None:
-        sys.argv = ["cortex", *asked["arguments"]]
+    request = _serve(socket.socket(fileno=int(sys.argv[1])))
+    if request is not None:
+        sys.argv = ["cortex", *request["arguments"]]
         main()
 
 
 def _serve(control: socket.socket) -> dict[str, Any] | None:
-    """Fork until nobody asks any more; in the process that was forked, what was asked."""
+    """Fork a process for each request.
+
+    Returns the request in a forked process, and None in this process after the caller closed the
+    socket.
+    """
     running: dict[int, tuple[int, int]] = {}
     with selectors.DefaultSelector() as selector:
         selector.register(control, selectors.EVENT_READ)
@@ -191,16 +199,16 @@ def _serve(control: socket.socket) -> dict[str, Any] | None:
             for key, _ in selector.select():
                 if key.fd != control.fileno():
                     selector.unregister(key.fd)
-                    _tell_end(key.fd, *running.pop(key.fd))
+                    _report_exit(key.fd, *running.pop(key.fd))
                     continue
                 message, descriptors, _, _ = socket.recv_fds(control, 1024 * 1024, 4)
                 if not message:
                     return None
-                asked: dict[str, Any] = json.loads(message)
+                request: dict[str, Any] = json.loads(message)
                 pid = os.fork()
                 if pid == 0:
-                    _become(asked, descriptors[:3])
-                    return asked
+                    _become(request, descriptors[:3])
+                    return request
                 for each in descriptors[:3]:
                     os.close(each)
                 process = os.pidfd_open(pid)
@@ -209,7 +217,7 @@ def _serve(control: socket.socket) -> dict[str, Any] | None:
                 control.send(str(pid).encode())
 
 
-def _become(asked: dict[str, Any], descriptors: list[int]) -> None:
+def _become(request: dict[str, Any], descriptors: list[int]) -> None:
     for number, each in enumerate(descriptors):
         os.dup2(each, number)
     os.closerange(3, max(map(int, os.listdir("/proc/self/fd"))) + 1)
@@ -217,15 +225,15 @@ def _become(asked: dict[str, Any], descriptors: list[int]) -> None:
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.environ.clear()
-    os.environ.update(asked["environment"])
-    os.chdir(asked["folder"])
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
 
 
-def _tell_end(process: int, pid: int, told: int) -> None:
+def _report_exit(process: int, pid: int, exit_pipe: int) -> None:
     _, status = os.waitpid(pid, 0)
-    with contextlib.suppress(BrokenPipeError):  # nobody waits for it
-        os.write(told, str(os.waitstatus_to_exitcode(status)).encode())
-    os.close(told)
+    with contextlib.suppress(BrokenPipeError):  # the caller has closed its end
+        os.write(exit_pipe, str(os.waitstatus_to_exitcode(status)).encode())
+    os.close(exit_pipe)
     os.close(process)
 
 

@@ -1,4 +1,4 @@
-"""An operator that is root, and whose jobs run as a user without rights, for the tests of that border."""
+"""An operator that runs as root, with jobs that run as an unprivileged user (`--run-as`)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from operator_harness import PROBE, Operator, operator, probe_yaml, reachable, until
+from operator_harness import PROBE, Operator, operator, probe_yaml, reachable_interpreter, until
 
 USER, UID = "nobody", 65534
-WAITS = """
+WAITING_MODULE = """
 import os, time
 while not os.path.exists({go!r}):
     time.sleep(0.02)
@@ -21,35 +21,37 @@ while not os.path.exists({go!r}):
 
 @contextmanager
 def passable_folder() -> Iterator[Path]:
-    """A folder that every user may pass through."""
-    assert os.geteuid() == 0, "these tests need root, as the operator does for --run-as"
+    """A temporary folder that every user may enter."""
+    assert os.geteuid() == 0, "these tests need root: --run-as requires it"
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
 
 
 @contextmanager
-def operator_as_root(user: str = USER, *, within: Sequence[str] = ()) -> Iterator[Operator]:
-    """An operator whose jobs run as this user.
+def operator_as_root(user: str = USER, *, command_prefix: Sequence[str] = ()) -> Iterator[Operator]:
+    """An operator that runs as root, with jobs that run as this user.
 
     Args:
-        within: a command that runs the operator's.
+        command_prefix: a command that executes `cortex serve`.
     """
-    command = [*within, *reachable()]
+    command = [*command_prefix, *reachable_interpreter()]
     with (
         passable_folder() as folder,
-        operator(folder, "--run-as", user, within=command) as running,
+        operator(folder, "--run-as", user, command_prefix=command) as running,
     ):
         yield running
 
 
 def waiting_for_import(running: Operator, go: Path) -> tuple[str, Any]:
-    """The endpoint of an API and a job of it, which waits for an import ahead until a file is there."""
+    """The endpoint of an API, and its job that waits for an import ahead until a file exists."""
     yaml = probe_yaml("waits").replace("path:", "preload: [waits]\n    path:")
-    endpoint = running.deployed(yaml, {"probe.py": PROBE, "waits.py": WAITS.format(go=str(go))})
+    endpoint = running.deployed(
+        yaml, {"probe.py": PROBE, "waits.py": WAITING_MODULE.format(go=str(go))}
+    )
     job = running.submit(endpoint)
     until(
         lambda: "imported ahead" in str(running.status(endpoint, job).get("message")),
-        "the fork server at its import",
+        "the fork server imports the module",
     )
     return endpoint, job

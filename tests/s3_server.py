@@ -1,4 +1,4 @@
-"""A real S3 server for tests: moto's, in a process of its own, with buckets and credentials."""
+"""Runs moto's S3 server in a process of its own, with buckets and credentials."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ signal.pause()
 
 
 class S3Server:
-    """One server, which keeps everything in its memory."""
+    """A server that stores all objects in memory."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -39,7 +39,7 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What lets a program reach it, and nothing else of this machine's."""
+        """The variables of a client of this server, without the machine's own AWS settings."""
         return {
             "AWS_ACCESS_KEY_ID": "tests",
             "AWS_SECRET_ACCESS_KEY": "s3cret",
@@ -51,7 +51,7 @@ class S3Server:
         }
 
     def client(self, service: str = "s3") -> Any:
-        import boto3  # slow: most test processes need none
+        import boto3  # slow to import, and most test processes need no client
 
         return boto3.client(
             service,
@@ -62,7 +62,7 @@ class S3Server:
         )
 
     def bucket(self) -> str:
-        """A new one; its name."""
+        """Create a bucket; its name."""
         name = f"b{uuid.uuid4().hex[:12]}"
         self.client().create_bucket(Bucket=name)
         return name
@@ -74,11 +74,11 @@ class S3Server:
         return {each["Key"] for page in pages for each in page.get("Contents", [])}
 
     def enforce_credentials(self) -> None:
-        """From here on a request needs a user's credentials and rights."""
+        """Require a user's credentials and permissions for all later requests."""
         httpx.post(f"{self.url}/moto-api/reset-auth", content=b"0", timeout=60).raise_for_status()
 
     def freeze(self) -> None:
-        """It takes connections, and says nothing."""
+        """Stop the process: the kernel accepts connections, and no request gets an answer."""
         self.process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
@@ -93,7 +93,7 @@ class S3Server:
 
 @contextmanager
 def server() -> Iterator[S3Server]:
-    """A server for as long as the block runs."""
+    """A server for the duration of the block."""
     made = S3Server()
     try:
         yield made

@@ -113,7 +113,7 @@ def _reduced(part: Any, document: Any, key: str, inside: tuple[str, ...]) -> Any
     }
 
 
-def broken(before: Any, now: Any, at: str = "", *, is_request: bool = False) -> list[str]:
+def breaking_changes(before: Any, now: Any, at: str = "", *, is_request: bool = False) -> list[str]:
     """The changes that break a client of `before`, one line each.
 
     Args:
@@ -127,13 +127,13 @@ def broken(before: Any, now: Any, at: str = "", *, is_request: bool = False) -> 
             if key not in now:
                 lines.append(f"{where}: removed")
             elif key == "required" and isinstance(old, list):
-                grown, gone = set(now[key]) - set(old), set(old) - set(now[key])
+                grown, dropped = set(now[key]) - set(old), set(old) - set(now[key])
                 lines += [f"{where}: {name} is required now" for name in grown if is_sent]
-                lines += [f"{where}: {name} may be missing now" for name in gone if not is_sent]
+                lines += [f"{where}: {name} may be missing now" for name in dropped if not is_sent]
             elif key in {"enum", "headers"} and isinstance(old, list):
                 lines += [f"{where}: {name} removed" for name in sorted({*old} - {*now[key]})]
             else:
-                lines += broken(old, now[key], where, is_request=is_sent)
+                lines += breaking_changes(old, now[key], where, is_request=is_sent)
         if at.endswith("parameters"):
             added = [key for key in now.keys() - before.keys() if now[key].get("required")]
             lines += [f"{at} {key}: is required now" for key in added]

@@ -1,5 +1,6 @@
-"""What a traced operator does as root: which of its system calls take a path through a folder that somebody else owns,
-who may have put a link there by then. Read from what `strace` writes (`COMMAND`).
+"""Finds the system calls of root that use a path through a folder of another user.
+
+That user may have put a link there. The input is what `strace` (`COMMAND`) writes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 _TRACED = "%file,fchown,fchdir,clone,clone3,fork,vfork,setuid,setreuid,setresuid"
 COMMAND = ["strace", "-DDD", "-f", "-qq", "--seccomp-bpf", "-y", "-s", "4096", "-e", "signal=none"]
 COMMAND += ["-e", f"trace={_TRACED}"]
-"""Runs a command that keeps its pid; after it `-o FILE` and the command."""
+"""The prefix of a traced command, which gets the pid of `strace`; `-o FILE` comes in between."""
 
 _LINE = re.compile(r"(\d+) +(.*)")
 _RESUMED = re.compile(r"<\.\.\. \w+ resumed>")
@@ -25,7 +26,7 @@ _DESCRIPTOR = re.compile(r"(AT_FDCWD|\d+)<(.*)>(?:\(deleted\))?")
 _FORKS = {"clone", "clone3", "fork", "vfork"}
 _BECOMES = {"setuid": 0, "setreuid": 1, "setresuid": 1}
 _CHOWNS = {"chown": 1, "lchown": 1, "fchown": 1, "fchownat": 2}
-# A symbolic link may lead anywhere: it is none of this process's paths.
+# The target of a symbolic link: text for the kernel, which resolves no path in this call.
 _NO_PATH = {"symlink": {0}, "symlinkat": {0}}
 _NEVER_FOLLOW = {
     "mkdirat",
@@ -36,52 +37,52 @@ _NEVER_FOLLOW = {
     "symlinkat",
     "unlinkat",
 }
-_KERNELS = ("/proc", "/sys", "/dev")
-# What is behind it is no file of the kernel's.
-_THROUGH = re.compile(r"/proc/[^/]+/(task/[^/]+/)?(fd/\d+|cwd|root)/.")
+_KERNEL_PATHS = ("/proc", "/sys", "/dev")
+# These paths below /proc lead to other file systems.
+_OUT_OF_PROC = re.compile(r"/proc/[^/]+/(task/[^/]+/)?(fd/\d+|cwd|root)/.")
 
 
 @dataclass
-class Seen:
-    """What a trace tells."""
+class Findings:
+    """The results of a trace."""
 
     given: set[str] = field(default_factory=set)
-    """The folders and files that root has given to the other user."""
+    """The folders and files that root has given to the other user (chown)."""
     wrong: list[str] = field(default_factory=list)
-    """Calls by root whose path goes through a folder of the other user's."""
+    """Calls of root whose path leads through a folder of the other user."""
     right: set[tuple[str, str]] = field(default_factory=set)
-    """Calls by root in an open folder of the other user's that follow no link: their names, and the folders'."""
+    """Calls of root in an open folder of the other user that follow no link: call and folder."""
     calls: Counter[int] = field(default_factory=Counter)
-    """By user."""
+    """The number of calls by user id."""
 
 
 class Trace:
-    """One, read from its first line to its last."""
+    """Reads one trace from its first line to its last."""
 
-    def __init__(self, uid: int, folder: str, seen: Seen) -> None:
+    def __init__(self, uid: int, folder: str, findings: Findings) -> None:
         """
         Args:
-            uid: of the other user, and of its group.
-            folder: the first process's current one.
-            seen: what traces before this one tell; added to.
+            uid: the id of the other user, and of the user's group.
+            folder: the current folder of the first process.
+            findings: the results of earlier traces; this trace adds its own.
         """
-        self.seen = seen
+        self.findings = findings
         self._uid = uid
         self._first = (0, folder)
-        self._states: dict[int, tuple[int, str]] = {}  # of each thread: its user and its folder
+        self._states: dict[int, tuple[int, str]] = {}  # by thread: user and current folder
         self._parents: dict[int, int] = {}
 
     def read(self, lines: list[str]) -> None:
-        """Read all of it."""
+        """Read all lines of the trace."""
         calls = list(_calls(lines))
         for pid, name, _, result, _ in calls:
             if name in _FORKS and result > 0:
                 self._parents[result] = pid
         for pid, name, arguments, result, line in calls:
             uid, folder = self._state(pid)
-            self.seen.calls[uid] += 1
+            self.findings.calls[uid] += 1
             if uid == 0:
-                self._look(name, arguments, folder, line)
+                self._check(name, arguments, folder, line)
             if result >= 0:
                 self._follow(pid, name, arguments)
 
@@ -92,7 +93,7 @@ class Trace:
         return self._states[pid]
 
     def _follow(self, pid: int, name: str, arguments: list[str]) -> None:
-        """What a call that went well has changed."""
+        """Apply the effects of a successful call."""
         uid, folder = self._state(pid)
         if name in _BECOMES:
             new = int(arguments[_BECOMES[name]])
@@ -104,37 +105,37 @@ class Trace:
         elif uid == 0 and name in _CHOWNS and arguments[_CHOWNS[name]] == str(self._uid):
             found = _DESCRIPTOR.fullmatch(arguments[0])
             if name == "fchown" and found:
-                self.seen.given.add(found[2])
+                self.findings.given.add(found[2])
             else:
-                self.seen.given |= {path for _, path in _paths(name, arguments, folder)}
+                self.findings.given |= {path for _, path in _paths(name, arguments, folder)}
         elif uid == 0 and name.startswith("rename"):
             before, after = (f"{Path(*each)}" for each in _paths(name, arguments, folder))
-            moved = {p for p in self.seen.given if f"{p}/".startswith(f"{before}/")}
-            self.seen.given |= {after + path[len(before) :] for path in moved}
+            moved = {p for p in self.findings.given if f"{p}/".startswith(f"{before}/")}
+            self.findings.given |= {after + path[len(before) :] for path in moved}
 
-    def _look(self, name: str, arguments: list[str], folder: str, line: str) -> None:
+    def _check(self, name: str, arguments: list[str], folder: str, line: str) -> None:
         paths = _paths(name, arguments, folder)
         if any(self._is_wrong(name, arguments, *each) for each in paths):
-            self.seen.wrong.append(line)
+            self.findings.wrong.append(line)
             return
         theirs = {base for base, path in paths if _is_relative(path) and self._is_theirs(base)}
-        self.seen.right |= {(name, base) for base in theirs}
+        self.findings.right |= {(name, base) for base in theirs}
 
     def _is_wrong(self, name: str, arguments: list[str], base: str, path: str) -> bool:
         full = f"{Path(base, path)}"
-        if _THROUGH.match(full):
+        if _OUT_OF_PROC.match(full):
             return True
-        if not path or full.startswith(_KERNELS):
+        if not path or full.startswith(_KERNEL_PATHS):
             return False
         if _is_relative(path) and self._is_theirs(base):
             return "/" in path or not _follows_none(name, arguments)
         return self._is_theirs(str(Path(full).parent))
 
     def _is_theirs(self, folder: str) -> bool:
-        """Whether somebody else may have put this folder, or what is in it, there."""
+        """Whether the other user may have put this folder or its contents there."""
         path = Path(folder)
-        each_on_the_way = (os.path.normpath(each) for each in (path, *path.parents))
-        return any(each in self.seen.given or self._may_change(each) for each in each_on_the_way)
+        each_on_path = (os.path.normpath(each) for each in (path, *path.parents))
+        return any(each in self.findings.given or self._may_change(each) for each in each_on_path)
 
     def _may_change(self, folder: str) -> bool:
         try:
@@ -150,24 +151,24 @@ class Trace:
 
 
 def _calls(lines: list[str]) -> Iterator[tuple[int, str, list[str], int, str]]:
-    begun: dict[str, str] = {}
+    unfinished: dict[str, str] = {}
     for line in lines:
         found = _LINE.match(line)
         if found is None:
             continue
         pid, rest = found.groups()
         if rest.endswith(_UNFINISHED):
-            begun[pid] = rest.removesuffix(_UNFINISHED)
+            unfinished[pid] = rest.removesuffix(_UNFINISHED)
             continue
         if resumed := _RESUMED.match(rest):
-            rest = begun.pop(pid) + rest[resumed.end() :]
+            rest = unfinished.pop(pid) + rest[resumed.end() :]
         call = _CALL.match(rest)
         if call is not None and call[3] != "?":
             yield int(pid), call[1], _split(call[2]), int(call[3]), f"{pid} {rest}"
 
 
 def _split(arguments: str) -> list[str]:
-    """At the commas that are in no text, list, or name of a descriptor."""
+    """Split at the commas outside of strings, lists and names of descriptors."""
     found, begin, depth, is_text = [], 0, 0, False
     index = 0
     while index < len(arguments):
@@ -193,7 +194,7 @@ def _is_relative(path: str) -> bool:
 
 
 def _text(argument: str) -> str | None:
-    """The path that an argument is, if it is one."""
+    """The path in an argument, or None if the argument is no string."""
     if not argument.startswith('"'):
         return None
     return (
@@ -206,7 +207,7 @@ def _text(argument: str) -> str | None:
 
 
 def _paths(name: str, arguments: list[str], folder: str) -> list[tuple[str, str]]:
-    """Each path of a call, and the folder that it begins from if it is a relative one."""
+    """Each path of a call, after the folder from which a relative path begins."""
     found = []
     for index, argument in enumerate(arguments):
         path = _text(argument)
@@ -219,7 +220,7 @@ def _paths(name: str, arguments: list[str], folder: str) -> list[tuple[str, str]
 
 
 def _follows_none(name: str, arguments: list[str]) -> bool:
-    """Whether a call with one name in an open folder follows no link that has this name."""
+    """Whether a call on a single name in an open folder does not follow a link with this name."""
     flags = " ".join(argument for argument in arguments if not argument.startswith('"'))
     if name == "openat":
         return "O_NOFOLLOW" in flags or ("O_CREAT" in flags and "O_EXCL" in flags)

@@ -1,4 +1,4 @@
-"""What only a client for asyncio has to show: many things at once, and what is given up."""
+"""The asyncio client: concurrent calls and cancelled calls."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run(test: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(test, WAIT_TIMEOUT_S))
 
 
-def test_jobs_are_submitted_and_waited_for_at_once(shared_operator: Operator, probe: str) -> None:
+def test_jobs_are_submitted_and_awaited_concurrently(shared_operator: Operator, probe: str) -> None:
     async def test() -> None:
         async with cortex.AsyncClient(shared_operator.url) as client:
 
@@ -35,7 +35,7 @@ def test_jobs_are_submitted_and_waited_for_at_once(shared_operator: Operator, pr
     run(test())
 
 
-def test_waits_do_not_hold_up_what_ends_them(
+def test_long_polls_do_not_block_the_stops_that_end_them(
     shared_operator: Operator, probe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cortex.sdk.transport_async._MAX_WAITING_REQUESTS", 1)
@@ -56,7 +56,7 @@ def test_waits_do_not_hold_up_what_ends_them(
     run(test())
 
 
-def test_a_wait_that_is_cancelled_ends_and_leaves_the_client_in_order(
+def test_a_cancelled_wait_ends_and_the_client_still_works(
     shared_operator: Operator, probe: str
 ) -> None:
     async def test() -> None:
@@ -70,7 +70,7 @@ def test_a_wait_that_is_cancelled_ends_and_leaves_the_client_in_order(
     run(test())
 
 
-def test_a_log_that_is_left_early_is_closed(shared_operator: Operator, probe: str) -> None:
+def test_a_log_stream_is_closed_when_its_loop_breaks(shared_operator: Operator, probe: str) -> None:
     async def test() -> None:
         async with cortex.AsyncClient(shared_operator.url) as client:
             job = await client.submit_job("probe", {"do": "sleep", "s": 300})
@@ -83,7 +83,7 @@ def test_a_log_that_is_left_early_is_closed(shared_operator: Operator, probe: st
     run(test())
 
 
-def test_tasks_are_deployed_at_once_each_as_it_is(shared_operator: Operator) -> None:
+def test_concurrent_deploys_each_deploy_their_own_task(shared_operator: Operator) -> None:
     def task(number: int) -> Any:
         return lambda config: number
 
@@ -102,7 +102,7 @@ def test_tasks_are_deployed_at_once_each_as_it_is(shared_operator: Operator) -> 
     run(test())
 
 
-def test_a_deploy_that_is_cancelled_while_it_packs_leaves_nothing(
+def test_a_deploy_cancelled_while_packing_deploys_nothing(
     shared_operator: Operator, tmp_path: Path
 ) -> None:
     (tmp_path / "probe.py").write_text(PROBE)

@@ -1,4 +1,4 @@
-"""The benchmark runs: a small round of what needs nothing installed, with figures for all of it."""
+"""The benchmarks run: a short round of those without extra packages gives figures for each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 RUN = ROOT / "benchmarks" / "run.py"
 
 
-def test_it_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_quick_run_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
     out, mark = tmp_path / "results.json", tmp_path / "tmp"
     mark.mkdir()
     names = "submit,end-to-end,crowd,stored-status,aged"
@@ -38,11 +38,11 @@ def test_it_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert len(figures["aged-end-to-end"]["subjects"]) == 3
     assert len(figures["stored-status"]["subjects"]) == 2
     assert "submits/s, compared with the echo endpoint" in done.stdout
-    until(lambda: not processes_with(str(mark)), "all processes gone")
+    until(lambda: not processes_with(str(mark)), "all processes have exited")
     assert list(mark.iterdir()) == []
 
 
-def test_a_measurement_that_is_not_there_is_named() -> None:
+def test_an_unknown_measurement_is_refused_by_name() -> None:
     done = subprocess.run(
         [sys.executable, RUN, "--only", "speed"], capture_output=True, text=True, check=False
     )
@@ -50,8 +50,9 @@ def test_a_measurement_that_is_not_there_is_named() -> None:
     assert "there is no 'speed'" in done.stderr
 
 
-def test_peers_that_are_not_installed_are_told_of(tmp_path: Path) -> None:
-    shutil.copytree(RUN.parent, tmp_path / "benchmarks")  # beside it is no environment of theirs
+def test_missing_peers_are_reported_with_their_make_target(tmp_path: Path) -> None:
+    # No environment for the peers lies beside this copy.
+    shutil.copytree(RUN.parent, tmp_path / "benchmarks")
     done = subprocess.run(
         [sys.executable, tmp_path / "benchmarks" / "run.py", "--peers", "--quick"],
         capture_output=True, text=True, check=False,
@@ -60,7 +61,7 @@ def test_peers_that_are_not_installed_are_told_of(tmp_path: Path) -> None:
     assert "`make bench-peers`" in done.stderr
 
 
-# Scripted peers: one does not start, one fails in the second round and at its end, one works.
+# Scripted peers: one does not start, one fails in the second round and at its exit, one works.
 PEERS_FAIL = """
 import json, sys
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ from figures import HEAD, Results, aligned
 from measurements import Bench, Options
 
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
-asked = []
+measured = []
 
 
 @contextmanager
@@ -93,8 +94,8 @@ def fine(_):
 
 
 def measure(peer):
-    asked.append(peer.name)
-    if asked.count("Slow") == 2 and peer.name == "Slow":
+    measured.append(peer.name)
+    if measured.count("Slow") == 2 and peer.name == "Slow":
         raise RuntimeError("1 stopped jobs have not ended\\nwithin 60 s")
     return {"starts": 2.0, "stops": 3.0}
 
@@ -105,11 +106,11 @@ names = ("absent", "slow", "fine")
 with Bench(Options([], 3, 1, True, True), results, folder, out) as bench:
     ours = {"ours": lambda: {"starts": 1.0, "stops": 1.0}}
     bench.measure("crowd", {**ours, **bench.of_peers(names, measure)})
-    kept = Results.load(out)
-    assert asked == ["Slow", "Fine", "Slow", "Fine", "Fine"], asked
-assert kept.values["crowd-starts"] == {"ours": [1.0] * 3, "Fine": [2.0] * 3}, kept.values
-print(aligned([HEAD, *kept.rows()]))
-print(page.measured(kept))
+    stored = Results.load(out)
+    assert measured == ["Slow", "Fine", "Slow", "Fine", "Fine"], measured
+assert stored.values["crowd-starts"] == {"ours": [1.0] * 3, "Fine": [2.0] * 3}, stored.values
+print(aligned([HEAD, *stored.rows()]))
+print(page.measured(stored))
 
 # A later run that succeeds replaces the failure.
 results = Results()
@@ -132,7 +133,7 @@ def test_a_peer_that_fails_is_in_the_table_and_the_others_are_measured(tmp_path:
     assert done.stderr == "slow did not end as it should: it is still there\n"
 
 
-def test_an_error_that_is_not_a_peers_ends_the_run(tmp_path: Path) -> None:
+def test_an_error_outside_the_peers_ends_the_run(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
@@ -148,10 +149,11 @@ def test_an_error_that_is_not_a_peers_ends_the_run(tmp_path: Path) -> None:
     assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
 
 
-def test_the_page_shows_the_kept_results() -> None:
+def test_the_page_shows_the_stored_results() -> None:
+    # The page must be the same on a machine with one core.
     code = (
         "import os\n"
-        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # it is no matter where it is made\n"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
         "import page\n"
         "text = page.PAGE.read_text()\n"
         "assert page.page(text, page.Results.load(page.RESULTS)) == text"
@@ -163,21 +165,23 @@ def test_the_page_shows_the_kept_results() -> None:
 
 
 @pytest.fixture
-def open_path() -> Iterator[Path]:
-    """A folder that PostgreSQL's user reaches, which pytest's own keeps out."""
+def traversable_folder() -> Iterator[Path]:
+    """A folder that PostgreSQL's user may enter. Only the owner may enter pytest's folders."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
 
 
 @pytest.mark.parametrize("store", ["sqlite", "postgresql"])
-def test_the_scale_is_measured_and_nothing_is_left_behind(open_path: Path, store: str) -> None:
+def test_the_scale_is_measured_and_nothing_is_left_behind(
+    traversable_folder: Path, store: str
+) -> None:
     done = subprocess.run(
         [
             sys.executable, RUN.with_name("scale.py"), "--store", store,
             "--nodes", "20", "--cores", "2", "--waiting", "400", "--seconds", "0.3", "--requests", "3",
         ],
-        env={"PATH": "/usr/bin:/bin", "TMPDIR": str(open_path)},
+        env={"PATH": "/usr/bin:/bin", "TMPDIR": str(traversable_folder)},
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -185,5 +189,5 @@ def test_the_scale_is_measured_and_nothing_is_left_behind(open_path: Path, store
     assert heading.endswith(f"{store}, 2 jobs run on each node")
     assert "20 nodes, 400 wait" in columns
     assert len(rows) == 16
-    until(lambda: not processes_with(str(open_path)), "all processes gone")
-    assert list(open_path.iterdir()) == []
+    until(lambda: not processes_with(str(traversable_folder)), "all processes have exited")
+    assert list(traversable_folder.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The command against a real operator, as a user and as a script drive it."""
+"""The `cortex` command against a real operator, as users and scripts run it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def cortex(shared_operator: Operator, tmp_path: Path) -> Run:
-    """Runs the command in a folder of its own, with an environment that is the shared operator."""
+    """Runs the command in the test's folder, with an environment for the shared operator."""
 
     def run(*arguments: str, code: int = 0, answer: str = "") -> subprocess.CompletedProcess[str]:
         config = {"CORTEX_CLI_CONFIG_DIR": str(tmp_path / "config")}
@@ -45,10 +45,10 @@ def project(folder: Path, name: str, file: str = "cortex.yaml") -> Path:
 def test_the_cluster_of_a_local_operator_is_its_machine(
     cortex: Run, shared_operator: Operator
 ) -> None:
-    told = json.loads(cortex("cluster", "info", "-o", "json").stdout)
+    cluster = json.loads(cortex("cluster", "info", "-o", "json").stdout)
     capacity = shared_operator.http.get(f"{shared_operator.url}/-/info").json()["capacity"]
-    assert (told["engine"], len(told["nodes"])) == ("local", 1)
-    node = told["nodes"][0]
+    assert (cluster["engine"], len(cluster["nodes"])) == ("local", 1)
+    node = cluster["nodes"][0]
     assert (node["total"], node["is_ready"], node["problem"]) == (capacity, True, None)
     heading, line = cortex("cluster", "info").stdout.splitlines()
     assert heading.split()[:2] == ["node", "state"]
@@ -56,7 +56,9 @@ def test_the_cluster_of_a_local_operator_is_its_machine(
     assert f"of {capacity['cpu']:g}" in line
 
 
-def test_the_life_of_an_api(cortex: Run, shared_operator: Operator, tmp_path: Path) -> None:
+def test_an_api_is_deployed_shown_and_deleted(
+    cortex: Run, shared_operator: Operator, tmp_path: Path
+) -> None:
     project(tmp_path, "cli-life")
     (done,) = json.loads(cortex("deploy", "-o", "json").stdout)
     assert (done["message"], done["error"]) == ("created cli-life", "")
@@ -65,8 +67,8 @@ def test_the_life_of_an_api(cortex: Run, shared_operator: Operator, tmp_path: Pa
     assert cortex("logs", "cli-life", job["job_id"]).stdout == "line 0\nline 1\nline 2\n"
     shared_operator.finished(endpoint, job)
 
-    shown = json.loads(cortex("get", "cli-life", job["job_id"], "-o", "json").stdout)
-    assert shown == shared_operator.http.get(f"{endpoint}/{job['job_id']}").json()
+    read_terminal = json.loads(cortex("get", "cli-life", job["job_id"], "-o", "json").stdout)
+    assert read_terminal == shared_operator.http.get(f"{endpoint}/{job['job_id']}").json()
     listed = json.loads(cortex("get", "--output", "json", "cli-life").stdout)
     assert listed == shared_operator.http.get(f"{shared_operator.url}/-/apis/cli-life").json()
     assert "cli-life" in {
@@ -92,81 +94,93 @@ def test_the_life_of_an_api(cortex: Run, shared_operator: Operator, tmp_path: Pa
 
 
 @pytest.fixture
-def away(operator_proxy: OperatorProxy, tmp_path: Path) -> dict[str, str]:
-    """The surroundings of a command whose operator the test may kill."""
-    surroundings = {**os.environ, "CORTEX_CLI_CONFIG_DIR": str(tmp_path / "cli")}
+def proxy_environment(operator_proxy: OperatorProxy, tmp_path: Path) -> dict[str, str]:
+    """The environment variables of a command that uses an operator through a proxy."""
+    variables = {**os.environ, "CORTEX_CLI_CONFIG_DIR": str(tmp_path / "cli")}
     done = preloaded_cli.run(
-        "env", "configure", "w", "--operator-endpoint", operator_proxy.url, env=surroundings
+        "env", "configure", "w", "--operator-endpoint", operator_proxy.url, env=variables
     )
     assert done.returncode == 0, done.stderr
-    return surroundings
+    return variables
 
 
-def test_a_wait_goes_on_over_the_death_of_the_operator(
-    own_operator: Operator, operator_proxy: OperatorProxy, away: dict[str, str], tmp_path: Path
+def test_a_wait_continues_after_the_operator_was_killed(
+    own_operator: Operator,
+    operator_proxy: OperatorProxy,
+    proxy_environment: dict[str, str],
+    tmp_path: Path,
 ) -> None:
     out, err = (tmp_path / "out").open("w+"), (tmp_path / "err").open("w+")
     config = json.dumps({"do": "sleep", "s": 300})
     with out, err:
-        waiting = preloaded_cli.start(
+        waiting_command = preloaded_cli.start(
             "submit", "probe", "--wait", "--config", config, "-o", "json",
-            stdin=0, stdout=out.fileno(), stderr=err.fileno(), env=away,
+            stdin=0, stdout=out.fileno(), stderr=err.fileno(), env=proxy_environment,
         )  # fmt: skip
         try:
-            assert operator_proxy.waits.wait(WAIT_TIMEOUT_S)
+            assert operator_proxy.long_poll_arrived.wait(WAIT_TIMEOUT_S)
             own_operator.kill()
-            until(lambda: operator_proxy.refused, "asked again while nobody was there")
+            until(
+                lambda: operator_proxy.refused_connections,
+                "the command retried while no operator ran",
+            )
             own_operator.start()
             (job,) = own_operator.http.get(f"{own_operator.url}/probe").json()["job_statuses"]
             own_operator.delete(f"{own_operator.url}/probe", job)
-            assert waiting.wait(WAIT_TIMEOUT_S) == 3
+            assert waiting_command.wait(WAIT_TIMEOUT_S) == 3
         finally:
-            waiting.kill()
+            waiting_command.kill()
         out.seek(0)
-        shown = json.load(out)["job_status"]
-        assert (shown["job_id"], shown["status"]) == (job["job_id"], "status_stopped")
+        read_terminal = json.load(out)["job_status"]
+        assert (read_terminal["job_id"], read_terminal["status"]) == (
+            job["job_id"],
+            "status_stopped",
+        )
 
 
-def test_watching_on_a_terminal_says_once_that_the_operator_is_gone_and_goes_on(
-    own_operator: Operator, operator_proxy: OperatorProxy, away: dict[str, str]
+def test_watch_on_a_terminal_reports_a_killed_operator_once_and_continues(
+    own_operator: Operator, operator_proxy: OperatorProxy, proxy_environment: dict[str, str]
 ) -> None:
     job = own_operator.submit(f"{own_operator.url}/probe", config={"do": "sleep", "s": 300})
     own_operator.await_log(f"{own_operator.url}/probe", job, "asleep")
     mine, terminal = pty.openpty()
     watching = preloaded_cli.start(
         "get", "probe", job["job_id"], "--watch",
-        stdin=terminal, stdout=terminal, stderr=terminal, env=away,
+        stdin=terminal, stdout=terminal, stderr=terminal, env=proxy_environment,
     )  # fmt: skip
     os.close(terminal)
     try:
-        seen = shown(mine, "running")
+        output = read_terminal(mine, "running")
         own_operator.kill()
-        seen += shown(mine, "until the operator answers")
-        asked = operator_proxy.refused
-        until(lambda: operator_proxy.refused > asked, "asked again while nobody was there")
+        output += read_terminal(mine, "until the operator answers")
+        refused_before = operator_proxy.refused_connections
+        until(
+            lambda: operator_proxy.refused_connections > refused_before,
+            "the command retried while no operator ran",
+        )
         own_operator.start()
-        seen += shown(mine, "The operator answers again")
+        output += read_terminal(mine, "The operator answers again")
         own_operator.delete(f"{own_operator.url}/probe", job)
-        seen += shown(mine, "stopped")
+        output += read_terminal(mine, "stopped")
         assert watching.wait(WAIT_TIMEOUT_S) == 0
     finally:
         watching.kill()
         os.close(mine)
-    assert seen.count("until the operator answers") == 1
+    assert output.count("until the operator answers") == 1
 
 
-def shown(terminal: int, words: str) -> str:
-    """What appears on a terminal up to these words."""
-    seen = b""
+def read_terminal(terminal: int, words: str) -> str:
+    """The output on a terminal until these words appear."""
+    output = b""
     with selectors.DefaultSelector() as selector:
         selector.register(terminal, selectors.EVENT_READ)
-        while words.encode() not in seen:
-            assert selector.select(WAIT_TIMEOUT_S), f"never: {words!r} after {seen!r}"
-            seen += os.read(terminal, 4096)
-    return seen.decode(errors="replace")
+        while words.encode() not in output:
+            assert selector.select(WAIT_TIMEOUT_S), f"never: {words!r} after {output!r}"
+            output += os.read(terminal, 4096)
+    return output.decode(errors="replace")
 
 
-def test_a_log_is_printed_as_far_as_it_is_written(
+def test_no_follow_prints_the_log_written_until_now(
     cortex: Run, shared_operator: Operator, probe: str
 ) -> None:
     job = shared_operator.submit(probe, config={"do": "sleep", "s": 300})
@@ -186,13 +200,13 @@ def test_submit_prints_what_the_operator_answers(
     assert (job["config"], job["timeout"]) == ({"a": 1}, 60)
 
 
-def test_a_step_that_is_begun_again_with_its_key_waits_for_its_job(
+def test_a_repeated_submit_with_its_key_waits_for_the_same_job(
     cortex: Run, shared_operator: Operator, probe: str
 ) -> None:
     step = ("submit", "probe", "--wait", "--idempotency-key", "step 1", "-o", "json")
-    shown = json.loads(cortex(*step).stdout)
-    assert shown["job_status"]["status"] == "status_succeeded"
-    assert json.loads(cortex(*step).stdout) == shown
+    read_terminal = json.loads(cortex(*step).stdout)
+    assert read_terminal["job_status"]["status"] == "status_succeeded"
+    assert json.loads(cortex(*step).stdout) == read_terminal
     failed = cortex("submit", "probe", "--wait", "--config", '{"do": "leave", "code": 7}', code=3)
     assert "exit code  7" in failed.stdout
 
@@ -203,21 +217,23 @@ def test_a_file_of_any_name_is_deployed(cortex: Run, tmp_path: Path) -> None:
     assert done["message"] == "created cli-dot"
 
 
-def test_every_mistake_reaches_the_user(cortex: Run, tmp_path: Path) -> None:
+def test_mistakes_in_cortex_yaml_are_printed_with_their_lines(cortex: Run, tmp_path: Path) -> None:
     project(tmp_path, "Cli_Bad")
     failed = cortex("deploy", code=1)
     assert "cortex.yaml:1" in failed.stderr
     assert "Cli_Bad" in failed.stderr
 
 
-def test_an_operator_that_is_not_there(cortex: Run) -> None:
+def test_an_unreachable_operator_is_an_error_with_its_address(cortex: Run) -> None:
     cortex("env", "configure", "gone", "--operator-endpoint", "http://127.0.0.1:1")
     failed = cortex("get", "-e", "gone", "-o", "json", code=1)
     assert "127.0.0.1:1" in failed.stderr
     assert failed.stdout == ""
 
 
-def test_environments(cortex: Run, shared_operator: Operator) -> None:
+def test_environments_are_configured_listed_and_deleted(
+    cortex: Run, shared_operator: Operator
+) -> None:
     cortex("env", "configure", "other", "--operator-endpoint", "http://127.0.0.1:1")
     cortex("env", "default", "other")
     listed = json.loads(cortex("env", "list", "-o", "json").stdout)
@@ -232,7 +248,7 @@ def test_usage_errors_exit_with_2(cortex: Run) -> None:
     cortex("get", "-o", "xml", code=2)
 
 
-def test_the_version(cortex: Run) -> None:
+def test_version_prints_the_version(cortex: Run) -> None:
     import cortex as package
 
     assert package.__version__ in cortex("version").stdout

@@ -1,4 +1,4 @@
-"""The Python client against a real operator."""
+"""The Python clients against a real operator."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_class_is_deployed_and_run_with_requirements(client: cortex.Client) ->
     assert done["job_status"]["result"] == "six"
 
 
-def test_a_folder_is_deployed_and_left_as_it_was(client: cortex.Client, tmp_path: Path) -> None:
+def test_a_folder_is_deployed_without_being_changed(client: cortex.Client, tmp_path: Path) -> None:
     folder = tmp_path / "project"
     folder.mkdir()
     (folder / "probe.py").write_text(PROBE)
@@ -88,14 +88,16 @@ def test_a_folder_is_deployed_and_left_as_it_was(client: cortex.Client, tmp_path
         client.get_api("from-folder")
 
 
-def test_mistakes_are_raised_as_what_they_are(client: cortex.Client, tmp_path: Path) -> None:
+def test_mistakes_raise_the_matching_error(client: cortex.Client, tmp_path: Path) -> None:
     with pytest.raises(InvalidSpec, match="Bad_Name"):
         client.create_api({**api("Bad_Name"), "definition": {"path": "x.py"}}, project_dir=tmp_path)
     with pytest.raises(NotFound):
         client.submit_job("nothing")
 
 
-def test_environments(client: cortex.Client, shared_operator: Operator) -> None:
+def test_environments_are_listed_and_deleted(
+    client: cortex.Client, shared_operator: Operator
+) -> None:
     listed = cortex.env_list()
     assert listed["default_environment"] == "test"
     assert cortex.client("test").list_apis() is not None
@@ -103,21 +105,23 @@ def test_environments(client: cortex.Client, shared_operator: Operator) -> None:
     assert cortex.env_list()["environments"] == []
 
 
-def test_a_wait_goes_on_over_the_death_of_the_operator(
+def test_a_wait_continues_after_the_operator_was_killed(
     connect: Connect, own_operator: Operator, operator_proxy: OperatorProxy
 ) -> None:
     with connect(operator_proxy.url) as client, ThreadPoolExecutor(1) as pool:
         job = client.submit_job("probe", {"do": "sleep", "s": 300})
         waiting = pool.submit(client.get_job, "probe", job["job_id"], wait=WAIT_TIMEOUT_S)
-        assert operator_proxy.waits.wait(WAIT_TIMEOUT_S)
+        assert operator_proxy.long_poll_arrived.wait(WAIT_TIMEOUT_S)
         own_operator.kill()
-        until(lambda: operator_proxy.refused, "asked again while nobody was there")
+        until(
+            lambda: operator_proxy.refused_connections, "the client retried while no operator ran"
+        )
         own_operator.start()
         assert own_operator.delete(f"{own_operator.url}/probe", job).status_code == 200
         assert waiting.result(WAIT_TIMEOUT_S)["job_status"]["status"] == "status_stopped"
 
 
-def test_a_job_is_known_after_its_operator_died_and_came_back(
+def test_a_job_is_known_after_a_restart_of_the_operator(
     connect: Connect, own_operator: Operator, operator_proxy: OperatorProxy
 ) -> None:
     with connect(operator_proxy.url) as client:
@@ -130,7 +134,7 @@ def test_a_job_is_known_after_its_operator_died_and_came_back(
     assert result["x"] == 1
 
 
-def test_a_log_is_followed_over_the_death_of_the_operator(
+def test_a_followed_log_continues_after_the_operator_was_killed(
     connect: Connect, own_operator: Operator, operator_proxy: OperatorProxy
 ) -> None:
     with connect(operator_proxy.url) as client:
@@ -143,7 +147,7 @@ def test_a_log_is_followed_over_the_death_of_the_operator(
         assert "".join(log) == ""
 
 
-def test_a_log_is_read_as_far_as_it_is_written(
+def test_a_log_is_read_as_written_until_now(
     connect: Connect, own_operator: Operator, operator_proxy: OperatorProxy
 ) -> None:
     with connect(operator_proxy.url) as client:
@@ -157,16 +161,18 @@ def test_a_log_is_read_as_far_as_it_is_written(
 def test_a_submit_whose_answer_was_lost_is_one_job(
     connect: Connect, operator_proxy: OperatorProxy
 ) -> None:
-    operator_proxy.to_lose = 2
+    operator_proxy.answers_to_lose = 2
     with connect(operator_proxy.url) as client:
         job = client.submit_job("probe", {"do": "echo"})
         page = client.list_jobs("probe")
-    assert [answer.split()[1] for answer in operator_proxy.lost] == [b"200", b"200"]
+    assert [answer.split()[1] for answer in operator_proxy.lost_answers] == [b"200", b"200"]
     assert [each["job_id"] for each in page["job_statuses"]] == [job["job_id"]]
     assert page["next_cursor"] is None
 
 
-def test_a_key_of_ones_own_is_one_job(connect: Connect, operator_proxy: OperatorProxy) -> None:
+def test_a_given_idempotency_key_makes_one_job(
+    connect: Connect, operator_proxy: OperatorProxy
+) -> None:
     with connect(operator_proxy.url) as client:
         first = client.submit_job("probe", {"x": "\ud800"}, 300, idempotency_key="order 17")
         again = client.submit_job("probe", {"x": "\ud800"}, 300, idempotency_key="order 17")

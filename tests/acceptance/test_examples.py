@@ -1,4 +1,4 @@
-"""The three examples, as their READMEs say, and the demo."""
+"""The three examples, run as their READMEs say, and the demo."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def deploy(shared_operator: Operator, example: str) -> str:
     return str(response.json()[0]["api"]["endpoint"])
 
 
-def saved(shared_operator: Operator, job: dict[str, str]) -> list[Path]:
+def saved_files(shared_operator: Operator, job: dict[str, str]) -> list[Path]:
     folder = shared_operator.data_dir / "jobs" / job["job_id"] / "files"
     return [path for path in folder.rglob("*") if path.is_file()]
 
@@ -36,7 +36,7 @@ def test_iris_trains_and_writes_a_model(shared_operator: Operator) -> None:
     done = shared_operator.finished(endpoint, job)
     assert done["status"] == "status_succeeded", shared_operator.log_of(endpoint, job)
     assert done["result"]["accuracy"] > 0.8
-    assert [path.stat().st_size > 100 for path in saved(shared_operator, job)] == [True]
+    assert [path.stat().st_size > 100 for path in saved_files(shared_operator, job)] == [True]
 
 
 def test_wordcount_processes_a_file(shared_operator: Operator) -> None:
@@ -46,29 +46,29 @@ def test_wordcount_processes_a_file(shared_operator: Operator) -> None:
     assert any(character.isdigit() for character in shared_operator.log_of(endpoint, job))
 
 
-def test_checkpoint_saves_when_stopped_and_resumes(patient_operator: Operator) -> None:
-    endpoint = deploy(patient_operator, "checkpoint")
-    job = patient_operator.submit(endpoint, config={"steps": 10_000, "interval_s": 0.05})
-    patient_operator.await_log(endpoint, job, "step")
-    assert patient_operator.delete(endpoint, job).status_code == 200
-    until(lambda: saved(patient_operator, job), "the checkpoint")
-    until(lambda: not processes_with(job["job_id"]), "its processes gone")
-    (checkpoint,) = saved(patient_operator, job)
+def test_checkpoint_saves_when_stopped_and_resumes(long_grace_operator: Operator) -> None:
+    endpoint = deploy(long_grace_operator, "checkpoint")
+    job = long_grace_operator.submit(endpoint, config={"steps": 10_000, "interval_s": 0.05})
+    long_grace_operator.await_log(endpoint, job, "step")
+    assert long_grace_operator.delete(endpoint, job).status_code == 200
+    until(lambda: saved_files(long_grace_operator, job), "the checkpoint")
+    until(lambda: not processes_with(job["job_id"]), "its processes have exited")
+    (checkpoint,) = saved_files(long_grace_operator, job)
     steps = json.loads(checkpoint.read_text())["steps"]
-    again = patient_operator.submit(
+    again = long_grace_operator.submit(
         endpoint, config={"steps": steps + 3, "interval_s": 0.01, "checkpoint": str(checkpoint)}
     )
-    done = patient_operator.finished(endpoint, again)
+    done = long_grace_operator.finished(endpoint, again)
     assert (done["status"], done["result"]["steps"]) == ("status_succeeded", steps + 3)
-    assert f"resuming after step {steps}" in patient_operator.log_of(endpoint, again)
+    assert f"resuming after step {steps}" in long_grace_operator.log_of(endpoint, again)
 
 
 @pytest.mark.parametrize("example", ["iris", "wordcount", "checkpoint"])
-def test_every_example_is_explained(example: str) -> None:
+def test_the_readme_of_every_example_deploys_it(example: str) -> None:
     assert "cortex deploy" in (ROOT / "examples" / example / "README.md").read_text()
 
 
-def test_the_demo(tmp_path: Path) -> None:
+def test_the_demo_succeeds_and_cleans_up(tmp_path: Path) -> None:
     done = subprocess.run(
         ["sh", str(ROOT / "examples" / "demo.sh")],
         env={
@@ -84,5 +84,5 @@ def test_the_demo(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "status_succeeded" in done.stdout or "succeeded" in done.stdout
     assert "accuracy" in done.stdout
-    assert list(tmp_path.iterdir()) == [], "it cleans up"
-    until(lambda: not processes_with(str(tmp_path)), "its processes gone")
+    assert list(tmp_path.iterdir()) == [], "the demo cleans up"
+    until(lambda: not processes_with(str(tmp_path)), "its processes have exited")

@@ -28,7 +28,7 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cortex.worker import trees
-from operator_harness import FINAL, Operator, operator, reachable, until
+from operator_harness import FINAL, Operator, operator, reachable_interpreter, until
 
 USER = "nobody"
 TIMEOUT_S = 8
@@ -270,7 +270,9 @@ def run_hostile_jobs(folder: Path, hostile: int, honest: int, seed: int) -> Coun
     canary.write_text(SECRET)
     canary.chmod(0o600)
     mark = f"hostile-{os.getpid()}-{seed}"
-    with operator(folder, "--run-as", USER, "--cpu", "4", within=reachable()) as running:
+    with operator(
+        folder, "--run-as", USER, "--cpu", "4", command_prefix=reachable_interpreter()
+    ) as running:
         hostile_run = HostileRun(running, random.Random(seed), mark, canary)
         try:
             ends = hostile_run.run(hostile, honest)

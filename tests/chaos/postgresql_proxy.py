@@ -37,11 +37,11 @@ class PostgreSQLProxy(NetworkGate):
         """Whether the proxy has lost the connection."""
         return self.cut is None
 
-    def sent(self, data: bytes, server: socket.socket) -> bool:
+    def forward(self, data: bytes, server: socket.socket) -> bool:
         while self.is_mute:
             time.sleep(0.02)
         if self.cut is None or _COMMIT not in data:
-            return super().sent(data, server)
+            return super().forward(data, server)
         cut, self.cut = self.cut, None
         if cut == "after":
             server.sendall(data)

@@ -48,7 +48,7 @@ def clock(tmp_path: Path) -> FakeClock:
 
 @pytest.fixture
 def jumping_operator(tmp_path: Path, clock: FakeClock) -> Iterator[Operator]:
-    with operator(tmp_path, "--cpu", "0.001", within=clock.command()) as running:
+    with operator(tmp_path, "--cpu", "0.001", command_prefix=clock.command()) as running:
         yield running
 
 

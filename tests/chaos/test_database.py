@@ -177,7 +177,7 @@ def test_an_operator_ends_at_once_while_its_server_is_down(tmp_path: Path) -> No
 
 def start_refused(folder: Path, *options: str) -> str:
     """The error of `cortex serve` when it does not start."""
-    message = operator_harness.refused(folder, *options)
+    message = operator_harness.startup_error(folder, *options)
     assert PASSWORD not in message
     return message
 

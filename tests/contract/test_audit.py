@@ -1,4 +1,4 @@
-"""docs/security.md, the audit: who changed what, and what was refused; and what a revoked token ends."""
+"""The audit (docs/security.md): changes with their actors, refusals, and revoked tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DAY_NS = 86_400 * 10**9
 
 
 @pytest.fixture(scope="module")
-def safe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Operator, dict[str, str]]]:
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Operator, dict[str, str]]]:
     with operator_with_tokens(tmp_path_factory.mktemp("audited"), "--require-token") as made:
         made[0].deployed(probe_yaml(), {"probe.py": PROBE})
         yield made
@@ -42,19 +42,19 @@ def audit(running: Operator, **params: Any) -> list[dict[str, Any]]:
     return entries
 
 
-def of(running: Operator, action: str) -> list[dict[str, Any]]:
+def with_action(running: Operator, action: str) -> list[dict[str, Any]]:
     return [entry for entry in audit(running, limit=1000) if entry["action"] == action]
 
 
-def test_who_deployed_stopped_and_deleted_is_told(
-    safe: tuple[Operator, dict[str, str]],
+def test_deploys_stops_and_deletions_are_recorded_with_their_actors(
+    secured: tuple[Operator, dict[str, str]],
 ) -> None:
-    running, tokens = safe
+    running, tokens = secured
     endpoint = running.deployed(probe_yaml("watched"), {"probe.py": PROBE})
     version = running.http.get(f"{running.url}/-/apis/watched").json()[0]["spec"]["api_id"]
     job = running.submit(endpoint, config={"do": "sleep", "s": 300})["job_id"]
     headers = {"Authorization": f"Bearer {tokens['submit']}"}
-    for _ in range(2):  # the second changes nothing
+    for _ in range(2):  # the second request changes nothing
         assert httpx.delete(f"{endpoint}/{job}", headers=headers, timeout=60).status_code == 200
     assert running.http.delete(f"{running.url}/-/apis/watched").status_code == 200
     found = [e for e in audit(running) if e["api_name"] == "watched"]
@@ -66,8 +66,10 @@ def test_who_deployed_stopped_and_deleted_is_told(
     assert all(e["time"].endswith("Z") and e["count"] == 1 for e in found)
 
 
-def test_who_made_and_revoked_tokens_is_told(safe: tuple[Operator, dict[str, str]]) -> None:
-    running, _ = safe
+def test_changes_of_tokens_are_recorded_with_their_actors(
+    secured: tuple[Operator, dict[str, str]],
+) -> None:
+    running, _ = secured
     token(running.data_dir, "brief", "read")
     cortex("token", "revoke", "brief", "--data-dir", str(running.data_dir))
     found = [e for e in audit(running) if e["token"] == "brief"]
@@ -76,8 +78,8 @@ def test_who_made_and_revoked_tokens_is_told(safe: tuple[Operator, dict[str, str
     assert all(e["by"] and e["address"] is None for e in found)
 
 
-def test_refused_requests_are_counted(safe: tuple[Operator, dict[str, str]]) -> None:
-    running, tokens = safe
+def test_refused_requests_are_counted(secured: tuple[Operator, dict[str, str]]) -> None:
+    running, tokens = secured
     for _ in range(3):
         assert get(running, "/probe", "wrong").status_code == 401
     refused = httpx.post(
@@ -88,16 +90,16 @@ def test_refused_requests_are_counted(safe: tuple[Operator, dict[str, str]]) -> 
     )
     assert refused.status_code == 403
 
-    def told() -> bool:
-        found = of(running, "refuse")
-        wrong = sum(e["count"] for e in found if e["by"] is None)
-        narrow = [e for e in found if e["by"] == "read"]
-        return wrong >= 3 and any("auth.forbidden" in e["message"] for e in narrow)
+    def are_recorded() -> bool:
+        found = with_action(running, "refuse")
+        unauthorized = sum(e["count"] for e in found if e["by"] is None)
+        forbidden = [e for e in found if e["by"] == "read"]
+        return unauthorized >= 3 and any("auth.forbidden" in e["message"] for e in forbidden)
 
-    until(told, "the audit has what was refused")
+    until(are_recorded, "the audit has the refused requests")
 
 
-def test_refused_requests_of_many_callers_are_few_entries() -> None:
+def test_refused_requests_of_many_callers_make_few_entries() -> None:
     async def flood() -> list[int]:
         stored: list[int] = []
 
@@ -105,7 +107,7 @@ def test_refused_requests_of_many_callers_are_few_entries() -> None:
             async def add_to_audit(self, entries: list[Any]) -> None:
                 stored.extend(entry.count for entry in entries)
 
-        refusals = Refusals(Stored())  # type: ignore[arg-type]  # all that it calls
+        refusals = Refusals(Stored())  # type: ignore[arg-type]  # all that Refusals calls
         for number in range(1000):
             refusals.add(Actor(None, f"2001:db8::{number:x}"), "GET", "auth.unauthorized")
         await refusals.close()
@@ -116,10 +118,10 @@ def test_refused_requests_of_many_callers_are_few_entries() -> None:
     assert sum(counts) == 1000
 
 
-def test_the_audit_is_for_who_may_deploy_and_is_paged(
-    safe: tuple[Operator, dict[str, str]],
+def test_the_audit_needs_the_scope_deploy_and_is_paged(
+    secured: tuple[Operator, dict[str, str]],
 ) -> None:
-    running, tokens = safe
+    running, tokens = secured
     for scope in ("read", "submit"):
         assert get(running, "/-/audit", tokens[scope]).status_code == 403
     assert running.http.get(f"{running.url}/-/audit", params={"limit": 0}).status_code == 400
@@ -137,8 +139,10 @@ def test_the_audit_is_for_who_may_deploy_and_is_paged(
     assert paged[-len(every) :] == every
 
 
-def test_the_command_shows_it(safe: tuple[Operator, dict[str, str]], tmp_path: Path) -> None:
-    running, tokens = safe
+def test_the_command_shows_the_audit(
+    secured: tuple[Operator, dict[str, str]], tmp_path: Path
+) -> None:
+    running, tokens = secured
     variables: dict[str, Any] = {"CORTEX_CLI_CONFIG_DIR": str(tmp_path)}
     variables["CORTEX_TOKEN"] = tokens["deploy"]
     cortex("env", "configure", "here", "--operator-endpoint", running.url, **variables)
@@ -150,24 +154,24 @@ def test_the_command_shows_it(safe: tuple[Operator, dict[str, str]], tmp_path: P
     assert "needs 'deploy'" in cortex("audit", code=1, **variables)
 
 
-def test_an_operator_without_tokens_has_an_audit_too(shared_operator: Operator) -> None:
+def test_an_operator_without_tokens_has_an_audit(shared_operator: Operator) -> None:
     shared_operator.deployed(probe_yaml("anybody"), {"probe.py": PROBE})
     [entry] = [e for e in audit(shared_operator) if e["api_name"] == "anybody"]
     assert (entry["action"], entry["by"], entry["address"]) == ("deploy", None, "127.0.0.1")
 
 
-def test_the_audit_goes_after_its_time(tmp_path: Path) -> None:
+def test_old_audit_entries_are_removed(tmp_path: Path) -> None:
     second = str(1 / 86_400)
     with operator(tmp_path, "--keep-audit", second) as running:
         running.deployed(probe_yaml(), {"probe.py": PROBE})
-        until(lambda: audit(running) == [], "the audit was trimmed")
+        until(lambda: audit(running) == [], "the audit is empty")
 
 
 @pytest.mark.parametrize("how", ["a followed log", "a long poll"])
-def test_what_is_open_ends_when_its_token_is_revoked(
-    safe: tuple[Operator, dict[str, str]], how: str
+def test_open_answers_end_when_their_token_is_revoked(
+    secured: tuple[Operator, dict[str, str]], how: str
 ) -> None:
-    running, _ = safe
+    running, _ = secured
     name = how.replace(" ", "-")
     secret = token(running.data_dir, name, "read")
     other = token(running.data_dir, f"{name}-2", "read")
@@ -192,28 +196,28 @@ def test_what_is_open_ends_when_its_token_is_revoked(
                 assert [a.status_code for a in answers] == [401]
         else:
             events = {**headers, "Accept": "text/event-stream"}
-            again = {"Authorization": f"Bearer {other}", "Accept": "text/event-stream"}
+            other_events = {"Authorization": f"Bearer {other}", "Accept": "text/event-stream"}
             url = f"{endpoint}/{job}/logs"
             with (
-                httpx.stream("GET", url, headers=again, timeout=60) as kept,
+                httpx.stream("GET", url, headers=other_events, timeout=60) as other_answer,
                 httpx.stream("GET", url, headers=events, timeout=60) as answer,
             ):
-                pieces, kept_pieces = answer.iter_text(), kept.iter_text()
-                assert "asleep" in next(pieces) + next(kept_pieces)
+                pieces, other_pieces = answer.iter_text(), other_answer.iter_text()
+                assert "asleep" in next(pieces) + next(other_pieces)
                 cortex("token", "revoke", name, "--data-dir", str(running.data_dir))
                 with pytest.raises(httpx.RemoteProtocolError):
                     for _ in pieces:
                         pass
-                # That of another token goes on to its end.
+                # The log that another token follows continues to its end.
                 running.delete(endpoint, submitted)
-                assert "event: end" in "".join(kept_pieces)
+                assert "event: end" in "".join(other_pieces)
         assert get(running, "/probe", secret).status_code == 401
     finally:
         running.delete(endpoint, submitted)
 
 
 def connections(running: Operator) -> int:
-    """How many there are to the operator."""
+    """The number of connections to the operator."""
     port = f":{int(running.url.rsplit(':', 1)[1]):04X}"
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return sum(1 for fields in lines if fields[1].endswith(port) and fields[3] == "01")
@@ -225,7 +229,7 @@ def test_the_data_folder_is_closed_to_other_users(shared_operator: Operator) -> 
         assert mode & 0o077 == 0, (name, oct(mode))
 
 
-def test_series_of_a_deleted_api_are_gone(shared_operator: Operator) -> None:
+def test_metric_series_of_a_deleted_api_are_removed(shared_operator: Operator) -> None:
     endpoint = shared_operator.deployed(probe_yaml("counted"), {"probe.py": PROBE})
     shared_operator.run(endpoint)
     running = shared_operator.submit(endpoint, config={"do": "sleep", "s": 300})
@@ -234,13 +238,13 @@ def test_series_of_a_deleted_api_are_gone(shared_operator: Operator) -> None:
     def series() -> str:
         return shared_operator.http.get(f"{shared_operator.url}/metrics").text
 
-    until(lambda: 'cortex_jobs_ended_total{api="counted"' in series(), "it is counted")
+    until(lambda: 'cortex_jobs_ended_total{api="counted"' in series(), "the end is counted")
     shared_operator.http.delete(f"{shared_operator.url}/-/apis/counted")
-    until(lambda: 'api="counted"' not in series(), "its series are gone")
+    until(lambda: 'api="counted"' not in series(), "its series are removed")
     assert "cortex_operator_info" in series()
 
 
-def test_a_store_of_the_version_before_gets_an_audit(tmp_path: Path) -> None:
+def test_a_store_of_an_older_version_gets_an_audit(tmp_path: Path) -> None:
     with operator(tmp_path) as running:
         running.deployed(probe_yaml(), {"probe.py": PROBE})
     with closing(sqlite3.connect(tmp_path / "data" / "operator.db")) as database, database:

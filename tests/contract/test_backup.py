@@ -1,4 +1,4 @@
-"""`cortex backup` and `cortex restore`, on real operators."""
+"""`cortex backup` and `cortex restore` with real operators."""
 
 from __future__ import annotations
 
@@ -20,21 +20,29 @@ from sqlalchemy import create_engine
 
 import cortex.store
 import preloaded_cli
-from operator_harness import PROBE, Operator, operator, probe_yaml, processes_with, refused, until
+from operator_harness import (
+    PROBE,
+    Operator,
+    operator,
+    probe_yaml,
+    processes_with,
+    startup_error,
+    until,
+)
 from postgresql_server import PostgreSQLServer
 
 SLEEP = {"do": "sleep", "s": 300}
 
 
 def run(*words: str | Path, code: int = 0, **environment: str) -> str:
-    """What the command says."""
+    """The output of the command."""
     done = preloaded_cli.run(*map(str, words), env={**os.environ, **environment})
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
 
 
-def backed_up(own_operator: Operator, file: Path) -> Path:
+def back_up(own_operator: Operator, file: Path) -> Path:
     run("backup", file, "--data-dir", own_operator.data_dir)
     assert file.stat().st_mode & 0o777 == 0o600
     assert [path.name for path in file.parent.glob(".cortex-backup-*")] == []
@@ -42,14 +50,14 @@ def backed_up(own_operator: Operator, file: Path) -> Path:
 
 
 @contextmanager
-def restored(file: Path, folder: Path, *options: str) -> Iterator[Operator]:
-    """An operator on what was restored."""
+def restored_operator(file: Path, folder: Path, *options: str) -> Iterator[Operator]:
+    """An operator on a restored data folder."""
     run("restore", file, "--data-dir", folder / "data")
     with operator(folder, *options) as running:
         yield running
 
 
-def members(file: Path) -> dict[str, bytes]:
+def archive_members(file: Path) -> dict[str, bytes]:
     found = {}
     with tarfile.open(file) as tar:
         for member in tar:
@@ -59,7 +67,7 @@ def members(file: Path) -> dict[str, bytes]:
     return found
 
 
-def written(file: Path, contents: dict[str, bytes]) -> Path:
+def write_archive(file: Path, contents: dict[str, bytes]) -> Path:
     with tarfile.open(file, "w:gz") as tar:
         for name, data in contents.items():
             member = tarfile.TarInfo(name)
@@ -70,20 +78,22 @@ def written(file: Path, contents: dict[str, bytes]) -> Path:
 
 @pytest.fixture
 def backup(own_operator: Operator, tmp_path: Path) -> Path:
-    """That of an operator with an API and a job that has ended."""
+    """The backup of an operator with an API and a finished job."""
     endpoint = own_operator.deployed(probe_yaml(), {"probe.py": PROBE})
     own_operator.run(endpoint, config={"do": "say", "lines": 3})
-    return backed_up(own_operator, tmp_path / "backup.tar.gz")
+    return back_up(own_operator, tmp_path / "backup.tar.gz")
 
 
-def is_refused(file: Path, folder: Path) -> str:
-    """Nothing is made; what the command says."""
-    said = run("restore", file, "--data-dir", folder, code=1)
+def refused_restore(file: Path, folder: Path) -> str:
+    """The output of a restore that must fail and make nothing."""
+    output = run("restore", file, "--data-dir", folder, code=1)
     assert not folder.exists()
-    return said
+    return output
 
 
-def test_what_an_operator_had_is_there_again(own_operator: Operator, tmp_path: Path) -> None:
+def test_a_restore_brings_back_all_data_of_an_operator(
+    own_operator: Operator, tmp_path: Path
+) -> None:
     path = own_operator.deployed(
         probe_yaml(more="  limits: {log: 64Ki}\n"), {"probe.py": PROBE, "sub/data": "A=b"}
     ).removeprefix(own_operator.url)
@@ -91,25 +101,24 @@ def test_what_an_operator_had_is_there_again(own_operator: Operator, tmp_path: P
     own_operator.finished(own_operator.url + path, done)
     failed = own_operator.submit(own_operator.url + path, config={"do": "fail", "message": "no"})
     own_operator.finished(own_operator.url + path, failed)
-    said = own_operator.submit(
-        own_operator.url + path, config={"do": "say", "lines": 10_000}
-    )  # over its limit
-    own_operator.finished(own_operator.url + path, said)
+    config = {"do": "say", "lines": 10_000}  # exceeds the limit of the log
+    chatty = own_operator.submit(own_operator.url + path, config=config)
+    own_operator.finished(own_operator.url + path, chatty)
     (own_operator.data_dir / "locks" / "l").mkdir()
     (own_operator.data_dir / "locks" / "l" / "linux-3.11.lock").write_text("a==1\n")
     secret = run("token", "create", "t", "--scope", "read", "--data-dir", own_operator.data_dir)
-    file = backed_up(own_operator, tmp_path / "backup.tar.gz")
+    file = back_up(own_operator, tmp_path / "backup.tar.gz")
     later = own_operator.submit(own_operator.url + path)
     own_operator.finished(own_operator.url + path, later)
-    with restored(file, tmp_path / "other") as other:
-        for job in (done, failed, said):
+    with restored_operator(file, tmp_path / "other") as other:
+        for job in (done, failed, chatty):
             assert other.status(other.url + path, job) == own_operator.status(
                 own_operator.url + path, job
             )
             assert other.log_of(other.url + path, job) == own_operator.log_of(
                 own_operator.url + path, job
             )
-        assert "of the log are gone" in other.log_of(other.url + path, said)
+        assert "of the log are gone" in other.log_of(other.url + path, chatty)
         assert other.http.get(f"{other.url}{path}/{later['job_id']}").status_code == 404
         assert other.run(other.url + path, config={"b": 1})["status"] == "status_succeeded"
         listed = json.loads(run("token", "list", "-o", "json", "--data-dir", other.data_dir))
@@ -121,13 +130,13 @@ def test_what_an_operator_had_is_there_again(own_operator: Operator, tmp_path: P
             own_operator.data_dir / "folder.id"
         ).read_text()
     assert secret.strip()
-    own_operator.kill()  # and without an operator
-    backed_up(own_operator, file)
-    with restored(file, tmp_path / "third") as third:
+    own_operator.kill()  # a backup also works without an operator
+    back_up(own_operator, file)
+    with restored_operator(file, tmp_path / "third") as third:
         assert third.status(third.url + path, later)["status"] == "status_succeeded"
 
 
-def test_what_ran_is_lost_or_tried_again_and_the_original_s_goes_on(
+def test_restored_running_jobs_are_lost_or_retried_and_the_originals_continue(
     own_operator: Operator, tmp_path: Path
 ) -> None:
     once = own_operator.deployed(probe_yaml("once"), {"probe.py": PROBE}).removeprefix(
@@ -143,12 +152,12 @@ def test_what_ran_is_lost_or_tried_again_and_the_original_s_goes_on(
     for path, job in jobs.items():
         own_operator.await_log(own_operator.url + path, job, "asleep")
     waits = own_operator.submit(own_operator.url + full)
-    file = backed_up(own_operator, tmp_path / "backup.tar.gz")
+    file = back_up(own_operator, tmp_path / "backup.tar.gz")
     workers = {path: processes_with(f"CORTEX_JOB_ID={job['job_id']}") for path, job in jobs.items()}
-    with restored(file, tmp_path / "other", "--cpu", "2") as other:
-        told = other.finished(other.url + once, jobs[once])
-        assert told["status"] == "status_unexpected_error"
-        assert "restored from a backup of 20" in told["message"]
+    with restored_operator(file, tmp_path / "other", "--cpu", "2") as other:
+        ended = other.finished(other.url + once, jobs[once])
+        assert ended["status"] == "status_unexpected_error"
+        assert "restored from a backup of 20" in ended["message"]
         other.await_log(other.url + again, jobs[again], "attempt 1 was lost")
         assert other.status(other.url + again, jobs[again])["status"] == "status_running"
         assert other.finished(other.url + full, waits)["status"] == "status_succeeded"
@@ -159,7 +168,7 @@ def test_what_ran_is_lost_or_tried_again_and_the_original_s_goes_on(
         assert own_operator.status(own_operator.url + path, job)["status"] == "status_running"
 
 
-def test_a_folder_with_data_or_an_operator_is_left_alone(
+def test_a_restore_overwrites_no_data_and_no_running_operator(
     own_operator: Operator, backup: Path, tmp_path: Path
 ) -> None:
     data = ("restore", backup, "--data-dir", own_operator.data_dir)
@@ -173,7 +182,7 @@ def test_a_folder_with_data_or_an_operator_is_left_alone(
     own_operator.start()
     assert own_operator.status(own_operator.url + path, job)["status"] == "status_running"
     own_operator.delete(own_operator.url + path, job)
-    until(lambda: not processes_with(job["job_id"]), "the job gone")
+    until(lambda: not processes_with(job["job_id"]), "the job's processes have exited")
     own_operator.kill()
     run(*data, "--force")
     own_operator.start()
@@ -183,13 +192,15 @@ def test_a_folder_with_data_or_an_operator_is_left_alone(
     assert own_operator.run(own_operator.url + path)["status"] == "status_succeeded"
 
 
-def test_one_that_was_cut_off_is_told_and_can_be_done_again(backup: Path, tmp_path: Path) -> None:
+def test_an_interrupted_restore_is_reported_and_can_be_repeated(
+    backup: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "other" / "data"
     run("restore", backup, "--data-dir", folder)
-    (folder / ".restoring").mkdir()  # as if it had been killed before the database had its place
+    (folder / ".restoring").mkdir()  # as after a SIGKILL before the restore moved the database
     shutil.move(folder / "operator.db", folder / ".restoring")
-    said = run("serve", "--port", "0", "--data-dir", folder, code=1)
-    assert "cut off" in said
+    output = run("serve", "--port", "0", "--data-dir", folder, code=1)
+    assert "cut off" in output
     run("restore", backup, "--data-dir", folder)
     with operator(tmp_path / "other") as other:
         assert other.run(f"{other.url}/probe")["status"] == "status_succeeded"
@@ -210,8 +221,8 @@ def _with(**more: bytes) -> Callable[[dict[str, bytes]], dict[str, bytes]]:
 
 def _manifest(**changed: Any) -> Callable[[dict[str, bytes]], dict[str, bytes]]:
     def change(found: dict[str, bytes]) -> dict[str, bytes]:
-        said = {**json.loads(found["cortex-backup.json"]), **changed}
-        return {**found, "cortex-backup.json": json.dumps(said).encode()}
+        manifest = {**json.loads(found["cortex-backup.json"]), **changed}
+        return {**found, "cortex-backup.json": json.dumps(manifest).encode()}
 
     return change
 
@@ -226,7 +237,7 @@ def _project(name: str, link: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [
         (_without("cortex-backup.json"), "not a backup"),
         (_without("operator.db"), "no database"),
@@ -247,28 +258,31 @@ def _project(name: str, link: str) -> bytes:
         (lambda found: {"hello": b"x"}, "not a backup"),
     ],
 )  # fmt: skip
-def test_an_archive_that_is_none_is_refused(
-    backup: Path, tmp_path: Path, spoil: Callable[[dict[str, bytes]], dict[str, bytes]], told: str
+def test_an_archive_that_is_no_backup_is_refused(
+    backup: Path,
+    tmp_path: Path,
+    spoil: Callable[[dict[str, bytes]], dict[str, bytes]],
+    message: str,
 ) -> None:
-    spoilt = written(tmp_path / "spoilt", spoil(members(backup)))
-    assert told in is_refused(spoilt, tmp_path / "other")
+    spoilt = write_archive(tmp_path / "spoilt", spoil(archive_members(backup)))
+    assert message in refused_restore(spoilt, tmp_path / "other")
 
 
-def test_what_is_damaged_or_cut_off_anywhere_is_refused(backup: Path, tmp_path: Path) -> None:
+def test_a_damaged_or_truncated_backup_is_refused(backup: Path, tmp_path: Path) -> None:
     data = backup.read_bytes()
     spoilt = tmp_path / "spoilt"
-    for place in (0, 1, len(data) // 4, len(data) // 2, len(data) - 9, len(data) - 1):
-        spoilt.write_bytes(data[:place])
-        is_refused(spoilt, tmp_path / "other")
-        spoilt.write_bytes(data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :])
-        is_refused(spoilt, tmp_path / "other")
+    for offset in (0, 1, len(data) // 4, len(data) // 2, len(data) - 9, len(data) - 1):
+        spoilt.write_bytes(data[:offset])
+        refused_restore(spoilt, tmp_path / "other")
+        spoilt.write_bytes(data[:offset] + bytes([data[offset] ^ 0xFF]) + data[offset + 1 :])
+        refused_restore(spoilt, tmp_path / "other")
     for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE):
         with tarfile.open(spoilt, "w:gz") as tar:
             member = tarfile.TarInfo("cortex-backup.json")
             member.type, member.linkname = kind, "/etc/passwd"
             tar.addfile(member)
-        assert "does not belong in a backup" in is_refused(spoilt, tmp_path / "other")
-    assert "No such file" in is_refused(tmp_path / "missing", tmp_path / "other")
+        assert "does not belong in a backup" in refused_restore(spoilt, tmp_path / "other")
+    assert "No such file" in refused_restore(tmp_path / "missing", tmp_path / "other")
 
 
 def _migrated(path: Path, revision: str) -> None:
@@ -282,9 +296,9 @@ def _migrated(path: Path, revision: str) -> None:
     engine.dispose()
 
 
-def test_a_backup_of_older_tables_is_brought_up_to_date(backup: Path, tmp_path: Path) -> None:
-    old, found = tmp_path / "old.db", members(backup)
-    _migrated(old, "0004")  # whose jobs have no losses
+def test_a_backup_with_an_older_schema_is_migrated(backup: Path, tmp_path: Path) -> None:
+    old, found = tmp_path / "old.db", archive_members(backup)
+    _migrated(old, "0004")  # where jobs have no column `losses`
     (tmp_path / "new.db").write_bytes(found["operator.db"])
     with closing(sqlite3.connect(old, isolation_level=None)) as database:
         database.execute("ATTACH ? AS new", (str(tmp_path / "new.db"),))
@@ -295,22 +309,20 @@ def test_a_backup_of_older_tables_is_brought_up_to_date(backup: Path, tmp_path: 
             assert "losses" not in columns
             database.execute(f"INSERT INTO {table} ({columns}) SELECT {columns} FROM new.{table}")
     spoilt = _manifest(revision="0004")({**found, "operator.db": old.read_bytes()})
-    with restored(written(tmp_path / "older", spoilt), tmp_path / "other") as other:
+    with restored_operator(write_archive(tmp_path / "older", spoilt), tmp_path / "other") as other:
         assert other.run(f"{other.url}/probe")["status"] == "status_succeeded"
 
 
-def test_a_log_that_a_job_has_made_endless_is_bounded(
-    own_operator: Operator, tmp_path: Path
-) -> None:
+def test_a_huge_sparse_log_is_bounded_in_a_backup(own_operator: Operator, tmp_path: Path) -> None:
     endpoint = own_operator.deployed(probe_yaml(more="  limits: {log: 1Mi}\n"), {"probe.py": PROBE})
     job = own_operator.submit(endpoint)
     own_operator.finished(endpoint, job)
     os.truncate(own_operator.data_dir / "jobs" / job["job_id"] / "log", 1 << 40)
-    file = backed_up(own_operator, tmp_path / "backup.tar.gz")
-    assert 1 << 20 <= len(members(file)[f"jobs/{job['job_id']}/log"]) <= 2 << 20
+    file = back_up(own_operator, tmp_path / "backup.tar.gz")
+    assert 1 << 20 <= len(archive_members(file)[f"jobs/{job['job_id']}/log"]) <= 2 << 20
 
 
-def test_a_project_that_is_gone_is_told(own_operator: Operator, tmp_path: Path) -> None:
+def test_a_changed_or_missing_project_is_reported(own_operator: Operator, tmp_path: Path) -> None:
     own_operator.deployed(probe_yaml(), {"probe.py": PROBE})
     (project,) = (own_operator.data_dir / "projects").iterdir()
     (project / "probe.py").write_text("changed")
@@ -324,7 +336,7 @@ def test_a_project_that_is_gone_is_told(own_operator: Operator, tmp_path: Path) 
     )
 
 
-def test_with_a_store_of_files_the_old_folder_has_to_be_given_up(tmp_path: Path) -> None:
+def test_with_an_object_store_the_old_folder_must_be_declared_lost(tmp_path: Path) -> None:
     files = ("--files", f"file://{tmp_path}/files")
     (tmp_path / "files").mkdir()
     with operator(tmp_path / "one", *files) as one:
@@ -332,22 +344,22 @@ def test_with_a_store_of_files_the_old_folder_has_to_be_given_up(tmp_path: Path)
         done = one.submit(one.url + path, config={"do": "say"})
         one.finished(one.url + path, done)
         mark = one.data_dir / "archived" / done["job_id"]
-        until(mark.exists, "the log archived")
-        file = backed_up(one, tmp_path / "backup.tar.gz")
-        assert not [name for name in members(file) if name.startswith("jobs/")]
-        lost = (one.data_dir / "folder.id").read_text()
+        until(mark.exists, "the log is archived")
+        file = back_up(one, tmp_path / "backup.tar.gz")
+        assert not [name for name in archive_members(file) if name.startswith("jobs/")]
+        lost_folder = (one.data_dir / "folder.id").read_text()
         one.kill()
         data = tmp_path / "other" / "data"
         run("restore", file, "--data-dir", data)
-        assert f"--lost-folder {lost}" in refused(data, *files)
-        with operator(tmp_path / "other", *files, "--lost-folder", lost) as other:
+        assert f"--lost-folder {lost_folder}" in startup_error(data, *files)
+        with operator(tmp_path / "other", *files, "--lost-folder", lost_folder) as other:
             assert other.log_of(other.url + path, done) == "line 0\n"
             assert other.run(other.url + path)["status"] == "status_succeeded"
-        shutil.rmtree(tmp_path / "files")  # and what the first one had there
+        shutil.rmtree(tmp_path / "files")  # the archived files of the first operator as well
         (tmp_path / "files").mkdir()
 
 
-def test_where_there_is_nothing_to_back_up_that_is_told(tmp_path: Path) -> None:
+def test_a_backup_without_a_valid_database_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "backup.tar.gz"
     assert "there is no database" in run("backup", file, "--data-dir", tmp_path / "x", code=1)
     assert not file.exists()
@@ -366,7 +378,7 @@ def test_postgresql_is_backed_up_by_its_own_programs(
     with operator(tmp_path / "one", "--store", database) as one:
         path = one.deployed(probe_yaml(), {"probe.py": PROBE}).removeprefix(one.url)
         done = one.submit(one.url + path, config={"a": 1})
-        told = one.finished(one.url + path, done)
+        ended = one.finished(one.url + path, done)
         job = one.submit(one.url + path, config=SLEEP)
         one.await_log(one.url + path, job, "asleep")
         of_one = ("--data-dir", one.data_dir, "--store", database)
@@ -381,7 +393,7 @@ def test_postgresql_is_backed_up_by_its_own_programs(
         assert not other_data.exists()
         run("restore", file, "--data-dir", other_data, "--store", target)
         with operator(tmp_path / "other", "--store", target) as other:
-            assert other.status(other.url + path, done) == told
+            assert other.status(other.url + path, done) == ended
             assert other.finished(other.url + path, job)["status"] == "status_unexpected_error"
             assert other.run(other.url + path)["status"] == "status_succeeded"
         assert one.status(one.url + path, job)["status"] == "status_running"

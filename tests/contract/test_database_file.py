@@ -1,4 +1,4 @@
-"""The database's file under a running operator: removed, replaced, moved with its folder, or locked by others."""
+"""The database file of a running operator is removed, replaced, moved, or locked by a process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from operator_harness import PROBE, Operator, probe_yaml, refused
+from operator_harness import PROBE, Operator, probe_yaml, startup_error
 
 
 def _remove(data: Path) -> None:
@@ -43,8 +43,8 @@ def _move(data: Path) -> None:
     (data / "operator.db").rename(data / "moved")
 
 
-def _is_refused(own_operator: Operator, endpoint: str) -> str:
-    """Nothing is acknowledged any more; what the operator says."""
+def _refusal(own_operator: Operator, endpoint: str) -> str:
+    """The reason why the operator is not ready. It must refuse a submit."""
     submit = own_operator.http.post(endpoint, json={})
     ready = own_operator.http.get(f"{own_operator.url}/readyz")
     assert (submit.status_code, ready.status_code) == (503, 503)
@@ -54,7 +54,7 @@ def _is_refused(own_operator: Operator, endpoint: str) -> str:
 
 
 @pytest.mark.parametrize("harm", [_remove, _remove_all, _remove_wal, _remove_shm, _replace, _move])
-def test_nothing_is_acknowledged_that_would_be_gone_and_what_was_is_saved(
+def test_no_change_that_would_be_lost_is_acknowledged_and_the_data_is_saved(
     own_operator: Operator, harm: Callable[[Path], None]
 ) -> None:
     endpoint = own_operator.deployed(probe_yaml(), {"probe.py": PROBE})
@@ -64,15 +64,16 @@ def test_nothing_is_acknowledged_that_would_be_gone_and_what_was_is_saved(
     runs = own_operator.submit(endpoint, config={"do": "sleep", "s": 300})
     own_operator.await_log(endpoint, runs, "asleep")
     harm(own_operator.data_dir)
-    message = _is_refused(own_operator, endpoint)
+    message = _refusal(own_operator, endpoint)
     assert "operator.db" in message
-    assert own_operator.status(endpoint, done)["status"] == "status_succeeded"  # reads go on
+    assert own_operator.status(endpoint, done)["status"] == "status_succeeded"  # reads still work
     (saved,) = own_operator.data_dir.glob("operator.db.saved-*")
     assert str(saved) in message
     assert saved.stat().st_mode & 0o777 == 0o600
-    assert _is_refused(own_operator, endpoint) == message  # and saved once
+    assert _refusal(own_operator, endpoint) == message  # the data is saved once
     own_operator.kill()
-    assert str(saved) in refused(own_operator.data_dir)  # it does not begin anew, or with less
+    # It does not start with an empty database, or with less data.
+    assert str(saved) in startup_error(own_operator.data_dir)
     for end in ("-wal", "-shm"):
         (own_operator.data_dir / f"operator.db{end}").unlink(missing_ok=True)
     saved.rename(own_operator.data_dir / "operator.db")
@@ -88,10 +89,10 @@ def test_nothing_is_acknowledged_that_would_be_gone_and_what_was_is_saved(
     assert own_operator.run(endpoint)["status"] == "status_succeeded"
 
 
-def test_all_goes_on_when_the_file_is_back(own_operator: Operator) -> None:
+def test_work_continues_when_the_file_is_back(own_operator: Operator) -> None:
     endpoint = own_operator.deployed(probe_yaml(), {"probe.py": PROBE})
     _move(own_operator.data_dir)
-    _is_refused(own_operator, endpoint)
+    _refusal(own_operator, endpoint)
     (own_operator.data_dir / "moved").rename(own_operator.data_dir / "operator.db")
     assert own_operator.run(endpoint)["status"] == "status_succeeded"
     assert list(own_operator.data_dir.glob("*saved*")) == []
@@ -99,19 +100,19 @@ def test_all_goes_on_when_the_file_is_back(own_operator: Operator) -> None:
     assert own_operator.run(endpoint)["status"] == "status_succeeded"
 
 
-def test_a_data_folder_that_is_moved_away_takes_nothing_until_it_is_back(
+def test_a_moved_data_folder_refuses_changes_until_it_is_back(
     own_operator: Operator,
 ) -> None:
     endpoint = own_operator.deployed(probe_yaml(), {"probe.py": PROBE})
-    own_operator.run(endpoint)  # so that nothing is built there any more
-    away = own_operator.data_dir.with_name("away")
-    own_operator.data_dir.rename(away)
+    own_operator.run(endpoint)  # its environment is built before the move
+    moved = own_operator.data_dir.with_name("away")
+    own_operator.data_dir.rename(moved)
     try:
-        assert "could not be saved" in _is_refused(own_operator, endpoint)
+        assert "could not be saved" in _refusal(own_operator, endpoint)
         assert not own_operator.data_dir.exists()
     finally:
         shutil.rmtree(own_operator.data_dir, ignore_errors=True)
-        away.rename(own_operator.data_dir)
+        moved.rename(own_operator.data_dir)
     end = own_operator.run(endpoint)
     assert end["status"] == "status_succeeded", str(end)
 
@@ -125,32 +126,32 @@ def _locked(own_operator: Operator) -> Iterator[None]:
         yield
 
 
-def test_behind_a_locked_database_each_is_answered_in_time_and_reads_go_on(
+def test_behind_a_locked_database_changes_fail_in_time_and_reads_continue(
     own_operator: Operator,
 ) -> None:
     endpoint = own_operator.deployed(probe_yaml(), {"probe.py": PROBE})
     done = own_operator.submit(endpoint)
     own_operator.finished(endpoint, done)
-    taken: list[float] = []
+    durations_s: list[float] = []
 
     def submit(number: int) -> int:
-        time.sleep(number)  # each comes while the one before waits
+        time.sleep(number)  # each submit arrives while the previous ones wait
         began = time.monotonic()
         code = own_operator.http.post(endpoint, json={}).status_code
-        taken.append(time.monotonic() - began)
+        durations_s.append(time.monotonic() - began)
         return code
 
     with _locked(own_operator), ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(submit, number) for number in range(4)]
         began = time.monotonic()
         assert own_operator.status(endpoint, done)["status"] == "status_succeeded"
-        assert time.monotonic() - began < 9  # the others wait for 10 s
+        assert time.monotonic() - began < 9  # the submits wait for 10 s
         assert [answer.result() for answer in answers] == [503] * 4
-    assert max(taken) < 30  # not 10 s for each, one after the other
+    assert max(durations_s) < 30  # not 10 s for each, one after another
     assert own_operator.run(endpoint)["status"] == "status_succeeded"
 
 
-def test_who_waits_behind_a_locked_database_is_taken_when_it_is_free(
+def test_a_submit_that_waits_for_a_locked_database_is_stored_after_its_release(
     own_operator: Operator,
 ) -> None:
     endpoint = own_operator.deployed(probe_yaml(), {"probe.py": PROBE})

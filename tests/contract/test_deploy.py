@@ -1,4 +1,4 @@
-"""Deploying, changing and deleting APIs over HTTP; what is refused leaves nothing behind."""
+"""Deploying, changing and deleting APIs over HTTP. A refused deploy leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def entry(shared_operator: Operator, name: str) -> object:
     return shared_operator.http.get(f"{shared_operator.url}/-/apis/{name}").json()[0]
 
 
-def test_a_new_api(shared_operator: Operator) -> None:
+def test_a_new_api_is_created(shared_operator: Operator) -> None:
     (done,) = shared_operator.deploy(probe_yaml("new"), {"probe.py": PROBE}).json()
     assert (done["message"], done["error"]) == ("created new", "")
     assert done["api"] == entry(shared_operator, "new")
@@ -55,7 +55,7 @@ def test_a_changed_api_makes_a_version_and_running_jobs_keep_theirs(
     assert [version["api_id"] for version in versions] == [new["api_id"], old["api_id"]]
 
 
-def test_replacing_can_be_refused(shared_operator: Operator) -> None:
+def test_without_force_a_changed_api_is_not_replaced(shared_operator: Operator) -> None:
     shared_operator.deployed(probe_yaml("kept"), {"probe.py": PROBE})
     changed = shared_operator.deploy(probe_yaml("kept"), {"probe.py": PROBE + "\n"}, force="false")
     assert changed.status_code == 409
@@ -63,7 +63,9 @@ def test_replacing_can_be_refused(shared_operator: Operator) -> None:
     assert same.status_code == 200
 
 
-def test_every_mistake_is_told_at_once_and_nothing_is_deployed(shared_operator: Operator) -> None:
+def test_all_mistakes_are_reported_at_once_and_nothing_is_deployed(
+    shared_operator: Operator,
+) -> None:
     yaml = probe_yaml("good") + (
         "- name: Bad_Name\n  kind: RealtimeAPI\n  definiton: {path: probe.py}\n"
     )
@@ -75,7 +77,7 @@ def test_every_mistake_is_told_at_once_and_nothing_is_deployed(shared_operator: 
     assert shared_operator.http.get(f"{shared_operator.url}/-/apis/good").status_code == 404
 
 
-def test_what_is_no_mistake_is_a_warning_of_the_first_api_that_it_is_about(
+def test_a_warning_belongs_to_the_first_api_that_it_concerns(
     shared_operator: Operator,
 ) -> None:
     command = "- {name: %s, kind: TaskAPI, definition: {command: [%s]}}\n"
@@ -96,7 +98,7 @@ def test_what_is_no_mistake_is_a_warning_of_the_first_api_that_it_is_about(
         assert "warning" not in third["message"]
 
 
-def test_a_script_with_the_lines_of_windows_fails_in_words(shared_operator: Operator) -> None:
+def test_a_script_with_windows_line_ends_fails_with_a_reason(shared_operator: Operator) -> None:
     yaml = (
         "- {name: windows, kind: TaskAPI, definition: {command: [./run.sh]}, compute: {cpu: 1m}}\n"
     )
@@ -117,23 +119,23 @@ def test_a_script_with_the_lines_of_windows_fails_in_words(shared_operator: Oper
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "message"),
     [("yield 1", "is a generator (line 2 has yield)"), ("await x()", "is async; define def task")],
 )
 def test_a_task_that_no_job_can_call_is_refused(
-    shared_operator: Operator, source: str, told: str
+    shared_operator: Operator, source: str, message: str
 ) -> None:
     kind = "async def" if "await" in source else "def"
     code = f"{kind} task(config):\n    {source}\n"
     response = shared_operator.deploy(probe_yaml("uncalled"), {"probe.py": code})
     assert response.status_code == 400
     assert (
-        f'cortex.yaml:4: definition.path: the task in "probe.py" {told}'
+        f'cortex.yaml:4: definition.path: the task in "probe.py" {message}'
         in response.json()["message"]
     )
 
 
-def test_a_missing_file_is_told_with_its_line(shared_operator: Operator) -> None:
+def test_a_missing_file_is_reported_with_its_line(shared_operator: Operator) -> None:
     response = shared_operator.deploy(probe_yaml("pathless"), {"prob.py": PROBE})
     assert response.status_code == 400
     assert "cortex.yaml:4" in response.json()["message"]
@@ -148,7 +150,7 @@ def test_an_endpoint_belongs_to_one_api(shared_operator: Operator) -> None:
     assert "'owner'" in response.json()["message"]
 
 
-def test_an_endpoint_of_its_own(shared_operator: Operator) -> None:
+def test_an_api_can_have_an_endpoint_other_than_its_name(shared_operator: Operator) -> None:
     yaml = probe_yaml("elsewhere", more="  networking: {endpoint: /else.where}\n")
     endpoint = shared_operator.deployed(yaml, {"probe.py": PROBE})
     assert endpoint == f"{shared_operator.url}/else.where"
@@ -177,7 +179,7 @@ def malicious(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> bytes
         b"not an archive",
         b"",
     ],
-    # The time in a gzip header would give each test process names of its own.
+    # Without ids, the time in each gzip header would make the test names differ between processes.
     ids=["up", "root", "link", "link-up", "device", "pipe", "text", "empty"],
 )
 def test_an_archive_that_is_no_project_is_refused(
@@ -189,7 +191,7 @@ def test_an_archive_that_is_no_project_is_refused(
     assert sorted((shared_operator.data_dir / "projects").iterdir()) == before
 
 
-def test_an_upload_that_lacks_a_part(shared_operator: Operator) -> None:
+def test_an_upload_that_lacks_a_part_is_refused(shared_operator: Operator) -> None:
     response = shared_operator.http.post(
         f"{shared_operator.url}/-/apis", files={"config": ("c.yaml", b"[]")}
     )
@@ -197,7 +199,7 @@ def test_an_upload_that_lacks_a_part(shared_operator: Operator) -> None:
     assert "project" in response.json()["message"]
 
 
-def test_a_config_that_is_no_text(shared_operator: Operator) -> None:
+def test_a_config_that_is_no_text_is_refused(shared_operator: Operator) -> None:
     response = shared_operator.http.post(
         f"{shared_operator.url}/-/apis",
         files={"config": ("c.yaml", b"\xff\xfe\x00"), "project": ("p", b"")},
@@ -205,7 +207,7 @@ def test_a_config_that_is_no_text(shared_operator: Operator) -> None:
     assert (response.status_code, response.json()["kind"]) == (400, "spec.invalid")
 
 
-def test_a_config_over_the_limit(shared_operator: Operator) -> None:
+def test_a_config_over_the_limit_is_refused(shared_operator: Operator) -> None:
     response = shared_operator.http.post(
         f"{shared_operator.url}/-/apis",
         files={"config": ("c.yaml", b"#" * (1024**2 + 1)), "project": ("p", b"")},
@@ -223,7 +225,7 @@ def test_a_deleted_api_can_be_deployed_again(shared_operator: Operator) -> None:
     assert shared_operator.run(endpoint)["status"] == "status_succeeded"
 
 
-def test_what_a_worker_finds_around_it(shared_operator: Operator) -> None:
+def test_a_job_gets_its_files_variables_and_spec(shared_operator: Operator) -> None:
     yaml = (
         "- name: around\n  kind: TaskAPI\n"
         "  definition: {path: probe.py, python_path: lib, env: {FROM_YAML: here, BOTH: yaml}}\n"
@@ -251,7 +253,9 @@ def test_what_a_worker_finds_around_it(shared_operator: Operator) -> None:
     assert found["spec"]["config"] == {"do": "surroundings"}
 
 
-def test_a_large_project_is_taken_and_one_over_the_limit_refused(shared_operator: Operator) -> None:
+def test_a_large_project_is_accepted_and_one_over_the_limit_refused(
+    shared_operator: Operator,
+) -> None:
     noise = "".join(random.Random(1).choices("0123456789abcdef", k=1024 * 1024))
     large = {f"data/{n}.txt": str(n) + noise for n in range(30)}
     endpoint = shared_operator.deployed(probe_yaml("large"), {"probe.py": PROBE, **large})
@@ -263,7 +267,7 @@ def test_a_large_project_is_taken_and_one_over_the_limit_refused(shared_operator
 @pytest.mark.parametrize(
     "name", ["..", "data", "a\0b", "n" * 300, "a\nb", "\u2028", "/", ""], ids=range(8)
 )
-def test_whatever_the_uploaded_file_is_called(shared_operator: Operator, name: str) -> None:
+def test_the_name_of_an_uploaded_file_has_no_effect(shared_operator: Operator, name: str) -> None:
     yaml = probe_yaml("called").encode()
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:gz") as tar:
@@ -283,14 +287,14 @@ def test_whatever_the_uploaded_file_is_called(shared_operator: Operator, name: s
     assert response.status_code == 200, response.text
 
 
-def test_a_path_that_no_file_can_have(shared_operator: Operator) -> None:
+def test_an_impossible_path_is_reported(shared_operator: Operator) -> None:
     yaml = probe_yaml("pathless").replace("probe.py", "n" * 300 + ".py")
     response = shared_operator.deploy(yaml, {"probe.py": PROBE})
     assert (response.status_code, response.json()["kind"]) == (400, "spec.invalid")
     assert "is not in the project" in response.json()["message"]
 
 
-def test_an_upload_over_the_limit_whose_length_is_not_told(shared_operator: Operator) -> None:
+def test_a_chunked_upload_over_the_limit_is_refused(shared_operator: Operator) -> None:
     def chunks() -> Iterator[bytes]:
         yield b'--b\r\nContent-Disposition: form-data; name="project"; filename="p"\r\n\r\n'
         for _ in range(134):

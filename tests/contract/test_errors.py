@@ -1,4 +1,4 @@
-"""CONTRACT.md, Errors: what is refused, how, and never as HTML."""
+"""Errors: every refused request gets JSON with `kind` and `message`, never HTML."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from operator_harness import Operator
 
 
-def refused(response: httpx.Response, status: int) -> str:
+def error_message(response: httpx.Response, status: int) -> str:
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     answer = response.json()
@@ -23,20 +23,22 @@ def refused(response: httpx.Response, status: int) -> str:
 
 
 @pytest.mark.parametrize("path", ["/nothing", "/-/nothing", "/a/b/c/d", "/", "/-/apis/nothing"])
-def test_what_is_not_there(shared_operator: Operator, path: str) -> None:
-    refused(shared_operator.http.get(shared_operator.url + path), 404)
+def test_an_unknown_path_is_404(shared_operator: Operator, path: str) -> None:
+    error_message(shared_operator.http.get(shared_operator.url + path), 404)
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 @pytest.mark.parametrize("job_id", ["nothing", "01m86r4cr7z0cxg55g", "%00", "%ff", "a" * 3000])
-def test_an_unknown_job(shared_operator: Operator, probe: str, method: str, job_id: str) -> None:
-    refused(shared_operator.http.request(method, f"{probe}/{job_id}"), 404)
-    refused(shared_operator.http.request(method, f"{probe}?jobID={job_id}"), 404)
+def test_an_unknown_job_is_404(
+    shared_operator: Operator, probe: str, method: str, job_id: str
+) -> None:
+    error_message(shared_operator.http.request(method, f"{probe}/{job_id}"), 404)
+    error_message(shared_operator.http.request(method, f"{probe}?jobID={job_id}"), 404)
 
 
-def test_an_unknown_api(shared_operator: Operator) -> None:
-    refused(shared_operator.http.post(f"{shared_operator.url}/nothing", json={}), 404)
-    refused(shared_operator.http.delete(f"{shared_operator.url}/-/apis/nothing"), 404)
+def test_an_unknown_api_is_404(shared_operator: Operator) -> None:
+    error_message(shared_operator.http.post(f"{shared_operator.url}/nothing", json={}), 404)
+    error_message(shared_operator.http.delete(f"{shared_operator.url}/-/apis/nothing"), 404)
 
 
 def test_a_job_is_found_only_at_its_own_api(shared_operator: Operator, probe: str) -> None:
@@ -44,56 +46,58 @@ def test_a_job_is_found_only_at_its_own_api(shared_operator: Operator, probe: st
 
     other = shared_operator.deployed(probe_yaml("other"), {"probe.py": PROBE})
     job = shared_operator.submit(probe)
-    refused(shared_operator.http.get(f"{other}/{job['job_id']}"), 404)
-    refused(shared_operator.http.delete(f"{other}/{job['job_id']}"), 404)
-    refused(shared_operator.http.get(f"{other}/{job['job_id']}/logs"), 404)
+    error_message(shared_operator.http.get(f"{other}/{job['job_id']}"), 404)
+    error_message(shared_operator.http.delete(f"{other}/{job['job_id']}"), 404)
+    error_message(shared_operator.http.get(f"{other}/{job['job_id']}/logs"), 404)
 
 
 @pytest.mark.parametrize(("method", "path"), [("PUT", ""), ("PATCH", ""), ("POST", "/job")])
-def test_methods_that_are_not_allowed(
+def test_a_method_that_is_not_allowed_is_405(
     shared_operator: Operator, probe: str, method: str, path: str
 ) -> None:
     response = shared_operator.http.request(method, probe + path, json={})
-    refused(response, 405)
+    error_message(response, 405)
     assert "GET" in response.headers["allow"]
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "https://localhost"])
-def test_a_foreign_origin(shared_operator: Operator, probe: str, origin: str) -> None:
-    message = refused(shared_operator.http.post(probe, json={}, headers={"Origin": origin}), 403)
+def test_a_foreign_origin_is_403(shared_operator: Operator, probe: str, origin: str) -> None:
+    message = error_message(
+        shared_operator.http.post(probe, json={}, headers={"Origin": origin}), 403
+    )
     assert "--allow-origin" in message
 
 
-def test_the_own_origin(shared_operator: Operator, probe: str) -> None:
+def test_the_own_origin_is_accepted(shared_operator: Operator, probe: str) -> None:
     response = shared_operator.http.post(probe, json={}, headers={"Origin": shared_operator.url})
     assert response.status_code == 200
 
 
-def test_health(shared_operator: Operator) -> None:
+def test_the_health_routes_answer(shared_operator: Operator) -> None:
     assert shared_operator.http.get(f"{shared_operator.url}/healthz").json() == {"status": "ok"}
     assert shared_operator.http.get(f"{shared_operator.url}/readyz").json() == {"status": "ready"}
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
-def test_health_without_a_body(shared_operator: Operator, path: str) -> None:
-    """As load balancers ask that look at the status alone."""
-    told, asked = (
+def test_the_health_routes_answer_head(shared_operator: Operator, path: str) -> None:
+    """Load balancers that check only the status send HEAD."""
+    got, head = (
         shared_operator.http.request(method, shared_operator.url + path)
         for method in ("GET", "HEAD")
     )
-    assert (asked.status_code, asked.content) == (200, b"")
+    assert (head.status_code, head.content) == (200, b"")
     for name in ("content-type", "content-length"):
-        assert asked.headers[name] == told.headers[name]
+        assert head.headers[name] == got.headers[name]
 
 
-def test_info(shared_operator: Operator) -> None:
+def test_info_describes_the_operator(shared_operator: Operator) -> None:
     info = shared_operator.http.get(f"{shared_operator.url}/-/info").json()
     assert info["engine"] == "local"
     assert info["own_folder"] == ("overlay" if os.geteuid() == 0 else "copy")
     assert info["capacity"]["cpu"] > 0
 
 
-def test_openapi(shared_operator: Operator) -> None:
+def test_openapi_lists_the_routes(shared_operator: Operator) -> None:
     paths = shared_operator.http.get(f"{shared_operator.url}/-/openapi.json").json()["paths"]
     assert {"/{endpoint}", "/{endpoint}/{job_id}", "/-/apis"} <= paths.keys()
 
@@ -109,8 +113,8 @@ def test_openapi_describes_errors_as_they_are_answered(shared_operator: Operator
     assert fields.keys() == {"kind", "message"}
 
 
-def sent(shared_operator: Operator, data: bytes) -> httpx.Response:
-    """What comes back for bytes on a connection that the operator then closes."""
+def raw_request(shared_operator: Operator, data: bytes) -> httpx.Response:
+    """The answer to a raw request on a connection that the operator then closes."""
     parts = urlsplit(shared_operator.url)
     with socket.create_connection((parts.hostname, parts.port), 30) as connection:
         connection.sendall(data)
@@ -136,30 +140,31 @@ def sent(shared_operator: Operator, data: bytes) -> httpx.Response:
     ],
     ids=["tls", "host", "hosts", "connect", "long", "length", "chunk"],
 )
-def test_what_is_no_http_is_refused_as_json_too(
+def test_invalid_http_is_refused_as_json(
     shared_operator: Operator, probe: str, data: bytes
 ) -> None:
-    response = sent(shared_operator, data)
-    assert "HTTP" in refused(response, 400)
+    response = raw_request(shared_operator, data)
+    assert "HTTP" in error_message(response, 400)
     assert response.headers["connection"] == "close"
 
 
-def test_an_offer_to_upgrade_costs_no_body(shared_operator: Operator, probe: str) -> None:
-    """Java's client offers HTTP/2 with every request, bodies included, unless it is told not to."""
+def test_an_offered_upgrade_loses_no_body(shared_operator: Operator, probe: str) -> None:
+    """By default Java's client offers HTTP/2 with every request, including those with a body."""
     body = b'{"config": {"kept": true}}'
     request = (
         b"POST /probe HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings%s\r\nUpgrade: h2c\r\n"
         b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\nContent-Length: %d\r\n\r\n%s"
     )
-    response = sent(shared_operator, request % (b", close", len(body), body))
+    response = raw_request(shared_operator, request % (b", close", len(body), body))
     assert (response.status_code, response.json()["config"]) == (200, {"kept": True})
 
 
-def test_a_header_that_trickles_in_has_a_limit(shared_operator: Operator) -> None:
+def test_the_size_of_a_header_in_pieces_is_limited(shared_operator: Operator) -> None:
     parts = urlsplit(shared_operator.url)
     with socket.create_connection((parts.hostname, parts.port), 30) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
-        with contextlib.suppress(ConnectionError):  # it is closed before all is sent
+        # The operator closes the connection before all is sent.
+        with contextlib.suppress(ConnectionError):
             for _ in range(40):
                 connection.sendall(b"X: " + b"a" * 4096 + b"\r\n")
         with contextlib.suppress(ConnectionError):
@@ -167,7 +172,7 @@ def test_a_header_that_trickles_in_has_a_limit(shared_operator: Operator) -> Non
             assert received.startswith(b"HTTP/1.1 400 ")
 
 
-def test_clients_that_leave_in_the_middle_leave_no_error_in_the_log(
+def test_clients_that_disconnect_early_leave_no_error_in_the_log(
     shared_operator: Operator, probe: str
 ) -> None:
     parts = urlsplit(shared_operator.url)

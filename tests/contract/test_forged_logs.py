@@ -1,5 +1,7 @@
-"""Jobs that make their logs larger than any disk, or write themselves what is gone of them: no more is served, or sent to
-the store of files, than `limits.log` allows."""
+"""Jobs that make their log larger than a disk, or forge the file `log.cut`.
+
+The operator serves and archives no more of a log than `limits.log` allows.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from cortex.joblog.reader import REPLACED
 from operator_harness import Operator, operator, until
 
 LIMIT = 1 << 20
-MOST = LIMIT + (256 << 10)
-LARGEST = (1 << 63) - 1
+MAX_BYTES = LIMIT + (256 << 10)
+MAX_FILE_SIZE = (1 << 63) - 1
 YAML = f"""
 - name: forger
   kind: TaskAPI
@@ -24,7 +26,7 @@ YAML = f"""
   compute: {{cpu: 1m}}
   limits: {{log: {LIMIT}}}
 """
-# It leaves its supervising process no time: that would cut the log, as it does with any other.
+# With `hurry` the job kills its supervisor, which would otherwise cut the log.
 FORGER = """
 import os, signal, time
 
@@ -38,7 +40,7 @@ def task(config):
             file.write(config["cut"])
     if config.get("size"):
         size = config["size"]
-        while True:  # as large as a file may be here
+        while True:  # the largest size that this file system allows
             try:
                 os.truncate(log, size)
                 break
@@ -56,10 +58,10 @@ def task(config):
         os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(60)
 """
-SIZES = [1 << 32, 1 << 45, LARGEST]
+SIZES = [1 << 32, 1 << 45, MAX_FILE_SIZE]
 CUTS = {
     "none": None,
-    "all but nothing": {"start": 0, "end": 1, "limit": LIMIT},
+    "almost nothing": {"start": 0, "end": 1, "limit": LIMIT},
     "a little": {"start": 100, "end": 4096, "limit": 1 << 59},
     "more than there is": {"start": 5, "end": 1 << 62, "limit": LIMIT},
     "texts": {"start": "0", "end": "5", "limit": "1Mi"},
@@ -81,18 +83,18 @@ def forger(archiving: tuple[Operator, Path]) -> str:
 
 
 def read_all(own_operator: Operator, endpoint: str, job: Any, folder: Path) -> str:
-    """Its log as it is served: whole, followed and from the store of files, and never more than it may be."""
+    """The log of a job. Read, followed and archived, it must be the same, and within its limit."""
     url = f"{endpoint}/{job['job_id']}/logs"
     text = own_operator.http.get(url).text
-    assert len(text) <= MOST
+    assert len(text) <= MAX_BYTES
     followed = "".join(json.loads(each["data"]) for each in list(events(own_operator, url))[:-1])
     assert followed == text
-    part = own_operator.http.get(url, headers={"Range": f"bytes=0-{LARGEST - 1}"})
+    part = own_operator.http.get(url, headers={"Range": f"bytes=0-{MAX_FILE_SIZE - 1}"})
     assert part.status_code in (200, 206, 416)
-    assert len(part.content) <= MOST
-    until((own_operator.data_dir / "archived" / job["job_id"]).exists, "it is archived")
+    assert len(part.content) <= MAX_BYTES
+    until((own_operator.data_dir / "archived" / job["job_id"]).exists, "the log is archived")
     stored = folder / "logs" / job["job_id"] / "log"
-    assert stored.stat().st_size <= MOST
+    assert stored.stat().st_size <= MAX_BYTES
     for name in ("log", "log.cut"):
         (own_operator.data_dir / "jobs" / job["job_id"] / name).unlink(missing_ok=True)
     assert own_operator.http.get(url).text == text
@@ -113,7 +115,7 @@ def test_a_log_as_large_as_a_file_can_be_is_cut(
 
 
 @pytest.mark.parametrize("name", CUTS)
-def test_what_a_job_says_is_gone_of_its_log_is_believed_where_it_can_be_true(
+def test_a_forged_log_cut_is_believed_only_where_it_can_be_true(
     archiving: tuple[Operator, Path], forger: str, name: str
 ) -> None:
     own_operator, folder = archiving
@@ -125,33 +127,31 @@ def test_what_a_job_says_is_gone_of_its_log_is_believed_where_it_can_be_true(
     found = own_operator.run(forger, config={"cut": cut})
     text = read_all(own_operator, forger, found, folder)
     assert text.endswith("irst\nlast\n")
-    assert text.startswith("[cortex: " if name == "all but nothing" else "first")
+    assert text.startswith("[cortex: " if name == "almost nothing" else "first")
 
 
 @pytest.mark.parametrize("instead", ["folder", "pipe"])
-def test_what_is_no_file_is_told_to_be_none(
+def test_a_folder_or_pipe_that_replaces_a_log_is_reported(
     archiving: tuple[Operator, Path], forger: str, instead: str
 ) -> None:
     own_operator, folder = archiving
     found = own_operator.run(forger, config={"instead": instead})
     assert found["status"] == "status_succeeded"
     assert own_operator.log_of(forger, found) == REPLACED
-    until((own_operator.data_dir / "archived" / found["job_id"]).exists, "it is archived")
+    until((own_operator.data_dir / "archived" / found["job_id"]).exists, "the log is archived")
     assert (folder / "logs" / found["job_id"] / "log").read_text() == REPLACED
     assert own_operator.log_of(forger, found) == REPLACED
 
 
-def test_a_large_log_of_a_job_that_runs_is_cut_too(
-    archiving: tuple[Operator, Path], forger: str
-) -> None:
-    """Its supervising process is stopped, and would have cut it else."""
+def test_a_large_log_of_a_running_job_is_cut(archiving: tuple[Operator, Path], forger: str) -> None:
+    """The job stops its supervisor, which would otherwise cut the log."""
     own_operator, _ = archiving
     code = FORGER.replace("SIGKILL", "SIGSTOP")
     endpoint = own_operator.deployed(YAML.replace("forger", "holder"), {"holder.py": code})
     job = own_operator.submit(endpoint, config={"size": 1 << 45, "hurry": True})
     log = own_operator.data_dir / "jobs" / job["job_id"] / "log"
-    until(lambda: log.exists() and log.stat().st_size > LIMIT, "it is large")
+    until(lambda: log.exists() and log.stat().st_size > LIMIT, "the log exceeds its limit")
     text = own_operator.log_of(endpoint, job)
     assert text.startswith("first\n")
-    assert len(text) <= MOST
+    assert len(text) <= MAX_BYTES
     own_operator.delete(endpoint, job)

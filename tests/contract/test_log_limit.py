@@ -1,4 +1,4 @@
-"""A log over its limit: the beginning and the latest stay, the disk is not filled, offsets hold."""
+"""A log over its limit keeps its beginning and its end, fills no disk, and keeps its offsets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from operator_harness import Operator, until
 LIMIT = 256 << 10
 MARKER = re.compile(r"^\[cortex: \S+ [KM]iB of the log are gone: limits\.log is 256 KiB\]$", re.M)
 LINES = 100_000
-# Numbered lines, so that what is missing can be told. After the first it waits for a file if it is given one.
+# Prints numbered lines, which show gaps. After line 0 it waits for the file that it may be given.
 CHATTER = """
 import os, sys, time
 print("line 0", flush=True)
@@ -29,7 +29,7 @@ time.sleep(300 if len(sys.argv) > 2 else 0)
 """
 
 
-def chatter(operator: Operator, lines: int, go: Path | None = None) -> tuple[str, Any]:
+def start_chatter(operator: Operator, lines: int, go: Path | None = None) -> tuple[str, Any]:
     arguments = json.dumps(["python", "chatter.py", str(lines), *([str(go)] if go else [])])
     endpoint = operator.deployed(
         f"- name: chatter{lines}\n  kind: TaskAPI\n  compute: {{cpu: 1m}}\n"
@@ -40,13 +40,13 @@ def chatter(operator: Operator, lines: int, go: Path | None = None) -> tuple[str
     return endpoint, operator.submit(endpoint)
 
 
-def on_disk(operator: Operator, job: Any) -> int:
+def disk_usage(operator: Operator, job: Any) -> int:
     log: Path = operator.data_dir / "jobs" / job["job_id"] / "log"
     return log.stat().st_blocks * 512
 
 
-def checked(text: str, lines: int) -> tuple[list[int], list[int]]:
-    """The numbers before and after the marker: whole lines, in order, none twice."""
+def check_lines(text: str, lines: int) -> tuple[list[int], list[int]]:
+    """The line numbers before and after the marker: whole lines, in order, none repeated."""
     before, marker, after = re.split(rf"({MARKER.pattern})\n", text, flags=re.M)
     assert marker
     numbers = [
@@ -61,37 +61,37 @@ def checked(text: str, lines: int) -> tuple[list[int], list[int]]:
 
 
 def test_a_log_over_its_limit_keeps_its_beginning_and_its_end(own_operator: Operator) -> None:
-    endpoint, job = chatter(own_operator, LINES)
+    endpoint, job = start_chatter(own_operator, LINES)
     assert own_operator.finished(endpoint, job)["status"] == "status_succeeded"
-    checked(own_operator.log_of(endpoint, job), LINES)
-    assert on_disk(own_operator, job) <= LIMIT + (64 << 10)
+    check_lines(own_operator.log_of(endpoint, job), LINES)
+    assert disk_usage(own_operator, job) <= LIMIT + (64 << 10)
 
 
-def test_the_limit_holds_while_the_job_runs_and_no_operator_does(
+def test_the_limit_of_a_running_job_holds_while_no_operator_runs(
     own_operator: Operator, tmp_path: Path
 ) -> None:
-    endpoint, job = chatter(own_operator, LINES, go=tmp_path / "go")
+    endpoint, job = start_chatter(own_operator, LINES, go=tmp_path / "go")
     own_operator.await_log(endpoint, job, "line 0\n")
     own_operator.kill()
     (tmp_path / "go").touch()
     log = own_operator.data_dir / "jobs" / job["job_id"] / "log"
-    until(lambda: log.read_bytes().endswith(b"done\n"), "it has said everything")
-    until(lambda: on_disk(own_operator, job) <= LIMIT + (64 << 10), "it is cut")
+    until(lambda: log.read_bytes().endswith(b"done\n"), "the job has written all lines")
+    until(lambda: disk_usage(own_operator, job) <= LIMIT + (64 << 10), "the log is cut")
     own_operator.start()
     endpoint = endpoint.replace(endpoint.rpartition("/")[0], own_operator.url)
-    checked(own_operator.log_of(endpoint, job), LINES)
+    check_lines(own_operator.log_of(endpoint, job), LINES)
     own_operator.delete(endpoint, job)
 
 
-def test_a_follower_is_told_what_it_missed(own_operator: Operator) -> None:
-    endpoint, job = chatter(own_operator, LINES)
+def test_a_follower_gets_the_marker_of_the_gap(own_operator: Operator) -> None:
+    endpoint, job = start_chatter(own_operator, LINES)
     own_operator.finished(endpoint, job)
-    seen = list(events(own_operator, f"{endpoint}/{job['job_id']}/logs"))
-    text = "".join(json.loads(event["data"]) for event in seen[:-1])
+    received = list(events(own_operator, f"{endpoint}/{job['job_id']}/logs"))
+    text = "".join(json.loads(event["data"]) for event in received[:-1])
     assert text == own_operator.log_of(endpoint, job)
-    assert seen[-1]["event"] == "end"
-    # An offset goes on counting what is gone: who resumes gets the rest, nothing twice.
-    pieces = [(int(event["id"]), json.loads(event["data"])) for event in seen[:-1]]
+    assert received[-1]["event"] == "end"
+    # Offsets include the gap: a resumed follower gets the rest, and no byte twice.
+    pieces = [(int(event["id"]), json.loads(event["data"])) for event in received[:-1]]
     index = next(i for i, (_, piece) in enumerate(pieces) if MARKER.search(piece))
     resumed = own_operator.http.get(
         f"{endpoint}/{job['job_id']}/logs", params={"offset": pieces[index][0]}
@@ -99,11 +99,11 @@ def test_a_follower_is_told_what_it_missed(own_operator: Operator) -> None:
     assert resumed.text == "".join(piece for _, piece in pieces[index + 1 :])
 
 
-def test_a_range_is_what_is_there_of_it(own_operator: Operator) -> None:
-    endpoint, job = chatter(own_operator, LINES)
+def test_a_range_is_cut_to_the_bytes_outside_the_gap(own_operator: Operator) -> None:
+    endpoint, job = start_chatter(own_operator, LINES)
     own_operator.finished(endpoint, job)
     url = f"{endpoint}/{job['job_id']}/logs"
-    gone = json.loads((own_operator.data_dir / "jobs" / job["job_id"] / "log.cut").read_text())
+    gap = json.loads((own_operator.data_dir / "jobs" / job["job_id"] / "log.cut").read_text())
 
     def part(first: int, last: int) -> tuple[int, str | None]:
         answer = own_operator.http.get(url, headers={"Range": f"bytes={first}-{last}"})
@@ -112,7 +112,7 @@ def test_a_range_is_what_is_there_of_it(own_operator: Operator) -> None:
         return answer.status_code, answer.headers.get("content-range")
 
     size = (own_operator.data_dir / "jobs" / job["job_id"] / "log").stat().st_size
-    start, end = gone["start"], gone["end"]
+    start, end = gap["start"], gap["end"]
     assert part(0, 9) == (206, f"bytes 0-9/{size}")
     assert part(0, end) == (206, f"bytes 0-{start - 1}/{size}")
     assert part(start + 1, end + 9) == (206, f"bytes {end}-{end + 9}/{size}")
@@ -120,17 +120,15 @@ def test_a_range_is_what_is_there_of_it(own_operator: Operator) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[", '{"start": "a", "end": 3, "limit": 1}', "\0"])
-def test_a_job_that_spoils_its_record_of_the_cut_spoils_nothing_else(
-    own_operator: Operator, content: str
-) -> None:
-    endpoint, job = chatter(own_operator, 3)
+def test_an_invalid_log_cut_file_is_ignored(own_operator: Operator, content: str) -> None:
+    endpoint, job = start_chatter(own_operator, 3)
     own_operator.finished(endpoint, job)
     (own_operator.data_dir / "jobs" / job["job_id"] / "log.cut").write_text(content)
     assert own_operator.log_of(endpoint, job) == "line 0\nline 1\nline 2\ndone\n"
 
 
-def test_a_file_system_that_cannot_drop_a_part_says_so_once(tmp_path: Path) -> None:
-    """ramfs is one; it is mounted in a namespace of the test's own."""
+def test_a_file_system_without_hole_punching_is_reported_once(tmp_path: Path) -> None:
+    """The file system is ramfs, mounted in the test's own namespace."""
     script = f"""
 import os
 from cortex.worker.supervisor import logfile

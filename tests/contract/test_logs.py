@@ -1,4 +1,4 @@
-"""Logs: as a whole, from an offset, by range, and followed as Server-Sent Events."""
+"""Logs: complete, from an offset, by range, and followed as Server-Sent Events."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def events(shared_operator: Operator, url: str, **headers: str) -> Iterator[dict
         fields: dict[str, str] = {}
         for line in response.iter_lines():
             if line.startswith(":"):
-                continue  # a comment, as there is one when nothing came for a while
+                continue  # the operator sends comments while the log is idle
             if line:
                 name, _, value = line.partition(": ")
                 fields[name] = value
@@ -50,7 +50,7 @@ def test_the_whole_log_and_parts_of_it(shared_operator: Operator, probe: str) ->
         ("bytes=-", 200, "line 0\nline 1\nline 2\n", None),
     ],
 )
-def test_a_range_of_a_log(
+def test_a_range_of_a_log_is_served(
     shared_operator: Operator,
     probe: str,
     header: str,
@@ -65,7 +65,7 @@ def test_a_range_of_a_log(
     assert part.headers.get("content-range") == content_range
 
 
-def test_a_range_beyond_the_end(shared_operator: Operator, probe: str) -> None:
+def test_a_range_beyond_the_end_is_416(shared_operator: Operator, probe: str) -> None:
     job = shared_operator.submit(probe, config={"do": "say", "lines": 3})
     shared_operator.finished(probe, job)
     answer = shared_operator.http.get(
@@ -92,51 +92,53 @@ def test_a_log_is_followed_to_its_end(
     go = tmp_path / "go"
     config = {"do": "say", "lines": 5, "go": str(go)}
     job = shared_operator.submit(probe, config=config, timeout=WAIT_TIMEOUT_S)
-    seen = []
+    received = []
     for event in events(shared_operator, f"{probe}/{job['job_id']}/logs"):
-        seen.append(event)
-        go.touch()  # a slow follower would get lines at once that are not held back until then
-    pieces = [json.loads(event["data"]) for event in seen if event["event"] == "log"]
+        received.append(event)
+        go.touch()  # without this pause a slow follower could get all lines in one event
+    pieces = [json.loads(event["data"]) for event in received if event["event"] == "log"]
     assert "".join(pieces) == "".join(f"line {n}\n" for n in range(5))
-    assert len(pieces) > 1, "it came as it was written"
-    assert seen[-1]["event"] == "end"
-    assert json.loads(seen[-1]["data"])["status"] == "status_succeeded"
-    assert seen[-2]["id"] == "35"
+    assert len(pieces) > 1, "the log arrived in several events, while it was written"
+    assert received[-1]["event"] == "end"
+    assert json.loads(received[-1]["data"])["status"] == "status_succeeded"
+    assert received[-2]["id"] == "35"
 
 
-def test_a_follower_resumes_where_it_was(shared_operator: Operator, probe: str) -> None:
+def test_a_follower_resumes_after_its_last_event(shared_operator: Operator, probe: str) -> None:
     job = shared_operator.submit(probe, config={"do": "say", "lines": 3})
     shared_operator.finished(probe, job)
-    seen = list(events(shared_operator, f"{probe}/{job['job_id']}/logs", **{"Last-Event-ID": "14"}))
-    assert [json.loads(event["data"]) for event in seen[:-1]] == ["line 2\n"]
+    received = list(
+        events(shared_operator, f"{probe}/{job['job_id']}/logs", **{"Last-Event-ID": "14"})
+    )
+    assert [json.loads(event["data"]) for event in received[:-1]] == ["line 2\n"]
 
 
-def test_a_stopped_job_is_followed_to_its_last_line(patient_operator: Operator) -> None:
-    endpoint = patient_operator.deployed(probe_yaml(), {"probe.py": PROBE})
-    job = patient_operator.submit(endpoint, config={"do": "save_on_term"})
+def test_a_stopped_job_is_followed_to_its_last_line(long_grace_operator: Operator) -> None:
+    endpoint = long_grace_operator.deployed(probe_yaml(), {"probe.py": PROBE})
+    job = long_grace_operator.submit(endpoint, config={"do": "save_on_term"})
     text = ""
-    for event in events(patient_operator, f"{endpoint}/{job['job_id']}/logs"):
+    for event in events(long_grace_operator, f"{endpoint}/{job['job_id']}/logs"):
         if event["event"] == "end":
             break
         text += json.loads(event["data"])
         if "asleep" in text and "saved" not in text:
-            patient_operator.delete(endpoint, job)
+            long_grace_operator.delete(endpoint, job)
     assert text == "asleep\nsaved\n"
 
 
-def test_a_log_that_is_not_there_yet_is_empty(own_operator: Operator) -> None:
+def test_a_log_that_does_not_exist_yet_is_empty(own_operator: Operator) -> None:
     endpoint = own_operator.deployed(probe_yaml().replace("1m", '"1"'), {"probe.py": PROBE})
     first = own_operator.submit(endpoint, config={"do": "sleep", "s": 300})
     own_operator.await_log(endpoint, first, "asleep")
     second = own_operator.submit(endpoint)
     assert own_operator.log_of(endpoint, second) == ""
     own_operator.delete(endpoint, second)
-    seen = list(events(own_operator, f"{endpoint}/{second['job_id']}/logs"))
-    assert [event["event"] for event in seen] == ["end"]
+    received = list(events(own_operator, f"{endpoint}/{second['job_id']}/logs"))
+    assert [event["event"] for event in received] == ["end"]
 
 
 @pytest.mark.parametrize("resumed", ["9" * 18, "9" * 5000, "-1", "x"])
-def test_a_follower_from_anywhere_comes_to_the_end(
+def test_a_follower_from_any_offset_gets_the_end_event(
     shared_operator: Operator, probe: str, resumed: str
 ) -> None:
     job = shared_operator.submit(probe, config={"do": "say", "lines": 1})

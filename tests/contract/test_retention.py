@@ -1,4 +1,4 @@
-"""What is kept of finished jobs and of old versions, and what goes, on a real operator."""
+"""The removal of finished jobs, logs and old versions, on a real operator."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 from operator_harness import PROBE, Operator, operator, probe_yaml, until
 
-SECOND = str(1 / 86_400)  # in days
+ONE_SECOND = str(1 / 86_400)  # in days
 SLEEP = {"do": "sleep", "s": 300}
 
 
 @contextmanager
-def keeping(folder: Path, *options: str) -> Iterator[tuple[Operator, str]]:
+def operator_with_probe(folder: Path, *options: str) -> Iterator[tuple[Operator, str]]:
     with operator(folder, *options) as running:
         yield running, running.deployed(probe_yaml(), {"probe.py": PROBE})
 
 
-def is_gone(running: Operator, endpoint: str, job: Any) -> bool:
+def is_removed(running: Operator, endpoint: str, job: Any) -> bool:
     return running.http.get(f"{endpoint}/{job['job_id']}").status_code == 404
 
 
@@ -28,8 +28,8 @@ def folders(running: Operator, kind: str) -> set[str]:
     return {path.name for path in found if not path.name.startswith(".")}
 
 
-def test_logs_go_after_their_time_and_the_job_stays(tmp_path: Path) -> None:
-    with keeping(tmp_path, "--keep-logs", SECOND) as (running, endpoint):
+def test_old_logs_are_removed_and_their_jobs_stay(tmp_path: Path) -> None:
+    with operator_with_probe(tmp_path, "--keep-logs", ONE_SECOND) as (running, endpoint):
         asleep = running.submit(endpoint, config=SLEEP)
         job = running.submit(endpoint, config={"do": "say"})
         done = running.finished(endpoint, job)
@@ -41,15 +41,15 @@ def test_logs_go_after_their_time_and_the_job_stays(tmp_path: Path) -> None:
         running.await_log(endpoint, asleep, "asleep")
 
 
-def test_jobs_go_after_their_time_but_none_that_runs(tmp_path: Path) -> None:
-    with keeping(tmp_path, "--keep-jobs", SECOND) as (running, endpoint):
+def test_old_jobs_are_removed_but_no_running_ones(tmp_path: Path) -> None:
+    with operator_with_probe(tmp_path, "--keep-jobs", ONE_SECOND) as (running, endpoint):
         key = {"Idempotency-Key": "k"}
         asleep = running.submit(endpoint, config=SLEEP)
         job = running.http.post(endpoint, json={}, headers=key).json()
         stopped = running.submit(endpoint, config=SLEEP)
         running.delete(endpoint, stopped)
         for old in (job, stopped):
-            until(lambda old=old: is_gone(running, endpoint, old), "the job is removed")
+            until(lambda old=old: is_removed(running, endpoint, old), "the job is removed")
         assert folders(running, "jobs") == {asleep["job_id"]}
         listed = running.http.get(endpoint).json()["job_statuses"]
         assert [each["job_id"] for each in listed] == [asleep["job_id"]]
@@ -58,7 +58,7 @@ def test_jobs_go_after_their_time_but_none_that_runs(tmp_path: Path) -> None:
 
 
 def test_of_many_jobs_the_newest_are_kept(tmp_path: Path) -> None:
-    with keeping(tmp_path, "--keep-count", "3") as (running, endpoint):
+    with operator_with_probe(tmp_path, "--keep-count", "3") as (running, endpoint):
         other = running.deployed(probe_yaml("other"), {"probe.py": PROBE})
         asleep = running.submit(endpoint, config=SLEEP)
         alone = running.submit(other)
@@ -66,17 +66,19 @@ def test_of_many_jobs_the_newest_are_kept(tmp_path: Path) -> None:
         for job in many:
             running.http.get(f"{endpoint}/{job['job_id']}", params={"wait": 60})
         running.kill()
-        running.start()  # it looks at its start, and then once a minute
+        running.start()  # retention runs at the start, and then once a minute
         now = f"{running.url}/probe"
-        until(lambda: all(is_gone(running, now, job) for job in many[:5]), "five are gone")
+        until(
+            lambda: all(is_removed(running, now, job) for job in many[:5]), "five jobs are removed"
+        )
         for job in many[5:]:
             assert running.finished(now, job)["status"] == "status_succeeded"
         assert running.status(now, asleep)["status"] == "status_running"
         assert running.finished(f"{running.url}/other", alone)["status"] == "status_succeeded"
 
 
-def test_versions_projects_and_environments_go_when_nothing_uses_them(tmp_path: Path) -> None:
-    with keeping(tmp_path, "--keep-jobs", SECOND) as (running, endpoint):
+def test_unused_versions_projects_and_environments_are_removed(tmp_path: Path) -> None:
+    with operator_with_probe(tmp_path, "--keep-jobs", ONE_SECOND) as (running, endpoint):
 
         def deploy(number: int) -> str:
             response = running.deploy(probe_yaml(), {"probe.py": PROBE, "n": str(number)})
@@ -87,28 +89,33 @@ def test_versions_projects_and_environments_go_when_nothing_uses_them(tmp_path: 
         running.await_log(endpoint, asleep, "asleep")
         unused = deploy(2)
         current = deploy(3)
-        until(lambda: folders(running, "projects") == {used_by_a_job, current}, "two are kept")
+        until(
+            lambda: folders(running, "projects") == {used_by_a_job, current}, "two projects remain"
+        )
         api = running.http.get(f"{running.url}/-/apis/probe").json()[0]
         assert len(api["api_versions"]) == 2
         assert running.status(endpoint, asleep)["status"] == "status_running"
-        # What was removed can be deployed again.
+        # A removed version can be deployed again.
         assert deploy(2) == unused
         assert running.http.post(endpoint, json={}).status_code == 200
         running.delete(endpoint, asleep)
-        until(lambda: folders(running, "projects") == {unused}, "one is left")
+        until(lambda: folders(running, "projects") == {unused}, "one project remains")
 
 
-def test_a_deleted_api_leaves_nothing_after_its_time(tmp_path: Path) -> None:
-    with keeping(tmp_path, "--keep-jobs", SECOND) as (running, endpoint):
+def test_a_deleted_api_leaves_no_folders_after_its_time(tmp_path: Path) -> None:
+    with operator_with_probe(tmp_path, "--keep-jobs", ONE_SECOND) as (running, endpoint):
         running.submit(endpoint)
         until(lambda: folders(running, "environments"), "its environment is built")
         assert running.http.delete(f"{running.url}/-/apis/probe").status_code == 200
         for kind in ("jobs", "projects", "environments"):
-            until(lambda kind=kind: not folders(running, kind), f"no {kind} are left")
+            until(lambda kind=kind: not folders(running, kind), f"all {kind} are removed")
 
 
-def test_nothing_goes_before_its_time(tmp_path: Path) -> None:
-    with keeping(tmp_path, "--keep-jobs", "0", "--keep-logs", "1") as (running, endpoint):
+def test_nothing_is_removed_before_its_time(tmp_path: Path) -> None:
+    with operator_with_probe(tmp_path, "--keep-jobs", "0", "--keep-logs", "1") as (
+        running,
+        endpoint,
+    ):
         job = running.submit(endpoint, config={"do": "say"})
         done = running.finished(endpoint, job)
         running.kill()

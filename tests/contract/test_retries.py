@@ -1,4 +1,4 @@
-"""What `retries` promises: a new attempt for a job whose processes were lost, and for no other."""
+"""`retries`: a job whose processes were lost gets a new attempt, and no other job does."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def task(config):
         hoard = []
         while True:
             hoard.append(bytearray(b"x") * (4 << 20))
-    left = os.path.join(os.environ["CORTEX_JOB_DIR"], "left")
-    done = os.path.exists(left)
-    open(left, "w").close()
-    if not done:
+    marker = os.path.join(os.environ["CORTEX_JOB_DIR"], "attempted")
+    is_repeated = os.path.exists(marker)
+    open(marker, "w").close()
+    if not is_repeated:
         print("asleep", flush=True)
         time.sleep(300)
     return int(os.environ["CORTEX_ATTEMPT"])
@@ -42,14 +42,14 @@ YAML = """
 """
 
 
-def deployed(operator: Operator, retries: int = 1) -> str:
+def deploy(operator: Operator, retries: int = 1) -> str:
     return operator.deployed(YAML.replace("RETRIES", str(retries)), {"task.py": CODE})
 
 
 def lose(operator: Operator, endpoint: str, job: Any, attempt: int = 1) -> None:
-    """Kill the job's supervising process, and its worker: what a machine that is lost takes along."""
+    """Kill the job's supervisor and its process, as the loss of a machine does."""
     line = re.compile(rf"started {attempt} \d+\n")
-    until(lambda: line.search(operator.log_of(endpoint, job)), "it has started")
+    until(lambda: line.search(operator.log_of(endpoint, job)), "the attempt has started")
     words = operator.log_of(endpoint, job).split()
     worker = int(words[len(words) - 1 - words[::-1].index("started") + 2])
     start = operator.data_dir / "jobs" / job["job_id"] / f"start.{attempt}"
@@ -57,11 +57,11 @@ def lose(operator: Operator, endpoint: str, job: Any, attempt: int = 1) -> None:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
-            continue  # it ends with the other
+            continue  # it has exited with its supervisor
 
 
-def test_a_lost_job_is_tried_again_knows_it_and_its_log_says_so(shared_operator: Operator) -> None:
-    endpoint = deployed(shared_operator)
+def test_a_lost_job_is_retried_and_its_log_reports_the_loss(shared_operator: Operator) -> None:
+    endpoint = deploy(shared_operator)
     job = shared_operator.submit(endpoint)
     shared_operator.await_log(endpoint, job, "asleep")
     lose(shared_operator, endpoint, job)
@@ -75,34 +75,34 @@ def test_a_lost_job_is_tried_again_knows_it_and_its_log_says_so(shared_operator:
     assert lines[3].startswith("started 2")
 
 
-def test_while_the_next_attempt_runs_the_status_tells_of_the_loss(
+def test_the_status_reports_the_loss_while_the_next_attempt_runs(
     shared_operator: Operator,
 ) -> None:
-    endpoint = deployed(shared_operator)
+    endpoint = deploy(shared_operator)
     job = shared_operator.submit(endpoint, config={"base": 1})
-    left = shared_operator.data_dir / "jobs" / job["job_id"] / "files" / "left"
+    marker = shared_operator.data_dir / "jobs" / job["job_id"] / "files" / "attempted"
     shared_operator.await_log(endpoint, job, "asleep")
-    left.unlink()  # so that the next attempt sleeps as well
+    marker.unlink()  # the next attempt sleeps again
     lose(shared_operator, endpoint, job)
     shared_operator.await_log(endpoint, job, "started 2")
     until(
         lambda: (
             shared_operator.status(endpoint, job)["worker_counts"] == {"pending": 0, "running": 1}
         ),
-        "running again",
+        "the status shows that the next attempt runs",
     )
-    seen = shared_operator.status(endpoint, job)
-    assert seen["status"] == "status_running"
-    assert seen["message"] == "attempt 1 was lost: the supervisor was killed"
-    assert seen["created_time"] < seen["start_time"]
+    status = shared_operator.status(endpoint, job)
+    assert status["status"] == "status_running"
+    assert status["message"] == "attempt 1 was lost: the supervisor was killed"
+    assert status["created_time"] < status["start_time"]
     assert shared_operator.delete(endpoint, job).status_code == 200
     assert shared_operator.status(endpoint, job)["message"] == "stopped by a user"
 
 
-def test_a_job_that_is_lost_more_often_than_that_is_an_unexpected_error(
+def test_a_job_lost_more_often_than_retries_is_an_unexpected_error(
     shared_operator: Operator,
 ) -> None:
-    endpoint = deployed(shared_operator, 0)
+    endpoint = deploy(shared_operator, 0)
     job = shared_operator.submit(endpoint)
     lose(shared_operator, endpoint, job)
     done = shared_operator.finished(endpoint, job)
@@ -111,9 +111,9 @@ def test_a_job_that_is_lost_more_often_than_that_is_an_unexpected_error(
     assert "attempt" not in shared_operator.log_of(endpoint, job)
 
 
-def test_a_supervising_process_that_somebody_stops_is_a_loss_too(shared_operator: Operator) -> None:
-    """As a machine does that is shut down in order."""
-    endpoint = deployed(shared_operator)
+def test_a_terminated_supervisor_is_a_loss(shared_operator: Operator) -> None:
+    """A machine that shuts down sends SIGTERM to all processes."""
+    endpoint = deploy(shared_operator)
     job = shared_operator.submit(endpoint)
     shared_operator.await_log(endpoint, job, "asleep")
     start = shared_operator.data_dir / "jobs" / job["job_id"] / "start.1"
@@ -131,13 +131,11 @@ def test_a_supervising_process_that_somebody_stops_is_a_loss_too(shared_operator
         ("timeout", "status_timed_out"),
     ],
 )
-def test_what_ended_by_itself_or_by_its_limits_is_not_tried_again(
+def test_a_job_that_ended_by_itself_or_by_a_limit_is_not_retried(
     shared_operator: Operator, end: str, status: str
 ) -> None:
-    endpoint = deployed(shared_operator)
-    shared_operator.run(
-        endpoint, config={"end": "raise"}
-    )  # so that the next one begins before its timeout
+    endpoint = deploy(shared_operator)
+    shared_operator.run(endpoint, config={"end": "raise"})  # the next job starts before its timeout
     timeout = 20 if end == "timeout" else None
     done = shared_operator.run(endpoint, config={"end": end}, timeout=timeout)
     assert done["status"] == status
@@ -156,16 +154,16 @@ def task(config):
 """
 
 
-def test_a_job_that_has_removed_its_start_record_and_is_lost_ends(
+def test_a_lost_job_that_removed_its_start_record_ends(
     shared_operator: Operator,
 ) -> None:
-    # Without a group of its own, which would tell that it ran.
+    # Without a memory limit: the job's control group would show that it ran.
     yaml = YAML.replace("RETRIES", "0").replace(", mem: 96Mi", "")
     endpoint = shared_operator.deployed(yaml, {"task.py": FORGETFUL})
     job = shared_operator.submit(endpoint)
     until(
         lambda: shared_operator.status(endpoint, job).get("worker_counts", {}).get("running"),
-        "it is seen",
+        "the status shows that the job runs",
     )
     (shared_operator.data_dir / "jobs" / job["job_id"] / "go").touch()
     done = shared_operator.finished(endpoint, job)
@@ -173,10 +171,10 @@ def test_a_job_that_has_removed_its_start_record_and_is_lost_ends(
     assert done["message"] == "its start record is gone"
 
 
-def test_a_job_lost_while_no_operator_runs_is_tried_again_by_the_next(
+def test_the_next_operator_retries_a_job_lost_while_none_ran(
     own_operator: Operator,
 ) -> None:
-    endpoint = deployed(own_operator)
+    endpoint = deploy(own_operator)
     job = own_operator.submit(endpoint)
     own_operator.await_log(endpoint, job, "asleep")
     log = own_operator.data_dir / "jobs" / job["job_id"] / "log"
@@ -189,12 +187,10 @@ def test_a_job_lost_while_no_operator_runs_is_tried_again_by_the_next(
 
 
 def test_a_timeout_holds_over_all_attempts(shared_operator: Operator) -> None:
-    endpoint = deployed(shared_operator)
-    shared_operator.run(
-        endpoint, config={"end": "raise"}
-    )  # so that the next one begins before its timeout
+    endpoint = deploy(shared_operator)
+    shared_operator.run(endpoint, config={"end": "raise"})  # the next job starts before its timeout
     job = shared_operator.submit(endpoint, timeout=20)
     shared_operator.await_log(endpoint, job, "asleep")
-    (shared_operator.data_dir / "jobs" / job["job_id"] / "files" / "left").unlink()
+    (shared_operator.data_dir / "jobs" / job["job_id"] / "files" / "attempted").unlink()
     lose(shared_operator, endpoint, job)
     assert shared_operator.finished(endpoint, job)["status"] == "status_timed_out"

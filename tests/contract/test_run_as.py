@@ -1,5 +1,6 @@
-"""`cortex serve --run-as`: users' code runs as a user without rights, and reaches nothing of the
-operator's. The operator has to be root for that, as it is where these tests are meant to run.
+"""`cortex serve --run-as`: jobs run as an unprivileged user without access to the operator.
+
+The operator, and so these tests, must run as root.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ import pytest
 
 import preloaded_cli
 from cortex.joblog.reader import REPLACED
-from operator_harness import CORTEX, PROBE, Operator, operator, probe_yaml, reachable, until
+from operator_harness import (
+    CORTEX,
+    PROBE,
+    Operator,
+    operator,
+    probe_yaml,
+    reachable_interpreter,
+    until,
+)
 from root_operator import UID, USER, operator_as_root, passable_folder
 
 SNOOP = """
@@ -58,57 +67,58 @@ os.unlink(folder + "/log")
 
 
 @pytest.fixture(scope="module")
-def other() -> Iterator[Operator]:
+def run_as_operator() -> Iterator[Operator]:
     with operator_as_root() as running:
         yield running
 
 
-def snooped(other: Operator) -> Any:
-    endpoint = other.deployed(probe_yaml("snoop"), {"probe.py": SNOOP})
-    [deployed] = other.data_dir.glob("projects/*/probe.py")
-    told = {
-        "data": str(other.data_dir),
-        "operator": other.process.pid,
+def run_snoop(run_as_operator: Operator) -> Any:
+    endpoint = run_as_operator.deployed(probe_yaml("snoop"), {"probe.py": SNOOP})
+    [deployed] = run_as_operator.data_dir.glob("projects/*/probe.py")
+    config = {
+        "data": str(run_as_operator.data_dir),
+        "operator": run_as_operator.process.pid,
         "deployed": str(deployed),
     }
-    return other.run(endpoint, config=told)["result"]
+    return run_as_operator.run(endpoint, config=config)["result"]
 
 
-def test_a_job_has_no_rights_and_reaches_nothing_of_the_operators(other: Operator) -> None:
-    found = snooped(other)
+def test_a_job_has_no_rights_and_no_access_to_the_operator(run_as_operator: Operator) -> None:
+    found = run_snoop(run_as_operator)
     assert found["ids"][:3] == [UID, UID, UID]
     assert 0 not in found["ids"][3]
     assert int(found["capabilities"], 16) == 0
     for what in ("read", "write", "environ", "kill"):
         assert found[what] == "PermissionError", what
     assert found["own"] == "1"
-    assert found["replaced"] == "13"  # in a copy of the project that is the job's own
-    assert next(other.data_dir.glob("projects/*/probe.py")).read_text() == SNOOP
-    assert other.http.get(f"{other.url}/-/info").json()["own_folder"] == "copy"
+    assert found["replaced"] == "13"  # in the job's own copy of the project
+    assert next(run_as_operator.data_dir.glob("projects/*/probe.py")).read_text() == SNOOP
+    assert run_as_operator.http.get(f"{run_as_operator.url}/-/info").json()["own_folder"] == "copy"
     assert found["tmp"] == "0"
-    assert len(found["descriptors"]) == 5  # the standard three, its pipe, and that of the listing
+    # The three standard ones, the job's pipe, and the one that lists the folder.
+    assert len(found["descriptors"]) == 5
 
 
-def test_its_end_memory_limit_and_stop_are_as_ever(other: Operator) -> None:
-    endpoint = other.deployed(
+def test_ends_limits_and_stops_work_with_run_as(run_as_operator: Operator) -> None:
+    endpoint = run_as_operator.deployed(
         probe_yaml("limited").replace("cpu: 1m", "cpu: 1m, mem: 64Mi"), {"probe.py": PROBE}
     )
     ends = {
-        "succeeded": other.submit(endpoint),
-        "worker_error": other.submit(endpoint, config={"do": "leave", "code": 3}),
-        "worker_oom": other.submit(endpoint, config={"do": "allocate"}),
-        "timed_out": other.submit(endpoint, config={"do": "stubborn"}, timeout=1),
+        "succeeded": run_as_operator.submit(endpoint),
+        "worker_error": run_as_operator.submit(endpoint, config={"do": "leave", "code": 3}),
+        "worker_oom": run_as_operator.submit(endpoint, config={"do": "allocate"}),
+        "timed_out": run_as_operator.submit(endpoint, config={"do": "stubborn"}, timeout=1),
     }
-    stubborn = other.submit(endpoint, config={"do": "stubborn"})
-    other.await_log(endpoint, stubborn, "asleep")
-    other.delete(endpoint, stubborn)
+    stubborn = run_as_operator.submit(endpoint, config={"do": "stubborn"})
+    run_as_operator.await_log(endpoint, stubborn, "asleep")
+    run_as_operator.delete(endpoint, stubborn)
     for end, job in ends.items():
-        assert other.finished(endpoint, job)["status"] == f"status_{end}"
-    assert "64 MiB" in other.status(endpoint, ends["worker_oom"])["message"]
-    assert other.status(endpoint, stubborn)["status"] == "status_stopped"
+        assert run_as_operator.finished(endpoint, job)["status"] == f"status_{end}"
+    assert "64 MiB" in run_as_operator.status(endpoint, ends["worker_oom"])["message"]
+    assert run_as_operator.status(endpoint, stubborn)["status"] == "status_stopped"
 
 
-def test_an_environment_is_built_as_that_user_too(other: Operator) -> None:
+def test_an_environment_is_built_as_the_jobs_user(run_as_operator: Operator) -> None:
     setup = "import os\nfrom setuptools import setup\nos.makedirs('built-as-%d' % os.getuid(), exist_ok=True)\nsetup()"
     files = {
         "probe.py": "import glob\ndef task(config): return glob.glob('/nowhere')",
@@ -117,10 +127,10 @@ def test_an_environment_is_built_as_that_user_too(other: Operator) -> None:
         "made/pyproject.toml": '[project]\nname = "made"\nversion = "1"\n'
         '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n',
     }
-    endpoint = other.deployed(probe_yaml("built"), files)
-    done = other.run(endpoint)
-    assert done["status"] == "status_succeeded", other.log_of(endpoint, done)
-    environments = other.data_dir / "environments"
+    endpoint = run_as_operator.deployed(probe_yaml("built"), files)
+    done = run_as_operator.run(endpoint)
+    assert done["status"] == "status_succeeded", run_as_operator.log_of(endpoint, done)
+    environments = run_as_operator.data_dir / "environments"
     assert list(environments.glob(f"*/*/source/made/built-as-{UID}"))
     owners = {path.stat().st_uid for path in environments.glob("*/*/venv")}
     assert owners == {UID}
@@ -138,69 +148,74 @@ def test_an_environment_is_built_as_that_user_too(other: Operator) -> None:
         'os.rename(config["root"] + "/secret", folder + "/log")',
     ],
 )
-def test_what_a_job_puts_in_its_logs_place_is_not_shown(other: Operator, plant: str) -> None:
-    # On the file system of the data folder: what is root's in a folder of theirs, jobs may move.
-    with tempfile.TemporaryDirectory(dir=other.data_dir.parent) as root:
+def test_a_file_that_replaces_a_log_is_not_served(run_as_operator: Operator, plant: str) -> None:
+    # On the file system of the data folder: in a folder of their user, jobs may move root's files.
+    with tempfile.TemporaryDirectory(dir=run_as_operator.data_dir.parent) as root:
         (Path(root) / "secret").write_text("root's")
         (Path(root) / "secret").chmod(0o600)
         os.chown(root, UID, UID)
         code = f"def task(config):\n    exec({PLANT.format(plant=plant)!r})\n"
-        endpoint = other.deployed(probe_yaml("planter"), {"probe.py": code})
-        job = other.submit(endpoint, config={"root": root})
-        assert other.finished(endpoint, job)["status"] == "status_succeeded"
-        assert other.log_of(endpoint, job) == REPLACED
+        endpoint = run_as_operator.deployed(probe_yaml("planter"), {"probe.py": code})
+        job = run_as_operator.submit(endpoint, config={"root": root})
+        assert run_as_operator.finished(endpoint, job)["status"] == "status_succeeded"
+        assert run_as_operator.log_of(endpoint, job) == REPLACED
         followed = {"Accept": "text/event-stream"}
-        events = other.http.get(f"{endpoint}/{job['job_id']}/logs", headers=followed).text
-        told, end, _ = events.split("\n\n")
-        assert json.dumps(REPLACED) in told
+        events = run_as_operator.http.get(f"{endpoint}/{job['job_id']}/logs", headers=followed).text
+        log_event, end, _ = events.split("\n\n")
+        assert json.dumps(REPLACED) in log_event
         assert end.startswith("event: end\n")
 
 
 @pytest.mark.parametrize(
     "plant", ['os.symlink("/dev/zero", folder + "/log.cut")', 'os.mkfifo(folder + "/log.cut")']
 )
-def test_what_a_job_puts_in_place_of_what_tells_of_a_gap_is_not_read(
-    other: Operator, plant: str
+def test_a_link_or_pipe_that_replaces_log_cut_is_not_read(
+    run_as_operator: Operator, plant: str
 ) -> None:
     code = f"def task(config):\n    print('said')\n    folder = {FOLDER}\n    {plant}\n"
-    endpoint = other.deployed(probe_yaml("planter"), {"probe.py": f"import os\n{code}"})
-    job = other.submit(endpoint)
-    assert other.finished(endpoint, job)["status"] == "status_succeeded"
-    assert other.log_of(endpoint, job) == "said\n"
+    endpoint = run_as_operator.deployed(probe_yaml("planter"), {"probe.py": f"import os\n{code}"})
+    job = run_as_operator.submit(endpoint)
+    assert run_as_operator.finished(endpoint, job)["status"] == "status_succeeded"
+    assert run_as_operator.log_of(endpoint, job) == "said\n"
 
 
 @pytest.mark.parametrize("record", ["exit.1", "start.1"])
-def test_a_job_that_spoils_its_records_harms_itself_alone(other: Operator, record: str) -> None:
+def test_a_job_that_overwrites_its_records_harms_only_itself(
+    run_as_operator: Operator, record: str
+) -> None:
     code = (
         "import os, time\ndef task(config):\n"
         "    path = os.path.dirname(os.environ['CORTEX_JOB_SPEC'])\n"
         f"    open(path + '/{record}', 'w').write('{{')\n"
     )
-    endpoint = other.deployed(probe_yaml("spoiler"), {"probe.py": code})
-    done = other.finished(endpoint, other.submit(endpoint))
+    endpoint = run_as_operator.deployed(probe_yaml("spoiler"), {"probe.py": code})
+    done = run_as_operator.finished(endpoint, run_as_operator.submit(endpoint))
     assert done["status"] in ("status_succeeded", "status_unexpected_error")
-    assert other.http.get(f"{other.url}/readyz").status_code == 200
+    assert run_as_operator.http.get(f"{run_as_operator.url}/readyz").status_code == 200
 
 
-def test_a_job_that_locks_its_folder_ends_as_it_ends(other: Operator) -> None:
+def test_a_job_that_makes_its_folder_read_only_succeeds(run_as_operator: Operator) -> None:
     code = (
         "import os\ndef task(config):\n"
         "    os.chmod(os.path.dirname(os.environ['CORTEX_JOB_SPEC']), 0o500)\n"
     )
-    endpoint = other.deployed(probe_yaml("locker"), {"probe.py": code})
-    assert other.run(endpoint)["status"] == "status_succeeded"
+    endpoint = run_as_operator.deployed(probe_yaml("locker"), {"probe.py": code})
+    assert run_as_operator.run(endpoint)["status"] == "status_succeeded"
 
 
-def test_a_running_job_outlives_the_operator(other: Operator) -> None:
-    endpoint = other.deployed(probe_yaml(), {"probe.py": PROBE})
-    job = other.submit(endpoint, config={"do": "sleep", "s": 3})
-    other.await_log(endpoint, job, "asleep")
-    other.kill()
-    other.start()
-    assert other.finished(f"{other.url}/probe", job)["status"] == "status_succeeded"
+def test_a_running_job_outlives_the_operator(run_as_operator: Operator) -> None:
+    endpoint = run_as_operator.deployed(probe_yaml(), {"probe.py": PROBE})
+    job = run_as_operator.submit(endpoint, config={"do": "sleep", "s": 3})
+    run_as_operator.await_log(endpoint, job, "asleep")
+    run_as_operator.kill()
+    run_as_operator.start()
+    assert (
+        run_as_operator.finished(f"{run_as_operator.url}/probe", job)["status"]
+        == "status_succeeded"
+    )
 
 
-def test_the_database_is_nobody_elses(shared_operator: Operator) -> None:
+def test_no_other_user_can_read_the_database(shared_operator: Operator) -> None:
     found = list(shared_operator.data_dir.glob("operator.db*"))
     assert len(found) == 3
     assert [path for path in found if path.stat().st_mode & 0o077] == []
@@ -214,12 +229,14 @@ def test_the_database_is_nobody_elses(shared_operator: Operator) -> None:
         (USER, 65534, "only root can run jobs"),
     ],
 )
-def test_a_user_that_cannot_be_is_told(
+def test_an_impossible_user_is_refused_with_the_reason(
     tmp_path: Path, user: str, as_user: int | None, words: str
 ) -> None:
-    within = [] if as_user is None else [*reachable(), "setpriv", f"--reuid={as_user}"]
+    command_prefix = (
+        [] if as_user is None else [*reachable_interpreter(), "setpriv", f"--reuid={as_user}"]
+    )
     done = subprocess.run(
-        [*within, CORTEX, "serve", "--run-as", user, "--data-dir", str(tmp_path), "--port", "0"],
+        [*command_prefix, CORTEX, "serve", "--run-as", user, "--data-dir", str(tmp_path), "--port", "0"],
         capture_output=True, text=True, timeout=60, check=False, cwd="/",
     )  # fmt: skip
     assert done.returncode == 1
@@ -227,7 +244,7 @@ def test_a_user_that_cannot_be_is_told(
     assert "Traceback" not in done.stderr
 
 
-def test_a_user_that_cannot_reach_python_is_told(tmp_path: Path) -> None:
+def test_a_user_who_cannot_reach_python_is_refused(tmp_path: Path) -> None:
     hidden = tmp_path / "hidden"
     hidden.mkdir(mode=0o700)
     done = subprocess.run(
@@ -238,25 +255,28 @@ def test_a_user_that_cannot_reach_python_is_told(tmp_path: Path) -> None:
     assert "jobs cannot run as 'nobody'" in done.stderr
 
 
-def test_what_is_restored_is_the_jobs_user_s(other: Operator) -> None:
+def test_restored_job_folders_belong_to_the_jobs_user(run_as_operator: Operator) -> None:
     yaml = probe_yaml("restored", more="  retries: 1\n")
-    path = other.deployed(yaml, {"probe.py": PROBE}).removeprefix(other.url)
-    done = other.submit(other.url + path, config={"do": "say"})
-    other.finished(other.url + path, done)
-    runs = other.submit(other.url + path, config={"do": "sleep", "s": 300})
-    other.await_log(other.url + path, runs, "asleep")
+    path = run_as_operator.deployed(yaml, {"probe.py": PROBE}).removeprefix(run_as_operator.url)
+    done = run_as_operator.submit(run_as_operator.url + path, config={"do": "say"})
+    run_as_operator.finished(run_as_operator.url + path, done)
+    runs = run_as_operator.submit(run_as_operator.url + path, config={"do": "sleep", "s": 300})
+    run_as_operator.await_log(run_as_operator.url + path, runs, "asleep")
     with passable_folder() as folder:
         file = str(folder / "backup.tar.gz")
         for words in (
-            ["backup", file, "--data-dir", str(other.data_dir)],
+            ["backup", file, "--data-dir", str(run_as_operator.data_dir)],
             ["restore", file, "--data-dir", str(folder / "data"), "--run-as", USER],
         ):
             made = preloaded_cli.run(*words)
             assert made.returncode == 0, made.stderr
-        with operator(folder, "--run-as", USER, within=reachable()) as third:
+        with operator(folder, "--run-as", USER, command_prefix=reachable_interpreter()) as third:
             for job in (done, runs):
                 log = third.data_dir / "jobs" / job["job_id"] / "log"
                 assert (log.stat().st_uid, log.parent.stat().st_uid) == (UID, UID)
             assert third.log_of(third.url + path, done) == "line 0\n"
-            until(lambda: third.log_of(third.url + path, runs).count("asleep") == 2, "again")
-    assert other.delete(other.url + path, runs).status_code == 200
+            until(
+                lambda: third.log_of(third.url + path, runs).count("asleep") == 2,
+                "the restored job runs again",
+            )
+    assert run_as_operator.delete(run_as_operator.url + path, runs).status_code == 200

@@ -1,5 +1,8 @@
-"""No answer, no line of the operator's log, no metric and no output of the command shows a secret: the values
-of `definition.env` and `.env`, tokens, the password of the store, the keys of the store of files."""
+"""No answer, line of the operator's log, metric or output of the command shows a secret.
+
+Secrets are the values of `definition.env` and `.env`, tokens, the password of the store, and the
+keys of the object store.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from operator_harness import PROBE, Operator, operator, probe_yaml
 from postgresql_server import PASSWORD, PostgreSQLServer
 from s3_server import S3Server
 
-pytestmark = pytest.mark.xdist_group("s3")  # whose server is slow to start
+pytestmark = pytest.mark.xdist_group("s3")  # the S3 server starts slowly
 
 MASK = "********"
 OF_ENV, OF_FILE, OF_OLD = "marked-of-env-4f1c", "marked-of-dotenv-77ab", "marked-of-old-90de"
@@ -40,8 +43,8 @@ def yaml(value: str) -> str:
 
 
 @dataclass
-class Kept:
-    """An operator that knows many secrets, and a way to look for them."""
+class SecretsOperator:
+    """An operator that knows many secrets, and a search for them in texts."""
 
     running: Operator
     tokens: dict[str, str]
@@ -51,7 +54,7 @@ class Kept:
     job_id: str
     answers: list[httpx.Response]
 
-    def ask(self, method: str, path: str, scope: str, **more: object) -> httpx.Response:
+    def send(self, method: str, path: str, scope: str, **more: object) -> httpx.Response:
         headers = {"Authorization": f"Bearer {self.tokens[scope]}"}
         answer = httpx.request(method, self.running.url + path, headers=headers, timeout=60, **more)  # type: ignore[arg-type]
         self.answers.append(answer)
@@ -71,12 +74,12 @@ def cortex(*arguments: str, code: int = 0, **variables: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def kept(
+def secret_operator(
     s3: S3Server,
     postgresql: PostgreSQLServer,
     migrated_database: str,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Kept]:
+) -> Iterator[SecretsOperator]:
     folder = tmp_path_factory.mktemp("kept")
     database, bucket = postgresql.create(template=migrated_database), s3.bucket()
     store = ["--store", postgresql.url(database)]
@@ -96,23 +99,27 @@ def kept(
             running.finished(endpoint, job)
             configure = ("env", "configure", "far", "--operator-endpoint", running.url)
             cortex(*configure, "--token", tokens["deploy"])
-            made = Kept(running, tokens, options, config, endpoint, job["job_id"], answers)
+            made = SecretsOperator(
+                running, tokens, options, config, endpoint, job["job_id"], answers
+            )
             yield made
     postgresql.drop(database)
 
 
-def test_jobs_get_the_values(kept: Kept) -> None:
-    """Else nothing that follows would say anything: they are there to be found."""
-    endpoint = kept.running.deployed(yaml(OF_ENV).replace("name: probe", "name: other"), FILES)
-    env = kept.running.run(endpoint, config={"do": "surroundings"})["result"]["env"]
+def test_jobs_get_the_secret_values(secret_operator: SecretsOperator) -> None:
+    """The other tests can only find secrets that the operator really has."""
+    endpoint = secret_operator.running.deployed(
+        yaml(OF_ENV).replace("name: probe", "name: other"), FILES
+    )
+    env = secret_operator.running.run(endpoint, config={"do": "surroundings"})["result"]["env"]
     assert (env["SECRET"], env["TWICE"], env["IN_FILE"]) == (OF_ENV, OF_ENV, OF_FILE)
-    kept.running.http.delete(f"{kept.running.url}/-/apis/other")
+    secret_operator.running.http.delete(f"{secret_operator.running.url}/-/apis/other")
 
 
-def test_the_names_are_shown_and_a_mask(kept: Kept) -> None:
+def test_specs_show_names_and_masks(secret_operator: SecretsOperator) -> None:
     for scope in SCOPES:
-        answer = kept.ask("GET", f"/probe/{kept.job_id}", scope).json()
-        (api,) = kept.ask("GET", "/-/apis/probe", scope).json()
+        answer = secret_operator.send("GET", f"/probe/{secret_operator.job_id}", scope).json()
+        (api,) = secret_operator.send("GET", "/-/apis/probe", scope).json()
         for spec in (answer["api_spec"], api["spec"]):
             assert spec["definition"]["env"] == {"SECRET": MASK, "TWICE": MASK}
             assert spec["submitted_api_spec"]["definition"]["env"] == {
@@ -121,103 +128,125 @@ def test_the_names_are_shown_and_a_mask(kept: Kept) -> None:
             }
 
 
-def test_no_route_shows_a_secret_to_any_scope(kept: Kept) -> None:
-    described = kept.running.http.get(f"{kept.running.url}/-/openapi.json").json()
-    parts = {"name": "probe", "endpoint": "probe", "job_id": kept.job_id}
+def test_no_route_shows_a_secret_to_any_scope(secret_operator: SecretsOperator) -> None:
+    described = secret_operator.running.http.get(
+        f"{secret_operator.running.url}/-/openapi.json"
+    ).json()
+    parts = {"name": "probe", "endpoint": "probe", "job_id": secret_operator.job_id}
     paths = [*described["paths"], "/-/openapi.json", "/nothing", "/probe?jobID={job_id}"]
     streamed = {"Accept": "text/event-stream"}
-    seen = set()
+    answered = set()
     for path in paths:
         for method in ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"):
             if (path, method) == ("/-/apis/{name}", "DELETE"):
                 continue
             for scope in SCOPES:
                 at = re.sub(r"\{(\w+)\}", lambda found: parts[found[1]], path)
-                answer = kept.ask(method, at, scope, json={} if method == "POST" else None)
-                seen.add((path, method, answer.status_code))
-    kept.ask("DELETE", "/probe/nothing", "deploy")
-    for given in (FILES, {**FILES, ".env": f"1WRONG={OF_FILE}\n= {OF_FILE}\n"}, {}):
-        kept.answers.append(kept.running.deploy(yaml(OF_ENV), given))
-    assert {answer.status_code for answer in kept.answers} >= {200, 204, 400, 403, 404, 405, 409}
-    with httpx.Client(headers={"Authorization": f"Bearer {kept.tokens['read']}"}) as client:
-        kept.answers.append(
-            client.get(f"{kept.endpoint}/{kept.job_id}/logs", headers=streamed, timeout=60)
+                answer = secret_operator.send(
+                    method, at, scope, json={} if method == "POST" else None
+                )
+                answered.add((path, method, answer.status_code))
+    secret_operator.send("DELETE", "/probe/nothing", "deploy")
+    for files in (FILES, {**FILES, ".env": f"1WRONG={OF_FILE}\n= {OF_FILE}\n"}, {}):
+        secret_operator.answers.append(secret_operator.running.deploy(yaml(OF_ENV), files))
+    assert {answer.status_code for answer in secret_operator.answers} >= {
+        200,
+        204,
+        400,
+        403,
+        404,
+        405,
+        409,
+    }
+    with httpx.Client(
+        headers={"Authorization": f"Bearer {secret_operator.tokens['read']}"}
+    ) as client:
+        secret_operator.answers.append(
+            client.get(
+                f"{secret_operator.endpoint}/{secret_operator.job_id}/logs",
+                headers=streamed,
+                timeout=60,
+            )
         )
-    assert kept.answers[-1].headers["content-type"].startswith("text/event-stream")
-    for answer in kept.answers:
-        kept.check(f"{answer.headers}{answer.text}", str(answer.url))
+    assert secret_operator.answers[-1].headers["content-type"].startswith("text/event-stream")
+    for answer in secret_operator.answers:
+        secret_operator.check(f"{answer.headers}{answer.text}", str(answer.url))
     for path in ("/-/apis", "/-/apis/{name}", "/{endpoint}", "/{endpoint}/{job_id}", "/metrics"):
-        assert (path, "GET", 200) in seen
+        assert (path, "GET", 200) in answered
 
 
-def test_the_same_file_makes_no_version_and_another_value_does(kept: Kept) -> None:
-    (same,) = kept.running.deploy(yaml(OF_ENV), FILES).json()
+def test_only_a_changed_secret_makes_a_new_version(secret_operator: SecretsOperator) -> None:
+    (same,) = secret_operator.running.deploy(yaml(OF_ENV), FILES).json()
     assert same["message"] == "probe is unchanged"
-    (changed,) = kept.running.deploy(yaml(OF_OLD), FILES).json()
+    (changed,) = secret_operator.running.deploy(yaml(OF_OLD), FILES).json()
     assert changed["message"] == "updated probe"
-    kept.check(json.dumps(changed), "deploy")
-    (back,) = kept.running.deploy(yaml(OF_ENV), FILES).json()
+    secret_operator.check(json.dumps(changed), "deploy")
+    (back,) = secret_operator.running.deploy(yaml(OF_ENV), FILES).json()
     assert back["message"] == "updated probe"
 
 
-def test_a_mask_is_no_value(kept: Kept) -> None:
-    before = kept.running.http.get(f"{kept.running.url}/-/apis/probe").json()[0]["spec"]
+def test_a_mask_is_refused_as_a_value(secret_operator: SecretsOperator) -> None:
+    before = secret_operator.running.http.get(f"{secret_operator.running.url}/-/apis/probe").json()[
+        0
+    ]["spec"]
     text = yaml(OF_ENV).replace(f"TWICE: {OF_ENV}", f'TWICE: "{MASK}"')
-    answer = kept.running.deploy(text, FILES)
+    answer = secret_operator.running.deploy(text, FILES)
     assert (answer.status_code, answer.json()["kind"]) == (400, "spec.invalid")
-    told = answer.json()["message"]
-    assert told.startswith(f'cortex.yaml:5: definition.env.TWICE: found "{MASK}"')
-    kept.check(told, "refused")
-    # As it was read back, which clients of Cortex do.
-    answer = kept.running.deploy(json.dumps([before["submitted_api_spec"]]), FILES)
+    output = answer.json()["message"]
+    assert output.startswith(f'cortex.yaml:5: definition.env.TWICE: found "{MASK}"')
+    secret_operator.check(output, "refused")
+    # Clients of Cortex deploy a spec that they have read from the operator.
+    answer = secret_operator.running.deploy(json.dumps([before["submitted_api_spec"]]), FILES)
     assert "definition.env.SECRET" in answer.json()["message"]
-    after = kept.running.http.get(f"{kept.running.url}/-/apis/probe").json()[0]["spec"]
+    after = secret_operator.running.http.get(f"{secret_operator.running.url}/-/apis/probe").json()[
+        0
+    ]["spec"]
     assert after["api_id"] == before["api_id"]
 
 
-def test_the_command_shows_no_secret(kept: Kept, tmp_path: Path) -> None:
+def test_the_command_shows_no_secret(secret_operator: SecretsOperator, tmp_path: Path) -> None:
     for name, content in {"cortex.yaml": yaml(OF_ENV), **FILES}.items():
         (tmp_path / name).write_text(content)
-    store = kept.options[:2]
+    store = secret_operator.options[:2]
     for words in (
         ("get", "-o", "json"),
         ("get", "probe", "-o", "json"),
         ("get", "probe"),
-        ("get", "probe", kept.job_id, "-o", "json"),
-        ("get", "probe", kept.job_id),
+        ("get", "probe", secret_operator.job_id, "-o", "json"),
+        ("get", "probe", secret_operator.job_id),
         ("deploy", str(tmp_path / "cortex.yaml"), "-o", "json"),
         ("deploy", str(tmp_path / "cortex.yaml")),
         ("env", "list", "-o", "json"),
         ("cluster", "info", "-o", "json"),
         ("token", "list", *store, "-o", "json"),
-        ("serve", *kept.options, "--show-config"),
+        ("serve", *secret_operator.options, "--show-config"),
     ):
-        kept.check(cortex(*words), " ".join(words))
-    told = cortex("serve", "--show-config", CORTEX_SERVE_STORE=store[1])
-    assert "postgresql://cortex:***@" in told
-    kept.check(told, "variable")
+        secret_operator.check(cortex(*words), " ".join(words))
+    output = cortex("serve", "--show-config", CORTEX_SERVE_STORE=store[1])
+    assert "postgresql://cortex:***@" in output
+    secret_operator.check(output, "variable")
     wrong = store[1].replace("@/", "@nowhere.invalid/").partition("?")[0]
     for url in (wrong, wrong.replace("postgresql", "mysql"), f"{wrong}:x", store[1] + "&nothing=1"):
-        told = cortex("serve", "--data-dir", str(tmp_path / "data"), "--store", url, code=1)
-        kept.check(told, url)
+        output = cortex("serve", "--data-dir", str(tmp_path / "data"), "--store", url, code=1)
+        secret_operator.check(output, url)
 
 
-def test_the_log_of_the_operator_shows_no_secret(kept: Kept) -> None:
-    kept.ask("GET", "/-/apis", "read")
+def test_the_log_of_the_operator_shows_no_secret(secret_operator: SecretsOperator) -> None:
+    secret_operator.send("GET", "/-/apis", "read")
     wrong = {"Authorization": f"Bearer x{OF_ENV}"}
-    httpx.get(f"{kept.running.url}/-/apis", headers=wrong, timeout=60)
-    kept.running.stop()
-    kept.running.start()
-    told = kept.running.log.read_text()
-    assert "deployed" in told
-    kept.check(told, "log")
-    files = [p for p in kept.running.data_dir.rglob("*.log") if "jobs" not in p.parts]
+    httpx.get(f"{secret_operator.running.url}/-/apis", headers=wrong, timeout=60)
+    secret_operator.running.stop()
+    secret_operator.running.start()
+    output = secret_operator.running.log.read_text()
+    assert "deployed" in output
+    secret_operator.check(output, "log")
+    files = [p for p in secret_operator.running.data_dir.rglob("*.log") if "jobs" not in p.parts]
     for file in files:
-        kept.check(file.read_text(), str(file))
+        secret_operator.check(file.read_text(), str(file))
 
 
 def test_a_crash_shows_no_secret(tmp_path: Path) -> None:
-    """As where an error of the database repeats the values that it was given."""
+    """An error of the database may repeat the values of its statement."""
     with operator(tmp_path) as running:
         with closing(sqlite3.connect(running.data_dir / "operator.db")) as database:
             database.execute(
@@ -227,14 +256,14 @@ def test_a_crash_shows_no_secret(tmp_path: Path) -> None:
         short = (
             f"- {{name: a, kind: TaskAPI, definition: {{path: probe.py, env: {{S: {OF_ENV}}}}}}}"
         )
-        answer = running.deploy(short, FILES)  # of a longer one the error has the ends alone
+        answer = running.deploy(short, FILES)  # the error shortens longer values
         assert (answer.status_code, answer.json()["kind"]) == (500, "internal")
         running.stop()
-        told = running.log.read_text()
-        assert "refused by the test" in told
+        output = running.log.read_text()
+        assert "refused by the test" in output
         for secret in (OF_ENV, OF_FILE):
-            assert secret not in told + answer.text
-        running.log.write_text("")  # where a traceback would be a mistake of the test
+            assert secret not in output + answer.text
+        running.log.write_text("")  # `operator` would report the expected traceback
 
 
 CRASHING = """
@@ -258,10 +287,10 @@ def test_a_crash_on_a_terminal_shows_no_secret() -> None:
     with os.fdopen(main, "rb") as shown:
         subprocess.run([sys.executable, "-c", CRASHING], stderr=terminal, check=True)
         os.close(terminal)
-        told = b""
-        with suppress(OSError):  # a terminal that nobody holds any more
+        output = b""
+        with suppress(OSError):  # the other end of the terminal is closed
             while piece := os.read(shown.fileno(), 65536):
-                told += piece
-    assert b"crashed" in told
-    assert b"Traceback" in told
-    assert b"marked-of-locals" not in told
+                output += piece
+    assert b"crashed" in output
+    assert b"Traceback" in output
+    assert b"marked-of-locals" not in output

@@ -1,5 +1,7 @@
-"""The answers of every route and the OpenAPI document keep their fields and types: `snapshot.json`
-has them. `make snapshot` rewrites it; a change that only adds fields needs no rewrite.
+"""The answers of every route and the OpenAPI document keep their fields and types.
+
+`snapshot.json` stores them, and `make snapshot` rewrites it. A change that only adds fields needs
+no rewrite.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import pytest
 from cortex.errors import CortexError
 from operator_harness import PROBE, Operator, probe_yaml, until
 from operator_with_tokens import operator_with_tokens
-from shapes import broken, openapi, shape, shape_of_answer
+from shapes import breaking_changes, openapi, shape, shape_of_answer
 
 SNAPSHOT = Path(__file__).with_name("snapshot.json")
 IS_REWRITTEN = "CORTEX_REWRITE_SNAPSHOT" in os.environ
@@ -36,7 +38,7 @@ class Answers:
         self.tokens = tokens
         self.shapes: dict[str, Any] = {}
 
-    def ask(
+    def record(
         self, name: str, method: str, path: str, *, token: str = "deploy", **options: Any
     ) -> httpx.Response:
         """Send a request and record the shape of its answer."""
@@ -53,7 +55,7 @@ class Answers:
         job = self.running.submit(f"{self.running.url}/{api}", **body)
         return f"/{api}/{job['job_id']}"
 
-    def waits_until(self, path: str, reached: Callable[[Any], object], what: str) -> None:
+    def wait_until(self, path: str, reached: Callable[[Any], object], what: str) -> None:
         until(lambda: reached(self.status(path)), what)
 
     def status(self, path: str) -> Any:
@@ -68,11 +70,11 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
         tokens,
     ):
         answers = Answers(running, tokens)
-        ask_deploys(answers)
-        ask_jobs(answers)
-        ask_logs(answers)
-        ask_operator(answers)
-        ask_errors(answers)
+        record_deploys(answers)
+        record_jobs(answers)
+        record_logs(answers)
+        record_operator_routes(answers)
+        record_errors(answers)
         document = running.http.get(f"{running.url}/-/openapi.json").json()
         kinds = {each.kind: each.http_status for each in errors(CortexError)}
         kinds = {kind: kinds[kind] for kind in kinds if not kind.startswith("client.")}
@@ -102,96 +104,98 @@ def upload(yaml: str, archive: bytes | None = None) -> dict[str, Any]:
     }
 
 
-def ask_deploys(answers: Answers) -> None:
+def record_deploys(answers: Answers) -> None:
     yaml = probe_yaml(more="  limits: {max_running: 1, max_waiting: 1}\n")
-    answers.ask("deploy", "POST", "/-/apis", files=upload(yaml))
+    answers.record("deploy", "POST", "/-/apis", files=upload(yaml))
     yaml = probe_yaml("other").replace("cpu: 1m", "cpu: 1m, mem: 64Mi")
-    answers.ask("deploy with a limit of memory", "POST", "/-/apis", files=upload(yaml))
-    answers.ask("deploy again", "POST", "/-/apis", files=upload(yaml))
+    answers.record("deploy with a limit of memory", "POST", "/-/apis", files=upload(yaml))
+    answers.record("deploy again", "POST", "/-/apis", files=upload(yaml))
 
 
-def ask_jobs(answers: Answers) -> None:
+def record_jobs(answers: Answers) -> None:
     jobs = answers.running.data_dir / "jobs"
-    submitted = answers.ask("submit", "POST", "/probe", json={"config": SLEEP, "timeout": 300})
+    submitted = answers.record("submit", "POST", "/probe", json={"config": SLEEP, "timeout": 300})
     job = f"/probe/{submitted.json()['job_id']}"
-    answers.waits_until(job, lambda status: status["worker_counts"]["running"], "it runs")
-    answers.ask("status: running", "GET", job)
+    answers.wait_until(job, lambda status: status["worker_counts"]["running"], "the job runs")
+    answers.record("status: running", "GET", job)
     waiting = answers.submit("probe")
-    answers.waits_until(waiting, lambda status: "message" in status, "it waits")
-    answers.ask("status: waiting", "GET", waiting)
-    answers.ask("error: limit.max_waiting", "POST", "/probe", json={})
-    answers.ask("stop", "DELETE", waiting)
-    answers.ask("status: stopped, waiting", "GET", waiting)
-    answers.ask("stop by query", "DELETE", f"/probe?jobID={job.rsplit('/', 1)[1]}")
-    answers.ask("status: stopped", "GET", f"{job}?wait=60")
+    answers.wait_until(waiting, lambda status: "message" in status, "the job waits")
+    answers.record("status: waiting", "GET", waiting)
+    answers.record("error: limit.max_waiting", "POST", "/probe", json={})
+    answers.record("stop", "DELETE", waiting)
+    answers.record("status: stopped, waiting", "GET", waiting)
+    answers.record("stop by query", "DELETE", f"/probe?jobID={job.rsplit('/', 1)[1]}")
+    answers.record("status: stopped", "GET", f"{job}?wait=60")
 
     key = {"Idempotency-Key": "a key"}
-    answers.ask("submit by name", "POST", "/-/apis/other/jobs", json={}, headers=key)
-    answers.ask("submit again", "POST", "/-/apis/other/jobs", json={}, headers=key)
-    answers.ask("submit as in Cortex", "POST", "/tasks/other", json={"config": {"a": 1}})
+    answers.record("submit by name", "POST", "/-/apis/other/jobs", json={}, headers=key)
+    answers.record("submit again", "POST", "/-/apis/other/jobs", json={}, headers=key)
+    answers.record("submit as in Cortex", "POST", "/tasks/other", json={"config": {"a": 1}})
     timed_out = answers.submit("other", timeout=1, config=SLEEP)
     oom = answers.submit("other", config={"do": "allocate"})
     failed = answers.submit("other", config={"do": "fail", "message": "as asked"})
     lost = answers.submit("other", config=SLEEP)
     done = answers.submit("other", config={"text": "x" * 3000, "nested": {"list": [1, None]}})
-    answers.ask("status: succeeded", "GET", f"{done}?wait=60")
+    answers.record("status: succeeded", "GET", f"{done}?wait=60")
     by_name = f"/-/apis/other/jobs/{done.split('/')[-1]}"
-    answers.ask("status by name", "GET", by_name)
-    answers.ask("status by query", "GET", f"/other?jobID={done.split('/')[-1]}")
-    answers.ask("status as in Cortex", "GET", f"/tasks/other/{done.split('/')[-1]}")
-    answers.ask("status: worker_error", "GET", f"{failed}?wait=60")
-    answers.ask("status: worker_oom", "GET", f"{oom}?wait=60")
-    answers.ask("status: timed_out", "GET", f"{timed_out}?wait=60")
-    answers.waits_until(lost, lambda status: status["worker_counts"]["running"], "it runs")
-    away = jobs.with_name("away")
+    answers.record("status by name", "GET", by_name)
+    answers.record("status by query", "GET", f"/other?jobID={done.split('/')[-1]}")
+    answers.record("status as in Cortex", "GET", f"/tasks/other/{done.split('/')[-1]}")
+    answers.record("status: worker_error", "GET", f"{failed}?wait=60")
+    answers.record("status: worker_oom", "GET", f"{oom}?wait=60")
+    answers.record("status: timed_out", "GET", f"{timed_out}?wait=60")
+    answers.wait_until(lost, lambda status: status["worker_counts"]["running"], "the job runs")
+    moved = jobs.with_name("away")
     supervisor = json.loads((jobs / lost.split("/")[-1] / "start.1").read_text())["pid"]
-    jobs.rename(away)  # the engine cannot tell the end of a job without its folder
+    jobs.rename(moved)  # without the folder the engine cannot read how the job ended
     os.kill(supervisor, signal.SIGKILL)
-    answers.waits_until(lost, lambda status: status["status"] == "status_unknown", "unknown")
-    answers.ask("status: unknown", "GET", lost)
+    answers.wait_until(
+        lost, lambda status: status["status"] == "status_unknown", "the status is unknown"
+    )
+    answers.record("status: unknown", "GET", lost)
     if jobs.exists():
         shutil.rmtree(jobs)
-    away.rename(jobs)
-    answers.ask("status: unexpected_error", "GET", f"{lost}?wait=60")
+    moved.rename(jobs)
+    answers.record("status: unexpected_error", "GET", f"{lost}?wait=60")
 
-    answers.ask("error: conflict, a job that has completed", "DELETE", done)
-    answers.ask(
+    answers.record("error: conflict, a job that has completed", "DELETE", done)
+    answers.record(
         "error: conflict, a key", "POST", "/-/apis/other/jobs", json={"timeout": 1}, headers=key
     )
-    answers.ask("list", "GET", "/other?limit=2")
-    answers.ask("list by name", "GET", "/-/apis/other/jobs")
-    answers.ask("list, last page", "GET", "/other?status=status_succeeded&limit=1000")
+    answers.record("list", "GET", "/other?limit=2")
+    answers.record("list by name", "GET", "/-/apis/other/jobs")
+    answers.record("list, last page", "GET", "/other?status=status_succeeded&limit=1000")
 
 
-def ask_logs(answers: Answers) -> None:
+def record_logs(answers: Answers) -> None:
     path = answers.submit("other", config={"do": "say", "lines": 3})
     answers.running.http.get(f"{answers.running.url}{path}?wait=60")
     events = {"Accept": "text/event-stream"}
-    answers.ask("logs", "GET", f"{path}/logs")
-    answers.ask("logs by name", "GET", f"/-/apis/other/jobs/{path.split('/')[-1]}/logs")
-    answers.ask("logs from an offset", "GET", f"{path}/logs?offset=7")
-    answers.ask("logs, a range", "GET", f"{path}/logs", headers={"Range": "bytes=0-5"})
-    answers.ask("logs, followed", "GET", f"{path}/logs", headers=events)
+    answers.record("logs", "GET", f"{path}/logs")
+    answers.record("logs by name", "GET", f"/-/apis/other/jobs/{path.split('/')[-1]}/logs")
+    answers.record("logs from an offset", "GET", f"{path}/logs?offset=7")
+    answers.record("logs, a range", "GET", f"{path}/logs", headers={"Range": "bytes=0-5"})
+    answers.record("logs, followed", "GET", f"{path}/logs", headers=events)
     beyond = {"Range": "bytes=1000-"}
-    answers.ask("error: request.range_not_satisfiable", "GET", f"{path}/logs", headers=beyond)
+    answers.record("error: request.range_not_satisfiable", "GET", f"{path}/logs", headers=beyond)
 
 
-def ask_operator(answers: Answers) -> None:
-    answers.ask("healthz", "GET", "/healthz", token="")
-    answers.ask("readyz", "GET", "/readyz", token="")
-    answers.ask("metrics", "GET", "/metrics")
-    answers.ask("info", "GET", "/-/info")
-    answers.ask("cluster", "GET", "/-/cluster")
-    answers.ask("apis", "GET", "/-/apis")
-    answers.ask("api", "GET", "/-/apis/other")
-    answers.ask("head", "HEAD", "/-/info")
-    answers.ask("options", "OPTIONS", "/-/apis")
-    answers.ask("delete", "DELETE", "/-/apis/probe")
-    answers.ask("error: auth.unauthorized", "GET", "/-/info", token="")
-    answers.ask("error: auth.forbidden", "POST", "/other", token="read", json={})
+def record_operator_routes(answers: Answers) -> None:
+    answers.record("healthz", "GET", "/healthz", token="")
+    answers.record("readyz", "GET", "/readyz", token="")
+    answers.record("metrics", "GET", "/metrics")
+    answers.record("info", "GET", "/-/info")
+    answers.record("cluster", "GET", "/-/cluster")
+    answers.record("apis", "GET", "/-/apis")
+    answers.record("api", "GET", "/-/apis/other")
+    answers.record("head", "HEAD", "/-/info")
+    answers.record("options", "OPTIONS", "/-/apis")
+    answers.record("delete", "DELETE", "/-/apis/probe")
+    answers.record("error: auth.unauthorized", "GET", "/-/info", token="")
+    answers.record("error: auth.forbidden", "POST", "/other", token="read", json={})
     until(lambda: len(audit(answers)) >= 10, "refusals are in the audit")
-    answers.ask("audit", "GET", "/-/audit?limit=1000")
-    answers.ask("audit, a page", "GET", "/-/audit?limit=1")
+    answers.record("audit", "GET", "/-/audit?limit=1000")
+    answers.record("audit, a page", "GET", "/-/audit?limit=1")
 
 
 def audit(answers: Answers) -> list[Any]:
@@ -201,9 +205,9 @@ def audit(answers: Answers) -> list[Any]:
     return entries
 
 
-def ask_errors(answers: Answers) -> None:
+def record_errors(answers: Answers) -> None:
     def error(kind: str, method: str, path: str, **options: Any) -> None:
-        answer = answers.ask(f"error: {kind}", method, path, **options)
+        answer = answers.record(f"error: {kind}", method, path, **options)
         assert answer.json()["kind"] == kind.partition(",")[0], answer.text
 
     origin = {"Origin": "http://elsewhere.example"}
@@ -224,20 +228,23 @@ def ask_errors(answers: Answers) -> None:
     error("request.unsupported_media_type, a coding", "POST", "/other", content=b"", headers=coding)
 
 
-def test_nothing_is_removed_and_nothing_gets_another_type(shapes: dict[str, Any]) -> None:
+def test_no_field_is_removed_or_changes_its_type(shapes: dict[str, Any]) -> None:
     if IS_REWRITTEN:
         SNAPSHOT.write_text(json.dumps(shapes, indent=1, sort_keys=True) + "\n")
-    lines = broken(json.loads(SNAPSHOT.read_text()), shapes)
+    lines = breaking_changes(json.loads(SNAPSHOT.read_text()), shapes)
     assert not lines, "\n".join(
-        [*lines, "if this is intended: run `make snapshot`, and tell it in CHANGELOG.md"]
+        [
+            *lines,
+            "if this is intended: run `make snapshot`, and describe the change in CHANGELOG.md",
+        ]
     )
 
 
-def test_every_route_is_asked(shapes: dict[str, Any]) -> None:
+def test_every_route_is_requested(shapes: dict[str, Any]) -> None:
     """A new route needs a request above."""
-    asked = json.dumps(sorted(shapes["openapi"]))
+    requested = json.dumps(sorted(shapes["openapi"]))
     known = json.dumps(sorted(json.loads(SNAPSHOT.read_text())["openapi"]))
-    assert asked == known, "request the new route in this file, then run `make snapshot`"
+    assert requested == known, "request the new route in this file, then run `make snapshot`"
 
 
 def test_a_foreign_host_is_refused_in_the_same_shape(
@@ -292,10 +299,10 @@ def test_a_change_that_breaks_clients_is_found(name: str) -> None:
     now = copy.deepcopy(before)
     change, line = CHANGES[name]
     change(now)
-    assert broken(before, now) == [line]
+    assert breaking_changes(before, now) == [line]
 
 
-def test_what_is_added_breaks_nothing() -> None:
+def test_additions_break_no_client() -> None:
     before = json.loads(SNAPSHOT.read_text())
     now = copy.deepcopy(before)
     now["answers"]["info"]["body"]["$.added"] = "string"
@@ -306,4 +313,4 @@ def test_what_is_added_breaks_nothing() -> None:
     parameters["query:by"] = {"in": "query", "name": "by", "required": False}
     schema = now["openapi"]["/{endpoint}"]["get"]["responses"]["200"]["content"]["application/json"]
     schema["schema"]["properties"] = {"job_statuses": {"type": "array"}}
-    assert broken(before, now) == []
+    assert breaking_changes(before, now) == []

@@ -1,4 +1,4 @@
-"""CONTRACT.md, Status: what a GET shows, and the eight statuses each by its own cause."""
+"""The status of a job: the answer of GET, and each of the eight statuses by its own cause."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_both_forms_of_the_url_give_the_same_answer(shared_operator: Operator, p
     assert by_path["job_status"].items() >= job.items()
 
 
-def test_a_running_job(shared_operator: Operator, probe: str) -> None:
+def test_a_running_job_is_shown_as_running(shared_operator: Operator, probe: str) -> None:
     job = shared_operator.submit(probe, config={"do": "sleep", "s": 300})
     shared_operator.await_log(probe, job, "asleep")
     until(lambda: shared_operator.status(probe, job)["worker_counts"]["running"], "running")
@@ -150,7 +150,7 @@ def test_timed_out_ignoring_sigterm(shared_operator: Operator, probe: str) -> No
     assert done["status"] == "status_timed_out"
 
 
-def test_timed_out_while_it_waited(own_operator: Operator) -> None:
+def test_timed_out_while_waiting(own_operator: Operator) -> None:
     endpoint = own_operator.deployed(probe_yaml().replace("1m", '"1"'), {"probe.py": PROBE})
     first = own_operator.submit(endpoint, config={"do": "sleep", "s": 300})
     own_operator.await_log(endpoint, first, "asleep")
@@ -166,7 +166,7 @@ def test_stopped(shared_operator: Operator, probe: str) -> None:
     done = shared_operator.status(probe, job)
     assert done["status"] == "status_stopped"
     assert "end_time" in done
-    until(lambda: not processes_with(job["job_id"]), "its processes gone")
+    until(lambda: not processes_with(job["job_id"]), "its processes have exited")
     later = shared_operator.status(probe, job)
     assert (later["status"], later["end_time"]) == (done["status"], done["end_time"])
 
@@ -179,7 +179,7 @@ def test_stopped_because_the_api_was_deleted(shared_operator: Operator) -> None:
     done = shared_operator.status(endpoint, job)
     assert done["status"] == "status_stopped"
     assert "deleted" in done["message"]
-    until(lambda: not processes_with(job["job_id"]), "its processes gone")
+    until(lambda: not processes_with(job["job_id"]), "its processes have exited")
 
 
 def test_unexpected_error_environment_cannot_be_built(shared_operator: Operator) -> None:
@@ -211,15 +211,17 @@ def test_unexpected_error_supervisor_killed(shared_operator: Operator, probe: st
     os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGKILL)
     done = shared_operator.finished(probe, job)
     assert done["status"] == "status_unexpected_error"
-    until(lambda: not processes_with(job["job_id"]), "its processes gone")
+    until(lambda: not processes_with(job["job_id"]), "its processes have exited")
 
 
-def test_unknown_while_the_engine_cannot_tell_then_the_truth(own_operator: Operator) -> None:
+def test_unknown_while_the_engine_cannot_read_the_folder_then_the_final_status(
+    own_operator: Operator,
+) -> None:
     endpoint = own_operator.deployed(probe_yaml(), {"probe.py": PROBE})
     job = own_operator.submit(endpoint, config={"do": "sleep", "s": 300})
     own_operator.await_log(endpoint, job, "asleep")
-    jobs, away = own_operator.data_dir / "jobs", own_operator.data_dir / "away"
-    jobs.rename(away)
+    jobs, moved = own_operator.data_dir / "jobs", own_operator.data_dir / "away"
+    jobs.rename(moved)
     [worker] = processes_with(f"CORTEX_JOB_ID={job['job_id']}")
     supervisor = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(supervisor, signal.SIGKILL)
@@ -227,7 +229,7 @@ def test_unknown_while_the_engine_cannot_tell_then_the_truth(own_operator: Opera
     assert "end_time" not in own_operator.status(endpoint, job)
     if jobs.exists():
         shutil.rmtree(jobs)
-    away.rename(jobs)
+    moved.rename(jobs)
     assert own_operator.finished(endpoint, job)["status"] == "status_unexpected_error"
 
 
@@ -247,14 +249,14 @@ def test_jobs_are_listed_newest_first_in_pages(shared_operator: Operator) -> Non
     failed = shared_operator.run(endpoint, config={"do": "fail", "message": "x"})["job_id"]
     for job in jobs:
         shared_operator.finished(endpoint, {"job_id": job})
-    seen, query = [], {"limit": 4}
+    listed, query = [], {"limit": 4}
     while True:
         page = shared_operator.http.get(endpoint, params=query).json()
-        seen += [job["job_id"] for job in page["job_statuses"]]
+        listed += [job["job_id"] for job in page["job_statuses"]]
         if page["next_cursor"] is None:
             break
         query["cursor"] = page["next_cursor"]
-    assert seen == [failed, *reversed(jobs)]
+    assert listed == [failed, *reversed(jobs)]
     only = shared_operator.http.get(endpoint, params={"status": "status_worker_error"}).json()
     assert [job["job_id"] for job in only["job_statuses"]] == [failed]
     by_name = f"{shared_operator.url}/-/apis/listed/jobs"
@@ -268,7 +270,7 @@ def test_jobs_are_listed_newest_first_in_pages(shared_operator: Operator) -> Non
 @pytest.mark.parametrize(
     "query", [{"status": "fine"}, {"limit": 0}, {"limit": 1001}, {"cursor": "x"}, {"cursor": 2**63}]
 )
-def test_a_listing_that_cannot_be_is_refused(
+def test_an_invalid_listing_query_is_refused_by_name(
     shared_operator: Operator, probe: str, query: dict[str, str]
 ) -> None:
     response = shared_operator.http.get(probe, params=query)
@@ -277,6 +279,6 @@ def test_a_listing_that_cannot_be_is_refused(
 
 
 @pytest.mark.parametrize("wait", ["-1", "x", "3601", "nan"])
-def test_a_wait_that_cannot_be_is_refused(shared_operator: Operator, probe: str, wait: str) -> None:
+def test_an_invalid_wait_is_refused(shared_operator: Operator, probe: str, wait: str) -> None:
     job = shared_operator.submit(probe)
     assert shared_operator.http.get(f"{probe}/{job['job_id']}?wait={wait}").status_code == 400

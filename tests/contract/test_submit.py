@@ -1,4 +1,4 @@
-"""CONTRACT.md, Submit: POST E."""
+"""Submits: POST to an endpoint."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_an_empty_object_submits_a_job_with_every_field_present(
     assert job["api_id"] == deployed["api_id"]
 
 
-def test_nulls_are_as_absent(shared_operator: Operator, probe: str) -> None:
+def test_null_fields_count_as_absent(shared_operator: Operator, probe: str) -> None:
     job = shared_operator.submit(probe, timeout=None, config=None, workers=1)
     assert (job["config"], job["timeout"]) == ({}, None)
 
@@ -56,12 +56,12 @@ def test_config_is_shown_as_submitted_and_merged_for_the_task(
     }
 
 
-def test_an_object_replaces_what_is_no_object(shared_operator: Operator, probe: str) -> None:
+def test_an_object_in_config_replaces_another_type(shared_operator: Operator, probe: str) -> None:
     done = shared_operator.run(probe, config={"base": {"deep": 1}, "nested": 2})
     assert done["result"] == {"base": {"deep": 1}, "nested": 2}
 
 
-def test_config_comes_back_as_it_went_in(shared_operator: Operator, probe: str) -> None:
+def test_config_is_returned_unchanged(shared_operator: Operator, probe: str) -> None:
     config = {"big": 2**70, "float": 0.1, "text": "äöü ☃ 𝄞", "lone": "\ud800", "deep": [[[{}]]]}
     status, answer = post(shared_operator, probe, json.dumps({"config": config}))
     assert status == 200
@@ -111,7 +111,7 @@ def test_a_body_that_is_not_a_submission_is_refused_by_name(
 
 
 @pytest.mark.parametrize("timeout", [10**30, 10**400, 10**4299], ids=["30", "400", "4299"])
-def test_a_timeout_of_any_size_is_taken(
+def test_a_timeout_of_any_size_is_accepted(
     shared_operator: Operator, probe: str, timeout: int
 ) -> None:
     job = shared_operator.submit(probe, timeout=timeout)
@@ -129,14 +129,14 @@ def test_a_content_type_that_is_no_json_is_refused_with_the_header_to_send(
 
 
 @pytest.mark.parametrize("content_type", ["application/json; charset=utf-8", "application/x+json"])
-def test_other_ways_to_say_json_are_taken(
+def test_other_json_content_types_are_accepted(
     shared_operator: Operator, probe: str, content_type: str
 ) -> None:
     status, _ = post(shared_operator, probe, "{}", **{"Content-Type": content_type})
     assert status == 200
 
 
-def test_a_content_type_may_be_left_out(shared_operator: Operator, probe: str) -> None:
+def test_a_content_type_may_be_missing(shared_operator: Operator, probe: str) -> None:
     response = shared_operator.http.post(probe, content=b"{}")
     assert "content-type" not in response.request.headers
     assert response.status_code == 200
@@ -149,7 +149,7 @@ def test_a_body_over_10_mib_is_refused(shared_operator: Operator, probe: str) ->
     assert "10 MiB" in answer["message"]
 
 
-def test_a_chunked_body_over_10_mib_is_refused_too(shared_operator: Operator, probe: str) -> None:
+def test_a_chunked_body_over_10_mib_is_refused(shared_operator: Operator, probe: str) -> None:
     def chunks() -> object:
         yield b'{"config": {"x": "'
         for _ in range(11):
@@ -173,7 +173,7 @@ def test_a_repeated_key_gives_the_same_job(shared_operator: Operator, probe: str
     assert first["job_id"] in other.json()["message"]  # type: ignore[attr-defined]
     shared_operator.finished(probe, first)
     made = {folder.name for folder in set((shared_operator.data_dir / "jobs").iterdir()) - before}
-    # Of the jobs of other tests one may begin only now.
+    # A job of another test may start only now.
     names = [
         api["spec"]["name"]
         for api in shared_operator.http.get(f"{shared_operator.url}/-/apis").json()
@@ -188,7 +188,7 @@ def test_a_repeated_key_gives_the_same_job(shared_operator: Operator, probe: str
     assert made <= {job["job_id"] for page in pages for job in page["job_statuses"]}
 
 
-def test_an_idempotency_key_has_a_limit(shared_operator: Operator, probe: str) -> None:
+def test_an_idempotency_key_has_a_maximum_length(shared_operator: Operator, probe: str) -> None:
     status, answer = post(shared_operator, probe, "{}", **{"Idempotency-Key": "k" * 256})
     assert status == 400
     assert answer["message"].startswith(
@@ -197,7 +197,7 @@ def test_an_idempotency_key_has_a_limit(shared_operator: Operator, probe: str) -
 
 
 @pytest.mark.parametrize("form", ['{"a": %s}', "[%s]", '{"timeout": %s}'])
-def test_a_body_of_any_depth_is_refused_in_words(
+def test_a_body_of_any_depth_is_refused_with_a_message(
     shared_operator: Operator, probe: str, form: str
 ) -> None:
     for depth in (*range(800, 1000, 7), 5000, 100_000):

@@ -1,4 +1,4 @@
-"""CONTRACT.md, Errors, 401: tokens and their scopes, on a real operator that requires them."""
+"""Tokens and their scopes, on a real operator that requires them (401 and 403)."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from operator_with_tokens import SCOPES, cortex, operator_with_tokens, token
 
 
 @pytest.fixture(scope="module")
-def safe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Operator, dict[str, str]]]:
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Operator, dict[str, str]]]:
     with operator_with_tokens(tmp_path_factory.mktemp("guarded"), "--require-token") as made:
         made[0].deployed(probe_yaml(), {"probe.py": PROBE})
         yield made
 
 
-def ask(running: Operator, method: str, path: str, token: str | None) -> httpx.Response:
+def send(running: Operator, method: str, path: str, token: str | None) -> httpx.Response:
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     return httpx.request(method, running.url + path, headers=headers, json={}, timeout=60)
 
 
 def routes(running: Operator) -> list[tuple[str, str]]:
-    """Every route that the operator has, from its own description."""
+    """Every route in the operator's OpenAPI document."""
     paths = running.http.get(f"{running.url}/-/openapi.json").json()["paths"]
     return [
         (method.upper(), re.sub(r"\{\w+\}", "probe", path))
@@ -39,12 +39,12 @@ def routes(running: Operator) -> list[tuple[str, str]]:
     ]
 
 
-def test_no_route_answers_without_a_token(safe: tuple[Operator, dict[str, str]]) -> None:
-    running, _ = safe
+def test_no_route_answers_without_a_token(secured: tuple[Operator, dict[str, str]]) -> None:
+    running, _ = secured
     found = routes(running)
     assert len(found) > 12
     for method, path in [*found, ("GET", "/-/openapi.json"), ("GET", "/"), ("PUT", "/-/x")]:
-        answer = ask(running, method, path, None)
+        answer = send(running, method, path, None)
         if path in ("/healthz", "/readyz"):
             assert answer.status_code == 200
             continue
@@ -60,17 +60,17 @@ def test_no_route_answers_without_a_token(safe: tuple[Operator, dict[str, str]])
         b"Bearer " + b"x" * 5000, b"Bearer \xff\xfe", b"Bearer ctx_\xc3\xa9", b"",
     ],
 )  # fmt: skip
-def test_a_wrong_token_is_refused_whatever_it_is(
-    safe: tuple[Operator, dict[str, str]], sent: bytes
+def test_every_wrong_token_is_refused(
+    secured: tuple[Operator, dict[str, str]], sent: bytes
 ) -> None:
-    running, _ = safe
+    running, _ = secured
     answer = httpx.get(f"{running.url}/probe", headers={b"Authorization": sent}, timeout=60)
     assert (answer.status_code, answer.json()["kind"]) == (401, "auth.unauthorized")
     assert answer.headers["www-authenticate"].startswith("Bearer")
 
 
-def test_a_body_without_a_token_is_not_read(safe: tuple[Operator, dict[str, str]]) -> None:
-    running, _ = safe
+def test_a_body_without_a_token_is_not_read(secured: tuple[Operator, dict[str, str]]) -> None:
+    running, _ = secured
 
     def endless() -> Iterator[bytes]:
         while True:
@@ -78,15 +78,15 @@ def test_a_body_without_a_token_is_not_read(safe: tuple[Operator, dict[str, str]
 
     try:
         answer = httpx.post(f"{running.url}/-/apis", content=endless(), timeout=60)
-    except httpx.ReadError:  # closed under a client that was still writing
+    except httpx.ReadError:  # the operator closed the connection while the client still sent
         return
     assert answer.status_code == 401
 
 
 def test_a_client_that_sends_all_before_it_reads_gets_the_401(
-    safe: tuple[Operator, dict[str, str]],
+    secured: tuple[Operator, dict[str, str]],
 ) -> None:
-    running, _ = safe
+    running, _ = secured
     request = urllib.request.Request(f"{running.url}/-/apis", bytes(20 << 20))
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=60)
@@ -118,13 +118,13 @@ def test_a_client_that_sends_all_before_it_reads_gets_the_401(
         ("DELETE", "/-/apis/nothing", "deploy"),
     ],
 )
-def test_a_scope_allows_what_it_is_for_and_no_more(
-    safe: tuple[Operator, dict[str, str]], method: str, path: str, needs: str
+def test_a_scope_allows_only_its_own_requests(
+    secured: tuple[Operator, dict[str, str]], method: str, path: str, needs: str
 ) -> None:
-    running, tokens = safe
+    running, tokens = secured
     for scope in SCOPES:
-        job = ask(running, "POST", "/probe", tokens["deploy"]).json()["job_id"]
-        answer = ask(running, method, path.replace("JOB", job), tokens[scope])
+        job = send(running, "POST", "/probe", tokens["deploy"]).json()["job_id"]
+        answer = send(running, method, path.replace("JOB", job), tokens[scope])
         if SCOPES.index(scope) >= SCOPES.index(needs):
             assert answer.status_code not in (401, 403), (scope, answer.text)
         else:
@@ -133,21 +133,21 @@ def test_a_scope_allows_what_it_is_for_and_no_more(
             assert f'scope="{needs}"' in answer.headers["www-authenticate"]
 
 
-def test_the_scheme_is_read_in_any_case(safe: tuple[Operator, dict[str, str]]) -> None:
-    running, tokens = safe
+def test_the_scheme_is_read_in_any_case(secured: tuple[Operator, dict[str, str]]) -> None:
+    running, tokens = secured
     headers = {"Authorization": f"bEARER {tokens['read']}"}
     assert httpx.get(f"{running.url}/probe", headers=headers, timeout=60).status_code == 200
 
 
-def test_a_change_holds_from_the_next_request_on(tmp_path: Path) -> None:
+def test_a_revoked_token_is_refused_from_the_next_request_on(tmp_path: Path) -> None:
     with operator_with_tokens(tmp_path, "--require-token") as (running, _):
         late = token(running.data_dir, "late", "read")
-        assert ask(running, "GET", "/-/apis", late).status_code == 200
+        assert send(running, "GET", "/-/apis", late).status_code == 200
         cortex("token", "revoke", "late", "--data-dir", str(running.data_dir))
-        assert ask(running, "GET", "/-/apis", late).status_code == 401
+        assert send(running, "GET", "/-/apis", late).status_code == 401
 
 
-def test_secrets_are_nowhere_but_with_their_owner(tmp_path: Path) -> None:
+def test_tokens_appear_in_no_job_database_or_log(tmp_path: Path) -> None:
     with operator_with_tokens(tmp_path, "--require-token") as (running, tokens):
         running.environment["CORTEX_TOKEN"] = tokens["deploy"]
         running.stop()
@@ -156,7 +156,7 @@ def test_secrets_are_nowhere_but_with_their_owner(tmp_path: Path) -> None:
         surroundings = running.run(endpoint, config={"do": "surroundings"})["result"]
         assert "CORTEX_TOKEN" not in surroundings["env"]
         assert tokens["deploy"] not in json.dumps(surroundings)
-        ask(running, "GET", "/-/apis", "ctx_" + "wrong" * 8)
+        send(running, "GET", "/-/apis", "ctx_" + "wrong" * 8)
         data = b"".join(p.read_bytes() for p in running.data_dir.glob("operator.db*"))
         log = running.log.read_text()
         for secret in tokens.values():
@@ -169,18 +169,18 @@ def refusal(data: Path, *options: str) -> str:
     return cortex("serve", "--port", "0", "--data-dir", str(data), *options, code=1)
 
 
-def test_beyond_this_machine_an_operator_asks_for_tokens(tmp_path: Path) -> None:
-    told = refusal(tmp_path / "data", "--host", "0.0.0.0")
-    assert "cortex token create" in told
-    assert "--insecure" in told
+def test_an_operator_beyond_localhost_requires_tokens(tmp_path: Path) -> None:
+    error = refusal(tmp_path / "data", "--host", "0.0.0.0")
+    assert "cortex token create" in error
+    assert "--insecure" in error
     assert "cortex token create" in refusal(tmp_path / "data", "--require-token")
     with operator_with_tokens(tmp_path, "--host", "0.0.0.0") as (running, tokens):
         running.url = running.url.replace("0.0.0.0", "127.0.0.1")
-        assert ask(running, "GET", "/-/apis", None).status_code == 401
-        assert ask(running, "GET", "/-/apis", tokens["read"]).status_code == 200
+        assert send(running, "GET", "/-/apis", None).status_code == 401
+        assert send(running, "GET", "/-/apis", tokens["read"]).status_code == 200
     with operator(tmp_path, "--host", "0.0.0.0", "--insecure") as running:
         running.url = running.url.replace("0.0.0.0", "127.0.0.1")
-        assert ask(running, "GET", "/-/apis", None).status_code == 200
+        assert send(running, "GET", "/-/apis", None).status_code == 200
 
 
 def test_the_command_and_the_client_send_a_token(
@@ -207,7 +207,7 @@ def test_the_command_and_the_client_send_a_token(
                 client.submit_job("probe")
 
 
-def test_the_token_commands(tmp_path: Path) -> None:
+def test_the_command_creates_lists_and_revokes_tokens(tmp_path: Path) -> None:
     data = ("--data-dir", str(tmp_path / "new" / "data"))
     assert "no operator's data" in cortex("token", "list", *data, code=1)
     made = json.loads(cortex("token", "create", "ci", "--scope", "submit", *data, "-o", "json"))

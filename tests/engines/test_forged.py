@@ -24,7 +24,7 @@ from cortex.system.account import Account
 from cortex.worker.processes import stat
 from engines.engine_harness import EngineHarness, parent, until
 from engines.test_recovery import DAEMON, is_fork_server, pid_of
-from operator_harness import by_its_owner
+from operator_harness import as_unprivileged_owner
 
 NOBODY = Account("nobody", 65534, 65534, (65534,), "/")
 START = {"pid": 1, "ticks": 1, "start_ns": 1, "gpus": []}
@@ -196,7 +196,7 @@ def test_a_record_that_its_owner_may_not_read_does_not_count(harness: EngineHarn
         state = records.inspect_attempt(own / attempt.spec.job_id, attempt)
         return isinstance(state, records.Exited) and state.exit is None
 
-    assert by_its_owner(move_folder, is_exited_without_record)
+    assert as_unprivileged_owner(move_folder, is_exited_without_record)
 
 
 def test_a_file_that_cannot_be_a_record_is_not_read(harness: EngineHarness) -> None:

@@ -16,7 +16,7 @@ from typing import NoReturn, TypeVar
 
 import pytest
 
-from build_projects import laid_out
+from build_projects import make_project
 from cortex.projects import build_rules, builder, environments, lockfiles
 from cortex.projects.build_rules import BuildRules
 from cortex.projects.builder import EnvironmentFailed
@@ -40,7 +40,7 @@ class Hanging:
     def __init__(self, folder: Path, before: str = "") -> None:
         self._pids = [folder / "daemon", folder / "own"]
         daemon, own = map(str, self._pids)
-        self.project = laid_out(
+        self.project = make_project(
             folder / f"p-{folder.name}", before + LEAVE.format(daemon=daemon, own=own)
         )
 
@@ -99,7 +99,7 @@ def leftovers(root: Path) -> list[Path]:
 
 def test_the_daemons_of_a_build_end_with_it(root: Path, tmp_path: Path) -> None:
     daemon = tmp_path / "daemon"
-    mine = laid_out(tmp_path / "p", f"daemonise({str(daemon)!r})\n")
+    mine = make_project(tmp_path / "p", f"daemonise({str(daemon)!r})\n")
     python = run(Environments(root).build(mine))
     assert not is_alive(int(daemon.read_text()))
     done = subprocess.run([python, "-c", "import made; print(made.VALUE)"], check=True, stdout=-1)
@@ -135,7 +135,7 @@ def test_a_build_has_no_time_limit_while_it_waits_for_others(root: Path, tmp_pat
         made = Environments(root, rules=LONG_TIMEOUT)
         _, builds = await hanging_builds(made, tmp_path, 2)
         made.rules = BuildRules(timeout_s=WAIT_TIMEOUT_S / 2)
-        third = asyncio.create_task(made.build(laid_out(tmp_path / "third", "")))
+        third = asyncio.create_task(made.build(make_project(tmp_path / "third", "")))
         await asyncio.sleep(0.2)
         assert not third.done()
         for build in builds:
@@ -154,7 +154,7 @@ def test_slow_builds_make_room_for_others(
     async def main() -> None:
         made = Environments(root, rules=LONG_TIMEOUT)
         hanging, builds = await hanging_builds(made, tmp_path, 3)
-        assert await made.build(laid_out(tmp_path / "quick", ""))
+        assert await made.build(make_project(tmp_path / "quick", ""))
         for build in builds:
             build.cancel()
         await asyncio.gather(*builds, return_exceptions=True)
@@ -202,7 +202,7 @@ def test_leftovers_of_a_build_whose_supervisor_was_killed_are_killed(
         f"if pathlib.Path({str(go)!r}).exists():\n    raise SystemExit('the second build')\n"
         f"open({str(own)!r}, 'w').write(os.readlink('/proc/self'))\nhang()\n"
     )
-    mine = laid_out(tmp_path / "p", code)
+    mine = make_project(tmp_path / "p", code)
     operator = subprocess.Popen([sys.executable, "-c", BUILD, root, mine])
     until(lambda: own.exists() and own.read_text(), "the build")
     pid = above = int(own.read_text())
@@ -236,7 +236,7 @@ def test_a_build_that_kills_its_supervisor_fails_and_leaves_nothing(
         "    pid = int(open(f'/proc/{pid}/stat').read().rpartition(')')[2].split()[1])\n"
         "os.kill(pid, signal.SIGKILL)\nhang()\n"
     )
-    mine = laid_out(tmp_path / "p", code)
+    mine = make_project(tmp_path / "p", code)
     with pytest.raises(EnvironmentFailed, match="the supervisor of uv pip install was killed"):
         run(Environments(root).build(mine))
     assert not is_alive(int(own.read_text()))
@@ -260,7 +260,7 @@ def test_a_build_that_stops_its_supervisor_is_killed(
     ).replace("{stop}", stop)
 
     async def main() -> None:
-        build = asyncio.create_task(Environments(root).build(laid_out(tmp_path / "p", code)))
+        build = asyncio.create_task(Environments(root).build(make_project(tmp_path / "p", code)))
         await asyncio.to_thread(until, lambda: own.exists() and own.read_text(), "the build")
         build.cancel()
         await asyncio.gather(build, return_exceptions=True)
@@ -321,7 +321,7 @@ def test_a_build_that_forks_without_end_is_killed(root: Path, tmp_path: Path) ->
     )
 
     async def main() -> None:
-        build = asyncio.create_task(Environments(root).build(laid_out(tmp_path / "p", code)))
+        build = asyncio.create_task(Environments(root).build(make_project(tmp_path / "p", code)))
         await asyncio.to_thread(until, begun.exists, "the build")
         await asyncio.sleep(0.2)
         build.cancel()
@@ -350,7 +350,7 @@ def test_a_build_gets_no_new_privileges_and_few_descriptors(root: Path, tmp_path
         "out = os.readlink('/proc/self/fd/0')\n"
         f"open({str(found)!r}, 'w').write(status.partition('NoNewPrivs:')[2].split()[0] + out)\n"
     )
-    run(Environments(root).build(laid_out(tmp_path / "p", code)))
+    run(Environments(root).build(make_project(tmp_path / "p", code)))
     assert found.read_text() == "1/dev/null"
 
 
@@ -376,7 +376,7 @@ def test_a_build_gets_the_variables_of_the_allow_list_and_no_others(
         f"open({str(found)!r}, 'w').write(json.dumps([n.partition('=')[0] for n in names]))\n"
     )
     rules = BuildRules(variables=frozenset({"NAMED"}))
-    run(Environments(root, rules=rules).build(laid_out(tmp_path / "p", code)))
+    run(Environments(root, rules=rules).build(make_project(tmp_path / "p", code)))
     names = set(json.loads(found.read_text()))
     assert allowed <= names
     assert names & refused == set()
@@ -429,13 +429,13 @@ def test_an_environment_without_its_python_is_not_built(root: Path, tmp_path: Pa
 def test_only_the_end_of_a_builds_output_is_reported(root: Path, tmp_path: Path) -> None:
     code = "print('x' * (1 << 20), flush=True)\nraise SystemExit('the end')\n"
     with pytest.raises(EnvironmentFailed) as raised:
-        run(Environments(root).build(laid_out(tmp_path / "p", code)))
+        run(Environments(root).build(make_project(tmp_path / "p", code)))
     assert len(raised.value.output) <= builder._MAX_OUTPUT
     assert "the end" in raised.value.output
 
 
 def test_a_failed_copy_of_the_project_reports_its_reason(root: Path, tmp_path: Path) -> None:
-    mine = laid_out(tmp_path / "p", "")
+    mine = make_project(tmp_path / "p", "")
     (mine / "made" / "pipe").mkdir()
     os.mkfifo(mine / "made" / "pipe" / "one")
     with pytest.raises(EnvironmentFailed, match="the copy of the project failed") as raised:

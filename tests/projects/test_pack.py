@@ -10,7 +10,7 @@ import pytest
 from cortex.errors import InvalidProject
 from cortex.projects.ignored import IGNORE_FILE
 from cortex.projects.pack import pack
-from operator_harness import by_its_owner
+from operator_harness import as_unprivileged_owner
 
 
 def test_an_ignore_file_that_cannot_be_read_is_named() -> None:
@@ -23,4 +23,4 @@ def test_an_ignore_file_that_cannot_be_read_is_named() -> None:
             pack(own, io.BytesIO())
         return error.value.message == f"{own / IGNORE_FILE}: Permission denied"
 
-    assert by_its_owner(close_to_all, is_named)
+    assert as_unprivileged_owner(close_to_all, is_named)

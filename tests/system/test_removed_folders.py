@@ -18,7 +18,7 @@ from cortex.ray_node import workspace
 from cortex.ray_node.agent import Agent
 from cortex.system.folders import remove
 from cortex.worker import beneath
-from operator_harness import by_its_owner
+from operator_harness import as_unprivileged_owner
 
 MODES = {"unwritable": 0o500, "unreadable": 0o300, "unsearchable": 0o600, "closed": 0o000}
 
@@ -67,7 +67,7 @@ def test_folders_that_their_own_user_cannot_open_are_removed(
         jobs = own / "0" / "jobs"
         return not jobs.exists() or not list(jobs.iterdir())
 
-    assert by_its_owner(lambda own: lay_out(own / "0" / "jobs" / "job"), is_removed)
+    assert as_unprivileged_owner(lambda own: lay_out(own / "0" / "jobs" / "job"), is_removed)
 
 
 def test_removing_a_missing_folder_leaves_its_parent_unchanged(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_folders_however_deep_and_closed_go_with_few_descriptors(tmp_path: Path)
         remove(own / "job")
         return not (own / "job").exists() and descriptors() == before
 
-    assert by_its_owner(lambda own: (own / "0").mkdir(), is_gone)
+    assert as_unprivileged_owner(lambda own: (own / "0").mkdir(), is_gone)
 
 
 def test_what_cannot_be_removed_is_told_and_left(tmp_path: Path) -> None:
@@ -116,4 +116,4 @@ def test_what_cannot_be_removed_is_told_and_left(tmp_path: Path) -> None:
         remove(job)
         return job.is_dir()
 
-    assert by_its_owner(lambda own: None, is_left)
+    assert as_unprivileged_owner(lambda own: None, is_left)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from syscall_trace import Seen, Trace
+from syscall_trace import Findings, Trace
 
 UID = 65534
 GIVE_AWAY = [
@@ -17,8 +17,8 @@ GIVE_AWAY = [
 FORK = "10 clone(child_stack=NULL, flags=CLONE_CHILD_SETTID|SIGCHLD, child_tidptr=0x7f) = 11"
 
 
-def traced(*lines: str) -> Seen:
-    found = Seen()
+def traced(*lines: str) -> Findings:
+    found = Findings()
     Trace(UID, "/", found).read([*GIVE_AWAY, *lines])
     assert found.given >= {"/data/jobs/one"}
     return found

@@ -1,5 +1,8 @@
-"""A page in a browser on the operator's machine, whose name its owner's DNS points at that machine (DNS
-rebinding): what it sends is of one origin with the operator, but for the name."""
+"""DNS rebinding: the `Host` header must name the operator.
+
+An attacker's DNS points the name of a page at the operator's machine. A browser on that machine
+sends the page's requests to the operator as requests of one origin. Only the name is foreign.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import httpx
 import pytest
 
 from client_variants import Connect
-from contract.test_bodies import newest
+from contract.test_request_bodies import newest_job_ids
 from contract.test_tokens import routes
 from cortex.cli.main import run as cortex
 from cortex.errors import ForeignHost
@@ -25,13 +28,13 @@ METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
 EVIL = "evil.example"
 
 
-def as_a_page(running: Operator, name: str = EVIL) -> dict[str, str]:
-    """What a browser sends for the page's script: no origin is foreign to itself."""
+def page_headers(running: Operator, name: str = EVIL) -> dict[str, str]:
+    """The headers that a browser sends for a script of the page: its origin equals its host."""
     host = f"{name}:{urlsplit(running.url).port}"
     return {"Host": host, "Origin": f"http://{host}", "Sec-Fetch-Site": "same-origin"}
 
 
-def refused(answer: httpx.Response) -> bool:
+def is_refused(answer: httpx.Response) -> bool:
     if answer.status_code != 421:
         return False
     if answer.request.method != "HEAD":
@@ -40,8 +43,8 @@ def refused(answer: httpx.Response) -> bool:
     return True
 
 
-def exchanged(running: Operator, head: bytes) -> bytes:
-    """The status line for bytes as they are."""
+def status_line(running: Operator, head: bytes) -> bytes:
+    """The status line of the answer to a raw request."""
     parts = urlsplit(running.url)
     with socket.create_connection((parts.hostname, parts.port), 60) as connection:
         connection.sendall(head + b"Connection: close\r\n\r\n")
@@ -49,24 +52,26 @@ def exchanged(running: Operator, head: bytes) -> bytes:
 
 
 def test_a_rebound_page_runs_no_code(shared_operator: Operator, probe: str, tmp_path: Path) -> None:
-    before = newest(shared_operator, probe)
-    headers = as_a_page(shared_operator)
-    assert refused(shared_operator.http.post(probe, json={}, headers=headers))
+    before = newest_job_ids(shared_operator, probe)
+    headers = page_headers(shared_operator)
+    assert is_refused(shared_operator.http.post(probe, json={}, headers=headers))
     keyed = {**headers, "Idempotency-Key": "rebound"}
-    assert refused(shared_operator.http.post(probe, json={}, headers=keyed))
+    assert is_refused(shared_operator.http.post(probe, json={}, headers=keyed))
     (tmp_path / "evil.py").write_text(PROBE)
     archive = io.BytesIO()
     pack(tmp_path, archive)
     yaml = probe_yaml("evil").replace("probe.py", "evil.py")
     form = {"config": ("cortex.yaml", yaml.encode()), "project": ("p", archive.getvalue())}
-    assert refused(
+    assert is_refused(
         shared_operator.http.post(f"{shared_operator.url}/-/apis", files=form, headers=headers)
     )
     assert shared_operator.http.get(f"{shared_operator.url}/-/apis/evil").status_code == 404
-    assert newest(shared_operator, probe) == before
+    assert newest_job_ids(shared_operator, probe) == before
 
 
-def test_no_route_answers_it_by_any_method(shared_operator: Operator, probe: str) -> None:
+def test_no_route_answers_a_rebound_page_by_any_method(
+    shared_operator: Operator, probe: str
+) -> None:
     paths = {path for _, path in routes(shared_operator)} | {
         "/",
         "/nothing",
@@ -77,12 +82,12 @@ def test_no_route_answers_it_by_any_method(shared_operator: Operator, probe: str
     for path in sorted(paths):
         for method in METHODS:
             answer = shared_operator.http.request(
-                method, shared_operator.url + path, headers=as_a_page(shared_operator)
+                method, shared_operator.url + path, headers=page_headers(shared_operator)
             )
-            assert refused(answer), (method, path)
+            assert is_refused(answer), (method, path)
 
 
-def test_no_spelling_gets_past(shared_operator: Operator, probe: str) -> None:
+def test_no_spelling_of_a_foreign_host_is_accepted(shared_operator: Operator, probe: str) -> None:
     port = urlsplit(shared_operator.url).port
     for host in (
         EVIL, f"{EVIL}.", EVIL.upper(), f"localhost.{EVIL}", "localhost@evil.example", "localhost:80:80",
@@ -94,18 +99,20 @@ def test_no_spelling_gets_past(shared_operator: Operator, probe: str) -> None:
         answer = shared_operator.http.post(
             probe, json={}, headers={b"Host": host.encode("latin-1")}
         )
-        assert refused(answer), host
-    # Nobody in between is believed: there may be nobody in between.
+        assert is_refused(answer), host
+    # Headers of proxies are not believed: a client without a proxy can send them.
     spoofs = {"X-Forwarded-Host": "localhost", "Forwarded": "host=localhost"}
     spoofs |= {"Cortex-Relayed": "1", "Cortex-Asked-At": "localhost"}
-    assert refused(
-        shared_operator.http.post(probe, json={}, headers={**as_a_page(shared_operator), **spoofs})
+    assert is_refused(
+        shared_operator.http.post(
+            probe, json={}, headers={**page_headers(shared_operator), **spoofs}
+        )
     )
     ours = {"X-Forwarded-Host": EVIL, "Forwarded": f"host={EVIL}"}
     assert shared_operator.http.post(probe, json={}, headers=ours).status_code == 200
 
 
-def test_a_target_in_absolute_form_is_what_is_asked(shared_operator: Operator, probe: str) -> None:
+def test_the_host_of_an_absolute_target_is_checked(shared_operator: Operator, probe: str) -> None:
     for head, status in (
         (b"GET http://evil.example/healthz HTTP/1.1\r\nHost: localhost\r\n", b"421"),
         (b"GET http://evil.example?/healthz HTTP/1.0\r\n", b"421"),
@@ -116,15 +123,15 @@ def test_a_target_in_absolute_form_is_what_is_asked(shared_operator: Operator, p
         (b"GET //evil.example/healthz HTTP/1.1\r\nHost: localhost\r\n", b"404"),
         (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n", b"400"),
         (b"GET /healthz HTTP/1.1\r\n", b"400"),
-        (b"GET /healthz HTTP/1.0\r\n", b"200"),  # as load balancers ask, and no browser
+        (b"GET /healthz HTTP/1.0\r\n", b"200"),  # load balancers send this form, browsers do not
         (b"OPTIONS * HTTP/1.1\r\nHost: evil.example\r\n", b"421"),
     ):
-        line = exchanged(shared_operator, head)
-        # A target without a path may also be refused for that.
+        line = status_line(shared_operator, head)
+        # A target without a path may also be refused as invalid.
         assert line.split()[1] == status or (b"?" in head and line.split()[1] == b"400"), head
 
 
-def test_the_machines_own_names_are_taken(shared_operator: Operator, probe: str) -> None:
+def test_the_machines_own_names_are_accepted(shared_operator: Operator, probe: str) -> None:
     machine = socket.gethostname()
     for host in (
         "localhost", "LocalHost", "localhost.", "a.b.localhost", "127.0.0.1", "127.8.7.6", "[::1]", "[::1]:80",
@@ -137,7 +144,7 @@ def test_the_machines_own_names_are_taken(shared_operator: Operator, probe: str)
             assert answer.status_code == 200, (named, answer.text)
 
 
-def test_names_that_are_allowed_are_taken_and_no_others(tmp_path: Path) -> None:
+def test_only_allowed_names_are_accepted(tmp_path: Path) -> None:
     names = ["--allow-host", "Tasks.example.org", "--allow-host", "other.example.org:81"]
     pages = ["--allow-origin", "https://pages.example.org", "--allow-origin", "https://[x"]
     with operator(tmp_path, *names, *pages) as running:
@@ -149,39 +156,39 @@ def test_names_that_are_allowed_are_taken_and_no_others(tmp_path: Path) -> None:
         ):  # fmt: skip
             answer = running.http.get(f"{running.url}/probe", headers={"Host": host})
             assert answer.status_code == status, host
-        # An allowed name is not an allowed origin.
+        # An allowed host is not an allowed origin.
         foreign = {"Host": "tasks.example.org", "Origin": "http://evil.example"}
         answer = running.http.post(f"{running.url}/probe", json={}, headers=foreign)
         assert answer.json()["kind"] == "request.foreign_origin"
 
 
-def test_with_tokens_an_operator_has_any_name(tmp_path: Path) -> None:
+def test_an_operator_with_tokens_accepts_any_host(tmp_path: Path) -> None:
     with operator_with_tokens(tmp_path, "--require-token") as (running, tokens):
         host = {"Host": EVIL}
         assert running.http.get(f"{running.url}/healthz", headers=host).status_code == 200
         with_token = {**host, "Authorization": f"Bearer {tokens['read']}"}
-        for headers, status in ((with_token, 200), (as_a_page(running), 401)):
+        for headers, status in ((with_token, 200), (page_headers(running), 401)):
             answer = httpx.get(f"{running.url}/-/apis", headers=headers, timeout=60)
             assert answer.status_code == status
 
 
-def test_an_insecure_operator_is_asked_by_names_that_it_was_told(tmp_path: Path) -> None:
+def test_an_insecure_operator_accepts_only_allowed_names(tmp_path: Path) -> None:
     with operator(tmp_path, "--host", "0.0.0.0", "--insecure") as running:
         port = urlsplit(running.url).port
         assert running.http.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
-        asked = running.http.get(
+        answer = running.http.get(
             f"http://127.0.0.1:{port}/healthz", headers={"Host": "operator.cluster.svc"}
         )
-        assert refused(asked)
+        assert is_refused(answer)
 
 
-def test_the_command_and_the_clients_say_what_to_do(
+def test_the_command_and_the_clients_name_the_flag_allow_host(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     connect: Connect,
 ) -> None:
-    """By a name that leads here and that the operator cannot know of."""
+    """The client uses a name that resolves to the operator's machine and is not allowed."""
     lookup = socket.getaddrinfo
 
     def rebound(host: str | bytes, *more: object, **named: object) -> object:
@@ -196,6 +203,6 @@ def test_the_command_and_the_clients_say_what_to_do(
             client.list_apis()
         monkeypatch.setenv("CORTEX_OPERATOR_ENDPOINT", url)
         assert cortex(["get"]) == 1
-        told = capsys.readouterr().err
-        assert EVIL in told
-        assert "--allow-host" in told
+        stderr = capsys.readouterr().err
+        assert EVIL in stderr
+        assert "--allow-host" in stderr

@@ -1,5 +1,6 @@
-"""With `--run-as`, nothing that the operator does as root goes by a path through a folder that the jobs' user owns: a
-link that is put there would lead it anywhere. Told by tracing its system calls.
+"""With `--run-as`, root uses no path through a folder of the jobs' user.
+
+A link in such a folder could lead root anywhere. The tests trace the operator's system calls.
 """
 
 from __future__ import annotations
@@ -13,11 +14,19 @@ from pathlib import Path
 import pytest
 
 from cortex.worker import processes
-from operator_harness import PROBE, Operator, operator, probe_yaml, processes_with, reachable, until
+from operator_harness import (
+    PROBE,
+    Operator,
+    operator,
+    probe_yaml,
+    processes_with,
+    reachable_interpreter,
+    until,
+)
 from root_operator import UID, USER, passable_folder, waiting_for_import
-from syscall_trace import COMMAND, Seen, Trace
+from syscall_trace import COMMAND, Findings, Trace
 
-KEPT_DAYS = str(1 / 86_400)
+ONE_SECOND_IN_DAYS = str(1 / 86_400)
 PACKAGE = {
     "requirements.txt": "./made\n",
     "made/setup.py": "import os; from setuptools import setup; os.symlink('/etc', f'link{os.getpid()}'); setup()",
@@ -40,24 +49,24 @@ def task(config):
 
 
 class Traces:
-    """Of an operator; one for each time that it was started."""
+    """The traces of an operator, one for each start."""
 
     def __init__(self, folder: Path) -> None:
-        self.seen = Seen()
+        self.findings = Findings()
         self._folder = folder
         self._number = 0
 
     def command(self) -> list[str]:
-        """What an operator is started with next."""
+        """The command prefix of the operator's next start."""
         self._number += 1
-        return [*reachable(), *COMMAND, "-o", f"{self._folder}/trace.{self._number}"]
+        return [*reachable_interpreter(), *COMMAND, "-o", f"{self._folder}/trace.{self._number}"]
 
     def read(self) -> None:
-        """Read what was traced, once all of it has ended."""
+        """Wait until all traced processes have exited, and read the traces."""
         until(lambda: not processes_with(f"{self._folder}/trace."), "the traces complete")
         for number in range(1, self._number + 1):
             text = (self._folder / f"trace.{number}").read_text("utf-8", "replace")
-            Trace(UID, str(Path.cwd()), self.seen).read(text.splitlines())
+            Trace(UID, str(Path.cwd()), self.findings).read(text.splitlines())
 
 
 @contextmanager
@@ -66,24 +75,24 @@ def traced(*options: str) -> Iterator[tuple[Operator, Traces]]:
         (folder / "files").mkdir()
         traces = Traces(folder)
         options = ("--run-as", USER, "--cpu", "2", "--files", f"file://{folder}/files", *options)
-        with operator(folder, *options, within=traces.command()) as running:
+        with operator(folder, *options, command_prefix=traces.command()) as running:
             yield running, traces
         traces.read()
 
 
-def started_again(running: Operator, traces: Traces) -> None:
-    running.within = traces.command()
+def restart(running: Operator, traces: Traces) -> None:
+    running.command_prefix = traces.command()
     running.start()
 
 
 def parent(pid: int) -> int:
-    """0 where the process is gone."""
+    """The parent of a process; 0 if the process has exited."""
     about = processes.stat(pid)
     return 0 if about is None else about[1]
 
 
 def kill(pid: int) -> None:
-    """SIGKILL, unless it is gone already."""
+    """Send SIGKILL to a process that may have exited."""
     if pid > 0:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -94,8 +103,8 @@ def fork_servers(running: Operator) -> list[int]:
     return [pid for pid in found if parent(pid) == running.process.pid]
 
 
-def a_day_of(running: Operator, traces: Traces) -> list[str]:
-    """Whatever an operator does for jobs, with their folders; the ids of all jobs."""
+def run_all_kinds_of_jobs(running: Operator, traces: Traces) -> list[str]:
+    """Let the operator do everything that it does with folders of jobs; the ids of all jobs."""
     endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
     jobs = [running.submit(endpoint, config={"do": "say", "lines": 2}) for _ in range(8)]
     for job in jobs:
@@ -118,19 +127,19 @@ def a_day_of(running: Operator, traces: Traces) -> list[str]:
         kill(parent(pid))
     assert running.finished(endpoint, lost)["status"] == "status_unexpected_error"
 
-    going_on = running.submit(endpoint, config={"do": "sleep", "s": 4})
-    running.await_log(endpoint, going_on, "asleep")
+    continuing = running.submit(endpoint, config={"do": "sleep", "s": 4})
+    running.await_log(endpoint, continuing, "asleep")
     running.kill()
-    started_again(running, traces)
+    restart(running, traces)
     endpoint = f"{running.url}/probe"
-    assert running.finished(endpoint, going_on)["status"] == "status_succeeded"
+    assert running.finished(endpoint, continuing)["status"] == "status_succeeded"
 
     planter = running.deployed(probe_yaml("planter"), {"probe.py": PLANTER})
     planted = running.submit(planter)
     assert running.finished(planter, planted)["status"] == "status_worker_error"
     assert "root:" not in running.log_of(planter, planted)
 
-    # Killed before it gave the order to anybody: the attempt is fenced off, and begins anew.
+    # The fork server dies with the order: the operator fences the attempt, and retries the job.
     go = running.folder / "go"
     waits, waiting = waiting_for_import(running, go)
     for pid in fork_servers(running):
@@ -148,18 +157,18 @@ def a_day_of(running: Operator, traces: Traces) -> list[str]:
     assert running.finished(broken, unbuilt)["status"] == "status_unexpected_error"
     assert running.log_of(broken, unbuilt) != ""
 
-    jobs += [failed, stopped, lost, going_on, planted, waiting, ran, unbuilt]
+    jobs += [failed, stopped, lost, continuing, planted, waiting, ran, unbuilt]
     return [job["job_id"] for job in jobs]
 
 
 @pytest.fixture(scope="module")
-def seen() -> Seen:
+def findings() -> Findings:
     with traced() as (running, traces):
-        ids = a_day_of(running, traces)
+        ids = run_all_kinds_of_jobs(running, traces)
         jobs = running.data_dir / "jobs"
         running.kill()
-        running.options = (*running.options, "--keep-jobs", KEPT_DAYS)
-        started_again(running, traces)
+        running.options = (*running.options, "--keep-jobs", ONE_SECOND_IN_DAYS)
+        restart(running, traces)
         until(lambda: not [job for job in ids if (jobs / job).exists()], "all jobs removed")
         for api in running.http.get(f"{running.url}/-/apis").json():
             running.http.delete(f"{running.url}/-/apis/{api['spec']['name']}")
@@ -167,25 +176,28 @@ def seen() -> Seen:
             lambda: not list((running.data_dir / "environments").glob("[0-9a-f]*")),
             "all environments removed",
         )
-    # But that of the job whose environment could not be built: it never had a folder to write in.
-    assert {f"{jobs}/{job}" for job in ids[:-1]} <= traces.seen.given
-    return traces.seen
+    # Except the folder of the job whose environment could not be built: that job never ran.
+    assert {f"{jobs}/{job}" for job in ids[:-1]} <= traces.findings.given
+    return traces.findings
 
 
 def is_about_builds(line: str) -> bool:
     return "/data/environments/" in line
 
 
-def test_nothing_of_jobs_is_done_by_a_path_through_a_folder_of_their_user(seen: Seen) -> None:
-    assert [line for line in seen.wrong if not is_about_builds(line)] == []
-    # It was seen at all, and does what it has to there.
-    assert seen.calls[0] > 1000
-    assert seen.calls[UID] > 1000
-    in_folders_of_jobs = {call for call, folder in seen.right if "/data/jobs/0" in folder}
+def test_root_uses_no_path_through_folders_of_the_jobs_user_for_jobs(findings: Findings) -> None:
+    assert [line for line in findings.wrong if not is_about_builds(line)] == []
+    # The trace is complete: both users and the expected calls are in it.
+    assert findings.calls[0] > 1000
+    assert findings.calls[UID] > 1000
+    in_folders_of_jobs = {call for call, folder in findings.right if "/data/jobs/0" in folder}
     assert in_folders_of_jobs >= {"openat", "newfstatat", "linkat", "renameat", "unlinkat"}
-    assert ("openat", next(path for path in seen.given if path.endswith("/.own"))) in seen.right
+    assert (
+        "openat",
+        next(path for path in findings.given if path.endswith("/.own")),
+    ) in findings.right
 
 
-def test_nothing_of_builds_is_done_by_a_path_through_a_folder_of_their_user(seen: Seen) -> None:
-    assert [line for line in seen.wrong if is_about_builds(line)] == []
-    assert [folder for _, folder in seen.right if "/data/environments/" in folder]
+def test_root_uses_no_path_through_folders_of_the_jobs_user_for_builds(findings: Findings) -> None:
+    assert [line for line in findings.wrong if is_about_builds(line)] == []
+    assert [folder for _, folder in findings.right if "/data/environments/" in folder]

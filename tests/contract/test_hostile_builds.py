@@ -1,5 +1,7 @@
-"""Builds of environments with `cortex serve --run-as`, whose code is hostile: they reach no file of root's, and end when
-the operator cancels them or exits. These tests need to run as root.
+"""Hostile code in builds of environments, with `cortex serve --run-as`.
+
+Such a build reaches no file of root's, and ends when the operator cancels it or exits. These tests
+need to run as root.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from build_projects import files
+from build_projects import project_files
 from operator_harness import PROBE, Operator, probe_yaml, until
 from root_operator import UID, USER, operator_as_root
 
@@ -38,38 +40,39 @@ def task(config):
 
 
 @pytest.fixture(scope="module")
-def other() -> Iterator[Operator]:
+def run_as_operator() -> Iterator[Operator]:
     with operator_as_root() as running:
         yield running
 
 
-def test_a_link_in_the_folder_of_a_build_leads_root_nowhere(other: Operator) -> None:
+def test_a_link_in_the_folder_of_a_build_leads_root_nowhere(run_as_operator: Operator) -> None:
     with tempfile.TemporaryDirectory() as folder:
         victim = Path(folder)
         victim.chmod(0o755)
         (victim / "secret").write_text("root's")
         (victim / "secret").chmod(0o600)
-        swapper = other.deployed(probe_yaml("swapper"), {"probe.py": SWAPPER})
-        config = {"environments": str(other.data_dir / "environments"), "victim": folder}
-        job = other.submit(swapper, config=config)
-        other.await_log(swapper, job, "watching")
+        swapper = run_as_operator.deployed(probe_yaml("swapper"), {"probe.py": SWAPPER})
+        config = {"environments": str(run_as_operator.data_dir / "environments"), "victim": folder}
+        job = run_as_operator.submit(swapper, config=config)
+        run_as_operator.await_log(swapper, job, "watching")
         padding = {f"made/data/{number}.txt": "x" for number in range(2000)}
-        attacked = other.deployed(
-            probe_yaml("attacked"), {"probe.py": PROBE, **files("", "made"), **padding}
+        attacked = run_as_operator.deployed(
+            probe_yaml("attacked"), {"probe.py": PROBE, **project_files("", "made"), **padding}
         )
-        swapped = other.finished(swapper, job)
-        assert swapped["status"] == "status_succeeded", other.log_of(swapper, job)
-        other.run(attacked)  # when it is over, so is the copy that the link was put into
+        swapped = run_as_operator.finished(swapper, job)
+        assert swapped["status"] == "status_succeeded", run_as_operator.log_of(swapper, job)
+        # When this job ends, the attacked copy of the project is complete.
+        run_as_operator.run(attacked)
         assert [path.name for path in victim.iterdir()] == ["secret"]
         for path in (victim, victim / "secret"):
             assert path.stat().st_uid == 0
         assert (victim / "secret").read_text() == "root's"
 
 
-def test_a_build_gets_no_rights_by_a_setuid_program_and_nothing_of_the_operators(
-    other: Operator,
+def test_a_build_gets_no_rights_by_setuid_and_no_variables_of_the_operator(
+    run_as_operator: Operator,
 ) -> None:
-    tool = other.folder / "setuid-id"
+    tool = run_as_operator.folder / "setuid-id"
     shutil.copy(shutil.which("id") or "/usr/bin/id", tool)
     tool.chmod(0o4755)
     found = "found.json"
@@ -80,25 +83,25 @@ def test_a_build_gets_no_rights_by_a_setuid_program_and_nothing_of_the_operators
         "status = open('/proc/self/status').read()\n"
         f"open(HERE / {found!r}, 'w').write(json.dumps([uids, os.getgroups(), dict(os.environ), status]))\n"
     )
-    endpoint = other.deployed(
-        probe_yaml("setuid"), {"probe.py": PROBE, **files(code, "privileged")}
+    endpoint = run_as_operator.deployed(
+        probe_yaml("setuid"), {"probe.py": PROBE, **project_files(code, "privileged")}
     )
-    done = other.run(endpoint)
-    assert done["status"] == "status_succeeded", other.log_of(endpoint, done)
-    [told] = other.data_dir.glob(f"environments/*/*/source/privileged/{found}")
-    uids, groups, environment, status = json.loads(told.read_text())
+    done = run_as_operator.run(endpoint)
+    assert done["status"] == "status_succeeded", run_as_operator.log_of(endpoint, done)
+    [report] = run_as_operator.data_dir.glob(f"environments/*/*/source/privileged/{found}")
+    uids, groups, environment, status = json.loads(report.read_text())
     assert uids == [str(UID), "refused"]
     assert 0 not in groups
     assert "NoNewPrivs:\t1" in status
     assert "CapEff:\t0000000000000000" in status
     assert environment["HOME"] == pwd.getpwnam(USER).pw_dir
-    assert Path(environment["TMPDIR"]).parent == told.parents[2]
+    assert Path(environment["TMPDIR"]).parent == report.parents[2]
     assert "s3cret" not in environment.values()
     assert not [name for name in environment if name.startswith(("CORTEX_", "AWS_"))]
 
 
-def test_a_build_can_neither_signal_nor_outlive_its_supervisor(other: Operator) -> None:
-    mark = other.folder / "marks"
+def test_a_build_can_neither_signal_nor_outlive_its_supervisor(run_as_operator: Operator) -> None:
+    mark = run_as_operator.folder / "marks"
     mark.mkdir()
     mark.chmod(0o777)
     code = (
@@ -110,11 +113,13 @@ def test_a_build_can_neither_signal_nor_outlive_its_supervisor(other: Operator) 
         f"    except PermissionError:\n        open({str(mark)!r} + f'/refused-{{number}}', 'w')\n"
         f"daemonise({str(mark / 'daemon')!r})\nhang()\n"
     )
-    other.deployed(probe_yaml("signals"), {"probe.py": PROBE, **files(code, "signalling")})
-    until((mark / "daemon").exists, "the daemon")
+    run_as_operator.deployed(
+        probe_yaml("signals"), {"probe.py": PROBE, **project_files(code, "signalling")}
+    )
+    until((mark / "daemon").exists, "the daemon runs")
     assert len(list(mark.glob("refused-*"))) == 2
-    other.kill()
+    run_as_operator.kill()
     daemon = Path(f"/proc/{(mark / 'daemon').read_text()}")
-    until(lambda: not daemon.exists(), "its end")
-    other.start()
-    other.http.delete(f"{other.url}/-/apis/signals")
+    until(lambda: not daemon.exists(), "the daemon has exited")
+    run_as_operator.start()
+    run_as_operator.http.delete(f"{run_as_operator.url}/-/apis/signals")

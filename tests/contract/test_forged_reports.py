@@ -1,5 +1,7 @@
-"""Jobs that lie about their own ends, in each way that they have: a lie about oneself is taken if it can be true, and
-nobody else's jobs, lists or operator are the worse for it."""
+"""Jobs that forge their own result, exit record or messages of their supervisor.
+
+The operator accepts what can be true. A forged report harms no other job, no list and no operator.
+"""
 
 from __future__ import annotations
 
@@ -48,10 +50,10 @@ def record(data):
     time.sleep(60)
 
 
-def speak(data):
+def send_as_supervisor(data):
     supervisor, libc = os.getppid(), ctypes.CDLL(None)
     pidfd = os.pidfd_open(supervisor)
-    said = False
+    has_sent = False
     for fd in map(int, os.listdir(f"/proc/{supervisor}/fd")):
         own = libc.syscall(438, pidfd, fd, 0)
         try:
@@ -59,9 +61,9 @@ def speak(data):
         except OSError:
             continue
         for message in data.replace(b"OWN", os.environ["CORTEX_JOB_ID"].encode()).split(b"\\n"):
-            said = sock.send(message) > 0
-    assert said
-    print("said", flush=True)
+            has_sent = sock.send(message) > 0
+    assert has_sent
+    print("sent", flush=True)
     time.sleep(60)
 """
 
@@ -73,7 +75,7 @@ def liar(shared_operator: Operator) -> str:
 
 @pytest.fixture
 def victim(shared_operator: Operator, probe: str, tmp_path: Path) -> Any:
-    """A job of somebody else's, which runs meanwhile and is well in the end."""
+    """Another job, which runs during the attack and must succeed."""
     go = tmp_path / "go"
     job = shared_operator.submit(probe, config={"do": "say", "go": str(go)})
     shared_operator.await_log(probe, job, "line 0")
@@ -84,7 +86,7 @@ def victim(shared_operator: Operator, probe: str, tmp_path: Path) -> Any:
 
 
 def lie(operator: Operator, endpoint: str, by: str, data: bytes | object) -> Any:
-    """What is shown of a job that lies; and all else is shown, too."""
+    """Run a job that forges a report; its final status. All lists must still work."""
     text = data.decode("latin-1") if isinstance(data, bytes) else json.dumps(data)
     found = operator.run(endpoint, config={"by": by, "data": text})
     check_lists(operator, endpoint, found["job_id"])
@@ -116,7 +118,7 @@ def record(**changed: object) -> dict[str, object]:
 
 OUTCOMES: dict[str, tuple[bytes, str]] = {
     "NaN": (b'{"has_result": true, "result": NaN}', "not JSON"),
-    "a number beyond all": (b'{"has_result": true, "result": [1e999]}', "not JSON"),
+    "an infinite number": (b'{"has_result": true, "result": [1e999]}', "not JSON"),
     "5 MB": (b'{"has_result": true, "result": "' + b"x" * 5_000_000 + b'"}', "over "),
     "2 MB": (b'{"has_result": true, "result": "' + b"x" * 1_100_000 + b'"}', "1100002 bytes"),
     "deep": (b'{"has_result": true, "result": ' + b"[" * 900 + b"]" * 900 + b"}", "nested over"),
@@ -124,12 +126,12 @@ OUTCOMES: dict[str, tuple[bytes, str]] = {
     "no JSON": (b"\xff\x00", "is not JSON"),
     "a list": (b"[1]", "is not a JSON object"),
     "other types": (b'{"has_result": "yes", "result": 1}', "has_result"),
-    "a message that is none": (b'{"message": {"a": 1}}', "message is a dict"),
+    "a message of another type": (b'{"message": {"a": 1}}', "message is a dict"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OUTCOMES)
-def test_what_a_job_says_of_itself_is_left_out_where_it_cannot_be_kept(
+def test_a_result_that_cannot_be_stored_is_left_out(
     shared_operator: Operator, liar: str, name: str
 ) -> None:
     data, words = OUTCOMES[name]
@@ -140,9 +142,9 @@ def test_what_a_job_says_of_itself_is_left_out_where_it_cannot_be_kept(
     assert words in found["message"]
 
 
-def test_a_message_of_a_megabyte_is_a_line(shared_operator: Operator, liar: str) -> None:
-    said = {"message": "a\ud800\0" + "b" * 1_100_000, "has_result": True, "result": "\ud800\0"}
-    found = lie(shared_operator, liar, "outcome", said)
+def test_a_message_of_a_megabyte_is_shortened(shared_operator: Operator, liar: str) -> None:
+    message = {"message": "a\ud800\0" + "b" * 1_100_000, "has_result": True, "result": "\ud800\0"}
+    found = lie(shared_operator, liar, "outcome", message)
     assert found["message"].startswith("a\\ud800")
     assert len(found["message"]) == 500
     assert found["result"] == "\ud800\0"
@@ -153,10 +155,10 @@ def test_a_message_of_a_megabyte_is_a_line(shared_operator: Operator, liar: str)
 
 FORGED: dict[str, tuple[bytes | object, str]] = {
     "a text for a number": (record(end_ns="x"), "end_ns is 'x'"),
-    "an exit code that is none": (record(exit_code=1 << 20), "exit_code is 1048576"),
+    "an exit code out of range": (record(exit_code=1 << 20), "exit_code is 1048576"),
     "an end before the start": (record(end_ns=0), "end_ns is 0"),
-    "an ending that is none": (record(ending="over"), "ending is 'over'"),
-    "a message that is none": (record(message=[1]), "message is a list"),
+    "an unknown ending": (record(ending="over"), "ending is 'over'"),
+    "a message of another type": (record(message=[1]), "message is a list"),
     "5 MB": (record(result="x" * 5_000_000), "at most 1376256 are allowed"),
     "a message of 7 MB": (record(message="x" * 7_000_000), "at most 1376256 are allowed"),
     "no JSON": (b"{", "is not JSON"),
@@ -165,7 +167,7 @@ FORGED: dict[str, tuple[bytes | object, str]] = {
 
 
 @pytest.mark.parametrize("name", FORGED)
-def test_a_forged_record_of_an_end_is_a_lost_attempt_with_words(
+def test_an_invalid_forged_exit_record_is_a_lost_attempt_with_a_reason(
     shared_operator: Operator, liar: str, name: str
 ) -> None:
     data, words = FORGED[name]
@@ -175,7 +177,7 @@ def test_a_forged_record_of_an_end_is_a_lost_attempt_with_words(
     assert words in found["message"]
 
 
-def test_a_lie_about_oneself_is_a_valid_record_or_none(
+def test_a_valid_forged_exit_record_is_accepted_without_its_invalid_parts(
     shared_operator: Operator, liar: str
 ) -> None:
     found = lie(
@@ -194,29 +196,29 @@ def test_a_lie_about_oneself_is_a_valid_record_or_none(
     assert "not JSON" in found["message"]
 
 
-def said(**fields: object) -> dict[str, object]:
+def message(**fields: object) -> dict[str, object]:
     return {"job_id": "OWN", "attempt": 1, "start_ns": 1, **fields}
 
 
-SAID: dict[str, tuple[bytes | object, str]] = {
+MESSAGES: dict[str, tuple[bytes | object, str]] = {
     "no JSON": (b"{", "is not JSON"),
-    "cut": (b"x" * 70_000, "is not JSON"),
-    "a record with a text for a number": (said(ended=True, record=record(end_ns="x")), "end_ns"),
-    "an empty record": (said(ended=True, record={}), "lacks a field"),
-    "numbers that are none": (said(ended=True, start_ns=[1]), "start_ns"),
-    "its start again and again": (b"\n".join([json.dumps(said(recorded=True)).encode()] * 200), "repeats an earlier"),
-    "that it never began": (said(error="the disk is full", errno=28), "could not begin, but"),
-    "nothing": (said(), "nothing"),
-    "its end, while it runs": (said(ended=True, record=record()), "but the job runs"),
+    "truncated": (b"x" * 70_000, "is not JSON"),
+    "a record with a text for a number": (message(ended=True, record=record(end_ns="x")), "end_ns"),
+    "an empty record": (message(ended=True, record={}), "lacks a field"),
+    "a list for a number": (message(ended=True, start_ns=[1]), "start_ns"),
+    "a repeated start": (b"\n".join([json.dumps(message(recorded=True)).encode()] * 200), "repeats an earlier"),
+    "a failed start": (message(error="the disk is full", errno=28), "could not begin, but"),
+    "an empty report": (message(), "nothing"),
+    "its end, while the job runs": (message(ended=True, record=record()), "but the job runs"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SAID)
-def test_who_speaks_for_its_supervising_process_is_lost_where_that_cannot_be(
+@pytest.mark.parametrize("name", MESSAGES)
+def test_an_impossible_message_on_the_supervisors_socket_is_a_lost_attempt(
     shared_operator: Operator, liar: str, victim: Any, name: str
 ) -> None:
-    data, words = SAID[name]
-    found = lie(shared_operator, liar, "speak", data)
+    data, words = MESSAGES[name]
+    found = lie(shared_operator, liar, "send_as_supervisor", data)
     assert found["status"] == "status_unexpected_error"
     assert found["message"].startswith("a message of its supervisor is not valid: ")
     assert words in found["message"]
@@ -226,20 +228,29 @@ def test_who_speaks_for_its_supervising_process_is_lost_where_that_cannot_be(
     "fields",
     [{"ended": True, "record": {**END, "job_id": "VICTIM", "attempt": 1}}, {"error": "no"}],
 )
-def test_no_job_speaks_for_another(
+def test_no_job_reports_for_another(
     shared_operator: Operator, liar: str, victim: Any, fields: dict[str, object]
 ) -> None:
     forged = json.dumps({"job_id": "VICTIM", "attempt": 1, **fields})
-    found = lie(shared_operator, liar, "speak", forged.replace("VICTIM", victim["job_id"]).encode())
+    found = lie(
+        shared_operator,
+        liar,
+        "send_as_supervisor",
+        forged.replace("VICTIM", victim["job_id"]).encode(),
+    )
     assert found["status"] == "status_unexpected_error"
     assert "names a job that the supervisor does not run" in found["message"]
 
 
-def test_counts_and_measures_that_are_none_spoil_no_metrics(
+def test_invalid_measures_of_a_task_do_not_break_metrics(
     shared_operator: Operator, liar: str
 ) -> None:
-    told = [["gauge", "\ud800", [["\udc00", "\udc00"]], [1.0]], ["counter", "c", [], [10**400]], 7]
-    found = lie(shared_operator, liar, "outcome", {"measures": told})
+    measures = [
+        ["gauge", "\ud800", [["\udc00", "\udc00"]], [1.0]],
+        ["counter", "c", [], [10**400]],
+        7,
+    ]
+    found = lie(shared_operator, liar, "outcome", {"measures": measures})
     assert found["status"] == "status_succeeded"
     assert "udc00" in shared_operator.http.get(f"{shared_operator.url}/metrics").text
 
@@ -258,7 +269,7 @@ STORED = {
 }
 
 
-def test_what_an_earlier_version_has_stored_is_shown_without_what_cannot_be(tmp_path: Path) -> None:
+def test_invalid_fields_that_an_earlier_version_stored_are_left_out(tmp_path: Path) -> None:
     with operator(tmp_path) as own:
         endpoint = own.deployed(probe_yaml(), {"probe.py": PROBE})
         jobs = [own.run(endpoint, config={"n": number}) for number in range(len(STORED))]

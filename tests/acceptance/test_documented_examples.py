@@ -1,4 +1,4 @@
-"""What the pages show is run: the README's project with its commands, and the client's example."""
+"""Runs the examples of the pages: the README's project and commands, and the clients' examples."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def configure(shared_operator: Operator, folder: Path) -> None:
     )
 
 
-def test_the_first_screen_of_the_readme(shared_operator: Operator, tmp_path: Path) -> None:
+def test_the_first_example_of_the_readme_runs(shared_operator: Operator, tmp_path: Path) -> None:
     (code,) = blocks("README.md", "python")
     (yaml,) = blocks("README.md", "yaml")
     commands = blocks("README.md", "sh")[0]
-    # Another name: the example of that name is deployed on the same operator by other tests.
+    # Renamed: other tests deploy the example `iris` on the same operator.
     (tmp_path / "iris.py").write_text(code)
     (tmp_path / "cortex.yaml").write_text(yaml.replace("name: iris", "name: readme"))
     configure(shared_operator, tmp_path)
@@ -66,13 +66,15 @@ def test_the_first_screen_of_the_readme(shared_operator: Operator, tmp_path: Pat
         run(shared_operator, tmp_path, CORTEX, *words)
 
 
-def test_the_examples_of_the_python_clients(shared_operator: Operator, tmp_path: Path) -> None:
-    code, of_asyncio = blocks("docs/cli.md", "python")
+def test_the_examples_of_the_python_clients_run(shared_operator: Operator, tmp_path: Path) -> None:
+    code, asyncio_code = blocks("docs/cli.md", "python")
     configure(shared_operator, tmp_path)
     (tmp_path / "example.py").write_text(code)
     assert "status_succeeded {'rows': 300}" in run(
         shared_operator, tmp_path, sys.executable, "example.py"
     )
-    (tmp_path / "example.py").write_text(of_asyncio)
-    told = run(shared_operator, tmp_path, sys.executable, "-X", "dev", "-W", "error", "example.py")
-    assert told.splitlines() == ["{'rows': 150}", "{'rows': 300}", "{'rows': 450}"]
+    (tmp_path / "example.py").write_text(asyncio_code)
+    output = run(
+        shared_operator, tmp_path, sys.executable, "-X", "dev", "-W", "error", "example.py"
+    )
+    assert output.splitlines() == ["{'rows': 150}", "{'rows': 300}", "{'rows': 450}"]

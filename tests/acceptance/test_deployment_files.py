@@ -1,4 +1,4 @@
-"""What docs/deploy offers is well formed, and names nothing that is not there. No engine runs it here."""
+"""The files in docs/deploy are valid, and every name in them exists. No container runs here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEPLOY = ROOT / "docs" / "deploy"
 VARIABLES = {FILE_VARIABLE, *(variable(name) for name in Configuration.model_fields)}
 
 
-def check(*command: str, **variables: str) -> str:
+def run(*command: str, **variables: str) -> str:
     done = subprocess.run(
         command, env={**os.environ, **variables}, capture_output=True, text=True, check=False
     )
@@ -36,15 +36,15 @@ def check(*command: str, **variables: str) -> str:
     return done.stdout + done.stderr
 
 
-def check_variables(given: dict[str, str]) -> None:
-    assert {name for name in given if name.startswith("CORTEX_")} <= VARIABLES
-    load({}, None, {name: value for name, value in given.items() if name != FILE_VARIABLE})
+def check_variables(variables: dict[str, str]) -> None:
+    assert {name for name in variables if name.startswith("CORTEX_")} <= VARIABLES
+    load({}, None, {name: value for name, value in variables.items() if name != FILE_VARIABLE})
 
 
 # systemd
 
 
-def unit() -> dict[str, list[str]]:
+def unit_settings() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for line in (DEPLOY / "cortex.service").read_text().splitlines():
         if "=" in line and not line.startswith("#"):
@@ -53,15 +53,15 @@ def unit() -> dict[str, list[str]]:
     return found
 
 
-def test_systemd_takes_the_unit_without_a_word(tmp_path: Path) -> None:
+def test_systemd_accepts_the_unit_without_warnings(tmp_path: Path) -> None:
     text = (DEPLOY / "cortex.service").read_text()
-    placed = tmp_path / "cortex.service"
-    placed.write_text(text.replace("/opt/cortex/bin/cortex", CORTEX))
-    assert check("systemd-analyze", "--man=no", "verify", str(placed)) == ""
+    copy = tmp_path / "cortex.service"
+    copy.write_text(text.replace("/opt/cortex/bin/cortex", CORTEX))
+    assert run("systemd-analyze", "--man=no", "verify", str(copy)) == ""
 
 
-def test_the_unit_runs_a_command_that_there_is_and_leaves_jobs_alone() -> None:
-    found = unit()
+def test_the_unit_runs_cortex_serve_and_kills_no_jobs() -> None:
+    found = unit_settings()
     assert shlex.split(found["ExecStart"][0])[1:] == ["serve"]
     check_variables(dict(line.split("=", 1) for line in found["Environment"]))
     assert (found["KillMode"], found["OOMPolicy"]) == (["process"], ["continue"])
@@ -74,63 +74,69 @@ def test_the_unit_runs_a_command_that_there_is_and_leaves_jobs_alone() -> None:
 
 @pytest.fixture
 def image(tmp_path: Path) -> DockerfileParser:
-    shutil.copy(DEPLOY / "Dockerfile", tmp_path / "Dockerfile")  # the library can write, too
+    # The library could write to the file.
+    shutil.copy(DEPLOY / "Dockerfile", tmp_path / "Dockerfile")
     return DockerfileParser(str(tmp_path / "Dockerfile"))
 
 
-def steps(image: DockerfileParser, instruction: str) -> list[str]:
+def arguments_of(image: DockerfileParser, instruction: str) -> list[str]:
     return [s["value"] for s in image.structure if s["instruction"] == instruction]
 
 
-def test_the_image_is_made_of_instructions_that_there_are(image: DockerfileParser) -> None:
+def test_the_image_uses_known_instructions_and_existing_files(image: DockerfileParser) -> None:
     known = {
         "COMMENT", "FROM", "WORKDIR", "COPY", "RUN", "ENV", "USER", "VOLUME", "EXPOSE",
         "HEALTHCHECK", "ENTRYPOINT", "CMD",
     }  # fmt: skip
     assert {step["instruction"] for step in image.structure} <= known
-    names = [value.split()[-1] for value in steps(image, "FROM") if " AS " in value]
-    for value in steps(image, "COPY"):
+    names = [value.split()[-1] for value in arguments_of(image, "FROM") if " AS " in value]
+    for value in arguments_of(image, "COPY"):
         *options, _ = value.split()
         if options[0].startswith("--from="):
             assert options[0].removeprefix("--from=") in names
             continue
         for source in options:
             assert (ROOT / source).exists(), source
-    assert all(re.fullmatch(r"[\w./-]+:[\w.-]+( AS \w+)?", value) for value in steps(image, "FROM"))
+    assert all(
+        re.fullmatch(r"[\w./-]+:[\w.-]+( AS \w+)?", value) for value in arguments_of(image, "FROM")
+    )
 
 
-def test_the_image_serves_as_a_user_without_rights(image: DockerfileParser) -> None:
-    assert json.loads(steps(image, "ENTRYPOINT")[0]) + json.loads(image.cmd) == ["cortex", "serve"]
-    (user,) = steps(image, "USER")
-    created = next(value for value in steps(image, "RUN") if "useradd" in value)
+def test_the_image_runs_the_operator_as_an_unprivileged_user(image: DockerfileParser) -> None:
+    assert json.loads(arguments_of(image, "ENTRYPOINT")[0]) + json.loads(image.cmd) == [
+        "cortex",
+        "serve",
+    ]
+    (user,) = arguments_of(image, "USER")
+    created = next(value for value in arguments_of(image, "RUN") if "useradd" in value)
     assert f" {user} " in created
     check_variables(image.envs)
-    assert image.envs["CORTEX_SERVE_DATA_DIR"] in steps(image, "VOLUME")
-    assert str(Configuration.model_fields["port"].default) in steps(image, "EXPOSE")
-    health = steps(image, "HEALTHCHECK")[0]
+    assert image.envs["CORTEX_SERVE_DATA_DIR"] in arguments_of(image, "VOLUME")
+    assert str(Configuration.model_fields["port"].default) in arguments_of(image, "EXPOSE")
+    health = arguments_of(image, "HEALTHCHECK")[0]
     program = json.loads(health[health.index("[") :])
     compile(program[2], "healthcheck", "exec")
     assert "/healthz" in program[2]
 
 
-def test_what_is_copied_into_the_image_is_enough_to_install_the_package(
+def test_the_files_copied_into_the_image_suffice_to_install_the_package(
     image: DockerfileParser, tmp_path: Path
 ) -> None:
-    for value in steps(image, "COPY"):
+    for value in arguments_of(image, "COPY"):
         if not value.startswith("--from="):
             *sources, _ = value.split()
             for source in sources:
                 copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
                 copy(ROOT / source, tmp_path / source)
-    run = next(value for value in steps(image, "RUN") if "uv sync" in value)
-    sync = shlex.split(run[run.index("uv sync") :])
+    command = next(value for value in arguments_of(image, "RUN") if "uv sync" in value)
+    sync = shlex.split(command[command.index("uv sync") :])
     venv = tmp_path / "venv"
     uv = str(Path(sys.executable).with_name("uv"))
-    check(
+    run(
         uv, *sync[1:], "--quiet", "--no-compile-bytecode", "--project", str(tmp_path), "--python",
         sys.executable, UV_PROJECT_ENVIRONMENT=str(venv), VIRTUAL_ENV="",
     )  # fmt: skip
-    assert check(str(venv / "bin" / "cortex"), "version").strip()
+    assert run(str(venv / "bin" / "cortex"), "version").strip()
     assert not (venv / "bin" / "pytest").exists()
 
 
@@ -142,9 +148,9 @@ def services() -> Any:
     return YAML(typ="safe").load(DEPLOY / "compose.yaml")["services"]
 
 
-def test_the_compose_file_keeps_to_the_specification() -> None:
+def test_the_compose_file_is_valid() -> None:
     tool = str(Path(sys.executable).with_name("check-jsonschema"))
-    check(tool, "--builtin-schema", "vendor.compose-spec", str(DEPLOY / "compose.yaml"))
+    run(tool, "--builtin-schema", "vendor.compose-spec", str(DEPLOY / "compose.yaml"))
 
 
 def test_the_operator_of_the_compose_file_uses_its_database(services: Any) -> None:
@@ -164,7 +170,7 @@ def test_the_operator_of_the_compose_file_uses_its_database(services: Any) -> No
 # Kubernetes
 
 KUBERNETES = DEPLOY / "kubernetes"
-# Of KubeRay's ray.io/v1: what the manifest may use, and whether it has to.
+# Fields of KubeRay's ray.io/v1 that the manifest may use, and whether they are required.
 RAY_SPEC = {"rayVersion": False, "headGroupSpec": True, "workerGroupSpecs": False}
 RAY_HEAD = {"rayStartParams": True, "template": True, "labels": False}
 RAY_WORKERS = RAY_HEAD | {
@@ -181,7 +187,7 @@ def manifests() -> list[Any]:
     return [each for name in (*applied, "first-token.yaml") for each in documents(name)]
 
 
-def of_kind(kind: str, name: str) -> Any:
+def manifest(kind: str, name: str) -> Any:
     (found,) = [
         each for each in manifests() if (each["kind"], each["metadata"]["name"]) == (kind, name)
     ]
@@ -189,11 +195,11 @@ def of_kind(kind: str, name: str) -> Any:
 
 
 def ray_cluster() -> Any:
-    return of_kind("RayCluster", "cortex")
+    return manifest("RayCluster", "cortex")
 
 
 def templates() -> list[Any]:
-    """Those of all pods."""
+    """The templates of all pods."""
     spec = ray_cluster()["spec"]
     groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
     plain = [each["spec"]["template"] for each in manifests() if "template" in each["spec"]]
@@ -204,7 +210,7 @@ def containers() -> list[Any]:
     return [each for template in templates() for each in template["spec"]["containers"]]
 
 
-def test_the_manifests_keep_to_kubernetes_schemas() -> None:
+def test_the_manifests_are_valid_by_the_kubernetes_schemas() -> None:
     for each in manifests():
         if each["kind"] != "RayCluster":
             kubernetes_validate.validate(each, kubernetes_validate.latest_version(), strict=True)
@@ -214,14 +220,14 @@ def test_the_manifests_keep_to_kubernetes_schemas() -> None:
         kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
 
 
-def test_a_mistake_in_a_manifest_would_be_found() -> None:
-    wrong = of_kind("StatefulSet", "cortex")
+def test_the_kubernetes_schemas_find_an_unknown_field() -> None:
+    wrong = manifest("StatefulSet", "cortex")
     wrong["spec"]["template"]["spec"]["containers"][0]["livenessProb"] = {}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(wrong, kubernetes_validate.latest_version(), strict=True)
 
 
-def test_the_ray_cluster_has_the_fields_that_kuberay_has() -> None:
+def test_the_ray_cluster_has_only_fields_of_kuberay() -> None:
     cluster = ray_cluster()
     assert cluster["apiVersion"] == "ray.io/v1"
     spec = cluster["spec"]
@@ -237,36 +243,36 @@ def test_the_ray_cluster_has_the_fields_that_kuberay_has() -> None:
     assert spec["rayVersion"] == importlib.metadata.version("ray")
 
 
-def test_what_the_manifests_name_is_there() -> None:
+def test_every_name_that_the_manifests_use_exists() -> None:
     kustomization = documents("kustomization.yaml")[0]
     made = {each["name"]: each["envs"] for each in kustomization["secretGenerator"]}
     services = {each["metadata"]["name"] for each in manifests() if each["kind"] == "Service"}
     services.add(f"{ray_cluster()['metadata']['name']}-head-svc")  # KubeRay makes it
     for container in containers():
-        given = {each["name"]: each.get("value", "") for each in container.get("env", [])}
-        check_variables(given)
+        variables = {each["name"]: each.get("value", "") for each in container.get("env", [])}
+        check_variables(variables)
         for each in container.get("env", []):
             if "valueFrom" in each:
                 assert each["valueFrom"]["secretKeyRef"] == {
                     "name": "cortex-database",
                     "key": "password",
                 }
-        if "CORTEX_SERVE_STORE" in given:
-            host = urlsplit(given["CORTEX_SERVE_STORE"]).hostname
+        if "CORTEX_SERVE_STORE" in variables:
+            host = urlsplit(variables["CORTEX_SERVE_STORE"]).hostname
             assert host in services
-        if "CORTEX_SERVE_RAY_ADDRESS" in given:
-            assert given["CORTEX_SERVE_RAY_ADDRESS"].partition(":")[0] in services
+        if "CORTEX_SERVE_RAY_ADDRESS" in variables:
+            assert variables["CORTEX_SERVE_RAY_ADDRESS"].partition(":")[0] in services
     assert made == {"cortex-database": ["database.env"]}
     images = {container["image"].partition(":")[0] for container in containers()}
     assert images == {"postgres", *(each["name"] for each in kustomization["images"])}
     for each in manifests():
         if each["kind"] == "Service":
-            owner = of_kind("StatefulSet", each["metadata"]["name"])
+            owner = manifest("StatefulSet", each["metadata"]["name"])
             labels = owner["spec"]["template"]["metadata"]["labels"]
             assert each["spec"]["selector"].items() <= labels.items()
 
 
-def test_every_volume_that_is_mounted_is_there() -> None:
+def test_every_mounted_volume_is_declared() -> None:
     for each in manifests():
         if each["kind"] == "StatefulSet":
             claims = [claim["metadata"]["name"] for claim in each["spec"]["volumeClaimTemplates"]]
@@ -276,17 +282,17 @@ def test_every_volume_that_is_mounted_is_there() -> None:
             assert mounts == volumes
 
 
-def test_the_operators_pod_is_asked_on_its_health_routes() -> None:
-    spec = of_kind("StatefulSet", "cortex")["spec"]
+def test_kubernetes_probes_the_operators_health_routes() -> None:
+    spec = manifest("StatefulSet", "cortex")["spec"]
     assert spec["replicas"] == 1
     (container,) = spec["template"]["spec"]["containers"]
-    asked = {name: container[name]["httpGet"]["path"] for name in container if "Probe" in name}
-    assert asked == {
+    probes = {name: container[name]["httpGet"]["path"] for name in container if "Probe" in name}
+    assert probes == {
         "startupProbe": "/healthz", "livenessProbe": "/healthz", "readinessProbe": "/readyz",
     }  # fmt: skip
     (port,) = container["ports"]
     assert port["containerPort"] == Configuration.model_fields["port"].default
-    assert check("bash", "-n", "-c", container["command"][2]) == ""
+    assert run("bash", "-n", "-c", container["command"][2]) == ""
     assert "exec cortex serve" in container["command"][2]
 
 
@@ -298,7 +304,7 @@ def test_no_pod_of_the_manifests_runs_as_root() -> None:
     assert all(not each["securityContext"]["allowPrivilegeEscalation"] for each in containers())
 
 
-def test_the_image_for_kubernetes_is_the_other_one_with_ray() -> None:
+def test_the_kubernetes_image_is_the_plain_image_with_ray() -> None:
     text = (KUBERNETES / "Dockerfile").read_text()
     plain = (DEPLOY / "Dockerfile").read_text()
     build = plain[plain.index("FROM") : plain.index("\n\nFROM")]

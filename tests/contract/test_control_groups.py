@@ -1,5 +1,7 @@
-"""A job stays in its control group, keeps the memory limit that it has, gains no rights by what it executes, and
-leaves nothing behind whatever it kills: hostile jobs of an operator with `--run-as`.
+"""Hostile jobs of an operator with `--run-as` against control groups and rights.
+
+A job cannot leave its control group, lift its memory limit, gain rights by a program that it
+executes, or leave processes behind.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ LIMITED = probe_yaml("limited").replace("cpu: 1m", "cpu: 1m, mem: 64Mi")
 
 
 @pytest.fixture(scope="module")
-def other() -> Iterator[Operator]:
-    with operator_as_root() as running:
-        yield running
+def run_as_operator() -> Iterator[Operator]:
+    with operator_as_root() as running_processes:
+        yield running_processes
 
 
 LIFTER = """
@@ -51,9 +53,10 @@ def write(path, text):
 
 
 def folders(config):
-    # All that it finds, its own by what the kernel tells of them, and the other job's by its name.
+    # All groups below /sys/fs/cgroup, the job's own ones, and the other job's by its name.
+    # Groups of other operators are left out: their version may allow what this one refuses.
     for folder, _, _ in os.walk("/sys/fs/cgroup"):
-        if "/cortex-" not in folder or config["prefix"] in folder:  # another test's operator may be of any version
+        if "/cortex-" not in folder or config["prefix"] in folder:
             yield folder
     mounts = [line.split() for line in open("/proc/self/mountinfo") if " - cgroup" in line]
     for line in open("/proc/self/cgroup"):
@@ -63,7 +66,7 @@ def folders(config):
             yield own
             yield os.path.dirname(own)
             yield own.replace(os.environ["CORTEX_JOB_ID"], config["other"])
-    # And whatever its supervisor has open.
+    # The descriptors of groups that its supervisor has open.
     for fd in os.listdir(f"/proc/{os.getppid()}/fd"):
         if "cgroup" in os.readlink(f"/proc/{os.getppid()}/fd/{fd}"):
             yield f"/proc/{os.getppid()}/fd/{fd}"
@@ -86,31 +89,33 @@ def task(config):
 """
 
 
-def prefix(other: Operator) -> str:
-    return cgroup_support.group_prefix(other.data_dir / "jobs")
+def prefix(run_as_operator: Operator) -> str:
+    return cgroup_support.group_prefix(run_as_operator.data_dir / "jobs")
 
 
-def limit_of(other: Operator) -> str:
-    return str(other.http.get(f"{other.url}/-/info").json()["memory_limit"])
+def limit_of(run_as_operator: Operator) -> str:
+    return str(run_as_operator.http.get(f"{run_as_operator.url}/-/info").json()["memory_limit"])
 
 
-def test_a_job_lifts_no_limit_and_leaves_no_group(other: Operator) -> None:
-    sleeper = other.deployed(
+def test_a_job_lifts_no_limit_and_leaves_no_group(run_as_operator: Operator) -> None:
+    sleeper = run_as_operator.deployed(
         probe_yaml().replace("cpu: 1m", "cpu: 1m, mem: 1Gi"), {"probe.py": PROBE}
     )
-    victim = other.submit(sleeper, config={"do": "sleep", "s": 300})
-    other.await_log(sleeper, victim, "asleep")
-    endpoint = other.deployed(LIMITED, {"probe.py": LIFTER})
-    job = other.submit(endpoint, config={"other": victim["job_id"], "prefix": prefix(other)})
-    end = other.finished(endpoint, job)
-    told = json.loads(other.log_of(endpoint, job).splitlines()[0])
-    assert told["done"] == []
-    if "cgroup" in limit_of(other):
-        assert f"{job['job_id']}-1" in told["groups"]
+    victim = run_as_operator.submit(sleeper, config={"do": "sleep", "s": 300})
+    run_as_operator.await_log(sleeper, victim, "asleep")
+    endpoint = run_as_operator.deployed(LIMITED, {"probe.py": LIFTER})
+    job = run_as_operator.submit(
+        endpoint, config={"other": victim["job_id"], "prefix": prefix(run_as_operator)}
+    )
+    end = run_as_operator.finished(endpoint, job)
+    report = json.loads(run_as_operator.log_of(endpoint, job).splitlines()[0])
+    assert report["done"] == []
+    if "cgroup" in limit_of(run_as_operator):
+        assert f"{job['job_id']}-1" in report["groups"]
     assert end["status"] == "status_worker_oom"
     assert "64 MiB" in end["message"]
-    other.delete(sleeper, victim)
-    assert other.finished(sleeper, victim)["status"] == "status_stopped"
+    run_as_operator.delete(sleeper, victim)
+    assert run_as_operator.finished(sleeper, victim)["status"] == "status_stopped"
 
 
 HIDDEN = """
@@ -158,56 +163,60 @@ def task(config):
 """
 
 
-def hidden_in(other: Operator, endpoint: str, job: Any) -> int:
+def hidden_pid(run_as_operator: Operator, endpoint: str, job: Any) -> int:
     line = re.compile(r"hidden (\d+)\n")
-    until(lambda: line.search(other.log_of(endpoint, job)), "the hidden process")
-    return int(line.findall(other.log_of(endpoint, job))[0])
+    until(
+        lambda: line.search(run_as_operator.log_of(endpoint, job)), "the hidden process has started"
+    )
+    return int(line.findall(run_as_operator.log_of(endpoint, job))[0])
 
 
-def is_there(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         return b"hidden" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
 
 
-def needs_groups(other: Operator) -> None:
-    if "cgroup" not in limit_of(other):
+def skip_without_groups(run_as_operator: Operator) -> None:
+    if "cgroup" not in limit_of(run_as_operator):
         pytest.skip("this machine has no control groups that may be used")
 
 
-@pytest.mark.parametrize("forge", [False, True], ids=["", "with-an-end-record"])
+@pytest.mark.parametrize("forge", [False, True], ids=["", "with-an-exit-record"])
 @pytest.mark.parametrize("yaml", [probe_yaml("hider"), LIMITED], ids=["", "mem"])
-def test_what_hides_and_kills_all_that_watches_it_is_ended(
-    other: Operator, yaml: str, forge: bool
+def test_a_hidden_process_that_killed_its_supervisor_is_ended(
+    run_as_operator: Operator, yaml: str, forge: bool
 ) -> None:
-    needs_groups(other)
-    endpoint = other.deployed(yaml, {"probe.py": HIDDEN})
-    job = other.submit(endpoint, config={"while": "/nowhere", "forge": forge})
-    end = other.finished(endpoint, job)
+    skip_without_groups(run_as_operator)
+    endpoint = run_as_operator.deployed(yaml, {"probe.py": HIDDEN})
+    job = run_as_operator.submit(endpoint, config={"while": "/nowhere", "forge": forge})
+    end = run_as_operator.finished(endpoint, job)
     assert end["status"] == "status_succeeded" if forge else "status_unexpected_error"
-    hidden = hidden_in(other, endpoint, job)
-    until(lambda: not is_there(hidden), "the hidden process gone")
+    hidden = hidden_pid(run_as_operator, endpoint, job)
+    until(lambda: not is_alive(hidden), "the hidden process has exited")
 
 
-def test_what_hid_while_no_operator_ran_is_ended_by_the_next(other: Operator) -> None:
-    needs_groups(other)
-    endpoint = other.deployed(probe_yaml("hider"), {"probe.py": HIDDEN})
-    operator_is_there = f"/proc/{other.process.pid}"
-    job = other.submit(endpoint, config={"while": operator_is_there, "forge": False})
-    hidden = hidden_in(other, endpoint, job)
-    supervisors = parents(hidden_supervisor(other, job))
-    other.kill()
-    until(lambda: not supervisors & running(), "fork server and supervisor killed")
-    assert is_there(hidden)
-    other.start()
-    endpoint = f"{other.url}/hider"
-    assert other.finished(endpoint, job)["status"] == "status_unexpected_error"
-    until(lambda: not is_there(hidden), "the hidden process gone")
+def test_the_next_operator_ends_a_process_that_hid_while_none_ran(
+    run_as_operator: Operator,
+) -> None:
+    skip_without_groups(run_as_operator)
+    endpoint = run_as_operator.deployed(probe_yaml("hider"), {"probe.py": HIDDEN})
+    operator_folder = f"/proc/{run_as_operator.process.pid}"
+    job = run_as_operator.submit(endpoint, config={"while": operator_folder, "forge": False})
+    hidden = hidden_pid(run_as_operator, endpoint, job)
+    supervisors = parents(hidden_supervisor(run_as_operator, job))
+    run_as_operator.kill()
+    until(lambda: not supervisors & running_processes(), "fork server and supervisor are killed")
+    assert is_alive(hidden)
+    run_as_operator.start()
+    endpoint = f"{run_as_operator.url}/hider"
+    assert run_as_operator.finished(endpoint, job)["status"] == "status_unexpected_error"
+    until(lambda: not is_alive(hidden), "the hidden process has exited")
 
 
-def hidden_supervisor(other: Operator, job: Any) -> int:
-    record = other.data_dir / "jobs" / job["job_id"] / "start.1"
+def hidden_supervisor(run_as_operator: Operator, job: Any) -> int:
+    record = run_as_operator.data_dir / "jobs" / job["job_id"] / "start.1"
     return int(json.loads(record.read_bytes())["pid"])
 
 
@@ -216,7 +225,7 @@ def parents(supervisor: int) -> set[int]:
     return {supervisor, int(stat.rpartition(")")[2].split()[1])}
 
 
-def running() -> set[int]:
+def running_processes() -> set[int]:
     found = set()
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -232,25 +241,29 @@ def running() -> set[int]:
 SETUID = """
 import os, subprocess
 def task(config):
-    said = subprocess.run([config["program"], "-u"], capture_output=True, text=True).stdout
+    uid = subprocess.run([config["program"], "-u"], capture_output=True, text=True).stdout
     flags = [line.split()[1] for line in open("/proc/self/status") if line.startswith("NoNewPrivs")]
     server = open(f"/proc/{os.getppid()}/stat").read().rpartition(")")[2].split()[1]
     flags += [line.split()[1] for line in open(f"/proc/{server}/status") if line.startswith("NoNewPrivs")]
-    return [said.strip(), *flags]
+    return [uid.strip(), *flags]
 """
 
 
-def test_a_setuid_program_gives_a_job_no_rights(other: Operator) -> None:
-    program = other.folder / "id"
+def test_a_setuid_program_gives_a_job_no_rights(run_as_operator: Operator) -> None:
+    program = run_as_operator.folder / "id"
     shutil.copy("/usr/bin/id", program)
     program.chmod(0o4755)
     without = subprocess.run([program, "-u"], user=UID, capture_output=True, text=True, check=True)
-    assert without.stdout.strip() == "0", "setuid programs count on this file system"
-    endpoint = other.deployed(probe_yaml("climber"), {"probe.py": SETUID})
-    assert other.run(endpoint, config={"program": str(program)})["result"] == [str(UID), "1", "1"]
+    assert without.stdout.strip() == "0", "setuid programs work on this file system"
+    endpoint = run_as_operator.deployed(probe_yaml("climber"), {"probe.py": SETUID})
+    assert run_as_operator.run(endpoint, config={"program": str(program)})["result"] == [
+        str(UID),
+        "1",
+        "1",
+    ]
 
 
-def test_nor_does_it_without_another_user(shared_operator: Operator) -> None:
+def test_a_setuid_program_gives_a_job_no_rights_without_run_as(shared_operator: Operator) -> None:
     endpoint = shared_operator.deployed(probe_yaml("climber"), {"probe.py": SETUID})
     assert shared_operator.run(endpoint, config={"program": "/usr/bin/id"})["result"][1:] == [
         "1",

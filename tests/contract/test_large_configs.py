@@ -1,5 +1,8 @@
-"""One client's large configs and results slow nobody: what waits stays in the store, lists leave it out, bodies are
-read beside the event loop, and what waits is bounded in bytes."""
+"""Large configs and results of one client delay no other client.
+
+The config of a waiting job stays in the store, lists leave out long values, another process reads
+large bodies, and the configs of all waiting jobs are bounded in bytes.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +28,13 @@ ROWS = json.dumps(
     {"config": {"rows": [{"id": n, "name": f"row {n}"} for n in range(200_000)]}}
 ).encode()
 TEXT = json.dumps({"config": {"text": "é" * 1_200_000}}).encode()
-# In a process of its own: this one is busy with the bodies.
+# Runs in a process of its own: the test's process is busy with the bodies.
 PING = """
 import http.client, sys, time
 
 
 def waited():
-    # Seconds that this process and the first thread of the operator could run and had no core.
+    # Seconds that this process and the operator's first thread waited for a core.
     stats = [open(f"/proc/{pid}/schedstat").read().split() for pid in ("self", sys.argv[2])]
     return sum(int(stat[1]) for stat in stats) / 1e9
 
@@ -47,9 +50,11 @@ while True:
 
 
 @contextmanager
-def pinged(running: Operator) -> Iterator[list[float]]:
-    """How long the operator took for each `/healthz` meanwhile, but for what others on the machine have cost; there is
-    at least one."""
+def pinging(running: Operator) -> Iterator[list[float]]:
+    """The times of the operator's answers to `/healthz` during the block; at least one.
+
+    They exclude the time that other processes of the machine have used the cores.
+    """
     where = [running.url.removeprefix("http://"), str(running.process.pid)]
     command = [sys.executable, "-c", PING, *where]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -63,20 +68,21 @@ def pinged(running: Operator) -> Iterator[list[float]]:
 
 
 def peak_bytes(running: Operator) -> int:
-    """The most memory that the operator's process has had."""
+    """The peak memory of the operator's process."""
     for line in Path(f"/proc/{running.process.pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise AssertionError("no VmHWM")
 
 
-def busy(own_operator: Operator) -> tuple[str, Any]:
-    """An endpoint whose jobs wait, and the job that they wait for."""
+def full_api(own_operator: Operator) -> tuple[str, Any]:
+    """An endpoint whose jobs wait, and the running job for which they wait."""
     yaml = probe_yaml(more="  limits: {max_running: 1}\n")
     endpoint = own_operator.deployed(yaml, {"probe.py": PROBE})
     first = own_operator.submit(endpoint, config=SLEEP)
     until(
-        lambda: own_operator.status(endpoint, first)["worker_counts"]["running"], "the first runs"
+        lambda: own_operator.status(endpoint, first)["worker_counts"]["running"],
+        "the first job runs",
     )
     return endpoint, first
 
@@ -87,10 +93,10 @@ def post(own_operator: Operator, endpoint: str, body: bytes, **headers: str) -> 
     return response
 
 
-def test_large_configs_that_wait_hold_up_nobody(own_operator: Operator) -> None:
-    endpoint, first = busy(own_operator)
+def test_large_waiting_configs_delay_no_other_client(own_operator: Operator) -> None:
+    endpoint, first = full_api(own_operator)
     before = peak_bytes(own_operator)
-    with pinged(own_operator) as took:
+    with pinging(own_operator) as took:
         jobs = [post(own_operator, endpoint, ROWS).json() for _ in range(4)]
         for _ in range(5):
             page = own_operator.http.get(endpoint, params={"limit": 1000})
@@ -98,8 +104,9 @@ def test_large_configs_that_wait_hold_up_nobody(own_operator: Operator) -> None:
             assert len(page.content) + len(apis.content) < 100_000
         one = own_operator.http.get(f"{endpoint}/{jobs[0]['job_id']}")
         assert one.json()["job_status"]["config"] == json.loads(ROWS)["config"]
-    assert max(took) < 1.0  # a tenth of it on a machine that has nothing else to do
-    assert peak_bytes(own_operator) - before < 80 * MIB  # all are 30 MB as text, 200 MB as objects
+    assert max(took) < 1.0  # 0.1 s on an idle machine
+    # All configs: 30 MB as text, 200 MB as objects.
+    assert peak_bytes(own_operator) - before < 80 * MIB
     own_operator.kill()
     own_operator.start()
     endpoint = f"{own_operator.url}/probe"
@@ -108,26 +115,27 @@ def test_large_configs_that_wait_hold_up_nobody(own_operator: Operator) -> None:
         own_operator.delete(endpoint, job)
     own_operator.delete(endpoint, first)
     end = own_operator.finished(endpoint, jobs[0])
-    assert (end["status"], "result" in end) == ("status_succeeded", False)  # its echo is too long
+    # The task returns its config, which is too long for a result.
+    assert (end["status"], "result" in end) == ("status_succeeded", False)
 
 
-def test_a_job_gets_its_large_config_after_it_waited_and_at_once(own_operator: Operator) -> None:
+def test_a_job_gets_its_large_config_with_and_without_waiting(own_operator: Operator) -> None:
     own_operator.deployed(
         "- name: size\n  kind: TaskAPI\n  definition:\n    path: size.py\n    config: {below: {a: 1}}\n"
         "  compute: {cpu: 1}\n",
         {"size.py": "def task(config):\n    return [len(config['text']), config['below']]\n"},
     )
-    endpoint, first = busy(own_operator)
+    endpoint, first = full_api(own_operator)
     config = {"text": "é" * 300_000, "below": {"b": 2}}
     waits = own_operator.submit(f"{own_operator.url}/size", config=config)
     own_operator.delete(endpoint, first)
-    told = [300_000, {"a": 1, "b": 2}]
-    assert own_operator.finished(f"{own_operator.url}/size", waits)["result"] == told
+    expected = [300_000, {"a": 1, "b": 2}]
+    assert own_operator.finished(f"{own_operator.url}/size", waits)["result"] == expected
     end = own_operator.run(f"{own_operator.url}/size", config=config)
-    assert (end["result"], end["config"]) == (told, config)
+    assert (end["result"], end["config"]) == (expected, config)
 
 
-def test_lists_leave_out_what_is_long_and_say_so(shared_operator: Operator, probe: str) -> None:
+def test_lists_leave_out_long_values_and_name_them(shared_operator: Operator, probe: str) -> None:
     small = shared_operator.run(probe, config={"text": "x" * 1000})
     large = shared_operator.run(probe, config={"text": "x" * 3000})
     assert large["config"] == {"text": "x" * 3000}
@@ -142,7 +150,9 @@ def test_lists_leave_out_what_is_long_and_say_so(shared_operator: Operator, prob
         assert by_id[large["job_id"]] == {**large, **left_out}
 
 
-def test_the_end_of_a_followed_log_tells_all(shared_operator: Operator, probe: str) -> None:
+def test_the_end_event_of_a_followed_log_has_long_values(
+    shared_operator: Operator, probe: str
+) -> None:
     end = shared_operator.run(probe, config={"text": "x" * 3000})
     events = shared_operator.http.get(
         f"{probe}/{end['job_id']}/logs", headers={"Accept": "text/event-stream"}
@@ -151,8 +161,8 @@ def test_the_end_of_a_followed_log_tells_all(shared_operator: Operator, probe: s
     assert json.loads(last) == end
 
 
-def test_a_page_ends_before_it_is_large_and_the_next_goes_on(own_operator: Operator) -> None:
-    endpoint, _ = busy(own_operator)
+def test_a_page_is_bounded_in_bytes_and_the_next_continues(own_operator: Operator) -> None:
+    endpoint, _ = full_api(own_operator)
     config = {"text": "x" * 2000}
     with ThreadPoolExecutor(8) as pool:
         jobs = list(pool.map(lambda _: own_operator.submit(endpoint, config=config), range(500)))
@@ -172,9 +182,9 @@ def test_a_page_ends_before_it_is_large_and_the_next_goes_on(own_operator: Opera
     assert len(api["task_job_statuses"]) < 500
 
 
-def test_what_waits_is_bounded_in_bytes_also_across_a_crash(tmp_path: Path) -> None:
+def test_waiting_configs_are_bounded_in_bytes_across_a_crash(tmp_path: Path) -> None:
     with operator(tmp_path, "--cpu", "1", "--max-waiting-bytes", "100Ki") as own_operator:
-        endpoint, first = busy(own_operator)
+        endpoint, first = full_api(own_operator)
         config = {"text": "x" * 40_000}
         two = [own_operator.submit(endpoint, config=config) for _ in range(2)]
         for body in ({"config": config}, {"config": {"text": "x" * 200_000}}):
@@ -190,10 +200,10 @@ def test_what_waits_is_bounded_in_bytes_also_across_a_crash(tmp_path: Path) -> N
         endpoint = f"{own_operator.url}/probe"
         assert own_operator.http.post(endpoint, json={"config": config}).status_code == 429
         own_operator.delete(endpoint, two[0])
-        # What was full is looked at again after a moment.
+        # The operator counts the bytes anew after a moment.
         until(
             lambda: own_operator.http.post(endpoint, json={"config": config}).status_code == 200,
-            "room",
+            "the submit fits",
         )
         (third,) = own_operator.http.get(endpoint, params={"limit": 1}).json()["job_statuses"]
         assert own_operator.http.post(endpoint, json={"config": config}).status_code == 429
@@ -219,23 +229,23 @@ def test_what_waits_is_bounded_in_bytes_also_across_a_crash(tmp_path: Path) -> N
         b'{"timeout": 60, "config": {"a": "\xc3\xa9\\ud800"}}',
     ],
 )
-def test_a_large_body_is_answered_as_a_small_one(
+def test_a_large_body_gets_the_answer_of_a_small_one(
     shared_operator: Operator, probe: str, body: bytes
 ) -> None:
     def answer(body: bytes) -> tuple[int, object]:
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
         response = shared_operator.http.post(probe, content=body, headers=headers)
         found = response.json()
-        told = ("config", "timeout", "kind", "message")
-        return response.status_code, {name: found.get(name) for name in told}
+        names = ("config", "timeout", "kind", "message")
+        return response.status_code, {name: found.get(name) for name in names}
 
     small, large = answer(body), answer(body + b" " * 100_000)
     assert small == large or "char" in str(small)
     assert (small[0], set(small[1])) == (large[0], set(large[1]))  # type: ignore[call-overload]
 
 
-def test_a_key_tells_large_bodies_apart_and_head_is_get(own_operator: Operator) -> None:
-    endpoint, _ = busy(own_operator)
+def test_a_key_distinguishes_large_bodies_and_head_matches_get(own_operator: Operator) -> None:
+    endpoint, _ = full_api(own_operator)
     key = {"Idempotency-Key": "k"}
     first = post(own_operator, endpoint, TEXT, **key).json()
     again = post(own_operator, endpoint, b" " + TEXT, **key).json()
@@ -249,8 +259,8 @@ def test_a_key_tells_large_bodies_apart_and_head_is_get(own_operator: Operator) 
     assert (other.status_code, other.json()["kind"]) == (409, "conflict")
 
 
-def test_a_reader_of_bodies_that_is_killed_is_replaced(own_operator: Operator) -> None:
-    endpoint, _ = busy(own_operator)
+def test_a_killed_body_reader_is_replaced(own_operator: Operator) -> None:
+    endpoint, _ = full_api(own_operator)
     post(own_operator, endpoint, TEXT)
     (pid,) = readers(own_operator)
     os.kill(pid, signal.SIGKILL)
@@ -263,7 +273,7 @@ def test_a_reader_of_bodies_that_is_killed_is_replaced(own_operator: Operator) -
 
 
 def readers(own_operator: Operator) -> list[int]:
-    """The processes that read the operator's large bodies."""
+    """The processes that read large bodies for the operator."""
     listed = subprocess.run(
         ["pgrep", "-P", str(own_operator.process.pid), "-f", "cortex.operator.http.body_reader"],
         capture_output=True,

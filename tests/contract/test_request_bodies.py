@@ -1,5 +1,6 @@
-"""The bodies of requests on the wire: compressed, over the limit while the client still sends, and JSON
-under the type of a form."""
+"""The bodies of requests: compressed, over the limit while the client still sends, or JSON with the
+content type of a form.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +33,13 @@ MIB = 1024**2
 JSON = {"Content-Type": "application/json"}
 
 
-def bare(data: bytes) -> bytes:
-    """The stream of deflate without zlib's frame."""
+def raw_deflate(data: bytes) -> bytes:
+    """A raw deflate stream, without the header of zlib."""
     packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     return packer.compress(data) + packer.flush()
 
 
-def sent(endpoint: str, body: bytes | Iterator[bytes], coding: str, **more: str) -> httpx.Response:
+def post(endpoint: str, body: bytes | Iterator[bytes], coding: str, **more: str) -> httpx.Response:
     headers = {**JSON, "Content-Encoding": coding, **more}
     return httpx.post(endpoint, content=body, headers=headers, timeout=60)
 
@@ -58,29 +59,29 @@ def in_pieces(data: bytes, size: int) -> Iterator[bytes]:
         ("gzip", gzip.compress(BODY[:70]) + gzip.compress(b"") + gzip.compress(BODY[70:])),
         ("gzip", gzip.compress(BODY) + b"\0" * 512),
         ("deflate", zlib.compress(BODY)),
-        ("deflate", bare(BODY)),
+        ("deflate", raw_deflate(BODY)),
         ("identity", BODY),
         ("", BODY),
     ],
     ids=range(10),
 )
-def test_a_compressed_body_is_unpacked(probe: str, coding: str, body: bytes) -> None:
+def test_a_compressed_body_is_decompressed(probe: str, coding: str, body: bytes) -> None:
     for content in (body, in_pieces(body, 7), in_pieces(body, 1)):
-        answer = sent(probe, content, coding)
+        answer = post(probe, content, coding)
         assert (answer.status_code, answer.json().get("config")) == (200, CONFIG["config"]), coding
 
 
-def test_a_compressed_body_may_be_as_long_as_another(probe: str) -> None:
+def test_a_compressed_body_may_be_as_long_as_a_plain_one(probe: str) -> None:
     text = os.urandom(5 * MIB - 50).hex()
     body = json.dumps({"config": {"x": text}}).encode()
-    assert sent(probe, gzip.compress(body, 1), "gzip").json()["config"] == {"x": text}
+    assert post(probe, gzip.compress(body, 1), "gzip").json()["config"] == {"x": text}
 
 
 def test_the_same_key_with_the_same_body_in_another_coding_is_the_same_job(probe: str) -> None:
     packed, plain = gzip.compress(BODY), BODY
     key = {"Idempotency-Key": "packed once"}
-    first = sent(probe, packed, "gzip", **key).json()
-    assert sent(probe, plain, "identity", **key).json() == first
+    first = post(probe, packed, "gzip", **key).json()
+    assert post(probe, plain, "identity", **key).json() == first
 
 
 @pytest.mark.parametrize(
@@ -97,13 +98,13 @@ def test_the_same_key_with_the_same_body_in_another_coding_is_the_same_job(probe
         "gzip+gzip",
     ],
 )
-def test_another_coding_is_refused_by_name(probe: str, coding: str) -> None:
+def test_an_unknown_coding_is_refused_by_name(probe: str, coding: str) -> None:
     headers = [(b"Content-Type", b"application/json")]
     headers += [(b"Content-Encoding", each.encode()) for each in coding.split("+")]
     answer = httpx.post(probe, content=BODY, headers=headers, timeout=60)
     assert (answer.status_code, answer.json()["kind"]) == (415, "request.unsupported_media_type")
-    told = coding.replace("+", ",").encode().decode("latin-1")
-    assert repr(told) in answer.json()["message"]
+    shown = coding.replace("+", ",").encode().decode("latin-1")
+    assert repr(shown) in answer.json()["message"]
     assert "gzip, deflate" in answer.json()["message"]
     assert answer.headers["accept-encoding"] == "gzip, deflate"
 
@@ -124,28 +125,28 @@ def test_another_coding_is_refused_by_name(probe: str, coding: str) -> None:
     ],
     ids=range(10),
 )
-def test_a_body_that_is_not_what_its_coding_says_is_refused(
+def test_a_body_that_does_not_match_its_coding_is_refused(
     shared_operator: Operator, probe: str, coding: str, body: bytes, named: str
 ) -> None:
-    by_key = {"Idempotency-Key": "broken"}  # takes the framework's way to the route
+    by_key = {"Idempotency-Key": "broken"}  # the framework handles requests with a key
     for headers in ({}, by_key):
-        answer = sent(probe, body, coding, **headers)
+        answer = post(probe, body, coding, **headers)
         assert (answer.status_code, answer.json()["kind"]) == (400, "request.invalid")
         assert named in answer.json()["message"]
     assert "crashed" not in shared_operator.log.read_text()
 
 
-def test_a_bomb_is_refused_in_bounded_memory(own_operator: Operator) -> None:
+def test_a_decompression_bomb_is_refused_in_bounded_memory(own_operator: Operator) -> None:
     endpoint = own_operator.deployed(probe_yaml(), {"probe.py": PROBE})
     bomb = gzip.compress(bytes(256 * MIB), 1)
     assert len(bomb) < 2 * MIB
     before = peak_kib(own_operator.process.pid)
     for coding, body in (("gzip", bomb), ("gzip", in_pieces(bomb, 65536))):
-        answer = sent(endpoint, body, coding)
+        answer = post(endpoint, body, coding)
         assert (answer.status_code, answer.json()["kind"]) == (413, "request.too_large")
         assert "10 MiB" in answer.json()["message"]
     empty = gzip.compress(b"")
-    answer = sent(endpoint, empty * (10 * MIB // len(empty) + 2), "gzip")
+    answer = post(endpoint, empty * (10 * MIB // len(empty) + 2), "gzip")
     assert answer.status_code == 413
     assert peak_kib(own_operator.process.pid) - before < 64 * 1024
 
@@ -156,7 +157,7 @@ def peak_kib(pid: int) -> int:
     return int(found[1])
 
 
-def test_a_compressed_upload_is_unpacked_and_bounded(
+def test_a_compressed_upload_is_decompressed_and_bounded(
     shared_operator: Operator, tmp_path: Path
 ) -> None:
     yaml = probe_yaml("packed")
@@ -169,16 +170,16 @@ def test_a_compressed_upload_is_unpacked_and_bounded(
         files={"config": ("cortex.yaml", yaml.encode()), "project": ("p", archive.getvalue())},
     )
     of_form = {"Content-Type": form.headers["content-type"]}
-    answer = sent(str(form.url), gzip.compress(form.read()), "gzip", **of_form)
+    answer = post(str(form.url), gzip.compress(form.read()), "gzip", **of_form)
     assert answer.json()[0]["message"] == "created packed"
     broken = gzip.compress(form.read())[:-20]
-    answer = sent(str(form.url), broken, "gzip", **of_form)
+    answer = post(str(form.url), broken, "gzip", **of_form)
     assert (answer.status_code, answer.json()["kind"]) == (400, "request.invalid")
     assert "in the middle" in answer.json()["message"]
     head = b'--b\r\nContent-Disposition: form-data; name="project"; filename="p"\r\n\r\n'
     bomb = gzip.compress(head + bytes(140 * MIB), 1)
     of_form = {"Content-Type": "multipart/form-data; boundary=b"}
-    assert sent(str(form.url), bomb, "gzip", **of_form).status_code == 413
+    assert post(str(form.url), bomb, "gzip", **of_form).status_code == 413
 
 
 @pytest.fixture(scope="module")
@@ -226,9 +227,7 @@ def test_clients_that_send_all_before_they_read_get_the_413(
     probe: str, large: Callable[[int], Path], mib: int
 ) -> None:
     data = large(mib).read_bytes()
-    with pytest.raises(
-        urllib.error.HTTPError
-    ) as refused:  # it asks for the connection to be closed
+    with pytest.raises(urllib.error.HTTPError) as refused:  # urllib sends Connection: close
         urllib.request.urlopen(urllib.request.Request(probe, data, JSON), timeout=60)
     with refused.value as answer:
         assert (answer.code, json.load(answer)["kind"]) == (413, "request.too_large")
@@ -237,7 +236,7 @@ def test_clients_that_send_all_before_they_read_get_the_413(
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
-def test_a_connection_goes_on_after_a_413(probe: str, is_chunked: bool) -> None:
+def test_a_connection_stays_usable_after_a_413(probe: str, is_chunked: bool) -> None:
     at = urlsplit(probe)
     with contextlib.closing(http.client.HTTPConnection(at.netloc, timeout=60)) as connection:
         for _ in range(3):
@@ -277,7 +276,7 @@ def test_every_early_answer_reaches_a_client_that_still_sends(
 
 @pytest.mark.parametrize("form", [b"Content-Length: 536870912", b"Transfer-Encoding: chunked"])
 @pytest.mark.parametrize("keeps", [b"keep-alive", b"close"])
-def test_what_is_read_and_thrown_away_is_bounded(
+def test_the_discarded_rest_of_a_body_is_bounded(
     shared_operator: Operator, probe: str, form: bytes, keeps: bytes
 ) -> None:
     parts = urlsplit(shared_operator.url)
@@ -296,21 +295,21 @@ def test_what_is_read_and_thrown_away_is_bounded(
     assert MAX_DISCARDED_BYTES <= sent_bytes < length
     until(
         lambda: shared_operator.http.get(f"{shared_operator.url}/healthz").status_code == 200,
-        "it goes on",
+        "the operator answers",
     )
 
 
-def newest(shared_operator: Operator, probe: str) -> list[str]:
-    """The ids of its newest jobs: jobs of earlier tests may still move on, but none may be new."""
+def newest_job_ids(shared_operator: Operator, probe: str) -> list[str]:
+    """The ids of the newest jobs. Jobs of earlier tests may still run; no new job may appear."""
     return [job["job_id"] for job in shared_operator.http.get(probe).json()["job_statuses"]]
 
 
-def test_what_follows_an_answer_that_closes_is_no_request(
+def test_bytes_after_an_answer_that_closes_are_no_request(
     shared_operator: Operator, probe: str
 ) -> None:
-    """Nothing that a client smuggles behind a refused body is acted upon."""
+    """The operator acts on no request that a client hides behind a refused body."""
     parts = urlsplit(shared_operator.url)
-    before = newest(shared_operator, probe)
+    before = newest_job_ids(shared_operator, probe)
     behind = b"POST /probe HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}"
     with socket.create_connection((parts.hostname, parts.port), 60) as connection:
         head = b"POST /probe HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
@@ -322,13 +321,13 @@ def test_what_follows_an_answer_that_closes_is_no_request(
                 received += piece
     assert received.startswith(b"HTTP/1.1 413 ")
     assert received.count(b"HTTP/1.1") == 1
-    assert newest(shared_operator, probe) == before
+    assert newest_job_ids(shared_operator, probe) == before
 
 
 FORM = "application/x-www-form-urlencoded"
 
 
-def test_json_under_the_type_of_a_form_is_taken_as_plain_curl_sends_it(probe: str) -> None:
+def test_json_with_the_form_type_of_plain_curl_is_accepted(probe: str) -> None:
     for data in ('{"config": {"a": 1}}', ' {"config": {"a": 1}}', '\ufeff{"config": {"a": 1}}'):
         command = ["curl", "-sS", "-d", data, probe]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -339,7 +338,7 @@ def test_json_under_the_type_of_a_form_is_taken_as_plain_curl_sends_it(probe: st
     "name",
     ["Origin", "Sec-Fetch-Site", "Sec-Fetch-Mode", "Sec-Fetch-Dest", "sec-fetch-user"],
 )
-def test_json_under_the_type_of_a_form_is_refused_from_a_page(
+def test_json_with_the_form_type_is_refused_from_a_web_page(
     shared_operator: Operator, probe: str, name: str
 ) -> None:
     value = shared_operator.url if name == "Origin" else "same-origin"
@@ -354,7 +353,7 @@ def test_json_under_the_type_of_a_form_is_refused_from_a_page(
 
 
 @pytest.mark.parametrize("body", [b"config=1", b"a=1&b=2", b"%7B%7D", b"timeout"])
-def test_a_form_is_told_to_be_json(probe: str, body: bytes) -> None:
+def test_a_form_is_refused_with_the_type_to_send(probe: str, body: bytes) -> None:
     answer = httpx.post(
         probe, content=body, headers={"Content-Type": f"{FORM}; charset=utf-8"}, timeout=60
     )
@@ -365,9 +364,7 @@ def test_a_form_is_told_to_be_json(probe: str, body: bytes) -> None:
 @pytest.mark.parametrize(
     ("body", "named"), [(b"{config: 1}", "JSON"), (b"[]", "object"), (b"5", "object"), (b"", "{}")]
 )
-def test_mistakes_in_json_under_the_type_of_a_form_are_told(
-    probe: str, body: bytes, named: str
-) -> None:
+def test_mistakes_in_json_with_the_form_type_are_named(probe: str, body: bytes, named: str) -> None:
     answer = httpx.post(probe, content=body, headers={"Content-Type": FORM}, timeout=60)
     assert (answer.status_code, answer.json()["kind"]) == (400, "request.invalid")
     assert named in answer.json()["message"]

@@ -1,5 +1,7 @@
-"""What clients of Cortex 0.27 to 0.42 send and read: `/tasks/<api>`, as inside its cluster, and the keys of
-its API spec."""
+"""The interface for clients of Cortex 0.27 to 0.42.
+
+These are the routes `/tasks/<api>`, as inside a Cortex cluster, and the keys of Cortex's API spec.
+"""
 
 from __future__ import annotations
 
@@ -19,61 +21,65 @@ SLEEP = {"do": "sleep", "s": 300}
 MASK = "********"
 
 
-def asked(running: Operator, method: str, path: str, **more: Any) -> httpx.Response:
+def send(running: Operator, method: str, path: str, **more: Any) -> httpx.Response:
     return httpx.request(method, running.url + path, timeout=60, **more)
 
 
 @pytest.mark.parametrize("form", ["/tasks/probe?jobID={}", "/tasks/probe/{}", "/tasks/probe/{}/"])
-def test_a_job_by_the_name_of_its_api(shared_operator: Operator, probe: str, form: str) -> None:
-    job = asked(shared_operator, "POST", "/tasks/probe", json={"config": SLEEP}).json()
+def test_tasks_routes_serve_a_job_by_the_name_of_its_api(
+    shared_operator: Operator, probe: str, form: str
+) -> None:
+    job = send(shared_operator, "POST", "/tasks/probe", json={"config": SLEEP}).json()
     path = form.format(job["job_id"])
-    answer = asked(shared_operator, "GET", path).json()
+    answer = send(shared_operator, "GET", path).json()
     assert answer.keys() >= {"job_status", "endpoint", "api_spec"}
     assert answer["endpoint"] == f"{probe}/{job['job_id']}"
     assert answer["job_status"]["status"] == "status_running"
-    assert asked(shared_operator, "HEAD", path).status_code == 200
-    stopped = asked(shared_operator, "DELETE", path)
+    assert send(shared_operator, "HEAD", path).status_code == 200
+    stopped = send(shared_operator, "DELETE", path)
     assert stopped.json() == {"message": f"stopped job {job['job_id']}"}
     until(
-        lambda: asked(shared_operator, "GET", path).json() == shared_operator.get(probe, job),
+        lambda: send(shared_operator, "GET", path).json() == shared_operator.get(probe, job),
         "the same answer",
     )
 
 
-def test_the_name_counts_and_not_the_endpoint(shared_operator: Operator) -> None:
+def test_tasks_routes_take_the_name_and_not_the_endpoint(shared_operator: Operator) -> None:
     more = "  networking: {endpoint: moved-away}\n"
     endpoint = shared_operator.deployed(probe_yaml("moved", more), {"probe.py": PROBE})
-    job = asked(shared_operator, "POST", "/tasks/moved/", json={}).json()
+    job = send(shared_operator, "POST", "/tasks/moved/", json={}).json()
     assert shared_operator.finished(endpoint, job)["status"] == "status_succeeded"
-    assert asked(shared_operator, "GET", f"/tasks/moved/{job['job_id']}/logs").status_code == 200
-    listed = asked(shared_operator, "GET", "/tasks/moved", params={"limit": 1}).json()[
+    assert send(shared_operator, "GET", f"/tasks/moved/{job['job_id']}/logs").status_code == 200
+    listed = send(shared_operator, "GET", "/tasks/moved", params={"limit": 1}).json()[
         "job_statuses"
     ]
     assert [each["job_id"] for each in listed] == [job["job_id"]]
-    assert asked(shared_operator, "POST", "/tasks/moved-away", json={}).status_code == 404
+    assert send(shared_operator, "POST", "/tasks/moved-away", json={}).status_code == 404
     shared_operator.http.delete(f"{shared_operator.url}/-/apis/moved")
-    assert asked(shared_operator, "POST", "/tasks/moved", json={}).status_code == 404
-    assert asked(shared_operator, "GET", f"/tasks/moved/{job['job_id']}").status_code == 200
+    assert send(shared_operator, "POST", "/tasks/moved", json={}).status_code == 404
+    assert send(shared_operator, "GET", f"/tasks/moved/{job['job_id']}").status_code == 200
 
 
-def test_what_is_wrong_at_tasks(shared_operator: Operator, probe: str) -> None:
+def test_tasks_routes_refuse_unknown_names_and_missing_job_ids(
+    shared_operator: Operator, probe: str
+) -> None:
     for method, path in (("GET", "/tasks/nothing"), ("POST", "/tasks/nothing")):
-        answer = asked(shared_operator, method, path, json={})
+        answer = send(shared_operator, method, path, json={})
         assert (answer.status_code, answer.json()["kind"]) == (404, "not_found")
         assert "'nothing'" in answer.json()["message"]
     for path in ("/tasks/nothing?jobID=1", "/tasks/probe/1", "/tasks/nothing/1/logs", "/tasks"):
-        assert asked(shared_operator, "GET", path).json()["kind"] == "not_found"
+        assert send(shared_operator, "GET", path).json()["kind"] == "not_found"
     for path in ("/tasks/probe", "/-/apis/probe/jobs"):
-        answer = asked(shared_operator, "DELETE", path)
+        answer = send(shared_operator, "DELETE", path)
         assert (answer.status_code, answer.json()["kind"]) == (400, "request.invalid")
         assert f"DELETE {path}/<job_id>" in answer.json()["message"]
-    assert asked(shared_operator, "DELETE", "/tasks/nothing").status_code == 404
+    assert send(shared_operator, "DELETE", "/tasks/nothing").status_code == 404
 
 
 @pytest.mark.parametrize(
     ("name", "more"), [("tasks", ""), ("at-tasks", "  networking: {endpoint: tasks}\n")]
 )
-def test_an_api_that_is_called_tasks_keeps_all_of_its_paths(
+def test_an_api_named_tasks_keeps_all_of_its_paths(
     shared_operator: Operator, probe: str, name: str, more: str
 ) -> None:
     endpoint = shared_operator.deployed(probe_yaml(name, more), {"probe.py": PROBE})
@@ -82,24 +88,24 @@ def test_an_api_that_is_called_tasks_keeps_all_of_its_paths(
     shared_operator.await_log(endpoint, job, "asleep")
     until(
         lambda: shared_operator.status(endpoint, job)["worker_counts"]["running"],
-        "it is seen to run",
+        "the status shows that the job runs",
     )
-    by_path = asked(shared_operator, "GET", f"/tasks/{job['job_id']}").json()
-    assert by_path == asked(shared_operator, "GET", f"/tasks?jobID={job['job_id']}").json()
+    by_path = send(shared_operator, "GET", f"/tasks/{job['job_id']}").json()
+    assert by_path == send(shared_operator, "GET", f"/tasks?jobID={job['job_id']}").json()
     assert by_path["endpoint"] == f"{endpoint}/{job['job_id']}"
-    assert asked(shared_operator, "GET", f"/tasks/{job['job_id']}/logs").status_code == 200
+    assert send(shared_operator, "GET", f"/tasks/{job['job_id']}/logs").status_code == 200
     assert (
-        asked(shared_operator, "GET", "/tasks").json()["job_statuses"][0]["job_id"] == job["job_id"]
+        send(shared_operator, "GET", "/tasks").json()["job_statuses"][0]["job_id"] == job["job_id"]
     )
-    assert asked(shared_operator, "DELETE", f"/tasks/{job['job_id']}").status_code == 200
-    # Another API, and this one, by their names beside it.
-    other = asked(shared_operator, "POST", "/tasks/probe", json={}).json()
+    assert send(shared_operator, "DELETE", f"/tasks/{job['job_id']}").status_code == 200
+    # Both APIs are also reachable by name.
+    other = send(shared_operator, "POST", "/tasks/probe", json={}).json()
     assert other["api_name"] == "probe"
-    assert asked(shared_operator, "GET", f"/tasks/probe/{other['job_id']}").status_code == 200
-    assert asked(shared_operator, "POST", f"/tasks/{name}", json={}).json()["api_name"] == name
-    assert asked(shared_operator, "GET", f"/tasks/{other['job_id']}").status_code == 404
+    assert send(shared_operator, "GET", f"/tasks/probe/{other['job_id']}").status_code == 200
+    assert send(shared_operator, "POST", f"/tasks/{name}", json={}).json()["api_name"] == name
+    assert send(shared_operator, "GET", f"/tasks/{other['job_id']}").status_code == 404
     shared_operator.http.delete(f"{shared_operator.url}/-/apis/{name}")
-    assert asked(shared_operator, "GET", f"/tasks/{job['job_id']}").status_code == 200
+    assert send(shared_operator, "GET", f"/tasks/{job['job_id']}").status_code == 200
 
 
 WRITTEN = """
@@ -116,23 +122,23 @@ WRITTEN = """
 
 
 def specs(running: Operator, endpoint: str) -> Iterator[Any]:
-    """The API spec, from every answer that has it."""
+    """The API spec from every answer that contains it."""
     job = running.submit(endpoint)
-    yield asked(running, "GET", "/-/apis/written").json()[0]["spec"]
+    yield send(running, "GET", "/-/apis/written").json()[0]["spec"]
     yield next(
         each["spec"]
-        for each in asked(running, "GET", "/-/apis").json()
+        for each in send(running, "GET", "/-/apis").json()
         if each["spec"]["name"] == "written"
     )
     yield running.get(endpoint, job)["api_spec"]
-    yield asked(running, "GET", f"/tasks/written/{job['job_id']}").json()["api_spec"]
+    yield send(running, "GET", f"/tasks/written/{job['job_id']}").json()["api_spec"]
 
 
 @pytest.mark.parametrize(
     ("cpu", "shown", "cpu_m"),
     [("10m", "10m", 10), ("0.01", "0.01", 10), ('"0.01"', "0.01", 10), ("1", "1", 1000)],
 )
-def test_the_keys_of_cortex_stand_beside_ours(
+def test_a_spec_has_the_keys_of_cortex_beside_ours(
     shared_operator: Operator, cpu: str, shown: str, cpu_m: int
 ) -> None:
     (deployed,) = shared_operator.deploy(WRITTEN % cpu, {"probe.py": PROBE}).json()
@@ -158,7 +164,7 @@ def test_an_api_without_compute_shows_the_default(shared_operator: Operator) -> 
     assert "compute" not in spec["submitted_api_spec"]
 
 
-def test_a_version_of_before_has_the_keys_too(tmp_path: Path) -> None:
+def test_a_version_of_an_older_operator_has_the_keys_of_cortex(tmp_path: Path) -> None:
     with operator(tmp_path) as running:
         files = {"probe.py": PROBE}
         endpoint = running.deployed(WRITTEN % "10m", files)

@@ -1,4 +1,4 @@
-"""Where an operator listens."""
+"""The address on which an operator listens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from operator_harness import PROBE, operator, probe_yaml
 
-# In mounts of its own, with a resolver that knows no name at all.
+# A mount namespace with a resolver that resolves no name.
 NAMELESS = (
     "mount --bind /dev/null /etc/hosts && mount --bind /dev/null /etc/resolv.conf "
     '&& mount --bind "$1" /etc/nsswitch.conf && shift && exec "$@"'
@@ -18,7 +18,7 @@ NAMELESS = (
 
 @pytest.fixture
 def nameless(tmp_path: Path) -> list[str]:
-    """A command that runs another where the resolver knows no names."""
+    """The prefix of a command that runs without a working resolver."""
     (tmp_path / "nsswitch.conf").write_text("hosts: files\npasswd: files\ngroup: files\n")
     return ["unshare", "-rm", "sh", "-c", NAMELESS, "sh", str(tmp_path / "nsswitch.conf")]
 
@@ -26,7 +26,7 @@ def nameless(tmp_path: Path) -> list[str]:
 def test_an_operator_serves_where_the_resolver_does_not_know_localhost(
     tmp_path: Path, nameless: list[str]
 ) -> None:
-    with operator(tmp_path / "own", within=nameless) as running:
+    with operator(tmp_path / "own", command_prefix=nameless) as running:
         assert urlsplit(running.url).hostname == "127.0.0.1"
         endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
         assert endpoint.startswith(running.url)
@@ -36,18 +36,18 @@ def test_an_operator_serves_where_the_resolver_does_not_know_localhost(
             f'- name: look\n  kind: TaskAPI\n  definition: {{command: [python, -c, "{lookup}"]}}\n'
         )
         found = running.run(running.deployed(yaml, {}))
-        assert "gaierror" in found["message"]  # else it was no such machine
+        assert "gaierror" in found["message"]  # the resolver really fails
 
 
 def loopbacks() -> list[str]:
-    """What this machine has of them."""
+    """The loopback addresses of this machine."""
     of_ipv6 = Path("/proc/net/if_inet6")
     has_ipv6 = of_ipv6.exists() and " lo\n" in of_ipv6.read_text()
     return ["localhost", "127.0.0.1", *(["::1"] if has_ipv6 else [])]
 
 
 @pytest.mark.parametrize("host", loopbacks())
-def test_the_url_that_is_printed_can_be_asked(tmp_path: Path, host: str) -> None:
+def test_the_printed_url_is_reachable(tmp_path: Path, host: str) -> None:
     with operator(tmp_path, "--host", host) as running:
         assert urlsplit(running.url).hostname == host
         assert running.http.get(f"{running.url}/healthz").status_code == 200

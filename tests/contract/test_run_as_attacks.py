@@ -1,5 +1,7 @@
-"""Attacks on an operator that is root by jobs that run as another user: it is to do for them, in folders that are theirs,
-what they may not do. The time in which they can is made long by `strace`, which delays the operator's system calls.
+"""Jobs of another user attack an operator that runs as root.
+
+They try to make root change files that they may not change, through links in their own folders.
+`strace` delays the operator's system calls, which makes such races likely.
 """
 
 from __future__ import annotations
@@ -16,15 +18,22 @@ from pathlib import Path
 
 import pytest
 
-from contract.test_traced import fork_servers, kill
+from contract.test_root_syscalls import fork_servers, kill
 from cortex.joblog.reader import REPLACED
-from operator_harness import PROBE, WAIT_TIMEOUT_S, operator, probe_yaml, reachable, until
+from operator_harness import (
+    PROBE,
+    WAIT_TIMEOUT_S,
+    operator,
+    probe_yaml,
+    reachable_interpreter,
+    until,
+)
 from root_operator import UID, USER, passable_folder, waiting_for_import
 
 SECRET = "what only root may read"
-ROOTS = "the root user's words"
-# Puts a link to what only root may read in place of each file that is about to become a start record, and takes what root
-# makes of that for its log.
+ROOT_TEXT = "text of the root user"
+# Replaces each file that is about to become a start record by a link to the secret file. If root
+# links that file into a job's folder, the job renames it to its own log.
 SWAPS = """
 import os
 
@@ -41,22 +50,22 @@ def attack(folder, config):
     return False
 
 def task(config):
-    print("at it", flush=True)
+    print("attacking", flush=True)
     is_last = False
     while not is_last:
         is_last = os.path.exists(config["end"])
         for folder in config["folders"]:
             try:
                 if attack(folder, config):
-                    return "has it"
+                    return "got the secret"
             except OSError:
                 continue
-    return "has it not"
+    return "got nothing"
 """
 
 
 def delay(*calls: str, by_us: int) -> list[str]:
-    """How `strace` is told to delay these system calls."""
+    """The `strace` command that delays these system calls."""
     names = ",".join(calls)
     slow = [f"trace={names}", "-e", f"inject={names}:delay_enter={by_us}", "-e", "signal=none"]
     return ["strace", "-f", "-o", "/dev/null", "-e", *slow]
@@ -64,7 +73,7 @@ def delay(*calls: str, by_us: int) -> list[str]:
 
 @contextmanager
 def slowed(pid: int, *calls: str, by_us: int) -> Iterator[None]:
-    """Delay system calls of a process that runs."""
+    """Delay system calls of a running process, for the duration of the block."""
     command = [*delay(*calls, by_us=by_us), "-p", str(pid)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
         assert strace.stderr is not None
@@ -84,7 +93,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def secret(folder: Path) -> Iterator[Path]:
-    """A file of root's that is as it was when the test is over."""
+    """A file of root that must be unchanged after the test."""
     file = folder / "secret"
     file.write_text(SECRET)
     file.chmod(0o600)
@@ -96,24 +105,26 @@ def secret(folder: Path) -> Iterator[Path]:
         assert getattr(after, name) == getattr(before, name), name
 
 
-def test_no_file_of_roots_gets_a_name_in_a_jobs_folder(folder: Path, secret: Path) -> None:
-    with operator(folder, "--run-as", USER, "--cpu", "2", within=reachable()) as running:
+def test_no_file_of_root_is_linked_into_a_jobs_folder(folder: Path, secret: Path) -> None:
+    with operator(
+        folder, "--run-as", USER, "--cpu", "2", command_prefix=reachable_interpreter()
+    ) as running:
         jobs, end, go = running.data_dir / "jobs", folder / "end", folder / "go"
         victims, victim = waiting_for_import(running, go)
         swaps = running.deployed(probe_yaml("swaps"), {"probe.py": SWAPS})
-        # A job can ask the operator for others' ids.
-        told = {"secret": str(secret), "inode": secret.stat().st_ino, "end": str(end)}
+        # A job can get the ids of other jobs from the operator.
+        config = {"secret": str(secret), "inode": secret.stat().st_ino, "end": str(end)}
         folders = [str(jobs), str(jobs / victim["job_id"])]
-        attacker = running.submit(swaps, config={**told, "folders": folders})
-        running.await_log(swaps, attacker, "at it")
+        attacker = running.submit(swaps, config={**config, "folders": folders})
+        running.await_log(swaps, attacker, "attacking")
         with slowed(running.process.pid, "linkat", by_us=500_000):
-            # All at once: what one of them had becomes the operator's.
+            # All fork servers at once: the operator fences the attempts that they had.
             for pid in fork_servers(running):
                 kill(pid)
             start = jobs / victim["job_id"] / "start.1"
-            until(lambda: start.exists() or secret.stat().st_nlink > 1, "its attempt fenced off")
+            until(lambda: start.exists() or secret.stat().st_nlink > 1, "the attempt is fenced")
             end.touch()
-            assert running.finished(swaps, attacker)["result"] == "has it not"
+            assert running.finished(swaps, attacker)["result"] == "got nothing"
         assert SECRET not in running.log_of(swaps, attacker)
         go.touch()
         assert running.finished(victims, victim)["status"] == "status_succeeded"
@@ -121,7 +132,7 @@ def test_no_file_of_roots_gets_a_name_in_a_jobs_folder(folder: Path, secret: Pat
 
 @contextmanager
 def swapping(folder: Path, link_to: Path) -> Iterator[None]:
-    """Somebody without rights who puts a link and a folder in place of each other all the time."""
+    """An unprivileged process that swaps a link and a folder all the time."""
     child = os.fork()
     if child == 0:
         os.setgroups([])
@@ -141,7 +152,7 @@ def _swap(folder: Path, link_to: Path) -> None:
     names = os.fsencode(own), os.fsencode(link)
     exchange = ctypes.CDLL(None).renameat2
     while True:
-        # What removes them leaves the one and not the other.
+        # The removal deletes one of the two first.
         if not own.is_symlink() and not link.is_symlink():
             with suppress(OSError):
                 (link / "below").rmdir()
@@ -164,7 +175,7 @@ def _swap(folder: Path, link_to: Path) -> None:
     ],
     ids=["a job's folder", "workspaces"],
 )
-def test_no_link_that_is_put_in_a_folder_while_that_is_removed_leads_out(
+def test_a_link_put_into_a_folder_during_its_removal_leads_nowhere(
     folder: Path, secret: Path, code: str
 ) -> None:
     theirs = folder / "jobs" / "theirs"
@@ -172,7 +183,7 @@ def test_no_link_that_is_put_in_a_folder_while_that_is_removed_leads_out(
     os.chown(theirs, UID, UID)
     roots = folder / "roots"
     roots.mkdir(mode=0o755)
-    (roots / "file").write_text(ROOTS)
+    (roots / "file").write_text(ROOT_TEXT)
     (roots / "file").chmod(0o604)
     code += (
         "\nimport os, sys; from pathlib import Path\nfor _ in range(int(sys.argv[2])):\n"
@@ -186,16 +197,16 @@ def test_no_link_that_is_put_in_a_folder_while_that_is_removed_leads_out(
             subprocess.run([*slow, *command, "10"], check=True, timeout=WAIT_TIMEOUT_S)
     assert roots.stat().st_mode & 0o777 == 0o755
     assert (roots / "file").stat().st_mode & 0o777 == 0o604
-    assert (roots / "file").read_text() == ROOTS
+    assert (roots / "file").read_text() == ROOT_TEXT
     subprocess.run([*command, "1"], check=True, timeout=WAIT_TIMEOUT_S)
     assert list(theirs.iterdir()) == []
 
 
-def test_a_link_that_root_itself_has_made_in_place_of_a_log_is_not_read_through(
+def test_a_log_that_is_a_hard_link_to_a_file_of_root_is_not_served(
     folder: Path,
 ) -> None:
-    """As an operator of an earlier version could be made to."""
-    with operator(folder, "--run-as", USER, within=reachable()) as running:
+    """Jobs could make an operator of an earlier version create such a link."""
+    with operator(folder, "--run-as", USER, command_prefix=reachable_interpreter()) as running:
         endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
         job = running.submit(endpoint, config={"do": "say"})
         assert running.finished(endpoint, job)["status"] == "status_succeeded"
@@ -209,12 +220,12 @@ def test_a_link_that_root_itself_has_made_in_place_of_a_log_is_not_read_through(
             assert running.log_of(endpoint, job) == REPLACED
             url, part = f"{endpoint}/{job['job_id']}/logs", {"Range": "bytes=0-3"}
             assert SECRET[:4] not in running.http.get(url, headers=part).text
-        # What root may read alone has one name, too, where the job could move it here.
+        # A file of root with one name: a job could have moved it here.
         file.unlink()
         assert running.log_of(endpoint, job) == REPLACED
 
 
-def test_a_log_that_a_job_holds_on_to_holds_up_nobody(folder: Path) -> None:
+def test_a_log_with_a_lease_does_not_block_its_reader(folder: Path) -> None:
     code = (
         "import fcntl, os, signal, time\n"
         "def task(config):\n"
@@ -223,18 +234,19 @@ def test_a_log_that_a_job_holds_on_to_holds_up_nobody(folder: Path) -> None:
         "    os.unlink(log)\n"
         "    file = os.open(log, os.O_RDWR | os.O_CREAT)\n"
         "    fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)\n"
-        "    open('held', 'w').close()\n"
+        "    open('leased', 'w').close()\n"
         "    while not os.path.exists(config['end']):\n"
         "        time.sleep(0.02)\n"
     )
-    with operator(folder, "--run-as", USER, within=reachable()) as running:
-        endpoint, end = running.deployed(probe_yaml("holds"), {"probe.py": code}), folder / "end"
+    with operator(folder, "--run-as", USER, command_prefix=reachable_interpreter()) as running:
+        endpoint, end = running.deployed(probe_yaml("lease"), {"probe.py": code}), folder / "end"
         job = running.submit(endpoint, config={"end": str(end)})
         own = running.data_dir / "jobs" / ".own"
-        until(lambda: list(own.glob("*/*/held")), "the lease")
-        begun = time.monotonic()
+        until(lambda: list(own.glob("*/*/leased")), "the job has the lease")
+        started = time.monotonic()
         assert running.log_of(endpoint, job) == REPLACED
-        assert time.monotonic() - begun < 20  # the kernel would wait for 45 s
+        # Without O_NONBLOCK the kernel waits 45 s for the lease.
+        assert time.monotonic() - started < 20
         end.touch()
         assert running.finished(endpoint, job)["status"] == "status_succeeded"
         assert running.log_of(endpoint, job) == ""

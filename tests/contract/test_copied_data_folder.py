@@ -1,4 +1,4 @@
-"""A copy of a data folder that is started on the same machine leaves the original's jobs alone."""
+"""An operator on a copied data folder does not touch the jobs of the original operator."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ SPAWN = """
 
 
 @contextmanager
-def copied(own_operator: Operator, tmp_path: Path) -> Iterator[Operator]:
-    """An operator on a copy of another's folder, which goes on too."""
-    own_operator.kill()  # or its database would be copied while it is written
+def operator_on_copy(own_operator: Operator, tmp_path: Path) -> Iterator[Operator]:
+    """An operator on a copy of the data folder, beside the original operator."""
+    own_operator.kill()  # otherwise the database would be copied during a write
     subprocess.run(["cp", "-a", own_operator.data_dir, tmp_path / "copy"], check=True)
     own_operator.start()
     other = Operator(tmp_path / "other", "--grace", "1", data_dir=tmp_path / "copy")
@@ -33,15 +33,17 @@ def copied(own_operator: Operator, tmp_path: Path) -> Iterator[Operator]:
     finally:
         other.http.close()
         assert other.stop() == 0
-        until(lambda: not processes_with(str(other.data_dir)), "all processes of the copy gone")
+        until(
+            lambda: not processes_with(str(other.data_dir)), "all processes of the copy have exited"
+        )
         assert "Traceback" not in other.log.read_text()
 
 
-def _workers(job: dict[str, str]) -> list[int]:
+def _processes_of(job: dict[str, str]) -> list[int]:
     return sorted(processes_with(f"CORTEX_JOB_ID={job['job_id']}"))
 
 
-def test_a_stop_at_a_copy_does_not_stop_the_original_s_job(
+def test_a_stop_at_a_copy_does_not_stop_the_job_of_the_original(
     own_operator: Operator, tmp_path: Path
 ) -> None:
     path = own_operator.deployed(probe_yaml(), {"probe.py": PROBE + SPAWN}).removeprefix(
@@ -51,42 +53,48 @@ def test_a_stop_at_a_copy_does_not_stop_the_original_s_job(
     own_operator.finished(own_operator.url + path, done)
     job = own_operator.submit(own_operator.url + path, config={"do": "spawn"})
     own_operator.await_log(own_operator.url + path, job, "asleep")
-    processes = _workers(job)
+    processes = _processes_of(job)
     assert len(processes) == 2
-    with copied(own_operator, tmp_path) as copy:
-        told = copy.finished(copy.url + path, job)
-        assert told["status"] == "status_unexpected_error"
-        assert "this one is a copy" in told["message"]
+    with operator_on_copy(own_operator, tmp_path) as copy:
+        ended = copy.finished(copy.url + path, job)
+        assert ended["status"] == "status_unexpected_error"
+        assert "this one is a copy" in ended["message"]
         assert copy.finished(copy.url + path, done)["status"] == "status_succeeded"
         assert copy.delete(copy.url + path, job).status_code in (200, 409)
         assert copy.http.delete(f"{copy.url}/-/apis/probe").status_code == 200
-    assert _workers(job) == processes
+    assert _processes_of(job) == processes
     assert own_operator.status(own_operator.url + path, job)["status"] == "status_running"
     assert own_operator.delete(own_operator.url + path, job).status_code == 200
-    until(lambda: not _workers(job), "the job gone")
+    until(lambda: not _processes_of(job), "the job's processes have exited")
     assert own_operator.status(own_operator.url + path, job)["status"] == "status_stopped"
 
 
-def test_an_attempt_that_a_copy_loses_takes_nothing_of_the_original_s_along(
+def test_a_lost_attempt_at_a_copy_kills_no_process_of_the_original(
     own_operator: Operator, tmp_path: Path
 ) -> None:
     yaml = probe_yaml(more="  retries: 1\n")
     path = own_operator.deployed(yaml, {"probe.py": PROBE + SPAWN}).removeprefix(own_operator.url)
     job = own_operator.submit(own_operator.url + path, config={"do": "spawn"})
     own_operator.await_log(own_operator.url + path, job, "asleep")
-    processes = _workers(job)
-    with copied(own_operator, tmp_path) as copy:
-        until(lambda: copy.log_of(copy.url + path, job).count("asleep") == 2, "tried again there")
-        theirs = set(_workers(job)) - set(processes)
+    processes = _processes_of(job)
+    with operator_on_copy(own_operator, tmp_path) as copy:
+        until(
+            lambda: copy.log_of(copy.url + path, job).count("asleep") == 2,
+            "the copy retries the job",
+        )
+        theirs = set(_processes_of(job)) - set(processes)
         (worker,) = (pid for pid in theirs if _parent(pid) not in theirs and _parent(pid) != 1)
         os.kill(_parent(worker), 9)  # its supervisor
         assert copy.finished(copy.url + path, job)["status"] == "status_unexpected_error"
-        until(lambda: _workers(job) == processes, "what the copy's attempt left is gone")
+        until(
+            lambda: _processes_of(job) == processes,
+            "the processes of the copy's attempt have exited",
+        )
         assert copy.http.delete(f"{copy.url}/-/apis/probe").status_code == 200
     assert own_operator.status(own_operator.url + path, job)["status"] == "status_running"
 
 
-def test_a_folder_that_was_moved_is_the_same(tmp_path: Path) -> None:
+def test_a_moved_data_folder_keeps_its_running_job(tmp_path: Path) -> None:
     with operator(tmp_path) as own_operator:
         path = own_operator.deployed(probe_yaml(), {"probe.py": PROBE}).removeprefix(
             own_operator.url
@@ -98,7 +106,7 @@ def test_a_folder_that_was_moved_is_the_same(tmp_path: Path) -> None:
         own_operator.start()
         assert own_operator.status(own_operator.url + path, job)["status"] == "status_running"
         assert own_operator.delete(own_operator.url + path, job).status_code == 200
-        until(lambda: not _workers(job), "the job gone")
+        until(lambda: not _processes_of(job), "the job's processes have exited")
 
 
 def _parent(pid: int) -> int:

@@ -1,5 +1,4 @@
-"""What the contract promises holds on a PostgreSQL store as well: a part of each of the other modules,
-run again on one."""
+"""The contract holds on a PostgreSQL store: runs some tests of the other modules on one."""
 
 from __future__ import annotations
 
@@ -24,14 +23,14 @@ from postgresql_server import PostgreSQLServer
 
 PROMISES: list[Callable[..., None]] = [
     test_submit.test_an_empty_object_submits_a_job_with_every_field_present,
-    test_submit.test_config_comes_back_as_it_went_in,
+    test_submit.test_config_is_returned_unchanged,
     test_submit.test_a_repeated_key_gives_the_same_job,
     test_status.test_both_forms_of_the_url_give_the_same_answer,
     test_status.test_a_waiting_job_says_what_it_waits_for,
     test_status.test_worker_error_raised,
     test_status.test_timed_out,
     test_status.test_jobs_are_listed_newest_first_in_pages,
-    test_stop.test_stop_says_so_and_again,
+    test_stop.test_a_repeated_stop_gets_the_same_answer,
     test_stop.test_a_finished_job_cannot_be_stopped,
     test_deploy.test_a_changed_api_makes_a_version_and_running_jobs_keep_theirs,
     test_deploy.test_an_endpoint_belongs_to_one_api,
@@ -40,12 +39,12 @@ PROMISES: list[Callable[..., None]] = [
     test_durability.test_waiting_jobs_start_after_a_crash_each_once,
     test_durability.test_a_stop_is_final_across_a_crash,
     test_durability.test_a_repeated_key_holds_across_a_crash,
-    test_limits.test_the_limit_holds_across_a_crash_of_the_operator,
-    test_limits.test_of_many_submits_at_once_no_more_are_taken_than_may_wait,
-    test_retention.test_jobs_go_after_their_time_but_none_that_runs,
+    test_limits.test_max_running_holds_across_a_crash_of_the_operator,
+    test_limits.test_concurrent_submits_do_not_exceed_max_waiting,
+    test_retention.test_old_jobs_are_removed_but_no_running_ones,
     test_retention.test_of_many_jobs_the_newest_are_kept,
-    test_retention.test_versions_projects_and_environments_go_when_nothing_uses_them,
-    test_tokens.test_a_change_holds_from_the_next_request_on,
+    test_retention.test_unused_versions_projects_and_environments_are_removed,
+    test_tokens.test_a_revoked_token_is_refused_from_the_next_request_on,
 ]
 
 
@@ -53,7 +52,7 @@ PROMISES: list[Callable[..., None]] = [
 def shared_operator(
     tmp_path_factory: pytest.TempPathFactory, postgresql: PostgreSQLServer, migrated_database: str
 ) -> Iterator[Operator]:
-    """In place of the operator of that name."""
+    """Replaces the fixture `shared_operator` by an operator on PostgreSQL."""
     name = postgresql.create(template=migrated_database)
     with operator(tmp_path_factory.mktemp("shared"), "--store", postgresql.url(name)) as running:
         yield running
@@ -66,20 +65,20 @@ def probe(shared_operator: Operator) -> str:
 
 
 @pytest.fixture
-def stored(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Operators and commands of the test use a database of its own."""
+def own_database(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The test's operators and commands use a database of its own."""
     monkeypatch.setenv("CORTEX_SERVE_STORE", database)
     yield
     with psycopg.connect(database) as connection:
         used = connection.execute("SELECT count(*) FROM operators").fetchone()
-    assert used is not None and used[0] > 0, "an operator was on this database"
+    assert used is not None and used[0] > 0, "an operator has used this database"
 
 
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
-def test_what_is_promised_holds_on_postgresql(
+def test_the_contract_holds_on_postgresql(
     promise: Callable[..., None], request: pytest.FixtureRequest
 ) -> None:
-    wanted = list(inspect.signature(promise).parameters)
-    if "shared_operator" not in wanted:
-        request.getfixturevalue("stored")
-    promise(**{name: request.getfixturevalue(name) for name in wanted})
+    names = list(inspect.signature(promise).parameters)
+    if "shared_operator" not in names:
+        request.getfixturevalue("own_database")
+    promise(**{name: request.getfixturevalue(name) for name in names})
