@@ -207,10 +207,10 @@ class SupervisorHandle:
         reply, order = Reply.loads(data), self.order
         if order is None or (reply.job_id, reply.attempt) != (order.job_id, order.attempt):
             raise checks.Invalid("it names a job that the supervisor does not run")
+        if reply.error is not None and (self._has_begun or _has_start(order)):
+            raise checks.Invalid("it reports a job that could not begin, but the job has begun")
         if not reply.ended and (self._has_begun or not (reply.recorded or reply.error)):
             raise checks.Invalid("it repeats an earlier message, or reports nothing")
-        if reply.error is not None and _has_start(order):
-            raise checks.Invalid("it reports a job that could not begin, but the job has begun")
         if reply.ended and processes.has_child(self._pid):
             raise checks.Invalid("it reports a job that has ended, but the job runs")
         return reply
