@@ -20,8 +20,10 @@ from operator_proxy import OperatorProxy
 from postgresql_server import PostgreSQLServer, server
 from s3_server import S3Server
 
-# A shell starts background commands with SIGINT ignored, and child processes would inherit that.
+# A shell starts background commands with SIGINT and SIGQUIT ignored. Child processes would inherit
+# that, and plain programs would differ from jobs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

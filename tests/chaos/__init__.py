@@ -1,0 +1,1 @@
+"""Tests with faults: killed processes, full disks, changed clocks, lost connections."""

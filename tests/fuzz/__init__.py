@@ -1,0 +1,1 @@
+"""Tests with odd requests, archives and configurations."""

@@ -42,7 +42,7 @@ def by_remove(root: Path) -> None:
 
 def by_an_agent(root: Path) -> None:
     agent: Any = SimpleNamespace(
-        _live={}, _folders=JobFolders(root / "jobs"), _engine=LocalEngine(root / "jobs")
+        _orders={}, _folders=JobFolders(root / "jobs"), _engine=LocalEngine(root / "jobs")
     )
     asyncio.run(Agent.discard(agent, ["job"]))
 

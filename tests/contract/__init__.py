@@ -1,0 +1,1 @@
+"""Tests of a real operator over HTTP: what users rely on."""

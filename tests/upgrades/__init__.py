@@ -1,0 +1,1 @@
+"""Tests that start the operator on the data of an earlier version."""
