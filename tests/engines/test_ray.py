@@ -340,7 +340,7 @@ def test_a_node_with_another_version_is_reported(
 def test_a_missing_cluster_is_an_error_at_the_start(tmp_path: Path) -> None:
     async def main() -> None:
         engine = RayEngine(tmp_path, "127.0.0.1:1", "unused-namespace")
-        with pytest.raises(StartupError, match="nothing answers on_node"):
+        with pytest.raises(StartupError, match="nothing answers there"):
             await engine.open(lambda _: None)
 
     asyncio.run(main())

@@ -22,7 +22,7 @@ from cortex.engines.ray.messages import Builds, NodeOrder, Reservation
 from cortex.engines.ray.tracked import TrackedAttempt
 from cortex.joblog import watch
 from cortex.joblog.folders import JobFolders
-from cortex.ray_node import guard, reservations
+from cortex.ray_node import agent, guard, reservations
 from cortex.worker import processes
 from engines.engine_harness import LIMIT_S, until
 from engines.in_process_ray import NAMESPACE, InProcessHarness, in_process_harness, ready
@@ -220,6 +220,29 @@ def test_a_reservation_whose_records_the_node_lost_is_released(
         (harness.agent_folder / "owner").unlink()
         assert "records in it, is gone" in str(await harness.final(attempt))
         await until(lambda: not harness.ray.reservations)
+
+    harness.run(scenario)
+
+
+def test_a_recovery_for_which_no_thread_can_be_started_is_retried(
+    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [RuntimeError("can't start new thread")] * 2
+    end = agent._ended
+
+    def fail_twice(folder: Path, number: int) -> bool:
+        if failures:
+            raise failures.pop()
+        return end(folder, number)
+
+    async def scenario(engine: Engine) -> None:
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await harness.started(attempt)
+        monkeypatch.setattr(agent, "_ended", fail_twice)
+        shutil.rmtree(harness.agent_folder / "jobs" / attempt.spec.job_id)
+        await harness.ray.kill_agent()
+        assert isinstance(await harness.final(attempt), Lost)
+        assert failures == []
 
     harness.run(scenario)
 

@@ -35,6 +35,19 @@ def test_a_driver_that_cannot_be_started_is_a_failure_of_the_link_and_is_retried
     asyncio.run(main())
 
 
+def test_a_host_that_cannot_be_looked_up_is_a_failure_of_the_link(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The event loop looks up a host's name in a thread."""
+
+    async def refuse(*_: object, **__: object) -> NoReturn:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", refuse)
+    with pytest.raises(LinkError, match="cannot look up its host: can't start new thread"):
+        asyncio.run(Link("head:1", "namespace", None).open(10))
+
+
 def test_lock_files_that_cannot_be_read_are_a_shortage() -> None:
     locks: Any = SimpleNamespace(locks=lambda _: {})
     tracked: Any = SimpleNamespace(

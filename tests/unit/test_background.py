@@ -14,7 +14,7 @@ ERRORS = (StorageUnavailable, OSError)
 
 
 def test_work_is_repeated_until_it_succeeds() -> None:
-    failures = [StorageUnavailable("the disk is full"), OSError("no descriptors")]
+    failures = [*[StorageUnavailable("the disk is full")] * 3, OSError("no descriptors")]
 
     async def work() -> int:
         if failures:

@@ -42,17 +42,17 @@ def archive(*members: Member) -> io.BytesIO:
     return out
 
 
-def refused(stream: io.BytesIO, folder: Path) -> str:
+def refused(stream: io.BytesIO, folder: Path, *, is_upload: bool = False) -> str:
     """The message of the refusal. Nothing of the archive may remain, in its folder or beside it."""
     folder.mkdir(exist_ok=True)
     before = sorted(folder.rglob("*"))
     with pytest.raises(InvalidProject) as raised:
-        unpack(stream, folder / "target")
+        unpack(stream, folder / "target", is_upload=is_upload)
     assert sorted(folder.rglob("*")) == before
     stream.seek(0)
     (folder / "existing").mkdir()
     with pytest.raises(InvalidProject):
-        unpack(stream, folder / "existing")
+        unpack(stream, folder / "existing", is_upload=is_upload)
     assert list((folder / "existing").iterdir()) == []
     return raised.value.message
 
@@ -146,21 +146,37 @@ def test_a_declared_size_over_the_limit_is_refused(tmp_path: Path) -> None:
 def test_too_many_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpacking, "MAX_PROJECT_FILES", 3)
     assert "over 3 files and folders" in refused(
-        archive(*[(f"f{n}", b"") for n in range(4)]), tmp_path / "in"
+        archive(*[(f"f{n}", b"") for n in range(4)]), tmp_path / "in", is_upload=True
     )
 
 
 @pytest.mark.parametrize("content", [b"", "target"], ids=["file", "link"])
-def test_folders_that_an_archive_does_not_list_count(
+def test_folders_that_an_upload_does_not_list_count(
     content: bytes | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    members = [("a/b/f", content), ("a/c", member("a/c", tarfile.DIRTYPE)), ("./a/b/g", content)]
-    for module in (packing, unpacking):
-        monkeypatch.setattr(module, "MAX_PROJECT_FILES", 5)
-    unpack(archive(*members), tmp_path / "allowed")
-    pack_stored(tmp_path / "allowed", io.BytesIO())
-    message = refused(archive(*members, ("a/c/h", b"")), tmp_path / "in")
-    assert "over 5 files and folders" in message
+    folder = ("a/c", member("a/c", tarfile.DIRTYPE))
+    members = [("a/b/f", content), folder, ("./a/b/g", content)]
+    monkeypatch.setattr(unpacking, "MAX_PROJECT_FILES", 5)
+    unpack(archive(*members), tmp_path / "files first", is_upload=True)
+    unpack(archive(*members, folder), tmp_path / "a folder twice", is_upload=True)
+    assert "over 5 files and folders" in refused(
+        archive(*members, ("a/c/h", b"")), tmp_path / "in", is_upload=True
+    )
+
+
+def test_a_stored_project_has_no_limits_of_an_upload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier version may have stored it, with more than today's limits allow."""
+    members = [(f"{name}/{name}", b"x") for name in "abcdef"]
+    monkeypatch.setattr(unpacking, "MAX_PROJECT_FILES", 5)
+    monkeypatch.setattr(packing, "MAX_PROJECT_FILES", 5)
+    unpack(archive(*members), tmp_path / "stored")
+    sent = io.BytesIO()
+    pack_stored(tmp_path / "stored", sent)
+    sent.seek(0)
+    unpack(sent, tmp_path / "node")
+    assert project_id(tmp_path / "node") == project_id(tmp_path / "stored")
 
 
 def test_bombs_are_stopped_while_they_are_read(tmp_path: Path) -> None:

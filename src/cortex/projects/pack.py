@@ -67,10 +67,11 @@ def pack(folder: Path, out: IO[bytes]) -> PackSummary:
 
 
 def pack_stored(folder: Path, out: IO[bytes]) -> None:
-    """Write a project to `out` that was unpacked from an upload: no file is excluded again.
+    """Write a project to `out` that was unpacked from an upload: no file is excluded again, and the
+    limits of an upload do not apply.
 
     Raises:
-        InvalidProject: as `pack` does.
+        InvalidProject: a link leaves the project, or something in it cannot be packed.
     """
     with _file_errors():
         _pack(folder, StoredFiles(), out)
@@ -161,7 +162,8 @@ def _entries(folder: Path, selection: UploadFiles | StoredFiles) -> list[_Entry]
             errors.append(f"{name}: {_kind(info.st_mode)}, which cannot be packed")
         entries.append(_Entry(path, name, info, target))
         total += entries[-1].size
-        if total > MAX_PROJECT_BYTES or len(entries) > MAX_PROJECT_FILES:
+        is_too_large = total > MAX_PROJECT_BYTES or len(entries) > MAX_PROJECT_FILES
+        if is_too_large and isinstance(selection, UploadFiles):
             rest: list[_Entry] = []
             with suppress(OSError):  # the project is refused anyway
                 rest += (_Entry(*each) for each in islice(found, _MAX_MEASURED))

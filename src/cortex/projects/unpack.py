@@ -40,11 +40,13 @@ _ARCHIVE_ERRORS = {
 }
 
 
-def unpack(archive: IO[bytes], target: Path) -> None:
+def unpack(archive: IO[bytes], target: Path, *, is_upload: bool = False) -> None:
     """Unpack an archive that `pack` has written. After a failure nothing is left.
 
     Args:
         target: the folder to unpack into: a new one, or an empty one.
+        is_upload: whether the number of files is limited. An earlier version may have stored a
+            project with more.
 
     Raises:
         InvalidProject: the archive is damaged, is too large, or contains what a project may not
@@ -56,7 +58,7 @@ def unpack(archive: IO[bytes], target: Path) -> None:
     if any(target.iterdir()):
         raise FileExistsError(errno.EEXIST, "the folder to unpack into is not empty", str(target))
     try:
-        _unpack(archive, target)
+        _unpack(archive, target, is_upload)
     except BaseException as error:
         shutil.rmtree(target, ignore_errors=True)
         if existed:
@@ -129,7 +131,7 @@ class BoundedReader:
         return data
 
 
-def _unpack(archive: IO[bytes], target: Path) -> None:
+def _unpack(archive: IO[bytes], target: Path, is_upload: bool) -> None:
     source = BoundedReader(archive, MAX_PROJECT_BYTES + _MAX_OVERHEAD_BYTES)
     source.expect(0)
     links: list[tuple[Path, str]] = []
@@ -142,11 +144,9 @@ def _unpack(archive: IO[bytes], target: Path) -> None:
             if member is None:
                 break
             path = _path_of(member, target)
-            count += 1 + _add_parents(path.relative_to(target), folders)
-            if member.isdir():
-                folders.add(path.relative_to(target))
+            count += _count_new(path.relative_to(target), folders, is_folder=member.isdir())
             left -= member.size
-            if count > MAX_PROJECT_FILES:
+            if is_upload and count > MAX_PROJECT_FILES:
                 raise InvalidProject(
                     f"the project has over {MAX_PROJECT_FILES:,} files and folders"
                 )
@@ -161,18 +161,18 @@ def _unpack(archive: IO[bytes], target: Path) -> None:
     _check_links(target, [path for path, _ in links])
 
 
-def _add_parents(path: Path, folders: set[Path]) -> int:
-    """Add the parents of a relative path to the known folders, and return how many are new.
+def _count_new(path: Path, folders: set[Path], *, is_folder: bool) -> int:
+    """Add a member's folders to the known ones; how many files and folders the member makes.
 
-    An archive need not list its folders, but the project has them, and they count: without this,
-    the longest names would make a hundred folders for each file.
+    An archive need not list its folders, but the project has them, and they count: without this, an
+    upload could make a hundred folders for each file.
     """
     known = len(folders)
-    for parent in path.parents:
-        if parent in folders:
+    for folder in (path, *path.parents) if is_folder else path.parents:
+        if folder in folders:
             break
-        folders.add(parent)
-    return len(folders) - known
+        folders.add(folder)
+    return len(folders) - known + (not is_folder)
 
 
 def _extract(

@@ -129,10 +129,14 @@ class Agent:
             superseded_build.cancel()
         folder = self._folders.folder(job_id)
         self._orders[job_id] = order
-        if not folder.exists() and await asyncio.to_thread(_ended, folder, order.number):
-            self._on_observation(Lost(job_id, order.number, _NO_RECORDS))
-            return
-        folder.mkdir(0o700, parents=True, exist_ok=True)
+        try:
+            if not folder.exists() and await in_thread(_ended, folder, order.number):
+                self._on_observation(Lost(job_id, order.number, _NO_RECORDS))
+                return
+            folder.mkdir(0o700, parents=True, exist_ok=True)
+        except OSError:  # the operator calls again, which must not find the attempt recovered
+            self._orders.pop(job_id, None)
+            raise
         self._watch_log(job_id)
         await self._engine.recover(self._attempt(order, Path(), _deadline(order)))
 

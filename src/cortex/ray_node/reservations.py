@@ -39,7 +39,8 @@ def reserve(reservation: Reservation, timeout_s: float) -> tuple[int, ...]:
         The GPUs of the bundle.
 
     Raises:
-        Taken: Ray has not reserved it in time. It may do so later: the caller must call `release`.
+        ReservationFailed: Ray has not reserved it in time. It may do so later: the caller must call
+            `release`.
     """
     group = placement_group(
         [reservation.bundle],

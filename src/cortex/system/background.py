@@ -41,16 +41,20 @@ async def retrying(
     """Run `work` until it raises none of the errors; what it returns.
 
     Args:
-        errors: failures that may pass. Each is logged; other exceptions are raised.
+        errors: failures that may pass. One is logged unless it repeats the failure before. Other
+            exceptions are raised.
         delay_s: the time between a failure and the next attempt.
         warning: the log event for a failure.
         fields: further fields of that event.
     """
+    logged = None
     while True:
         try:
             return await work()
         except errors as error:
-            log.warning(warning, **fields, error=str(error))
+            if str(error) != logged:
+                logged = str(error)
+                log.warning(warning, **fields, error=logged)
         await asyncio.sleep(delay_s)
 
 

@@ -158,6 +158,8 @@ class Link:
                 _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
         except (OSError, TimeoutError) as error:
             raise LinkError(f"nothing answers there ({str(error) or 'no answer'})") from error
+        except RuntimeError as error:  # no thread can be started now, to look up the host's name
+            raise LinkError(f"cannot look up its host: {error}") from error
         writer.close()
 
     def _popen(self, theirs: socket.socket) -> subprocess.Popen[bytes]:

@@ -1,8 +1,6 @@
-"""How a job's log gets from its node to the operator: the agent of the node reads it in pieces, and
-the operator appends the pieces to a copy. Operators read, follow and keep copies like logs of jobs
-on their own machine, and a copy outlives its node.
+"""How a job's log gets from its node to the operator: the node's agent reads it in pieces, and the
+operator appends the pieces to a copy.
 
-The agent of the node reads the log in pieces, and the operator appends the pieces to a copy.
 Operators read, follow and archive copies like logs of jobs on their own machine, and a copy
 outlives its node.
 
@@ -24,8 +22,7 @@ from cortex.worker.supervisor import logfile
 
 
 def read_piece(log: Path, offset: int, size: int, limit: int) -> LogPiece:
-    """Up to `size` bytes of a log from an offset on; the piece ends after the gap, if it reaches
-    that. No bytes where no log can be opened.
+    """Up to `size` bytes of a log from an offset on. A piece that reaches the gap ends after it.
 
     Args:
         limit: the `limits.log` of the API's version.

@@ -141,7 +141,7 @@ class Deployer:
     ) -> tuple[str, list[list[str]]]:
         """Unpack a project, check it, and store it; its id, and the warnings of each API."""
         with self._projects.incoming() as incoming:
-            unpack(archive, incoming)
+            unpack(archive, incoming, is_upload=True)
             # Left out: a change of a comment or of another API's entry is no change of this API.
             with suppress(IsADirectoryError):
                 (incoming / file).unlink(missing_ok=True)
