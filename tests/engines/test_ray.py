@@ -131,7 +131,7 @@ def test_a_reservation_that_ray_refuses_is_retried(
             attempt = await ray_harness.start_attempt(engine, attempt)
             never = await ray_harness.final(attempt)
             assert isinstance(never, NeverStarted)
-            assert never.blocked_by == "others have taken the free capacity of its node"
+            assert never.held_up_by == "others have taken the free capacity of its node"
         ray_harness.finish_sleeper()
         job_id, compute = attempt.spec.job_id, attempt.version.api.compute
         number = 1
@@ -251,7 +251,7 @@ def test_a_build_waits_while_the_disk_of_its_node_is_full(ray_harness: RayHarnes
         await ray_harness.start(engine, attempt)
         never = await ray_harness.final(attempt)
         assert isinstance(never, NeverStarted)
-        assert never.blocked_by == "its node's disk is full, and the environment not built"
+        assert never.held_up_by == "its node's disk is full, and the environment not built"
 
     ray_harness.run(scenario)
 

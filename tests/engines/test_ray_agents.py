@@ -184,7 +184,7 @@ def test_a_job_waits_while_its_lock_files_cannot_be_read(harness: InProcessHarne
         await harness.start(engine, attempt)
         final = await harness.final(attempt)
         assert isinstance(final, NeverStarted)
-        assert "No space left" in str(final.blocked_by)
+        assert "No space left" in str(final.held_up_by)
         await until(lambda: not harness.ray.reservations)
 
     harness.run(scenario)

@@ -112,7 +112,7 @@ def test_a_job_whose_fork_server_cannot_start_waits_with_the_reason(
         await harness.start(engine, attempt)
         last = await harness.final(attempt)
         assert isinstance(last, NeverStarted)
-        assert "can't start new thread" in (last.blocked_by or "")
+        assert "can't start new thread" in (last.held_up_by or "")
 
     run(harness, no_threads, scenario)
 

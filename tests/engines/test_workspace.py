@@ -468,8 +468,8 @@ def test_a_job_waits_while_a_full_disk_prevents_its_own_copy(tmp_path: Path) -> 
             # The kernel refuses for as long as the ending process has a descriptor there.
             await until(lambda: subprocess.run(["umount", small], check=False).returncode == 0)
         assert isinstance(never, NeverStarted)
-        assert never.blocked_by is not None
-        assert "the job's own copy of its project cannot be made: No space left" in never.blocked_by
+        assert never.held_up_by is not None
+        assert "the job's own copy of its project cannot be made: No space left" in never.held_up_by
         second = await harness.start_attempt(engine, first, 2)
         assert (await harness.ended(second)).exit_code == 0
 

@@ -120,8 +120,9 @@ class NeverStarted:
 
     job_id: str
     attempt: int
-    blocked_by: str | None = None
-    """What the machine lacked, if that is the reason: another attempt waits for it."""
+    held_up_by: str | None = None
+    """What the machine lacked, if that is the reason: another attempt waits for it. The agents of
+    Ray's nodes pickle it, and they outlive an upgrade of the operator: its name stays."""
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,9 @@ def checked_observation(observation: object) -> Observation:
     if isinstance(observation, Lost | Unreachable | Waits):
         return replace(observation, reason=_checked_reason(observation.reason))
     if isinstance(observation, NeverStarted):
-        blocked_by = observation.blocked_by
+        blocked_by = observation.held_up_by
         blocked_by = None if blocked_by is None else _checked_reason(blocked_by)
-        return replace(observation, blocked_by=blocked_by)
+        return replace(observation, held_up_by=blocked_by)
     raise checks.Invalid(f"nodes do not report a {type(observation).__name__}")
 
 

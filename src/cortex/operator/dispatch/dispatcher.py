@@ -305,7 +305,7 @@ class Dispatcher:
             await self._lost(live, Lost(never.job_id, never.attempt, "its start record is gone"))
             return
         failed = live.failed_starts
-        if failed >= _MAX_FAILED_STARTS and never.blocked_by is None:
+        if failed >= _MAX_FAILED_STARTS and never.held_up_by is None:
             await self.live_jobs.fail(live, f"{failed} attempts to start it failed")
             return
         record = await self.live_jobs.apply(live, events.Unclaim(live.record.attempt))
@@ -315,8 +315,8 @@ class Dispatcher:
             return
         self._starter.release(live)
         self._starter.watch_deadline(live)
-        if never.blocked_by is not None:
-            self._starter.enqueue_later(live, never.blocked_by)
+        if never.held_up_by is not None:
+            self._starter.enqueue_later(live, never.held_up_by)
             return
         # Whatever ended the fork server was not this job's fault, and may be over soon.
         delay_s = min(_MAX_RETRY_DELAY_S, 0.05 * 2 ** min(failed - 1, 10)) if failed > 1 else 0
