@@ -1,1 +1,1 @@
-"""Tests of the command, the clients, the examples and the pages, as users have them."""
+"""Tests of the command, the clients, the examples and the pages' code, with a real operator."""

@@ -1,1 +1,1 @@
-"""Tests of what users install and read: the wheel, the public names, the examples, the pages."""
+"""Tests of what users install and read: the wheel, the public names, the pages. No operator runs."""
