@@ -38,7 +38,7 @@ HARMFUL = {
     "an open file": ("kept = open('/dev/null')\n", "it leaves files or sockets open"),
     "a socket": ("import socket\nkept = socket.socketpair()\n", "it leaves files or sockets open"),
     "a process": (
-        "import subprocess\nkept = subprocess.Popen(['sleep', '60'])\n",
+        "import subprocess\nkept = subprocess.Popen(['sleep', '600'])\n",
         "it starts processes",
     ),
     "a lock of multiprocessing": (

@@ -14,7 +14,7 @@ import resource
 import select
 import sys
 
-from cortex.worker import messages, syscalls, workspace
+from cortex.worker import messages, processes, syscalls, workspace
 from cortex.worker.forkserver import orphans, preload
 from cortex.worker.job import process, task
 from cortex.worker.supervisor import main
@@ -147,6 +147,8 @@ def _import_ahead(
         _report(sock, refused=messages.shorten(str(refused)))
         atexit._run_exitfuncs()  # removes what the modules have made outside this process
         sys.stderr.flush()
+        # On a node of a cluster, no process inherits what the modules have started.
+        processes.kill_all(lambda: processes.walk(os.getpid()))
         os._exit(NOT_FORKABLE)
     watch.close()
     for root in roots:
