@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from time import sleep
@@ -29,6 +30,7 @@ class Transport:
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._pool = httpx.Client(**pool.settings(endpoint))
+        _make_lock_reentrant(self._pool)
         self.close = self._pool.close
 
     def run(self, exchange: Exchange[T]) -> T:
@@ -72,3 +74,16 @@ class Transport:
             return self._endpoint.parse_json(pool.head_of(response), response.content)
         except CortexError as error:
             return error
+
+
+def _make_lock_reentrant(client: httpx.Client) -> None:
+    """Let a thread take the lock of its pool of connections again.
+
+    Ctrl-C raises KeyboardInterrupt anywhere, also between the acquisition of that lock and the
+    block that releases it (httpcore 1.0, `ThreadLock`). With httpcore's own lock, the clean-up that
+    follows would wait for it forever. A version without such a lock is left as it is.
+    """
+    for transport in (client._transport, *client._mounts.values()):
+        lock = getattr(getattr(transport, "_pool", None), "_optional_thread_lock", None)
+        if lock is not None:
+            lock._lock = threading.RLock()
