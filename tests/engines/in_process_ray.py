@@ -20,7 +20,7 @@ import pytest
 from cortex.engines.base import Attempt, Capacity, Engine
 from cortex.engines.ray import RayEngine
 from cortex.engines.ray.link import LinkError, Refused
-from cortex.engines.ray.messages import NodeState, Reservation
+from cortex.engines.ray.messages import NodeState
 from cortex.projects.pack import pack_stored
 from cortex.ray_node import reservations
 from cortex.ray_node.agent import Agent
@@ -38,7 +38,12 @@ class InProcessRay(Driver):
     def __init__(self, folder: Path) -> None:
         super().__init__(NAMESPACE, str(folder))
         self.states = [STATE]
-        self.reservations: set[str] = set()
+        self.reservations: dict[str, reservations.Reservation] = {}
+        self.has_capacity = True
+        """Whether Ray makes reservations; else others have taken the node's capacity."""
+        self.raylet_hangs = False
+        self._raylet: asyncio.Server | None = None
+        self._creating = asyncio.Lock()
         self.agent: Agent | None = None
         self.is_cut_off = False
         self.before_call: dict[str, Callable[[], Coroutine[object, object, None]]] = {}
@@ -50,12 +55,32 @@ class InProcessRay(Driver):
     async def node_states(self) -> tuple[NodeState, ...]:
         return tuple(self.states)
 
-    async def reserve(self, seat: Reservation, within_s: float) -> tuple[int, ...]:
-        self.reservations.add(seat.name)
-        return ()
+    async def release_lost(self) -> None:
+        alive = {state.node_id for state in self.states if state.is_alive}
+        for name in list(self.reservations):
+            if name.split(":")[1] not in alive:
+                del self.reservations[name]
 
-    async def release(self, name: str) -> None:
-        self.reservations.discard(name)
+    async def replace_agent(self, node_id: str) -> None:
+        await self.kill_agent()
+
+    def create(self, name: str, node_id: str, amount: Capacity, timeout_s: float) -> bool:
+        self.reservations[name] = reservations.Reservation(name, amount, self.has_capacity)
+        return self.has_capacity
+
+    def find(self, name: str) -> reservations.Reservation | None:
+        if name in self.reservations and self.has_capacity:
+            self.reservations[name] = replace(self.reservations[name], is_created=True)
+        return self.reservations.get(name)
+
+    def existing(self, prefix: str) -> list[reservations.Reservation]:
+        return [each for name, each in self.reservations.items() if name.startswith(prefix)]
+
+    def release(self, name: str) -> None:
+        self.reservations.pop(name, None)
+
+    def reserved_gpus(self, name: str, count: int, timeout_s: float) -> tuple[int, ...]:
+        return tuple(range(count))
 
     async def send_project(self, node_id: str, project_id: str, folder: str) -> None:
         packed = io.BytesIO()
@@ -68,9 +93,11 @@ class InProcessRay(Driver):
         self.calls.append(method)
         if method in self.before_call:
             await self.before_call[method]()
-        if self.agent is None:
-            self.agent = Agent(NAMESPACE, node_id, self._node_dir, STATE.total)
-        agent = self.agent
+        async with self._creating:
+            if self.agent is None:
+                raylet = await self._start_raylet()
+                self.agent = Agent(NAMESPACE, node_id, self._node_dir, self.states[0].total, raylet)
+            agent = self.agent
         work = getattr(agent, method)(*pickle.loads(pickle.dumps(arguments)))
         call = asyncio.create_task(work)
         self._running_calls.add(call)
@@ -84,6 +111,26 @@ class InProcessRay(Driver):
         finally:
             self._running_calls.discard(call)
 
+    async def _start_raylet(self) -> tuple[str, int]:
+        """Accept connections as a raylet does; its address."""
+
+        async def settings(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(ConnectionError):
+                if not self.raylet_hangs:
+                    writer.write(b"settings")
+                await reader.read()
+            writer.transport.abort()
+
+        if self._raylet is None:
+            self._raylet = await asyncio.start_server(settings, "127.0.0.1", 0)
+        host, port = self._raylet.sockets[0].getsockname()
+        return host, port
+
+    def close(self) -> None:
+        if self._raylet is not None:
+            self._raylet.close()
+            self._raylet = None
+
     async def kill_agent(self) -> None:
         """End everything in this process that would die with the agent's own process."""
         agent, self.agent = self.agent, None
@@ -94,6 +141,8 @@ class InProcessRay(Driver):
             await asyncio.gather(*tasks, return_exceptions=True)
             await agent._engine.close()
             await agent._logs.close()
+            await agent._reservations.close()
+            await agent._raylet.close()
             agent._agent_folder._lock.close()
 
 
@@ -139,12 +188,15 @@ class InProcessHarness(EngineHarness):
 
     @contextlib.asynccontextmanager
     async def engine(self) -> AsyncIterator[Engine]:
-        async with super().engine() as engine:
-            await ready(engine)
-            try:
-                yield engine
-            finally:
-                await self.ray.kill_agent()
+        try:
+            async with super().engine() as engine:
+                await ready(engine)
+                try:
+                    yield engine
+                finally:
+                    await self.ray.kill_agent()
+        finally:
+            self.ray.close()
 
     @property
     def agent_folder(self) -> Path:
@@ -171,7 +223,8 @@ def in_process_harness(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     made = InProcessHarness(folder)
     raylet = subprocess.Popen(["sleep", "600"])
     monkeypatch.setenv("RAY_RAYLET_PID", str(raylet.pid))
-    monkeypatch.setattr(reservations, "release", made.ray.reservations.discard)
+    for name in ("create", "find", "existing", "release", "reserved_gpus"):
+        monkeypatch.setattr(reservations, name, getattr(made.ray, name))
     try:
         yield made
     finally:

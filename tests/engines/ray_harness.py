@@ -7,6 +7,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -16,12 +18,23 @@ from typing import Any, cast
 
 from cortex.engines.base import Attempt, Engine
 from cortex.engines.ray import RayEngine
-from cortex.engines.ray.link import Link
-from cortex.engines.ray.messages import Reservation
 from engines.engine_harness import LIMIT_S, E, EngineHarness, processes, until
 from engines.ray_cluster import RayCluster, cluster
 
 NAMESPACE = "cortex-tests"
+# Ray releases what it has reserved when it ends.
+FOREIGN_PROGRAM = """
+import sys
+import ray
+from ray.util import placement_group
+address, cpus, *nodes = sys.argv[1:]
+ray.init(address, namespace="others", logging_level="ERROR")
+for node in nodes:
+    group = placement_group([{"CPU": int(cpus)}], bundle_label_selector=[{"ray.io/node-id": node}])
+    assert group.wait(60)
+print("reserved", flush=True)
+sys.stdin.read()
+"""
 
 
 @dataclass
@@ -159,22 +172,19 @@ class RayHarness(EngineHarness):
         return [state.taken.cpu_m for state in states if state.is_alive]
 
     @contextlib.asynccontextmanager
-    async def foreign_reservations(self, cpus: int, count: int) -> AsyncIterator[None]:
-        """Placement groups of another program in the same cluster, each of `cpus` cores."""
-        link = Link(self.shared.cluster.address, "others", None)
-        await link.open(30)
+    async def foreign_reservations(self, cpus: int) -> AsyncIterator[None]:
+        """Another program in the same cluster has reserved `cpus` cores of each node."""
         nodes = [node.state.node_id for node in self.shared.engine.ledger.alive.values()]
-        names = [f"others:{number}" for number in range(count)]
+        program = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", FOREIGN_PROGRAM, self.shared.cluster.address, str(cpus), *nodes,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert program.stdout is not None
         try:
-            for name, node_id in zip(names, nodes, strict=True):
-                await link.call(
-                    "reserve", Reservation(name, node_id, {"CPU": cpus}), 10, timeout_s=20
-                )
+            assert await asyncio.wait_for(program.stdout.readline(), LIMIT_S) == b"reserved\n"
             yield
         finally:
-            for name in names:
-                await link.call("release", name, timeout_s=20)
-            await link.close()
+            await program.communicate(b"")
 
     @contextlib.contextmanager
     def hanging_cluster(self, engine: Engine) -> Iterator[None]:

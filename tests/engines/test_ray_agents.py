@@ -13,19 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from ray.exceptions import RayError
 
 from cortex.engines.base import Ended, Ending, Engine, Lost, NeverStarted, Reachable, Waits
 from cortex.engines.ray import RayEngine
 from cortex.engines.ray.log_copies import LogCopies
-from cortex.engines.ray.messages import Builds, NodeOrder, Reservation
+from cortex.engines.ray.messages import Builds, NodeOrder
 from cortex.engines.ray.tracked import TrackedAttempt
 from cortex.joblog import watch
 from cortex.joblog.folders import JobFolders
-from cortex.ray_node import agent, guard, reservations
+from cortex.ray_node import agent, guard
 from cortex.worker import processes
 from engines.engine_harness import LIMIT_S, until
-from engines.in_process_ray import NAMESPACE, InProcessHarness, in_process_harness, ready
+from engines.in_process_ray import InProcessHarness, in_process_harness, ready
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 PRINTS_LINES = """
@@ -185,41 +184,6 @@ def test_a_job_waits_while_its_lock_files_cannot_be_read(harness: InProcessHarne
         final = await harness.final(attempt)
         assert isinstance(final, NeverStarted)
         assert "No space left" in str(final.held_up_by)
-        await until(lambda: not harness.ray.reservations)
-
-    harness.run(scenario)
-
-
-def test_the_next_operator_releases_a_reservation_on_a_lost_node(
-    harness: InProcessHarness,
-) -> None:
-    async def scenario(engine: Engine) -> None:
-        attempt = await harness.start_attempt(engine, harness.sleeper())
-        await harness.started(attempt)
-        assert harness.ray.reservations
-        await engine.close()
-        harness.lose_node()
-        other = harness.new_engine()
-        await other.open(harness.report)
-        await other.recover(attempt)
-        assert isinstance(await harness.final(attempt), Lost)
-        await until(lambda: not harness.ray.reservations)
-        await other.close()
-        harness.finish_sleeper()
-
-    harness.run(scenario)
-
-
-def test_a_reservation_whose_records_the_node_lost_is_released(
-    harness: InProcessHarness,
-) -> None:
-    async def scenario(engine: Engine) -> None:
-        attempt = await harness.start_attempt(engine, harness.sleeper())
-        await harness.started(attempt)
-        await harness.ray.kill_agent()
-        (harness.agent_folder / "owner").unlink()
-        assert "records in it, is gone" in str(await harness.final(attempt))
-        await until(lambda: not harness.ray.reservations)
 
     harness.run(scenario)
 
@@ -300,7 +264,6 @@ def test_a_node_lost_during_the_transfer_of_a_project_loses_no_job(
         harness.ray.before_call["unpack"] = lose_node
         await harness.start(engine, attempt)
         assert isinstance(await harness.final(attempt), NeverStarted)
-        await until(lambda: not harness.ray.reservations)
 
     harness.run(scenario)
     assert not harness.marker.exists()
@@ -330,8 +293,7 @@ def test_an_order_abandoned_during_its_build_blocks_no_later_order(
         assert engine.ledger.reserve(job_id, api.compute) is None
         attempt = replace(attempt, handle=engine.claim(job_id, 1))
         orders = [
-            TrackedAttempt.of(replace(attempt, number=number)).node_order(NAMESPACE, 5)
-            for number in (1, 2, 3)
+            TrackedAttempt.of(replace(attempt, number=number)).node_order(5) for number in (1, 2, 3)
         ]
         await harness.ray.send_project("node-a", api.project_id, str(harness.project))
         agent = harness.ray.agent
@@ -421,70 +383,6 @@ def test_a_job_whose_folder_was_removed_with_its_records_is_lost_and_ended(
         assert isinstance(final, Lost)
         assert "records in it, is gone" in final.reason
         assert not processes.with_variable("CORTEX_JOB_ID", attempt.spec.job_id)
-
-    harness.run(scenario)
-
-
-@pytest.mark.parametrize("is_lost", [True, False], ids=["node", "agent"])
-def test_a_reservation_that_a_killed_agent_did_not_release_is_released(
-    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch, *, is_lost: bool
-) -> None:
-    def release(_: str) -> None:
-        raise RayError("the cluster does not answer now")
-
-    async def scenario(engine: Engine) -> None:
-        with monkeypatch.context() as patched:
-            patched.setattr(reservations, "release", release)
-            await harness.outcome(engine, harness.attempt("def task(config): pass"))
-            await harness.ray.kill_agent()
-        if is_lost:
-            harness.lose_node()
-        await until(lambda: not harness.ray.reservations)
-
-    harness.run(scenario)
-
-
-def test_the_next_leader_releases_a_reservation_of_unknown_outcome(
-    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def cut_off(reservation: Reservation, _: float) -> tuple[int, ...]:
-        harness.ray.reservations.add(reservation.name)
-        harness.ray.is_cut_off = True
-        raise RayError("the link broke")
-
-    async def scenario(engine: Engine) -> None:
-        with monkeypatch.context() as patched:
-            patched.setattr(harness.ray, "reserve", cut_off)
-            attempt = await harness.start_attempt(engine, harness.sleeper())
-            await until(lambda: harness.ray.is_cut_off)
-            await asyncio.sleep(0.1)
-            await engine.close()
-        harness.ray.is_cut_off = False
-        other = harness.new_engine()
-        await other.open(harness.report)
-        # The operator recovers only attempts whose end was not reported.
-        if not any(isinstance(each, NeverStarted) for each in harness.observations):
-            await other.recover(attempt)
-        assert isinstance(await harness.final(attempt), NeverStarted)
-        await until(lambda: not harness.ray.reservations)
-        await other.close()
-
-    harness.run(scenario)
-
-
-def test_a_job_times_out_though_its_reservation_cannot_be_released(
-    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def cut_off(*_: object) -> tuple[int, ...]:
-        harness.ray.is_cut_off = True
-        raise RayError("the link broke")
-
-    async def scenario(engine: Engine) -> None:
-        monkeypatch.setattr(harness.ray, "reserve", cut_off)
-        attempt = harness.attempt("def task(config): pass", timeout=1)
-        await harness.start(engine, attempt)
-        assert isinstance(await harness.final(attempt), NeverStarted)
-        assert harness.ray.is_cut_off
 
     harness.run(scenario)
 

@@ -54,7 +54,7 @@ def test_lock_files_that_cannot_be_read_are_a_shortage() -> None:
         attempt=SimpleNamespace(version=SimpleNamespace(api=SimpleNamespace(project_id="p")))
     )
     cluster: Any = None
-    calls = AgentCalls(cluster, "namespace", 10, locks, DEFAULT_BUILDS)
+    calls = AgentCalls(cluster, 10, locks, DEFAULT_BUILDS)
     with pytest.raises(OSError) as caught:
         asyncio.run(calls.lock_files(tracked))
     assert caught.value.errno == errno.EAGAIN

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -97,6 +100,7 @@ def test_jobs_wait_with_a_reason_while_no_node_answers() -> None:
 def test_resources_that_others_use_count_after_two_observations() -> None:
     cluster = nodes(state("a", SMALL))
     assert cluster.reserve("1", Compute(cpu_m=500)) is None
+    cluster.alive["a"].set_held(Capacity(500, 0, 0))
     # 500 for this operator's job, 1000 for others.
     states = (state("a", SMALL, Capacity(1500, 0, 0)),)
     cluster.update(states)
@@ -105,6 +109,54 @@ def test_resources_that_others_use_count_after_two_observations() -> None:
     assert cluster.alive["a"].free.cpu_m == 500
     cluster.update((state("a", SMALL, Capacity(500, 0, 0)),))
     assert cluster.alive["a"].free.cpu_m == 1500
+
+
+def test_a_job_whose_reservation_follows_counts_beside_what_others_use() -> None:
+    cluster = nodes(state("a", SMALL))
+    assert cluster.reserve("1", Compute(cpu_m=500)) is None
+    states = (state("a", SMALL, Capacity(1000, 0, 0)),)  # of others alone
+    cluster.update(states)
+    cluster.update(states)
+    assert cluster.alive["a"].free.cpu_m == 500
+
+
+def test_a_reservation_that_was_released_a_moment_ago_is_not_counted_as_anothers() -> None:
+    cluster = nodes(state("a", SMALL))
+    node = cluster.alive["a"]
+    node.set_held(Capacity(500, 0, 0))
+    taken = (state("a", SMALL, Capacity(500, 0, 0)),)
+    for _ in range(2):
+        cluster.update(taken)
+    node.set_held(NOTHING)
+    cluster.update(taken)  # Ray's figure lags
+    assert node.free == SMALL
+    cluster.update((state("a", SMALL),))
+    assert node.free == SMALL
+
+
+def test_a_suspect_node_takes_no_job_for_a_while_and_for_longer_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    cluster = nodes(state("a", SMALL))
+    node = cluster.alive["a"]
+    for pause_s in (30, 60, 120):
+        node.suspect("it does not take orders")
+        assert cluster.reserve("1", Compute()) is not None
+        now[0] += pause_s - 1
+        node.answered(None)
+        assert (node.is_ready, node.problem) == (False, "it does not take orders")
+        now[0] += 1
+        node.answered(None)
+        assert (node.is_ready, node.problem) == (True, None)
+    node.trust()
+    node.suspect("again")
+    now[0] += 30
+    node.answered("its raylet does not answer")
+    assert (node.is_ready, node.problem) == (False, "its raylet does not answer")
+    node.answered(None)
+    assert node.is_ready
 
 
 def test_a_recovered_job_counts_even_beyond_the_capacity_of_its_node() -> None:

@@ -13,9 +13,6 @@ import time
 from collections.abc import Coroutine
 from pathlib import Path
 
-from ray.exceptions import RayError
-
-import cortex
 from cortex.engines.base import (
     Attempt,
     Capacity,
@@ -26,24 +23,34 @@ from cortex.engines.base import (
     Observation,
     Started,
     Version,
+    Waits,
 )
 from cortex.engines.local import LocalEngine, leftovers, records
 from cortex.engines.ray.log_copies import read_piece
-from cortex.engines.ray.messages import Hello, Lock, LogPiece, NodeOrder, Poll, Refusal
+from cortex.engines.ray.messages import (
+    AGENT_VERSION,
+    Hello,
+    Lock,
+    LogPiece,
+    NodeOrder,
+    Poll,
+    Refusal,
+)
 from cortex.joblog.folders import JobFolders
 from cortex.joblog.watch import FileWatch
 from cortex.projects.builder import EnvironmentFailed
-from cortex.ray_node import reservations
+from cortex.ray_node.node_reservations import GpusUnavailable, NodeReservations
 from cortex.ray_node.outbox import Outbox
 from cortex.ray_node.provisions import Provisions
+from cortex.ray_node.raylet import RayletHealth
 from cortex.ray_node.workspace import AgentFolder
-from cortex.system.background import in_thread, retrying
+from cortex.spec.api import Compute
+from cortex.system.background import in_thread
 from cortex.system.oserrors import is_shortage, is_storage
 from cortex.worker import processes
 
 _PIECE_BYTES = 256 << 10
 _NO_RECORDS = "the folder of its node, with the job's records in it, is gone"
-_RETRY_DELAY_S = 5.0
 _POLL_INTERVAL_S = 1.0  # a poll of a killed operator may clear the event that wakes the next poll
 _BATCH_S = 0.05  # collects the lines of a growing log into one piece
 
@@ -51,7 +58,14 @@ _BATCH_S = 0.05  # collects the lines of a growing log into one piece
 class Agent:
     """The agent of one node."""
 
-    def __init__(self, namespace: str, node_id: str, node_dir: str, total: Capacity) -> None:
+    def __init__(
+        self,
+        namespace: str,
+        node_id: str,
+        node_dir: str,
+        total: Capacity,
+        raylet: tuple[str, int],
+    ) -> None:
         self._agent_folder = AgentFolder.acquire(namespace, node_id, node_dir)
         self._opening = asyncio.Lock()
         self._folders = JobFolders(self._agent_folder.jobs)
@@ -66,11 +80,15 @@ class Agent:
         self._building: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._logs = FileWatch("log watch")
+        self._raylet = RayletHealth(raylet, self._wake_poll)
+        self._reservations = NodeReservations(
+            namespace, node_id, lambda: self._raylet.problem is None, self._wake_poll
+        )
 
     async def hello(self) -> Hello:
         await self._open()
         return Hello(
-            version=cortex.__version__,
+            version=AGENT_VERSION,
             incarnation=self._outbox.subscribe(),
             root=self._agent_folder.identity,
             local_handle=records.make_handle(),
@@ -138,6 +156,7 @@ class Agent:
             self._orders.pop(job_id, None)
             raise
         self._watch_log(job_id)
+        self._reservations.add(job_id, _amount(order.api.compute))
         await self._engine.recover(self._attempt(order, Path(), _deadline(order)))
 
     async def poll(
@@ -153,11 +172,14 @@ class Agent:
             return Poll("", after, ())
         self._outbox.acknowledge(incarnation, after)
         until = time.monotonic() + within_s
+        held, problem = self._reservations.held, self._raylet.problem
         while True:
             self._poll_wakeup.clear()
             logs = await asyncio.to_thread(self._grown, cursors)
             left_s = until - time.monotonic()
             if logs or self._outbox.end > after or left_s <= 0:
+                break
+            if (self._reservations.held, self._raylet.problem) != (held, problem):
                 break
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._poll_wakeup.wait(), min(left_s, _POLL_INTERVAL_S))
@@ -165,7 +187,14 @@ class Agent:
                 self._entry_added.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._entry_added.wait(), _BATCH_S)
-        return Poll(incarnation, self._outbox.end, self._outbox.since(after), logs)
+        return Poll(
+            incarnation,
+            self._outbox.end,
+            self._outbox.since(after),
+            logs,
+            self._reservations.held,
+            self._raylet.problem,
+        )
 
     async def read(self, job_id: str, offset: int, limit: int) -> LogPiece:
         log = self._folders.log(job_id)
@@ -187,6 +216,8 @@ class Agent:
             if not self._is_open:
                 await asyncio.to_thread(self._provisions.open)
                 await self._engine.open(self._on_observation)
+                self._reservations.open()
+                self._raylet.open()
                 self._is_open = True
 
     def _check(self, order: NodeOrder) -> None:
@@ -195,8 +226,10 @@ class Agent:
 
     async def _start(self, order: NodeOrder, deadline: float | None) -> None:
         job_id = order.spec.job_id
+        gpus: tuple[int, ...] = ()
         try:
             async with asyncio.timeout(order.left_s):
+                gpus = await self._reserve(order)
                 python = await self._provisions.build(order)
             self._begin_log(job_id)
         except Exception as error:  # the task has no waiter: report every failure
@@ -205,14 +238,29 @@ class Agent:
         else:
             self._building.pop(job_id, None)  # from here on the engine stops the attempt
             # The operator and Ray have decided what the job may take, the indices of GPUs included.
-            self._engine.ledger.reserve_granted(job_id, order.api.compute, list(order.gpus))
+            self._engine.ledger.reserve_granted(job_id, order.api.compute, list(gpus))
             self._engine.start(self._attempt(order, python, deadline))
+
+    async def _reserve(self, order: NodeOrder) -> tuple[int, ...]:
+        """Reserve what a job takes; its GPUs.
+
+        Raises:
+            GpusUnavailable: Ray has not reserved the GPUs in time.
+        """
+        job_id, amount = order.spec.job_id, _amount(order.api.compute)
+        if not amount.gpu:
+            self._reservations.add(job_id, amount)
+            return ()
+        self._add_to_outbox(Waits(job_id, order.number, "waits for Ray to reserve its GPUs"))
+        return await self._reservations.add_with_gpus(job_id, amount)
 
     def _failed(self, order: NodeOrder, error: Exception) -> Lost | NeverStarted:
         """The report on an attempt that could not be started."""
         job_id, number = order.spec.job_id, order.number
         if isinstance(error, TimeoutError):
             return NeverStarted(job_id, number)  # the operator handles its deadline
+        if isinstance(error, GpusUnavailable):
+            return NeverStarted(job_id, number, str(error))
         if isinstance(error, EnvironmentFailed):
             if error.is_temporary:
                 reason = "its node's disk is full, and the environment not built"
@@ -278,22 +326,16 @@ class Agent:
             del self._orders[job_id]
             self._starts.pop(job_id, None)
             self._logs.remove(self._folders.log(job_id), self._poll_wakeup.set)
-            self._run(self._release_reservation(order.seat))
+            self._reservations.remove(job_id)
         self._add_to_outbox(observation)
 
-    async def _release_reservation(self, name: str) -> None:
-        await retrying(
-            lambda: in_thread(reservations.release, name),
-            (RayError, OSError),
-            delay_s=_RETRY_DELAY_S,
-            warning="cannot release a reservation",
-            reservation=name,
-        )
+    def _wake_poll(self) -> None:
+        self._entry_added.set()
+        self._poll_wakeup.set()
 
     def _add_to_outbox(self, entry: Observation | Lock) -> None:
         self._outbox.add(entry)
-        self._entry_added.set()
-        self._poll_wakeup.set()
+        self._wake_poll()
 
     def _run(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
@@ -305,6 +347,10 @@ class Agent:
 def _deadline(order: NodeOrder) -> float | None:
     """The deadline of an order by this machine's monotonic clock."""
     return None if order.left_s is None else time.monotonic() + order.left_s
+
+
+def _amount(compute: Compute) -> Capacity:
+    return Capacity(compute.cpu_m, compute.mem or 0, compute.gpu)
 
 
 def _ended(folder: Path, attempt: int) -> bool:

@@ -14,7 +14,6 @@ import os
 import pickle
 import socket
 import sys
-import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cortex.engines.base import NOTHING
 from cortex.engines.ray.link import HEAD, Answer
-from cortex.engines.ray.messages import NodeState, Refusal, Reservation
+from cortex.engines.ray.messages import NodeState, Refusal
 from cortex.errors import InvalidProject
 from cortex.projects.pack import pack_stored
 from cortex.ray_node import reservations
@@ -47,25 +46,20 @@ class Driver:
         self._node_dir = node_dir
         self._agents: dict[str, ActorHandle[Agent]] = {}
         self._threads = ThreadPoolExecutor(_MAX_THREADS)
-        # Reservations have threads of their own: they may wait for capacity that others have taken,
-        # and the link would break if `node_states` waited behind them.
-        self._reservation_threads = ThreadPoolExecutor(_MAX_THREADS)
 
     async def node_states(self) -> tuple[NodeState, ...]:
         """The nodes of the cluster."""
         return await self._in_thread(reservations.node_states)
 
-    async def reserve(self, reservation: Reservation, timeout_s: float) -> tuple[int, ...]:
-        """Make a reservation; its GPUs."""
-        deadline = time.monotonic() + timeout_s
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._reservation_threads, _reserve, reservation, deadline
-        )
+    async def release_lost(self) -> None:
+        """Release the reservations of this operator on nodes that have left the cluster."""
+        await self._in_thread(reservations.release_lost, f"{self._namespace}:")
 
-    async def release(self, name: str) -> None:
-        """Release a reservation."""
-        await self._in_thread(reservations.release, name)
+    async def replace_agent(self, node_id: str) -> None:
+        """Kill a node's agent, whose jobs continue. The next call makes another."""
+        agent = await self._agent(node_id)
+        await self._in_thread(partial(ray.kill, agent, no_restart=True))
+        self.forget_agent(node_id)
 
     async def call_agent(
         self, node_id: str, method: str, arguments: tuple[object, ...], timeout_s: float
@@ -105,22 +99,13 @@ class Driver:
         )
         states = reservations.node_states()
         total = next((state.total for state in states if state.node_id == node_id), NOTHING)
-        return remote.remote(self._namespace, node_id, self._node_dir, total)
+        raylet = reservations.raylet_address(node_id)
+        return remote.remote(self._namespace, node_id, self._node_dir, total, raylet)
 
     async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(
             self._threads, partial(work, *arguments)
         )
-
-
-def _reserve(reservation: Reservation, deadline: float) -> tuple[int, ...]:
-    remaining_s = deadline - time.monotonic()
-    # The operator has released this reservation already, and would not release it again.
-    if remaining_s <= 0:
-        raise reservations.ReservationFailed(
-            "too many reservations wait for capacity that others have taken"
-        )
-    return reservations.reserve(reservation, remaining_s)
 
 
 async def answer(driver: Driver, method: str, arguments: tuple[object, ...]) -> Answer:
@@ -135,7 +120,7 @@ async def answer(driver: Driver, method: str, arguments: tuple[object, ...]) -> 
         return _unreachable("its agent has died", error)
     except Exception as error:  # after any other exception, the outcome is unknown
         cause = error.cause if isinstance(error, RayTaskError) else error
-        if isinstance(cause, Refusal | reservations.ReservationFailed | InvalidProject):
+        if isinstance(cause, Refusal | InvalidProject):
             return Answer(refused=str(cause))
         return _unreachable(f"{method} failed", cause)
 

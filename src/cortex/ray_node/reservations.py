@@ -1,28 +1,41 @@
-"""Ray's nodes, and its placement groups, which reserve what a job takes while it runs.
+"""Ray's nodes, and its placement groups, which reserve what the jobs of this operator take.
 
-All functions block: the driver calls them in threads. Agents call only `release`.
+All functions block. Agents reserve (`node_reservations`); the driver reads the nodes, and releases
+what lost nodes have left.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node  # Ray has no public function for it
-from ray.util import get_placement_group, placement_group, remove_placement_group
-from ray.util.placement_group import PlacementGroup
+from ray.util import (
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cortex.engines.base import NOTHING, Capacity
-from cortex.engines.ray.messages import NodeState, Reservation
+from cortex.engines.ray.messages import NodeState
 from cortex.spec.quantities import MILLI
 
 NODE_ID = "ray.io/node-id"  # a label that each node has, with a unique value
 
 
-class ReservationFailed(Exception):
-    """Ray refuses a reservation of capacity that was free a moment ago."""
+@dataclass(frozen=True)
+class Reservation:
+    """A placement group of one bundle on one node."""
+
+    name: str
+    amount: Capacity
+    is_created: bool
+    """False while Ray waits for capacity that others have taken."""
 
 
 def node_states() -> tuple[NodeState, ...]:
@@ -32,25 +45,58 @@ def node_states() -> tuple[NodeState, ...]:
     return tuple(_state(each, available) for each in states)
 
 
-def reserve(reservation: Reservation, timeout_s: float) -> tuple[int, ...]:
-    """Reserve a bundle on one node.
-
-    Returns:
-        The GPUs of the bundle.
+def raylet_address(node_id: str) -> tuple[str, int]:
+    """The host and the port of a node's raylet.
 
     Raises:
-        ReservationFailed: Ray has not reserved it in time. It may do so later: the caller must call
-            `release`.
+        LookupError: the node is not in the cluster.
+    """
+    for fields in ray.nodes():  # type: ignore[no-untyped-call]  # Ray types a part of itself
+        if fields["NodeID"] == node_id:
+            return fields["NodeManagerAddress"], int(fields["NodeManagerPort"])
+    raise LookupError(f"the cluster has no node {node_id}")
+
+
+def create(name: str, node_id: str, amount: Capacity, timeout_s: float) -> bool:
+    """Reserve an amount on a node.
+
+    Returns:
+        Whether Ray has made the reservation in time. It may make it later: see `find`.
+
+    Raises:
+        RayError: the cluster does not answer; Ray may make the reservation all the same.
     """
     group = placement_group(
-        [reservation.bundle],
-        name=reservation.name,
+        [_bundle(amount)],
+        name=name,
         lifetime="detached",
-        bundle_label_selector=[{NODE_ID: reservation.node_id}],
+        bundle_label_selector=[{NODE_ID: node_id}],
     )
-    if not group.wait(timeout_s):
-        raise ReservationFailed("others have taken the free capacity of its node")
-    return _gpus_of(group, reservation, timeout_s) if reservation.bundle.get("GPU") else ()
+    return bool(group.wait(timeout_s))
+
+
+def find(name: str) -> Reservation | None:
+    """A reservation, if it exists.
+
+    Raises:
+        RayError: the cluster does not answer.
+    """
+    try:
+        fields = placement_group_table(get_placement_group(name))
+    except ValueError:  # there is no placement group of that name
+        return None
+    return _reservation(fields) if fields and fields["state"] != "REMOVED" else None
+
+
+def existing(prefix: str) -> list[Reservation]:
+    """The reservations whose names begin with `prefix`.
+
+    Raises:
+        RayError: the cluster does not answer.
+    """
+    tables: Iterable[dict[str, Any]] = placement_group_table().values()
+    named = [each for each in tables if each["name"].startswith(prefix)]
+    return [_reservation(each) for each in named if each["state"] != "REMOVED"]
 
 
 def release(name: str) -> None:
@@ -63,23 +109,42 @@ def release(name: str) -> None:
         remove_placement_group(get_placement_group(name))
 
 
-def _gpus_of(group: PlacementGroup, reservation: Reservation, timeout_s: float) -> tuple[int, ...]:
-    """The GPUs of a bundle, which Ray reveals only to a task that runs in it."""
-    count = reservation.bundle["GPU"]
+def release_lost(prefix: str) -> None:
+    """Release the reservations whose names begin with `prefix` and go on with a node's id, unless
+    that node is alive.
+
+    Raises:
+        RayError: the cluster does not answer.
+    """
+    alive = {state.node_id for state in node_states() if state.is_alive}
+    for each in existing(prefix):
+        if each.name.removeprefix(prefix).partition(":")[0] not in alive:
+            release(each.name)
+
+
+def reserved_gpus(name: str, count: int, timeout_s: float) -> tuple[int, ...]:
+    """The indices of the GPUs of a reservation, which Ray reveals only to a task that runs in it.
+
+    Raises:
+        RayError: Ray has not run the task in time.
+        ValueError: there is no reservation of that name.
+    """
     task = ray.remote(_own_gpus).options(
         num_cpus=0,
         num_gpus=count,
-        scheduling_strategy=PlacementGroupSchedulingStrategy(group),
+        scheduling_strategy=PlacementGroupSchedulingStrategy(get_placement_group(name)),
     )
-    try:
-        gpu_ids = ray.get(task.remote(), timeout=timeout_s)
-    except ray.exceptions.RayError as error:
-        raise ReservationFailed(f"Ray did not report the reserved GPUs: {error}") from error
-    return tuple(int(gpu_id) for gpu_id in gpu_ids)
+    return tuple(int(gpu_id) for gpu_id in ray.get(task.remote(), timeout=timeout_s))
 
 
 def _own_gpus() -> list[Any]:
     return list(ray.get_gpu_ids())
+
+
+def _reservation(fields: dict[str, Any]) -> Reservation:
+    bundles = fields["bundles"].values()
+    amount = sum((_capacity(each) for each in bundles), NOTHING)
+    return Reservation(fields["name"], amount, fields["state"] == "CREATED")
 
 
 def _state(fields: dict[str, Any], available: dict[str, dict[str, float]]) -> NodeState:
@@ -91,6 +156,15 @@ def _state(fields: dict[str, Any], available: dict[str, dict[str, float]]) -> No
     free = _capacity(available[node_id]) if node_id in available else total
     labels = {key: value for key, value in fields["Labels"].items() if key != NODE_ID}
     return NodeState(node_id, name, True, total, total - free, labels)
+
+
+def _bundle(amount: Capacity) -> dict[str, float]:
+    bundle: dict[str, float] = {
+        "CPU": amount.cpu_m / MILLI,
+        "memory": amount.mem,
+        "GPU": amount.gpu,
+    }
+    return {resource: value for resource, value in bundle.items() if value}
 
 
 def _capacity(resources: dict[str, float]) -> Capacity:

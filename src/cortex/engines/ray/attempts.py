@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import defaultdict, deque
-from functools import partial
 
 import structlog
 
@@ -44,8 +42,6 @@ from cortex.worker import checks
 
 log = structlog.get_logger()
 
-_MAX_ENDED_RESERVATIONS = 100
-
 Final = Ended | Lost | NeverStarted
 
 
@@ -59,11 +55,6 @@ class Attempts:
         self._log_copies = log_copies
         self._tracked: dict[str, TrackedAttempt] = {}
         self._by_node: dict[str, dict[str, TrackedAttempt]] = {}  # the same, by node and by job
-        # The reservations of the attempts that ended last, by node. The agent releases them, but it
-        # may be killed before it does.
-        self._ended_reservations: defaultdict[str, deque[str]] = defaultdict(
-            partial(deque, maxlen=_MAX_ENDED_RESERVATIONS)
-        )
         self._background = Background("the Ray engine failed")
         self._report: Report = lambda _: None
 
@@ -125,12 +116,10 @@ class Attempts:
 
     def on_node_lost(self, node: Node) -> None:
         """Lose the attempts on the node, whose guard ends their jobs."""
-        self._release_ended_reservations(node)
         for tracked in self._tracked_on(node):
             self._lose(tracked, f"the node {node.name} was lost")
 
     async def on_agent_reachable(self, node: Node) -> None:
-        self._release_ended_reservations(node)
         for tracked in self._tracked_on(node):
             if tracked.is_sent and not tracked.is_ending:
                 await self._recover(tracked)
@@ -176,17 +165,7 @@ class Attempts:
         except checks.Invalid as error:
             log.warning("ignored a node's invalid lock file", reason=str(error))
 
-    def _release_ended_reservations(self, node: Node) -> None:
-        for name in self._ended_reservations.pop(node.node_id, ()):
-            self._background.run(self._calls.release_reservation(name))
-
-    def _release_reservation(self, tracked: TrackedAttempt) -> None:
-        name = self._calls.reservation_name(tracked)
-        self._background.run(self._calls.release_reservation(name))
-
     def _lose(self, tracked: TrackedAttempt, reason: str) -> None:
-        # Where the node or its record of the attempt is lost, no agent releases the reservation.
-        self._release_reservation(tracked)
         if not tracked.is_ending:
             final = tracked.lost(reason) if tracked.is_sent else tracked.never_started()
             self._finish(tracked, final)
@@ -235,20 +214,13 @@ class Attempts:
         self._finish(tracked, final)
 
     async def _start(self, tracked: TrackedAttempt) -> None:
-        """Reserve capacity, and send the order to the node.
+        """Send the order to the node.
 
         After a failure with an unknown outcome, the node is asked for the state of the attempt.
         """
         try:
-            gpus = await self._calls.reserve(tracked)
             locks = await self._calls.lock_files(tracked)
-        except (LinkError, Refused, StorageUnavailable, OSError) as error:
-            # Ray may have made the reservation, or make it later. Release it before the report:
-            # after that, no operator looks for it.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(tracked.remaining_s):
-                    name = self._calls.reservation_name(tracked)
-                    await self._calls.release_reservation(name)
+        except (StorageUnavailable, OSError) as error:
             self._abandon(tracked, str(error))
             return
         if self._is_cancelled(tracked):
@@ -256,7 +228,7 @@ class Attempts:
             return
         tracked.is_sent = True
         try:
-            while not await self._calls.start(tracked, gpus, locks):
+            while not await self._calls.start(tracked, locks):
                 tracked.is_sent = False
                 await self._calls.send_project(tracked)
                 if self._is_cancelled(tracked):
@@ -279,7 +251,6 @@ class Attempts:
 
     def _abandon(self, tracked: TrackedAttempt, blocked_by: str | None = None) -> None:
         """Report that the attempt has not started."""
-        self._release_reservation(tracked)
         self._finish(tracked, tracked.never_started(blocked_by))
 
     async def _recover_with_retries(self, tracked: TrackedAttempt) -> None:
@@ -339,9 +310,6 @@ class Attempts:
         if self._tracked.get(tracked.job_id) is not tracked:
             return
         self._untrack(tracked)
-        if tracked.node_id in self._nodes.alive:
-            name = self._calls.reservation_name(tracked)
-            self._ended_reservations[tracked.node_id].append(name)
         freed = self._nodes.remove_reservation(tracked.job_id) and self._nodes.pop_refused()
         self._report(final)
         if freed:

@@ -1,4 +1,4 @@
-"""The requests for one attempt: to Ray for its reservation, and to the agent of its node.
+"""The requests for one attempt, to the agent of its node.
 
 `attempts` makes them, and decides what follows.
 """
@@ -11,7 +11,7 @@ from typing import Protocol
 
 import structlog
 
-from cortex.engines.ray.cluster import RESPONSE_TIMEOUT_S, RETRY_DELAY_S, Cluster
+from cortex.engines.ray.cluster import Cluster
 from cortex.engines.ray.link import LinkError, Refused
 from cortex.engines.ray.messages import Builds, Lock, LogPiece
 from cortex.engines.ray.tracked import TrackedAttempt
@@ -22,9 +22,7 @@ from cortex.system.background import in_thread
 log = structlog.get_logger()
 
 SEND_PROJECT_TIMEOUT_S = 300.0
-RESERVATION_TIMEOUT_S = 5.0
-# Ray reports the GPUs of a reservation through a task in it, whose process has to start first.
-GPU_RESERVATION_TIMEOUT_S = 30.0
+_SLOW_ORDER_S = 4.0
 
 
 class Locks(Protocol):
@@ -55,7 +53,6 @@ class AgentCalls:
     def __init__(
         self,
         cluster: Cluster,
-        namespace: str,
         grace_s: float,
         locks: Locks | None,
         builds: Builds,
@@ -63,44 +60,14 @@ class AgentCalls:
         """
         Args:
             cluster: reaches Ray and the agents.
-            namespace: prefixes the names of this operator's reservations.
             grace_s: the seconds between SIGTERM and SIGKILL.
             locks: stores lock files; None stores none.
             builds: limits builds of environments on nodes.
         """
         self._cluster = cluster
-        self._namespace = namespace
         self._grace_s = grace_s
         self._locks = locks
         self._builds = builds
-
-    async def reserve(self, tracked: TrackedAttempt) -> tuple[int, ...]:
-        """Reserve what the attempt takes on its node.
-
-        Returns:
-            The GPUs of the reservation.
-        """
-        reservation = tracked.reservation(self._namespace)
-        has_gpus = "GPU" in reservation.bundle
-        timeout_s = GPU_RESERVATION_TIMEOUT_S if has_gpus else RESERVATION_TIMEOUT_S
-        gpus = await self._cluster.call_driver(
-            "reserve", reservation, timeout_s, timeout_s=timeout_s + RESPONSE_TIMEOUT_S
-        )
-        assert isinstance(gpus, tuple)
-        return gpus
-
-    def reservation_name(self, tracked: TrackedAttempt) -> str:
-        return tracked.reservation(self._namespace).name
-
-    async def release_reservation(self, name: str) -> None:
-        """Release a reservation, and retry until Ray has done it. A second release does nothing."""
-        while True:
-            try:
-                await self._cluster.call_driver("release", name)
-            except LinkError:
-                await asyncio.sleep(RETRY_DELAY_S)
-            else:
-                return
 
     async def lock_files(self, tracked: TrackedAttempt) -> dict[str, str]:
         """The lock files of the attempt's project, by name.
@@ -122,16 +89,23 @@ class AgentCalls:
         except (StorageUnavailable, OSError) as error:
             log.warning("cannot store a lock file", project=lock.project_id, error=str(error))
 
-    async def start(
-        self, tracked: TrackedAttempt, gpus: tuple[int, ...], locks: dict[str, str]
-    ) -> bool:
+    async def start(self, tracked: TrackedAttempt, locks: dict[str, str]) -> bool:
         """Order the node to start the attempt.
 
         Returns:
             Whether the node has accepted it; False where it lacks the project.
         """
-        order = tracked.node_order(self._namespace, self._grace_s, gpus, locks, self._builds)
-        return await self._cluster.call_agent(tracked.node_id, "start", order) != "project"
+        order = tracked.node_order(self._grace_s, locks, self._builds)
+        call = asyncio.ensure_future(self._cluster.call_agent(tracked.node_id, "start", order))
+        try:
+            await asyncio.wait({call}, timeout=_SLOW_ORDER_S)
+            if not call.done():
+                self._cluster.suspect(tracked.node_id, "its agent does not take orders")
+            answer = await call
+            self._cluster.trust(tracked.node_id)
+            return answer != "project"
+        finally:
+            call.cancel()
 
     async def send_project(self, tracked: TrackedAttempt) -> None:
         """Send the project of the attempt to its node."""
@@ -143,7 +117,7 @@ class AgentCalls:
 
     async def recover(self, tracked: TrackedAttempt) -> None:
         """Make the node report the state of the attempt, and fence an attempt that it never got."""
-        order = tracked.node_order(self._namespace, self._grace_s)
+        order = tracked.node_order(self._grace_s)
         await self._cluster.call_agent(tracked.node_id, "recover", order)
 
     async def stop(self, tracked: TrackedAttempt) -> None:

@@ -12,9 +12,8 @@ from typing import Protocol
 
 import structlog
 
-import cortex
 from cortex.engines.ray.link import Link, LinkError, Refused
-from cortex.engines.ray.messages import Hello, Poll
+from cortex.engines.ray.messages import AGENT_VERSION, Hello, Poll
 from cortex.engines.ray.placement import Node, Placement
 
 log = structlog.get_logger()
@@ -71,6 +70,8 @@ class Cluster:
         self._link: Link | None = None
         self._link_task: asyncio.Task[None] | None = None
         self._agent_tasks: dict[str, asyncio.Task[None]] = {}
+        self._replaced: set[str] = set()  # the nodes whose agent was replaced by this operator
+        self._has_lost_nodes = True  # an earlier operator may have left reservations there
 
     @property
     def is_joined(self) -> bool:
@@ -125,6 +126,19 @@ class Cluster:
             "call_agent", node_id, method, arguments, timeout_s, timeout_s=timeout_s + RETRY_DELAY_S
         )
 
+    def suspect(self, node_id: str, reason: str) -> None:
+        """A node has not answered: see `Node.suspect`."""
+        node = self.nodes.alive.get(node_id)
+        if node is not None and node.is_ready:
+            log.warning("ray node suspected", node=node.name, reason=reason)
+            node.suspect(reason)
+
+    def trust(self, node_id: str) -> None:
+        """A node has taken an order: see `Node.trust`."""
+        node = self.nodes.alive.get(node_id)
+        if node is not None:
+            node.trust()
+
     async def _open_link(self) -> Link:
         link = Link(self._address, self._namespace, self._node_dir)
         await link.open(JOIN_TIMEOUT_S)
@@ -155,6 +169,10 @@ class Cluster:
         lost = self.nodes.update(states)
         for node in lost:
             self._remove(node)
+        self._has_lost_nodes = self._has_lost_nodes or bool(lost)
+        if self._has_lost_nodes:
+            await link.call("release_lost", timeout_s=RESPONSE_TIMEOUT_S)
+            self._has_lost_nodes = False
         self._listener.on_nodes_refreshed()
         for node_id, node in self.nodes.alive.items():
             if node_id not in self._agent_tasks:
@@ -189,7 +207,7 @@ class Cluster:
             try:
                 hello = await self._begin_session(node)
                 await self._listener.on_agent_reachable(node)
-                node.is_ready, node.problem = True, None
+                node.answered(None)
                 self._listener.on_capacity_changed()
                 await self._poll_agent(node, hello)
             except (LinkError, Refused) as error:
@@ -200,14 +218,24 @@ class Cluster:
             await asyncio.sleep(RETRY_DELAY_S)
 
     async def _begin_session(self, node: Node) -> Hello:
-        hello = await self.call_agent(node.node_id, "hello", timeout_s=HELLO_TIMEOUT_S)
-        assert isinstance(hello, Hello)
-        if hello.version != cortex.__version__:
+        hello = await self._hello(node)
+        if hello.version != AGENT_VERSION and node.node_id not in self._replaced:
+            # It has run since before an upgrade. Its jobs do not depend on it.
+            self._replaced.add(node.node_id)
+            log.info("replacing an agent", node=node.name, version=hello.version)
+            await self.call_driver("replace_agent", node.node_id)
+            hello = await self._hello(node)
+        if hello.version != AGENT_VERSION:
             raise Refused(
                 f"{node.name} has version {hello.version} of cortex-tasks, but the operator has "
-                f"{cortex.__version__}; install the same version on both"
+                f"{AGENT_VERSION}; install the same version on both"
             )
         self.hellos[node.node_id] = hello
+        return hello
+
+    async def _hello(self, node: Node) -> Hello:
+        hello = await self.call_agent(node.node_id, "hello", timeout_s=HELLO_TIMEOUT_S)
+        assert isinstance(hello, Hello)
         return hello
 
     async def _poll_agent(self, node: Node, hello: Hello) -> None:
@@ -231,6 +259,12 @@ class Cluster:
             if poll.incarnation != hello.incarnation:
                 return
             seq = poll.seq
+            was_ready = node.is_ready
+            node.set_held(poll.held)
+            node.answered(poll.problem)
+            if node.is_ready != was_ready:
+                log.info("ray node", node=node.name, is_ready=node.is_ready, problem=node.problem)
+                self._listener.on_capacity_changed()
             await self._listener.on_poll(node, poll)
 
     def _mark_unreachable(self, node: Node, reason: str) -> None:

@@ -1,8 +1,8 @@
 """The engine protocol on a Ray cluster. Called by the dispatcher and by `tests/engines`.
 
 Each node has an agent, a detached actor that runs the local engine: records, limits, stop and
-recovery are those of one machine. The operator's side chooses nodes (`placement`), reserves in Ray
-what a job takes (`messages.Reservation`), and follows each attempt through the agents (`attempts`).
+recovery are those of one machine. It also reserves in Ray what its jobs take. The operator's side
+chooses nodes (`placement`), and follows each attempt through the agents (`attempts`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class RayEngine:
         self._address = address
         self.ledger = Placement(self._report_freed)
         self._cluster = Cluster(address, namespace, node_dir, self.ledger)
-        orders = AgentCalls(self._cluster, namespace, grace_s, locks, builds)
+        orders = AgentCalls(self._cluster, grace_s, locks, builds)
         self._attempts = Attempts(self._cluster, orders, self._copies)
 
     @property

@@ -1,17 +1,21 @@
 """The messages between the Ray engine, the driver and the agents: plain data, which is pickled.
 
-All of them must run the same version of this package. The operator compares it with
-`Hello.version`; an agent of an older version must still be able to read and write the messages up
-to that point.
+All of them must run the same version of this package, and of these messages. The operator compares
+`Hello.version` with `AGENT_VERSION`, and replaces an agent that has another; such an agent must
+still be able to read and write the messages up to that point.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cortex.engines.base import Capacity, Observation
+import cortex
+from cortex.engines.base import NOTHING, Capacity, Observation
 from cortex.spec.api import ApiSpec
 from cortex.spec.job import JobSpec
+
+AGENT_VERSION = f"{cortex.__version__}/2"
+"""The version of this package, and of the messages here: a change of them adds one."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +33,6 @@ class NodeState:
 
 class Refusal(Exception):
     """An agent refuses a request for good; the message says why."""
-
-
-@dataclass(frozen=True)
-class Reservation:
-    """What Ray reserves for an attempt: a placement group of one bundle on one node."""
-
-    name: str
-    node_id: str
-    bundle: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -81,9 +76,6 @@ class NodeOrder:
     grace_s: float
     left_s: float | None
     """The seconds until the deadline: the clocks of two machines cannot be compared."""
-    seat: str
-    """The name of the attempt's reservation."""
-    gpus: tuple[int, ...] = ()
     losses: int = 0
     lost: str | None = None
     locks: dict[str, str] = field(default_factory=dict)
@@ -119,3 +111,7 @@ class Poll:
     seq: int
     seen: tuple[Observation | Lock, ...]
     logs: dict[str, LogPiece] = field(default_factory=dict)
+    held: Capacity = NOTHING
+    """What Ray has reserved on the node for this operator's jobs."""
+    problem: str | None = None
+    """Why the node can take no new job."""

@@ -1,12 +1,13 @@
 """The placement of jobs on the nodes of a cluster. The Ray engine uses it.
 
 Ray could queue a job that does not fit yet, but would not say why the job waits. The operator
-therefore chooses a node, by Ray's figures for all nodes, and requests a reservation on that node.
-Ray may still refuse the reservation.
+therefore chooses a node, by Ray's figures for all nodes. The node's agent informs Ray of what its
+jobs take.
 """
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left, insort
 from collections.abc import Callable, Mapping
 from itertools import count
@@ -20,6 +21,10 @@ from cortex.spec.api import Compute
 Labels = tuple[tuple[str, tuple[str, ...]], ...]  # the labels that a job requires, sorted
 
 T = TypeVar("T")
+
+_PAUSE_S = 30.0
+_MAX_PAUSE_S = 600.0
+_MAX_SUSPICIONS = 8
 
 
 class Node:
@@ -35,13 +40,16 @@ class Node:
         self.state = state
         self.number = number
         self.problem: str | None = None
-        """Why the agent does not answer."""
+        """Why the node takes no new job, where `is_ready` is False."""
         self._is_ready = False
+        self._suspicions = 0
+        self._suspected_until = 0.0
+        self._held = self._previous_held = NOTHING
         self._on_change = on_change
         self._shares: dict[str, Capacity] = {}
         self._own = NOTHING
-        # What others take, by Ray's last two updates. Ray's figures lag behind this operator's own:
-        # a single update may count capacity that this operator has just released.
+        # What others take, by Ray's last two updates: a single one may count a reservation that
+        # was released a moment before.
         self._others = self._previous_others = self._taken_by_others()
         self.free = self._compute_free()
 
@@ -55,7 +63,7 @@ class Node:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the agent answers."""
+        """Whether the node takes new jobs."""
         return self._is_ready
 
     @is_ready.setter
@@ -68,7 +76,35 @@ class Node:
         """Apply an update of Ray's figures."""
         self.state = state
         self._previous_others, self._others = self._others, self._taken_by_others()
+        self._previous_held = self._held
         self._update_free()
+
+    def set_held(self, held: Capacity) -> None:
+        """Ray has reserved this much on the node for this operator's jobs."""
+        self._held = held
+
+    def suspect(self, reason: str) -> None:
+        """Something that the node should have answered was not answered: for a while, longer with
+        each time, it takes no new job."""
+        pause_s = min(_MAX_PAUSE_S, _PAUSE_S * 2**self._suspicions)
+        self._suspected_until = time.monotonic() + pause_s
+        self._suspicions = min(self._suspicions + 1, _MAX_SUSPICIONS)
+        self.problem, self.is_ready = reason, False
+
+    def trust(self) -> None:
+        """The node has taken an order: earlier suspicions count no longer."""
+        self._suspicions = 0
+
+    def answered(self, problem: str | None) -> None:
+        """The node's agent has answered.
+
+        Args:
+            problem: why the node takes no new job, by its own report.
+        """
+        if problem is not None:
+            self.problem, self.is_ready = problem, False
+        elif not self.is_ready and time.monotonic() >= self._suspected_until:
+            self.problem, self.is_ready = None, True
 
     def add(self, job_id: str, compute: Compute) -> None:
         """Count a job's share as taken."""
@@ -92,7 +128,9 @@ class Node:
         return self.state.total - others - self._own
 
     def _taken_by_others(self) -> Capacity:
-        return (self.state.taken - self._own).maximum(NOTHING)
+        # Ray's figures lag behind the agent's: what was released a moment ago may still be taken.
+        held = self._held.maximum(self._previous_held)
+        return (self.state.taken - held).maximum(NOTHING)
 
 
 class CapacityIndex(Generic[T]):

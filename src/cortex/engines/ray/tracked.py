@@ -7,9 +7,8 @@ import time
 from dataclasses import dataclass
 
 from cortex.engines.base import Attempt, Lost, NeverStarted, Reachable, Unreachable
-from cortex.engines.ray.messages import DEFAULT_BUILDS, Builds, Hello, NodeOrder, Reservation
+from cortex.engines.ray.messages import DEFAULT_BUILDS, Builds, Hello, NodeOrder
 from cortex.engines.ray.placement import Node
-from cortex.spec.quantities import MILLI
 
 HANDLE_VERSION = 1
 
@@ -54,21 +53,9 @@ class TrackedAttempt:
         deadline = self.attempt.deadline
         return None if deadline is None else deadline - time.monotonic()
 
-    def reservation(self, namespace: str) -> Reservation:
-        """The reservation of what the attempt takes on its node."""
-        compute = self.attempt.version.api.compute
-        bundle: dict[str, float] = {"CPU": compute.cpu_m / MILLI}
-        if compute.mem:
-            bundle["memory"] = compute.mem
-        if compute.gpu:
-            bundle["GPU"] = compute.gpu
-        return Reservation(f"{namespace}:{self.job_id}:{self.number}", self.node_id, bundle)
-
     def node_order(
         self,
-        namespace: str,
         grace_s: float,
-        gpus: tuple[int, ...] = (),
         locks: dict[str, str] | None = None,
         builds: Builds = DEFAULT_BUILDS,
     ) -> NodeOrder:
@@ -83,8 +70,6 @@ class TrackedAttempt:
             local_handle=self.local_handle,
             grace_s=grace_s,
             left_s=self.remaining_s,
-            seat=self.reservation(namespace).name,
-            gpus=gpus,
             losses=attempt.losses,
             lost=attempt.lost,
             locks=locks or {},

@@ -1,0 +1,380 @@
+"""What Ray reserves for the jobs of a node, and what happens while Ray, the node's raylet or its
+agent does not answer: on a node without Ray (`ray`)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from ray.exceptions import RayError
+
+from cortex.engines.base import (
+    Capacity,
+    CapacityFreed,
+    Ended,
+    Engine,
+    Lost,
+    NeverStarted,
+    NodeInfo,
+    Reachable,
+)
+from cortex.engines.ray import RayEngine, calls
+from cortex.engines.ray import cluster as ray_cluster
+from cortex.ray_node import agent, node_reservations, raylet, reservations
+from engines.engine_harness import until
+from engines.in_process_ray import STATE, InProcessHarness, in_process_harness
+
+NOTHING = "def task(config): pass"
+CPU_AND_MEMORY = Capacity(100, 0, 0)
+
+
+@pytest.fixture
+def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcessHarness]:
+    monkeypatch.setattr(node_reservations, "_IDLE_S", 0.5)
+    monkeypatch.setattr(node_reservations, "_ADOPTION_S", 4.0)
+    monkeypatch.setattr(node_reservations, "_RETRY_DELAY_S", 0.1)
+    monkeypatch.setattr(raylet, "_TIMEOUT_S", 0.5)
+    with in_process_harness(tmp_path, monkeypatch) as made:
+        yield made
+
+
+def node_of(engine: Engine) -> NodeInfo:
+    (node,) = engine.ledger.nodes()
+    return node
+
+
+def test_ray_reserves_what_a_job_takes_until_after_its_end(harness: InProcessHarness) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await until(lambda: harness.ray.reservations)
+        (reservation,) = harness.ray.reservations.values()
+        assert reservation.amount == CPU_AND_MEMORY
+        harness.finish_sleeper()
+        await harness.ended(attempt)
+        await until(lambda: not harness.ray.reservations)
+
+    harness.run(scenario)
+
+
+def test_a_job_runs_although_ray_makes_no_reservation(harness: InProcessHarness) -> None:
+    harness.ray.has_capacity = False
+
+    async def scenario(engine: Engine) -> None:
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await harness.started(attempt)
+        await until(lambda: harness.ray.reservations)
+        harness.finish_sleeper()
+        await harness.ended(attempt)
+        await until(lambda: not harness.ray.reservations)
+
+    harness.run(scenario)
+
+
+def test_a_reservation_that_ray_makes_late_counts_as_this_operators(
+    harness: InProcessHarness,
+) -> None:
+    harness.ray.has_capacity = False
+
+    async def scenario(engine: Engine) -> None:
+        assert isinstance(engine, RayEngine)
+        (node,) = engine.ledger.alive.values()
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await until(lambda: harness.ray.reservations)
+        assert node._held == Capacity(0, 0, 0)
+        harness.ray.has_capacity = True
+        await until(lambda: node._held == CPU_AND_MEMORY)
+        harness.finish_sleeper()
+        await harness.ended(attempt)
+        await until(lambda: node._held == Capacity(0, 0, 0))
+
+    harness.run(scenario)
+
+
+def test_the_next_job_uses_the_reservation_of_the_job_before(
+    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_reservations, "_IDLE_S", 60.0)
+    monkeypatch.setattr(node_reservations, "_BATCH_S", 0.0)
+
+    async def scenario(engine: Engine) -> None:
+        first = await harness.start_attempt(engine, harness.sleeper())
+        await until(lambda: harness.ray.reservations)
+        names = set(harness.ray.reservations)
+        harness.finish_sleeper()
+        await harness.ended(first)
+        for _ in range(3):
+            await harness.outcome(engine, harness.attempt(NOTHING))
+        assert set(harness.ray.reservations) == names
+
+    harness.run(scenario)
+
+
+def test_an_idle_reservation_makes_room_for_a_job_that_takes_another_amount(
+    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_reservations, "_IDLE_S", 60.0)
+
+    async def scenario(engine: Engine) -> None:
+        first = await harness.start_attempt(engine, harness.sleeper())
+        await until(lambda: harness.ray.reservations)
+        harness.finish_sleeper()
+        await harness.ended(first)
+        harness.marker.with_name("marker.go").unlink()
+        second = await harness.start_attempt(engine, harness.sleeper(cpu_m=200))
+        wanted = [Capacity(200, 0, 0)]
+        await until(lambda: [each.amount for each in harness.ray.reservations.values()] == wanted)
+        harness.finish_sleeper()
+        await harness.ended(second)
+
+    harness.run(scenario)
+
+
+def test_a_request_to_ray_that_fails_is_repeated_and_leaves_nothing(
+    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [0]
+
+    def create(name: str, node_id: str, amount: Capacity, timeout_s: float) -> bool:
+        failures[0] += 1
+        if failures[0] == 1:
+            raise RayError("nothing was made")
+        made = harness.ray.create(name, node_id, amount, timeout_s)
+        if failures[0] == 2:
+            raise RayError("the reservation was made all the same")
+        return made
+
+    monkeypatch.setattr(reservations, "create", create)
+
+    async def scenario(engine: Engine) -> None:
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await until(lambda: any(each.is_created for each in harness.ray.reservations.values()))
+        harness.finish_sleeper()
+        await harness.ended(attempt)
+        await until(lambda: not harness.ray.reservations)
+
+    harness.run(scenario)
+    assert failures[0] >= 2
+
+
+def test_a_killed_agents_reservations_are_those_of_the_next_agent(
+    harness: InProcessHarness,
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await until(lambda: harness.ray.reservations)
+        names = set(harness.ray.reservations)
+        await harness.ray.kill_agent()
+        await harness.observed(attempt, Reachable)
+        await asyncio.sleep(5)  # longer than the reservations of no job would stay
+        assert set(harness.ray.reservations) == names
+        harness.finish_sleeper()
+        await harness.ended(attempt)
+        await until(lambda: not harness.ray.reservations)
+
+    harness.run(scenario)
+
+
+def test_the_next_agent_releases_what_a_killed_agent_left(
+    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def release(_: str) -> None:
+        raise RayError("the cluster does not answer now")
+
+    async def scenario(engine: Engine) -> None:
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await until(lambda: harness.ray.reservations)
+        with monkeypatch.context() as patched:
+            patched.setattr(reservations, "release", release)
+            harness.finish_sleeper()
+            await harness.ended(attempt)
+            await harness.ray.kill_agent()
+        await until(lambda: not harness.ray.reservations)
+
+    harness.run(scenario)
+
+
+@pytest.mark.parametrize("has_operator", [True, False], ids=["this operator", "the next operator"])
+def test_what_a_lost_node_left_is_released(
+    harness: InProcessHarness, *, has_operator: bool
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await until(lambda: harness.ray.reservations)
+        agent = harness.ray.agent
+        assert agent is not None
+        await agent._reservations.close()
+        if has_operator:
+            harness.lose_node()
+            assert isinstance(await harness.final(attempt), Lost)
+        else:
+            await engine.close()
+            harness.lose_node()
+            other = harness.new_engine()
+            await other.open(harness.report)
+            await other.close()
+        await until(lambda: not harness.ray.reservations)
+        harness.finish_sleeper()
+
+    harness.run(scenario)
+
+
+def test_a_job_waits_for_its_gpus(
+    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_reservations, "_GPU_TIMEOUT_S", 1.0)
+    harness.ray.has_capacity = False
+    harness.ray.states = [replace(STATE, total=Capacity(4000, 1 << 33, 2))]
+    command = ["/bin/sh", "-c", "echo [$CUDA_VISIBLE_DEVICES]"]
+
+    async def scenario(engine: Engine) -> None:
+        attempt = harness.attempt(command=command, gpu=2)
+        never = await harness.final(await harness.start_attempt(engine, attempt))
+        assert isinstance(never, NeverStarted)
+        assert never.held_up_by == "others have taken the free GPUs of its node"
+        assert "waits for Ray to reserve its GPUs" in harness.wait_reasons
+        await until(lambda: not harness.ray.reservations)
+        harness.ray.has_capacity = True
+        assert isinstance(
+            await harness.final(await harness.start_attempt(engine, attempt, 2)), Ended
+        )
+        assert harness.log(attempt) == "[0,1]\n"
+        await until(lambda: not harness.ray.reservations)
+
+    harness.run(scenario)
+
+
+def test_a_stop_ends_the_wait_for_gpus(harness: InProcessHarness) -> None:
+    harness.ray.has_capacity = False
+    harness.ray.states = [replace(STATE, total=Capacity(4000, 1 << 33, 2))]
+
+    async def scenario(engine: Engine) -> None:
+        attempt = harness.attempt(NOTHING, gpu=1)
+        attempt = await harness.start_attempt(engine, attempt)
+        await until(lambda: harness.ray.reservations)
+        engine.stop(attempt.spec.job_id)
+        assert isinstance(await harness.final(attempt), NeverStarted)
+        await until(lambda: not harness.ray.reservations)
+
+    harness.run(scenario)
+
+
+def test_a_node_whose_raylet_hangs_takes_no_new_job_and_keeps_its_jobs(
+    harness: InProcessHarness,
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await harness.started(attempt)
+        harness.ray.raylet_hangs = True
+        await until(lambda: node_of(engine).problem is not None)
+        assert node_of(engine).problem == "its raylet does not answer"
+        assert not node_of(engine).is_ready
+        refused = engine.ledger.reserve("job", attempt.version.api.compute)
+        assert refused is not None
+        assert "its raylet does not answer" in refused
+        harness.finish_sleeper()
+        await harness.ended(attempt)
+        assert engine.ledger.reserve("job", attempt.version.api.compute) is not None
+        harness.observations.clear()
+        harness.ray.raylet_hangs = False
+        await until(lambda: node_of(engine).is_ready)
+        assert CapacityFreed() in harness.observations
+        assert node_of(engine).problem is None
+
+    harness.run(scenario)
+
+
+def test_a_node_whose_raylet_hangs_is_asked_for_no_reservation(
+    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        agent = harness.ray.agent
+        assert agent is not None
+        harness.ray.raylet_hangs = True
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await until(lambda: agent._raylet.problem is not None)
+        await harness.started(attempt)
+        names = set(harness.ray.reservations)
+        agent._reservations.add("another", Capacity(300, 0, 0))
+        await asyncio.sleep(1)
+        assert set(harness.ray.reservations) == names
+        harness.ray.raylet_hangs = False
+        await until(lambda: set(harness.ray.reservations) > names)
+        agent._reservations.remove("another")
+        harness.finish_sleeper()
+        await harness.ended(attempt)
+
+    monkeypatch.setattr(node_reservations, "_CHECK_INTERVAL_S", 0.1)
+    harness.run(scenario)
+
+
+def test_a_node_that_takes_no_order_is_suspect_for_a_while(
+    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "_SLOW_ORDER_S", 0.2)
+    may_answer = asyncio.Event()
+
+    async def scenario(engine: Engine) -> None:
+        assert isinstance(engine, RayEngine)
+        (node,) = engine.ledger.alive.values()
+        harness.ray.before_call["start"] = may_answer.wait  # type: ignore[assignment]  # its result is ignored
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await until(lambda: node.problem == "its agent does not take orders")
+        assert engine.ledger.reserve("job", attempt.version.api.compute) is not None
+        may_answer.set()
+        await harness.started(attempt)
+        assert not node.is_ready
+        node._suspected_until = 0
+        harness.finish_sleeper()
+        await harness.ended(attempt)
+        await until(lambda: node.is_ready)
+
+    harness.run(scenario)
+
+
+def test_an_agent_of_another_version_is_replaced_and_ends_no_job(
+    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await harness.started(attempt)
+        await engine.close()
+        first = harness.ray.agent
+        for module in (ray_cluster, agent):
+            monkeypatch.setattr(module, "AGENT_VERSION", "next")
+        assert first is not None
+        hello = first.hello
+
+        async def old_hello() -> object:
+            with monkeypatch.context() as patched:
+                patched.setattr(agent, "AGENT_VERSION", "before")
+                return await hello()
+
+        monkeypatch.setattr(first, "hello", old_hello)
+        other = harness.new_engine()
+        await other.open(harness.report)
+        await other.recover(attempt)
+        await until(lambda: harness.ray.agent not in (None, first))
+        harness.finish_sleeper()
+        assert (await harness.ended(attempt)).result == "done"
+        await other.close()
+
+    harness.run(scenario)
+
+
+def test_a_node_with_another_version_is_reported(
+    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        await engine.close()
+        monkeypatch.setattr(ray_cluster, "AGENT_VERSION", "next")
+        other = harness.new_engine()
+        await other.open(harness.report)
+        await until(lambda: node_of(other).problem)
+        assert "install the same version on both" in str(node_of(other).problem)
+        assert harness.ray.calls.count("hello") >= 2
+        await other.close()
+
+    harness.run(scenario)
