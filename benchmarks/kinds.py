@@ -19,6 +19,7 @@ BARE_ECHO = "bare echo, same server, no framework"
 COMMITS = "rows in synced commits of 16"
 SIZES = {"1 thousand": 1_000, "100 thousand": 100_000, "1 million": 1_000_000}
 FEW, *_, MANY = SIZES
+ON_POSTGRESQL = f"{OURS}, on PostgreSQL"
 IMPORTED_BY_EACH = f"{OURS}, imported by each job"
 IMPORTED_AHEAD = f"{OURS}, imported ahead"
 
@@ -59,11 +60,16 @@ KINDS = {
     "imports-memory": Kind("Memory of each running job with scikit-learn (PSS)", "MB"),
     "aged-end-to-end": Kind("No-op jobs where files were just removed", "/s", more_is_better=True),
     "aged-first-line": Kind("Submit to first line where files were just removed, p50", "ms"),
+    "stores-end-to-end": Kind(
+        "No-op jobs on each kind of store, submitted to final", "/s", more_is_better=True
+    ),
+    "stores-first-line": Kind("Submit to first line on each kind of store, p50", "ms"),
     "forks": Kind("Fork and exit", "/s", more_is_better=True),
 }
 IDLE = [name for name in KINDS if name.startswith("idle-")]
 IMPORTS = [name for name in KINDS if name.startswith("imports-")]
 AGED = [name for name in KINDS if name.startswith("aged-")]
+STORES = [name for name in KINDS if name.startswith("stores-")]
 STORED = [name for name in KINDS if name.startswith("stored-")]
 
 PICTURES: dict[str, tuple[str, list[str]]] = {
@@ -73,6 +79,7 @@ PICTURES: dict[str, tuple[str, list[str]]] = {
     "submit": ("Submits", ["submit"]),
     "first-line": ("First line", ["first-line-p50", "first-line-p99"]),
     "stop": ("Stop", ["stop"]),
+    "stores": ("On each kind of store", STORES),
     "stored": ("With many jobs stored", STORED),
     "crowd": ("Many jobs at once", ["crowd-starts", "crowd-stops"]),
     "memory": (

@@ -12,9 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import limits
 import memory
 import one_round
+import postgresql_server
 import stored
 from figures import Measured, PeerFailed, Results, interleave
 from kinds import (
@@ -29,6 +31,7 @@ from kinds import (
     IMPORTED_BY_EACH,
     INTERPRETER,
     MANY,
+    ON_POSTGRESQL,
     ONE_CORE,
     OURS,
     SIZES,
@@ -84,9 +87,14 @@ class Bench:
         folder.mkdir()
         return folder
 
-    def ours(self, *names: str, folder: Path | None = None) -> Cortex:
-        """An operator with these APIs, in this folder or a new one."""
-        return self._stack.enter_context(operator(folder or self.folder("ours"), names))
+    def ours(self, *names: str, folder: Path | None = None, store: str | None = None) -> Cortex:
+        """An operator with these APIs, in this folder or a new one, on SQLite or this store."""
+        return self._stack.enter_context(operator(folder or self.folder("ours"), names, store))
+
+    def postgresql(self) -> str:
+        """The URL of a new database on a new server."""
+        server = self._stack.enter_context(postgresql_server.server())
+        return server.url(server.create())
 
     def echo(self) -> limits.Echo:
         return self._stack.enter_context(limits.echo(self.folder("echo")))
@@ -293,6 +301,20 @@ def stored_status(bench: Bench) -> None:
     bench.measure("stored", {name: partial(of, operator) for name, operator in operators.items()})
 
 
+def stores(bench: Bench) -> None:
+    """The speed of jobs on SQLite and on PostgreSQL."""
+    sqlite, postgresql = bench.ours("noop"), bench.ours("noop", store=bench.postgresql())
+    jobs = bench.options.jobs
+
+    def of(ours: Cortex) -> dict[str, float]:
+        return {
+            "end-to-end": one_round.end_to_end(ours, jobs),
+            "first-line": statistics.median(one_round.first_lines(ours, max(10, jobs // 10))),
+        }
+
+    bench.measure("stores", {OURS: partial(of, sqlite), ON_POSTGRESQL: partial(of, postgresql)})
+
+
 def machine_limits(bench: Bench) -> None:
     """The machine's rate of forks, on one core and on all."""
     number = 2 * bench.options.jobs
@@ -364,6 +386,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "crowd": crowd,
     "stored-jobs": stored_jobs,
     "stored-status": stored_status,
+    "stores": stores,
     "limits": machine_limits,
     "imports": imports,
     "aged": aged,

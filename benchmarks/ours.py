@@ -119,21 +119,25 @@ class Cortex(Service):
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[Cortex]:
-    """An operator on a data folder, new or existing, below `folder`."""
+def serving(folder: Path, store: str | None = None) -> Iterator[Cortex]:
+    """An operator on a data folder, new or existing, below `folder`.
+
+    Args:
+        store: the URL of its database; None for SQLite in the data folder.
+    """
     folder.mkdir(exist_ok=True)
     command: list[str | Path] = [
         CORTEX, "serve", "--port", "0", "--data-dir", folder / "data", "--cpu", str(CPU),
-        "--grace", "2",
+        "--grace", "2", *(["--store", store] if store else []),
     ]  # fmt: skip
     with running(command, folder=folder, ready=" listening on ") as (process, line):
         yield Cortex(line.split()[-1], process.pid)
 
 
 @contextmanager
-def operator(folder: Path, names: Sequence[str] = ()) -> Iterator[Cortex]:
+def operator(folder: Path, names: Sequence[str] = (), store: str | None = None) -> Iterator[Cortex]:
     """An operator with some of the tasks. Its jobs end with it."""
-    with serving(folder) as cortex:
+    with serving(folder, store) as cortex:
         try:
             cortex.deploy(folder, names)
             yield cortex

@@ -21,7 +21,7 @@ RUN = ROOT / "benchmarks" / "run.py"
 def test_a_quick_run_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
     out, mark = tmp_path / "results.json", tmp_path / "tmp"
     mark.mkdir()
-    names = "submit,end-to-end,crowd,stored-status,aged"
+    names = "submit,end-to-end,crowd,stored-status,stores,aged"
     done = subprocess.run(
         [sys.executable, RUN, "--quick", "--only", names, "--out", out],
         env={"PATH": "/usr/bin:/bin", "TMPDIR": str(mark)},
@@ -37,6 +37,7 @@ def test_a_quick_run_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert all(value > 0 for value in figures["aged-first-line"]["subjects"]["ours"])
     assert len(figures["aged-end-to-end"]["subjects"]) == 3
     assert len(figures["stored-status"]["subjects"]) == 2
+    assert all(len(figures[f"stores-{of}"]["subjects"]) == 2 for of in ("end-to-end", "first-line"))
     assert "submits/s, compared with the echo endpoint" in done.stdout
     until(lambda: not processes_with(str(mark)), "all processes have exited")
     assert list(mark.iterdir()) == []

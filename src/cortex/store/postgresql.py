@@ -1,13 +1,15 @@
 """PostgreSQL: session settings for durable commits and lost connections, and checks of the server.
 
-Called by `store.database`, `writer`, and `group.election` and `group.notifications`.
+Called by `store.database`, `prepared`, `writer`, and `group.election` and `group.notifications`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from cortex.errors import StartupError
@@ -95,6 +97,32 @@ def check(connection: Connection) -> None:
             "acknowledged data. Run `ALTER SYSTEM SET fsync = on; SELECT pg_reload_conf();` on the "
             "server."
         )
+
+
+def first_of_each(
+    connection: Connection, statements: Sequence[tuple[str, Sequence[Any] | Mapping[str, Any]]]
+) -> list[Sequence[Any] | None]:
+    """Run statements on the driver's connection in one round trip; the first row of each, or None.
+
+    SQLAlchemy cannot use the driver's pipeline. Errors are raised as SQLAlchemy's.
+    """
+    import psycopg
+
+    driver: psycopg.Connection = connection.connection.driver_connection  # type: ignore[assignment]  # typed as a bare DBAPI
+    try:
+        with driver.pipeline():
+            cursors = [driver.execute(sql, values) for sql, values in statements]
+        # The end of the block has received all results.
+        return [cursor.fetchone() if cursor.description else None for cursor in cursors]
+    except psycopg.Error as error:
+        raise DBAPIError.instance(
+            None,
+            None,
+            error,
+            psycopg.Error,
+            connection_invalidated=driver.closed,
+            dialect=connection.dialect,
+        ) from error
 
 
 def is_conflict(error: Exception) -> bool:

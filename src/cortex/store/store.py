@@ -29,10 +29,11 @@ from cortex.store.group.locks import DatabaseLock
 from cortex.store.group.member import session_name
 from cortex.store.group.sole import SoleOperator
 from cortex.store.lock_keys import DEPLOY_LOCK, JOIN_LOCK
+from cortex.store.prepared import Statement
 from cortex.store.schema import IS_IN_PROGRESS, jobs
 from cortex.store.submissions import InitialClaim, Replay, Submissions
-from cortex.store.transitions import BY_ID, Outcome, apply, record, whole_record
-from cortex.store.writer import Writer
+from cortex.store.transitions import BY_ID, Outcome, record, take, whole_record
+from cortex.store.writer import Planned, Write, Writer
 
 T = TypeVar("T")
 
@@ -121,11 +122,13 @@ class Store:
             Superseded: there is a claim, and another operator is the leader.
         """
 
-        def write(connection: Connection) -> tuple[JobRecord, bool]:
-            return self._submissions.submit(connection, draft, replay, claim)
+        def plan() -> Write[tuple[JobRecord, bool]] | Statement[tuple[JobRecord, bool]]:
+            return self._submissions.plan(draft, replay, claim, is_shared=self.is_shared)
 
         return await (
-            self._writer.run(write) if claim is None else self.operators.write_as_leader(write)
+            self._writer.run(Planned(plan))
+            if claim is None
+            else self.operators.write_as_leader(Planned(plan))
         )
 
     async def apply(
@@ -135,7 +138,7 @@ class Store:
         spec: JobSpec | None = None,
         actor: Actor = UNKNOWN,
     ) -> Outcome:
-        """Take one event of a job (`transitions.apply`). All but `Stop` are the leader's alone.
+        """Take one event of a job (`transitions.take`). All but `Stop` are the leader's alone.
 
         Args:
             actor: of a `Stop`, for the audit.
@@ -144,13 +147,13 @@ class Store:
             Superseded: another operator is the leader.
         """
 
-        def write(connection: Connection) -> Outcome:
+        def plan() -> Statement[Outcome]:
             if isinstance(event, Unclaim | Retry):
                 self._submissions.waiting_bytes.on_waiting_again()
-            return apply(connection, job_id, event, spec)
+            return take(job_id, event, spec)
 
         def stop(connection: Connection) -> Outcome:
-            outcome = write(connection)
+            outcome = plan().run(connection)
             if outcome.taken and outcome.job is not None:
                 name = outcome.job.spec.api_name
                 entry = AuditEntry(Action.STOP, actor, now_ns(), api_name=name, job_id=job_id)
@@ -160,7 +163,7 @@ class Store:
         return await (
             self._writer.run(stop)
             if isinstance(event, Stop)
-            else self.operators.write_as_leader(write)
+            else self.operators.write_as_leader(Planned(plan))
         )
 
     async def job(self, job_id: str) -> JobRecord | None:

@@ -18,7 +18,7 @@ from cortex.spec.job import JobRecord, JobSpec, encode, with_texts
 from cortex.spec.lifecycle import TRANSITIONS, Event, State, Wanted, sources
 from cortex.store import long_texts
 from cortex.store.events import Claim, JobEvent
-from cortex.store.prepared import Prepared, Row
+from cortex.store.prepared import Prepared, Row, Statement
 from cortex.store.schema import IS_IN_PROGRESS, jobs
 from cortex.worker.checks import NOT_KEPT, why_no_result
 
@@ -119,32 +119,34 @@ class Outcome:
     job: JobRecord | None
 
 
-def apply(
-    connection: Connection, job_id: str, event: JobEvent, spec: JobSpec | None = None
-) -> Outcome:
+def take(job_id: str, event: JobEvent, spec: JobSpec | None = None) -> Statement[Outcome]:
     """Take one event, if the job is in a state that accepts it.
 
     Args:
         spec: of the job, if the caller has it, to save decoding it from the row.
 
     Returns:
-        Whether the event was taken, and the job; after a claim with its config, however long.
+        The write. Its outcome is whether the event was taken, and the job; after a claim with its
+        config, however long.
     """
     values = event.values()
     result = values.get("result")
     is_long = isinstance(result, str) and long_texts.is_long(result)
     if is_long:
         values = {**values, "result": _STORED_AS_LONG_TEXT}
-    row = _STATEMENTS[event.event].first(connection, {"id": job_id, **values})
-    if row is None:
-        row = BY_ID.first(connection, {"job_id": job_id})
-        return Outcome(False, None if row is None else record(row, spec))
-    if isinstance(event, Claim):
-        return Outcome(True, long_texts.with_config(connection, whole_record(row, spec)))
-    job = record(row, spec)
-    if is_long and job.has_result:  # a stopped job has none
-        long_texts.write(connection, job.seq, long_texts.Name.RESULT, str(result))
-    return Outcome(True, job)
+
+    def outcome(connection: Connection, row: Row | None) -> Outcome:
+        if row is None:
+            row = BY_ID.first(connection, {"job_id": job_id})
+            return Outcome(False, None if row is None else record(row, spec))
+        if isinstance(event, Claim):
+            return Outcome(True, long_texts.with_config(connection, whole_record(row, spec)))
+        job = record(row, spec)
+        if is_long and job.has_result:  # a stopped job has none
+            long_texts.write(connection, job.seq, long_texts.Name.RESULT, str(result))
+        return Outcome(True, job)
+
+    return Statement(_STATEMENTS[event.event], {"id": job_id, **values}, outcome)
 
 
 def record(row: Row, spec: JobSpec | None = None) -> JobRecord:

@@ -45,13 +45,21 @@ class WaitingBytes:
         Raises:
             OverWaitingBytes: the waiting configs would be over the limit.
         """
-        if self._limit is None:
-            return
         is_shared = connection.dialect.name != "sqlite"
-        if size > self._budget or (is_shared and size > _LARGE_CONFIG):
-            free = self._add_up(connection, self._limit, size, is_shared=is_shared)
-            self._budget = min(free, size + self._limit // _BUDGET_PART) if is_shared else free
+        if self._limit is None or self.add_within_budget(size, is_shared=is_shared):
+            return
+        free = self._add_up(connection, self._limit, size, is_shared=is_shared)
+        self._budget = min(free, size + self._limit // _BUDGET_PART) if is_shared else free
         self._budget -= size
+
+    def add_within_budget(self, size: int, *, is_shared: bool) -> bool:
+        """Count the config of one more waiting job, if that needs no adding up; whether it was."""
+        if self._limit is None:
+            return True
+        if size > self._budget or (is_shared and size > _LARGE_CONFIG):
+            return False
+        self._budget -= size
+        return True
 
     def on_waiting_again(self) -> None:
         """A job that had left the queue waits again: add up at the next submit."""

@@ -6,6 +6,10 @@ A write is a function of a connection. The thread takes all queued writes, runs 
 transaction and commits once: a hundred submits share one fsync. If a write fails, the thread runs
 the writes of its group again one by one, each in a transaction of its own, so that one failure
 affects no other write. A write may therefore run twice and must depend on the database alone.
+
+A write that is one `Statement` waits for no answer before the next is sent: on PostgreSQL, a group
+of such writes costs one round trip, with the begin of the transaction and the fence, and one for
+its commit.
 """
 
 from __future__ import annotations
@@ -17,17 +21,26 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DatabaseError, DBAPIError, InternalError, OperationalError
 
 from cortex.errors import CortexError, OutcomeUnknown, StorageUnavailable, Superseded
 from cortex.store import postgresql, sqlite
 from cortex.store.database import error_text
+from cortex.store.prepared import Prepared, Statement, run_all
 
 T = TypeVar("T")
 Write = Callable[[Connection], T]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned(Generic[T]):
+    """A write that the thread plans when its turn comes, without the database."""
+
+    plan: Callable[[], Write[T] | Statement[T]]
+
 
 _MAX_GROUP = 512  # writes per commit: bounds how long the first write waits for the last
 _RETRY_DELAY_S = 0.2
@@ -35,6 +48,7 @@ _LOCKED_TIMEOUT_S = 10.0
 """How long a write waits in all for another process that is writing to the same SQLite file."""
 _BUSY_TIMEOUT_MS = 100
 _MAX_CONFLICTS = 10
+_BEGIN: Statement[None] = Statement(Prepared(text("BEGIN")), {}, lambda *_: None)
 SUPERSEDED = "another operator is the leader now"
 _OUTCOME_UNKNOWN = (
     "the connection to the store broke during the commit: the change may or may not have been "
@@ -45,8 +59,9 @@ _OUTCOME_UNKNOWN = (
 class CommitFence(Protocol):
     """Counts commits and fences off former leaders; see `group.member`."""
 
-    def begin(self, connection: Connection) -> int | None:
-        """Begin a transaction; the term in which this operator leads, or None."""
+    def begin(self) -> Statement[int | None]:
+        """The first statement of each transaction; the term in which this operator leads, or
+        None."""
 
     def was_committed(self, connection: Connection) -> bool:
         """Whether the transaction that `begin` was last called for was committed."""
@@ -75,7 +90,7 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
         self._thread.start()
 
-    async def run(self, write: Write[T], term: int | None = None) -> T:
+    async def run(self, write: Write[T] | Planned[T], term: int | None = None) -> T:
         """Run a write; it is durable when this returns. Writes take effect in the order of calls.
 
         Cancelling the caller does not cancel a queued write.
@@ -135,6 +150,10 @@ class Writer:
         while group:
             group = self._try(group, may_retry=True)
 
+    def _commit_once_more(self, group: list[_QueuedWrite]) -> None:
+        while group:
+            group = self._try(group, may_retry=False)
+
     def _try(self, group: list[_QueuedWrite], *, may_retry: bool) -> list[_QueuedWrite]:
         """Commit a group and deliver the outcomes.
 
@@ -142,7 +161,8 @@ class Writer:
             may_retry: whether to try once more if the connection turns out to be lost.
 
         Returns:
-            The writes that must wait because another process is writing to the SQLite file.
+            The writes to try again: another process is writing to the SQLite file, or other writes
+            of the group belonged to another term.
         """
         outcomes: list[object] = []
         is_connected = False
@@ -152,11 +172,9 @@ class Writer:
             connection = self._connected()
             with connection.begin():
                 is_connected = True
-                if self.fence is None:
-                    outcomes = [write.write(connection) for write in group]
-                else:
-                    term = self.fence.begin(connection)
-                    outcomes = [write.run_in_term(term, connection) for write in group]
+                outcomes = self._carry_out(group, connection)
+        except _TermEnded as ended:  # rolled back; the connection is as before
+            return _refuse_superseded(group, ended.current)
         except Exception as error:
             if not isinstance(error, CortexError):
                 self._disconnect()  # its state is unknown
@@ -171,6 +189,39 @@ class Writer:
         else:
             _deliver(group, outcomes)
         return []
+
+    def _carry_out(self, group: list[_QueuedWrite], connection: Connection) -> list[object]:
+        """Run a group's writes in the transaction, up to its commit; their outcomes.
+
+        Raises:
+            _TermEnded: some writes belong to another term.
+        """
+        opening: list[Statement[Any]] = []
+        if connection.dialect.name != "sqlite":
+            opening.append(_BEGIN)
+        if self.fence is not None:
+            opening.append(self.fence.begin())
+        outcomes: list[object] = []
+        unsent = [*opening]
+
+        def send() -> None:
+            is_first = not outcomes
+            outcomes.extend(run_all(connection, unsent))
+            unsent.clear()
+            if is_first and self.fence is not None:
+                term = cast(int | None, outcomes[len(opening) - 1])
+                if any(write.term not in (None, term) for write in group):
+                    raise _TermEnded(term)
+
+        for write in group:
+            planned = write.plan()
+            if isinstance(planned, Statement):
+                unsent.append(planned)
+            else:
+                send()
+                outcomes.append(planned(connection))
+        send()
+        return outcomes[len(opening) :]
 
     def _handle_failure(
         self,
@@ -188,7 +239,7 @@ class Writer:
         elif outcomes and is_lost:
             _refuse(group, OutcomeUnknown(_OUTCOME_UNKNOWN))
         elif is_lost and is_connected and may_retry:
-            self._try(group, may_retry=False)
+            self._commit_once_more(group)
         elif is_lost or not is_connected:
             _refuse(group, error)
         elif len(group) > 1:
@@ -232,7 +283,7 @@ class Writer:
         if is_stored:
             _deliver(unknown.group, unknown.outcomes)
         elif unknown.may_retry:
-            self._try(unknown.group, may_retry=False)
+            self._commit_once_more(unknown.group)
         else:
             _refuse(unknown.group, unknown.error)
         return self._unknown is None
@@ -246,6 +297,8 @@ class Writer:
             self._connection = self._connect()
             if self._engine.dialect.name == "sqlite":  # short, so that each write times out
                 sqlite.first(self._connection, f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
+            else:  # the driver's own BEGIN would cost a round trip; see `_carry_out`
+                self._connection.execution_options(isolation_level="AUTOCOMMIT")
         return self._connection
 
     def _disconnect(self) -> None:
@@ -261,7 +314,10 @@ class _QueuedWrite:
     __slots__ = ("conflicts", "done", "loop", "since", "term", "write")
 
     def __init__(
-        self, write: Write[object], loop: asyncio.AbstractEventLoop, term: int | None
+        self,
+        write: Write[Any] | Planned[Any],
+        loop: asyncio.AbstractEventLoop,
+        term: int | None,
     ) -> None:
         self.write = write
         self.loop = loop
@@ -270,16 +326,22 @@ class _QueuedWrite:
         self.since = time.monotonic()
         self.done: asyncio.Future[object] = loop.create_future()
 
-    def run_in_term(self, term: int | None, connection: Connection) -> object:
-        """Run the write; return Superseded instead if it belongs to another term."""
-        if self.term not in (None, term):
-            return Superseded(SUPERSEDED)
-        return self.write(connection)
+    def plan(self) -> Write[Any] | Statement[Any]:
+        """What to run."""
+        return self.write.plan() if isinstance(self.write, Planned) else self.write
 
     def may_retry_conflict(self) -> bool:
         """Whether to try once more after a conflict with another operator's transaction."""
         self.conflicts += 1
         return self.conflicts < _MAX_CONFLICTS
+
+
+class _TermEnded(Exception):
+    """A write belongs to another term than the current one."""
+
+    def __init__(self, current: int | None) -> None:
+        super().__init__()
+        self.current = current
 
 
 @dataclass(frozen=True)
@@ -297,6 +359,12 @@ def _refuse_timed_out(group: list[_QueuedWrite], error: Exception) -> list[_Queu
     oldest = time.monotonic() - _LOCKED_TIMEOUT_S
     _refuse([write for write in group if write.since <= oldest], error)
     return [write for write in group if write.since > oldest]
+
+
+def _refuse_superseded(group: list[_QueuedWrite], term: int | None) -> list[_QueuedWrite]:
+    """Refuse the writes that belong to another term; return the others."""
+    _refuse([write for write in group if write.term not in (None, term)], Superseded(SUPERSEDED))
+    return [write for write in group if write.term in (None, term)]
 
 
 def _no_problem() -> None:

@@ -19,7 +19,7 @@ from cortex.store.group.election import Election, LeaderCallbacks
 from cortex.store.group.member import OperatorRow
 from cortex.store.group.notifications import ChangeFeed, ChangeListener
 from cortex.store.schema import operators
-from cortex.store.writer import SUPERSEDED, Write, Writer
+from cortex.store.writer import SUPERSEDED, Planned, Write, Writer
 
 T = TypeVar("T")
 
@@ -121,7 +121,7 @@ class OperatorGroup:
         leader = await asyncio.to_thread(read, self._reader, member.leader)
         return None if leader is None or leader[0] == self._id else leader[1]
 
-    async def write_as_leader(self, write: Write[T]) -> T:
+    async def write_as_leader(self, write: Write[T] | Planned[T]) -> T:
         """Run a write that only the leader may make. Called by `Store`.
 
         Raises:

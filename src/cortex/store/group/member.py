@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Mapping
 
 from sqlalchemy import (
     BigInteger,
@@ -37,6 +38,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from cortex.errors import StartupError, Superseded
 from cortex.spec.times import now_ns
+from cortex.store.prepared import Prepared, Row, Statement, Value
 from cortex.store.schema import operators
 from cortex.store.url import shown
 
@@ -55,9 +57,11 @@ _insert = insert(operators).from_select(
     list(_columns),
     select().add_columns(*_columns.values()).where(or_(_is_known, not_(_is_replaced))),
 )
-_BEGIN = _insert.on_conflict_do_update(
-    index_elements=[operators.c.operator_id], set_={"commits": _insert.excluded.commits}
-).returning(operators.c.term)
+_BEGIN = Prepared(
+    _insert.on_conflict_do_update(
+        index_elements=[operators.c.operator_id], set_={"commits": _insert.excluded.commits}
+    ).returning(operators.c.term)
+)
 _COMMITS = select(operators.c.commits).where(operators.c.operator_id == bindparam("id"))
 _OTHER_FOLDER = select(operators.c.place).where(
     operators.c.place != bindparam("place"), operators.c.place != bindparam("instead_of")
@@ -110,7 +114,7 @@ class OperatorRow:
         self.id = operator_id
         self.term: int | None = None
         """The term in which this operator leads, as far as it knows; None if it does not lead."""
-        self._row = {
+        self._row: dict[str, Value] = {
             "id": operator_id,
             "place": data_folder_id,
             "runs_on": runs_on,
@@ -148,10 +152,10 @@ class OperatorRow:
                 "jobs on another machine, or on another engine. All operators on a database must "
                 "run on one machine, or all use --engine ray with one cluster."
             )
-        self.begin(connection)
+        self.begin().run(connection)
         connection.execute(_DELETE_OLD_ROWS, {"id": self.id, "before_ns": now_ns() - _DAY_NS})
 
-    def _replace(self, connection: Connection, lost: dict[str, object]) -> None:
+    def _replace(self, connection: Connection, lost: Mapping[str, object]) -> None:
         deadline = time.monotonic() + _SESSION_END_TIMEOUT_S
         while (address := connection.execute(_STILL_CONNECTED, lost).scalar()) is not None:
             connection.exec_driver_sql("SELECT pg_stat_clear_snapshot()")
@@ -165,23 +169,23 @@ class OperatorRow:
         connection.exec_driver_sql(_LOCK_TABLE)
         connection.execute(_DELETE_ROWS_OF, lost)
 
-    def begin(self, connection: Connection) -> int | None:
-        """Begin a transaction: count the commit, and lock the row until the transaction ends.
+    def begin(self) -> Statement[int | None]:
+        """The first statement of a transaction: count the commit, and lock the row until the
+        transaction ends.
 
-        Returns:
-            The term in which this operator leads, or None.
-
-        Raises:
-            Superseded: the database now belongs to another data folder.
+        Its outcome is the term in which this operator leads, or None. It raises Superseded if the
+        database now belongs to another data folder.
         """
         self._commit_number += 1
-        row = connection.execute(_BEGIN, {**self._row, "commits": self._commit_number}).first()
+        return Statement(_BEGIN, {**self._row, "commits": self._commit_number}, self._term_in)
+
+    def _term_in(self, _: Connection, row: Row | None) -> int | None:
         if row is None:
             raise Superseded(
                 f"the data folder {self._row['place']} of this operator was declared lost "
                 "(--lost-folder) and replaced while the operator was away. Stop this operator."
             )
-        term: int | None = row.term
+        term: int | None = row[0]
         return term
 
     def was_committed(self, connection: Connection) -> bool:

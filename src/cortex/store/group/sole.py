@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from cortex.store.group.election import LeaderCallbacks
 from cortex.store.group.notifications import ChangeListener
-from cortex.store.writer import Write, Writer
+from cortex.store.writer import Planned, Write, Writer
 
 T = TypeVar("T")
 
@@ -55,6 +55,6 @@ class SoleOperator:
         """None: no other operator leads."""
         return None
 
-    async def write_as_leader(self, write: Write[T]) -> T:
+    async def write_as_leader(self, write: Write[T] | Planned[T]) -> T:
         """Run a write of the leader."""
         return await self._writer.run(write)
