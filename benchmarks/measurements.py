@@ -12,11 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import limits
 import memory
 import one_round
-import postgresql_server
 import stored
 from figures import Measured, PeerFailed, Results, interleave
 from kinds import (
@@ -93,8 +91,11 @@ class Bench:
 
     def postgresql(self) -> str:
         """The URL of a new database on a new server."""
-        server = self._stack.enter_context(postgresql_server.server())
-        return server.url(server.create())
+        sys.path.append(str(Path(__file__).parents[1] / "tests"))
+        from postgresql_server import server  # only this measurement needs the tests
+
+        made = self._stack.enter_context(server())
+        return made.url(made.create())
 
     def echo(self) -> limits.Echo:
         return self._stack.enter_context(limits.echo(self.folder("echo")))
