@@ -6,7 +6,8 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 
@@ -20,6 +21,7 @@ from cortex.spec.lifecycle import State, Wanted
 from cortex.store import Store
 from cortex.worker.messages import LogCut
 from cortex.worker.supervisor import logfile
+from store.recorded_leader import eventually
 
 _SPEC = JobSpec(job_id="1", api_name="a", api_id="1", config="{}", created_ns=1)
 FINISHED = JobRecord(1, _SPEC, State.SUCCEEDED, Wanted.RUN, attempt=1, handle=None)
@@ -136,6 +138,67 @@ def test_a_failed_upload_of_a_cut_log_leaves_no_files(
     assert copies.bring_back("1", is_sure=True, is_leading=True)
     assert follower.log.read_bytes() == b"ab\0\0\0cd"
     assert [mark.name for mark in follower.marks.iterdir()] == ["1"]
+
+
+def no_live_jobs() -> Any:
+    """A dispatcher that has no unfinished job."""
+    return SimpleNamespace(live_jobs=SimpleNamespace(find=lambda _: None))
+
+
+def test_a_log_whose_job_has_just_finished_is_sent_without_a_read_of_the_job(
+    follower: Follower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails(_: str) -> NoReturn:
+        raise StorageUnavailable("the store does not answer")
+
+    async def work() -> None:
+        await follower.archive.open(no_live_jobs())
+        follower.log.parent.mkdir()
+        follower.log.write_bytes(b"all of it")
+        follower.archive.finished(FINISHED)
+        await eventually((follower.marks / "1").exists)
+        await follower.archive.close()
+
+    monkeypatch.setattr(follower.store, "job", fails)
+    asyncio.run(work())
+    assert follower.files.read("logs/1/log") == b"all of it"
+
+
+def test_a_job_that_is_removed_before_its_log_is_sent_again_is_not_archived(
+    follower: Follower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another operator, which has become the leader: this one's job is not in the store."""
+    put, failures = follower.files.put, 0
+    is_read = asyncio.Event()
+    job = follower.store.job
+
+    def fails_once(name: str, content: bytes | Path) -> None:
+        nonlocal failures
+        failures += 1
+        if failures == 1:
+            raise StorageUnavailable("the object store does not answer")
+        put(name, content)
+
+    async def read(job_id: str) -> JobRecord | None:
+        found = await job(job_id)
+        is_read.set()
+        return found
+
+    async def work() -> None:
+        await follower.archive.open(no_live_jobs())
+        follower.log.parent.mkdir()
+        follower.log.write_bytes(b"all of it")
+        follower.archive.finished(FINISHED)
+        async with asyncio.timeout(30):
+            await is_read.wait()
+        await follower.archive.close()
+
+    monkeypatch.setattr(follower.files, "put", fails_once)
+    monkeypatch.setattr(follower.store, "job", read)
+    asyncio.run(work())
+    assert failures == 1
+    assert follower.files.read("logs/1/log") is None
+    assert not list(follower.marks.iterdir())
 
 
 @pytest.mark.parametrize(

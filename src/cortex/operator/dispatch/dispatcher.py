@@ -56,13 +56,13 @@ class Dispatcher:
         catalogue: Catalogue,
         folders: JobFolders,
         on_change: Callable[[JobRecord, JobRecord], None] | None = None,
-        on_finished: Callable[[str], None] | None = None,
+        on_finished: Callable[[JobRecord], None] | None = None,
         on_measures: Callable[[str, tuple[object, ...]], None] | None = None,
     ) -> None:
         """
         Args:
             on_change: called with a job before and after each change that was stored.
-            on_finished: called with the id of each job whose log grows no longer.
+            on_finished: called with each job whose log grows no longer.
             on_measures: called with the name of an API and what the task of a job that has ended
                 measured.
         """
@@ -238,7 +238,7 @@ class Dispatcher:
         if live.record.state in FINAL:
             self._starter.release(live)
             if self._on_finished is not None:
-                self._on_finished(live.job_id)
+                self._on_finished(live.record)
 
     async def _started(self, live: LiveJob, started: Started) -> None:
         await self.live_jobs.apply(live, events.Start(live.record.attempt, started.start_ns))

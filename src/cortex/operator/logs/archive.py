@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -40,6 +41,14 @@ _MIN_RETRY_DELAY_S, _MAX_RETRY_DELAY_S = 1.0, 30.0
 _DROP_INTERVAL_S = 3600
 
 
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """What has to be known of a job to send its log."""
+
+    api_id: str
+    attempts: int
+
+
 class Archive:
     """The archive of one operator. All methods are called on the event loop."""
 
@@ -55,7 +64,8 @@ class Archive:
         self._store = store
         self._marks = marks
         self._is_apart = is_apart
-        self._waiting: dict[str, None] = {}  # in order
+        # In order, with the job where its end was reported a moment ago; the store has the others.
+        self._waiting: dict[str, _Finished | None] = {}
         # Jobs of earlier terms. The database may not have them any more. Where operators have data
         # folders of their own, another operator may have led since, and the log here is incomplete.
         self._unsure: set[str] = set()
@@ -98,9 +108,9 @@ class Archive:
         """Shut down the archive's threads. Call it after `close`."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def finished(self, job_id: str) -> None:
+    def finished(self, job: JobRecord) -> None:
         """The log of this job is complete. Called by the dispatcher."""
-        self._waiting[job_id] = None
+        self._waiting[job.spec.job_id] = _Finished(job.spec.api_id, job.losses + 1)
         self._more.set()
 
     async def has(self, job_id: str) -> bool:
@@ -164,10 +174,10 @@ class Archive:
                 self._more.clear()
                 await self._more.wait()
             job_id = next(iter(self._waiting))
-            del self._waiting[job_id]
+            job = self._waiting.pop(job_id)
             self._sending.add(job_id)
             async with self._lock(job_id):
-                is_done = job_id not in self._sending or await self._send(job_id)
+                is_done = job_id not in self._sending or await self._send(job_id, job)
                 self._sending.discard(job_id)
             if is_done:
                 self._retry_delay_s = _MIN_RETRY_DELAY_S
@@ -175,22 +185,27 @@ class Archive:
                 await asyncio.sleep(self._retry_delay_s)
                 self._retry_delay_s = min(2 * self._retry_delay_s, _MAX_RETRY_DELAY_S)
 
-    async def _send(self, job_id: str) -> bool:
+    async def _send(self, job_id: str, job: _Finished | None) -> bool:
         """Send a log; whether nothing is left to do for it."""
         try:
-            job = await self._store.job(job_id)
+            job = job or await self._stored(job_id)
             if job is not None:  # retention was about to remove the folder of any other job
-                limit = await self._limit(job.spec.api_id)
+                limit = await self._limit(job.api_id)
                 is_sure = self._has_all_of(job_id)
-                await self._run(self._copies.send, job_id, limit, job.losses + 1, is_sure=is_sure)
+                await self._run(self._copies.send, job_id, limit, job.attempts, is_sure=is_sure)
             self._unsure.discard(job_id)
         except (StorageUnavailable, OSError) as error:
             log.warning("log not archived yet; retrying", job=job_id, error=str(error))
-            self._waiting[job_id] = None  # behind the others: only this log may fail
+            # Behind the others: only this log may fail. The job may be removed meanwhile.
+            self._waiting[job_id] = None
             return False
         except Exception as error:  # the other logs have to be sent all the same
             log.error("log cannot be archived", job=job_id, exc_info=error)
         return True
+
+    async def _stored(self, job_id: str) -> _Finished | None:
+        job = await self._store.job(job_id)
+        return None if job is None else _Finished(job.spec.api_id, job.losses + 1)
 
     async def _limit(self, api_id: str) -> int:
         """The `limits.log` of a version."""
