@@ -314,6 +314,46 @@ def test_a_job_goes_to_a_node_with_its_labels(
     assert ray_operator.delete(endpoint, job).status_code == 200
 
 
+def test_a_job_for_a_zone_without_nodes_stops_no_other_job(
+    ray_operator: Operator, ray_session: RaySession
+) -> None:
+    cluster = ray_session.cluster
+
+    def zones() -> list[Any]:
+        return [node["labels"].get("zone") for node in ready_nodes(ray_operator)]
+
+    cluster.add("away", cpus=1, labels="zone=away")
+    until(lambda: "away" in zones(), "the new node is ready")
+    cluster.kill("away")
+    until(lambda: zones() and "away" not in zones(), "the node is lost")
+    yaml = probe_yaml("zoned").replace("cpu: 1m", "cpu: 1m, node_labels: {zone: away}")
+    zoned = ray_operator.deployed(yaml, {"probe.py": PROBE})
+    waiting = [ray_operator.submit(zoned) for _ in range(2)]
+    message = "waits for a node with zone=away: the cluster has none now"
+    for job in waiting:
+        until(lambda job=job: ray_operator.status(zoned, job).get("message") == message, "it waits")
+    anywhere = ray_operator.deployed(probe_yaml("anywhere"), {"probe.py": PROBE})
+    assert ray_operator.run(anywhere)["status"] == "status_succeeded"
+    # A job that has to wait itself, behind them, starts as well.
+    yaml = probe_yaml("large").replace("cpu: 1m", "cpu: 6")
+    large = ray_operator.deployed(yaml, {"probe.py": PROBE})
+    running = [ray_operator.submit(large, config={"do": "sleep", "s": 300}) for _ in zones()]
+    for job in running:
+        ray_operator.await_log(large, job, "asleep")
+    last = ray_operator.submit(large)
+    reason = "needs 6 CPU, 2 free on one node"
+    until(lambda: ray_operator.status(large, last).get("message") == reason, "it waits")
+    assert ray_operator.delete(large, running[0]).status_code == 200
+    assert ray_operator.finished(large, last)["status"] == "status_succeeded"
+    assert [ray_operator.status(zoned, job)["message"] for job in waiting] == [message] * 2
+    for job in running[1:]:
+        assert ray_operator.delete(large, job).status_code == 200
+    cluster.add("away", cpus=1, labels="zone=away")
+    for job in waiting:
+        assert ray_operator.finished(zoned, job)["status"] == "status_succeeded"
+    cluster.kill("away")
+
+
 def test_a_job_whose_node_is_lost_gets_a_new_attempt_on_another_node(
     ray_operator: Operator, ray_session: RaySession
 ) -> None:

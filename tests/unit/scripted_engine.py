@@ -24,6 +24,7 @@ from cortex.engines.base import (
     Unreachable,
     Version,
 )
+from cortex.engines.capacity import NO_HOLDS, Hold, Holds
 from cortex.spec.api import Compute
 
 Key = tuple[str, int]  # job and attempt
@@ -59,11 +60,20 @@ class ScriptedLedger:
     def refusal(self, compute: Compute) -> str | None:
         return None
 
-    def reserve(self, job_id: str, compute: Compute) -> str | None:
+    def can_run(self, compute: Compute) -> bool:
+        return True
+
+    def reserve(self, job_id: str, compute: Compute, holds: Holds = NO_HOLDS) -> str | Hold | None:
         if job_id not in self.taken and len(self.taken) >= self.max_jobs:
             return "needs a free slot"
         self.taken.add(job_id)
         return None
+
+    def hold(self, job_id: str, compute: Compute, holds: Holds, kept: Hold | None) -> Hold:
+        return Hold(job_id, 0, Capacity(1, 0, 0))
+
+    def lacks(self, compute: Compute) -> str | None:
+        return "needs a free slot" if len(self.taken) >= self.max_jobs else None
 
     def release(self, job_id: str) -> None:
         if job_id in self.taken:

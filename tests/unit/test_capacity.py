@@ -74,7 +74,7 @@ def test_a_job_that_does_not_fit_reserves_nothing_and_the_reason_names_what_it_l
     ledger, _ = ledger_and_reports
     assert ledger.reserve("1", HALF) is None
     reason = ledger.reserve("2", ALL)
-    assert reason is not None
+    assert isinstance(reason, str)
     assert reason.startswith("needs 2 CPU, 1 free")
     assert "; needs 4 GiB, 2 GiB free" in reason
     assert "; needs 2 GPUs, 1 free" in reason

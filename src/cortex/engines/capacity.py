@@ -2,13 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
-from cortex.engines.base import Capacity, NodeInfo
+from cortex.engines.base import NOTHING, Capacity, NodeInfo
 from cortex.spec.api import Compute
 from cortex.spec.quantities import MILLI
 from cortex.worker.messages import size
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Capacity of one machine that is kept for a waiting job. Jobs behind it get what is left.
+
+    Attributes:
+        node: the ledger's number of the machine.
+    """
+
+    job_id: str
+    node: int
+    amount: Capacity
+
+
+class Holds:
+    """The holds of waiting jobs, in the order of the jobs."""
+
+    def __init__(self) -> None:
+        self._holds: list[Hold] = []
+        self._amounts: dict[int, Capacity] = {}
+
+    def add(self, hold: Hold) -> None:
+        """Add the hold of a job behind all others."""
+        self._holds.append(hold)
+        self._amounts[hold.node] = self.amount(hold.node) + hold.amount
+
+    def __iter__(self) -> Iterator[Hold]:
+        return iter(self._holds)
+
+    def amount(self, node: int) -> Capacity:
+        """What is held of a machine."""
+        return self._amounts.get(node, NOTHING)
+
+    def left_of(self, node: int, free: Capacity) -> Capacity:
+        """What the holds leave of a machine's free capacity."""
+        held = self._amounts.get(node)
+        return free if held is None else (free - held).maximum(NOTHING)
+
+
+NO_HOLDS = Holds()
 
 
 class CapacityLedger(Protocol):
@@ -26,16 +68,42 @@ class CapacityLedger(Protocol):
         when a larger machine joins.
         """
 
-    def reserve(self, job_id: str, compute: Compute) -> str | None:
+    def can_run(self, compute: Compute) -> bool:
+        """Whether a machine that is ready now could run this, if it ran nothing else.
+
+        Changes nothing. Where it is False, the engine reports CapacityFreed when a machine joins.
+        """
+
+    def reserve(self, job_id: str, compute: Compute, holds: Holds = NO_HOLDS) -> str | Hold | None:
         """Reserve capacity for a job.
 
         Call it before `Engine.claim`. A second call for a job with a reservation changes nothing
         and returns None.
 
+        Args:
+            holds: what the job must leave to others.
+
         Returns:
-            None, or what is lacking ("needs 32 GiB, 31 GiB free"). Nothing is reserved then, and
-            the engine reports CapacityFreed when more may be free.
+            None, or what is lacking, as `lacks` says it, or the first hold without which the job
+            might fit. Nothing is reserved then, and the engine reports CapacityFreed when more may
+            be free.
         """
+
+    def hold(self, job_id: str, compute: Compute, holds: Holds, kept: Hold | None) -> Hold:
+        """Choose the machine that a job which does not fit waits for. Reserves nothing.
+
+        Call it where `can_run`. Once the jobs that run on the machine have ended, the job fits on
+        it, if the jobs that start meanwhile leave the hold free.
+
+        Args:
+            holds: those of jobs before this one.
+            kept: the job's hold until now. Its machine is chosen again while it can run the job:
+                otherwise the job could wait for each machine in turn, and never start.
+        """
+
+    def lacks(self, compute: Compute) -> str | None:
+        """What is lacking for a job now ("needs 32 GiB, 31 GiB free"), or None. Holds count as
+        free. Changes nothing."""
 
     def release(self, job_id: str) -> None:
         """Release the reservation of a job that will not be started, and undo `Engine.prepare`.
@@ -61,18 +129,24 @@ def lacking(compute: Compute, available: Capacity, template: str) -> str | None:
         found.append(f"needs {_cpu(compute)}, {template.format(cpu)}")
     if compute.mem is not None and compute.mem > available.mem:
         found.append(f"needs {size(compute.mem)}, {template.format(size(max(0, available.mem)))}")
-    if compute.gpu > available.gpu:
+    if compute.gpu > max(0, available.gpu):
         found.append(f"needs {_gpus(compute)}, {template.format(max(0, available.gpu))}")
     return "; ".join(found) or None
 
 
 def fits(compute: Compute, available: Capacity) -> bool:
-    """Whether enough of each kind is available."""
+    """Whether enough of each requested kind is available. Recovered jobs may have more than there
+    is of another kind."""
     return (
         compute.cpu_m <= available.cpu_m
-        and (compute.mem or 0) <= available.mem
-        and compute.gpu <= available.gpu
+        and (not compute.mem or compute.mem <= available.mem)
+        and (not compute.gpu or compute.gpu <= available.gpu)
     )
+
+
+def capacity_of(compute: Compute) -> Capacity:
+    """The capacity that a job takes."""
+    return Capacity(compute.cpu_m, compute.mem or 0, compute.gpu)
 
 
 def amounts(compute: Compute) -> str:

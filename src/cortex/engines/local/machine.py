@@ -12,9 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cortex.engines.base import Capacity, NodeInfo
-from cortex.engines.capacity import label_text, lacking
+from cortex.engines.capacity import (
+    NO_HOLDS,
+    Hold,
+    Holds,
+    capacity_of,
+    fits,
+    label_text,
+    lacking,
+)
 from cortex.spec.api import Compute
 from cortex.spec.quantities import MILLI
+
+_NUMBER = 0  # of the only machine, in its holds
 
 
 def detect() -> Capacity:
@@ -66,16 +76,27 @@ class MachineLedger:
             )
         return lacking(compute, self.total, "this machine has {}")
 
-    def reserve(self, job_id: str, compute: Compute) -> str | None:
+    def can_run(self, compute: Compute) -> bool:
+        """See `CapacityLedger.can_run`."""
+        return fits(compute, self.total)
+
+    def reserve(self, job_id: str, compute: Compute, holds: Holds = NO_HOLDS) -> str | Hold | None:
         """See `CapacityLedger.reserve`."""
         if job_id in self._shares:
             return None
-        too_little = lacking(compute, self.free, "{} free")
-        if too_little is not None:
+        if not fits(compute, holds.left_of(_NUMBER, self.free)):
             self._has_refused = True
-            return too_little
+            return self.lacks(compute) or next(iter(holds))
         self._share(job_id, compute, self._free_gpus(compute.gpu))
         return None
+
+    def hold(self, job_id: str, compute: Compute, holds: Holds, kept: Hold | None) -> Hold:
+        """See `CapacityLedger.hold`."""
+        return Hold(job_id, _NUMBER, capacity_of(compute))
+
+    def lacks(self, compute: Compute) -> str | None:
+        """See `CapacityLedger.lacks`."""
+        return lacking(compute, self.free, "{} free")
 
     def reserve_granted(self, job_id: str, compute: Compute, gpus: list[int]) -> None:
         """Count what a job was granted before or elsewhere, by an earlier operator or by Ray, even

@@ -9,12 +9,22 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left, insort
-from collections.abc import Callable, Mapping
-from itertools import count
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain, count, islice
 from typing import Generic, TypeVar
 
 from cortex.engines.base import NOTHING, Capacity, NodeInfo
-from cortex.engines.capacity import amounts, fits, label_text, lacking, selects
+from cortex.engines.capacity import (
+    NO_HOLDS,
+    Hold,
+    Holds,
+    amounts,
+    capacity_of,
+    fits,
+    label_text,
+    lacking,
+    selects,
+)
 from cortex.engines.ray.messages import NodeState
 from cortex.spec.api import Compute
 
@@ -25,6 +35,7 @@ T = TypeVar("T")
 _PAUSE_S = 30.0
 _MAX_PAUSE_S = 600.0
 _MAX_SUSPICIONS = 8
+_MAX_COMPARED = 16  # nodes among which one is chosen for a waiting job
 
 
 class Node:
@@ -74,10 +85,18 @@ class Node:
 
     def update(self, state: NodeState) -> None:
         """Apply an update of Ray's figures."""
+        has_new_total = state.total != self.state.total
         self.state = state
         self._previous_others, self._others = self._others, self._taken_by_others()
         self._previous_held = self._held
         self._update_free()
+        if has_new_total:
+            self._on_change(self)
+
+    @property
+    def usable(self) -> Capacity:
+        """What the node has for this operator's jobs."""
+        return self.state.total - self._others.minimum(self._previous_others)
 
     def set_held(self, held: Capacity) -> None:
         """Ray has reserved this much on the node for this operator's jobs."""
@@ -108,7 +127,7 @@ class Node:
 
     def add(self, job_id: str, compute: Compute) -> None:
         """Count a job's share as taken."""
-        self._shares[job_id] = _capacity_of(compute)
+        self._shares[job_id] = capacity_of(compute)
         self._own = self._own + self._shares[job_id]
         self._update_free()
 
@@ -124,8 +143,7 @@ class Node:
             self._on_change(self)
 
     def _compute_free(self) -> Capacity:
-        others = self._others.minimum(self._previous_others)
-        return self.state.total - others - self._own
+        return self.usable - self._own
 
     def _taken_by_others(self) -> Capacity:
         # Ray's figures lag behind the agent's: what was released a moment ago may still be taken.
@@ -163,17 +181,25 @@ class CapacityIndex(Generic[T]):
             position = bisect_left(self._emptiest_first, (-free.cpu_m, number))
             del self._emptiest_first[position]
 
-    def emptiest_for(self, compute: Compute) -> T | None:
-        """The node with the most free cores on which `compute` fits, or None."""
+    def emptiest_for(self, compute: Compute, holds: Holds = NO_HOLDS) -> T | None:
+        """The node with the most free cores on which `compute` fits, or None.
+
+        Args:
+            holds: what must stay free, by the numbers of the nodes.
+        """
         if not self._free or not fits(compute, self.max_free):
             return None
         for cpu_m, number in self._emptiest_first:
             if -cpu_m < compute.cpu_m:
                 return None
             free, node = self._free[number]
-            if fits(compute, free):
+            if fits(compute, holds.left_of(number, free)):
                 return node
         return None
+
+    def emptiest_first(self) -> Iterator[T]:
+        """All nodes, those with the most free cores first."""
+        return (self._free[number][1] for _, number in self._emptiest_first)
 
     @property
     def is_empty(self) -> bool:
@@ -194,18 +220,56 @@ class _LabelIndex:
         self._labels = labels
         self._without_gpus: CapacityIndex[Node] = CapacityIndex()
         self._with_gpus: CapacityIndex[Node] = CapacityIndex()
+        self._nodes: dict[int, Node] = {}
+        self._totals: dict[int, Capacity] = {}
+        self._can_run: dict[Capacity, bool] = {}  # by what a job takes
 
     def update(self, node: Node, *, is_available: bool) -> None:
         """Index a node by its present free capacity, or remove one that is not available."""
         self._without_gpus.discard(node.number)
         self._with_gpus.discard(node.number)
+        total = node.state.total
         if is_available and selects(self._labels, node.state.labels):
-            index = self._with_gpus if node.state.total.gpu else self._without_gpus
+            index = self._with_gpus if total.gpu else self._without_gpus
             index.add(node.number, node.free, node)
+            if self._totals.get(node.number) != total:
+                self._nodes[node.number], self._totals[node.number] = node, total
+                self._can_run.clear()
+        elif self._nodes.pop(node.number, None) is not None:
+            del self._totals[node.number]
+            self._can_run.clear()
 
-    def node_for(self, compute: Compute) -> Node | None:
+    def find(self, number: int) -> Node | None:
+        """A node of this index by its number."""
+        return self._nodes.get(number)
+
+    def can_run(self, compute: Compute) -> bool:
+        """Whether a node could run a job, if it ran nothing else."""
+        wanted = capacity_of(compute)
+        found = self._can_run.get(wanted)
+        if found is None:
+            found = any(fits(compute, total) for total in self._totals.values())
+            self._can_run[wanted] = found
+        return found
+
+    def node_for(self, compute: Compute, holds: Holds = NO_HOLDS) -> Node | None:
         """The best node for a job, or None."""
-        return self._without_gpus.emptiest_for(compute) or self._with_gpus.emptiest_for(compute)
+        return self._without_gpus.emptiest_for(compute, holds) or self._with_gpus.emptiest_for(
+            compute, holds
+        )
+
+    def node_to_wait_for(self, compute: Compute, holds: Holds) -> Node:
+        """The node that lacks least for a job, among the emptiest that could run it: one that other
+        programs leave to this operator, and one without GPUs for a job without."""
+        nodes = chain(self._without_gpus.emptiest_first(), self._with_gpus.emptiest_first())
+        able = (node for node in nodes if fits(compute, node.state.total))
+
+        def order(node: Node) -> tuple[bool, bool, float]:
+            wastes_gpus = not compute.gpu and node.state.total.gpu > 0
+            left = node.free - holds.amount(node.number)
+            return not fits(compute, node.usable), wastes_gpus, _shortage(compute, left)
+
+        return min(islice(able, _MAX_COMPARED), key=order)
 
     @property
     def is_empty(self) -> bool:
@@ -264,21 +328,46 @@ class Placement:
 
     def refusal(self, compute: Compute) -> str | None:
         """Why no node could ever run this job, or None. Lost nodes count, as they may come back."""
-        key = _capacity_of(compute), _labels_of(compute)
+        key = capacity_of(compute), _labels_of(compute)
         if key not in self._refusals:
             self._refusals[key] = self._permanent_refusal(compute)
         return self._refusals[key]
 
-    def reserve(self, job_id: str, compute: Compute) -> str | None:
+    def can_run(self, compute: Compute) -> bool:
+        """See `CapacityLedger.can_run`."""
+        can_run = self._index_for(compute).can_run(compute)
+        self._has_refused = self._has_refused or not can_run
+        return can_run
+
+    def reserve(self, job_id: str, compute: Compute, holds: Holds = NO_HOLDS) -> str | Hold | None:
         """See `CapacityLedger.reserve`. The job runs on its `node_of`."""
         if job_id in self._node_of_job:
             return None
         index = self._index_for(compute)
-        node = index.node_for(compute)
+        node = index.node_for(compute, holds)
         if node is not None:
             self.reserve_granted(job_id, compute, node.node_id)
             return None
         self._has_refused = True
+        return self.lacks(compute) or next(
+            hold
+            for hold in holds
+            if (held := index.find(hold.node)) is not None and fits(compute, held.free)
+        )
+
+    def hold(self, job_id: str, compute: Compute, holds: Holds, kept: Hold | None) -> Hold:
+        """See `CapacityLedger.hold`."""
+        index = self._index_for(compute)
+        node = None if kept is None else index.find(kept.node)
+        if node is None or not fits(compute, node.usable):
+            node = index.node_to_wait_for(compute, holds)
+        return Hold(job_id, node.number, capacity_of(compute))
+
+    def lacks(self, compute: Compute) -> str | None:
+        """See `CapacityLedger.lacks`."""
+        index = self._index_for(compute)
+        if index.node_for(compute) is not None:
+            return None
         if index.is_empty:
             return self._why_no_node(compute)
         labels = _label_suffix(compute)
@@ -383,8 +472,11 @@ class Placement:
         return f"waits for a node{labels} whose agent answers{problem}"
 
 
-def _capacity_of(compute: Compute) -> Capacity:
-    return Capacity(compute.cpu_m, compute.mem or 0, compute.gpu)
+def _shortage(compute: Compute, left: Capacity) -> float:
+    """What is lacking for a job, as the sum of the lacking parts of each amount."""
+    wanted = capacity_of(compute)
+    pairs = ((wanted.cpu_m, left.cpu_m), (wanted.mem, left.mem), (wanted.gpu, left.gpu))
+    return sum(max(0, want - have) / want for want, have in pairs if want)
 
 
 def _labels_of(compute: Compute) -> Labels:

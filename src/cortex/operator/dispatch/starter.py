@@ -16,8 +16,9 @@ from cortex.engines.base import Attempt, Engine, Version
 from cortex.joblog.folders import JobFolders
 from cortex.operator.deploy.catalogue import Catalogue
 from cortex.operator.deploy.versions import VersionBlocked, Versions
-from cortex.operator.dispatch.admission import Admission, Refuse, Start, Wait
+from cortex.operator.dispatch.admission import Admission
 from cortex.operator.dispatch.awaited_versions import AwaitedVersions, VersionResult
+from cortex.operator.dispatch.line import Refuse, Start
 from cortex.operator.dispatch.live_jobs import (
     STORAGE_RETRY_S,
     LiveJob,
@@ -108,15 +109,17 @@ class Starter:
         await self._live_jobs.fail(live, reason)
 
     def schedule(self) -> None:
-        """Carry out admission's decisions until no job can start."""
-        while not self._background.is_closed:
-            match self.admission.decide():
-                case Start(live):
+        """Carry out admission's decisions about all waiting jobs."""
+        if self._background.is_closed:
+            return
+        for decision in self.admission.schedule():
+            live = self._live_jobs.find(decision.job_id)
+            assert live is not None
+            match decision:
+                case Start():
                     self._background.run(self._launch(live))
-                case Refuse(live, reason):
-                    self._background.run(self._live_jobs.fail(live, reason))
-                case Wait():
-                    return
+                case Refuse():
+                    self._background.run(self._live_jobs.fail(live, decision.reason))
 
     async def _launch(self, live: LiveJob) -> None:
         job_id, number = live.job_id, live.record.attempt + 1
