@@ -95,6 +95,31 @@ def test_a_job_for_an_absent_kind_of_node_stops_no_other() -> None:
     assert queue.schedule() == ["b0", "b1", "b2"]
 
 
+def test_a_job_whose_kind_of_node_is_absent_does_not_take_the_place_of_the_head() -> None:
+    cluster = zones(a=NODE, b=Capacity(8000, 0, 0))
+    cluster.alive["b"].is_ready = False
+    queue = Queue(cluster)
+    queue.queue.limit("tight", 1)
+    assert not queue.submit("absent", Compute(cpu_m=8000), "tight")
+    cluster.pop_refused()
+    assert queue.schedule() == []
+    assert cluster.pop_refused(), "the engine reports that a node has joined"
+    assert queue.submit("first", TWO, "tight")
+    assert not queue.submit("head", ALL)
+    assert not queue.submit("behind", ONE)
+    assert queue.end("first") == ["head"]
+
+
+def test_a_submit_does_not_overtake_an_equal_job_for_which_capacity_was_freed_just_now() -> None:
+    queue = machine()
+    assert queue.submit("first", ALL)
+    assert not queue.submit("second", TWO)
+    queue.ledger.release("first")
+    assert not queue.queue.try_claim("late", "other", TWO)
+    assert not queue.queue.try_claim("larger", "other", ALL)
+    assert queue.schedule() == ["second"]
+
+
 def test_a_job_too_large_for_all_nodes_that_are_ready_stops_no_other() -> None:
     cluster = zones(a=NODE, b=Capacity(8000, 0, 0))
     cluster.alive["b"].is_ready = False

@@ -35,19 +35,15 @@ class Holds:
     def add(self, hold: Hold) -> None:
         """Add the hold of a job behind all others."""
         self._holds.append(hold)
-        self._amounts[hold.node] = self.amount(hold.node) + hold.amount
+        self._amounts[hold.node] = self._amounts.get(hold.node, NOTHING) + hold.amount
 
     def __iter__(self) -> Iterator[Hold]:
         return iter(self._holds)
 
-    def amount(self, node: int) -> Capacity:
-        """What is held of a machine."""
-        return self._amounts.get(node, NOTHING)
-
     def left_of(self, node: int, free: Capacity) -> Capacity:
-        """What the holds leave of a machine's free capacity."""
+        """What the holds leave of a machine's free capacity; less than nothing where it lacks."""
         held = self._amounts.get(node)
-        return free if held is None else (free - held).maximum(NOTHING)
+        return free if held is None else free - held
 
 
 NO_HOLDS = Holds()

@@ -266,7 +266,7 @@ class _LabelIndex:
 
         def order(node: Node) -> tuple[bool, bool, float]:
             wastes_gpus = not compute.gpu and node.state.total.gpu > 0
-            left = node.free - holds.amount(node.number)
+            left = holds.left_of(node.number, node.free)
             return not fits(compute, node.usable), wastes_gpus, _shortage(compute, left)
 
         return min(islice(able, _MAX_COMPARED), key=order)
