@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from operator_harness import PROBE, TIME, Operator, probe_yaml, processes_with, until
+from operator_harness import PROBE, TIME, Operator, operator, probe_yaml, processes_with, until
 
 
 def test_both_forms_of_the_url_give_the_same_answer(shared_operator: Operator, probe: str) -> None:
@@ -54,6 +54,31 @@ def test_a_waiting_job_says_what_it_waits_for(own_operator: Operator) -> None:
     assert own_operator.status(endpoint, second)["status"] == "status_stopped"
     assert own_operator.delete(endpoint, first).status_code == 200
     assert own_operator.finished(endpoint, third)["status"] == "status_succeeded"
+
+
+def test_behind_a_job_that_waits_for_a_gpu_jobs_start_on_the_cores_that_it_leaves(
+    tmp_path: Path,
+) -> None:
+    sleep = {"do": "sleep", "s": 300}
+    with operator(tmp_path, "--cpu", "3", "--gpu", "1") as own_operator:
+        gpu = own_operator.deployed(
+            probe_yaml("gpu").replace("1m", '"1", gpu: 1'), {"probe.py": PROBE}
+        )
+        cpu = own_operator.deployed(probe_yaml("cpu").replace("1m", '"1"'), {"probe.py": PROBE})
+        first = own_operator.submit(gpu, config=sleep)
+        own_operator.await_log(gpu, first, "asleep")
+        second = own_operator.submit(gpu)
+        beside = own_operator.submit(cpu, config=sleep)
+        own_operator.await_log(cpu, beside, "asleep")
+        behind = own_operator.submit(cpu)
+        reason = "needs 1 GPU, 0 free"
+        assert own_operator.status(gpu, second)["message"] == reason
+        message = f"waits behind earlier jobs, the first of which {reason}"
+        assert own_operator.status(cpu, behind)["message"] == message
+        assert own_operator.delete(gpu, first).status_code == 200
+        assert own_operator.finished(gpu, second)["status"] == "status_succeeded"
+        assert own_operator.finished(cpu, behind)["status"] == "status_succeeded"
+        own_operator.delete(cpu, beside)
 
 
 def test_times_are_ordered_and_written_to_the_nanosecond(
