@@ -467,9 +467,9 @@ class Placement:
         ]
         if not nodes:
             return f"waits for a node{labels}: the cluster has none now"
-        problems = {node.problem for node in nodes if node.problem}
-        problem = f": {sorted(problems)[0]}" if problems else ""
-        return f"waits for a node{labels} whose agent answers{problem}"
+        problems = sorted(f"{node.name}: {node.problem}" for node in nodes if node.problem)
+        problem = f" ({problems[0]})" if problems else ""
+        return f"waits for a node{labels} that takes jobs{problem}"
 
 
 def _shortage(compute: Compute, left: Capacity) -> float:
