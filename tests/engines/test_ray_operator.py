@@ -220,6 +220,12 @@ def test_a_job_is_unknown_while_its_agent_is_down_and_then_running_again(
     with ray_session.cluster.raylet_stopped(node_id):  # else Ray replaces the agent within a second
         os.kill(agent_pid(agent_folder), signal.SIGKILL)
         until(lambda: has(ray_operator, endpoint, job, "status_unknown"), "unknown")
+        message = ray_operator.status(endpoint, job)["message"]
+        connection = r"connection (refused|reset by peer)( \([\d.:]+\))?"
+        assert re.fullmatch(f"its agent does not answer: {connection}", message), message
+        problems = ray_operator.http.get(f"{ray_operator.url}/-/cluster").json()["nodes"]
+        assert not any("rpc_code" in (node["problem"] or "") for node in problems)
+        assert "rpc_code: 14" in ray_operator.log.read_text()  # the whole text is for the operator
     until(lambda: has(ray_operator, endpoint, job, "status_running"), "running again")
     assert ray_operator.delete(endpoint, job).status_code == 200
     assert has(ray_operator, endpoint, job, "status_stopped")

@@ -36,6 +36,7 @@ from cortex.engines.ray.messages import (
     Poll,
     Refusal,
 )
+from cortex.engines.ray.ray_errors import explain
 from cortex.joblog.folders import JobFolders
 from cortex.joblog.watch import FileWatch
 from cortex.projects.builder import EnvironmentFailed
@@ -269,7 +270,7 @@ class Agent:
                 self._begin_log(job_id)
                 self._folders.append_to_log(job_id, error.output)
             return Lost(job_id, number, error.reason, is_final=True)
-        reason = f"it cannot be started on its node: {error}"
+        reason = f"it cannot be started on its node: {explain(error)}"
         if isinstance(error, OSError) and (is_storage(error) or is_shortage(error)):
             return NeverStarted(job_id, number, reason)
         return Lost(job_id, number, reason)

@@ -28,14 +28,23 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cortex.engines.base import NOTHING
 from cortex.engines.ray.link import HEAD, Answer
 from cortex.engines.ray.messages import NodeState, Refusal
+from cortex.engines.ray.ray_errors import explain
 from cortex.errors import InvalidProject
 from cortex.projects.pack import pack_stored
 from cortex.ray_node import reservations
 from cortex.ray_node.agent import Agent
-from cortex.worker.messages import shorten
 
 T = TypeVar("T")
 _MAX_THREADS = 64
+_MAX_DETAIL = 16000
+_FAILURES = {
+    "call_agent": "the call to its agent failed",
+    "send_project": "the project cannot be sent to its node",
+    "reserve": "Ray makes no reservation",
+    "release": "Ray releases no reservation",
+    "node_states": "Ray does not list its nodes",
+}
+"""What the failure of a request means, by its method."""
 
 
 class Driver:
@@ -121,12 +130,18 @@ async def answer(driver: Driver, method: str, arguments: tuple[object, ...]) -> 
     except Exception as error:  # after any other exception, the outcome is unknown
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(cause, Refusal | InvalidProject):
-            return Answer(refused=str(cause))
-        return _unreachable(f"{method} failed", cause)
+            return Answer(refused=str(cause), detail=_detail(cause.__cause__))
+        return _unreachable(_FAILURES.get(method, f"{method} failed"), error, cause)
 
 
-def _unreachable(failure: str, cause: Exception) -> Answer:
-    return Answer(unreachable=f"{failure}: {shorten(str(cause) or type(cause).__name__, 300)}")
+def _unreachable(failure: str, error: Exception, cause: Exception | None = None) -> Answer:
+    reason = f"{failure}: {explain(cause or error)}"
+    return Answer(unreachable=reason, detail=_detail(error))
+
+
+def _detail(error: BaseException | None) -> str | None:
+    """The whole text of an error, for the operator's log."""
+    return None if error is None else f"{type(error).__name__}: {error}"[:_MAX_DETAIL]
 
 
 async def serve(sock: socket.socket, driver: Driver) -> None:
@@ -166,7 +181,7 @@ def main() -> None:
             logging_level=logging.ERROR,
         )
     except Exception as error:  # the operator reports any of them
-        data = pickle.dumps(Answer(unreachable=shorten(str(error), 300)))
+        data = pickle.dumps(Answer(unreachable=explain(str(error)), detail=_detail(error)))
         sock.sendall(HEAD.pack(len(data), 0) + data)
         os._exit(1)
     try:

@@ -23,6 +23,7 @@ import structlog
 from ray.exceptions import RayError
 
 from cortex.engines.base import NOTHING, Capacity
+from cortex.engines.ray.ray_errors import explain
 from cortex.ray_node import reservations
 
 log = structlog.get_logger()
@@ -136,7 +137,7 @@ class NodeReservations:
             )
         except _FAILURES as error:
             self._remove_gpus(job_id)
-            raise GpusUnavailable(f"Ray did not reserve its GPUs: {error}") from error
+            raise GpusUnavailable(f"Ray did not reserve its GPUs: {explain(error)}") from error
         except BaseException:
             self._remove_gpus(job_id)
             raise

@@ -15,6 +15,7 @@ import structlog
 from cortex.engines.ray.link import Link, LinkError, Refused
 from cortex.engines.ray.messages import AGENT_VERSION, Hello, Poll
 from cortex.engines.ray.placement import Node, Placement
+from cortex.engines.ray.ray_errors import explain
 
 log = structlog.get_logger()
 
@@ -214,7 +215,7 @@ class Cluster:
                 self._mark_unreachable(node, str(error))
             except Exception as error:
                 log.exception("lost contact with node agent", node=node.name)
-                self._mark_unreachable(node, repr(error))
+                self._mark_unreachable(node, explain(error))
             await asyncio.sleep(RETRY_DELAY_S)
 
     async def _begin_session(self, node: Node) -> Hello:

@@ -11,23 +11,31 @@ import asyncio
 import contextlib
 import os
 import pickle
-import re
 import socket
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from typing import IO
 
+import structlog
+
+from cortex.engines.ray.ray_errors import explain_output
 from cortex.system.background import in_thread
-from cortex.worker.messages import shorten
+
+log = structlog.get_logger()
 
 HEAD = struct.Struct("!IQ")
 DRIVER = "cortex.ray_node.driver"
 CONNECT_TIMEOUT_S = 5.0
 _REAP_TIMEOUT_S = 1.0
-_STACK_LINE = re.compile(r"\(\+0x|^\s*$|^\s|^\*\*\*")
+_LOG_INTERVAL_S = (
+    60.0  # between two log entries about the same failure, which may repeat each second
+)
+_MAX_LOGGED = 1000
+_MAX_OUTPUT_BYTES = 16000
 
 
 class LinkError(Exception):
@@ -45,6 +53,8 @@ class Answer:
     value: object = None
     unreachable: str | None = None
     refused: str | None = None
+    detail: str | None = None
+    """The whole text of Ray behind the reason, for the operator's log."""
 
 
 class Link:
@@ -58,6 +68,7 @@ class Link:
         self._reader_task: asyncio.Task[None] | None = None
         self._pending: dict[int, asyncio.Future[Answer]] = {}
         self._next_number = 1
+        self._logged_at: dict[tuple[object, ...], float] = {}
         self._output: IO[bytes] | None = None
         self.closed = asyncio.Event()
 
@@ -95,6 +106,7 @@ class Link:
             await self.close()
             raise
         if answer.unreachable is not None:
+            self._log_detail("open", (), answer)
             await self.close()
             raise LinkError(answer.unreachable)
 
@@ -119,6 +131,7 @@ class Link:
             raise LinkError(f"the Ray cluster did not answer within {timeout_s:g} s") from None
         finally:
             self._pending.pop(number, None)
+        self._log_detail(method, arguments, answer)
         if answer.unreachable is not None:
             raise LinkError(answer.unreachable)
         if answer.refused is not None:
@@ -145,6 +158,22 @@ class Link:
         if self._output is not None:
             self._output.close()
             self._output = None
+
+    def _log_detail(self, method: str, arguments: tuple[object, ...], answer: Answer) -> None:
+        """Log the whole text of a failure of Ray, which messages to users leave out."""
+        if answer.detail is None:
+            return
+        reason = answer.unreachable or answer.refused
+        about = arguments[0] if arguments and isinstance(arguments[0], str) else None
+        key, now = (method, about, reason), time.monotonic()
+        if now - self._logged_at.get(key, -_LOG_INTERVAL_S) < _LOG_INTERVAL_S:
+            return
+        if len(self._logged_at) >= _MAX_LOGGED:
+            self._logged_at.clear()
+        self._logged_at[key] = now
+        log.warning(
+            "ray reports a failure", method=method, about=about, reason=reason, detail=answer.detail
+        )
 
     async def _check_address(self) -> None:
         """Check that the address accepts connections: Ray would retry for long.
@@ -181,8 +210,12 @@ class Link:
                 if future is not None and not future.done():
                     future.set_result(answer)
         except (asyncio.IncompleteReadError, ConnectionError):
+            output = "" if self.closed.is_set() else self._last_output()
             self.closed.set()
-            self._fail_pending(f"the link to the Ray cluster broke: {self._last_output()}")
+            if output:
+                log.warning("the process of the Ray driver has ended", output=output)
+            reason = explain_output(output) or "its process has ended without a message"
+            self._fail_pending(f"the link to the Ray cluster broke: {reason}")
 
     def _fail_pending(self, reason: str) -> None:
         for future in self._pending.values():
@@ -191,9 +224,7 @@ class Link:
 
     def _last_output(self) -> str:
         if self._output is None:
-            return "the link was closed"
+            return ""
         end = self._output.seek(0, os.SEEK_END)
-        self._output.seek(max(0, end - 16000))
-        text = self._output.read().decode("utf-8", "replace")
-        lines = [line for line in text.splitlines() if not _STACK_LINE.search(line)]
-        return shorten(lines[-1], 300) if lines else "its process ended without a message"
+        self._output.seek(max(0, end - _MAX_OUTPUT_BYTES))
+        return self._output.read().decode("utf-8", "replace")
