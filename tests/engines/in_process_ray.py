@@ -50,6 +50,8 @@ class InProcessRay(Driver):
         """Coroutines to run before a call to the agent, by the name of the agent's method."""
         self.calls: list[str] = []
         """The names of the agent's methods that were called."""
+        self.called_nodes: list[str] = []
+        """The node of each of these calls."""
         self._running_calls: set[asyncio.Task[object]] = set()
 
     async def node_states(self) -> tuple[NodeState, ...]:
@@ -91,6 +93,7 @@ class InProcessRay(Driver):
         self, node_id: str, method: str, arguments: tuple[object, ...], within_s: float
     ) -> object:
         self.calls.append(method)
+        self.called_nodes.append(node_id)
         if method in self.before_call:
             await self.before_call[method]()
         async with self._creating:

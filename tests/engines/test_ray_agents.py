@@ -14,7 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from cortex.engines.base import Ended, Ending, Engine, Lost, NeverStarted, Reachable, Waits
+from cortex.engines.base import (
+    Capacity,
+    Ended,
+    Ending,
+    Engine,
+    Lost,
+    NeverStarted,
+    Reachable,
+    Waits,
+)
 from cortex.engines.ray import RayEngine
 from cortex.engines.ray.log_copies import LogCopies
 from cortex.engines.ray.messages import Builds, NodeOrder
@@ -22,9 +31,10 @@ from cortex.engines.ray.tracked import TrackedAttempt
 from cortex.joblog import watch
 from cortex.joblog.folders import JobFolders
 from cortex.ray_node import agent, guard
+from cortex.spec.api import Compute
 from cortex.worker import processes
 from engines.engine_harness import LIMIT_S, until
-from engines.in_process_ray import InProcessHarness, in_process_harness, ready
+from engines.in_process_ray import STATE, InProcessHarness, in_process_harness, ready
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 PRINTS_LINES = """
@@ -46,6 +56,39 @@ PRINTS_ATTEMPT = """
 def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcessHarness]:
     with in_process_harness(tmp_path, monkeypatch) as made:
         yield made
+
+
+def test_a_node_without_cpu_gets_no_agent_and_no_job(harness: InProcessHarness) -> None:
+    """A head or an operator's machine with `--num-cpus=0`, which may have memory and GPUs."""
+    bare = replace(STATE, node_id="node-b", name="b", total=Capacity(0, 64 << 30, 4))
+    harness.ray.states = [bare, STATE]
+
+    async def scenario(engine: Engine) -> None:
+        await harness.outcome(engine, harness.attempt("def task(config): pass"))
+        polls = harness.ray.calls.count("poll")
+        await until(lambda: harness.ray.calls.count("poll") > polls)
+        assert set(harness.ray.called_nodes) == {STATE.node_id}
+        assert [node.name for node in engine.ledger.nodes()] == [STATE.name]
+        assert engine.capabilities.total == STATE.total
+        assert engine.ledger.refusal(Compute(gpu=1)) == "needs 1 GPU, the largest node has 0"
+        # A node in use is lost when Ray says so, whatever its figures.
+        harness.ray.states = [bare, replace(STATE, total=Capacity(0, 0, 0))]
+        await until(lambda: engine.ledger.nodes()[0].total.cpu_m == 0)
+
+    harness.run(scenario)
+
+
+def test_where_no_node_has_cpu_jobs_wait_for_one(harness: InProcessHarness) -> None:
+    async def scenario(engine: Engine) -> None:
+        harness.lose_node()
+        harness.ray.states.append(replace(STATE, node_id="b", total=Capacity(0, 64 << 30, 4)))
+        await until(lambda: not engine.ledger.nodes())
+        assert engine.ledger.refusal(Compute()) is None
+        assert engine.ledger.reserve("job", Compute()) == (
+            "waits for a node: the cluster has none now"
+        )
+
+    harness.run(scenario)
 
 
 def test_a_log_belongs_to_its_own_attempt_while_the_next_is_about_to_begin(

@@ -270,6 +270,28 @@ def test_the_command_shows_the_nodes(ray_operator: Operator, tmp_path: Path) -> 
     assert len(cortex("cluster", "info").splitlines()) == len(info["nodes"]) + 1
 
 
+def test_a_node_without_cpu_has_no_agent(ray_operator: Operator, ray_session: RaySession) -> None:
+    until(lambda: len(ready_nodes(ray_operator)) > 1, "both nodes are ready")
+    before = len(ray_operator.http.get(f"{ray_operator.url}/-/cluster").json()["nodes"])
+    cluster = ray_session.cluster
+    cluster.add("without-cpu", cpus=0)
+    cluster.add("with-cpu", cpus=1)  # joins later: once it is ready, the other one would be listed
+    until(lambda: 1 in [node["total"]["cpu"] for node in ready_nodes(ray_operator)], "a new node")
+    nodes = ray_operator.http.get(f"{ray_operator.url}/-/cluster").json()["nodes"]
+    assert len(nodes) == before + 1
+    assert all(node["total"]["cpu"] for node in nodes)
+    owners = {path.read_text().split()[0] for path in cluster_nodes(ray_operator).glob("*/*/owner")}
+    assert cluster.node_id("with-cpu") in owners
+    assert cluster.node_id("without-cpu") not in owners
+    for name in ("without-cpu", "with-cpu"):
+        cluster.kill(name)
+
+
+def cluster_nodes(ray_operator: Operator) -> Path:
+    """The parent of the folders of the agents."""
+    return ray_operator.data_dir.parents[1] / "nodes"
+
+
 WAITS_IN_FIRST_ATTEMPT = """
 import os, time
 

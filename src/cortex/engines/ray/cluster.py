@@ -167,7 +167,9 @@ class Cluster:
         before = {node_id: node.free for node_id, node in self.nodes.alive.items()}
         states = await link.call("node_states", timeout_s=RESPONSE_TIMEOUT_S)
         assert isinstance(states, tuple)
-        lost = self.nodes.update(states)
+        # No job fits on a node without CPU, such as the operator's own: it gets no agent.
+        usable = (each for each in states if each.total.cpu_m or each.node_id in before)
+        lost = self.nodes.update(tuple(usable))
         for node in lost:
             self._remove(node)
         self._has_lost_nodes = self._has_lost_nodes or bool(lost)
