@@ -103,6 +103,32 @@ def test_succeeded_without_a_result_that_is_json(shared_operator: Operator, prob
     assert done["status"] == "status_succeeded"
     assert "result" not in done
     assert "not kept" in done["message"]
+    assert shared_operator.log_of(probe, job) == f"cortex: {done['message']}\n"
+
+
+TOO_LARGE = (
+    "the task's return value was not kept: it takes 3 MiB (3145730 bytes), more than the limit of "
+    "1 MiB (1048576 bytes)"
+)
+
+
+@pytest.mark.parametrize(("printed", "before"), [("", ""), ("a", "a\n"), ("a\\n", "a\n")])
+def test_a_result_over_the_limit_is_dropped_with_a_word_in_the_status_and_in_the_log(
+    shared_operator: Operator, printed: str, before: str
+) -> None:
+    task = f"def task(config):\n    print('{printed}', end='')\n    return 'x' * config['length']\n"
+    endpoint = shared_operator.deployed(probe_yaml("returns"), {"probe.py": task})
+    job = shared_operator.submit(endpoint, config={"length": 3 << 20})
+    done = shared_operator.finished(endpoint, job)
+    assert (done["status"], done["exit_code"]) == ("status_succeeded", 0)
+    assert "result" not in done
+    assert done["message"] == TOO_LARGE
+    assert shared_operator.log_of(endpoint, job) == f"{before}cortex: {TOO_LARGE}\n"
+    job = shared_operator.submit(endpoint, config={"length": (1 << 20) - 2})
+    done = shared_operator.finished(endpoint, job)
+    assert len(done["result"]) == (1 << 20) - 2
+    assert "message" not in done
+    assert shared_operator.log_of(endpoint, job) == before.removesuffix("\n" * (printed == "a"))
 
 
 def test_worker_error_about_a_file_whose_name_is_not_utf_8(shared_operator: Operator) -> None:

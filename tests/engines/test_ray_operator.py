@@ -292,6 +292,21 @@ def cluster_nodes(ray_operator: Operator) -> Path:
     return ray_operator.data_dir.parents[1] / "nodes"
 
 
+def test_large_results_arrive_and_a_dropped_result_is_named(ray_operator: Operator) -> None:
+    task = "def task(config):\n    return 'x' * config['length']\n"
+    endpoint = ray_operator.deployed(probe_yaml("returns"), {"probe.py": task})
+    largest = (1 << 20) - 2  # with its quotes, the result has 1 MiB
+    jobs = [ray_operator.submit(endpoint, config={"length": largest}) for _ in range(8)]
+    for job in jobs:
+        assert len(ray_operator.finished(endpoint, job)["result"]) == largest
+    job = ray_operator.submit(endpoint, config={"length": 3 << 20})
+    done = ray_operator.finished(endpoint, job)
+    assert done["status"] == "status_succeeded"
+    assert "result" not in done
+    assert "it takes 3 MiB (3145730 bytes), more than the limit of 1 MiB" in done["message"]
+    assert ray_operator.log_of(endpoint, job) == f"cortex: {done['message']}\n"
+
+
 WAITS_IN_FIRST_ATTEMPT = """
 import os, time
 

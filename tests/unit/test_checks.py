@@ -153,7 +153,10 @@ INVALID_RESULTS = {
     "[1e999]": "it is not JSON",
     '{"a": -1e999}': "it is not JSON",
     json.dumps(nested(251)): "nested over 250 levels",
-    json.dumps("x" * (1 << 20)): "1048578 bytes",
+    json.dumps(
+        "x" * (1 << 20)
+    ): "1 MiB (1048578 bytes), more than the limit of 1 MiB (1048576 bytes)",
+    json.dumps("x" * (3 << 20)): "it takes 3 MiB (3145730 bytes), more than the limit",
     json.dumps("é" * 200_000, ensure_ascii=False): "1200002 bytes",
 }
 

@@ -172,7 +172,10 @@ def why_no_result(data: bytes, value: object = None) -> str | None:
         value: the decoded JSON, if it is known.
     """
     if len(data) > MAX_RESULT:
-        return f"it takes {len(data)} bytes; at most {MAX_RESULT} are allowed"
+        return (
+            f"it takes {size(len(data))} ({len(data)} bytes), more than the limit of "
+            f"{size(MAX_RESULT)} ({MAX_RESULT} bytes)"
+        )
     may_be_deep = data.count(b"[") + data.count(b"{") > MAX_LEVELS
     if may_be_deep and _is_deep(decode(data) if value is None else value):
         return f"it is nested over {MAX_LEVELS} levels deep"
@@ -212,6 +215,14 @@ def shorten(text: str, limit: int = MAX_MESSAGE) -> str:
     which are escaped as in the streams of a task."""
     line = " ".join(text[: 64 * limit].split()).encode("utf-8", "backslashreplace").decode()
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def size(amount: int) -> str:
+    """Bytes for people, rounded down: "512 MiB", "31.2 GiB"."""
+    for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if amount >= unit:
+            return f"{amount * 10 // unit / 10:g} {name}"
+    return f"{amount} B"
 
 
 def _check_result(record: ExitRecord | Outcome) -> None:

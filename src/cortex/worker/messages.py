@@ -26,6 +26,7 @@ the same ids."""
 
 encode = json_encoder.encoder()
 shorten = checks.shorten
+size = checks.size
 _decode = checks.decode
 
 
@@ -416,11 +417,3 @@ class Outcome(_Message):
 
     def check(self) -> None:
         checks.outcome(self)
-
-
-def size(amount: int) -> str:
-    """Bytes for people, rounded down: "512 MiB", "31.2 GiB"."""
-    for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if amount >= unit:
-            return f"{amount * 10 // unit / 10:g} {name}"
-    return f"{amount} B"

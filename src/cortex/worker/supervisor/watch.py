@@ -12,7 +12,7 @@ import contextlib
 import os
 import time
 
-from cortex.worker import cgroups, files, processes, wire
+from cortex.worker import cgroups, checks, files, processes, wire
 from cortex.worker.job import process
 from cortex.worker.messages import (
     MAX_INLINE_RECORD,
@@ -26,7 +26,7 @@ from cortex.worker.syscalls import signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from cortex.worker.messages import Order
+    from cortex.worker.messages import ExitRecord, Order
     from cortex.worker.supervisor.station import Station
 
 POLL_INTERVAL_S = 0.05
@@ -95,6 +95,7 @@ class Supervisor:
         else:
             record = verdict.judge(self._evidence(), ending)
         self._collect_changes()
+        self._log_dropped_result(record)
         self.log.enforce_limit()
         data = record.dumps()
         is_last = self.is_childless and record.ending != LOST
@@ -154,10 +155,23 @@ class Supervisor:
         try:
             self.station.workspace.collect_changes(self.folder)
         except OSError as error:
-            words = f"cortex: not all that the job wrote in its current folder was kept: {error}\n"
-            if self.job is not None:
-                with contextlib.suppress(OSError):
-                    os.write(self.job.log, words.encode("utf-8", "backslashreplace"))
+            self._append_to_log(
+                f"cortex: not all that the job wrote in its current folder was kept: {error}\n"
+            )
+
+    def _log_dropped_result(self, record: ExitRecord) -> None:
+        """Say at the end of the log that the task's return value was dropped, and why."""
+        message = record.message or ""
+        if record.ending != EXITED or not message.startswith(checks.NOT_KEPT):
+            return
+        output = files.tail(self.folder, logfile.NAME, self.log_start)
+        line_end = "" if output.endswith(b"\n") or not output else "\n"
+        self._append_to_log(f"{line_end}cortex: {message}\n")
+
+    def _append_to_log(self, text: str) -> None:
+        if self.job is not None:
+            with contextlib.suppress(OSError):  # a full disk must not prevent the exit record
+                os.write(self.job.log, text.encode("utf-8", "backslashreplace"))
 
     def _job_fds(self) -> list[int]:
         """The descriptors that were opened for this job, without its folder and its cgroup's."""
