@@ -433,3 +433,24 @@ def test_a_large_config_passes_through_every_operator(trio: Trio) -> None:
         listed = each.http.get(endpoint).json()["job_statuses"]
         assert [status["truncated"] for status in listed] == [["config", "result"], ["config"]]
     first.delete(f"{first.url}/large", runs)
+
+
+@TRIO
+def test_a_job_that_no_machine_can_run_is_refused_by_the_leader(trio: Trio, api_name: str) -> None:
+    """The leader alone knows the machines: the others store such a job, and the leader ends it."""
+    leader, follower = trio.leader, trio.followers[0]
+    yaml = probe_yaml(api_name).replace("cpu: 1m", "cpu: 2")
+    [by_follower] = follower.deploy(yaml, {"probe.py": PROBE}).json()
+    assert by_follower["warnings"] == []
+    [by_leader] = leader.deploy(yaml, {"probe.py": PROBE}).json()
+    [warning] = by_leader["warnings"]
+    assert warning.endswith("needs 2 CPU, this machine has 1")
+    refused = leader.http.post(f"{leader.url}/{api_name}", json={})
+    assert (refused.status_code, refused.json()["kind"]) == (409, "conflict")
+    job = follower.submit(f"{follower.url}/{api_name}")
+    done = follower.finished(f"{follower.url}/{api_name}", job)
+    assert done["status"] == "status_unexpected_error"
+    assert done["message"] == "needs 2 CPU, this machine has 1"
+    # The leader learns at once that another operator has deployed a version that fits.
+    assert follower.deploy(probe_yaml(api_name), {"probe.py": PROBE}).status_code == 200
+    assert leader.http.post(f"{leader.url}/{api_name}", json={}).status_code == 200

@@ -245,15 +245,6 @@ def test_unexpected_error_environment_cannot_be_built(shared_operator: Operator)
     assert "no-such-package-cortex-probe" in shared_operator.log_of(endpoint, job)
 
 
-def test_unexpected_error_engine_refuses(shared_operator: Operator) -> None:
-    endpoint = shared_operator.deployed(
-        probe_yaml("greedy").replace("cpu: 1m", "gpu: 999"), {"probe.py": PROBE}
-    )
-    done = shared_operator.run(endpoint)
-    assert done["status"] == "status_unexpected_error"
-    assert "needs 999 GPUs" in done["message"]
-
-
 def test_unexpected_error_supervisor_killed(shared_operator: Operator, probe: str) -> None:
     job = shared_operator.submit(probe, config={"do": "sleep", "s": 300})
     shared_operator.await_log(probe, job, "asleep")

@@ -91,6 +91,41 @@ def test_where_no_node_has_cpu_jobs_wait_for_one(harness: InProcessHarness) -> N
     harness.run(scenario)
 
 
+def test_a_refusal_is_certain_only_where_the_cluster_is_known_and_cannot_grow(
+    harness: InProcessHarness,
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        def may_grow() -> bool:
+            return engine.capabilities.may_grow
+
+        huge = Compute(gpu=9)
+        assert engine.ledger.refusal(huge) is not None
+        assert not may_grow()
+        harness.ray.is_cut_off = True
+        await until(may_grow)
+        harness.ray.is_cut_off = False
+        await until(lambda: not may_grow())
+        grown = replace(STATE, node_id="b", labels={"ray.io/node-group": "workers"})
+        harness.ray.states = [STATE, grown]
+        await until(may_grow)
+        harness.ray.states = [STATE]  # an autoscaler may have removed the node, and add it again
+        await until(lambda: len(engine.ledger.nodes()) == 1)
+        assert may_grow()
+        assert engine.ledger.refusal(huge) is not None
+
+    harness.run(scenario)
+
+
+def test_no_refusal_is_certain_without_a_node(harness: InProcessHarness) -> None:
+    async def scenario(engine: Engine) -> None:
+        harness.lose_node()
+        await until(lambda: not engine.ledger.nodes())
+        assert engine.ledger.refusal(Compute(gpu=9)) == "needs 9 GPUs, the largest node has 0"
+        assert engine.capabilities.may_grow
+
+    harness.run(scenario)
+
+
 def test_a_log_belongs_to_its_own_attempt_while_the_next_is_about_to_begin(
     harness: InProcessHarness,
 ) -> None:

@@ -248,9 +248,12 @@ def test_waiting_jobs_and_refused_jobs_have_a_reason(ray_operator: Operator) -> 
     for job in (*others, first):
         assert ray_operator.delete(endpoint, job).status_code == 200
     yaml = probe_yaml("huge").replace("cpu: 1m", "cpu: 1m, gpu: 9")
-    done = ray_operator.run(ray_operator.deployed(yaml, files))
-    assert done["status"] == "status_unexpected_error"
-    assert done["message"] == "needs 9 GPUs, the largest node has 2"
+    [api] = ray_operator.deploy(yaml, files).json()
+    reason = "no job of 'huge' can run here: needs 9 GPUs, the largest node has 2"
+    assert api["warnings"] == [reason]
+    refused = ray_operator.http.post(api["api"]["endpoint"], json={})
+    assert (refused.status_code, refused.json()["kind"]) == (409, "conflict")
+    assert refused.json()["message"].startswith(reason)
 
 
 def test_the_command_shows_the_nodes(ray_operator: Operator, tmp_path: Path) -> None:
@@ -340,9 +343,9 @@ def test_a_job_goes_to_a_node_with_its_labels(
         agent_folder = Path(done["result"]["env"]["CORTEX_JOB_DIR"]).parents[2]
         assert (agent_folder / "owner").read_text().split()[0] == cluster.node_id("labelled")
     yaml = probe_yaml("nowhere").replace("cpu: 1m", "cpu: 1m, node_labels: {zone: z}")
-    done = ray_operator.run(ray_operator.deployed(yaml, {"probe.py": PROBE}))
-    assert done["status"] == "status_unexpected_error"
-    assert done["message"] == "needs a node with zone=z, and there is none"
+    refused = ray_operator.http.post(ray_operator.deployed(yaml, {"probe.py": PROBE}), json={})
+    assert refused.status_code == 409
+    assert "needs a node with zone=z, and there is none" in refused.json()["message"]
     cluster.kill("labelled")
     until(
         lambda: labels not in [node["labels"] for node in ready_nodes(ray_operator)],

@@ -235,9 +235,13 @@ def test_a_leader_claims_no_job_of_an_api_that_it_deletes(
         async with leader.opened(ONE_AT_A_TIME) as dispatcher:
             for _ in range(50):
                 await leader.jobs.submit(draft(), None)
-            await Deployer(leader.store, none, leader.catalogue, leader.jobs.stop_stored).undeploy(
-                "a", UNKNOWN
-            )
+            await Deployer(
+                leader.store,
+                none,
+                leader.catalogue,
+                leader.jobs.stop_stored,
+                leader.jobs.lasting_refusal,
+            ).undeploy("a", UNKNOWN)
             while dispatcher.live_jobs.all()[1:]:  # noqa: ASYNC110  # the first has been claimed
                 await asyncio.sleep(0.01)
             return leader.claims

@@ -195,6 +195,9 @@ class Capabilities:
     """How each job gets the project to itself: "overlay" or "copy"."""
     builds_environments: bool = False
     """Whether the engine builds the environments of versions, on the machines where workers run."""
+    may_grow: bool = False
+    """Whether larger machines may appear without the operator's doing, or some are unknown now: a
+    refusal of the ledger may pass then."""
 
 
 @dataclass(frozen=True)

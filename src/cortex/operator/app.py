@@ -152,7 +152,9 @@ async def open_operator(
             peers.leader, archive, metrics,
         )  # fmt: skip
         stack.callback(ctx.bodies.close)
-        deployer = Deployer(store, projects, catalogue, peers.jobs.stop_stored)
+        deployer = Deployer(
+            store, projects, catalogue, peers.jobs.stop_stored, peers.jobs.lasting_refusal
+        )
         refusals = Refusals(store)
         stack.push_async_callback(refusals.close)
         yield create_app(ctx, deployer, refusals)

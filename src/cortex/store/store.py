@@ -31,7 +31,7 @@ from cortex.store.group.sole import SoleOperator
 from cortex.store.lock_keys import DEPLOY_LOCK, JOIN_LOCK
 from cortex.store.prepared import Statement
 from cortex.store.schema import IS_IN_PROGRESS, jobs
-from cortex.store.submissions import InitialClaim, Replay, Submissions
+from cortex.store.submissions import InitialClaim, Replay, Submissions, earlier_job
 from cortex.store.transitions import BY_ID, Outcome, record, take, whole_record
 from cortex.store.writer import Planned, Write, Writer
 
@@ -130,6 +130,15 @@ class Store:
             if claim is None
             else self.operators.write_as_leader(Planned(plan))
         )
+
+    async def submitted_before(self, draft: JobSpec, replay: Replay) -> JobRecord | None:
+        """The job that an earlier submit with this Idempotency-Key has stored, or None.
+
+        Raises:
+            Conflict: the earlier submit had another body.
+            StorageUnavailable: the store cannot be read now.
+        """
+        return await self._read(lambda connection: earlier_job(connection, draft, replay))
 
     async def apply(
         self,

@@ -139,7 +139,7 @@ class Submissions:
             raise NotFound(f"there is no API {draft.api_name!r}; see `cortex get`")
         (api_id,) = current
         self._current[draft.api_name] = api_id
-        if replay is not None and (earlier := _earlier_job(connection, draft, replay)):
+        if replay is not None and (earlier := earlier_job(connection, draft, replay)):
             return earlier, False
         is_claimed = claim is not None and claim.api_id == api_id
         if not is_claimed:
@@ -168,7 +168,8 @@ class Submissions:
             )
 
 
-def _earlier_job(connection: Connection, draft: JobSpec, replay: Replay) -> JobRecord | None:
+def earlier_job(connection: Connection, draft: JobSpec, replay: Replay) -> JobRecord | None:
+    """See `Store.submitted_before`."""
     row = _BY_KEY.first(connection, {"name": draft.api_name, "key": replay.key})
     if row is None:
         return None

@@ -50,7 +50,15 @@ class RayEngine:
         hellos = self._cluster.hellos.values()
         limits = _of_all(hello.memory_limit for hello in hellos)
         folders = _of_all(hello.own_folder for hello in hellos)
-        return Capabilities("ray", self.ledger.total, limits, folders, builds_environments=True)
+        return Capabilities(
+            "ray",
+            self.ledger.total,
+            limits,
+            folders,
+            builds_environments=True,
+            # A head that replaces a lost one has no nodes at first.
+            may_grow=self.ledger.is_scaled or not (self._cluster.is_joined and self.ledger.alive),
+        )
 
     async def open(self, report: Report) -> None:
         if importlib.util.find_spec("ray") is None:

@@ -36,6 +36,7 @@ _PAUSE_S = 30.0
 _MAX_PAUSE_S = 600.0
 _MAX_SUSPICIONS = 8
 _MAX_COMPARED = 16  # nodes among which one is chosen for a waiting job
+_NODE_GROUP = "ray.io/node-group"  # Ray's own label; nodes that `ray start` has started lack it
 
 
 class Node:
@@ -306,6 +307,11 @@ class Placement:
     @property
     def total(self) -> Capacity:
         return sum((node.state.total for node in self.alive.values()), NOTHING)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether an autoscaler or a launcher has started a node: it may start larger ones."""
+        return any(name == _NODE_GROUP for _, labels in self._kinds for name, _ in labels)
 
     def update(self, states: tuple[NodeState, ...]) -> list[Node]:
         """Apply Ray's figures.

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from cortex.spec.api import ApiSpec
+from cortex.spec.api import ApiSpec, Compute
 from cortex.store import Store
 
 
@@ -23,16 +23,24 @@ class DeployedApi:
     Attributes:
         api_id: the id of its current version.
         max_running: its `limits.max_running`.
+        compute: what each of its jobs takes.
     """
 
     name: str
     endpoint: str
     api_id: str
     max_running: int | None
+    compute: Compute
 
     @classmethod
     def of(cls, spec: ApiSpec) -> DeployedApi:
-        return cls(spec.name, spec.networking.endpoint, spec.api_id, spec.limits.max_running)
+        return cls(
+            spec.name,
+            spec.networking.endpoint,
+            spec.api_id,
+            spec.limits.max_running,
+            spec.compute,
+        )
 
 
 class CatalogueListener(Protocol):

@@ -16,7 +16,7 @@ from cortex.operator.deploy.catalogue import Catalogue
 from cortex.projects.check import check_files
 from cortex.projects.repository import Projects
 from cortex.projects.unpack import unpack
-from cortex.spec.api import MASK, Api, ApiSpec
+from cortex.spec.api import MASK, Api, ApiSpec, Compute
 from cortex.spec.audit import Actor
 from cortex.spec.cortex_yaml import field_lines, invalid_spec, read_apis, submitted_entries
 from cortex.spec.job import JobRecord, Json
@@ -36,7 +36,7 @@ class Deployed:
     Attributes:
         deployment: the API as it is deployed now.
         done: "created x", "updated x" or "x is unchanged".
-        warnings: what its author should know about the project.
+        warnings: what its author should know about the project, and about the machines.
     """
 
     deployment: Deployment
@@ -59,15 +59,18 @@ class Deployer:
         projects: Projects,
         catalogue: Catalogue,
         stop_stored: Callable[[JobRecord], None],
+        lasting_refusal: Callable[[Compute], str | None],
     ) -> None:
         """
         Args:
             stop_stored: called with each job that the deletion of an API has stopped.
+            lasting_refusal: why no machine can ever run a job with this compute, or None.
         """
         self._store = store
         self._projects = projects
         self._catalogue = catalogue
         self._stop_stored = stop_stored
+        self._lasting_refusal = lasting_refusal
 
     async def deploy(
         self, *, file: str, text: str, archive: BinaryIO, replace: bool, actor: Actor
@@ -117,7 +120,8 @@ class Deployer:
         for spec in changed:
             log.info("deployed", api=spec.name, api_id=spec.api_id)
         return [
-            Deployed(*each, its_warnings) for each, its_warnings in zip(done, warnings, strict=True)
+            Deployed(*each, [*its_warnings, *self._refusals(api)])
+            for each, its_warnings, api in zip(done, warnings, apis, strict=True)
         ]
 
     async def undeploy(self, name: str, actor: Actor) -> int:
@@ -135,6 +139,12 @@ class Deployer:
             self._catalogue.change(removed={name: {spec.api_id for spec in versions}})
         log.info("deleted", api=name, stopped_jobs=len(stopped))
         return len(stopped)
+
+    def _refusals(self, api: Api) -> list[str]:
+        """The warning that every submit to an API is refused here, if that is so. The deploy
+        succeeds: the machines may be extended, and other APIs of the file can run."""
+        refusal = self._lasting_refusal(api.compute)
+        return [] if refusal is None else [f"no job of {api.name!r} can run here: {refusal}"]
 
     def _store_project(
         self, apis: list[Api], file: str, text: str, archive: BinaryIO

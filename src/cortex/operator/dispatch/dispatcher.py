@@ -34,6 +34,7 @@ from cortex.operator.deploy.versions import Versions
 from cortex.operator.dispatch.live_jobs import LiveJob, LiveJobs
 from cortex.operator.dispatch.refresh import Refresher
 from cortex.operator.dispatch.starter import Starter, attempt_of
+from cortex.spec.api import Compute
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import CLAIMED, FINAL, Event, State, Wanted
 from cortex.store import Replay, Store, events
@@ -116,7 +117,10 @@ class Dispatcher:
 
         Raises:
             NotFound, Conflict, OverLimit, StorageUnavailable, Superseded: as `Store.submit` does.
+            Conflict: no machine can ever run the job.
         """
+        if (refusal := await self._refusal(draft.api_name)) is not None:
+            return await self._earlier_job(draft, replay, refusal)
         # The server finishes this call even if the client disconnects: a stored job is dispatched.
         is_likely = replay is None and not self._being_stored
         claim = self._starter.claim_early(draft, prestart=is_likely)
@@ -152,6 +156,34 @@ class Dispatcher:
         else:
             self._starter.add_waiting(record)
         return record
+
+    def lasting_refusal(self, compute: Compute) -> str | None:
+        """Why no machine can run this, now or later, as far as that is certain; else None."""
+        refusal = self.engine.ledger.refusal(compute)
+        return None if refusal is None or self.engine.capabilities.may_grow else refusal
+
+    async def _refusal(self, api_name: str) -> str | None:
+        api = self._catalogue.find(api_name)
+        if api is None or self.lasting_refusal(api.compute) is None:
+            return None
+        # Another operator may have deployed a smaller version a moment ago.
+        await self._catalogue.refresh_if_others_deploy()
+        api = self._catalogue.find(api_name)
+        return None if api is None else self.lasting_refusal(api.compute)
+
+    async def _earlier_job(self, draft: JobSpec, replay: Replay | None, refusal: str) -> JobRecord:
+        """The job of an earlier submit with the same key, when there was a machine for it.
+
+        Raises:
+            Conflict: there is none, and a new job is refused.
+        """
+        earlier = None if replay is None else await self._store.submitted_before(draft, replay)
+        if earlier is None:
+            raise Conflict(
+                f"no job of {draft.api_name!r} can run here: {refusal}. Nothing was stored; change "
+                "compute in its cortex.yaml and deploy it again, or provide such a machine"
+            )
+        return earlier
 
     def stop_stored(self, record: JobRecord) -> None:
         """A stop of this job was stored by this operator: carry it out."""

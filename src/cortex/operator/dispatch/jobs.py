@@ -15,6 +15,7 @@ from cortex.engines.base import Engine
 from cortex.errors import Superseded
 from cortex.operator.dispatch.dispatcher import Dispatcher
 from cortex.operator.dispatch.live_jobs import LiveJob
+from cortex.spec.api import Compute
 from cortex.spec.audit import Actor
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import IN_PROGRESS, Wanted
@@ -66,6 +67,8 @@ class Jobs:
 
         Raises:
             NotFound, Conflict, OverLimit, StorageUnavailable: as `Store.submit` does.
+            Conflict: no machine can ever run the job. Only the leader knows the machines: a job
+                that another operator stores is refused by the leader, as `status_unexpected_error`.
         """
         if (dispatcher := self._dispatcher) is not None:
             with suppress(Superseded):  # it claimed the job, and is not the leader any longer
@@ -107,6 +110,10 @@ class Jobs:
     def engine(self) -> Engine | None:
         """The engine of this operator's term; None where it is not the leader."""
         return None if self._dispatcher is None else self._dispatcher.engine
+
+    def lasting_refusal(self, compute: Compute) -> str | None:
+        """See `Dispatcher.lasting_refusal`. None where this operator is not the leader."""
+        return None if self._dispatcher is None else self._dispatcher.lasting_refusal(compute)
 
     def all_live(self) -> list[LiveJob] | None:
         """All jobs in progress; None where this operator is not the leader."""
