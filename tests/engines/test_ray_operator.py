@@ -221,7 +221,7 @@ def test_a_job_is_unknown_while_its_agent_is_down_and_then_running_again(
         os.kill(agent_pid(agent_folder), signal.SIGKILL)
         until(lambda: has(ray_operator, endpoint, job, "status_unknown"), "unknown")
         message = ray_operator.status(endpoint, job)["message"]
-        connection = r"connection (refused|reset by peer)( \([\d.:]+\))?"
+        connection = r"(connection refused|connection reset by peer|socket closed)( \([\d.:]+\))?"
         assert re.fullmatch(f"its agent does not answer: {connection}", message), message
         problems = ray_operator.http.get(f"{ray_operator.url}/-/cluster").json()["nodes"]
         assert not any("rpc_code" in (node["problem"] or "") for node in problems)
