@@ -7,7 +7,9 @@ The cluster is real, and the tests kill its processes. The last two tests leave 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
+import random
 import re
 import signal
 import time
@@ -16,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from cortex.engines.base import (
+    Attempt,
     CapacityFreed,
     Ended,
     Ending,
@@ -26,13 +29,13 @@ from cortex.engines.base import (
     Started,
     Unreachable,
 )
-from cortex.engines.ray import RayEngine
+from cortex.engines.ray import RayEngine, transfers
 from cortex.engines.ray import cluster as ray_cluster
 from cortex.errors import StartupError
 from cortex.joblog.reader import Log, read
 from cortex.spec.api import Compute
 from engines.engine_harness import LIMIT_S, exists, until
-from engines.ray_harness import RayHarness, ready
+from engines.ray_harness import RayHarness, agent_pid, ready
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 MIB = 1 << 20
@@ -358,6 +361,53 @@ def test_without_ray_the_message_says_what_to_install(
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(StartupError, match=r"pip install 'cortex-tasks\[ray\]'"):
         asyncio.run(RayEngine(tmp_path, "127.0.0.1:1", "unused-namespace").open(lambda _: None))
+
+
+def large_project(ray_harness: RayHarness) -> tuple[Attempt, str]:
+    """A job of a project of 50 MB, and the SHA-256 that it returns."""
+    data = random.randbytes(50 * 1_000_000)
+    (ray_harness.project / "data").write_bytes(data)
+    attempt = ray_harness.attempt(
+        """
+        import hashlib
+        def task(config):
+            with open("data", "rb") as file:
+                return hashlib.sha256(file.read()).hexdigest()
+        """
+    )
+    return attempt, hashlib.sha256(data).hexdigest()
+
+
+def test_a_large_project_arrives(ray_harness: RayHarness) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt, digest = large_project(ray_harness)
+        assert (await ray_harness.outcome(engine, attempt)).result == digest
+        assert re.search(r"\(\d+ of 50 MB\)", "".join(ray_harness.wait_reasons))
+
+    ray_harness.run(scenario)
+
+
+def test_a_large_project_arrives_although_its_agent_is_killed_meanwhile(
+    ray_harness: RayHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfers, "STALL_TIMEOUT_S", LIMIT_S)
+
+    def arriving() -> list[Path]:
+        return [
+            path
+            for path in ray_harness.shared.nodes.glob("*/projects/.incoming-*")
+            if path.is_file() and path.stat().st_size > MIB
+        ]
+
+    async def scenario(engine: Engine) -> None:
+        attempt, digest = large_project(ray_harness)
+        await ray_harness.start(engine, attempt)
+        await until(arriving)
+        os.kill(agent_pid(arriving()[0].parents[1]), signal.SIGKILL)
+        assert (await ray_harness.ended(attempt)).result == digest
+        assert not arriving()
+
+    ray_harness.run(scenario)
 
 
 DAEMON = """

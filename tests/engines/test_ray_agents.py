@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import io
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from cortex.engines.ray.messages import Builds, NodeOrder
 from cortex.engines.ray.tracked import TrackedAttempt
 from cortex.joblog import watch
 from cortex.joblog.folders import JobFolders
+from cortex.projects.pack import pack_stored
 from cortex.ray_node import agent, guard
 from cortex.spec.api import Compute
 from cortex.worker import processes
@@ -339,7 +341,7 @@ def test_a_node_lost_during_the_transfer_of_a_project_loses_no_job(
             harness.lose_node()
             await harness.final(attempt)
 
-        harness.ray.before_call["unpack"] = lose_node
+        harness.ray.before_call["receive_project"] = lose_node
         await harness.start(engine, attempt)
         assert isinstance(await harness.final(attempt), NeverStarted)
 
@@ -354,7 +356,7 @@ def test_a_stop_during_the_transfer_of_a_project_starts_nothing(harness: InProce
         async def stop() -> None:
             engine.stop(attempt.spec.job_id)
 
-        harness.ray.before_call["unpack"] = stop
+        harness.ray.before_call["receive_project"] = stop
         await harness.start(engine, attempt)
         assert isinstance(await harness.final(attempt), NeverStarted)
         assert harness.ray.calls.count("start") == 1
@@ -373,13 +375,16 @@ def test_an_order_abandoned_during_its_build_blocks_no_later_order(
         orders = [
             TrackedAttempt.of(replace(attempt, number=number)).node_order(5) for number in (1, 2, 3)
         ]
-        await harness.ray.send_project("node-a", api.project_id, str(harness.project))
         agent = harness.ray.agent
         assert agent is not None
+        archive = io.BytesIO()
+        pack_stored(harness.project, archive)
+        archive.seek(0)
+        agent._provisions.store_project(api.project_id, archive)
         build = agent._provisions.build
 
-        async def slow(order: NodeOrder) -> Path:
-            python = await build(order)
+        async def slow(order: NodeOrder, report_phase: Callable[[str], None]) -> Path:
+            python = await build(order, report_phase)
             if order.number == 1:
                 await may_finish.wait()
             return python

@@ -23,6 +23,7 @@ from cortex.engines.base import (
     Started,
     Unreachable,
     Version,
+    Waits,
 )
 from cortex.engines.capacity import NO_HOLDS, Hold, Holds
 from cortex.spec.api import Compute
@@ -159,11 +160,15 @@ class ScriptedEngine:
         self.world.ended[key] = Lost(*key, "lost")
         self._finish(self.world.ended[key])
 
-    def never_start(self, key: Key) -> None:
+    def report_wait(self, key: Key, reason: str) -> None:
+        """An attempt does not start yet, for this reason."""
+        self._observe(Waits(*key, reason))
+
+    def never_start(self, key: Key, held_up_by: str | None = None) -> None:
         """An attempt fails before its code starts, and is fenced."""
         self.world.ordered.pop(key, None)
         self.world.fenced.add(key)
-        self._finish(NeverStarted(*key))
+        self._finish(NeverStarted(*key, held_up_by))
 
     def make_unreachable(self, key: Key) -> None:
         """The engine loses contact with a running attempt."""

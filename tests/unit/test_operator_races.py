@@ -16,6 +16,7 @@ from cortex.joblog.reader import Log
 from cortex.joblog.watch import FileWatch
 from cortex.operator.deploy.catalogue import Catalogue
 from cortex.operator.deploy.deployer import Deployer
+from cortex.operator.dispatch import dispatcher, starter
 from cortex.operator.dispatch.dispatcher import Dispatcher
 from cortex.operator.dispatch.jobs import Jobs
 from cortex.operator.dispatch.live_jobs import LiveJob
@@ -202,6 +203,60 @@ class Leader:
         finally:
             await dispatcher.close()
             self.store.close()
+
+
+def test_attempts_that_were_held_up_are_no_failed_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher, "_MAX_FAILED_STARTS", 3)
+    monkeypatch.setattr(starter, "STORAGE_RETRY_S", 0)
+
+    async def work() -> list[str | None]:
+        leader = Leader(tmp_path)
+        async with leader.opened(spec()) as leading:
+            engine = leading.engine
+            assert isinstance(engine, ScriptedEngine)
+            job = draft()
+            await leading.submit(job, None)
+            messages: list[str | None] = []
+            for number, reason in enumerate(("its node is away",) * 6 + (None,) * 3, 1):
+                while (job.job_id, number) not in engine.world.ordered:  # noqa: ASYNC110  # no event reports it
+                    await asyncio.sleep(0.01)
+                engine.report_wait((job.job_id, number), f"phase of {number}")
+                live = leading.live_jobs.find(job.job_id)
+                assert live is not None
+                messages.append(live.why_waiting)
+                engine.never_start((job.job_id, number), reason)
+            await leading.background.finish()
+            assert leading.live_jobs.find(job.job_id) is None
+            ended = await leader.store.job(job.job_id)
+            assert ended is not None
+            return [*messages, ended.message]
+
+    *phases, message = asyncio.run(with_timeout(work()))
+    assert phases == [f"phase of {number}" for number in range(1, 10)]
+    assert message == "3 attempts to start it failed"
+
+
+def test_the_phase_of_an_earlier_attempt_is_not_shown(tmp_path: Path) -> None:
+    async def work() -> list[str | None]:
+        leader = Leader(tmp_path)
+        async with leader.opened(spec()) as leading:
+            engine = leading.engine
+            assert isinstance(engine, ScriptedEngine)
+            job, messages = draft(), []
+            await leading.submit(job, None)
+            for number in (1, 2):
+                while (job.job_id, number) not in engine.world.ordered:  # noqa: ASYNC110  # no event reports it
+                    await asyncio.sleep(0.01)
+                live = leading.live_jobs.find(job.job_id)
+                assert live is not None
+                messages.append(live.why_waiting)
+                engine.report_wait((job.job_id, number), "its project is being sent")
+                engine.never_start((job.job_id, number))
+            return messages
+
+    assert asyncio.run(with_timeout(work())) == [None, None]
 
 
 ONE_AT_A_TIME = spec().model_copy(update={"limits": Limits(max_running=1)})

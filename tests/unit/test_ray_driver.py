@@ -7,8 +7,10 @@ import asyncio
 import pytest
 from ray.exceptions import ActorUnavailableError, RayTaskError
 
-from cortex.engines.ray.link import Answer
+from cortex.engines.ray.cluster import Cluster
+from cortex.engines.ray.link import Answer, Link, NotSent
 from cortex.engines.ray.messages import Refusal
+from cortex.engines.ray.placement import Placement
 from cortex.ray_node import driver
 
 
@@ -50,3 +52,28 @@ def test_a_refusal_has_the_text_of_ray_for_the_operators_log() -> None:
     answer = failing(raised.value)
     assert answer.refused == "Ray did not report the reserved GPUs"
     assert "rpc_code: 14" in (answer.detail or "")
+
+
+def test_a_call_for_which_ray_has_no_agent_was_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_agent(*_: object) -> None:
+        raise RuntimeError("the head does not answer")
+
+    monkeypatch.setattr(driver.Driver, "_find_or_create_agent", no_agent)
+
+    async def main() -> None:
+        made = driver.Driver("namespace", "")
+        response = await driver.answer(made, "call_agent", ("node", "start", (), 60.0))
+        assert not response.is_sent
+        reason = "cannot find or start its agent: the head does not answer"
+        assert response.unreachable == reason
+
+    asyncio.run(main())
+
+
+def test_a_call_without_a_link_was_not_sent() -> None:
+    link = Link("127.0.0.1:1", "namespace", None)
+    with pytest.raises(NotSent, match="cannot be reached"):
+        asyncio.run(link.call("node_states", timeout_s=60))
+    away = Cluster("127.0.0.1:1", "namespace", None, Placement())
+    with pytest.raises(NotSent, match="cannot be reached"):
+        asyncio.run(away.call_driver("node_states"))

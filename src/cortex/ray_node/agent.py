@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import Coroutine
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from cortex.engines.local import LocalEngine, leftovers, records
 from cortex.engines.ray.log_copies import read_piece
 from cortex.engines.ray.messages import (
     AGENT_VERSION,
+    PIECE_BYTES,
     Hello,
     Lock,
     LogPiece,
@@ -40,6 +42,7 @@ from cortex.engines.ray.ray_errors import explain
 from cortex.joblog.folders import JobFolders
 from cortex.joblog.watch import FileWatch
 from cortex.projects.builder import EnvironmentFailed
+from cortex.ray_node.incoming import IncomingProjects
 from cortex.ray_node.node_reservations import GpusUnavailable, NodeReservations
 from cortex.ray_node.outbox import Outbox
 from cortex.ray_node.provisions import Provisions
@@ -50,7 +53,6 @@ from cortex.system.background import in_thread
 from cortex.system.oserrors import is_shortage, is_storage
 from cortex.worker import processes
 
-_PIECE_BYTES = 256 << 10
 _NO_RECORDS = "the folder of its node, with the job's records in it, is gone"
 _POLL_INTERVAL_S = 1.0  # a poll of a killed operator may clear the event that wakes the next poll
 _BATCH_S = 0.05  # collects the lines of a growing log into one piece
@@ -73,6 +75,7 @@ class Agent:
         self._engine = LocalEngine(self._agent_folder.jobs, total)
         self._is_open = False
         self._provisions = Provisions(self._agent_folder, self._add_to_outbox)
+        self._incoming = IncomingProjects(self._provisions)
         self._outbox = Outbox()
         self._entry_added = asyncio.Event()  # to the outbox
         self._poll_wakeup = asyncio.Event()  # a new entry of the outbox, or a log that has grown
@@ -85,6 +88,9 @@ class Agent:
         self._reservations = NodeReservations(
             namespace, node_id, lambda: self._raylet.problem is None, self._wake_poll
         )
+        self._log_turn = 0
+        # What `poll` last returned about the node, by session.
+        self._reported: dict[str, tuple[Capacity, str | None]] = {}
 
     async def hello(self) -> Hello:
         await self._open()
@@ -117,10 +123,22 @@ class Agent:
             self._building[job_id] = self._run(self._start(order, _deadline(order)))
         return None
 
-    async def unpack(self, project_id: str, archive: bytes) -> None:
-        """Store the files of a project."""
+    async def begin_project(self, name: str) -> None:
+        """See `IncomingProjects.begin`."""
         await self._open()
-        await asyncio.to_thread(self._provisions.store_project, project_id, archive)
+        await self._incoming.begin(name)
+
+    async def receive_project(self, name: str, offset: int, data: bytes) -> bool:
+        """See `IncomingProjects.receive`."""
+        await self._open()
+        return await self._incoming.receive(name, offset, data)
+
+    async def install_project(
+        self, name: str, project_id: str, size: int, digest: str, within_s: float
+    ) -> bool | None:
+        """See `IncomingProjects.install`."""
+        await self._open()
+        return await self._incoming.install(name, project_id, size, digest, within_s)
 
     async def stop(self, job_id: str) -> None:
         await self._open()
@@ -166,40 +184,33 @@ class Agent:
         """Wait until there are observations after `after`, or logs that exceed these offsets.
 
         Returns:
-            Both. The incarnation is empty where the agent has dropped observations that the caller
-            lacks.
+            Both, up to `PIECE_BYTES` together; the next poll returns the rest. The incarnation is
+            empty where the agent has dropped observations that the caller lacks.
         """
         if not self._outbox.renew(incarnation):
+            self._reported.pop(incarnation, None)
             return Poll("", after, ())
         self._outbox.acknowledge(incarnation, after)
         until = time.monotonic() + within_s
-        held, problem = self._reservations.held, self._raylet.problem
         while True:
             self._poll_wakeup.clear()
-            logs = await asyncio.to_thread(self._grown, cursors)
+            seen, end, size = self._outbox.since(after, PIECE_BYTES)
+            logs = await asyncio.to_thread(self._grown, cursors, PIECE_BYTES - size)
             left_s = until - time.monotonic()
-            if logs or self._outbox.end > after or left_s <= 0:
-                break
-            if (self._reservations.held, self._raylet.problem) != (held, problem):
-                break
+            node = (self._reservations.held, self._raylet.problem)
+            if logs or seen or left_s <= 0 or node != self._reported.get(incarnation):
+                self._reported[incarnation] = node
+                return Poll(incarnation, end, seen, logs, *node)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._poll_wakeup.wait(), min(left_s, _POLL_INTERVAL_S))
             if self._outbox.end == after:
                 self._entry_added.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._entry_added.wait(), _BATCH_S)
-        return Poll(
-            incarnation,
-            self._outbox.end,
-            self._outbox.since(after),
-            logs,
-            self._reservations.held,
-            self._raylet.problem,
-        )
 
     async def read(self, job_id: str, offset: int, limit: int) -> LogPiece:
         log = self._folders.log(job_id)
-        return await asyncio.to_thread(read_piece, log, offset, _PIECE_BYTES, limit)
+        return await asyncio.to_thread(read_piece, log, offset, PIECE_BYTES, limit)
 
     async def forget(self, api_id: str) -> None:
         """See `Engine.forget`, for a version."""
@@ -228,10 +239,14 @@ class Agent:
     async def _start(self, order: NodeOrder, deadline: float | None) -> None:
         job_id = order.spec.job_id
         gpus: tuple[int, ...] = ()
+
+        def report_phase(phase: str) -> None:
+            self._on_observation(Waits(job_id, order.number, phase))
+
         try:
             async with asyncio.timeout(order.left_s):
                 gpus = await self._reserve(order)
-                python = await self._provisions.build(order)
+                python = await self._provisions.build(order, report_phase)
             self._begin_log(job_id)
         except Exception as error:  # the task has no waiter: report every failure
             self._building.pop(job_id, None)
@@ -302,16 +317,24 @@ class Agent:
             order.grace_s,
         )
 
-    def _grown(self, cursors: dict[str, int]) -> dict[str, LogPiece]:
-        pieces = {}
-        for job_id, offset in cursors.items():
+    def _grown(self, cursors: dict[str, int], max_bytes: int) -> dict[str, LogPiece]:
+        """The new pieces of logs that together have no more than `max_bytes`. Each call begins with
+        another job: a busy log delays no other for long."""
+        pieces: dict[str, LogPiece] = {}
+        turns = deque(cursors.items())
+        turns.rotate(-self._log_turn)
+        self._log_turn += 1
+        for job_id, offset in turns:
+            if max_bytes <= 0:
+                break
             order = self._orders.get(job_id)
             if order is None:  # ended: the operator reads the rest with `read`
                 continue
             log = self._folders.log(job_id)
-            piece = read_piece(log, offset, _PIECE_BYTES, order.api.limits.log)
+            piece = read_piece(log, offset, max_bytes, order.api.limits.log)
             if piece.end > offset:
                 pieces[job_id] = piece
+                max_bytes -= len(piece.data)
         return pieces
 
     def _on_observation(self, observation: Observation) -> None:

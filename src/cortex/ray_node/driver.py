@@ -8,7 +8,7 @@ placement groups. Ray finds both by name.
 from __future__ import annotations
 
 import asyncio
-import io
+import hashlib
 import logging
 import os
 import pickle
@@ -23,10 +23,11 @@ from typing import Any, TypeVar
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.util import get_node_ip_address
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cortex.engines.base import NOTHING
-from cortex.engines.ray.link import HEAD, Answer
+from cortex.engines.ray.link import HEAD, Answer, NotSent
 from cortex.engines.ray.messages import NodeState, Refusal
 from cortex.engines.ray.ray_errors import explain
 from cortex.errors import InvalidProject
@@ -73,19 +74,25 @@ class Driver:
     async def call_agent(
         self, node_id: str, method: str, arguments: tuple[object, ...], timeout_s: float
     ) -> object:
-        """Call a method of a node's agent."""
-        agent = await self._agent(node_id)
+        """Call a method of a node's agent.
+
+        Raises:
+            NotSent: Ray has no agent on the node, and cannot start one now.
+        """
+        try:
+            agent = await self._agent(node_id)
+        except Exception as error:
+            raise NotSent(f"cannot find or start its agent: {explain(error)}") from error
         call = getattr(agent, method).remote(*arguments)
         return await asyncio.wait_for(call, timeout_s)
 
-    async def send_project(self, node_id: str, project_id: str, folder: str) -> None:
-        """Pack a project, and send it to a node's agent."""
-        archive = io.BytesIO()
-        await self._in_thread(pack_stored, Path(folder), archive)
-        agent = await self._agent(node_id)
-        # Ray's object store takes it: it may be too large for an argument.
-        reference = await self._in_thread(ray.put, archive.getvalue())
-        await agent.unpack.remote(project_id, reference)
+    async def own_address(self) -> str:
+        """The address under which this machine takes part in the cluster."""
+        return str(get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray types a part of itself
+
+    async def pack_project(self, folder: str, target: str) -> tuple[int, str]:
+        """Pack a project into a file; its size in bytes, and its SHA-256."""
+        return await self._in_thread(_pack, Path(folder), Path(target))
 
     def forget_agent(self, node_id: str) -> None:
         """Drop a dead agent. The next request finds it restarted, or makes another."""
@@ -117,11 +124,21 @@ class Driver:
         )
 
 
+def _pack(folder: Path, target: Path) -> tuple[int, str]:
+    with target.open("r+b") as file:
+        pack_stored(folder, file)
+        size = file.tell()
+        file.seek(0)
+        return size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
 async def answer(driver: Driver, method: str, arguments: tuple[object, ...]) -> Answer:
     """Carry out a request; the response, with the reason of a failure."""
     work: Callable[..., Awaitable[object]] = getattr(driver, method)
     try:
         return Answer(await work(*arguments))
+    except NotSent as error:
+        return Answer(unreachable=str(error), detail=_detail(error.__cause__), is_sent=False)
     except ActorUnavailableError as error:
         return _unreachable("its agent does not answer", error)
     except RayActorError as error:

@@ -7,6 +7,7 @@ from the leader.
 
 from __future__ import annotations
 
+import pickle
 import time
 import uuid
 from dataclasses import dataclass
@@ -72,6 +73,17 @@ class Outbox:
         del self._entries[: max(0, received - self._first)]
         self._first = max(self._first, received)
 
-    def since(self, seq: int) -> tuple[Observation | Lock, ...]:
-        """The entries from a number on."""
-        return tuple(self._entries[max(0, seq - self._first) :])
+    def since(self, seq: int, max_bytes: int) -> tuple[tuple[Observation | Lock, ...], int, int]:
+        """The entries from a number on that together have no more than `max_bytes`; one at least.
+
+        Returns:
+            The entries, the number of the entry after them, and their size in bytes.
+        """
+        start = end = max(0, seq - self._first)
+        size = 0
+        for entry in self._entries[start:]:
+            entry_size = len(pickle.dumps(entry))
+            if end > start and size + entry_size > max_bytes:
+                break
+            end, size = end + 1, size + entry_size
+        return tuple(self._entries[start:end]), self._first + end, size

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import io
+import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import IO
 
 from cortex.engines.ray.messages import Lock, NodeOrder
 from cortex.projects.build_rules import BuildRules
@@ -37,20 +39,27 @@ class Provisions:
         """The folder of a project, which exists if the node has the project."""
         return self._projects.folder(project_id)
 
-    def store_project(self, project_id: str, archive: bytes) -> None:
+    def incoming(self) -> AbstractContextManager[Path]:
+        """A path for an incoming file; see `Projects.incoming`."""
+        return self._projects.incoming()
+
+    def store_project(self, project_id: str, archive: IO[bytes]) -> None:
         """Store a project. Concurrent calls with the same project are harmless. Blocking.
 
         Raises:
             InvalidProject: the archive is invalid.
         """
         with self._projects.incoming() as incoming:
-            unpack(io.BytesIO(archive), incoming)
+            unpack(archive, incoming)
             self._projects.install_files(project_id, incoming)
 
-    async def build(self, order: NodeOrder) -> Path:
+    async def build(self, order: NodeOrder, report_phase: Callable[[str], None]) -> Path:
         """Build the environment of a job from the operator's lock files.
 
         `on_new_lock` receives each lock file that the operator lacks.
+
+        Args:
+            report_phase: called with what the job waits for, if a build has to be waited for.
 
         Returns:
             The environment's interpreter.
@@ -66,7 +75,8 @@ class Provisions:
         self._environments.rules = rules
         project = self.folder(identity)
         files = order.api.definition.dependencies
-        python = await self._environments.build(project, files)
+        phase = f"its environment is being built on {os.uname().nodename}"
+        python = await self._environments.build(project, files, lambda: report_phase(phase))
         await in_thread(self._environments.pin_versions, project, files)
         for name, text in self._projects.locks(identity).items():
             if name not in order.locks:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from functools import partial
 
 import structlog
 
@@ -25,11 +26,12 @@ from cortex.engines.base import (
 )
 from cortex.engines.ray.calls import AgentCalls
 from cortex.engines.ray.cluster import RETRY_DELAY_S, Cluster
-from cortex.engines.ray.link import LinkError, Refused
+from cortex.engines.ray.link import LinkError, NotSent, Refused
 from cortex.engines.ray.log_copies import LogCopies
 from cortex.engines.ray.messages import Lock, LogPiece, Poll
 from cortex.engines.ray.placement import Node
 from cortex.engines.ray.tracked import TrackedAttempt
+from cortex.engines.ray.transfers import ProjectTransfers
 from cortex.engines.ray.validation import (
     checked_lock_file,
     checked_log_piece,
@@ -48,10 +50,17 @@ Final = Ended | Lost | NeverStarted
 class Attempts:
     """A `cluster.ClusterListener`, on the event loop."""
 
-    def __init__(self, cluster: Cluster, calls: AgentCalls, log_copies: LogCopies) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        calls: AgentCalls,
+        transfers: ProjectTransfers,
+        log_copies: LogCopies,
+    ) -> None:
         self._cluster = cluster
         self._nodes = cluster.nodes
         self._calls = calls
+        self._transfers = transfers
         self._log_copies = log_copies
         self._tracked: dict[str, TrackedAttempt] = {}
         self._by_node: dict[str, dict[str, TrackedAttempt]] = {}  # the same, by node and by job
@@ -167,7 +176,7 @@ class Attempts:
 
     def _lose(self, tracked: TrackedAttempt, reason: str) -> None:
         if not tracked.is_ending:
-            final = tracked.lost(reason) if tracked.is_sent else tracked.never_started()
+            final = tracked.lost(reason) if tracked.is_sent else tracked.never_started(reason)
             self._finish(tracked, final)
 
     def _process(self, tracked: TrackedAttempt, observation: Observation) -> None:
@@ -230,12 +239,12 @@ class Attempts:
         try:
             while not await self._calls.start(tracked, locks):
                 tracked.is_sent = False
-                await self._calls.send_project(tracked)
+                await self._send_project(tracked)
                 if self._is_cancelled(tracked):
                     self._abandon(tracked)
                     return
                 tracked.is_sent = True
-        except Refused as error:
+        except (Refused, NotSent, OSError) as error:
             self._abandon(tracked, str(error))
         except LinkError as error:
             if not tracked.is_sent:
@@ -246,8 +255,18 @@ class Attempts:
         if tracked.stop_requested:
             await self._send_stop(tracked)
 
+    async def _send_project(self, tracked: TrackedAttempt) -> None:
+        def report_phase(phase: str) -> None:
+            self._report(tracked.waits(phase))
+
+        await self._transfers.send(tracked, report_phase, partial(self._is_cancelled, tracked))
+        if not self._is_cancelled(tracked):
+            report_phase("its node has its project; it is about to start")
+
     def _is_cancelled(self, tracked: TrackedAttempt) -> bool:
-        return tracked.stop_requested or self._tracked.get(tracked.job_id) is not tracked
+        is_over = tracked.remaining_s is not None and tracked.remaining_s <= 0
+        is_other = self._tracked.get(tracked.job_id) is not tracked
+        return tracked.stop_requested or is_over or is_other
 
     def _abandon(self, tracked: TrackedAttempt, blocked_by: str | None = None) -> None:
         """Report that the attempt has not started."""

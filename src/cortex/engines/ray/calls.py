@@ -21,7 +21,6 @@ from cortex.system.background import in_thread
 
 log = structlog.get_logger()
 
-SEND_PROJECT_TIMEOUT_S = 300.0
 _SLOW_ORDER_S = 4.0
 
 
@@ -106,14 +105,6 @@ class AgentCalls:
             return answer != "project"
         finally:
             call.cancel()
-
-    async def send_project(self, tracked: TrackedAttempt) -> None:
-        """Send the project of the attempt to its node."""
-        api, project = tracked.attempt.version.api, tracked.attempt.version.project
-        arguments = tracked.node_id, api.project_id, str(project)
-        await self._cluster.call_driver(
-            "send_project", *arguments, timeout_s=SEND_PROJECT_TIMEOUT_S
-        )
 
     async def recover(self, tracked: TrackedAttempt) -> None:
         """Make the node report the state of the attempt, and fence an attempt that it never got."""

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import structlog
 
-from cortex.engines.ray.link import Link, LinkError, Refused
+from cortex.engines.ray.link import Link, LinkError, NotSent, Refused
 from cortex.engines.ray.messages import AGENT_VERSION, Hello, Poll
 from cortex.engines.ray.placement import Node, Placement
 from cortex.engines.ray.ray_errors import explain
@@ -108,11 +108,12 @@ class Cluster:
         """Call a method of the Ray driver (`cortex.ray_node.driver`).
 
         Raises:
+            NotSent: the request was not sent.
             LinkError: the outcome is unknown.
             Refused: the request was not carried out.
         """
         if self._link is None:
-            raise LinkError(f"the Ray cluster at {self._address} cannot be reached")
+            raise NotSent(f"the Ray cluster at {self._address} cannot be reached")
         return await self._link.call(method, *arguments, timeout_s=timeout_s)
 
     async def call_agent(

@@ -20,6 +20,7 @@ from cortex.engines.ray.log_copies import LogCopies
 from cortex.engines.ray.messages import DEFAULT_BUILDS, Builds
 from cortex.engines.ray.placement import Placement
 from cortex.engines.ray.tracked import handle
+from cortex.engines.ray.transfers import ProjectTransfers
 from cortex.errors import StartupError
 from cortex.joblog.folders import JobFolders
 
@@ -43,7 +44,8 @@ class RayEngine:
         self.ledger = Placement(self._report_freed)
         self._cluster = Cluster(address, namespace, node_dir, self.ledger)
         orders = AgentCalls(self._cluster, grace_s, locks, builds)
-        self._attempts = Attempts(self._cluster, orders, self._copies)
+        transfers = ProjectTransfers(self._cluster, root)
+        self._attempts = Attempts(self._cluster, orders, transfers, self._copies)
 
     @property
     def capabilities(self) -> Capabilities:

@@ -42,6 +42,10 @@ class LinkError(Exception):
     """The cluster or a node does not answer. The outcome of the request is unknown."""
 
 
+class NotSent(LinkError):
+    """The cluster or a node cannot be reached. The request was certainly not sent."""
+
+
 class Refused(Exception):
     """A node has answered that it has not carried out the request."""
 
@@ -52,6 +56,8 @@ class Answer:
 
     value: object = None
     unreachable: str | None = None
+    is_sent: bool = True
+    """Whether the request may have been sent on; False makes the LinkError a NotSent."""
     refused: str | None = None
     detail: str | None = None
     """The whole text of Ray behind the reason, for the operator's log."""
@@ -114,11 +120,12 @@ class Link:
         """Call a method of the driver.
 
         Raises:
+            NotSent: the request was not sent.
             LinkError: the outcome is unknown.
             Refused: the request was not carried out.
         """
         if self._writer is None or self.closed.is_set():
-            raise LinkError(f"the Ray cluster at {self._address} cannot be reached")
+            raise NotSent(f"the Ray cluster at {self._address} cannot be reached")
         number = self._next_number
         self._next_number += 1
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -133,7 +140,7 @@ class Link:
             self._pending.pop(number, None)
         self._log_detail(method, arguments, answer)
         if answer.unreachable is not None:
-            raise LinkError(answer.unreachable)
+            raise (LinkError if answer.is_sent else NotSent)(answer.unreachable)
         if answer.refused is not None:
             raise Refused(answer.refused)
         return answer.value

@@ -16,6 +16,10 @@ from cortex.spec.job import JobSpec
 
 AGENT_VERSION = f"{cortex.__version__}/2"
 """The version of this package, and of the messages here: a change of them adds one."""
+PIECE_BYTES = 64 << 10
+"""The size of the largest argument and reply of a call. Ray carries up to 100 KiB in the call
+itself, which needs one connection, from the driver to the node. Ray's object store carries what is
+larger, and needs connections both ways."""
 
 
 @dataclass(frozen=True)

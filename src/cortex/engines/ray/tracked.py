@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import dataclass
 
-from cortex.engines.base import Attempt, Lost, NeverStarted, Reachable, Unreachable
+from cortex.engines.base import Attempt, Lost, NeverStarted, Reachable, Unreachable, Waits
 from cortex.engines.ray.messages import DEFAULT_BUILDS, Builds, Hello, NodeOrder
 from cortex.engines.ray.placement import Node
 
@@ -81,6 +81,9 @@ class TrackedAttempt:
 
     def never_started(self, blocked_by: str | None = None) -> NeverStarted:
         return NeverStarted(self.job_id, self.number, blocked_by)
+
+    def waits(self, reason: str) -> Waits:
+        return Waits(self.job_id, self.number, reason)
 
     def reachable(self) -> Reachable:
         return Reachable(self.job_id, self.number)

@@ -336,6 +336,8 @@ class Dispatcher:
         if live.record.state is State.RUNNING:  # the job has removed its start record since
             await self._lost(live, Lost(never.job_id, never.attempt, "its start record is gone"))
             return
+        # An attempt with a reason, such as a node that does not answer, waits for that alone.
+        live.failed_starts += never.held_up_by is None
         failed = live.failed_starts
         if failed >= _MAX_FAILED_STARTS and never.held_up_by is None:
             await self.live_jobs.fail(live, f"{failed} attempts to start it failed")

@@ -38,6 +38,8 @@ class LiveJob:
         blocked_by: what the machine lacks right now, while the start is retried until it has it
             again.
         engine_wait: why the engine has not started the job yet, after `Engine.start`.
+        failed_starts: how many attempts ended for no known reason before any code of the user's
+            ran. A restart of the operator starts the count again.
         deadline: by the monotonic clock, which the engine's processes share.
         timer: of the deadline, while the job waits.
     """
@@ -49,6 +51,7 @@ class LiveJob:
     unreachable: str | None = None
     blocked_by: str | None = None
     engine_wait: str | None = None
+    failed_starts: int = 0
     deadline: float | None = None
     timer: asyncio.TimerHandle | None = None
     _change: asyncio.Event | None = None  # made for the first that waits: most jobs have none
@@ -65,11 +68,6 @@ class LiveJob:
     def why_waiting(self) -> str | None:
         """What a waiting job waits for, in words; None where it does not wait."""
         return self.explain(self)
-
-    @property
-    def failed_starts(self) -> int:
-        """Attempts that ended before any code of the user's ran."""
-        return self.record.attempt - self.record.losses
 
     @property
     def is_overdue(self) -> bool:

@@ -133,7 +133,7 @@ class Starter:
         if record is None:  # it was stopped, or its deadline has passed
             self._cancel(live.api_name, job_id)
             return
-        live.blocked_by = None
+        live.blocked_by = live.engine_wait = None
         live.cancel_timer()  # from here on the supervisor watches the deadline
         if live.stop_wanted:
             self._engine.ledger.release(job_id)
