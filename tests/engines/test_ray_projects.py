@@ -23,7 +23,7 @@ from cortex.engines.ray.link import NotSent
 from cortex.engines.ray.messages import PIECE_BYTES, Refusal
 from cortex.ray_node import agent, incoming
 from engines.engine_harness import until
-from engines.in_process_ray import InProcessHarness, in_process_harness, ready
+from engines.in_process_ray import MAX_INLINED_BYTES, InProcessHarness, in_process_harness, ready
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 PROJECT_BYTES = 40 * PIECE_BYTES
@@ -455,7 +455,8 @@ def test_a_poll_brings_all_logs_and_ends_in_small_replies(harness: InProcessHarn
             assert ended.result == "y" * 40_000
             assert harness.log(attempt) == "x" * 300_000 + f"end{number}\n"
 
-    harness.run(scenario)  # `InProcessRay` checks the size of each reply
+    harness.run(scenario)
+    assert harness.ray.largest_message < MAX_INLINED_BYTES
 
 
 def test_each_poll_begins_with_another_log(harness: InProcessHarness) -> None:

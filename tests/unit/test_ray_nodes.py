@@ -89,11 +89,11 @@ def test_jobs_wait_with_a_reason_while_no_node_answers() -> None:
     assert empty.reserve("1", Compute()) == "waits for a node: the cluster has none now"
     cluster = nodes(state("a", SMALL))
     cluster.alive["a"].is_ready = False
-    assert cluster.reserve("1", Compute()) == "waits for a node whose agent answers"
+    assert cluster.reserve("1", Compute()) == "waits for a node that takes jobs"
     cluster.alive["a"].problem = "its agent has exited"
     assert (
         cluster.reserve("1", Compute())
-        == "waits for a node whose agent answers: its agent has exited"
+        == "waits for a node that takes jobs (host-a: its agent has exited)"
     )
 
 
@@ -199,7 +199,7 @@ def test_a_request_for_labels_is_accepted_once_a_matching_node_joins() -> None:
     assert cluster.refusal(C) is not None
     cluster.update((state("a", SMALL), state("c", SMALL, labels={"zone": "c", "disk": "ssd"})))
     assert cluster.refusal(C) is None
-    reason = "waits for a node with zone=c, disk=ssd whose agent answers"
+    reason = "waits for a node with zone=c, disk=ssd that takes jobs"
     assert cluster.reserve("1", C) == reason
     cluster.alive["c"].is_ready = True
     assert cluster.reserve("1", C) is None
