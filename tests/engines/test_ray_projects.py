@@ -380,6 +380,31 @@ def test_a_timeout_passes_while_the_project_is_sent(harness: InProcessHarness) -
     harness.run(scenario)
 
 
+def test_an_operator_that_ends_during_a_transfer_leaves_a_job_that_can_be_tried_again(
+    harness: InProcessHarness,
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        assert isinstance(engine, RayEngine)
+        harness.ray.before_call["receive_project"] = hang
+        attempt = await harness.start_attempt(engine, harness.attempt(READS_PROJECT))
+        await until(lambda: "receive_project" in harness.ray.calls)
+        (packing,) = engine._attempts._transfers._packings.values()
+        archive = packing.task.result().file
+        await engine.close()
+        await until(lambda: archive.closed)
+        del harness.ray.before_call["receive_project"]
+        other = harness.new_engine()
+        await other.open(harness.report)
+        await ready(other)
+        await other.recover(attempt)
+        assert isinstance(await harness.final(attempt), NeverStarted)
+        await harness.ended(await harness.start_attempt(other, attempt, 2))
+        assert harness.ray.calls.count("begin_project") == 2
+        await other.close()
+
+    harness.run(scenario)
+
+
 def test_repeated_calls_of_a_transfer_do_nothing(
     harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
