@@ -164,6 +164,7 @@ def test_a_killed_agents_reservations_are_those_of_the_next_agent(
 ) -> None:
     async def scenario(engine: Engine) -> None:
         attempt = await harness.start_attempt(engine, harness.sleeper())
+        await harness.started(attempt)
         await until(lambda: harness.ray.reservations)
         names = set(harness.ray.reservations)
         await harness.ray.kill_agent()
