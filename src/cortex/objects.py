@@ -70,6 +70,8 @@ class ObjectStore:
         self._kind, _, path = self.url.partition("://")
         self._root = path
         self._fs = _local() if self._kind == "file" else _s3()
+        self._expected_owner: str | None = None
+        self._lost_owner: str | None = None
 
     def owner(self) -> str | None:
         """The id of the data folder to which the object store belongs, or None.
@@ -78,8 +80,7 @@ class ObjectStore:
             StartupError: the object store cannot be read, why, and what to do.
         """
         with self._translated_errors(StartupError):
-            content = self._read(_OWNER)
-        return None if content is None else content.decode("ascii", "replace").strip()
+            return self._read_owner()
 
     def set_owner(self, data_folder_id: str) -> None:
         """Make the object store belong to a data folder.
@@ -89,6 +90,25 @@ class ObjectStore:
         """
         with self._translated_errors(StartupError):
             self._put(_OWNER, data_folder_id.encode())
+
+    def expect_owner(self, data_folder_id: str, *, instead_of: str | None = None) -> None:
+        """Let the first use check that the object store still belongs to a data folder.
+
+        This reads nothing: an operator starts while an object store is away that it has used.
+
+        Args:
+            instead_of: the id of a data folder that is lost for good, and that this one replaces.
+        """
+        self._expected_owner, self._lost_owner = data_folder_id, instead_of
+
+    def check(self) -> None:
+        """Check that the object store can be used, if nothing has used it yet.
+
+        Raises:
+            StorageUnavailable: it cannot be used now; the message says why.
+        """
+        with self._translated_errors():
+            pass
 
     def put(self, name: str, content: bytes | Path) -> None:
         """Store a file under a name, replacing any other; it is durable when this returns.
@@ -216,11 +236,27 @@ class ObjectStore:
     def _translated_errors(self, kind: type[CortexError] = StorageUnavailable) -> Iterator[None]:
         """Raise every library error as `kind`: fsspec, botocore and aiohttp share no class."""
         try:
+            self._check_expected_owner()
             yield
         except Exception as error:
             raise kind(
                 f"the object store {self.url} cannot be used: {self._problem(error)}"
             ) from error
+
+    def _read_owner(self) -> str | None:
+        content = self._read(_OWNER)
+        return None if content is None else content.decode("ascii", "replace").strip()
+
+    def _check_expected_owner(self) -> None:
+        expected = self._expected_owner
+        if expected is None:
+            return
+        owner = self._read_owner()
+        if owner not in {None, expected, self._lost_owner}:
+            raise ValueError(f"it belongs with another data folder now, {owner}")
+        if owner != expected:
+            self._put(_OWNER, expected.encode())
+        self._expected_owner = None
 
     def _problem(self, error: Exception) -> str:
         names = {each.__name__ for each in type(error).__mro__}

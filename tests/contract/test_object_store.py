@@ -341,6 +341,63 @@ def test_without_the_object_store_jobs_continue_and_deploys_are_refused(
     assert running.http.get(url).text == SAY_LOG
 
 
+def test_an_operator_starts_while_its_object_store_is_away(archiving: ArchivingOperator) -> None:
+    running = archiving.running
+    old, unsent = [running.submit(archiving.endpoint, config=SAY) for _ in range(2)]
+    running.finished(archiving.endpoint, old)
+    until(lambda: archiving.is_marked(old), "the log is archived")
+    shutil.rmtree(archiving.folder(old))
+    archiving.gate.shut()
+    running.kill()
+    running.start()
+    endpoint = archiving.endpoint
+    until(
+        lambda: "cannot use the object store; deploys" in running.log.read_text(),
+        "the log says what is wrong",
+    )
+    assert running.finished(endpoint, unsent)["status"] == "status_succeeded"
+    assert running.log_of(endpoint, unsent) == SAY_LOG
+    done = running.run(endpoint, config=SAY)
+    assert done["status"] == "status_succeeded"
+    refusals = [
+        running.http.get(f"{endpoint}/{old['job_id']}/logs"),
+        running.deploy(probe_yaml(), {"probe.py": PROBE, "another": ""}),
+    ]
+    for refusal in refusals:
+        assert (refusal.status_code, refusal.json()["kind"]) == (503, "storage.unavailable")
+        assert "does not answer" in refusal.json()["message"]
+    archiving.gate.open()
+    until(lambda: archiving.is_marked(done), "the log is archived")
+    assert running.log_of(endpoint, old) == SAY_LOG
+    assert running.deploy(probe_yaml(), {"probe.py": PROBE, "another": ""}).status_code == 200
+
+
+def test_another_operator_leads_while_the_object_store_is_away(
+    bucket: str, database: str, gate: NetworkGate, tmp_path: Path
+) -> None:
+    options = ("--store", database, "--files", f"s3://{bucket}/some/prefix")
+    with operators(tmp_path, 2, *options) as (one, other):
+        job = one.submit(deploy_probe(one), config=SAY)
+        one.finished(f"{one.url}/probe", job)
+        gate.shut()
+        one.kill()
+        one.start()
+        other.kill()
+        done = one.run(f"{one.url}/probe", config=SAY)
+        assert done["status"] == "status_succeeded"
+        assert one.log_of(f"{one.url}/probe", job) == SAY_LOG
+        gate.open()
+        other.start()
+
+
+def test_the_first_start_with_an_object_store_needs_it(
+    bucket: str, gate: NetworkGate, tmp_path: Path
+) -> None:
+    gate.shut()
+    error = startup_error(tmp_path / "data", "--files", f"s3://{bucket}/some/prefix")
+    assert "does not answer" in error
+
+
 def test_an_operator_killed_before_it_archived_a_log_archives_it_later(
     archiving: ArchivingOperator,
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cortex.errors import StartupError
+from cortex.errors import StartupError, StorageUnavailable
 from cortex.objects import ObjectStore
 from cortex.operator.config.settings import Ray, Settings
 from cortex.operator.data_folder import give_up_lost_jobs, join_group
@@ -30,6 +30,8 @@ class Installation:
         self.database = database
         self.has_object_store = True
         (folder / "files").mkdir()
+        self.files = ObjectStore(f"file://{folder}/files")
+        """The object store of the last start."""
 
     def start(self, name: str, **more: object) -> str:
         """Start and stop an operator on the data folder of this name; the folder's id."""
@@ -37,7 +39,8 @@ class Installation:
         settings.data_dir.mkdir(exist_ok=True)
         store = Store(self.database)
         try:
-            files = ObjectStore(f"file://{self.folder}/files") if self.has_object_store else None
+            self.files = ObjectStore(self.files.url)
+            files = self.files if self.has_object_store else None
             return asyncio.run(join(settings, store, files))
         finally:
             store.close()
@@ -112,6 +115,40 @@ def test_the_object_store_of_another_database_is_refused(
     second = installation.start("two", lost_folder=first)
     assert second != first
     assert installation.start("two") == second
+
+
+def test_a_folder_starts_without_an_object_store_that_it_has_used(
+    installation: Installation, tmp_path: Path
+) -> None:
+    first = installation.start("one", ray=RAY)
+    store, away = tmp_path / "files", tmp_path / "away"
+    store.rename(away)
+    assert installation.start("one", ray=RAY) == first
+    with pytest.raises(StorageUnavailable, match="files"):
+        installation.files.check()
+    away.rename(store)
+    installation.files.check()
+    store.rename(away)
+    # Only the object store says that a new folder continues the first.
+    with pytest.raises(StartupError, match="cannot be used"):
+        installation.start("two", ray=RAY)
+
+
+def test_an_object_store_that_belongs_to_another_folder_by_now_is_not_used(
+    installation: Installation, tmp_path: Path
+) -> None:
+    first = installation.start("one")
+    ObjectStore(installation.files.url).set_owner("another")
+    installation.start("one")
+    for use in (installation.files.check, lambda: installation.files.put("x", b"")):
+        with pytest.raises(StorageUnavailable, match="another data folder now, another"):
+            use()
+    assert installation.files._read_owner() == "another"
+    assert not (tmp_path / "files" / "x").exists()
+    # An administrator declares that folder lost.
+    installation.start("one", lost_folder="another")
+    installation.files.put("x", b"")
+    assert ObjectStore(installation.files.url).owner() == first
 
 
 def test_a_takeover_that_a_crash_interrupted_is_finished(installation: Installation) -> None:

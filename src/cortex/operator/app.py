@@ -21,7 +21,7 @@ from starlette.types import ASGIApp
 import cortex
 from cortex.engines.base import Engine
 from cortex.engines.local import LocalEngine
-from cortex.errors import StartupError
+from cortex.errors import StartupError, StorageUnavailable
 from cortex.joblog.watch import FileWatch
 from cortex.objects import ObjectStore
 from cortex.operator.config.settings import Settings
@@ -54,6 +54,9 @@ from cortex.operator.server import Server, configure_listener
 from cortex.projects.environments import Environments
 from cortex.projects.repository import Projects
 from cortex.store import Store
+from cortex.system.background import Background, in_thread, retrying
+
+_CHECK_INTERVAL_S = 10.0
 
 
 def create_app(ctx: Context, deployer: Deployer, refusals: Refusals) -> ASGIApp:
@@ -116,6 +119,10 @@ async def open_operator(
         store = Store(settings.database_url, settings.max_waiting_bytes)
         stack.callback(store.close)
         data_folder_id = await join_group(settings, store, files)
+        if files is not None:
+            check = Background("the check of the object store failed")
+            stack.push_async_callback(check.close)
+            check.run(_await_usable(files))
         if settings.require_token:
             await _check_tokens(store)
         environments = Environments(
@@ -223,6 +230,16 @@ def _requires_tokens(settings: Settings, listener: socket.socket) -> bool:
     """
     is_local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
     return settings.require_token or not (is_local or settings.insecure)
+
+
+async def _await_usable(files: ObjectStore) -> None:
+    """Say on the operator's log why its object store cannot be used, until it can be."""
+    await retrying(
+        lambda: in_thread(files.check),
+        (StorageUnavailable, OSError),
+        delay_s=_CHECK_INTERVAL_S,
+        warning="cannot use the object store; deploys and archived logs wait for it",
+    )
 
 
 async def _check_tokens(store: Store) -> None:

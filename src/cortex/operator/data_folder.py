@@ -169,7 +169,8 @@ async def join_group(settings: Settings, store: Store, files: ObjectStore | None
 
     Raises:
         StartupError: the database or the object store belongs to another data folder, operators
-            there run jobs elsewhere, or the database or the object store cannot be used.
+            there run jobs elsewhere, or the database cannot be used, or an object store that this
+            data folder has not used before.
     """
     try:
         # Operators that start at the same time join one by one: the first creates the id.
@@ -181,9 +182,11 @@ async def join_group(settings: Settings, store: Store, files: ObjectStore | None
 
 def _join(settings: Settings, store: Store, files: ObjectStore | None) -> str:
     path, lost = settings.folder_id_file, settings.lost_folder
-    owner = None if files is None else files.owner()
     known_ids = store.operators.data_folder_ids()
     own = read_line(path)
+    # Nothing is lost while such an object store is away: the operator starts without it.
+    is_used = files is not None and lost not in known_ids and _has_used(settings, own, files)
+    owner = None if files is None or is_used else files.owner()
     if own is None:
         can_take_over = settings.ray is not None and owner is not None and owner in known_ids
         own = owner if can_take_over and owner is not None else new_id()
@@ -206,9 +209,16 @@ def _join(settings: Settings, store: Store, files: ObjectStore | None) -> str:
         if not was_marked:
             _remove_marker(settings, store)
         raise
-    if files is not None:
+    if files is not None and is_used:
+        files.expect_owner(own, instead_of=lost)
+    elif files is not None:
         files.set_owner(own)
+        write_line(settings.object_store_file, f"{own} {files.url}")
     return own
+
+
+def _has_used(settings: Settings, own: str | None, files: ObjectStore) -> bool:
+    return own is not None and read_line(settings.object_store_file) == f"{own} {files.url}"
 
 
 def _remove_marker(settings: Settings, store: Store) -> None:

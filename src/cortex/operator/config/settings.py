@@ -114,6 +114,11 @@ class Settings:
         return self.data_dir / "folder.id"
 
     @property
+    def object_store_file(self) -> Path:
+        """The file with the id of the folder and the URL of the object store that it has used."""
+        return self.data_dir / "object-store"
+
+    @property
     def lost_folder_marker(self) -> Path:
         """The file with the id of the lost folder that this one replaces.
 
