@@ -95,6 +95,29 @@ class RayCluster:
                 os.kill(pid, signal.SIGCONT)
 
     @contextlib.contextmanager
+    def other_versions(self) -> Iterator[None]:
+        """The head says that the cluster runs another version of Ray."""
+        code = (
+            "import json, sys; from ray._raylet import GcsClient; "
+            "gcs = GcsClient(address=sys.argv[1]); name = b'CLUSTER_METADATA', b'cluster'; "
+            "about = json.loads(gcs.internal_kv_get(*name, timeout=60)); "
+            "about['ray_version'], before = sys.argv[2], about['ray_version']; "
+            "gcs.internal_kv_put(name[0], json.dumps(about).encode(), True, name[1], timeout=60); "
+            "print(before)"
+        )
+
+        def claim(version: str) -> str:
+            command = [sys.executable, "-c", code, self.address, version]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+            return done.stdout.strip()
+
+        before = claim("1.0.0")
+        try:
+            yield
+        finally:
+            claim(before)
+
+    @contextlib.contextmanager
     def raylet_stopped(self, node_id: str) -> Iterator[None]:
         """The raylet of a node hangs: it replaces no dead process until it continues."""
         (pid,) = (pid for name, pid in self.raylets.items() if self.node_id(name) == node_id)
@@ -142,15 +165,22 @@ class RayCluster:
 @contextlib.contextmanager
 def cluster(*names: str) -> Iterator[RayCluster]:
     """A head, and one more raylet for each name."""
+    with absent_cluster() as made:
+        made.start_head()
+        for name in names:
+            made.add(name)
+        yield made
+
+
+@contextlib.contextmanager
+def absent_cluster() -> Iterator[RayCluster]:
+    """A cluster that has no head and no node yet."""
     # Ray makes its sockets below this folder, and a socket's path has at most 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="ct-ray-", dir="/tmp"))
     env = {**os.environ, **SETTINGS, "CORTEX_TEST_CLUSTER": str(folder)}
     env.pop("RAY_ADDRESS", None)
     made = RayCluster(folder, _port(), env)
     try:
-        made.start_head()
-        for name in names:
-            made.add(name)
         yield made
     finally:
         made.shut_down()

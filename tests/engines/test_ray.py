@@ -330,28 +330,40 @@ def test_forgotten_jobs_are_removed_from_the_nodes(ray_harness: RayHarness) -> N
     ray_harness.run(scenario)
 
 
-def test_a_missing_cluster_is_an_error_at_the_start(tmp_path: Path) -> None:
+def test_a_cluster_that_hangs_at_the_start_is_joined_when_it_answers(
+    ray_harness: RayHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_cluster, "JOIN_TIMEOUT_S", 4)
+    monkeypatch.setattr(ray_cluster, "OPEN_TIMEOUT_S", 1)
+
     async def main() -> None:
-        engine = RayEngine(tmp_path, "127.0.0.1:1", "unused-namespace")
-        with pytest.raises(StartupError, match="nothing answers there"):
-            await engine.open(lambda _: None)
+        ray_harness.changed = asyncio.Event()
+        engine = ray_harness.new_engine()
+        try:
+            with ray_harness.shared.cluster.head_stopped():
+                await engine.open(ray_harness.report)
+                assert "it did not answer within 1 s" in str(engine.capabilities.problem)
+                waits = "which cannot be joined: it did not answer within 4 s"
+                await until(lambda: waits in str(engine.ledger.lacks(Compute())))
+                monkeypatch.undo()
+            await ready(engine)
+            assert engine.ledger.reserve("job", Compute()) is None
+        finally:
+            await engine.close()
 
     asyncio.run(main())
 
 
-def test_joining_a_hanging_cluster_times_out(
-    ray_harness: RayHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ray_cluster, "JOIN_TIMEOUT_S", 4)
-
+def test_another_version_of_ray_is_an_error_at_the_start(ray_harness: RayHarness) -> None:
     async def main() -> None:
-        engine = RayEngine(
-            tmp_path / "jobs", ray_harness.shared.cluster.address, "unused-namespace"
-        )
-        with pytest.raises(StartupError, match="it did not answer within 4 s"):
-            await engine.open(lambda _: None)
+        engine = ray_harness.new_engine()
+        with pytest.raises(
+            StartupError, match=r"the cluster has Ray 1\.0\.0 .* Install the same versions of Ray"
+        ):
+            await engine.open(ray_harness.report)
+        await engine.close()
 
-    with ray_harness.shared.cluster.head_stopped():
+    with ray_harness.shared.cluster.other_versions():
         asyncio.run(main())
 
 

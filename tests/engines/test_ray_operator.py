@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 import preloaded_cli
+from engines.ray_cluster import absent_cluster
 from engines.ray_harness import RaySession, agent_pid
-from operator_harness import PROBE, Operator, operator, probe_yaml, until
+from operator_harness import PROBE, Operator, operator, operators, probe_yaml, until
 from s3_server import S3Server
 from wheels import wheel
 
@@ -431,6 +432,8 @@ def test_a_job_whose_node_is_lost_gets_a_new_attempt_on_another_node(
         (["--engine", "ray"], "HOST:PORT"),
         (["--engine", "ray", "--ray-address", "ray"], "'ray' is not HOST:PORT"),
         (["--engine", "ray", "--ray-address", "h:1", "--cpu", "2"], "--cpu needs --engine local"),
+        (["--engine", "ray", "--ray-address", "h:99999"], "'h:99999' is not HOST:PORT"),
+        (["--engine", "ray", "--ray-address", "a..b:1"], "'a..b:1' is not HOST:PORT"),
         (["--ray-address", "h:1"], "--ray-address and --ray-node-dir need --engine ray"),
     ],
 )
@@ -440,8 +443,100 @@ def test_conflicting_options_are_an_error(options: list[str], message: str) -> N
     assert message in done.stderr
 
 
-def test_the_command_reports_a_missing_cluster(tmp_path: Path) -> None:
-    options = ["--data-dir", str(tmp_path), "--engine", "ray", "--ray-address", "127.0.0.1:1"]
-    done = preloaded_cli.run("serve", "--port", "0", *options)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: the Ray cluster at 127.0.0.1:1 cannot be joined: nothing")
+def test_an_operator_starts_before_its_cluster_and_serves_while_the_cluster_is_away(
+    tmp_path: Path,
+) -> None:
+    nodes = str(tmp_path / "nodes")
+    with (
+        absent_cluster() as cluster,
+        operator(
+            tmp_path / "operator",
+            *("--engine", "ray", "--ray-address", cluster.address, "--ray-node-dir", nodes),
+        ) as running,
+    ):
+        assert "cannot join the ray cluster" in running.log.read_text()
+        away = f"the Ray cluster at {cluster.address} cannot be joined: nothing answers there"
+        waits = f"waits for the Ray cluster at {cluster.address}, which cannot be joined: nothing"
+        endpoint = running.deployed(probe_yaml(), {"probe.py": PROBE})
+        early = running.submit(endpoint, config={"do": "sleep", "s": 300})
+        stopped = running.submit(endpoint)
+        message = running.status(endpoint, early)["message"]
+        assert message.startswith(waits), message
+        assert running.delete(endpoint, stopped).status_code == 200
+        assert has(running, endpoint, stopped, "status_stopped")
+        ready = running.http.get(f"{running.url}/readyz")
+        assert (ready.status_code, ready.json()["status"]) == (200, "ready")
+        assert ready.json()["problem"].startswith(away)
+        env = {**os.environ, "CORTEX_CLI_CONFIG_DIR": str(tmp_path)}
+        env["CORTEX_OPERATOR_ENDPOINT"] = running.url
+        preloaded_cli.run("env", "configure", "e", "--operator-endpoint", running.url, env=env)
+        shown = preloaded_cli.run("cluster", "info", env=env)
+        assert shown.stdout.startswith(away), shown
+        assert shown.stdout.endswith("; jobs wait, and the operator retries\n")
+
+        cluster.start_head()
+        running.await_log(endpoint, early, "asleep")
+        assert running.http.get(f"{running.url}/readyz").json() == {"status": "ready"}
+        assert running.http.get(f"{running.url}/-/cluster").json()["problem"] is None
+        ended = running.submit(endpoint, config={"do": "say"})
+        running.finished(endpoint, ended)
+
+        cluster.kill_head()
+        running.kill()
+        running.start()
+        endpoint = f"{running.url}/probe"
+        found = running.status(endpoint, early)
+        assert found["status"] == "status_unknown"
+        assert found["message"].startswith(away)
+        assert running.log_of(endpoint, ended) == "line 0\n"
+        assert running.log_of(endpoint, early) == "asleep\n"
+        late = running.submit(endpoint)
+        assert running.status(endpoint, late)["message"].startswith(waits)
+        until(lambda: not cluster.live_raylets(), "the nodes have left")
+        cluster.start_head()
+        lost = running.finished(endpoint, early)
+        assert lost["status"] == "status_unexpected_error"
+        assert lost["message"] == "its node is no longer in the cluster"
+        assert running.finished(endpoint, late)["status"] == "status_succeeded"
+
+
+def test_an_operator_takes_over_while_the_head_hangs(
+    tmp_path: Path, ray_session: RaySession, database: str
+) -> None:
+    cluster = ray_session.cluster
+    options = (
+        *("--engine", "ray", "--ray-address", cluster.address, "--store", database),
+        *("--ray-node-dir", str(tmp_path / "nodes")),
+    )
+    with operators(tmp_path, 2, *options) as (one, other):
+        endpoint = one.deployed(probe_yaml(), {"probe.py": PROBE})
+        until(lambda: ready_nodes(one), "a node is ready")
+        job, to_stop = [
+            one.submit(endpoint, config={"do": "sleep", "s": seconds}) for seconds in (60, 300)
+        ]
+        for each in (job, to_stop):
+            one.await_log(endpoint, each, "asleep")
+        leader, follower = (one, other) if _leads(one) else (other, one)
+        endpoint = f"{follower.url}/probe"
+        with cluster.head_stopped():
+            leader.kill()
+            until(lambda: _leads(follower), "the other operator leads")
+            until(lambda: has(follower, endpoint, job, "status_unknown"), "the job is unknown")
+            assert (
+                "cannot be joined: it did not answer" in follower.status(endpoint, job)["message"]
+            )
+            assert follower.log_of(endpoint, job) == "asleep\n"
+            late = follower.submit(endpoint)
+            waits = f"waits for the Ray cluster at {cluster.address}, which cannot be joined"
+            assert waits in follower.status(endpoint, late)["message"]
+            assert follower.delete(endpoint, to_stop).status_code == 200
+            assert has(follower, endpoint, to_stop, "status_stopped")
+        done = follower.finished(endpoint, job)
+        assert (done["status"], done["result"]) == ("status_succeeded", "rested")
+        assert follower.finished(endpoint, late)["status"] == "status_succeeded"
+        assert has(follower, endpoint, to_stop, "status_stopped")
+
+
+def _leads(running: Operator) -> bool:
+    metrics = running.http.get(f"{running.url}/metrics").text
+    return "cortex_operator_drives 1.0" in metrics

@@ -32,8 +32,12 @@ def info(env: Env = None, output: Output = Format.PRETTY) -> None:
         print_json(cluster, output)
         return
     nodes = cast("list[dict[str, Any]]", cluster["nodes"])
+    problem = cluster.get("problem")  # operators of earlier versions do not send it
+    if problem is not None:
+        print_line(f"{problem}; jobs wait, and the operator retries")
     if not nodes:
-        print_line(f"the engine ({cluster['engine']}) has no nodes now")
+        if problem is None:
+            print_line(f"the engine ({cluster['engine']}) has no nodes now")
         return
     columns = ("node", "state", "CPU free", "memory free", "GPUs free")
     if any(node["labels"] for node in nodes):

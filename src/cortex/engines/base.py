@@ -198,6 +198,8 @@ class Capabilities:
     may_grow: bool = False
     """Whether larger machines may appear without the operator's doing, or some are unknown now: a
     refusal of the ledger may pass then."""
+    problem: str | None = None
+    """Why the engine can start no job now and cannot read the state of jobs."""
 
 
 @dataclass(frozen=True)
@@ -241,13 +243,16 @@ class Engine(Protocol):
     async def open(self, report: Report) -> None:
         """Make the engine ready, and report to `report` from now on.
 
+        A cluster that cannot be reached now is no error: the engine opens, `capabilities.problem`
+        says why, attempts are Unreachable, and the engine retries until it reaches the cluster.
+
         Call it once, before all methods but `capabilities` and `ledger`. A closed engine cannot be
         opened again: make a new one on the same folder. An engine that is opened after a restart
         knows no attempt before `recover` is called for it.
 
         Raises:
-            StartupError: this machine lacks what the engine needs; the message says what. `close`
-                must be called all the same.
+            StartupError: this machine lacks what the engine needs for good; the message says what.
+                `close` must be called all the same.
         """
 
     async def close(self) -> None:

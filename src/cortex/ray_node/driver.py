@@ -40,12 +40,14 @@ _MAX_THREADS = 64
 _MAX_DETAIL = 16000
 _FAILURES = {
     "call_agent": "the call to its agent failed",
-    "send_project": "the project cannot be sent to its node",
-    "reserve": "Ray makes no reservation",
-    "release": "Ray releases no reservation",
+    "pack_project": "the project cannot be packed",
+    "release_lost": "Ray does not release the reservations of lost nodes",
+    "replace_agent": "its agent cannot be replaced",
     "node_states": "Ray does not list its nodes",
 }
 """What the failure of a request means, by its method."""
+# Ray raises a plain RuntimeError where the cluster has other versions of Ray or Python.
+_OTHER_VERSIONS = "Version mismatch"
 
 
 class Driver:
@@ -187,6 +189,17 @@ def _send(writer: asyncio.StreamWriter, number: int, response: Answer) -> None:
     writer.write(HEAD.pack(len(data), number) + data)
 
 
+def _not_joined(error: Exception) -> Answer:
+    reason, detail = explain(str(error)), _detail(error)
+    if not str(error).lstrip().startswith(_OTHER_VERSIONS):
+        return Answer(unreachable=reason, detail=detail)
+    return Answer(
+        refused=f"{reason}. Install the same versions of Ray and Python on this machine and on all "
+        "nodes",
+        detail=detail,
+    )
+
+
 def main() -> None:
     fd, address, namespace, node_dir = sys.argv[1:]
     sock = socket.socket(fileno=int(fd))
@@ -198,7 +211,7 @@ def main() -> None:
             logging_level=logging.ERROR,
         )
     except Exception as error:  # the operator reports any of them
-        data = pickle.dumps(Answer(unreachable=explain(str(error)), detail=_detail(error)))
+        data = pickle.dumps(_not_joined(error))
         sock.sendall(HEAD.pack(len(data), 0) + data)
         os._exit(1)
     try:

@@ -104,6 +104,8 @@ class Attempts:
         node = self._nodes.alive.get(tracked.node_id)
         if node is None and self._cluster.is_joined:
             self._lose(tracked, "its node is no longer in the cluster")
+        elif self._cluster.problem is not None:
+            self._mark_unreachable(tracked, self._cluster.problem)
         elif node is None or not node.is_ready:
             pass  # `on_agent_reachable` recovers it, or `on_nodes_refreshed` finds its node lost
         else:
@@ -118,10 +120,17 @@ class Attempts:
         for node_id in self._cluster.hellos:
             self._background.run(self._calls.hint(node_id, method, *arguments))
 
+    def on_cluster_unreachable(self, reason: str) -> None:
+        for tracked in list(self._tracked.values()):
+            self._mark_unreachable(tracked, reason)
+
     def on_nodes_refreshed(self) -> None:
         for tracked in list(self._tracked.values()):
             if tracked.node_id not in self._nodes.alive:
                 self._lose(tracked, "its node is no longer in the cluster")
+            else:  # an attempt that was recovered before the nodes were known
+                compute = tracked.attempt.version.api.compute
+                self._nodes.reserve_granted(tracked.job_id, compute, tracked.node_id)
 
     def on_node_lost(self, node: Node) -> None:
         """Lose the attempts on the node, whose guard ends their jobs."""
@@ -129,9 +138,11 @@ class Attempts:
             self._lose(tracked, f"the node {node.name} was lost")
 
     async def on_agent_reachable(self, node: Node) -> None:
-        for tracked in self._tracked_on(node):
-            if tracked.is_sent and not tracked.is_ending:
-                await self._recover(tracked)
+        recovered: set[str] = set()
+        # `recover` may add attempts meanwhile.
+        while tracked := self._next_to_recover(node, recovered):
+            recovered.add(tracked.job_id)
+            await self._recover(tracked)
 
     def on_agent_unreachable(self, node: Node, reason: str) -> None:
         for tracked in self._tracked_on(node):
@@ -333,6 +344,12 @@ class Attempts:
         self._report(final)
         if freed:
             self.report_freed()
+
+    def _next_to_recover(self, node: Node, recovered: set[str]) -> TrackedAttempt | None:
+        for tracked in self._tracked_on(node):
+            if tracked.job_id not in recovered and tracked.is_sent and not tracked.is_ending:
+                return tracked
+        return None
 
     def _tracked_on(self, node: Node) -> list[TrackedAttempt]:
         return list(self._by_node.get(node.node_id, {}).values())

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import structlog
 
+from cortex.engines.ray.join_attempts import JoinAttempts
 from cortex.engines.ray.link import Link, LinkError, NotSent, Refused
 from cortex.engines.ray.messages import AGENT_VERSION, Hello, Poll
 from cortex.engines.ray.placement import Node, Placement
@@ -20,6 +21,9 @@ from cortex.engines.ray.ray_errors import explain
 log = structlog.get_logger()
 
 JOIN_TIMEOUT_S = 30.0
+OPEN_TIMEOUT_S = 10.0
+# The nodes of a cluster that has just started join it one by one.
+SETTLING_S = 60.0
 REFRESH_INTERVAL_S = 1.0
 RESPONSE_TIMEOUT_S = 10.0
 HELLO_TIMEOUT_S = 60.0  # a cold node loads Python and this package first
@@ -29,6 +33,9 @@ RETRY_DELAY_S = 1.0
 
 class ClusterListener(Protocol):
     """Receives changes of the nodes, and the observations of their agents."""
+
+    def on_cluster_unreachable(self, reason: str) -> None:
+        """The cluster cannot be joined now, for this reason."""
 
     def on_nodes_refreshed(self) -> None:
         """The list of alive nodes is up to date."""
@@ -64,34 +71,43 @@ class Cluster:
     ) -> None:
         self.nodes = nodes
         self.hellos: dict[str, Hello] = {}
+        self.problem: str | None = None
+        """Why the cluster cannot be joined now."""
         self._address = address
         self._namespace = namespace
         self._node_dir = node_dir
         self._listener: ClusterListener  # set by `open`
         self._link: Link | None = None
         self._link_task: asyncio.Task[None] | None = None
+        self._attempts = JoinAttempts(address)
+        self._first_attempt: asyncio.Future[Refused | None]  # set by `open`
+        self._has_joined = False
+        self._settled_at: float | None = None
         self._agent_tasks: dict[str, asyncio.Task[None]] = {}
         self._replaced: set[str] = set()  # the nodes whose agent was replaced by this operator
         self._has_lost_nodes = True  # an earlier operator may have left reservations there
 
     @property
     def is_joined(self) -> bool:
+        """Whether the link is up, and the nodes were read through it."""
         return self._link is not None and not self._link.closed.is_set()
 
     async def open(self, listener: ClusterListener) -> None:
-        """Join the cluster, and read its nodes.
+        """Join the cluster, and read its nodes. A cluster that cannot be joined now is joined in
+        the background, as soon as it can be: `problem` says why it cannot.
 
         Raises:
-            LinkError: the cluster cannot be joined; the message says why.
+            Refused: the cluster has other versions of Ray or Python.
         """
         self._listener = listener
-        self._link = await self._open_link()
-        try:
-            await self._refresh(self._link)
-        except LinkError:
-            await self._link.close()
-            raise
+        first = self._first_attempt = asyncio.get_running_loop().create_future()
         self._link_task = asyncio.create_task(self._maintain_link(), name="ray cluster")
+        done, _ = await asyncio.wait({first}, timeout=OPEN_TIMEOUT_S)
+        if not done:
+            first.set_result(None)
+            self._mark_away(f"it did not answer within {OPEN_TIMEOUT_S:g} s")
+        elif (refusal := first.result()) is not None:
+            raise refusal
 
     async def close(self) -> None:
         """Leave the cluster. Agents and jobs continue."""
@@ -151,18 +167,62 @@ class Cluster:
         while True:
             try:
                 if self._link is None:
-                    self._link = await self._open_link()
-                await self._refresh(self._link)
-            except LinkError as error:
+                    self._link = await self._join()
+                else:
+                    await self._refresh(self._link)
+            except (LinkError, Refused, OSError) as error:  # OSError: no descriptor is left
+                if isinstance(error, Refused) and not self._first_attempt.done():
+                    self._first_attempt.set_result(error)
+                    return
+                # A node that this operator has never seen may still be starting.
+                self.nodes.is_settling |= not self._has_joined
                 if self._link is not None:
-                    log.warning("ray cluster unreachable", address=self._address, error=str(error))
                     await self._link.close()
                     self._link = None
                     await self._end_agent_sessions(str(error))
-                await asyncio.sleep(RETRY_DELAY_S)
+                delay_s = self._mark_away(str(error))
+                if not self._first_attempt.done():
+                    self._first_attempt.set_result(None)
+                await asyncio.sleep(delay_s)
                 continue
+            self._mark_joined()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._link.closed.wait(), REFRESH_INTERVAL_S)
+
+    async def _join(self) -> Link:
+        link = await self._open_link()
+        try:
+            await self._refresh(link)
+        except BaseException:
+            await link.close()
+            raise
+        return link
+
+    def _mark_away(self, reason: str) -> float:
+        """Say that the cluster cannot be joined; the seconds until the next attempt."""
+        problem = f"the Ray cluster at {self._address} cannot be joined: {reason}"
+        if problem != self.problem:
+            self.problem = problem
+            self.nodes.waits_for = (
+                f"the Ray cluster at {self._address}, which cannot be joined: {reason}"
+            )
+            self._listener.on_cluster_unreachable(problem)
+            self._listener.on_capacity_changed()  # jobs wait for another reason now
+        return self._attempts.failed(reason)
+
+    def _mark_joined(self) -> None:
+        now = asyncio.get_running_loop().time()
+        self._has_joined = True
+        if not self._first_attempt.done():
+            self._first_attempt.set_result(None)
+        if self.problem is not None:
+            self._attempts.succeeded()
+            self.problem = self.nodes.waits_for = None
+            self._settled_at = now + SETTLING_S
+            self._listener.on_capacity_changed()
+        if self._settled_at is not None and now >= self._settled_at:
+            self._settled_at, self.nodes.is_settling = None, False
+            self._listener.on_capacity_changed()  # jobs that no node can ever run are refused now
 
     async def _refresh(self, link: Link) -> None:
         before = {node_id: node.free for node_id, node in self.nodes.alive.items()}

@@ -15,7 +15,7 @@ from cortex.engines.base import Attempt, Capabilities, Report, Version
 from cortex.engines.ray.attempts import Attempts
 from cortex.engines.ray.calls import AgentCalls, Locks
 from cortex.engines.ray.cluster import Cluster
-from cortex.engines.ray.link import LinkError
+from cortex.engines.ray.link import Refused
 from cortex.engines.ray.log_copies import LogCopies
 from cortex.engines.ray.messages import DEFAULT_BUILDS, Builds
 from cortex.engines.ray.placement import Placement
@@ -60,6 +60,7 @@ class RayEngine:
             builds_environments=True,
             # A head that replaces a lost one has no nodes at first.
             may_grow=self.ledger.is_scaled or not (self._cluster.is_joined and self.ledger.alive),
+            problem=self._cluster.problem,
         )
 
     async def open(self, report: Report) -> None:
@@ -77,11 +78,9 @@ class RayEngine:
         try:
             self._attempts.open(report)
             await self._cluster.open(self._attempts)
-        except LinkError as error:
+        except Refused as error:
             raise StartupError(
-                f"the Ray cluster at {self._address} cannot be joined: {error}. Is it up, does "
-                "this machine run a node of it, and are its versions of Ray and Python those of "
-                "this one?"
+                f"the Ray cluster at {self._address} cannot be joined: {error}"
             ) from error
 
     async def close(self) -> None:

@@ -47,7 +47,7 @@ class NotSent(LinkError):
 
 
 class Refused(Exception):
-    """A node has answered that it has not carried out the request."""
+    """A node, or the cluster, has answered that it has not carried out the request."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class Link:
 
         Raises:
             LinkError: the process has not joined in time, and has been ended; the message says why.
+            Refused: the cluster has other versions of Ray or Python; the process has been ended.
         """
         await self._check_address()
         ours, theirs = socket.socketpair()
@@ -111,9 +112,12 @@ class Link:
         except BaseException:
             await self.close()
             raise
-        if answer.unreachable is not None:
+        if answer.unreachable is not None or answer.refused is not None:
             self._log_detail("open", (), answer)
             await self.close()
+        if answer.refused is not None:
+            raise Refused(answer.refused)
+        if answer.unreachable is not None:
             raise LinkError(answer.unreachable)
 
     async def call(self, method: str, *arguments: object, timeout_s: float) -> object:

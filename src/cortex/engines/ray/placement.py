@@ -296,6 +296,10 @@ class Placement:
         """
         self._report_freed = report_freed
         self.alive: dict[str, Node] = {}
+        self.waits_for: str | None = None
+        """What all jobs wait for, while the nodes cannot be read."""
+        self.is_settling = False
+        """Whether nodes may be starting that this operator has never seen: no job is refused."""
         self._numbers = count()
         self._node_of_job: dict[str, Node] = {}  # by job
         self._indexes: dict[Labels, _LabelIndex] = {}
@@ -334,6 +338,8 @@ class Placement:
 
     def refusal(self, compute: Compute) -> str | None:
         """Why no node could ever run this job, or None. Lost nodes count, as they may come back."""
+        if self.is_settling:
+            return None
         key = capacity_of(compute), _labels_of(compute)
         if key not in self._refusals:
             self._refusals[key] = self._permanent_refusal(compute)
@@ -465,6 +471,8 @@ class Placement:
         )
 
     def _why_no_node(self, compute: Compute) -> str:
+        if self.waits_for is not None:
+            return f"waits for {self.waits_for}"
         labels = _label_suffix(compute)
         if not self.alive:
             return "waits for a node: the cluster has none now"

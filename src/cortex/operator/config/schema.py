@@ -98,9 +98,18 @@ def _bytes(text: str) -> int:
 def _check_address(text: str) -> str:
     address = _running_cluster() if text == "auto" else text
     host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdigit():
+    if not _is_host(host) or not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
         raise ValueError(f"{address!r} is not HOST:PORT; `ray start --head` prints the address")
     return address
+
+
+def _is_host(text: str) -> bool:
+    """Whether a resolver takes this name at all."""
+    try:
+        text.encode("idna")
+    except UnicodeError:
+        return False
+    return bool(text) and "/" not in text
 
 
 def _running_cluster() -> str:

@@ -40,9 +40,16 @@ async def healthz() -> Answer:
 
 @router.get("/readyz")
 async def readyz(request: Request) -> Answer:
-    """Check that jobs can be stored: 503 if the store cannot be written."""
-    await context(request).store.ping()
-    return Answer({"status": "ready"})
+    """Check that jobs can be stored: 503 if the store cannot be written. `problem` says why the
+    leader's engine cannot start jobs now; jobs wait then."""
+    ctx = context(request)
+    await ctx.store.ping()
+    problem = None if (engine := ctx.jobs.engine) is None else engine.capabilities.problem
+    if problem is None:
+        return Answer({"status": "ready"})
+    if ctx.settings.require_token:  # this route needs none, and the problem names an address
+        problem = "the engine cannot start jobs now; `cortex cluster info` says why"
+    return Answer({"status": "ready", "problem": problem})
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
@@ -77,15 +84,17 @@ async def info(request: Request) -> Response:
 
 @router.get("/-/cluster")
 async def cluster(request: Request) -> Response:
-    """List the machines that jobs run on, with their free capacity. CPU in cores, memory in
-    bytes."""
+    """List the machines that jobs run on, with their free capacity, and the problem if the engine
+    reaches none of them. CPU in cores, memory in bytes."""
     ctx = context(request)
     if (answer := await ctx.forwarded_or_fail(request)) is not None:
         return answer
     engine = ctx.engine()
+    capabilities = engine.capabilities
     return Answer(
         {
-            "engine": engine.capabilities.name,
+            "engine": capabilities.name,
+            "problem": capabilities.problem,
             "nodes": [
                 {
                     "name": node.name,
