@@ -253,7 +253,10 @@ class ObjectStore:
             return
         owner = self._read_owner()
         if owner not in {None, expected, self._lost_owner}:
-            raise ValueError(f"it belongs with another data folder now, {owner}")
+            raise ValueError(
+                f"it belongs with another data folder now, {owner}. Choose another prefix with "
+                f"--files. If that folder is lost for good, use --lost-folder {owner}."
+            )
         if owner != expected:
             self._put(_OWNER, expected.encode())
         self._expected_owner = None
