@@ -150,6 +150,7 @@ class Cluster:
         if node is not None and node.is_ready:
             log.warning("ray node suspected", node=node.name, reason=reason)
             node.suspect(reason)
+            self._listener.on_capacity_changed()  # jobs wait for another node, or reason
 
     def trust(self, node_id: str) -> None:
         """A node has taken an order: see `Node.trust`."""
@@ -334,5 +335,8 @@ class Cluster:
     def _mark_unreachable(self, node: Node, reason: str) -> None:
         if node.problem != reason:
             log.warning("ray node unreachable", node=node.name, reason=reason)
+        was_ready = node.is_ready
         node.is_ready, node.problem = False, reason
+        if was_ready:
+            self._listener.on_capacity_changed()  # jobs wait for another node, or reason
         self._listener.on_agent_unreachable(node, reason)
