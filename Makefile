@@ -6,7 +6,7 @@ VENV := .venv$(if $(filter-out $(DEFAULT_PYTHON),$(PYTHON)),-$(patsubst python%,
 UV := $(VENV)/bin/uv
 RUN := $(VENV)/bin
 
-.PHONY: setup demo test snapshot check format docs bench bench-peers bench-pictures bench-scale chaos fidelity fuzz test-vm clean
+.PHONY: setup demo test snapshot check format docs bench bench-peers bench-pictures bench-ray bench-scale chaos fidelity fuzz test-vm clean
 
 setup: $(VENV)/.ready
 
@@ -82,6 +82,9 @@ bench-peers: setup $(PEERS)/.ready
 bench-scale: setup $(VENV)/.packages
 	$(RUN)/python benchmarks/scale.py
 	$(RUN)/python benchmarks/scale.py --store postgresql
+
+bench-ray: setup
+	$(RUN)/python benchmarks/on_ray.py
 
 bench-pictures: setup $(PEERS)/.ready
 	$(PEERS)/bin/python benchmarks/plots.py benchmarks/results.json docs/performance

@@ -64,6 +64,9 @@ KINDS = {
         "No-op jobs on each kind of store, submitted to final", "/s", more_is_better=True
     ),
     "stores-first-line": Kind("Submit to first line on each kind of store, p50", "ms"),
+    "engine-first-line": Kind("Submit to first line, p50", "ms"),
+    "engine-end": Kind("Submit to the answer that the job is final, p50", "ms"),
+    "engine-end-to-end": Kind("No-op jobs, submitted to final", "/s", more_is_better=True),
     "forks": Kind("Fork and exit", "/s", more_is_better=True),
 }
 IDLE = [name for name in KINDS if name.startswith("idle-")]

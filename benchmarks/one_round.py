@@ -61,6 +61,18 @@ def first_lines(service: Service, number: int, task: str = "noop") -> list[float
     return taken
 
 
+def times_to_end(service: Service, number: int) -> list[float]:
+    """Milliseconds from sending a submit to the answer that the job is final, one job at a time."""
+    taken = []
+    submit = service.submit("noop")
+    with Connection(service.url) as connection:
+        for _ in range(number):
+            start = time.perf_counter()
+            service.finish(connection, "noop", service.job_id(connection.send(submit)))
+            taken.append((time.perf_counter() - start) * 1000)
+    return taken
+
+
 def stops(service: Service, number: int, folder: Path) -> list[float]:
     """Milliseconds from sending a stop until the job's process has exited, one job at a time."""
     taken = []

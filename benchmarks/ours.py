@@ -17,6 +17,7 @@ from service import Service, running
 CORTEX = Path(sys.executable).with_name("cortex")
 MAX_RUNNING = 50
 CPU = 1000
+LOCAL = ("--cpu", str(CPU))
 _WAIT_S = 60
 _FINISHING = ("noop", "learner", "learner-ahead")
 
@@ -119,25 +120,33 @@ class Cortex(Service):
 
 
 @contextmanager
-def serving(folder: Path, store: str | None = None) -> Iterator[Cortex]:
+def serving(
+    folder: Path, engine: Sequence[str] = LOCAL, store: str | None = None
+) -> Iterator[Cortex]:
     """An operator on a data folder, new or existing, below `folder`.
 
     Args:
+        engine: the options of `cortex serve` for its engine.
         store: the URL of its database; None for SQLite in the data folder.
     """
     folder.mkdir(exist_ok=True)
     command: list[str | Path] = [
-        CORTEX, "serve", "--port", "0", "--data-dir", folder / "data", "--cpu", str(CPU),
-        "--grace", "2", *(["--store", store] if store else []),
+        CORTEX, "serve", "--port", "0", "--data-dir", folder / "data", "--grace", "2", *engine,
+        *(["--store", store] if store else []),
     ]  # fmt: skip
     with running(command, folder=folder, ready=" listening on ") as (process, line):
         yield Cortex(line.split()[-1], process.pid)
 
 
 @contextmanager
-def operator(folder: Path, names: Sequence[str] = (), store: str | None = None) -> Iterator[Cortex]:
+def operator(
+    folder: Path,
+    names: Sequence[str] = (),
+    engine: Sequence[str] = LOCAL,
+    store: str | None = None,
+) -> Iterator[Cortex]:
     """An operator with some of the tasks. Its jobs end with it."""
-    with serving(folder, store) as cortex:
+    with serving(folder, engine, store) as cortex:
         try:
             cortex.deploy(folder, names)
             yield cortex

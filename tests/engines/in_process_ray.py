@@ -1,6 +1,6 @@
 """A cluster of one node without Ray: its agent is in this process, and the test sets Ray's part
-(the nodes, the reservations). The engine, the agent, the driver's answers, the guard and the
-jobs are real."""
+(the nodes, the reservations). The engine, the agent and the connection between them, the driver's
+answers, the guard and the jobs are real."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ import pytest
 
 from cortex.engines.base import Attempt, Capacity, Engine
 from cortex.engines.ray import RayEngine
-from cortex.engines.ray.link import LinkError, NotSent, Refused
+from cortex.engines.ray.link import Answer, LinkError, NotSent, Refused
 from cortex.engines.ray.messages import NodeState
 from cortex.ray_node import reservations
 from cortex.ray_node.agent import Agent
 from cortex.ray_node.driver import Driver, answer
+from cortex.ray_node.server import AgentServer
 from engines.engine_harness import LIMIT_S, EngineHarness, processes
 
 NAMESPACE = "near"
 GIB = 1 << 30
-MAX_INLINED_BYTES = 100 << 10  # Ray's `max_direct_call_object_size`
 STATE = NodeState("node-a", "a", True, Capacity(4000, 8 * GIB, 0), Capacity(0, 0, 0))
 
 
@@ -49,11 +49,8 @@ class InProcessRay(Driver):
         """Coroutines to run before a call to the agent, by the name of the agent's method."""
         self.calls: list[str] = []
         """The names of the agent's methods that were called."""
-        self.called_nodes: list[str] = []
-        """The node of each of these calls."""
-        self.largest_message = 0
-        """The bytes of the largest argument or answer."""
-        self._running_calls: set[asyncio.Task[object]] = set()
+        self.called_nodes: set[str] = set()
+        """The nodes of whose agents one was requested."""
 
     async def node_states(self) -> tuple[NodeState, ...]:
         return tuple(self.states)
@@ -88,30 +85,21 @@ class InProcessRay(Driver):
     async def call_agent(
         self, node_id: str, method: str, arguments: tuple[object, ...], within_s: float
     ) -> object:
-        self.calls.append(method)
-        self.called_nodes.append(node_id)
-        self.largest_message = max(self.largest_message, len(pickle.dumps(arguments)))
-        if method in self.before_call:
-            await self.before_call[method]()
+        self.called_nodes.add(node_id)
         async with self._creating:
             if self.agent is None:
                 raylet = await self._start_raylet()
-                self.agent = Agent(NAMESPACE, node_id, self._node_dir, self.states[0].total, raylet)
-            agent = self.agent
-        work = getattr(agent, method)(*pickle.loads(pickle.dumps(arguments)))
-        call = asyncio.create_task(work)
-        self._running_calls.add(call)
-        try:
-            done, _ = await asyncio.wait({call}, timeout=within_s)
-            if not done:
-                raise TimeoutError
-            if agent is not self.agent:
-                raise RuntimeError("its agent was killed")
-            result = call.result()
-            self.largest_message = max(self.largest_message, len(pickle.dumps(result)))
-            return result
-        finally:
-            self._running_calls.discard(call)
+                total = self.states[0].total
+                self.agent = Agent(NAMESPACE, node_id, self._node_dir, total, raylet)
+                self.agent._server = ObservedServer(self.agent, self)
+        await self.on_call(method)
+        work = getattr(self.agent, method)(*pickle.loads(pickle.dumps(arguments)))
+        return await asyncio.wait_for(work, within_s)
+
+    async def on_call(self, method: str) -> None:
+        self.calls.append(method)
+        if method in self.before_call:
+            await self.before_call[method]()
 
     async def _start_raylet(self) -> tuple[str, int]:
         """Accept connections as a raylet does; its address."""
@@ -137,7 +125,9 @@ class InProcessRay(Driver):
         """End everything in this process that would die with the agent's own process."""
         agent, self.agent = self.agent, None
         if agent is not None:
-            tasks = [*agent._tasks, *self._running_calls]
+            connections = list(agent._server._connections)
+            tasks = [*agent._tasks, *(task for each in connections for task in each._tasks)]
+            await agent._server.close()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -146,6 +136,18 @@ class InProcessRay(Driver):
             await agent._reservations.close()
             await agent._raylet.close()
             agent._agent_folder._lock.close()
+
+
+class ObservedServer(AgentServer):
+    """The server of the agent, whose calls the test observes and delays."""
+
+    def __init__(self, agent: Agent, ray: InProcessRay) -> None:
+        super().__init__(agent)
+        self._ray = ray
+
+    async def carry_out(self, method: str, arguments: tuple[object, ...]) -> Answer:
+        await self._ray.on_call(method)
+        return await super().carry_out(method, arguments)
 
 
 class InProcessLink:
@@ -238,5 +240,3 @@ def in_process_harness(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         while processes(str(folder), []) and time.monotonic() < end:
             time.sleep(0.02)
         assert processes(str(folder), []) == []
-        # Ray's object store carries what is larger, and needs a connection from the node.
-        assert made.ray.largest_message < MAX_INLINED_BYTES

@@ -163,10 +163,10 @@ class RayCluster:
 
 
 @contextlib.contextmanager
-def cluster(*names: str) -> Iterator[RayCluster]:
-    """A head, and one more raylet for each name."""
+def cluster(*names: str, cpus: int = 8) -> Iterator[RayCluster]:
+    """A head with so many cores, and one more raylet for each name."""
     with absent_cluster() as made:
-        made.start_head()
+        made.start_head(cpus)
         for name in names:
             made.add(name)
         yield made

@@ -166,7 +166,7 @@ def test_an_attempt_that_never_starts_adds_nothing_to_the_log(
         await harness.outcome(engine, attempt)
         assert harness.ray.agent is not None
         with monkeypatch.context() as patched:
-            patched.setattr(harness.ray.agent._provisions._environments, "build", build)
+            patched.setattr(harness.ray.agent._provisions, "build", build)
             second = await harness.start_attempt(engine, attempt, 2)
             assert isinstance(await harness.final(second), NeverStarted)
         assert harness.log(attempt) == "hello\n"

@@ -21,9 +21,9 @@ from cortex.engines.base import Ended, Engine, NeverStarted
 from cortex.engines.ray import RayEngine, cluster, placement, transfers
 from cortex.engines.ray.link import NotSent
 from cortex.engines.ray.messages import PIECE_BYTES, Refusal
-from cortex.ray_node import agent, incoming
+from cortex.ray_node import incoming
 from engines.engine_harness import until
-from engines.in_process_ray import MAX_INLINED_BYTES, InProcessHarness, in_process_harness, ready
+from engines.in_process_ray import InProcessHarness, in_process_harness, ready
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 PROJECT_BYTES = 40 * PIECE_BYTES
@@ -462,7 +462,7 @@ def test_a_job_whose_node_is_lost_while_its_project_is_sent_says_so(
     harness.run(scenario)
 
 
-def test_a_poll_brings_all_logs_and_ends_in_small_replies(harness: InProcessHarness) -> None:
+def test_large_logs_and_results_arrive_whole(harness: InProcessHarness) -> None:
     writes = """
         def task(config):
             print("x" * 300_000 + config["name"], flush=True)
@@ -479,24 +479,5 @@ def test_a_poll_brings_all_logs_and_ends_in_small_replies(harness: InProcessHarn
             assert isinstance(ended, Ended)
             assert ended.result == "y" * 40_000
             assert harness.log(attempt) == "x" * 300_000 + f"end{number}\n"
-
-    harness.run(scenario)
-    assert harness.ray.largest_message < MAX_INLINED_BYTES
-
-
-def test_each_poll_begins_with_another_log(harness: InProcessHarness) -> None:
-    async def scenario(engine: Engine) -> None:
-        attempts = [harness.sleeper() for _ in range(2)]
-        for attempt in attempts:
-            await harness.start(engine, attempt)
-            await harness.printed(attempt, "pid")
-        made = harness.ray.agent
-        assert isinstance(made, agent.Agent)
-        cursors = {attempt.spec.job_id: 0 for attempt in attempts}
-        found = [list(made._grown(cursors, 1)) for _ in range(2)]
-        assert sorted(found) == sorted([job_id] for job_id in cursors)
-        harness.finish_sleeper()
-        for attempt in attempts:
-            await harness.ended(attempt)
 
     harness.run(scenario)

@@ -1,18 +1,21 @@
 """The agent of a node: a detached actor, which Ray restarts when it dies. It runs the local engine
 in a folder of the node, and keeps the engine's observations until the operator has received them.
 
-The Ray engine calls its public methods through the driver. Jobs do not depend on the agent: their
-supervisors go on without it, and a new agent recovers them, as an operator does on one machine.
+The Ray engine calls `hello` through the driver, and the other public methods over a connection of
+its own (`server`). Jobs do not depend on the agent: their supervisors go on without it, and a new
+agent recovers them, as an operator does on one machine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import time
-from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
+
+import ray.util
 
 from cortex.engines.base import (
     Attempt,
@@ -30,7 +33,6 @@ from cortex.engines.local import LocalEngine, leftovers, records
 from cortex.engines.ray.log_copies import read_piece
 from cortex.engines.ray.messages import (
     AGENT_VERSION,
-    PIECE_BYTES,
     Hello,
     Lock,
     LogPiece,
@@ -44,15 +46,19 @@ from cortex.joblog.watch import FileWatch
 from cortex.projects.builder import EnvironmentFailed
 from cortex.ray_node.incoming import IncomingProjects
 from cortex.ray_node.node_reservations import GpusUnavailable, NodeReservations
-from cortex.ray_node.outbox import Outbox
+from cortex.ray_node.outbox import Entry, Outbox
 from cortex.ray_node.provisions import Provisions
 from cortex.ray_node.raylet import RayletHealth
+from cortex.ray_node.server import AgentServer
 from cortex.ray_node.workspace import AgentFolder
 from cortex.spec.api import Compute
 from cortex.system.background import in_thread
 from cortex.system.oserrors import is_shortage, is_storage
 from cortex.worker import processes
 
+_PIECE_BYTES = 256 << 10
+_REST_BYTES = 64 << 10  # the most of a log that comes with the end of its job
+_POLL_BYTES = 8 << 20  # the logs of one answer to a poll, and the observations, take about as much
 _NO_RECORDS = "the folder of its node, with the job's records in it, is gone"
 _POLL_INTERVAL_S = 1.0  # a poll of a killed operator may clear the event that wakes the next poll
 _BATCH_S = 0.05  # collects the lines of a growing log into one piece
@@ -88,9 +94,11 @@ class Agent:
         self._reservations = NodeReservations(
             namespace, node_id, lambda: self._raylet.problem is None, self._wake_poll
         )
-        self._log_turn = 0
         # What `poll` last returned about the node, by session.
         self._reported: dict[str, tuple[Capacity, str | None]] = {}
+        # Ray types a part of itself.
+        self._host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        self._server = AgentServer(self)
 
     async def hello(self) -> Hello:
         await self._open()
@@ -102,6 +110,9 @@ class Agent:
             memory_limit=self._engine.capabilities.memory_limit,
             own_folder=self._engine.capabilities.own_folder,
             seq=self._outbox.end,
+            host=self._host,
+            port=self._server.port,
+            key=self._server.key,
         )
 
     async def start(self, order: NodeOrder) -> str | None:
@@ -184,8 +195,8 @@ class Agent:
         """Wait until there are observations after `after`, or logs that exceed these offsets.
 
         Returns:
-            Both, up to `PIECE_BYTES` together; the next poll returns the rest. The incarnation is
-            empty where the agent has dropped observations that the caller lacks.
+            Both, as far as one answer can be that large. The incarnation is empty where the agent
+            has dropped observations that the caller lacks.
         """
         if not self._outbox.renew(incarnation):
             self._reported.pop(incarnation, None)
@@ -194,26 +205,32 @@ class Agent:
         until = time.monotonic() + within_s
         while True:
             self._poll_wakeup.clear()
-            seen, end, size = self._outbox.since(after, PIECE_BYTES)
-            logs = await asyncio.to_thread(self._grown, cursors, PIECE_BYTES - size)
+            logs = await asyncio.to_thread(self._grown, cursors) if cursors else {}
             left_s = until - time.monotonic()
             node = (self._reservations.held, self._raylet.problem)
-            if logs or seen or left_s <= 0 or node != self._reported.get(incarnation):
-                self._reported[incarnation] = node
-                return Poll(incarnation, end, seen, logs, *node)
+            has_news = self._outbox.end > after or node != self._reported.get(incarnation)
+            if logs or has_news or left_s <= 0:
+                break
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._poll_wakeup.wait(), min(left_s, _POLL_INTERVAL_S))
             if self._outbox.end == after:
                 self._entry_added.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._entry_added.wait(), _BATCH_S)
+        self._reported[incarnation] = node
+        entries = self._outbox.since(after, _POLL_BYTES)
+        copied = {**cursors, **{job_id: piece.end for job_id, piece in logs.items()}}
+        rests = await self._rests(entries, copied)
+        seen = tuple(entry.content for entry in entries)
+        return Poll(incarnation, after + len(seen), seen, logs, rests, *node)
 
     async def read(self, job_id: str, offset: int, limit: int) -> LogPiece:
         log = self._folders.log(job_id)
-        return await asyncio.to_thread(read_piece, log, offset, PIECE_BYTES, limit)
+        return await asyncio.to_thread(read_piece, log, offset, _PIECE_BYTES, limit)
 
     async def forget(self, api_id: str) -> None:
         """See `Engine.forget`, for a version."""
+        self._provisions.forget(api_id)
         self._engine.forget(versions=[api_id])
 
     async def discard(self, job_ids: list[str]) -> None:
@@ -225,6 +242,7 @@ class Agent:
     async def _open(self) -> None:
         # Each method calls it: Ray may have restarted this process since the operator's hello.
         async with self._opening:
+            await self._server.open(self._host)
             if not self._is_open:
                 await asyncio.to_thread(self._provisions.open)
                 await self._engine.open(self._on_observation)
@@ -317,25 +335,54 @@ class Agent:
             order.grace_s,
         )
 
-    def _grown(self, cursors: dict[str, int], max_bytes: int) -> dict[str, LogPiece]:
-        """The new pieces of logs that together have no more than `max_bytes`. Each call begins with
-        another job: a busy log delays no other for long."""
-        pieces: dict[str, LogPiece] = {}
-        turns = deque(cursors.items())
-        turns.rotate(-self._log_turn)
-        self._log_turn += 1
-        for job_id, offset in turns:
-            if max_bytes <= 0:
-                break
-            order = self._orders.get(job_id)
-            if order is None:  # ended: the operator reads the rest with `read`
+    def _grown(self, cursors: dict[str, int]) -> dict[str, LogPiece]:
+        pieces, left = {}, _POLL_BYTES
+        # In random order: where the logs exceed one answer, none waits for the same others again.
+        for job_id in random.sample(list(cursors), len(cursors)):
+            order, offset = self._orders.get(job_id), cursors[job_id]
+            if order is None:  # ended: see `_rests`
                 continue
             log = self._folders.log(job_id)
-            piece = read_piece(log, offset, max_bytes, order.api.limits.log)
+            if left <= 0 or not _exceeds(log, offset):
+                continue
+            piece = read_piece(log, offset, _PIECE_BYTES, order.api.limits.log)
             if piece.end > offset:
                 pieces[job_id] = piece
-                max_bytes -= len(piece.data)
+                left -= len(piece.data)
         return pieces
+
+    async def _rests(self, entries: Sequence[Entry], copied: dict[str, int]) -> dict[str, LogPiece]:
+        """The rests of the logs of the jobs whose ends are among the entries, where one small piece
+        is left.
+
+        Args:
+            copied: the offsets up to which the operator has the logs, by job. It may have any part
+                of the log of a job that is missing there.
+        """
+        # The log of a job that has an order is that of the next attempt.
+        limits = {
+            entry.content.job_id: entry.log_limit
+            for entry in entries
+            if entry.log_limit is not None
+            and isinstance(entry.content, Ended | Lost)
+            and entry.content.job_id not in self._orders
+        }
+        if not limits:
+            return {}
+        rests = await asyncio.to_thread(self._read_rests, limits, copied)
+        return {job_id: rest for job_id, rest in rests.items() if job_id not in self._orders}
+
+    def _read_rests(self, limits: dict[str, int], copied: dict[str, int]) -> dict[str, LogPiece]:
+        rests, left = {}, _POLL_BYTES
+        for job_id, limit in limits.items():
+            if left <= 0:
+                break
+            log = self._folders.log(job_id)
+            rest = read_piece(log, copied.get(job_id, 0), _REST_BYTES, limit)
+            if read_piece(log, rest.end, 1, limit).end == rest.end:
+                rests[job_id] = rest
+                left -= len(rest.data)
+        return rests
 
     def _on_observation(self, observation: Observation) -> None:
         if isinstance(observation, CapacityFreed):
@@ -344,6 +391,7 @@ class Agent:
         order = self._orders.get(job_id)
         if order is None or order.number != observation.attempt:
             return  # the attempt had ended before its order came, and the operator knows its end
+        log_limit = None
         if isinstance(observation, Started):
             self._starts[job_id] = observation
         elif isinstance(observation, Ended | Lost | NeverStarted):
@@ -351,14 +399,15 @@ class Agent:
             self._starts.pop(job_id, None)
             self._logs.remove(self._folders.log(job_id), self._poll_wakeup.set)
             self._reservations.remove(job_id)
-        self._add_to_outbox(observation)
+            log_limit = order.api.limits.log
+        self._add_to_outbox(observation, log_limit)
 
     def _wake_poll(self) -> None:
         self._entry_added.set()
         self._poll_wakeup.set()
 
-    def _add_to_outbox(self, entry: Observation | Lock) -> None:
-        self._outbox.add(entry)
+    def _add_to_outbox(self, content: Observation | Lock, log_limit: int | None = None) -> None:
+        self._outbox.add(Entry(content, log_limit))
         self._wake_poll()
 
     def _run(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
@@ -375,6 +424,14 @@ def _deadline(order: NodeOrder) -> float | None:
 
 def _amount(compute: Compute) -> Capacity:
     return Capacity(compute.cpu_m, compute.mem or 0, compute.gpu)
+
+
+def _exceeds(log: Path, offset: int) -> bool:
+    """Whether a log may be larger than this: to open each log takes longer."""
+    try:
+        return log.lstat().st_size > offset
+    except OSError:
+        return False
 
 
 def _ended(folder: Path, attempt: int) -> bool:

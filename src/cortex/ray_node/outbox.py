@@ -11,12 +11,22 @@ import pickle
 import time
 import uuid
 from dataclasses import dataclass
+from itertools import islice
 
 from cortex.engines.base import Observation
 from cortex.engines.ray.messages import Lock
 
 # An operator that has not polled for so long was killed, or will say hello again.
 _SUBSCRIBER_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the operators receive, and with it what the agent needs to send the rest of the log."""
+
+    content: Observation | Lock
+    log_limit: int | None = None
+    """For the end of an attempt: the `limits.log` of its version."""
 
 
 @dataclass
@@ -29,7 +39,7 @@ class Outbox:
     """The observations and lock files, numbered in the order of their arrival."""
 
     def __init__(self) -> None:
-        self._entries: list[Observation | Lock] = []
+        self._entries: list[Entry] = []
         self._first = 0  # the number of the first entry of `_entries`
         self._subscribers: dict[str, _Subscriber] = {}
 
@@ -38,7 +48,7 @@ class Outbox:
         """The number of the next entry."""
         return self._first + len(self._entries)
 
-    def add(self, entry: Observation | Lock) -> None:
+    def add(self, entry: Entry) -> None:
         self._entries.append(entry)
 
     def subscribe(self) -> str:
@@ -73,17 +83,13 @@ class Outbox:
         del self._entries[: max(0, received - self._first)]
         self._first = max(self._first, received)
 
-    def since(self, seq: int, max_bytes: int) -> tuple[tuple[Observation | Lock, ...], int, int]:
-        """The entries from a number on that together have no more than `max_bytes`; one at least.
-
-        Returns:
-            The entries, the number of the entry after them, and their size in bytes.
-        """
-        start = end = max(0, seq - self._first)
-        size = 0
-        for entry in self._entries[start:]:
-            entry_size = len(pickle.dumps(entry))
-            if end > start and size + entry_size > max_bytes:
+    def since(self, seq: int, max_bytes: int) -> list[Entry]:
+        """The entries from a number on: as many as take about `max_bytes`, or one."""
+        entries: list[Entry] = []
+        left = max_bytes
+        for entry in islice(self._entries, max(0, seq - self._first), None):
+            left -= len(pickle.dumps(entry.content))
+            if entries and left < 0:
                 break
-            end, size = end + 1, size + entry_size
-        return tuple(self._entries[start:end]), self._first + end, size
+            entries.append(entry)
+        return entries

@@ -16,6 +16,8 @@ from cortex.projects.unpack import unpack
 from cortex.ray_node.workspace import AgentFolder
 from cortex.system.background import in_thread
 
+_MAX_BUILT = 1000  # an operator that is killed reports no deleted versions
+
 
 class Provisions:
     """The projects and environments of one node."""
@@ -29,6 +31,9 @@ class Provisions:
         self._projects = Projects(folder.projects, folder.locks)
         self._environments = Environments(folder.environments, projects=self._projects)
         self._on_new_lock = on_new_lock
+        self._built: dict[str, tuple[dict[str, str], Path]] = {}
+        """The lock files and the interpreter of the versions that need no further build, by the ids
+        of the versions."""
 
     def open(self) -> None:
         """Clean up after an agent that was killed. Blocking."""
@@ -67,18 +72,30 @@ class Provisions:
         Raises:
             EnvironmentFailed: the environment cannot be built.
         """
+        rules = BuildRules(order.builds.timeout_s, order.builds.variables)
+        self._environments.rules = rules
+        known = self._built.get(order.api.api_id)
+        if known is not None and known[0] == order.locks and known[1].exists():
+            return known[1]
         identity = order.api.project_id
         for name, text in order.locks.items():
             if self._projects.local_lockfile(identity, name) != text:
                 await in_thread(self._projects.save_lockfile, identity, name, text)
-        rules = BuildRules(order.builds.timeout_s, order.builds.variables)
-        self._environments.rules = rules
         project = self.folder(identity)
         files = order.api.definition.dependencies
         phase = f"its environment is being built on {os.uname().nodename}"
         python = await self._environments.build(project, files, lambda: report_phase(phase))
         await in_thread(self._environments.pin_versions, project, files)
-        for name, text in self._projects.locks(identity).items():
+        locks = self._projects.locks(identity)
+        for name, text in locks.items():
             if name not in order.locks:
                 self._on_new_lock(Lock(identity, name, text))
+        if locks == order.locks:
+            self._built[order.api.api_id] = locks, python
+            if len(self._built) > _MAX_BUILT:
+                del self._built[next(iter(self._built))]
         return python
+
+    def forget(self, api_id: str) -> None:
+        """Forget what was built for a version; its environment stays."""
+        self._built.pop(api_id, None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from functools import partial
 
 import structlog
@@ -151,17 +152,14 @@ class Attempts:
     def log_cursors(self, node: Node) -> dict[str, int]:
         # Until an attempt has started, the node's log is that of an earlier attempt.
         return {
-            tracked.job_id: self._log_copies.offset(tracked.job_id, tracked.log_base)
+            tracked.job_id: self._copied(tracked)
             for tracked in self._tracked_on(node)
             if tracked.has_started and not tracked.is_ending and tracked.is_log_copied
         }
 
     async def on_poll(self, node: Node, poll: Poll) -> None:
+        await self._copy_logs(node, poll)
         on_node = self._by_node.get(node.node_id, {})
-        for job_id, piece in poll.logs.items():
-            tracked = on_node.get(job_id)
-            if tracked is not None and not tracked.is_ending:
-                await self._copy_log(tracked, piece)
         for observation in poll.seen:
             if isinstance(observation, CapacityFreed):
                 continue
@@ -171,7 +169,7 @@ class Attempts:
             tracked = on_node.get(observation.job_id)
             if tracked is not None and tracked.number == observation.attempt:
                 try:
-                    self._process(tracked, checked_observation(observation))
+                    self._process(tracked, checked_observation(observation), poll)
                 except checks.Invalid as error:
                     self._lose(tracked, f"its node sent an invalid observation: {error}")
 
@@ -190,7 +188,7 @@ class Attempts:
             final = tracked.lost(reason) if tracked.is_sent else tracked.never_started(reason)
             self._finish(tracked, final)
 
-    def _process(self, tracked: TrackedAttempt, observation: Observation) -> None:
+    def _process(self, tracked: TrackedAttempt, observation: Observation, poll: Poll) -> None:
         if isinstance(observation, Started):
             self._mark_started(tracked, observation)
         elif isinstance(observation, Unreachable):
@@ -199,20 +197,68 @@ class Attempts:
             self._report(observation)
         elif isinstance(observation, Ended | Lost | NeverStarted) and not tracked.is_ending:
             tracked.is_ending = True
-            self._background.run(self._copy_rest_and_finish(tracked, observation))
+            if self._is_rest_of(tracked, poll.rests.get(tracked.job_id)):
+                self._finish(tracked, observation)
+            else:
+                self._background.run(self._copy_rest_and_finish(tracked, observation))
 
-    async def _copy_log(self, tracked: TrackedAttempt, piece: LogPiece) -> None:
+    async def _copy_logs(self, node: Node, poll: Poll) -> None:
+        """Write the pieces of an answer to the copies, all in one thread."""
+        on_node = self._by_node.get(node.node_id, {})
+        pieces = [
+            (tracked, piece)
+            for job_id, piece in (*poll.logs.items(), *poll.rests.items())
+            if (tracked := on_node.get(job_id)) is not None
+            and tracked.is_log_copied
+            and not tracked.is_ending
+        ]
+        if pieces:
+            await self._write(pieces)
+
+    async def _write(self, pieces: Sequence[tuple[TrackedAttempt, LogPiece]]) -> None:
+        failures: list[tuple[TrackedAttempt, Exception]]
         try:
-            piece = checked_log_piece(piece)
-            copies = self._log_copies
-            await in_thread(copies.write, tracked.job_id, tracked.log_base, piece)
-        except (OSError, checks.Invalid) as error:
-            log.warning("cannot copy a log", job=tracked.job_id, error=str(error))
-            # After a failure that may pass, the next poll requests the same piece.
-            tracked.is_log_copied = isinstance(error, OSError) and (
-                is_storage(error) or is_shortage(error)
+            failures = await in_thread(self._write_all, pieces)
+        except OSError as error:  # no thread can be started now
+            failures = [(tracked, error) for tracked, _ in pieces]
+        for tracked, failure in failures:
+            log.warning("cannot copy a log", job=tracked.job_id, error=str(failure))
+            # After a failure that may pass, the same piece is requested again.
+            tracked.is_log_copied = isinstance(failure, OSError) and (
+                is_storage(failure) or is_shortage(failure)
             )
+        if failures:
             await asyncio.sleep(RETRY_DELAY_S)
+
+    def _write_all(
+        self, pieces: Sequence[tuple[TrackedAttempt, LogPiece]]
+    ) -> list[tuple[TrackedAttempt, Exception]]:
+        """Write the pieces that continue the copies. Blocking.
+
+        Returns:
+            The failures, each with its attempt.
+        """
+        failures: list[tuple[TrackedAttempt, Exception]] = []
+        for tracked, unchecked in pieces:
+            try:
+                piece = checked_log_piece(unchecked)
+                # A piece may follow one that could not be written, or be known already.
+                if piece.offset <= self._copied(tracked) < piece.end:
+                    self._log_copies.write(tracked.job_id, tracked.log_base, piece)
+            except (OSError, checks.Invalid) as error:
+                failures.append((tracked, error))
+        return failures
+
+    def _is_rest_of(self, tracked: TrackedAttempt, rest: LogPiece | None) -> bool:
+        """Whether the copy of a log contains this rest of it, and is therefore complete."""
+        try:
+            return checked_log_piece(rest).end <= self._copied(tracked)
+        except checks.Invalid:
+            return False
+
+    def _copied(self, tracked: TrackedAttempt) -> int:
+        """The offset in the node's log up to which the copy has it."""
+        return self._log_copies.offset(tracked.job_id, tracked.log_base)
 
     async def _copy_rest_and_finish(self, tracked: TrackedAttempt, final: Final) -> None:
         """Copy the rest of the log, and report the end.
@@ -221,12 +267,12 @@ class Attempts:
         """
         has_log = not isinstance(final, NeverStarted)  # else the log is an earlier attempt's
         while has_log and tracked.node_id in self._nodes.alive and tracked.is_log_copied:
-            offset = self._log_copies.offset(tracked.job_id, tracked.log_base)
+            offset = self._copied(tracked)
             try:
                 piece = await self._calls.read_log(tracked, offset)
-                if piece.end == offset:
+                if piece.end == offset or piece.offset != offset:
                     break
-                await self._copy_log(tracked, piece)
+                await self._write([(tracked, piece)])
             except LinkError:
                 await asyncio.sleep(RETRY_DELAY_S)
             except checks.Invalid:

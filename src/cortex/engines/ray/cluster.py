@@ -1,5 +1,7 @@
 """The operator's view of the cluster: a link to Ray, and a session with the agent of each node.
 
+Ray finds and starts the agent. All requests to it go over a TCP connection (`connection`).
+
 The link is replaced when it breaks, and the nodes are refreshed every second. `attempts` listens,
 and the Ray engine calls it.
 """
@@ -12,6 +14,7 @@ from typing import Protocol
 
 import structlog
 
+from cortex.engines.ray.connection import AgentConnection
 from cortex.engines.ray.join_attempts import JoinAttempts
 from cortex.engines.ray.link import Link, LinkError, NotSent, Refused
 from cortex.engines.ray.messages import AGENT_VERSION, Hello, Poll
@@ -26,6 +29,7 @@ OPEN_TIMEOUT_S = 10.0
 SETTLING_S = 60.0
 REFRESH_INTERVAL_S = 1.0
 RESPONSE_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 5.0
 HELLO_TIMEOUT_S = 60.0  # a cold node loads Python and this package first
 POLL_TIMEOUT_S = 10.0
 RETRY_DELAY_S = 1.0
@@ -73,6 +77,9 @@ class Cluster:
         self.hellos: dict[str, Hello] = {}
         self.problem: str | None = None
         """Why the cluster cannot be joined now."""
+        self.connections: dict[str, AgentConnection] = {}
+        """The connections to agents, by node. `AgentConnection.silent_s` says how long an agent has
+        been silent."""
         self._address = address
         self._namespace = namespace
         self._node_dir = node_dir
@@ -140,9 +147,10 @@ class Cluster:
         timeout_s: float = RESPONSE_TIMEOUT_S,
     ) -> object:
         """Call a method of a node's agent (`cortex.ray_node.agent`); see `call_driver`."""
-        return await self.call_driver(
-            "call_agent", node_id, method, arguments, timeout_s, timeout_s=timeout_s + RETRY_DELAY_S
-        )
+        connection = self.connections.get(node_id)
+        if connection is None:
+            raise NotSent("there is no connection to its agent")
+        return await connection.call(method, *arguments, timeout_s=timeout_s)
 
     def suspect(self, node_id: str, reason: str) -> None:
         """A node has not answered: see `Node.suspect`."""
@@ -280,9 +288,12 @@ class Cluster:
             except Exception as error:
                 log.exception("lost contact with node agent", node=node.name)
                 self._mark_unreachable(node, explain(error))
+            finally:
+                self._disconnect(node)
             await asyncio.sleep(RETRY_DELAY_S)
 
     async def _begin_session(self, node: Node) -> Hello:
+        """Find the agent through Ray, and connect to it."""
         hello = await self._hello(node)
         if hello.version != AGENT_VERSION and node.node_id not in self._replaced:
             # It has run since before an upgrade. Its jobs do not depend on it.
@@ -295,13 +306,28 @@ class Cluster:
                 f"{node.name} has version {hello.version} of cortex-tasks, but the operator has "
                 f"{AGENT_VERSION}; install the same version on both"
             )
+        self.connections[node.node_id] = await AgentConnection.open(
+            node.name, hello.host, hello.port, hello.key, CONNECT_TIMEOUT_S
+        )
         self.hellos[node.node_id] = hello
         return hello
 
     async def _hello(self, node: Node) -> Hello:
-        hello = await self.call_agent(node.node_id, "hello", timeout_s=HELLO_TIMEOUT_S)
+        hello = await self.call_driver(
+            "call_agent",
+            node.node_id,
+            "hello",
+            (),
+            HELLO_TIMEOUT_S,
+            timeout_s=HELLO_TIMEOUT_S + RETRY_DELAY_S,
+        )
         assert isinstance(hello, Hello)
         return hello
+
+    def _disconnect(self, node: Node) -> None:
+        connection = self.connections.pop(node.node_id, None)
+        if connection is not None:
+            connection.close("the operator has closed it")
 
     async def _poll_agent(self, node: Node, hello: Hello) -> None:
         """Poll the agent until it has dropped observations that this operator has not received.

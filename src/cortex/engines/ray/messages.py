@@ -17,9 +17,7 @@ from cortex.spec.job import JobSpec
 AGENT_VERSION = f"{cortex.__version__}/2"
 """The version of this package, and of the messages here: a change of them adds one."""
 PIECE_BYTES = 64 << 10
-"""The size of the largest argument and reply of a call. Ray carries up to 100 KiB in the call
-itself, which needs one connection, from the driver to the node. Ray's object store carries what is
-larger, and needs connections both ways."""
+"""The size of the pieces in which projects go to nodes: other messages must not wait for long."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,11 @@ class Hello:
     memory_limit: str
     own_folder: str
     seq: int
+    host: str = ""
+    """The address of the node, where the agent accepts the operator's connection."""
+    port: int = 0
+    key: bytes = field(default=b"", repr=False)
+    """Authenticates both ends of the connection. Each process of an agent has another."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ class Poll:
     seq: int
     seen: tuple[Observation | Lock, ...]
     logs: dict[str, LogPiece] = field(default_factory=dict)
+    rests: dict[str, LogPiece] = field(default_factory=dict)
+    """The last pieces of the logs of jobs whose end is in `seen`, where one piece is left."""
     held: Capacity = NOTHING
     """What Ray has reserved on the node for this operator's jobs."""
     problem: str | None = None
