@@ -7,6 +7,7 @@ has one node, on the same machine.
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
 import tempfile
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=500, help="jobs in each round")
     given = parser.parse_args()
     results = Results()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # this also stops what was started
 
     def measured(cortex: Cortex) -> dict[str, float]:
         few = max(5, given.jobs // 10)

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
 import pytest
+import uvloop
 
 from cortex.engines.base import Ended, Ending, Lost, NeverStarted, Started, Waits
 from cortex.engines.ray import frames
@@ -109,13 +110,24 @@ async def until(condition: Callable[[], object]) -> None:
         await asyncio.sleep(0.005)
 
 
-def run(scenario: Callable[[], Awaitable[None]]) -> None:
-    async def main() -> None:
-        async with asyncio.timeout(2 * LIMIT_S):
-            await scenario()
+Scenario = Callable[[], Awaitable[None]]
+Run = Callable[[Scenario], None]
 
+
+@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Run:
+    """Runs a scenario on an event loop: operators have uvloop's, agents that of Ray."""
     LOADED.clear()
-    asyncio.run(main())
+
+    def run(scenario: Scenario) -> None:
+        async def main() -> None:
+            async with asyncio.timeout(2 * LIMIT_S):
+                await scenario()
+
+        with asyncio.Runner(loop_factory=request.param) as runner:
+            runner.run(main())
+
+    return run
 
 
 @pytest.fixture
@@ -126,7 +138,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frames, "AUTHENTICATION_TIMEOUT_S", 0.2)
 
 
-def test_many_calls_at_once_get_their_own_answers() -> None:
+def test_many_calls_at_once_get_their_own_answers(run: Run) -> None:
     async def scenario() -> None:
         async with connected() as (_, _, connection):
             values: list[object] = [*range(2000), bytes(3 << 20), None, "text"]
@@ -137,7 +149,7 @@ def test_many_calls_at_once_get_their_own_answers() -> None:
 
 
 def test_the_frames_of_one_turn_of_the_loop_leave_together(
-    monkeypatch: pytest.MonkeyPatch,
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[int] = []
     flush = Framed._flush
@@ -158,7 +170,7 @@ def test_the_frames_of_one_turn_of_the_loop_leave_together(
     run(scenario)
 
 
-def test_refusals_and_failures_of_the_agent_are_distinguished() -> None:
+def test_refusals_and_failures_of_the_agent_are_distinguished(run: Run) -> None:
     async def scenario() -> None:
         async with connected() as (_, _, connection):
             with pytest.raises(Refused, match="it has another folder"):
@@ -174,7 +186,7 @@ def test_refusals_and_failures_of_the_agent_are_distinguished() -> None:
 
 
 def test_an_answer_that_cannot_be_sent_is_a_failure_of_its_call_alone(
-    monkeypatch: pytest.MonkeyPatch,
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "MAX_FRAME_BYTES", 1 << 16)
     monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 1 << 16)
@@ -190,7 +202,7 @@ def test_an_answer_that_cannot_be_sent_is_a_failure_of_its_call_alone(
     run(scenario)
 
 
-def test_a_request_that_is_too_large_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_is_too_large_is_not_sent(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cortex.engines.ray.connection.MAX_FRAME_BYTES", 1 << 16)
 
     async def scenario() -> None:
@@ -202,7 +214,7 @@ def test_a_request_that_is_too_large_is_not_sent(monkeypatch: pytest.MonkeyPatch
     run(scenario)
 
 
-def test_a_call_without_an_answer_times_out() -> None:
+def test_a_call_without_an_answer_times_out(run: Run) -> None:
     async def scenario() -> None:
         async with connected() as (_, _, connection):
             with pytest.raises(LinkError, match=r"the agent of n1 did not answer within 0.05 s"):
@@ -213,7 +225,7 @@ def test_a_call_without_an_answer_times_out() -> None:
 
 
 @pytest.mark.parametrize("wrong", [bytes(KEY_BYTES), b""], ids=["other key", "no key"])
-def test_an_operator_without_the_key_calls_nothing(wrong: bytes) -> None:
+def test_an_operator_without_the_key_calls_nothing(run: Run, wrong: bytes) -> None:
     async def scenario() -> None:
         async with serving() as (agent, made):
             with pytest.raises(LinkError, match=f"cannot reach the agent of n1 at {HOST}:"):
@@ -224,7 +236,7 @@ def test_an_operator_without_the_key_calls_nothing(wrong: bytes) -> None:
     run(scenario)
 
 
-def test_a_program_without_the_key_is_not_taken_for_the_agent() -> None:
+def test_a_program_without_the_key_is_not_taken_for_the_agent(run: Run) -> None:
     async def scenario() -> None:
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             writer.write(secrets.token_bytes(NONCE_BYTES))
@@ -252,7 +264,7 @@ GARBAGE = [
 
 
 @pytest.mark.parametrize("data", GARBAGE, ids=["http", "tls", "frame", "pickle", "zeros"])
-def test_garbage_is_cut_off_and_never_decoded(data: bytes) -> None:
+def test_garbage_is_cut_off_and_never_decoded(run: Run, data: bytes) -> None:
     async def scenario() -> None:
         async with connected() as (agent, made, connection):
             reader, writer = await asyncio.open_connection(HOST, made.port)
@@ -266,7 +278,7 @@ def test_garbage_is_cut_off_and_never_decoded(data: bytes) -> None:
     run(scenario)
 
 
-def test_a_request_that_precedes_the_agents_proof_is_refused() -> None:
+def test_a_request_that_precedes_the_agents_proof_is_refused(run: Run) -> None:
     async def scenario() -> None:
         async with serving() as (agent, made):
             reader, writer = await asyncio.open_connection(HOST, made.port)
@@ -287,7 +299,7 @@ class Operator(Framed):
 
 
 @pytest.mark.usefixtures("fast")
-def test_a_silent_stranger_is_cut_off() -> None:
+def test_a_silent_stranger_is_cut_off(run: Run) -> None:
     async def scenario() -> None:
         async with serving() as (_, made):
             reader, writer = await asyncio.open_connection(HOST, made.port)
@@ -299,7 +311,7 @@ def test_a_silent_stranger_is_cut_off() -> None:
     run(scenario)
 
 
-def test_strangers_do_not_keep_the_operator_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strangers_do_not_keep_the_operator_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "MAX_UNAUTHENTICATED", 4)
 
     async def scenario() -> None:
@@ -317,7 +329,7 @@ def test_strangers_do_not_keep_the_operator_out(monkeypatch: pytest.MonkeyPatch)
     run(scenario)
 
 
-def test_a_port_where_nothing_listens_is_named_with_its_address() -> None:
+def test_a_port_where_nothing_listens_is_named_with_its_address(run: Run) -> None:
     async def scenario() -> None:
         with socket.create_server((HOST, 0)) as closed:
             port = closed.getsockname()[1]
@@ -330,7 +342,7 @@ def test_a_port_where_nothing_listens_is_named_with_its_address() -> None:
     run(scenario)
 
 
-def test_a_port_that_accepts_and_says_nothing_is_given_up() -> None:
+def test_a_port_that_accepts_and_says_nothing_is_given_up(run: Run) -> None:
     async def scenario() -> None:
         with socket.create_server((HOST, 0)) as silent:
             port = silent.getsockname()[1]
@@ -340,7 +352,7 @@ def test_a_port_that_accepts_and_says_nothing_is_given_up() -> None:
     run(scenario)
 
 
-def test_a_connection_whose_opening_is_cancelled_is_closed() -> None:
+def test_a_connection_whose_opening_is_cancelled_is_closed(run: Run) -> None:
     async def scenario() -> None:
         closed = asyncio.Event()
 
@@ -364,7 +376,9 @@ def test_a_connection_whose_opening_is_cancelled_is_closed() -> None:
     run(scenario)
 
 
-def test_a_host_that_no_thread_can_look_up_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_no_thread_can_look_up_is_unreachable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -374,10 +388,10 @@ def test_a_host_that_no_thread_can_look_up_is_unreachable(monkeypatch: pytest.Mo
         with pytest.raises(LinkError, match="can't start new thread"):
             await AgentConnection.open("n1", "node.invalid", 1, b"", LIMIT_S)
 
-    run(scenario)
+    asyncio.run(scenario())
 
 
-def test_a_broken_connection_fails_all_calls_and_those_that_follow() -> None:
+def test_a_broken_connection_fails_all_calls_and_those_that_follow(run: Run) -> None:
     async def scenario() -> None:
         async with connected() as (agent, made, connection):
             calls = [
@@ -395,7 +409,7 @@ def test_a_broken_connection_fails_all_calls_and_those_that_follow() -> None:
     run(scenario)
 
 
-def test_after_the_operators_end_polls_end_and_other_requests_continue() -> None:
+def test_after_the_operators_end_polls_end_and_other_requests_continue(run: Run) -> None:
     async def scenario() -> None:
         async with connected() as (agent, _, connection):
             calls = [
@@ -423,7 +437,9 @@ class SilentAgent(server.OperatorConnection):
 
 
 @pytest.mark.usefixtures("fast")
-def test_an_agent_that_falls_silent_fails_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_agent_that_falls_silent_fails_all_calls(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(server, "OperatorConnection", SilentAgent)
 
     async def scenario() -> None:
@@ -437,7 +453,9 @@ def test_an_agent_that_falls_silent_fails_all_calls(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("fast")
-def test_an_operator_that_falls_silent_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_operator_that_falls_silent_is_cut_off(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario() -> None:
         async with connected() as (agent, made, connection):
             call = asyncio.create_task(connection.call("poll", timeout_s=LIMIT_S))
@@ -453,7 +471,7 @@ def test_an_operator_that_falls_silent_is_cut_off(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("fast")
-def test_heartbeats_keep_an_idle_connection() -> None:
+def test_heartbeats_keep_an_idle_connection(run: Run) -> None:
     async def scenario() -> None:
         async with connected() as (_, made, connection):
             await asyncio.sleep(3 * frames.SILENCE_TIMEOUT_S)
@@ -465,7 +483,7 @@ def test_heartbeats_keep_an_idle_connection() -> None:
 
 
 @pytest.mark.usefixtures("fast")
-def test_a_pause_of_the_own_process_is_not_the_silence_of_the_other() -> None:
+def test_a_pause_of_the_own_process_is_not_the_silence_of_the_other(run: Run) -> None:
     async def scenario() -> None:
         async with connected() as (_, _, connection):
             for _ in range(3):
@@ -530,7 +548,7 @@ FORGED = {
 
 @pytest.mark.parametrize("content", FORGED.values(), ids=list(FORGED))
 def test_a_forged_answer_breaks_its_connection_and_does_nothing_else(
-    content: bytes, monkeypatch: pytest.MonkeyPatch
+    run: Run, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Forger(server.OperatorConnection):
         def on_frame(self, number: int, _: bytes) -> None:
@@ -550,7 +568,7 @@ def test_a_forged_answer_breaks_its_connection_and_does_nothing_else(
 
 @pytest.mark.parametrize("sender", ["operator", "agent"])
 def test_a_frame_that_is_too_long_is_not_received(
-    sender: str, monkeypatch: pytest.MonkeyPatch
+    run: Run, sender: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
         async with connected() as (agent, made, connection):
@@ -568,7 +586,7 @@ def test_a_frame_that_is_too_long_is_not_received(
     run(scenario)
 
 
-def test_a_request_that_cannot_be_read_breaks_its_connection_alone() -> None:
+def test_a_request_that_cannot_be_read_breaks_its_connection_alone(run: Run) -> None:
     async def scenario() -> None:
         async with connected() as (_, made, connection):
             other = await connect(made.port, made.key)
@@ -579,7 +597,7 @@ def test_a_request_that_cannot_be_read_breaks_its_connection_alone() -> None:
     run(scenario)
 
 
-def test_each_process_of_an_agent_has_its_own_key() -> None:
+def test_each_process_of_an_agent_has_its_own_key(run: Run) -> None:
     async def scenario() -> None:
         async with serving() as (_, first), serving() as (_, second):
             assert first.key != second.key
@@ -588,7 +606,7 @@ def test_each_process_of_an_agent_has_its_own_key() -> None:
     run(scenario)
 
 
-def test_the_ports_of_the_node_are_used_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ports_of_the_node_are_used_in_order(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         with socket.create_server((HOST, 0)) as taken:
             first = taken.getsockname()[1]
@@ -617,7 +635,7 @@ def test_the_system_chooses_the_port_where_none_is_set() -> None:
     assert list(ports_of("7000-7002")) == [7000, 7001, 7002]
 
 
-def test_an_agent_whose_node_has_a_translated_address_listens_on_all() -> None:
+def test_an_agent_whose_node_has_a_translated_address_listens_on_all(run: Run) -> None:
     async def scenario() -> None:
         made = AgentServer(Agent())
         await made.open("192.0.2.1")  # of no machine (RFC 5737)
@@ -629,7 +647,7 @@ def test_an_agent_whose_node_has_a_translated_address_listens_on_all() -> None:
     run(scenario)
 
 
-def test_an_address_that_cannot_be_used_is_refused() -> None:
+def test_an_address_that_cannot_be_used_is_refused(run: Run) -> None:
     async def scenario() -> None:
         with pytest.raises(Refusal, match="its agent cannot listen on not an address"):
             await AgentServer(Agent()).open("not an address")

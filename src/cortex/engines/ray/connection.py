@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import socket
 from itertools import count
 
@@ -140,9 +141,11 @@ def _address(host: str, port: int) -> str:
 
 
 def _own_address(host: str) -> str:
-    """The address of this machine from which it would reach another one."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
-        sock.connect((host, 9))  # sends nothing: it only chooses a route
-        return str(sock.getsockname()[0])
+    """The address of this machine from which it would reach another one, or its name."""
+    with contextlib.suppress(ValueError, OSError):
+        version = ipaddress.ip_address(host).version  # to look up a name would block
+        family = socket.AF_INET if version == 4 else socket.AF_INET6
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect((host, 9))  # sends nothing: it only chooses a route
+            return str(sock.getsockname()[0])
     return socket.gethostname()

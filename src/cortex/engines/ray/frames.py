@@ -20,6 +20,7 @@ import hmac
 import secrets
 import socket
 import struct
+from typing import cast
 
 HEAD = struct.Struct("!IQ")
 KEY_BYTES = 32
@@ -98,8 +99,7 @@ class Framed(asyncio.Protocol):
         return taken
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's has another base class
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._ticked_at = self._loop.time()
         self._timer = self._loop.call_later(HEARTBEAT_INTERVAL_S, self._tick)
