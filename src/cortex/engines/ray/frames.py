@@ -137,7 +137,7 @@ class Framed(asyncio.Protocol):
     def _flush(self) -> None:
         outgoing, self._outgoing = self._outgoing, []
         if not self._transport.is_closing():
-            self._transport.writelines(outgoing)
+            self._transport.write(b"".join(outgoing))
 
     def _tick(self) -> None:
         now = self._loop.time()
