@@ -133,6 +133,32 @@ def test_a_rest_that_does_not_follow_the_copy_is_not_written(
     harness.run(scenario)
 
 
+def test_the_late_end_of_an_earlier_attempt_adds_nothing_to_the_log(
+    harness: InProcessHarness,
+) -> None:
+    code = """
+        import glob, os
+        def task(config):
+            print("attempt", len(glob.glob(os.environ["CORTEX_JOB_DIR"] + "/../start.*")))
+    """
+
+    async def scenario(engine: Engine) -> None:
+        attempt = harness.attempt(code)
+        end = await harness.outcome(engine, attempt)
+
+        async def repeat_the_end() -> None:
+            polls = harness.ray.calls.count("poll")
+            assert harness.ray.agent is not None
+            harness.ray.agent._add_to_outbox(end, 64 * KIB)
+            await until(lambda: harness.ray.calls.count("poll") > polls)
+
+        harness.ray.before_call["start"] = repeat_the_end
+        await harness.ended(await harness.start_attempt(engine, attempt, 2))
+        assert harness.log(attempt) == "attempt 1\nattempt 2\n"
+
+    harness.run(scenario)
+
+
 def test_a_rest_that_the_disk_did_not_accept_is_read_again(
     harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:

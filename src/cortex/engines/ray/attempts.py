@@ -205,9 +205,16 @@ class Attempts:
     async def _copy_logs(self, node: Node, poll: Poll) -> None:
         """Write the pieces of an answer to the copies, all in one thread."""
         on_node = self._by_node.get(node.node_id, {})
+        ended = {each.job_id: each.attempt for each in poll.seen if isinstance(each, Ended | Lost)}
+        # The end of an earlier attempt may come late, with the log of that attempt.
+        rests = (
+            (job_id, rest)
+            for job_id, rest in poll.rests.items()
+            if job_id in on_node and on_node[job_id].number == ended.get(job_id)
+        )
         pieces = [
             (tracked, piece)
-            for job_id, piece in (*poll.logs.items(), *poll.rests.items())
+            for job_id, piece in (*poll.logs.items(), *rests)
             if (tracked := on_node.get(job_id)) is not None
             and tracked.is_log_copied
             and not tracked.is_ending

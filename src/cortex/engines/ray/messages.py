@@ -1,4 +1,5 @@
 """The messages between the Ray engine, the driver and the agents: plain data, which is pickled.
+`encoding` lists those that agents answer with.
 
 All of them must run the same version of this package, and of these messages. The operator compares
 `Hello.version` with `AGENT_VERSION`, and replaces an agent that has another; such an agent must
