@@ -6,7 +6,7 @@ VENV := .venv$(if $(filter-out $(DEFAULT_PYTHON),$(PYTHON)),-$(patsubst python%,
 UV := $(VENV)/bin/uv
 RUN := $(VENV)/bin
 
-.PHONY: setup demo test snapshot check format docs bench bench-peers bench-pictures bench-ray bench-scale chaos fidelity fuzz test-vm clean
+.PHONY: setup demo test snapshot check format docs bench bench-peers bench-pictures bench-ray bench-scale chaos chaos-cluster fidelity fuzz test-cluster test-vm clean
 
 setup: $(VENV)/.ready
 
@@ -43,7 +43,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # On two cores, Ray's processes exceed their own time limits beside other tests.
 test: setup $(VENV)/.packages
-	$(RUN)/pytest -n 4 -m "not ray and not fidelity"
+	$(RUN)/pytest -n 4 -m "not ray and not fidelity and not cluster"
 	$(RUN)/pytest -n 1 -m ray
 
 # The shapes of all answers, after a change that is meant to break clients.
@@ -117,6 +117,19 @@ $(VENV)/.vm-packages: | $(VENV)/.ready
 
 test-vm: setup $(VENV)/.vm-packages
 	$(SUDO) $(RUN)/python tests/vm/vm.py
+
+# Clusters whose machines are network namespaces, with Ray's own health settings. They need root.
+CLUSTER_PACKAGES := $(if $(shell command -v ip),,iproute2) $(if $(shell command -v nft),,nftables)
+
+$(VENV)/.cluster-packages: | $(VENV)/.packages
+	$(if $(strip $(CLUSTER_PACKAGES)),$(SUDO) apt-get -q -q update && $(SUDO) apt-get -q -q install -y --no-install-recommends $(CLUSTER_PACKAGES))
+	touch $@
+
+test-cluster: setup $(VENV)/.cluster-packages
+	$(SUDO) $(RUN)/pytest -n 0 tests/cluster
+
+chaos-cluster: setup $(VENV)/.cluster-packages
+	$(SUDO) $(RUN)/python tests/chaos/cluster_storm.py
 
 clean:
 	rm -rf .venv .venv-* .vm

@@ -162,6 +162,7 @@ class Operator:
         self.data_dir = data_dir or folder / "data"
         self.options = options
         self.command_prefix: list[str] = []  # a command that executes `cortex serve`
+        self.popen: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen
         self.log = folder / "operator.log"
         # The timeout exceeds the longest long poll. The client closes idle connections before the
         # operator does (uvicorn: after 5 s): otherwise a request can meet a closing connection.
@@ -180,9 +181,9 @@ class Operator:
         with os.fdopen(read_end) as printed, self.log.open("a") as log:
             output: dict[str, Any] = {"stdin": 0, "stdout": write_end, "stderr": log.fileno()}
             self.process: subprocess.Popen[bytes] | preloaded_cli.Program
-            if self.command_prefix:
+            if self.command_prefix or self.popen is not subprocess.Popen:
                 command = [*self.command_prefix, CORTEX, *words]
-                self.process = subprocess.Popen(command, env=environment, **output)
+                self.process = self.popen(command, env=environment, **output)
             else:
                 self.process = preloaded_cli.start(*words, env=environment, **output)
             os.close(write_end)

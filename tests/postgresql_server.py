@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,6 +44,7 @@ class PostgreSQLServer:
         self.data = folder / "data"
         self.log = folder / "log"
         self.settings: dict[str, str] = {}
+        self.popen: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen
         self._process: subprocess.Popen[bytes] | None = None
 
     def make(self) -> None:
@@ -83,7 +84,7 @@ class PostgreSQLServer:
         deadline = time.monotonic() + _WAIT_TIMEOUT_S
         while True:
             with self.log.open("ab") as log:
-                self._process = subprocess.Popen(
+                self._process = self.popen(
                     [*self._as_owner(), str(_binaries() / "postgres"), "-D", str(self.data), *options],
                     cwd="/", stdout=log, stderr=log, start_new_session=True,
                 )  # fmt: skip

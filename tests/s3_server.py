@@ -7,16 +7,16 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
 
 _SERVE = """
-import signal
+import signal, sys
 from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server = ThreadedMotoServer(sys.argv[1], 0, verbose=False)
 server.start()
 print(server.get_host_and_port()[1], flush=True)
 signal.pause()
@@ -26,16 +26,25 @@ signal.pause()
 class S3Server:
     """A server that stores all objects in memory."""
 
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE],
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        popen: Callable[..., subprocess.Popen[str]] = subprocess.Popen,
+    ) -> None:
+        """
+        Args:
+            host: the address to listen on.
+            popen: starts the process.
+        """
+        self.process = popen(
+            [sys.executable, "-c", _SERVE, host],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
         )
         assert self.process.stdout is not None
         self.port = int(self.process.stdout.readline())
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{host}:{self.port}"
 
     @property
     def environment(self) -> dict[str, str]:

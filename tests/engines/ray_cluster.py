@@ -19,17 +19,21 @@ from pathlib import Path
 
 MIB = 1 << 20
 RAY = Path(sys.executable).parent / "ray"
-# Without these, the cluster takes more memory, and notices the death of a node much later.
+# Without these, the cluster takes more memory.
+SMALL = {
+    "RAY_enable_metrics_collection": "0",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
+}
+# Without these, the cluster notices the death of a node much later. `tests/cluster` has Ray's own.
 SETTINGS = {
+    **SMALL,
     "RAY_gcs_rpc_server_reconnect_timeout_s": "8",
     "RAY_health_check_initial_delay_ms": "500",
     "RAY_health_check_period_ms": "300",
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "5",
-    "RAY_enable_metrics_collection": "0",
-    "RAY_enable_worker_prestart": "0",
-    "RAY_prestart_worker_first_driver": "0",
-    "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
 }
 
 

@@ -1,0 +1,1 @@
+"""Tests in which each network namespace is a machine of a cluster."""
