@@ -81,7 +81,7 @@ class Machines:
         self.files: S3Server
         self._bucket = ""
         self._database_url = ""
-        self._starting: list[tuple[subprocess.Popen[bytes], Path]] = []
+        self._starting: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
         self._nodes: dict[str, list[str]] = {}
         self._stack = contextlib.ExitStack()
 
@@ -96,7 +96,7 @@ class Machines:
         here = self._machine(HEAD).here
         self._start_ray(HEAD, ["--head", f"--port={PORT}", "--include-dashboard=false",
                                f"--temp-dir={here / 'ray'}", "--num-cpus=0"])  # fmt: skip
-        self._await_ray()
+        self.await_ray()
 
     def add_node(self, name: str, labels: str = "", cpus: int = 2) -> None:
         """Start a node; return at once."""
@@ -129,7 +129,7 @@ class Machines:
     def start_operator(self, name: str, *options: str) -> Operator:
         """Start an operator on a machine of its own, with a data folder there."""
         self.add_node(name, cpus=0)
-        self._await_ray()
+        self.await_ray()
         machine = self.network.machines[name]
         storage = ["--store", self._database_url, "--files", f"s3://{self._bucket}"]
         made = Operator(
@@ -149,7 +149,7 @@ class Machines:
 
     def await_ready(self, running: Operator, *names: str) -> None:
         """Wait until an operator shows these nodes as ready."""
-        self._await_ray()
+        self.await_ray()
         until(
             lambda: all(self.node(running, name)["is_ready"] for name in names), "nodes are ready"
         )
@@ -282,12 +282,12 @@ class Machines:
             started = machine.popen(
                 command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
-        self._starting.append((started, log))
+        self._starting[name] = started, log
 
-    def _await_ray(self) -> None:
+    def await_ray(self) -> None:
         """Wait until every `ray start` has done its work."""
         while self._starting:
-            started, log = self._starting.pop()
+            _, (started, log) = self._starting.popitem()
             assert started.wait(START_TIMEOUT_S) == 0, log.read_text()
 
 

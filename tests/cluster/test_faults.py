@@ -34,7 +34,7 @@ APIS = "".join(
     ]
 )
 # A reason is a sentence for users: no text of gRPC, no colours, no place in a source file.
-NOISE = re.compile(r"\x1b|rpc_code|grpc|\.cc:\d|\.py:\d|Traceback|ray::")
+NOISE = re.compile(r"\x1b|rpc_code|grpc|\.cc:\d|\.py:\d|Traceback|ray::|call_agent|Error\b")
 
 
 class Jobs:
