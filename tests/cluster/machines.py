@@ -227,10 +227,11 @@ class Machines:
 
     def kill_head(self) -> None:
         """Kill all processes of Ray's head. `start_head` makes a new cluster at its address."""
-        self.network.machines[HEAD].end_processes()
+        self.kill_node(HEAD)
 
     def kill_node(self, name: str) -> None:
         """Kill all processes of a node's machine, jobs included, as a power failure does."""
+        self._starting.pop(name, None)
         self.network.machines[name].end_processes()
 
     # The end.
