@@ -35,6 +35,7 @@ import httpx
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from chaos.storm import LINE_COUNT, STATUS_BY_KIND, Violation
 from cluster.machines import AGENT, DATABASE, DRIVER, FILES, GCS, HEAD, RAYLET, Machines, machines
+from cortex.spec.times import parse_rfc3339
 from operator_harness import FINAL, Operator
 
 NODES = {"n1": "zone=a", "n2": "zone=b", "n3": "zone=b"}
@@ -101,7 +102,6 @@ class Job:
 
     kind: str
     answer: dict[str, Any]
-    submitted_s: float
     stopped: bool = False
     final: dict[str, Any] | None = None
 
@@ -139,7 +139,7 @@ class Storm:
     skipped: Counter[str] = field(default_factory=Counter)
     active: list[Fault] = field(default_factory=list)
     losses: list[tuple[float, str]] = field(default_factory=list)
-    """When a fault began that may lose a node's jobs, and the node."""
+    """When (Unix time) a fault began that may lose a node's jobs, and the node."""
     exits: list[str] = field(default_factory=list)
     """Why operators have ended by themselves."""
     noisy: list[str] = field(default_factory=list)
@@ -241,11 +241,10 @@ class Storm:
         api = self.random.choice(list(APIS))
         # With the key, a submit that is repeated after its answer was lost is still one job.
         key = {"Idempotency-Key": f"{len(self.jobs)}"}
-        began_s = time.monotonic()
         response = self.request("POST", f"/{api}", json=body, headers=key)
         if response.status_code != 200:
             raise Violation(f"submit: {response.status_code} {response.text}")
-        self.jobs.append(Job(kind, response.json(), began_s))
+        self.jobs.append(Job(kind, response.json()))
 
     def stop_job(self) -> None:
         if not self.jobs:
@@ -284,7 +283,7 @@ class Storm:
             raise Violation(f"{job}: an acknowledged stop was lost: {status}")
         if status["status"] not in FINAL:
             return False
-        if status["status"] not in self.allowed(job):
+        if status["status"] not in self.allowed(job, status):
             raise Violation(f"{job}: not an allowed final status: {status}")
         if not status["created_time"] <= status["start_time"] <= status["end_time"]:
             raise Violation(f"{job}: times out of order: {status}")
@@ -297,22 +296,25 @@ class Storm:
         job.final = status
         return True
 
-    def allowed(self, job: Job) -> set[str]:
+    def allowed(self, job: Job, status: dict[str, Any]) -> set[str]:
         """The final statuses that a job may have."""
         if job.stopped:
             return {"status_stopped"}
         ends = {STATUS_BY_KIND[job.kind]}
         starts = [mark for mark in self.marks() if mark[0] == job.id]
-        machines_of = {mark[2] for mark in starts}
-        may_be_lost = any(
-            since_s >= job.submitted_s - SLACK_S and (node in machines_of or not starts)
-            for since_s, node in self.losses
-        )
+        lost = self.lost_during(status)
+        may_be_lost = bool(lost & {mark[2] for mark in starts} if starts else lost)
         # A job that was lost after its timeout gets no new attempt.
         is_last = len(starts) > job.retries or job.answer["timeout"] is not None
         if may_be_lost and (is_last or not starts):
             ends.add("status_unexpected_error")
         return ends
+
+    def lost_during(self, status: dict[str, Any]) -> set[str]:
+        """The nodes whose jobs may have been lost while this job was in progress."""
+        begin_s = parse_rfc3339(status["created_time"]).timestamp() - SLACK_S
+        end_s = parse_rfc3339(status["end_time"]).timestamp()
+        return {node for since_s, node in self.losses if begin_s <= since_s <= end_s}
 
     def await_all(self) -> None:
         """Wait until all jobs have ended."""
@@ -345,9 +347,8 @@ class Storm:
             starts = [mark for mark in marks if mark[0] == job.id]
             if len(starts) > 1 + job.retries:
                 raise Violation(f"{job}: started {len(starts)} times: {starts}")
-            lost = {node for since_s, node in self.losses if since_s >= job.submitted_s - SLACK_S}
             for _, attempt, node in starts[:-1]:
-                if node not in lost:
+                if job.final is None or node not in self.lost_during(job.final):
                     raise Violation(f"{job}: attempt {attempt} ran again, and {node} was not lost")
             if job.final and job.final["status"] == "status_succeeded" and not starts:
                 raise Violation(f"{job}: succeeded and never started")
@@ -495,7 +496,7 @@ class Storm:
         name = self.pick(list(NODES))
         if name is None:
             return None
-        self.losses.append((time.monotonic(), name))
+        self.losses.append((time.time(), name))
         if kind is None:
             self.cluster.kill_node(name)
         elif self.cluster.pids(name, kind):
@@ -512,7 +513,7 @@ class Storm:
     def lose_head(self) -> Fault | None:
         """Start a new head in place of a killed one, and all nodes with it."""
         self.calm()
-        self.losses += [(time.monotonic(), name) for name in NODES]
+        self.losses += [(time.time(), name) for name in NODES]
         for name in OPERATORS:
             self.cluster.operators[name].kill()
             self.killed.add(name)
@@ -538,7 +539,7 @@ class Storm:
     def silent_until(self, name: str) -> float:
         """When a node answers again. Some nodes are silent until Ray has declared them dead."""
         if self.random.random() < DEADLY_PROBABILITY:
-            self.losses.append((time.monotonic(), name))
+            self.losses.append((time.time(), name))
             return time.monotonic() + DEADLY_S
         return self.later()
 
@@ -582,6 +583,10 @@ def summarize(run: Storm) -> None:
     attempts = Counter(int(attempt) for _, attempt, _ in run.marks())
     print(f"{len(run.jobs)} jobs {dict(ends)}, starts by attempt {dict(attempts)}")
     print(f"{sum(run.faults.values())} faults {dict(run.faults)}, skipped {dict(run.skipped)}")
+    started = {mark[0] for mark in run.marks()}
+    failed = [job for job in run.jobs if job.final and job.id not in started and not job.stopped]
+    never = Counter(job.final["status"] for job in failed if job.final)
+    print(f"ends of jobs that never started and were not stopped {dict(never)}")
     print(f"longest wait for an answer {run.max_silence_s:.1f} s")
     for what, texts in (("ended by themselves", run.exits), ("messages with noise", run.noisy)):
         print(f"{len(texts)} {what}")

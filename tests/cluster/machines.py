@@ -250,14 +250,16 @@ class Machines:
         for running in self.operators.values():
             running.kill()
             running.http.close()
-        for name in self._nodes:
-            machine = self.network.machines[name]
-            machine.end_processes()
-            roots = machine.folder.glob("nodes/*/*/jobs")
-            machine.remove_groups(
-                [machine.here / each.relative_to(machine.folder) for each in roots]
-            )
-        self._stack.close()
+        try:
+            for name in {*self._nodes, HEAD} & set(self.network.machines):
+                machine = self.network.machines[name]
+                machine.end_processes()
+                agents = machine.folder.glob("nodes/*/*/jobs")
+                machine.remove_groups(
+                    [machine.here / each.relative_to(machine.folder) for each in agents]
+                )
+        finally:
+            self._stack.close()
 
     def show_logs(self) -> None:
         """Print the ends of the operators' logs, which pytest shows when a test fails."""

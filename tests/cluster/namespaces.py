@@ -49,7 +49,7 @@ for root in map(Path, sys.argv[1:]):
     for group in cgroup_support.list_groups(root):
         cgroup_support.cgroups.remove(group, timeout_s=5)
     cgroup_support.remove_parents(root)
-    if left := cgroup_support.list_groups(root):
+    if left := cgroup_support._folders_of(root):
         sys.exit(f"control groups are left: {left}")
 """
 
@@ -170,7 +170,11 @@ class Machine(Namespaces):
         return sorted(pid for pid, command in self.processes().items() if kind in command)
 
     def remove_groups(self, roots: Sequence[Path]) -> None:
-        """Remove the empty control groups of jobs; `roots` are folders of jobs, as seen here."""
+        """Remove the empty control groups of jobs, all of which must go.
+
+        Args:
+            roots: folders of jobs, as seen here.
+        """
         if roots:
             self.run(sys.executable, "-c", _REMOVE_GROUPS, *map(str, roots))
 
