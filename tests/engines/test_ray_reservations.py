@@ -20,9 +20,11 @@ from cortex.engines.base import (
     NeverStarted,
     NodeInfo,
     Reachable,
+    Unreachable,
 )
 from cortex.engines.ray import RayEngine, calls
 from cortex.engines.ray import cluster as ray_cluster
+from cortex.engines.ray.connection import AgentConnection
 from cortex.ray_node import agent, node_reservations, raylet, reservations
 from engines.engine_harness import until
 from engines.in_process_ray import STATE, InProcessHarness, in_process_harness
@@ -306,6 +308,25 @@ def test_a_node_whose_raylet_hangs_is_asked_for_no_reservation(
         await harness.ended(attempt)
 
     monkeypatch.setattr(node_reservations, "_CHECK_INTERVAL_S", 0.1)
+    harness.run(scenario)
+
+
+def test_a_node_whose_agent_is_silent_takes_no_new_job_until_it_sends_again(
+    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await harness.started(attempt)
+        with monkeypatch.context() as patched:
+            patched.setattr(AgentConnection, "silent_s", ray_cluster.MAX_SILENCE_S + 1)
+            await until(lambda: node_of(engine).problem == "its agent does not answer")
+            assert not node_of(engine).is_ready
+        await until(lambda: node_of(engine).is_ready)
+        assert node_of(engine).problem is None
+        assert not any(isinstance(each, Unreachable) for each in harness.observations)
+        harness.finish_sleeper()
+        await harness.ended(attempt)
+
     harness.run(scenario)
 
 

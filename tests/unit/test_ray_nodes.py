@@ -159,6 +159,18 @@ def test_a_suspect_node_takes_no_job_for_a_while_and_for_longer_each_time(
     assert node.is_ready
 
 
+def test_a_silent_node_keeps_its_other_problem() -> None:
+    node = nodes(state("a", SMALL)).alive["a"]
+    assert not node.set_silent(is_silent=False)
+    node.answered("its raylet does not answer")
+    assert not node.set_silent(is_silent=True)
+    assert node.problem == "its raylet does not answer"
+    node.answered(None)
+    assert node.set_silent(is_silent=True)
+    assert node.set_silent(is_silent=False)
+    assert node.is_ready
+
+
 def test_a_recovered_job_counts_even_beyond_the_capacity_of_its_node() -> None:
     cluster = nodes(state("a", SMALL))
     for number in range(3):

@@ -20,6 +20,8 @@ from cortex.engines.ray.link import Link, LinkError, NotSent, Refused
 from cortex.engines.ray.messages import AGENT_VERSION, Hello, Poll
 from cortex.engines.ray.placement import Node, Placement
 from cortex.engines.ray.ray_errors import explain
+from cortex.engines.ray.validation import checked_node_report
+from cortex.worker import checks
 
 log = structlog.get_logger()
 
@@ -30,6 +32,7 @@ SETTLING_S = 60.0
 REFRESH_INTERVAL_S = 1.0
 RESPONSE_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
+MAX_SILENCE_S = 4.0
 HELLO_TIMEOUT_S = 60.0  # a cold node loads Python and this package first
 POLL_TIMEOUT_S = 10.0
 RETRY_DELAY_S = 1.0
@@ -195,6 +198,7 @@ class Cluster:
                 await asyncio.sleep(delay_s)
                 continue
             self._mark_joined()
+            self._check_silence()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._link.closed.wait(), REFRESH_INTERVAL_S)
 
@@ -257,6 +261,16 @@ class Cluster:
         if lost or any(node.free != before.get(each) for each, node in self.nodes.alive.items()):
             self._listener.on_capacity_changed()
 
+    def _check_silence(self) -> None:
+        """Give no new job to nodes whose agents do not send the frame that each owes every second.
+        Long before the connection is given up, their jobs would wait for nothing."""
+        for node_id, connection in self.connections.items():
+            node = self.nodes.alive.get(node_id)
+            is_silent = connection.silent_s > MAX_SILENCE_S
+            if node is not None and node.set_silent(is_silent=is_silent):
+                log.warning("ray node", node=node.name, silent_s=round(connection.silent_s, 1))
+                self._listener.on_capacity_changed()
+
     def _remove(self, node: Node) -> None:
         log.warning("ray node lost", node=node.name, node_id=node.node_id)
         self.hellos.pop(node.node_id, None)
@@ -283,7 +297,7 @@ class Cluster:
                 node.answered(None)
                 self._listener.on_capacity_changed()
                 await self._poll_agent(node, hello)
-            except (LinkError, Refused) as error:
+            except (LinkError, Refused, checks.Invalid) as error:
                 self._mark_unreachable(node, str(error))
             except Exception as error:
                 log.exception("lost contact with node agent", node=node.name)
@@ -351,8 +365,9 @@ class Cluster:
                 return
             seq = poll.seq
             was_ready = node.is_ready
-            node.set_held(poll.held)
-            node.answered(poll.problem)
+            held, problem = checked_node_report(poll.held, poll.problem)
+            node.set_held(held)
+            node.answered(problem)
             if node.is_ready != was_ready:
                 log.info("ray node", node=node.name, is_ready=node.is_ready, problem=node.problem)
                 self._listener.on_capacity_changed()

@@ -16,6 +16,7 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 from cortex.engines.base import (
+    Capacity,
     Ended,
     Ending,
     Lost,
@@ -32,6 +33,7 @@ _MESSAGES: dict[str, type[Any]] = {
     each.__name__: each
     for each in (
         Answer,
+        Capacity,
         Ended,
         Lock,
         LogPiece,
@@ -45,7 +47,13 @@ _MESSAGES: dict[str, type[Any]] = {
     )
 }
 # The fields that contain further messages. All others are plain data.
-_NESTED = {(Answer, "value"), (Poll, "seen"), (Poll, "logs"), (Poll, "rests")}
+_NESTED = {
+    (Answer, "value"),
+    (Poll, "seen"),
+    (Poll, "logs"),
+    (Poll, "rests"),
+    (Poll, "held"),
+}
 _MESSAGE, _TUPLE, _DICT, _PLAIN = range(4)
 
 

@@ -32,6 +32,7 @@ Labels = tuple[tuple[str, tuple[str, ...]], ...]  # the labels that a job requir
 
 T = TypeVar("T")
 
+_SILENT = "its agent does not answer"
 _PAUSE_S = 30.0
 _MAX_PAUSE_S = 600.0
 _MAX_SUSPICIONS = 8
@@ -54,6 +55,7 @@ class Node:
         self.problem: str | None = None
         """Why the node takes no new job, where `is_ready` is False."""
         self._is_ready = False
+        self._reported: str | None = None
         self._suspicions = 0
         self._suspected_until = 0.0
         self._held = self._previous_held = NOTHING
@@ -121,10 +123,24 @@ class Node:
         Args:
             problem: why the node takes no new job, by its own report.
         """
+        self._reported = problem
         if problem is not None:
             self.problem, self.is_ready = problem, False
         elif not self.is_ready and time.monotonic() >= self._suspected_until:
             self.problem, self.is_ready = None, True
+
+    def set_silent(self, *, is_silent: bool) -> bool:
+        """Whether the node's agent has sent nothing for a while: then the node takes no new job.
+
+        Returns:
+            Whether this changes `is_ready`.
+        """
+        was_ready = self.is_ready
+        if is_silent and was_ready:
+            self.problem, self.is_ready = _SILENT, False
+        elif not is_silent and self.problem == _SILENT:
+            self.answered(self._reported)
+        return self.is_ready != was_ready
 
     def add(self, job_id: str, compute: Compute) -> None:
         """Count a job's share as taken."""

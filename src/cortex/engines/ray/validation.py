@@ -9,6 +9,7 @@ import re
 from dataclasses import replace
 
 from cortex.engines.base import (
+    Capacity,
     Ended,
     Ending,
     Lost,
@@ -62,6 +63,19 @@ def checked_lock_file(lock: Lock) -> Lock:
     if not isinstance(lock.text, str) or len(lock.text) > _MAX_LOCK_FILE_BYTES:
         raise checks.Invalid("the text is not a string, or too long")
     return replace(lock, text=lock.text.encode("utf-8", "backslashreplace").decode())
+
+
+def checked_node_report(held: object, problem: object) -> tuple[Capacity, str | None]:
+    """What an agent reports of its node in each poll: `Poll.held` and `Poll.problem`.
+
+    Raises:
+        checks.Invalid: a value is invalid.
+    """
+    amounts = (held.cpu_m, held.mem, held.gpu) if isinstance(held, Capacity) else ()
+    if not amounts or any(type(each) is not int or each < 0 for each in amounts):
+        raise checks.Invalid("its agent reports an invalid amount of reservations")
+    assert isinstance(held, Capacity)
+    return held, None if problem is None else _checked_reason(problem)
 
 
 def checked_log_piece(piece: object) -> LogPiece:
