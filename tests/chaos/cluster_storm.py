@@ -190,8 +190,9 @@ class Storm:
                 print(f"{number + 1} of {len(plan)} actions", flush=True)
         self.calm()
         self.await_all()
-        for running in self.cluster.operators.values():
+        for name, running in self.cluster.operators.items():
             running.kill()
+            self.killed.add(name)
         self.revive()
         for job in self.jobs:
             self.check_job(job)
@@ -290,9 +291,11 @@ class Storm:
         if status["status"] == "status_succeeded" and status.get("result") != job.kind:
             raise Violation(f"{job}: not its result: {status}")
         if job.final is None and job.kind == "say" and status["status"] == "status_succeeded":
-            log = self.request("GET", f"{job.path}/logs").text.rpartition(" begins\n")[2]
+            answer = self.request("GET", f"{job.path}/logs")
+            log = answer.text.rpartition(" begins\n")[2]
             if log != "".join(f"line {number}\n" for number in range(LINE_COUNT)):
-                raise Violation(f"{job}: its log is not complete: {len(log)} bytes")
+                about = f"{answer.status_code}, {len(log)} bytes: {log[:300]!r}"
+                raise Violation(f"{job}: its log is not complete: {about}")
         job.final = status
         return True
 
@@ -453,8 +456,9 @@ class Storm:
 
     def kill(self, names: list[str], kind: str) -> Fault | None:
         """Kill processes that Cortex or Ray replaces."""
-        name = self.pick(names)
-        if name is None or not self.cluster.pids(name, kind):
+        # A standby has no driver.
+        name = self.pick([name for name in names if self.cluster.pids(name, kind)])
+        if name is None:
             return None
         self.cluster.kill(name, kind)
         return Fault(kind, name, time.monotonic(), lambda: None)
