@@ -128,6 +128,8 @@ class InProcessRay(Driver):
             connections = list(agent._server._connections)
             tasks = [*agent._tasks, *(task for each in connections for task in each._tasks)]
             await agent._server.close()
+            # A test may kill the agent within a call to it.
+            tasks = [task for task in tasks if task is not asyncio.current_task()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -136,6 +138,7 @@ class InProcessRay(Driver):
             await agent._reservations.close()
             await agent._raylet.close()
             agent._agent_folder._lock.close()
+        self.close()
 
 
 class ObservedServer(AgentServer):
@@ -147,6 +150,8 @@ class ObservedServer(AgentServer):
 
     async def carry_out(self, method: str, arguments: tuple[object, ...]) -> Answer:
         await self._ray.on_call(method)
+        if self._ray.agent is not self._agent:
+            return Answer(unreachable="its agent was killed")
         return await super().carry_out(method, arguments)
 
 

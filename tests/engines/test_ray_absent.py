@@ -121,7 +121,7 @@ def test_a_node_that_joins_after_the_head_gets_the_job_that_waits_for_it(
     harness: InProcessHarness,
 ) -> None:
     async def main() -> None:
-        small = replace(STATE, total=Capacity(0, GIB, 0))
+        small = replace(STATE, total=Capacity(1000, GIB, 0))
         harness.ray.states = [small]
         async with opened_while_away(harness) as engine:
             harness.ray.is_cut_off = False

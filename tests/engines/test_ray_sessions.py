@@ -352,23 +352,6 @@ def test_an_agent_whose_port_cannot_be_reached_makes_its_node_not_ready(
     harness.run(scenario)
 
 
-def test_an_agent_that_has_no_port_is_refused_with_the_reason(
-    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hello = Agent.hello
-
-    async def without_port(self: Agent) -> Hello:
-        return replace(await hello(self), host="", port=0, key=b"")
-
-    async def scenario(engine: Engine) -> None:
-        with monkeypatch.context() as patched:
-            patched.setattr(Agent, "hello", without_port)
-            await harness.ray.kill_agent()
-            await until(lambda: "of an earlier version" in problem_of(engine))
-
-    harness.run(scenario)
-
-
 def test_ports_that_the_node_cannot_use_are_its_problem(
     harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
