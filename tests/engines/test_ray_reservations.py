@@ -162,7 +162,7 @@ def test_a_request_to_ray_that_fails_is_repeated_and_leaves_nothing(
 
 
 def test_a_killed_agents_reservations_are_those_of_the_next_agent(
-    harness: InProcessHarness,
+    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(engine: Engine) -> None:
         attempt = await harness.start_attempt(engine, harness.sleeper())
@@ -173,8 +173,16 @@ def test_a_killed_agents_reservations_are_those_of_the_next_agent(
         await harness.observed(attempt, Reachable)
         await asyncio.sleep(5)  # longer than the reservations of no job would stay
         assert set(harness.ray.reservations) == names
+        monkeypatch.setattr(node_reservations, "_ADOPTION_S", 600.0)
+        await harness.ray.kill_agent()
+        await until(lambda: harness.observations.count(Reachable(attempt.spec.job_id, 1)) == 2)
+        agent = harness.ray.agent
+        assert agent is not None
+        await until(lambda: agent._reservations.held == CPU_AND_MEMORY)
+        await asyncio.sleep(1)  # the job's reservation is found, and used
         harness.finish_sleeper()
         await harness.ended(attempt)
+        # The time for which an agent keeps what it has found does not apply to what it has used.
         await until(lambda: not harness.ray.reservations)
 
     harness.run(scenario)

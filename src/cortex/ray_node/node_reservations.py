@@ -225,7 +225,7 @@ class NodeReservations:
                 continue
             if lacking[held.amount] > 0:
                 lacking[held.amount] -= 1
-                held.last_use = max(held.last_use, time.monotonic())
+                held.last_use = time.monotonic()
             else:
                 idle.append(name)
         return idle, list(lacking.elements())
