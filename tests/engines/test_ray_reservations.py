@@ -27,7 +27,7 @@ from cortex.engines.ray import cluster as ray_cluster
 from cortex.engines.ray.connection import AgentConnection
 from cortex.ray_node import agent, node_reservations, raylet, reservations
 from engines.engine_harness import until
-from engines.in_process_ray import STATE, InProcessHarness, in_process_harness
+from engines.in_process_ray import STATE, InProcessHarness, in_process_harness, ready
 
 NOTHING = "def task(config): pass"
 CPU_AND_MEMORY = Capacity(100, 0, 0)
@@ -403,6 +403,60 @@ def test_a_node_with_another_version_is_reported(
         await until(lambda: node_of(other).problem)
         assert "install the same version on both" in str(node_of(other).problem)
         assert harness.ray.calls.count("hello") >= 2
+        await other.close()
+
+    harness.run(scenario)
+
+
+def test_an_attempt_that_is_recovered_after_its_nodes_raylet_has_hung_is_followed(
+    harness: InProcessHarness,
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await harness.started(attempt)
+        harness.ray.raylet_hangs = True
+        await until(lambda: node_of(engine).problem == "its raylet does not answer")
+        await engine.close()
+        harness.finish_sleeper()
+        agent = harness.ray.agent
+        assert agent is not None
+        await until(lambda: not agent._orders)
+        harness.observations.clear()
+        other = harness.new_engine()
+        await other.open(harness.report)
+        await until(lambda: node_of(other).problem == "its raylet does not answer")
+        await other.recover(attempt)
+        assert (await harness.ended(attempt)).result == "done"
+        await other.close()
+
+    harness.run(scenario)
+
+
+def test_an_agent_of_another_version_is_replaced_although_ray_did_not_do_it_at_once(
+    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_agent = harness.ray.replace_agent
+
+    async def fail_once(_: str) -> None:
+        monkeypatch.setattr(harness.ray, "replace_agent", replace_agent)
+        raise RayError("the cluster does not answer now")
+
+    monkeypatch.setattr(harness.ray, "replace_agent", fail_once)
+
+    async def scenario(engine: Engine) -> None:
+        first = harness.ray.agent
+        assert first is not None
+        hello = first.hello
+
+        async def old_hello() -> object:
+            return replace(await hello(), version="before")
+
+        monkeypatch.setattr(first, "hello", old_hello)
+        await engine.close()
+        other = harness.new_engine()
+        await other.open(harness.report)
+        await ready(other)
+        assert harness.ray.agent is not first
         await other.close()
 
     harness.run(scenario)

@@ -107,10 +107,10 @@ class Attempts:
             self._lose(tracked, "its node is no longer in the cluster")
         elif self._cluster.problem is not None:
             self._mark_unreachable(tracked, self._cluster.problem)
-        elif node is None or not node.is_ready:
-            pass  # `on_agent_reachable` recovers it, or `on_nodes_refreshed` finds its node lost
-        else:
+        elif tracked.node_id in self._cluster.connections:
+            # Whether or not the node takes new jobs: `on_agent_reachable` may have been called.
             self._background.run(self._recover_with_retries(tracked))
+        # Else `on_agent_reachable` recovers it, or `on_nodes_refreshed` finds its node lost.
 
     def report_freed(self) -> None:
         """Report that a job that did not fit before may fit now."""

@@ -311,9 +311,9 @@ class Cluster:
         hello = await self._hello(node)
         if hello.version != AGENT_VERSION and node.node_id not in self._replaced:
             # It has run since before an upgrade. Its jobs do not depend on it.
-            self._replaced.add(node.node_id)
             log.info("replacing an agent", node=node.name, version=hello.version)
             await self.call_driver("replace_agent", node.node_id)
+            self._replaced.add(node.node_id)
             hello = await self._hello(node)
         if hello.version != AGENT_VERSION:
             raise Refused(
