@@ -58,19 +58,23 @@ class InProcessRay(Driver):
     async def release_lost(self) -> None:
         alive = {state.node_id for state in self.states if state.is_alive}
         for name in list(self.reservations):
-            if name.split(":")[1] not in alive:
+            if name.split(":")[1] not in alive and self.reservations[name].node_id not in alive:
                 del self.reservations[name]
 
     async def replace_agent(self, node_id: str) -> None:
         await self.kill_agent()
 
     def create(self, name: str, node_id: str, amount: Capacity, timeout_s: float) -> bool:
-        self.reservations[name] = reservations.Reservation(name, amount, self.has_capacity)
+        self.reservations[name] = reservations.Reservation(
+            name, amount, self.has_capacity, node_id if self.has_capacity else ""
+        )
         return self.has_capacity
 
     def find(self, name: str) -> reservations.Reservation | None:
         if name in self.reservations and self.has_capacity:
-            self.reservations[name] = replace(self.reservations[name], is_created=True)
+            self.reservations[name] = replace(
+                self.reservations[name], is_created=True, node_id=STATE.node_id
+            )
         return self.reservations.get(name)
 
     def existing(self, prefix: str) -> list[reservations.Reservation]:
@@ -167,7 +171,10 @@ class InProcessLink:
             raise NotSent("the link was closed")
         if self._ray.is_cut_off:
             raise LinkError("cut off")
-        response = await asyncio.wait_for(answer(self._ray, method, arguments), timeout_s)
+        try:
+            response = await asyncio.wait_for(answer(self._ray, method, arguments), timeout_s)
+        except TimeoutError:
+            raise LinkError(f"the Ray cluster did not answer within {timeout_s:g} s") from None
         if response.unreachable is not None:
             raise (LinkError if response.is_sent else NotSent)(response.unreachable)
         if response.refused is not None:

@@ -4,6 +4,7 @@ agent does not answer: on a node without Ray (`ray`)."""
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from ray.exceptions import RayError
 
 from cortex.engines.base import (
+    Attempt,
     Capacity,
     CapacityFreed,
     Ended,
@@ -27,7 +29,7 @@ from cortex.engines.ray import cluster as ray_cluster
 from cortex.engines.ray.connection import AgentConnection
 from cortex.ray_node import agent, node_reservations, raylet, reservations
 from engines.engine_harness import until
-from engines.in_process_ray import STATE, InProcessHarness, in_process_harness, ready
+from engines.in_process_ray import NAMESPACE, STATE, InProcessHarness, in_process_harness, ready
 
 NOTHING = "def task(config): pass"
 CPU_AND_MEMORY = Capacity(100, 0, 0)
@@ -458,5 +460,134 @@ def test_an_agent_of_another_version_is_replaced_although_ray_did_not_do_it_at_o
         await ready(other)
         assert harness.ray.agent is not first
         await other.close()
+
+    harness.run(scenario)
+
+
+def with_gpus(harness: InProcessHarness) -> None:
+    harness.ray.states = [replace(STATE, total=Capacity(4000, 1 << 33, 2))]
+
+
+def test_the_next_agent_releases_the_gpus_of_the_job_that_has_ended_and_no_others(
+    harness: InProcessHarness,
+) -> None:
+    with_gpus(harness)
+    code = """
+        import os, time
+        def task(config):
+            while not os.path.exists(config["file"]):
+                time.sleep(0.01)
+    """
+
+    async def scenario(engine: Engine) -> None:
+        attempts: list[Attempt] = []
+        names: list[str] = []
+        files: list[Path] = []
+        for number in range(2):
+            file = harness.root / f"end{number}"
+            attempt = harness.attempt(code, gpu=1, config={"file": str(file)})
+            attempts.append(await harness.start_attempt(engine, attempt))
+            await harness.started(attempts[number])
+            names.append(*(set(harness.ray.reservations) - set(names)))
+            files.append(file)
+        await harness.ray.kill_agent()
+        for attempt in attempts:
+            await harness.observed(attempt, Reachable)
+        for attempt, name, file in zip(attempts, names, files, strict=True):
+            file.touch()
+            await harness.ended(attempt)
+            await until(lambda name=name: name not in harness.ray.reservations)
+            assert set(harness.ray.reservations) == set(names[names.index(name) + 1 :])
+
+    harness.run(scenario)
+
+
+def test_jobs_keep_what_an_operator_before_version_2_reserved_for_them(
+    harness: InProcessHarness,
+) -> None:
+    with_gpus(harness)
+
+    async def scenario(engine: Engine) -> None:
+        first = await harness.start_attempt(engine, harness.sleeper())
+        await harness.started(first)
+        second = harness.attempt(command=["/bin/sh", "-c", "sleep 600"], gpu=1, cpu_m=100)
+        second = await harness.start_attempt(engine, second)
+        await harness.started(second)
+        await until(lambda: len(harness.ray.reservations) == 2)
+        await engine.close()
+        await harness.ray.kill_agent()
+        for name, each in list(harness.ray.reservations.items()):
+            del harness.ray.reservations[name]
+            job = second if each.amount.gpu else first
+            old_name = f"{NAMESPACE}:{job.spec.job_id}:1"
+            harness.ray.reservations[old_name] = replace(each, name=old_name)
+        before = set(harness.ray.reservations)
+        pending = reservations.Reservation(f"{NAMESPACE}:job:1", CPU_AND_MEMORY, False)
+        harness.ray.reservations[pending.name] = pending
+        harness.observations.clear()
+        other = harness.new_engine()
+        await other.open(harness.report)
+        await other.recover(first)
+        await other.recover(second)
+        await until(lambda: set(harness.ray.reservations) == before)
+        await asyncio.sleep(5)  # longer than the reservations of no job would stay
+        assert set(harness.ray.reservations) == before
+        other.stop(second.spec.job_id)
+        await harness.ended(second)
+        await until(lambda: len(harness.ray.reservations) == 1)
+        assert first.spec.job_id in next(iter(harness.ray.reservations))
+        harness.finish_sleeper()
+        await harness.ended(first)
+        await until(lambda: not harness.ray.reservations)
+        await other.close()
+
+    harness.run(scenario)
+
+
+def test_gpus_that_ray_reserves_after_the_stop_of_their_job_are_released(
+    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gpus(harness)
+    may_create = threading.Event()
+
+    def create(name: str, node_id: str, amount: Capacity, timeout_s: float) -> bool:
+        may_create.wait(60)
+        return harness.ray.create(name, node_id, amount, timeout_s)
+
+    monkeypatch.setattr(reservations, "create", create)
+
+    async def scenario(engine: Engine) -> None:
+        attempt = harness.attempt(NOTHING, gpu=1)
+        attempt = await harness.start_attempt(engine, attempt)
+        await until(lambda: "waits for Ray to reserve its GPUs" in harness.wait_reasons)
+        engine.stop(attempt.spec.job_id)
+        assert isinstance(await harness.final(attempt), NeverStarted)
+        await asyncio.sleep(1.5)  # longer than the release takes
+        may_create.set()
+        await until(lambda: harness.ray.reservations)
+        await until(lambda: not harness.ray.reservations)
+
+    harness.run(scenario)
+
+
+def test_no_job_waits_while_ray_lists_the_reservations_of_lost_nodes(
+    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_cluster, "RESPONSE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(ray_cluster, "RELEASE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(ray_cluster, "RELEASE_RETRY_DELAY_S", 0.1)
+    calls = [0]
+
+    async def hang() -> None:
+        calls[0] += 1
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(harness.ray, "release_lost", hang)
+
+    async def scenario(engine: Engine) -> None:
+        assert isinstance(await harness.outcome(engine, harness.attempt(NOTHING)), Ended)
+        await until(lambda: calls[0] >= 3)
+        assert engine.capabilities.problem is None
+        assert node_of(engine).is_ready
 
     harness.run(scenario)

@@ -53,6 +53,13 @@ class _Held:
     amount: Capacity
     is_created: bool = False
     last_use: float = 0.0
+    request: asyncio.Future[bool] | None = None
+    """The request to Ray, which a thread carries out even where no job waits for it any more."""
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether Ray has not answered the request yet."""
+        return self.request is not None and not self.request.done()
 
 
 class NodeReservations:
@@ -73,12 +80,17 @@ class NodeReservations:
             on_change: called when `held` has changed.
         """
         self._node_id = node_id
+        self._namespace_prefix = f"{namespace}:"
         self._prefix = f"{namespace}:{node_id}:"
         self._can_create = can_create
         self._on_change = on_change
         self._wanted: dict[str, Capacity] = {}  # by job, without those that need GPUs
         self._held: dict[str, _Held] = {}  # by the reservation's name
         self._of_gpu_jobs: dict[str, str] = {}  # the reservation's name, by job
+        # What other agents of the node have reserved is known only once it is adopted.
+        self._is_adopted = False
+        self._unmatched_gpu_jobs: set[str] = set()
+        self._ended_gpu_jobs: set[str] = set()
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._threads = ThreadPoolExecutor(_THREADS, "reservations")
@@ -102,10 +114,15 @@ class NodeReservations:
         self._threads.shutdown(wait=False)
 
     def add(self, job_id: str, amount: Capacity) -> None:
-        """A job without GPUs runs on the node."""
+        """A job runs on the node. If it has GPUs, an earlier agent has reserved them: they belong
+        to that one reservation."""
         if amount == NOTHING:  # Ray has no empty reservations
             return
-        self._wanted[job_id] = amount
+        if amount.gpu:
+            self._unmatched_gpu_jobs.add(job_id)
+            self._match_gpu_jobs()
+        else:
+            self._wanted[job_id] = amount
         self._changed.set()
 
     async def add_with_gpus(self, job_id: str, amount: Capacity) -> tuple[int, ...]:
@@ -118,13 +135,13 @@ class NodeReservations:
             GpusUnavailable: Ray has not reserved them in time.
         """
         deadline = time.monotonic() + _GPU_TIMEOUT_S
-        name = self._new_name()
+        name = self._new_name(job_id)
         self._of_gpu_jobs[job_id] = name
         self._held[name] = held = _Held(amount)
         try:
             if not self._can_create():
                 raise GpusUnavailable("the node's raylet does not answer")
-            held.is_created = await self._create(name, amount)
+            held.is_created = await self._create(name, held)
             while not held.is_created:
                 if time.monotonic() > deadline:
                     raise GpusUnavailable("others have taken the free GPUs of its node")
@@ -146,16 +163,27 @@ class NodeReservations:
         """A job runs on the node no longer."""
         if self._wanted.pop(job_id, None) is not None:
             self._changed.set()
-        self._remove_gpus(job_id)
+        else:
+            self._remove_gpus(job_id)
 
     def _remove_gpus(self, job_id: str) -> None:
-        name = self._of_gpu_jobs.pop(job_id, None)
-        if name is not None:
-            self._held[name].last_use = 0.0
-            self._changed.set()
+        self._unmatched_gpu_jobs.discard(job_id)
+        if not self._is_adopted:
+            self._ended_gpu_jobs.add(job_id)
+        self._of_gpu_jobs.pop(job_id, None)
+        for name, held in self._held.items():
+            if _has_gpus_of(name, held, job_id):
+                held.last_use = 0.0
+                self._changed.set()
+
+    def _match_gpu_jobs(self) -> None:
+        for name, held in self._held.items():
+            jobs = self._unmatched_gpu_jobs if held.is_created else ()
+            for job_id in [each for each in jobs if _has_gpus_of(name, held, each)]:
+                self._of_gpu_jobs[job_id] = name
+                self._unmatched_gpu_jobs.discard(job_id)
 
     async def _run(self) -> None:
-        is_adopted = False
         delay_s: float | None = None
         failure = ""
         while True:
@@ -167,9 +195,8 @@ class NodeReservations:
             self._changed.clear()
             await asyncio.sleep(_BATCH_S)
             try:
-                if not is_adopted:
+                if not self._is_adopted:
                     await self._adopt()
-                    is_adopted = True
                 await self._reconcile()
                 delay_s = _CHECK_INTERVAL_S if self._is_unsettled() else None
                 failure = ""
@@ -177,16 +204,27 @@ class NodeReservations:
                 if str(error) != failure:
                     failure = str(error)
                     log.warning("cannot reserve what the jobs of this node take", error=failure)
-                is_adopted = False  # Ray may have made a reservation whose request has failed
+                self._is_adopted = False  # Ray may have made a reservation whose request has failed
                 delay_s = _RETRY_DELAY_S
 
     async def _adopt(self) -> None:
         """Take over the reservations of an earlier agent of this node."""
-        found = await self._in_thread(reservations.existing, self._prefix)
+        named = await self._in_thread(reservations.existing, self._namespace_prefix)
+        # Before version 2 of the messages, the operator reserved, by names without the node's id.
+        found = [
+            each
+            for each in named
+            if each.name.startswith(self._prefix) or each.node_id == self._node_id
+        ]
         for each in found:
             if each.name not in self._held:
                 last_use = time.monotonic() + _ADOPTION_S - _IDLE_S
-                self._held[each.name] = _Held(each.amount, each.is_created, last_use)
+                held = self._held[each.name] = _Held(each.amount, each.is_created, last_use)
+                if any(_has_gpus_of(each.name, held, job_id) for job_id in self._ended_gpu_jobs):
+                    held.last_use = 0.0
+        self._is_adopted = True
+        self._ended_gpu_jobs.clear()
+        self._match_gpu_jobs()
         if found:
             self._on_change()
 
@@ -199,6 +237,8 @@ class NodeReservations:
         idle, lacking = self._assign()
         for name in idle:
             held = self._held[name]
+            if held.is_requested:  # Ray might make it after its release
+                continue
             is_kept = held.is_created and time.monotonic() - held.last_use < _IDLE_S
             # What is idle must not take the place of what is lacking.
             if not is_kept or (lacking and held.last_use <= time.monotonic()):
@@ -211,7 +251,7 @@ class NodeReservations:
                 return
             name = self._new_name()
             self._held[name] = held = _Held(amount, last_use=time.monotonic())
-            held.is_created = await self._create(name, amount)
+            held.is_created = await self._create(name, held)
             if held.is_created:
                 self._on_change()
 
@@ -233,7 +273,7 @@ class NodeReservations:
     async def _check_pending(self) -> None:
         of_gpu_jobs = set(self._of_gpu_jobs.values())
         for name, held in list(self._held.items()):
-            if held.is_created or name in of_gpu_jobs:
+            if held.is_created or held.is_requested or name in of_gpu_jobs:
                 continue
             found = await self._in_thread(reservations.find, name)
             if found is None:  # the request for it has failed
@@ -249,13 +289,20 @@ class NodeReservations:
         wanted.update(self._held[name].amount for name in self._of_gpu_jobs.values())
         return held != wanted or len(self._held) != wanted.total()
 
-    async def _create(self, name: str, amount: Capacity) -> bool:
-        return await self._in_thread(
-            reservations.create, name, self._node_id, amount, _CREATE_TIMEOUT_S
-        )
+    async def _create(self, name: str, held: _Held) -> bool:
+        arguments = name, self._node_id, held.amount, _CREATE_TIMEOUT_S
+        work = self._in_thread(reservations.create, *arguments)
+        held.request = asyncio.ensure_future(work)
+        held.request.add_done_callback(lambda made: made.cancelled() or made.exception())
+        return await asyncio.shield(held.request)
 
-    def _new_name(self) -> str:
-        return f"{self._prefix}{uuid.uuid4().hex}"
+    def _new_name(self, gpu_job: str = "") -> str:
+        return f"{self._prefix}{gpu_job}:{uuid.uuid4().hex}"
 
     async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+
+
+def _has_gpus_of(name: str, held: _Held, job_id: str) -> bool:
+    """Whether a reservation has the GPUs of a job, whose id is a part of its name."""
+    return held.amount.gpu > 0 and job_id in name.split(":")

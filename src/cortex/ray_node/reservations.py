@@ -36,6 +36,8 @@ class Reservation:
     amount: Capacity
     is_created: bool
     """False while Ray waits for capacity that others have taken."""
+    node_id: str = ""
+    """Where it is, once it is created."""
 
 
 def node_states() -> tuple[NodeState, ...]:
@@ -111,14 +113,18 @@ def release(name: str) -> None:
 
 def release_lost(prefix: str) -> None:
     """Release the reservations whose names begin with `prefix` and go on with a node's id, unless
-    that node is alive.
+    that node is alive. Where the names go on with a job's id, as before version 2 of the messages,
+    those on nodes that are alive stay: the agents release them.
 
     Raises:
         RayError: the cluster does not answer.
     """
+    found = existing(prefix)
+    # Read last: a node that has joined meanwhile may have made reservations.
     alive = {state.node_id for state in node_states() if state.is_alive}
-    for each in existing(prefix):
-        if each.name.removeprefix(prefix).partition(":")[0] not in alive:
+    for each in found:
+        named_node = each.name.removeprefix(prefix).partition(":")[0]
+        if named_node not in alive and each.node_id not in alive:
             release(each.name)
 
 
@@ -144,7 +150,9 @@ def _own_gpus() -> list[Any]:
 def _reservation(fields: dict[str, Any]) -> Reservation:
     bundles = fields["bundles"].values()
     amount = sum((_capacity(each) for each in bundles), NOTHING)
-    return Reservation(fields["name"], amount, fields["state"] == "CREATED")
+    is_created = fields["state"] == "CREATED"
+    node_id = next(iter(fields["bundles_to_node_id"].values()), "") if is_created else ""
+    return Reservation(fields["name"], amount, is_created, node_id)
 
 
 def _state(fields: dict[str, Any], available: dict[str, dict[str, float]]) -> NodeState:

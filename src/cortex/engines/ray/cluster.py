@@ -36,6 +36,9 @@ MAX_SILENCE_S = 4.0
 HELLO_TIMEOUT_S = 60.0  # a cold node loads Python and this package first
 POLL_TIMEOUT_S = 10.0
 RETRY_DELAY_S = 1.0
+# Ray lists every reservation that there was since the start of its head.
+RELEASE_TIMEOUT_S = 600.0
+RELEASE_RETRY_DELAY_S = 10.0
 
 
 class ClusterListener(Protocol):
@@ -96,6 +99,7 @@ class Cluster:
         self._agent_tasks: dict[str, asyncio.Task[None]] = {}
         self._replaced: set[str] = set()  # the nodes whose agent was replaced by this operator
         self._has_lost_nodes = True  # an earlier operator may have left reservations there
+        self._release_task: asyncio.Task[None] | None = None
 
     @property
     def is_joined(self) -> bool:
@@ -121,7 +125,8 @@ class Cluster:
 
     async def close(self) -> None:
         """Leave the cluster. Agents and jobs continue."""
-        tasks = [*self._agent_tasks.values(), *([self._link_task] if self._link_task else [])]
+        single = [task for task in (self._link_task, self._release_task) if task is not None]
+        tasks = [*self._agent_tasks.values(), *single]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -247,9 +252,9 @@ class Cluster:
         for node in lost:
             self._remove(node)
         self._has_lost_nodes = self._has_lost_nodes or bool(lost)
-        if self._has_lost_nodes:
-            await link.call("release_lost", timeout_s=RESPONSE_TIMEOUT_S)
+        if self._has_lost_nodes and (self._release_task is None or self._release_task.done()):
             self._has_lost_nodes = False
+            self._release_task = asyncio.create_task(self._release_lost(link), name="release")
         self._listener.on_nodes_refreshed()
         for node_id, node in self.nodes.alive.items():
             if node_id not in self._agent_tasks:
@@ -260,6 +265,15 @@ class Cluster:
         # The loss of a node may change the reason why a job waits.
         if lost or any(node.free != before.get(each) for each, node in self.nodes.alive.items()):
             self._listener.on_capacity_changed()
+
+    async def _release_lost(self, link: Link) -> None:
+        """Release the reservations that lost nodes have left. No job waits for that."""
+        try:
+            await link.call("release_lost", timeout_s=RELEASE_TIMEOUT_S)
+        except (LinkError, Refused) as error:
+            log.warning("cannot release the reservations of lost nodes", error=str(error))
+            await asyncio.sleep(RELEASE_RETRY_DELAY_S)
+            self._has_lost_nodes = True
 
     def _check_silence(self) -> None:
         """Give no new job to nodes whose agents do not send the frame that each owes every second.
