@@ -7,13 +7,18 @@ import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
 
+from cortex.errors import NoLeader
 from cortex.joblog.folders import JobFolders
 from cortex.joblog.reader import Log
 from cortex.joblog.watch import FileWatch
+from cortex.objects import ObjectStore
 from cortex.operator.deploy.catalogue import Catalogue
 from cortex.operator.deploy.deployer import Deployer
 from cortex.operator.dispatch import dispatcher, starter
@@ -21,11 +26,17 @@ from cortex.operator.dispatch.dispatcher import Dispatcher
 from cortex.operator.dispatch.jobs import Jobs
 from cortex.operator.dispatch.live_jobs import LiveJob
 from cortex.operator.http.context import Context
+from cortex.operator.http.routes import logs
+from cortex.operator.http.views import Renderer
 from cortex.operator.logs import follow
+from cortex.operator.logs.archive import Archive
 from cortex.spec.api import ApiSpec, Limits, Networking
 from cortex.spec.audit import UNKNOWN
 from cortex.spec.job import JobRecord
+from cortex.spec.lifecycle import Event
+from cortex.spec.times import now_ns
 from cortex.store import Store
+from cortex.store.events import End, Stop
 from store.store_harness import draft, spec
 from unit.scripted_engine import ScriptedEngine, World
 from unit.test_machine import ScriptedVersions
@@ -169,11 +180,13 @@ def test_an_operator_that_becomes_the_leader_while_it_forwards_answers_itself() 
 
 
 class Leader:
-    """A leader on a scripted engine; `claims` has the jobs for which the engine made a handle."""
+    """A leader on a scripted engine; `claims` has the jobs for which the engine made a handle, and
+    `finished` those whose logs are complete here."""
 
     def __init__(self, folder: Path) -> None:
         self.store = Store(f"sqlite:///{folder / 'operator.db'}")
         self.claims: list[str] = []
+        self.finished: list[str] = []
         self.catalogue = Catalogue(self.store, others_deploy=True)
         self.jobs = Jobs(self.store, lambda: None, lambda: None)
         self.folder = folder
@@ -193,7 +206,14 @@ class Leader:
         await versions.spec(api.api_id)
         await self.catalogue.refresh()
         folders = JobFolders(self.folder)
-        dispatcher = Dispatcher(self.store, engine, versions, self.catalogue, folders)
+        dispatcher = Dispatcher(
+            self.store,
+            engine,
+            versions,
+            self.catalogue,
+            folders,
+            on_finished=lambda job: self.finished.append(job.spec.job_id),
+        )
         self.jobs.begin_term(dispatcher)
         await engine.open(dispatcher.observe)
         await dispatcher.open()
@@ -302,3 +322,127 @@ def test_a_leader_claims_no_job_of_an_api_that_it_deletes(
             return leader.claims
 
     assert len(asyncio.run(work())) == 1
+
+
+async def claimed(leader: Leader, leading: Dispatcher) -> LiveJob:
+    """A job that a machine runs, for all that this operator knows."""
+    job = draft()
+    await leading.submit(job, None)
+    live = leading.live_jobs.find(job.job_id)
+    assert live is not None
+    assert isinstance(leading.engine, ScriptedEngine)
+    while (job.job_id, 1) not in leading.engine.world.ordered:  # noqa: ASYNC110  # no event reports it
+        await asyncio.sleep(0.01)
+    return live
+
+
+async def end_elsewhere(leader: Leader, live: LiveJob) -> JobRecord:
+    """Another operator leads by now, and stores the end of a job."""
+    ended = await leader.store.apply(live.job_id, End(Event.SUCCEED, 1, now_ns(), None))
+    assert ended.taken
+    assert ended.job is not None
+    return ended.job
+
+
+def test_a_log_is_not_complete_here_if_another_operator_has_ended_the_job(tmp_path: Path) -> None:
+    async def work() -> list[str]:
+        leader = Leader(tmp_path)
+        async with leader.opened(ONE_AT_A_TIME) as leading:
+            live = await claimed(leader, leading)
+            leading.refresh(await end_elsewhere(leader, live))
+            waiting = draft()
+            await leading.submit(waiting, None)
+            stopped = await leader.store.apply(waiting.job_id, Stop(now_ns(), "stopped"))
+            assert stopped.job is not None
+            leading.refresh(stopped.job)
+            assert leading.live_jobs.all() == [live]
+            assert leader.finished == [waiting.job_id]
+            return leader.finished
+
+    asyncio.run(with_timeout(work()))
+
+
+@asynccontextmanager
+async def serving(leader: Leader, leading: Dispatcher) -> AsyncIterator[Context]:
+    """What the routes use, with an object store, where operators have folders of their own."""
+    folders = JobFolders(leader.folder / "jobs")
+    for name in ("files", "jobs", "archived"):
+        (leader.folder / name).mkdir()
+    files = ObjectStore(f"file://{leader.folder / 'files'}")
+    archive = Archive(files, folders, leader.store, leader.folder / "archived", is_apart=True)
+    await archive.open(leading)
+    settings: Any = SimpleNamespace(job_folders=folders)
+    watcher = FileWatch("log watch")
+    versions = ScriptedVersions(leader.store, {"a": "ready"})
+    proxy: Any = ProxyWithoutLeader(lambda: None)
+    renderer = Renderer(leader.store, leader.jobs)
+    try:
+        yield Context(
+            settings, leader.store, leader.jobs, leader.catalogue, versions, renderer, watcher,
+            proxy, archive,
+        )  # fmt: skip
+    finally:
+        await watcher.close()
+        await archive.close()
+        archive.end()
+
+
+async def log_answer(ctx: Context, live: LiveJob, accept: str = "*/*") -> str:
+    """The log of a job, as a client gets it, with the error that breaks it off."""
+    app = SimpleNamespace(state=SimpleNamespace(context=ctx))
+    headers = [(b"accept", accept.encode())]
+    request = Request({"type": "http", "app": app, "headers": headers, "query_string": b""})
+    answer = await logs.logs_by_name(request, "a", live.job_id)
+    assert isinstance(answer, StreamingResponse)
+    return "".join([str(piece) async for piece in answer.body_iterator])
+
+
+def test_a_superseded_leader_serves_no_partial_log_as_the_log_of_an_ended_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Jobs, "_is_current", False)  # as with a database that operators share
+    monkeypatch.setattr(logs, "_END_TIMEOUT_S", 0.2)
+
+    async def work() -> None:
+        leader = Leader(tmp_path)
+        async with leader.opened(spec()) as leading, serving(leader, leading) as ctx:
+            live = await claimed(leader, leading)
+            folders = ctx.settings.job_folders
+            folders.folder(live.job_id).mkdir()
+            folders.append_to_log(live.job_id, "the beginning")
+            followed = asyncio.ensure_future(log_answer(ctx, live, "text/event-stream"))
+            await asyncio.sleep(0.1)
+            await end_elsewhere(leader, live)
+            with pytest.raises(NoLeader):
+                await log_answer(ctx, live)
+            leader.jobs.end_term()
+            live.notify()
+            with pytest.raises(NoLeader):  # without the event of the end
+                await followed
+            assert ctx.archive is not None
+            ctx.archive.end_term()
+            with pytest.raises(NoLeader, match="not in the object store yet"):
+                await log_answer(ctx, live)
+
+    asyncio.run(with_timeout(work()))
+
+
+def test_a_log_is_served_while_the_leader_stores_the_end_of_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Jobs, "_is_current", False)
+
+    async def work() -> None:
+        leader = Leader(tmp_path)
+        async with leader.opened(spec()) as leading, serving(leader, leading) as ctx:
+            live = await claimed(leader, leading)
+            folders = ctx.settings.job_folders
+            folders.folder(live.job_id).mkdir()
+            folders.append_to_log(live.job_id, "all of it")
+            record = await end_elsewhere(leader, live)
+            read = asyncio.ensure_future(log_answer(ctx, live))
+            await asyncio.sleep(0.1)
+            leading.live_jobs.update(live, record)  # what stored the end has returned
+            assert await read == "b'all of it\\n'"
+
+    asyncio.run(with_timeout(work()))

@@ -191,6 +191,8 @@ class Dispatcher:
         if live is None:
             return
         live.stop_wanted = True
+        if record.state in FINAL and not _ended_while_waiting(live, record):
+            return
         self.live_jobs.update(live, record)
         if record.state in CLAIMED:
             self.engine.stop(live.job_id)
@@ -216,7 +218,8 @@ class Dispatcher:
             if record.state is State.WAITING:
                 self._starter.add_waiting(record)
         elif record.state in FINAL:
-            self.live_jobs.update(live, record)
+            if _ended_while_waiting(live, record):
+                self.live_jobs.update(live, record)
         elif record.wanted is Wanted.STOP and not live.stop_wanted:
             # The stop alone: in all else this operator's own writes may be newer.
             live.stop_wanted = True
@@ -355,6 +358,18 @@ class Dispatcher:
         # Whatever ended the fork server was not this job's fault, and may be over soon.
         delay_s = min(_MAX_RETRY_DELAY_S, 0.05 * 2 ** min(failed - 1, 10)) if failed > 1 else 0
         asyncio.get_running_loop().call_later(delay_s, self._starter.enqueue, live)
+
+
+def _ended_while_waiting(live: LiveJob, record: JobRecord) -> bool:
+    """Whether a job that the store holds as ended has ended without another attempt: a user has
+    stopped it while it waited.
+
+    Only the leader ends attempts. If this operator does not know the end of one, another operator
+    leads by now, and has the whole log.
+    """
+    # The write by which the job waits again may not have returned yet.
+    has_waited = live.record.state is State.WAITING or record.state is State.CANCELLED
+    return has_waited and live.record.attempt == record.attempt
 
 
 def event_of(ended: Ended) -> tuple[Event, str | None]:

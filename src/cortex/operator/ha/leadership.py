@@ -113,5 +113,7 @@ class Leadership:
     async def step_down(self) -> None:
         """Close the parts of a leader. Nothing happens where this operator is not the leader."""
         self._jobs.end_term()
+        if self._archive is not None:
+            self._archive.end_term()
         opened, self._opened = self._opened, AsyncExitStack()
         await opened.aclose()

@@ -93,9 +93,13 @@ class Archive:
         for number in range(_SENDERS):
             self._tasks.append(asyncio.create_task(self._send_all(), name=f"archive {number}"))
 
+    def end_term(self) -> None:
+        """This operator is not the leader any longer: logs here may be incomplete."""
+        self._is_open = False
+
     async def close(self) -> None:
         """Send no more. The next leader sends the logs that wait."""
-        self._is_open = False
+        self.end_term()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from cortex.errors import NoLeader, NotFound, RangeNotSatisfiable, StorageUnavailable
 from cortex.joblog.reader import REMOVED, REPLACED, Log, is_replaced, length, opened, read
+from cortex.operator.dispatch.live_jobs import LiveJob
 from cortex.operator.http.context import Context, context
 from cortex.operator.logs.follow import event, follow
 from cortex.spec.job import JobRecord, encode
@@ -24,6 +25,7 @@ from cortex.spec.lifecycle import IN_PROGRESS
 router = APIRouter()
 
 _CHUNK_BYTES = 256 * 1024
+_END_TIMEOUT_S = 3.0
 _TEXT = "text/plain; charset=utf-8"
 
 Offset = Annotated[int, Query(ge=0, lt=2**63, description="The first byte of the log to return.")]
@@ -77,14 +79,33 @@ async def _fetched(ctx: Context, request: Request, record: JobRecord) -> Respons
         machine.
     """
     archive, job_id = ctx.archive, record.spec.job_id
-    if archive is None or ctx.jobs.find(job_id) is not None:
+    if archive is None:
         return None
+    if (live := ctx.jobs.find(job_id)) is not None:
+        if record.state in IN_PROGRESS:
+            return None
+        await _wait_for_end(ctx, live)
     if not await archive.has(job_id):
         answer = await ctx.forwarded(request, or_status=HTTPStatus.NOT_FOUND)
         if answer is not None:
             return answer
     await archive.bring_back(record)
     return None
+
+
+async def _wait_for_end(ctx: Context, live: LiveJob) -> None:
+    """Wait for the end of a job that the store holds as ended. This operator has just stored it, or
+    another operator has, which leads by now and has the whole log.
+
+    Raises:
+        NoLeader: this operator does not know the end.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_END_TIMEOUT_S):
+            while ctx.jobs.find(live.job_id) is live:
+                await live.changed()
+    if live.record.state in IN_PROGRESS:
+        raise NoLeader("this operator is no longer the leader; retry")
 
 
 async def _log_of(ctx: Context, record: JobRecord) -> Log:
@@ -199,10 +220,12 @@ async def _exact_range(log: Log, start: int, end: int) -> AsyncIterator[bytes]:
 
 async def _events(ctx: Context, record: JobRecord, log: Log, offset: int) -> AsyncIterator[str]:
     job_id = record.spec.job_id
+    live = ctx.jobs.find(job_id)
     async for piece in follow(log, offset, partial(ctx.jobs.find, job_id), ctx.watcher):
         yield ": keep-alive\n\n" if piece is None else event("log", encode(piece[1]), piece[0])
     record = await ctx.store.whole_job(job_id) or record
-    if record.state in IN_PROGRESS:
+    is_partial = live is not None and live.record.state in IN_PROGRESS
+    if record.state in IN_PROGRESS or is_partial:
         # Another operator became the leader, and has the rest of the log.
         raise NoLeader("this operator is no longer the leader; retry")
     yield event("end", "".join(ctx.renderer.status(record)))
