@@ -62,7 +62,7 @@ def shown_text(copies: LogCopies) -> bytes:
 
 def test_a_copy_grows_with_its_log(node: Path, tmp_path: Path) -> None:
     copies = LogCopies(JobFolders(tmp_path / "copies"))
-    copies.create_folder("job")
+    copies.begin("job", 1)
     copy(node, copies)
     assert not copies.folders.log("job").exists()
     for text in ("ä" * 100, "\nmore\n", "x" * 1000):
@@ -76,12 +76,36 @@ def test_the_copy_of_a_second_attempt_continues_where_the_first_ended(
     node: Path, tmp_path: Path
 ) -> None:
     copies = LogCopies(JobFolders(tmp_path / "copies"))
-    copies.create_folder("job")
+    copies.begin("job", 1)
     copies.folders.append_to_log("job", "first")
-    base = copies.create_folder("job")
+    base = copies.begin("job", 1)
     (node / "log").write_text("second\n")
     copy(node, copies, base)
     assert copies.folders.log("job").read_text() == "first\nsecond\n"
+
+
+@pytest.mark.parametrize("gap", [None, (20, 30), (2, 30)])
+def test_the_copy_of_an_attempt_has_no_rest_of_an_earlier_one(
+    node: Path, tmp_path: Path, gap: tuple[int, int] | None
+) -> None:
+    first, second = (LogCopies(JobFolders(tmp_path / name)) for name in ("o1", "o2"))
+    text = "of the first attempt, until it was lost\n"
+    first.begin("job", 1)
+    first.folders.append_to_log("job", text[:9])
+    second.recover("job", 1, 0)  # takes over
+    second.folders.append_to_log("job", text)
+    if gap is not None:
+        record = LogCut(start=gap[0], end=gap[1], limit=LIMIT).dumps()
+        second.folders.cut("job").write_bytes(record)
+    base = first.begin("job", 2)  # takes over again
+    (node / "log").write_text("second attempt\n" * 20)
+    for _ in range(2):  # a restart keeps what was copied
+        second.recover("job", 2, base)
+        copy(node, second, base)
+        shown = second.folders.log("job").read_text()
+        assert shown[base:] == "second attempt\n" * 20
+        (node / "log").unlink(missing_ok=True)
+    assert b"second attempt\n" * 20 in shown_text(second)
 
 
 def cut(node: Path, start: int, end: int) -> None:
@@ -95,9 +119,9 @@ def cut(node: Path, start: int, end: int) -> None:
 @pytest.mark.parametrize("copied", [0, 50, 4000, 9000])
 def test_a_gap_of_a_log_is_a_gap_of_its_copy(node: Path, tmp_path: Path, copied: int) -> None:
     copies = LogCopies(JobFolders(tmp_path / "copies"))
-    copies.create_folder("job")
+    copies.begin("job", 1)
     copies.folders.append_to_log("job", "before")
-    base = copies.create_folder("job")
+    base = copies.begin("job", 1)
     text = b"".join(b"%04d\n" % number for number in range(2000))
     (node / "log").write_bytes(text[:copied])
     copy(node, copies, base)
@@ -115,7 +139,7 @@ def test_a_gap_of_a_log_is_a_gap_of_its_copy(node: Path, tmp_path: Path, copied:
 
 def test_the_gaps_of_two_attempts_become_one(node: Path, tmp_path: Path) -> None:
     copies = LogCopies(JobFolders(tmp_path / "copies"))
-    copies.create_folder("job")
+    copies.begin("job", 1)
     text = b"".join(b"%04d\n" % number for number in range(2000))
     for base in (0, len(text)):
         (node / "log").write_bytes(text)
@@ -140,7 +164,7 @@ def test_the_gaps_of_two_attempts_become_one(node: Path, tmp_path: Path) -> None
 )
 def test_a_forged_cut_record_is_ignored(node: Path, tmp_path: Path, record: bytes) -> None:
     copies = LogCopies(JobFolders(tmp_path / "copies"))
-    copies.create_folder("job")
+    copies.begin("job", 1)
     (node / "log").write_text("text\n")
     (node / "log.cut").write_bytes(record)
     copy(node, copies)
@@ -159,7 +183,7 @@ def test_a_link_in_place_of_a_log_is_not_followed(node: Path, tmp_path: Path) ->
 
 def test_no_more_than_the_limit_is_copied_of_a_huge_log(node: Path, tmp_path: Path) -> None:
     copies = LogCopies(JobFolders(tmp_path / "copies"))
-    copies.create_folder("job")
+    copies.begin("job", 1)
     (node / "log").write_text("first\n")
     os.truncate(node / "log", 1 << 43)
     copy(node, copies)

@@ -99,7 +99,7 @@ class Attempts:
         self._track(tracked)
         # The disk may be full. Copying a piece of the log prepares the copy again.
         with contextlib.suppress(OSError):
-            self._log_copies.resume(tracked.job_id, tracked.log_base)
+            self._log_copies.recover(tracked.job_id, tracked.number, tracked.log_base)
         compute = attempt.version.api.compute
         self._nodes.reserve_granted(tracked.job_id, compute, tracked.node_id)
         node = self._nodes.alive.get(tracked.node_id)
@@ -247,6 +247,8 @@ class Attempts:
         """
         failures: list[tuple[TrackedAttempt, Exception]] = []
         for tracked, unchecked in pieces:
+            if self._tracked.get(tracked.job_id) is not tracked:
+                continue  # it was lost meanwhile, and the next attempt may have begun
             try:
                 piece = checked_log_piece(unchecked)
                 # A piece may follow one that could not be written, or be known already.

@@ -90,7 +90,7 @@ class RayEngine:
     def claim(self, job_id: str, attempt: int) -> str:
         node = self.ledger.node_of(job_id)
         hello = None if node is None else self._cluster.hellos.get(node.node_id)
-        return handle(node, hello, self._copies.create_folder(job_id))
+        return handle(node, hello, self._copies.begin(job_id, attempt))
 
     def prepare(self, attempt: Attempt) -> None:
         """Does nothing: the message to the node takes longest, and must not precede the commit."""

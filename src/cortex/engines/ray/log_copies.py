@@ -20,6 +20,8 @@ from cortex.worker import checks, files
 from cortex.worker.messages import LogCut
 from cortex.worker.supervisor import logfile
 
+ATTEMPT = "log.attempt"
+
 
 def read_piece(log: Path, offset: int, size: int, limit: int) -> LogPiece:
     """Up to `size` bytes of a log from an offset on. A piece that reaches the gap ends after it.
@@ -66,14 +68,30 @@ class LogCopies:
         of its beginning."""
         return max(0, self.size(job_id) - base)
 
-    def create_folder(self, job_id: str) -> int:
-        """Create the folder of a job.
+    def begin(self, job_id: str, attempt: int) -> int:
+        """Create the folder of a job, for an attempt that begins.
 
         Returns:
-            The size of the copy so far.
+            The size of the copy so far: the offset `base` of the attempt.
         """
         self.folders.folder(job_id).mkdir(0o700, parents=True, exist_ok=True)
-        return self.size(job_id)
+        base = self.size(job_id)
+        if attempt > 1:
+            self._note(job_id, attempt, base)
+        return base
+
+    def recover(self, job_id: str, attempt: int, base: int) -> None:
+        """Continue the copy of an attempt that this operator or another one has begun.
+
+        What this operator has copied beyond `base` of an earlier attempt is removed: the other
+        operator had copied less of it, and the attempt's own log belongs there.
+        """
+        if attempt > 1 and not self._is_noted(job_id, attempt, base):
+            self.folders.folder(job_id).mkdir(0o700, parents=True, exist_ok=True)
+            if self.size(job_id) > base:
+                self._truncate(job_id, base)
+            self._note(job_id, attempt, base)
+        self.resume(job_id, base)
 
     def resume(self, job_id: str, base: int) -> None:
         """Continue a copy.
@@ -81,7 +99,8 @@ class LogCopies:
         Where its beginning up to `base` was lost with another machine, fill it with a line that
         reports the loss.
         """
-        size = self.create_folder(job_id)
+        self.folders.folder(job_id).mkdir(0o700, parents=True, exist_ok=True)
+        size = self.size(job_id)
         if size < base:
             room = base - size - 1
             notice = (
@@ -109,6 +128,32 @@ class LogCopies:
             file.write(piece.data)
             if piece.end > piece.offset + len(piece.data):
                 file.truncate(base + piece.end)  # a hole, as in the node's log
+
+    def _truncate(self, job_id: str, size: int) -> None:
+        cut = self.folders.cut(job_id)
+        with contextlib.suppress(FileNotFoundError, checks.Invalid):
+            gap = LogCut.loads(cut.read_bytes())
+            if gap.start >= size:
+                cut.unlink()
+            elif gap.end > size:
+                cut.write_bytes(LogCut(start=gap.start, end=size, limit=gap.limit).dumps())
+        os.truncate(self.folders.log(job_id), size)
+
+    def _note(self, job_id: str, attempt: int, base: int) -> None:
+        """Note whose log the copy has beyond `base`. A copy without a note has that of the first
+        attempt."""
+        folder = files.open_folder(str(self.folders.folder(job_id)))
+        try:
+            files.replace(folder, ATTEMPT, f"{attempt} {base}".encode())
+        finally:
+            os.close(folder)
+
+    def _is_noted(self, job_id: str, attempt: int, base: int) -> bool:
+        try:
+            note = (self.folders.folder(job_id) / ATTEMPT).read_text()
+        except FileNotFoundError:
+            return False
+        return note == f"{attempt} {base}"
 
     def _cut(self, job_id: str, base: int, record: bytes) -> None:
         cut = LogCut.loads(record)
