@@ -169,7 +169,9 @@ def test_a_job_of_a_node_that_is_cut_off_for_a_moment_continues(cluster: Machine
     jobs.await_start(job, "a job in zone b")
     with cluster.cut("n2"):
         await_problem(cluster, running, "n2")
-        assert jobs.status(job)["status"] == "status_unknown"
+        seconds_until(
+            partial(jobs.has, job, "status_unknown"), NOTICE_LIMIT_S, "the job is unknown"
+        )
         cluster.release("go")  # it ends while the operator cannot know
     done = jobs.finished(job)
     assert (done["status"], done["result"]) == ("status_succeeded", "n2")
