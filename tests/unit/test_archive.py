@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from cortex.errors import NoLeader, StorageUnavailable
+from cortex.errors import NoLeader, NotFound, StorageUnavailable
 from cortex.joblog.folders import JobFolders
 from cortex.objects import ObjectStore
 from cortex.operator.logs.archive import Archive
@@ -191,6 +191,7 @@ def test_a_job_that_is_removed_before_its_log_is_sent_again_is_not_archived(
         follower.archive.finished(FINISHED)
         async with asyncio.timeout(30):
             await is_read.wait()
+        await eventually(lambda: not list(follower.marks.iterdir()))
         await follower.archive.close()
 
     monkeypatch.setattr(follower.files, "put", fails_once)
@@ -198,7 +199,70 @@ def test_a_job_that_is_removed_before_its_log_is_sent_again_is_not_archived(
     asyncio.run(work())
     assert failures == 1
     assert follower.files.read("logs/1/log") is None
-    assert not list(follower.marks.iterdir())
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_an_operator_that_led_sends_its_logs_although_another_one_leads_now(
+    follower: Follower, monkeypatch: pytest.MonkeyPatch, *, is_killed: bool
+) -> None:
+    put, is_away = follower.files.put, True
+    tried = threading.Event()
+
+    def try_to_put(name: str, content: bytes | Path) -> None:
+        tried.set()
+        if is_away:
+            raise StorageUnavailable("the object store does not answer")
+        put(name, content)
+
+    async def job(_: str) -> JobRecord:
+        return FINISHED
+
+    async def work() -> None:
+        nonlocal is_away
+        first = follower.archive
+        await first.start()
+        await first.open(no_live_jobs())
+        for name in ("1", "2"):  # the job 2 has not ended here
+            follower.folders.folder(name).mkdir()
+            follower.folders.append_to_log(name, "all of it")
+        first.finished(FINISHED)
+        await eventually(tried.is_set)
+        assert await first.has("1")
+        await first.close()
+        later = first
+        if is_killed:
+            await first.stop()
+            later = Archive(
+                follower.files, follower.folders, follower.store, follower.marks, is_apart=True
+            )
+            await later.start()
+        assert await later.has("1")
+        assert not await later.has("2")
+        await later.bring_back(FINISHED)
+        is_away = False
+        await eventually(lambda: [mark.name for mark in follower.marks.iterdir()] == ["1"])
+        await later.stop()
+        later.end()
+
+    monkeypatch.setattr(follower.files, "put", try_to_put)
+    monkeypatch.setattr(follower.store, "job", job)
+    asyncio.run(work())
+    assert follower.files.read("logs/1/log") == b"all of it\n"
+    assert follower.files.read("logs/2/log") is None
+
+
+def test_the_message_of_a_log_that_another_operator_owes_says_what_to_do(
+    follower: Follower,
+) -> None:
+    async def work() -> None:
+        await follower.archive.open(no_live_jobs())
+        try:
+            with pytest.raises(NotFound, match="start it again: it sends the log then"):
+                await follower.archive.bring_back(FINISHED)
+        finally:
+            await follower.archive.close()
+
+    asyncio.run(work())
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,8 @@ async def open_operator(
                 is_apart=is_shared and settings.ray is not None,
             )
             stack.callback(archive.end)
+            stack.push_async_callback(archive.stop)
+            await archive.start()
         watcher = FileWatch("log watch")
         watcher.open()
         stack.push_async_callback(watcher.close)

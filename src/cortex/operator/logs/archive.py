@@ -3,7 +3,9 @@ lacks a log. Opened by the app where an object store is configured; called by th
 log routes and retention.
 
 Logs are sent in the background. The next start sends each log that has no mark: a crash in between
-loses nothing. The copy in the data folder is dropped a day after the log was sent or read last.
+loses nothing. An operator that has been the leader sends the logs of the jobs that ended in its
+terms: no other operator has them. The copy in the data folder is dropped a day after the log was
+sent or read last.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,6 +72,10 @@ class Archive:
         # folders of their own, another operator may have led since, and the log here is incomplete.
         self._unsure: set[str] = set()
         self._sending: set[str] = set()
+        # The logs of jobs that ended while this operator was the leader, until they are sent.
+        self._whole: set[str] = set()
+        self._left = asyncio.Event()
+        self._sender_of_left: asyncio.Task[None] | None = None
         # One at a time sends, fetches, drops or removes a log: a mark must not outlive its log.
         self._job_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._more = asyncio.Event()
@@ -81,6 +87,20 @@ class Archive:
         self._threads = ThreadPoolExecutor(_THREADS, "archive")
         self._tasks: list[asyncio.Task[None]] = []
 
+    async def start(self) -> None:
+        """While this operator does not lead, send what it owes from earlier terms. Call it once;
+        `stop` ends it."""
+        if self._is_apart:
+            self._whole = await self._run(self._copies.whole)
+            self._left.set()
+            self._sender_of_left = asyncio.create_task(self._send_left(), name="archive rest")
+
+    async def stop(self) -> None:
+        """Send no more. The next start sends what is left."""
+        if self._sender_of_left is not None:
+            self._sender_of_left.cancel()
+            await asyncio.gather(self._sender_of_left, return_exceptions=True)
+
     async def open(self, dispatcher: Dispatcher) -> None:
         """Send logs from now on, and the unsent logs of earlier terms first. The dispatcher must
         know all unfinished jobs."""
@@ -88,7 +108,8 @@ class Archive:
         for job_id in await self._run(self._copies.not_sent):
             if dispatcher.live_jobs.find(job_id) is None and job_id not in self._waiting:
                 self._waiting[job_id] = None
-                self._unsure.add(job_id)
+                if job_id not in self._whole:
+                    self._unsure.add(job_id)
         self._more.set()
         for number in range(_SENDERS):
             self._tasks.append(asyncio.create_task(self._send_all(), name=f"archive {number}"))
@@ -107,6 +128,7 @@ class Archive:
         self._waiting.clear()
         self._sending.clear()
         self._unsure.clear()
+        self._left.set()
 
     def end(self) -> None:
         """Shut down the archive's threads. Call it after `close`."""
@@ -114,13 +136,17 @@ class Archive:
 
     def finished(self, job: JobRecord) -> None:
         """The log of this job is complete. Called by the dispatcher."""
+        if self._is_apart:
+            self._whole.add(job.spec.job_id)
+            with suppress(OSError):  # the disk is full: the next leader here is unsure of the log
+                self._copies.note_whole(job.spec.job_id)
         self._waiting[job.spec.job_id] = _Finished(job.spec.api_id, job.losses + 1)
         self._more.set()
 
     async def has(self, job_id: str) -> bool:
         """Whether this operator can serve a finished job's log without the leader: all operators
         share one data folder, or this operator leads, or the log is archived."""
-        if not self._is_apart or self._is_open:
+        if not self._is_apart or self._is_open or job_id in self._whole:
             return True
         return await self._run((self._marks / job_id).exists)
 
@@ -145,6 +171,12 @@ class Archive:
                     f"the log of the job {job_id} is not in the object store yet, and there is no "
                     "leader to ask for it; retry"
                 )
+            if self._is_apart:
+                raise NotFound(
+                    f"the log of the job {job_id} is not in the object store: the operator that "
+                    "led when the job ended has stopped before it sent the log. If its data folder "
+                    "exists, start it again: it sends the log then"
+                )
             raise NotFound(
                 f"the log of the job {job_id} is gone: the operator's machine was lost before the "
                 "log was sent to the object store"
@@ -161,6 +193,7 @@ class Archive:
                 await stack.enter_async_context(self._lock(job_id))
                 self._waiting.pop(job_id, None)
                 self._sending.discard(job_id)
+                self._whole.discard(job_id)
             await self._run(self._copies.remove, job_ids)
 
     async def drop_old(self) -> None:
@@ -189,6 +222,21 @@ class Archive:
                 await asyncio.sleep(self._retry_delay_s)
                 self._retry_delay_s = min(2 * self._retry_delay_s, _MAX_RETRY_DELAY_S)
 
+    async def _send_left(self) -> None:
+        while True:
+            await self._left.wait()
+            self._left.clear()
+            delay_s = _MIN_RETRY_DELAY_S
+            while self._whole and not self._is_open:
+                for job_id in list(self._whole):
+                    async with self._lock(job_id):
+                        if self._is_open or job_id not in self._whole:
+                            continue
+                        await self._send(job_id, None)
+                if self._whole:
+                    await asyncio.sleep(delay_s)
+                    delay_s = min(2 * delay_s, _MAX_RETRY_DELAY_S)
+
     async def _send(self, job_id: str, job: _Finished | None) -> bool:
         """Send a log; whether nothing is left to do for it."""
         try:
@@ -198,12 +246,16 @@ class Archive:
                 is_sure = self._has_all_of(job_id)
                 await self._run(self._copies.send, job_id, limit, job.attempts, is_sure=is_sure)
             self._unsure.discard(job_id)
+            if job_id in self._whole:
+                await self._run(self._copies.forget_whole, job_id)
+                self._whole.discard(job_id)
         except (StorageUnavailable, OSError) as error:
             log.warning("log not archived yet; retrying", job=job_id, error=str(error))
             # Behind the others: only this log may fail. The job may be removed meanwhile.
             self._waiting[job_id] = None
             return False
         except Exception as error:  # the other logs have to be sent all the same
+            self._whole.discard(job_id)
             log.error("log cannot be archived", job=job_id, exc_info=error)
         return True
 
@@ -220,7 +272,8 @@ class Archive:
 
     def _has_all_of(self, job_id: str) -> bool:
         """Whether a log here that has no mark is complete for certain."""
-        return not self._is_apart or (self._is_open and job_id not in self._unsure)
+        is_own = job_id in self._whole or (self._is_open and job_id not in self._unsure)
+        return not self._is_apart or is_own
 
     def _lock(self, job_id: str) -> asyncio.Lock:
         return self._job_locks.setdefault(job_id, asyncio.Lock())

@@ -4,6 +4,8 @@ threads.
 <object store>/logs/<job_id>/log       the log without its gap
 <object store>/logs/<job_id>/log.cut   the position of the gap in a log that exceeded its limit
 <data folder>/archived/<job_id>        the mark, an empty file: the object store has that log
+<data folder>/archived/.whole-<job_id> only until it is sent: the log here is complete, as the job
+                                       ended while this operator was the leader
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from cortex.worker.supervisor import logfile
 _CHUNK_BYTES = 1 << 20
 _MAX_UNUSED_S = 86_400
 _PART = ".part-"
+_WHOLE = ".whole-"
 
 
 class ArchivedFiles:
@@ -52,6 +55,18 @@ class ArchivedFiles:
                     part.unlink()
         sent = {mark.name for mark in self._marks.iterdir()}
         return [job_id for job_id in self._folders.job_ids() if job_id not in sent]
+
+    def note_whole(self, job_id: str) -> None:
+        """Note that the log here is complete, also for the next start."""
+        (self._marks / f"{_WHOLE}{job_id}").touch()
+
+    def whole(self) -> set[str]:
+        """The jobs whose logs here are complete for certain, and have not been sent."""
+        return {note.name.removeprefix(_WHOLE) for note in self._marks.glob(f"{_WHOLE}*")}
+
+    def forget_whole(self, job_id: str) -> None:
+        """The log was sent, or its job is removed."""
+        (self._marks / f"{_WHOLE}{job_id}").unlink(missing_ok=True)
 
     def send(self, job_id: str, limit: int, attempts: int, *, is_sure: bool) -> None:
         """Send a log, if the job has one, and no more of it than its limit allows.
@@ -139,10 +154,12 @@ class ArchivedFiles:
         self._store.delete([of(job_id) for job_id in job_ids for of in (_log, _cut)])
         for job_id in job_ids:
             (self._marks / job_id).unlink(missing_ok=True)
+            self.forget_whole(job_id)
 
     def old(self) -> list[str]:
         """The jobs whose archived logs no client has read for a day."""
-        return [mark.name for mark in self._marks.iterdir() if _is_old(mark)]
+        marks = (mark for mark in self._marks.iterdir() if not mark.name.startswith("."))
+        return [mark.name for mark in marks if _is_old(mark)]
 
     def drop(self, job_id: str) -> None:
         """Drop the copy here of an archived log, if no client has read it for a day."""
