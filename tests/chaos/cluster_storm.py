@@ -52,6 +52,8 @@ END_TIMEOUT_S = 420  # of a job, after the last fault
 MAX_TIMEOUT_S = 20  # of a job
 # Beyond a timeout: a node that is cut off ends its job by itself, and nobody can know it earlier.
 SLACK_S = DEADLY_S + 60
+PROBLEM_TIMEOUT_S = 1
+VARIABLE = re.compile(r"\b[0-9a-z]{18}\b|\b[0-9a-f]{12,}\b|\d+\.\d+\.\d+\.\d+(:\d+)?")
 NOISE = re.compile(r"\x1b|rpc_code|grpc|\.cc:\d|\.py:\d|Traceback|ray::|call_agent")
 
 TASK = """
@@ -144,6 +146,8 @@ class Storm:
     """Why operators have ended by themselves."""
     noisy: list[str] = field(default_factory=list)
     """Messages that are no sentences for users."""
+    messages: Counter[str] = field(default_factory=Counter)
+    """What users were told, without numbers and names that differ from run to run."""
     killed: set[str] = field(default_factory=set)
     max_silence_s: float = 0.0
     tended_s: float = 0.0
@@ -265,6 +269,30 @@ class Storm:
     def check_any(self) -> None:
         if self.jobs:
             self.check_job(self.random.choice(self.jobs))
+        self.note_problems()
+
+    def note(self, message: str) -> None:
+        """Note a message for users."""
+        if NOISE.search(message):
+            self.noisy.append(message)
+        if message:
+            self.messages[VARIABLE.sub("_", message)] += 1
+
+    def note_problems(self) -> None:
+        """Note the problems that operators show of themselves, the cluster and its nodes."""
+        for running in self.cluster.operators.values():
+            for path in ("/readyz", "/-/cluster"):
+                try:
+                    shown = running.http.get(running.url + path, timeout=PROBLEM_TIMEOUT_S)
+                except httpx.TransportError:
+                    continue
+                content = shown.json()
+                if shown.status_code >= 400:
+                    self.note(f"{path}: {shown.status_code} {shown.text}")
+                    continue
+                for each in (content, *content.get("nodes", ())):
+                    if problem := each.get("problem"):
+                        self.note(f"{path}: {problem}")
 
     def check_job(self, job: Job) -> bool:
         """Check what an operator answers about a job; whether the job has ended."""
@@ -273,8 +301,7 @@ class Storm:
             raise Violation(f"{job}: {response.status_code} {response.text}")
         status = response.json()["job_status"]
         message = status.get("message") or ""
-        if NOISE.search(message):
-            self.noisy.append(message)
+        self.note(f"{status['status']}: {message}" if message else "")
         if job.final is not None and any(
             status.get(key) != job.final.get(key)
             for key in ("status", "start_time", "end_time", "message", "result")
@@ -291,13 +318,25 @@ class Storm:
         if status["status"] == "status_succeeded" and status.get("result") != job.kind:
             raise Violation(f"{job}: not its result: {status}")
         if job.final is None and job.kind == "say" and status["status"] == "status_succeeded":
-            answer = self.request("GET", f"{job.path}/logs")
+            answer = self.log_of(job)
             log = answer.text.rpartition(" begins\n")[2]
             if log != "".join(f"line {number}\n" for number in range(LINE_COUNT)):
                 about = f"{answer.status_code}, {len(log)} bytes: {log[:300]!r}"
                 raise Violation(f"{job}: its log is not complete: {about}")
         job.final = status
         return True
+
+    def log_of(self, job: Job) -> httpx.Response:
+        """The log of a job that has ended. An operator that was the leader may owe it for a while to
+        the object store, with which an answer says so."""
+        until_s = time.monotonic() + ANSWER_TIMEOUT_S
+        while True:
+            answer = self.request("GET", f"{job.path}/logs")
+            if answer.status_code != 404 or time.monotonic() > until_s:
+                return answer
+            self.note(f"log: {answer.json()['message']}")
+            self.revive()
+            time.sleep(0.5)
 
     def allowed(self, job: Job, status: dict[str, Any]) -> set[str]:
         """The final statuses that a job may have."""
@@ -596,6 +635,9 @@ def summarize(run: Storm) -> None:
         print(f"{len(texts)} {what}")
         for text, count in Counter(texts).most_common(5):
             print(f"  {count} x {text[:300]}")
+    print(f"{len(run.messages)} different messages for users")
+    for text, count in run.messages.most_common():
+        print(f"  {count} x {text[:300]}")
 
 
 def main() -> None:
