@@ -44,29 +44,47 @@ def check_variables(variables: dict[str, str]) -> None:
 # systemd
 
 
-def unit_settings() -> dict[str, list[str]]:
+def unit_settings(unit: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for line in (DEPLOY / "cortex.service").read_text().splitlines():
+    for line in (DEPLOY / unit).read_text().splitlines():
         if "=" in line and not line.startswith("#"):
             key, _, value = line.partition("=")
             found.setdefault(key, []).append(value)
     return found
 
 
-def test_systemd_accepts_the_unit_without_warnings(tmp_path: Path) -> None:
-    text = (DEPLOY / "cortex.service").read_text()
-    copy = tmp_path / "cortex.service"
-    copy.write_text(text.replace("/opt/cortex/bin/cortex", CORTEX))
+@pytest.mark.parametrize("unit", ["cortex.service", "ray.service"])
+def test_systemd_accepts_the_units_without_warnings(unit: str, tmp_path: Path) -> None:
+    text = (DEPLOY / unit).read_text()
+    copy = tmp_path / unit
+    copy.write_text(text.replace("/opt/cortex/bin", str(Path(CORTEX).parent)))
     assert run("systemd-analyze", "--man=no", "verify", str(copy)) == ""
 
 
 def test_the_unit_runs_cortex_serve_and_kills_no_jobs() -> None:
-    found = unit_settings()
+    found = unit_settings("cortex.service")
     assert shlex.split(found["ExecStart"][0])[1:] == ["serve"]
     check_variables(dict(line.split("=", 1) for line in found["Environment"]))
     assert (found["KillMode"], found["OOMPolicy"]) == (["process"], ["continue"])
     assert found["StateDirectory"] == ["cortex"]
     assert "CORTEX_SERVE_DATA_DIR=/var/lib/cortex" in found["Environment"]
+
+
+def test_every_option_of_ray_in_its_unit_and_on_its_page_exists() -> None:
+    found = unit_settings("ray.service")
+    assert found["KillMode"] == ["process"]
+    # Some are in no help text.
+    code = (
+        "from ray.scripts.scripts import start; print(*(o for p in start.params for o in p.opts))"
+    )
+    known = set(run(sys.executable, "-c", code).split())
+    page = (ROOT / "docs" / "ray-cluster.md").read_text()
+    commands = [*found["ExecStart"], *re.findall(r'^RAY_OPTIONS="(.*)"', page, re.MULTILINE)]
+    commands += re.findall(r"^ray start .*", page, re.MULTILINE)
+    assert len(commands) > 5
+    for command in commands:
+        options = {word.partition("=")[0] for word in shlex.split(command) if word[0] == "-"}
+        assert options <= known, command
 
 
 # The image
