@@ -83,7 +83,7 @@ bench-scale: setup $(VENV)/.packages
 	$(RUN)/python benchmarks/scale.py
 	$(RUN)/python benchmarks/scale.py --store postgresql
 
-bench-ray: setup
+bench-ray: setup $(VENV)/.packages $(PEERS)/.ready
 	$(RUN)/python benchmarks/on_ray.py
 
 bench-pictures: setup $(PEERS)/.ready

@@ -67,6 +67,7 @@ KINDS = {
     "engine-first-line": Kind("Submit to first line, p50", "ms"),
     "engine-end": Kind("Submit to the answer that the job is final, p50", "ms"),
     "engine-end-to-end": Kind("No-op jobs, submitted to final", "/s", more_is_better=True),
+    "engine-load": Kind("Load of the machine in the last minute", "processes"),
     "forks": Kind("Fork and exit", "/s", more_is_better=True),
 }
 IDLE = [name for name in KINDS if name.startswith("idle-")]
