@@ -3,17 +3,20 @@ when the connection fails: on a node without Ray."""
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import json
 import os
 import shutil
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cortex.engines.base import Ended, Engine, Reachable
+from cortex.engines.base import Ended, Engine, Lost, Reachable
 from cortex.engines.ray import RayEngine, frames
 from cortex.engines.ray.connection import AgentConnection
 from cortex.engines.ray.log_copies import LogCopies
@@ -125,6 +128,8 @@ def test_a_rest_that_does_not_follow_the_copy_is_not_written(
     monkeypatch.setattr(Agent, "_rests", later)
 
     async def scenario(engine: Engine) -> None:
+        assert isinstance(engine, RayEngine)
+        monkeypatch.setattr(engine._attempts, "log_cursors", lambda _: {})  # nothing before the end
         attempt = harness.attempt("def task(config): print('hello')")
         await harness.outcome(engine, attempt)
         assert harness.log(attempt) == "hello\n"
@@ -383,5 +388,35 @@ def test_a_closed_engine_leaves_no_connection(harness: InProcessHarness) -> None
         await until(lambda: len(server._connections) == 2)
         await other.close()
         await until(lambda: len(server._connections) == 1)
+
+    harness.run(scenario)
+
+
+def test_a_piece_that_is_written_while_its_node_is_lost_belongs_to_its_attempt(
+    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_writing, may_write = threading.Event(), threading.Event()
+    write = LogCopies.write
+
+    def wait(self: LogCopies, job_id: str, base: int, piece: LogPiece) -> None:
+        is_writing.set()
+        may_write.wait(60)
+        write(self, job_id, base, piece)
+
+    monkeypatch.setattr(LogCopies, "write", wait)
+
+    async def scenario(engine: Engine) -> None:
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await until(is_writing.is_set)
+        harness.lose_node()
+        await asyncio.sleep(2.5)  # the loss is seen within a second
+        if not any(isinstance(each, Lost) for each in harness.observations):
+            may_write.set()
+        await harness.final(attempt)
+        size = json.loads(engine.claim(attempt.spec.job_id, 2))["log"]
+        may_write.set()
+        await asyncio.sleep(0.5)
+        assert len(harness.log(attempt)) == size
+        harness.finish_sleeper()
 
     harness.run(scenario)

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import structlog
 
@@ -223,11 +224,10 @@ class Attempts:
             await self._write(pieces)
 
     async def _write(self, pieces: Sequence[tuple[TrackedAttempt, LogPiece]]) -> None:
-        failures: list[tuple[TrackedAttempt, Exception]]
-        try:
-            failures = await in_thread(self._write_all, pieces)
-        except OSError as error:  # no thread can be started now
-            failures = [(tracked, error) for tracked, _ in pieces]
+        write = asyncio.ensure_future(self._write_in_thread(pieces))
+        for tracked, _ in pieces:
+            tracked.write = write
+        failures = await asyncio.shield(write)  # the thread goes on: `_finish` waits for it
         for tracked, failure in failures:
             log.warning("cannot copy a log", job=tracked.job_id, error=str(failure))
             # After a failure that may pass, the same piece is requested again.
@@ -236,6 +236,14 @@ class Attempts:
             )
         if failures:
             await asyncio.sleep(RETRY_DELAY_S)
+
+    async def _write_in_thread(
+        self, pieces: Sequence[tuple[TrackedAttempt, LogPiece]]
+    ) -> list[tuple[TrackedAttempt, Exception]]:
+        try:
+            return await in_thread(self._write_all, pieces)
+        except OSError as error:  # no thread can be started now
+            return [(tracked, error) for tracked, _ in pieces]
 
     def _write_all(
         self, pieces: Sequence[tuple[TrackedAttempt, LogPiece]]
@@ -394,11 +402,22 @@ class Attempts:
         """Report the end of an attempt, unless another report came first."""
         if self._tracked.get(tracked.job_id) is not tracked:
             return
+        if tracked.write is not None and not tracked.write.done():
+            # The log of the next attempt begins where the copy ends.
+            tracked.is_ending = True
+            self._background.run(self._finish_after(tracked.write, tracked, final))
+            return
         self._untrack(tracked)
         freed = self._nodes.remove_reservation(tracked.job_id) and self._nodes.pop_refused()
         self._report(final)
         if freed:
             self.report_freed()
+
+    async def _finish_after(
+        self, write: asyncio.Future[Any], tracked: TrackedAttempt, final: Final
+    ) -> None:
+        await asyncio.wait({write})
+        self._finish(tracked, final)
 
     def _next_to_recover(self, node: Node, recovered: set[str]) -> TrackedAttempt | None:
         for tracked in self._tracked_on(node):

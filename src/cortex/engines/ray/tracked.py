@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ class TrackedAttempt:
     """Whether the node has reported the end; the rest of the log may still have to be copied."""
     is_log_copied: bool = True
     """Whether the log is copied. A log that exceeds the largest file on this machine is not."""
+    write: asyncio.Future[list[tuple[TrackedAttempt, Exception]]] | None = None
+    """The last write to the copy, which a thread ends even where nothing waits for it."""
 
     @classmethod
     def of(cls, attempt: Attempt) -> TrackedAttempt:
