@@ -22,6 +22,7 @@ from cortex.engines.ray.connection import AgentConnection
 from cortex.engines.ray.log_copies import LogCopies
 from cortex.engines.ray.messages import Hello, LogPiece
 from cortex.ray_node import agent as agent_module
+from cortex.ray_node import outbox
 from cortex.ray_node.agent import Agent
 from cortex.ray_node.outbox import Entry
 from engines.engine_harness import until
@@ -388,6 +389,26 @@ def test_a_closed_engine_leaves_no_connection(harness: InProcessHarness) -> None
         await until(lambda: len(server._connections) == 2)
         await other.close()
         await until(lambda: len(server._connections) == 1)
+
+    harness.run(scenario)
+
+
+def test_sessions_that_have_ended_leave_nothing_in_the_agent(
+    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "_SUBSCRIBER_TIMEOUT_S", 0.5)
+
+    async def scenario(engine: Engine) -> None:
+        agent = harness.ray.agent
+        assert agent is not None
+        for _ in range(3):
+            before = connection_of(engine)
+            assert before is not None
+            await until(lambda: harness.ray.calls[-1] == "poll")
+            before.close("the test breaks it")
+            await until(lambda before=before: connection_of(engine) not in (None, before))
+        assert len(agent._reported) <= 2
+        await harness.outcome(engine, harness.attempt("def task(config): pass"))
 
     harness.run(scenario)
 

@@ -159,6 +159,14 @@ def test_a_suspect_node_takes_no_job_for_a_while_and_for_longer_each_time(
     assert node.is_ready
 
 
+def test_a_suspect_node_does_not_keep_a_problem_that_has_passed() -> None:
+    node = nodes(state("a", SMALL)).alive["a"]
+    node.suspect("its agent does not take orders")
+    node.answered("its raylet does not answer")
+    node.answered(None)
+    assert (node.is_ready, node.problem) == (False, "its agent does not take orders")
+
+
 def test_a_silent_node_keeps_its_other_problem() -> None:
     node = nodes(state("a", SMALL)).alive["a"]
     assert not node.set_silent(is_silent=False)

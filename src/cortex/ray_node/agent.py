@@ -102,6 +102,8 @@ class Agent:
 
     async def hello(self) -> Hello:
         await self._open()
+        reported = self._reported.items()
+        self._reported = {each: node for each, node in reported if self._outbox.has(each)}
         return Hello(
             version=AGENT_VERSION,
             incarnation=self._outbox.subscribe(),

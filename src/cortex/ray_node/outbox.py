@@ -59,7 +59,12 @@ class Outbox:
         """
         name = uuid.uuid4().hex
         self._subscribers[name] = _Subscriber(self.end, time.monotonic())
+        self._drop()  # an operator that says hello again and again may never poll
         return name
+
+    def has(self, name: str) -> bool:
+        """Whether a session exists."""
+        return name in self._subscribers
 
     def renew(self, name: str) -> bool:
         """Extend a session by another `_SUBSCRIBER_TIMEOUT_S`; whether the session still exists."""
@@ -73,15 +78,7 @@ class Outbox:
         Entries that every operator has received are dropped.
         """
         self._subscribers[name].seq = seq
-        oldest = time.monotonic() - _SUBSCRIBER_TIMEOUT_S
-        self._subscribers = {
-            each: subscriber
-            for each, subscriber in self._subscribers.items()
-            if subscriber.last_poll > oldest
-        }
-        received = min(subscriber.seq for subscriber in self._subscribers.values())
-        del self._entries[: max(0, received - self._first)]
-        self._first = max(self._first, received)
+        self._drop()
 
     def since(self, seq: int, max_bytes: int) -> list[Entry]:
         """The entries from a number on: as many as take about `max_bytes`, or one."""
@@ -93,3 +90,14 @@ class Outbox:
                 break
             entries.append(entry)
         return entries
+
+    def _drop(self) -> None:
+        oldest = time.monotonic() - _SUBSCRIBER_TIMEOUT_S
+        self._subscribers = {
+            each: subscriber
+            for each, subscriber in self._subscribers.items()
+            if subscriber.last_poll > oldest
+        }
+        received = min(subscriber.seq for subscriber in self._subscribers.values())
+        del self._entries[: max(0, received - self._first)]
+        self._first = max(self._first, received)

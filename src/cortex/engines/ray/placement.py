@@ -58,6 +58,7 @@ class Node:
         self._reported: str | None = None
         self._suspicions = 0
         self._suspected_until = 0.0
+        self._suspicion: str | None = None
         self._held = self._previous_held = NOTHING
         self._on_change = on_change
         self._shares: dict[str, Capacity] = {}
@@ -111,7 +112,8 @@ class Node:
         pause_s = min(_MAX_PAUSE_S, _PAUSE_S * 2**self._suspicions)
         self._suspected_until = time.monotonic() + pause_s
         self._suspicions = min(self._suspicions + 1, _MAX_SUSPICIONS)
-        self.problem, self.is_ready = reason, False
+        self.problem = self._suspicion = reason
+        self.is_ready = False
 
     def trust(self) -> None:
         """The node has taken an order: earlier suspicions count no longer."""
@@ -126,7 +128,9 @@ class Node:
         self._reported = problem
         if problem is not None:
             self.problem, self.is_ready = problem, False
-        elif not self.is_ready and time.monotonic() >= self._suspected_until:
+        elif time.monotonic() < self._suspected_until:
+            self.problem, self.is_ready = self._suspicion, False
+        elif not self.is_ready:
             self.problem, self.is_ready = None, True
 
     def set_silent(self, *, is_silent: bool) -> bool:
