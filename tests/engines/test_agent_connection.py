@@ -446,7 +446,7 @@ def test_an_agent_that_falls_silent_fails_all_calls(
         async with connected() as (_, _, connection):
             call = asyncio.create_task(connection.call("echo", 1, timeout_s=LIMIT_S))
             await until(lambda: connection.silent_s > 0.1)
-            with pytest.raises(LinkError, match=r"it was silent for 0.4 s"):
+            with pytest.raises(LinkError, match=r"the other end was silent for 0.4 s"):
                 await call
 
     run(scenario)
@@ -558,7 +558,7 @@ def test_a_forged_answer_breaks_its_connection_and_does_nothing_else(
 
     async def scenario() -> None:
         async with connected() as (_, _, connection):
-            with pytest.raises(LinkError, match="it sent an invalid message"):
+            with pytest.raises(LinkError, match="the other end sent an invalid message"):
                 await connection.call("echo", 1, timeout_s=LIMIT_S)
         assert LOADED == []
         assert not hasattr(Lost, "new")

@@ -230,7 +230,7 @@ def test_a_job_whose_node_is_gone_is_lost_once_and_only_after_the_nodes_were_rea
             assert [type(each) for each in of_attempts(harness)] == [Unreachable]
             may_read.set()
             lost = await harness.final(attempt)
-            assert lost == Lost(attempt.spec.job_id, 1, "its node is no longer in the cluster")
+            assert lost == Lost(attempt.spec.job_id, 1, "its node a is no longer in the cluster")
             await until(lambda: not harness.ray.reservations)
             await asyncio.sleep(2 * cluster.REFRESH_INTERVAL_S)
             assert of_attempts(harness).count(lost) == 1

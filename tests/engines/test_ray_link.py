@@ -11,7 +11,7 @@ import threading
 import pytest
 from structlog.testing import capture_logs
 
-from cortex.engines.ray.link import Link, LinkError
+from cortex.engines.ray.link import Link, LinkError, NotSent
 
 
 def test_a_link_that_is_cancelled_while_its_process_starts_leaves_no_process(
@@ -100,6 +100,8 @@ def test_errors_are_sentences_and_the_log_has_the_whole_text(
                 "the link to the Ray cluster broke: the head of the Ray cluster did not answer for "
                 "60 s"
             )
+            with pytest.raises(NotSent, match="did not answer for 60 s"):  # says why it is closed
+                await link.call("node_states", timeout_s=60)
             await link.close()
 
     with capture_logs() as logs:

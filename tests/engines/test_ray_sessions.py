@@ -323,7 +323,7 @@ def test_an_agent_that_hangs_is_unreachable_until_it_continues(
         assert connection is not None
         await until(lambda: connection.silent_s > 0.5)
         unreachable = await harness.unreachable(attempt)
-        assert "it was silent for 2 s" in unreachable.reason
+        assert "the other end was silent for 2 s" in unreachable.reason
         await harness.observed(attempt, Reachable)
         harness.finish_sleeper()
         await harness.ended(attempt)

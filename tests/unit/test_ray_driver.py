@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ray.exceptions import ActorUnavailableError, RayTaskError
 
+from cortex.engines.base import Capacity
 from cortex.engines.ray.cluster import Cluster
 from cortex.engines.ray.link import Answer, Link, NotSent
-from cortex.engines.ray.messages import Refusal
-from cortex.engines.ray.placement import Placement
+from cortex.engines.ray.messages import NodeState, Refusal
+from cortex.engines.ray.placement import Node, Placement
+from cortex.engines.ray.tracked import TrackedAttempt, handle
 from cortex.ray_node import driver
 
 
@@ -68,6 +73,19 @@ def test_a_call_for_which_ray_has_no_agent_was_not_sent(monkeypatch: pytest.Monk
         assert response.unreachable == reason
 
     asyncio.run(main())
+
+
+def test_a_loss_names_the_node_and_handles_of_earlier_versions_are_read() -> None:
+    state = NodeState("ab12", "n1", True, Capacity(1000, 0, 0), Capacity(0, 0, 0))
+    made = handle(Node(state, 0, lambda _: None), None, 5)
+    attempt: Any = SimpleNamespace(handle=made)
+    tracked = TrackedAttempt.of(attempt)
+    assert (tracked.node_id, tracked.log_base) == ("ab12", 5)
+    assert tracked.left == "its node n1 is no longer in the cluster"
+    content = json.loads(made)
+    del content["name"]
+    attempt.handle = json.dumps(content)
+    assert TrackedAttempt.of(attempt).left == "its node is no longer in the cluster"
 
 
 def test_a_call_without_a_link_was_not_sent() -> None:

@@ -105,7 +105,7 @@ class Attempts:
         self._nodes.reserve_granted(tracked.job_id, compute, tracked.node_id)
         node = self._nodes.alive.get(tracked.node_id)
         if node is None and self._cluster.is_joined:
-            self._lose(tracked, "its node is no longer in the cluster")
+            self._lose(tracked, tracked.left)
         elif self._cluster.problem is not None:
             self._mark_unreachable(tracked, self._cluster.problem)
         elif tracked.node_id in self._cluster.connections:
@@ -129,7 +129,7 @@ class Attempts:
     def on_nodes_refreshed(self) -> None:
         for tracked in list(self._tracked.values()):
             if tracked.node_id not in self._nodes.alive:
-                self._lose(tracked, "its node is no longer in the cluster")
+                self._lose(tracked, tracked.left)
             else:  # an attempt that was recovered before the nodes were known
                 compute = tracked.attempt.version.api.compute
                 self._nodes.reserve_granted(tracked.job_id, compute, tracked.node_id)

@@ -113,11 +113,11 @@ class Framed(asyncio.Protocol):
             if self.is_authenticated:
                 self._read_frames()
         except Exception as error:  # whatever the other end sends, this end continues
-            self.close(f"it sent an invalid message: {error!r}")
+            self.close(f"the other end sent an invalid message: {error!r}")
 
     def connection_lost(self, error: Exception | None) -> None:
         if self.problem is None:
-            self.problem = "it closed the connection" if error is None else str(error)
+            self.problem = "the other end closed it" if error is None else str(error)
         if self._timer is not None:
             self._timer.cancel()
         self.closed.set()
@@ -145,9 +145,9 @@ class Framed(asyncio.Protocol):
         self._received_at += max(0.0, now - self._ticked_at - HEARTBEAT_INTERVAL_S)
         self._ticked_at = now
         if not self.is_authenticated and now - self._opened_at > AUTHENTICATION_TIMEOUT_S:
-            self.close(f"it did not authenticate within {AUTHENTICATION_TIMEOUT_S:g} s")
+            self.close(f"the other end did not authenticate within {AUTHENTICATION_TIMEOUT_S:g} s")
         elif self.silent_s > SILENCE_TIMEOUT_S:
-            self.close(f"it was silent for {SILENCE_TIMEOUT_S:g} s")
+            self.close(f"the other end was silent for {SILENCE_TIMEOUT_S:g} s")
         else:
             if self.is_authenticated:
                 self.send(_HEARTBEAT, b"")

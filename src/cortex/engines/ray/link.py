@@ -77,6 +77,7 @@ class Link:
         self._logged_at: dict[tuple[object, ...], float] = {}
         self._output: IO[bytes] | None = None
         self.closed = asyncio.Event()
+        self._problem: str | None = None  # why it was closed
 
     async def open(self, timeout_s: float) -> None:
         """Start the process, and wait until it has joined the cluster.
@@ -129,7 +130,7 @@ class Link:
             Refused: the request was not carried out.
         """
         if self._writer is None or self.closed.is_set():
-            raise NotSent(f"the Ray cluster at {self._address} cannot be reached")
+            raise NotSent(self._problem or f"the Ray cluster at {self._address} cannot be reached")
         number = self._next_number
         self._next_number += 1
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -225,10 +226,11 @@ class Link:
             self.closed.set()
             if output:
                 log.warning("the process of the Ray driver has ended", output=output)
-            reason = explain_output(output) or "its process has ended without a message"
+            reason = explain_output(output) or "the process of the Ray driver has ended"
             self._fail_pending(f"the link to the Ray cluster broke: {reason}")
 
     def _fail_pending(self, reason: str) -> None:
+        self._problem = self._problem or reason
         for future in self._pending.values():
             if not future.done():
                 future.set_result(Answer(unreachable=reason))

@@ -20,6 +20,8 @@ class TrackedAttempt:
 
     attempt: Attempt
     node_id: str
+    node_name: str
+    """The name by which users know the node; empty in a handle of an earlier version."""
     root: str
     local_handle: str
     log_base: int
@@ -40,7 +42,14 @@ class TrackedAttempt:
     def of(cls, attempt: Attempt) -> TrackedAttempt:
         """Track an attempt; its handle says where it runs."""
         content = json.loads(attempt.handle)
-        return cls(attempt, content["node"], content["root"], content["local"], content["log"])
+        return cls(
+            attempt,
+            content["node"],
+            content.get("name", ""),
+            content["root"],
+            content["local"],
+            content["log"],
+        )
 
     @property
     def job_id(self) -> str:
@@ -79,6 +88,11 @@ class TrackedAttempt:
             builds=builds,
         )
 
+    @property
+    def left(self) -> str:
+        """The reason of a loss whose node is not among the nodes of the cluster."""
+        return f"its node {self.node_name} ".rstrip() + " is no longer in the cluster"
+
     def lost(self, reason: str) -> Lost:
         return Lost(self.job_id, self.number, reason)
 
@@ -101,6 +115,7 @@ def handle(node: Node | None, hello: Hello | None, log_base: int) -> str:
         {
             "v": HANDLE_VERSION,
             "node": "" if node is None else node.node_id,
+            "name": "" if node is None else node.name,
             "root": "" if hello is None else hello.root,
             "local": "" if hello is None else hello.local_handle,
             "log": log_base,
