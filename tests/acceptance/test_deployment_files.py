@@ -87,6 +87,14 @@ def test_every_option_of_ray_in_its_unit_and_on_its_page_exists() -> None:
         assert options <= known, command
 
 
+def test_the_operators_file_on_the_page_of_the_cluster_is_accepted(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "ray-cluster.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    file = tmp_path / "operator.yaml"
+    file.write_text(text)
+    assert load({}, file, {}).configuration.engine == "ray"
+
+
 # The image
 
 
