@@ -253,6 +253,9 @@ def test_a_job_waits_while_its_lock_files_cannot_be_read(harness: InProcessHarne
         def locks(self, _: str) -> dict[str, str]:
             raise FULL
 
+        def known_locks(self, _: str) -> None:
+            """None: `locks` has to be called."""
+
         def save_lockfile_if_absent(self, *_: str) -> None:
             """Save no lock file."""
 

@@ -25,7 +25,7 @@ from cortex.ray_node import agent as agent_module
 from cortex.ray_node import outbox
 from cortex.ray_node.agent import Agent
 from cortex.ray_node.outbox import Entry
-from engines.engine_harness import until
+from engines.engine_harness import SLEEP, until
 from engines.in_process_ray import STATE, InProcessHarness, in_process_harness
 
 KIB = 1 << 10
@@ -90,6 +90,29 @@ def test_a_log_with_a_gap_is_complete_around_it(harness: InProcessHarness) -> No
         await harness.outcome(engine, attempt)
         copy = harness.root / attempt.spec.job_id
         on_node = harness.folder(attempt)
+        assert (copy / "log.cut").read_bytes() == (on_node / "log.cut").read_bytes()
+        assert (copy / "log").read_bytes() == (on_node / "log").read_bytes()
+
+    harness.run(scenario)
+
+
+def test_a_gap_that_appears_after_all_was_copied_is_in_the_copy(
+    harness: InProcessHarness,
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = await harness.start_attempt(
+            engine, harness.attempt(SLEEP, config={"file": str(harness.marker)}, log_limit=64 * KIB)
+        )
+        await harness.printed(attempt, "pid")
+        copy = harness.root / attempt.spec.job_id
+        on_node = harness.folder(attempt)
+        await asyncio.sleep(1)  # the less a log grows, the rarer its supervisor cuts it
+        with (on_node / "log").open("a") as log:
+            log.write("more\n" * (20 * KIB))
+        size = (on_node / "log").stat().st_size
+        await until(lambda: (copy / "log").stat().st_size == size)
+        harness.finish_sleeper()
+        await harness.ended(attempt)
         assert (copy / "log.cut").read_bytes() == (on_node / "log.cut").read_bytes()
         assert (copy / "log").read_bytes() == (on_node / "log").read_bytes()
 
@@ -270,6 +293,9 @@ def test_another_lock_file_is_another_build(harness: InProcessHarness) -> None:
 
         def locks(self, _: str) -> dict[str, str]:
             return self.files
+
+        def known_locks(self, _: str) -> None:
+            """None: `locks` has to be called."""
 
         def save_lockfile_if_absent(self, *_: str) -> None:
             """Save no lock file."""

@@ -49,7 +49,7 @@ def test_a_host_that_cannot_be_looked_up_is_a_failure_of_the_link(
 
 
 def test_lock_files_that_cannot_be_read_are_a_shortage() -> None:
-    locks: Any = SimpleNamespace(locks=lambda _: {})
+    locks: Any = SimpleNamespace(locks=lambda _: {}, known_locks=lambda _: None)
     tracked: Any = SimpleNamespace(
         attempt=SimpleNamespace(version=SimpleNamespace(api=SimpleNamespace(project_id="p")))
     )

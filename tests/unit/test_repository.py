@@ -247,6 +247,28 @@ def test_a_project_that_is_deployed_while_it_moves_to_the_trash_exists_afterward
     assert here.trashed_folders() == []
 
 
+def test_lock_files_are_known_until_they_change(tmp_path: Path, files: ObjectStore) -> None:
+    here = projects(tmp_path / "a", files)
+    identity = add_a_project(here)
+    assert here.known_locks(identity) is None
+    assert here.locks(identity) == {}
+    assert here.known_locks(identity) == {}
+    here.save_lockfile(identity, "one.lock", "x==1\n")
+    assert here.known_locks(identity) is None
+    assert here.locks(identity) == {"one.lock": "x==1\n"}
+    assert here.known_locks(identity) is None  # its folder has changed within this second
+    folder = tmp_path / "a" / "locks" / identity
+    os.utime(folder, ns=(0, folder.stat().st_mtime_ns - 2 * 10**9))
+    assert here.locks(identity) == here.known_locks(identity) == {"one.lock": "x==1\n"}
+    here.reset_cache()
+    assert here.known_locks(identity) is None  # another operator may have added some
+    assert here.locks(identity) == here.known_locks(identity) == {"one.lock": "x==1\n"}
+    (folder / "one.lock").unlink()
+    assert here.known_locks(identity) is None
+    here.prune_unused(set())
+    assert here.known_locks(identity) is None
+
+
 def test_other_machines_fetch_lock_files_and_the_first_one_stays(
     tmp_path: Path, files: ObjectStore
 ) -> None:

@@ -16,6 +16,7 @@ import shutil
 import stat
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,7 @@ _OBJECTS = "projects"
 _ARCHIVE = "project.tar.gz"
 # A younger object may belong to a deploy that is not acknowledged yet.
 _MIN_AGE_S = 3600
+_TICK_NS = 10**9  # longer than that of any clock of a file system
 
 
 class Projects:
@@ -50,6 +52,8 @@ class Projects:
         self._saving = threading.Lock()
         self._locks_fetched: set[str] = set()
         """The projects whose lock files have all been fetched from the object store."""
+        self._locks_read: dict[str, tuple[int, dict[str, str]]] = {}
+        """By project: when the folder of its lock files had changed last, and their contents."""
 
     def folder(self, identity: str) -> Path:
         """The folder of a project's files, whether or not they are on this machine."""
@@ -197,10 +201,33 @@ class Projects:
                     self.lockfile(identity, path.removeprefix(folder))
             self._locks_fetched.add(identity)
         try:
+            changed_ns = (self._locks / identity).stat().st_mtime_ns
             files = list((self._locks / identity).iterdir())
         except FileNotFoundError:
-            return {}
-        return {file.name: file.read_text("utf-8") for file in files if file.suffix == SUFFIX}
+            changed_ns, files = 0, []
+        found = {file.name: file.read_text("utf-8") for file in files if file.suffix == SUFFIX}
+        # A folder that changes twice within a tick of the kernel's clock keeps its time.
+        if time.time_ns() - changed_ns > _TICK_NS:
+            self._locks_read[identity] = changed_ns, found
+        return found
+
+    def known_locks(self, identity: str) -> dict[str, str] | None:
+        """All lock files of a project, if they have not changed since `locks` read them: a single
+        stat(2) says so. None where `locks` has to be called.
+
+        Raises:
+            OSError: the folder cannot be read now.
+        """
+        if self._objects is not None and identity not in self._locks_fetched:
+            return None
+        known = self._locks_read.get(identity)
+        if known is None:
+            return None
+        try:
+            changed_ns = (self._locks / identity).stat().st_mtime_ns
+        except FileNotFoundError:
+            changed_ns = 0
+        return known[1] if known[0] == changed_ns else None
 
     def lockfile(self, identity: str, name: str) -> str | None:
         """The content of a project's lock file; None if there is none.
@@ -277,6 +304,8 @@ class Projects:
             StorageUnavailable: the object store may contain some still.
         """
         self._locks_fetched &= used
+        for identity in set(self._locks_read) - used:
+            self._locks_read.pop(identity, None)
         for folder in self._locks.iterdir():
             if folder.name not in used and not self.folder(folder.name).exists():
                 shutil.rmtree(folder, ignore_errors=True)

@@ -61,6 +61,7 @@ _REST_BYTES = 64 << 10  # the most of a log that comes with the end of its job
 _POLL_BYTES = 8 << 20  # the logs of one answer to a poll, and the observations, take about as much
 _NO_RECORDS = "the folder of its node, with the job's records in it, is gone"
 _POLL_INTERVAL_S = 1.0  # a poll of a killed operator may clear the event that wakes the next poll
+_FEW = 4  # rests of logs, which take less time than the switch to a thread
 _BATCH_S = 0.05  # collects the lines of a growing log into one piece
 
 
@@ -187,7 +188,6 @@ class Agent:
         except OSError:  # the operator calls again, which must not find the attempt recovered
             self._orders.pop(job_id, None)
             raise
-        self._watch_log(job_id)
         self._reservations.add(job_id, _amount(order.api.compute))
         await self._engine.recover(self._attempt(order, Path(), _deadline(order)))
 
@@ -312,10 +312,11 @@ class Agent:
 
     def _begin_log(self, job_id: str) -> None:
         """Begin an empty log: the operator has the logs of earlier attempts."""
-        self._folders.folder(job_id).mkdir(0o700, parents=True, exist_ok=True)
-        for path in (self._folders.log(job_id), self._folders.cut(job_id)):
-            path.unlink(missing_ok=True)
-        self._watch_log(job_id)
+        try:
+            self._folders.folder(job_id).mkdir(0o700, parents=True)
+        except FileExistsError:
+            for path in (self._folders.log(job_id), self._folders.cut(job_id)):
+                path.unlink(missing_ok=True)
 
     def _watch_log(self, job_id: str) -> None:
         # No inotify instance or watch is left: `poll` reads the log every `_POLL_INTERVAL_S`.
@@ -371,7 +372,10 @@ class Agent:
         }
         if not limits:
             return {}
-        rests = await asyncio.to_thread(self._read_rests, limits, copied)
+        if len(limits) > _FEW:
+            rests = await asyncio.to_thread(self._read_rests, limits, copied)
+        else:  # a thread would take longer
+            rests = self._read_rests(limits, copied)
         return {job_id: rest for job_id, rest in rests.items() if job_id not in self._orders}
 
     def _read_rests(self, limits: dict[str, int], copied: dict[str, int]) -> dict[str, LogPiece]:
@@ -381,7 +385,7 @@ class Agent:
                 break
             log = self._folders.log(job_id)
             rest = read_piece(log, copied.get(job_id, 0), _REST_BYTES, limit)
-            if read_piece(log, rest.end, 1, limit).end == rest.end:
+            if not _exceeds(log, rest.end) or read_piece(log, rest.end, 1, limit).end == rest.end:
                 rests[job_id] = rest
                 left -= len(rest.data)
         return rests
@@ -396,6 +400,7 @@ class Agent:
         log_limit = None
         if isinstance(observation, Started):
             self._starts[job_id] = observation
+            self._watch_log(job_id)  # before that, no operator reads it
         elif isinstance(observation, Ended | Lost | NeverStarted):
             del self._orders[job_id]
             self._starts.pop(job_id, None)

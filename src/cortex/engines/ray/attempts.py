@@ -47,6 +47,7 @@ from cortex.worker import checks
 log = structlog.get_logger()
 
 Final = Ended | Lost | NeverStarted
+_FEW, _SMALL_BYTES = 4, 16 << 10  # pieces of logs that are written sooner than a thread begins
 
 
 class Attempts:
@@ -224,10 +225,21 @@ class Attempts:
             await self._write(pieces)
 
     async def _write(self, pieces: Sequence[tuple[TrackedAttempt, LogPiece]]) -> None:
-        write = asyncio.ensure_future(self._write_in_thread(pieces))
-        for tracked, _ in pieces:
-            tracked.write = write
-        failures = await asyncio.shield(write)  # the thread goes on: `_finish` waits for it
+        checked: list[tuple[TrackedAttempt, LogPiece]] = []
+        failures: list[tuple[TrackedAttempt, Exception]] = []
+        for tracked, unchecked in pieces:
+            try:
+                checked.append((tracked, checked_log_piece(unchecked)))
+            except checks.Invalid as error:
+                failures.append((tracked, error))
+        size = sum(len(piece.data) for _, piece in checked)
+        if len(checked) <= _FEW and size <= _SMALL_BYTES:  # a thread would take longer
+            failures += self._write_all(checked)
+        else:
+            write = asyncio.ensure_future(self._write_in_thread(checked))
+            for tracked, _ in checked:
+                tracked.write = write
+            failures += await asyncio.shield(write)  # the thread goes on: `_finish` waits for it
         for tracked, failure in failures:
             log.warning("cannot copy a log", job=tracked.job_id, error=str(failure))
             # After a failure that may pass, the same piece is requested again.
@@ -254,15 +266,17 @@ class Attempts:
             The failures, each with its attempt.
         """
         failures: list[tuple[TrackedAttempt, Exception]] = []
-        for tracked, unchecked in pieces:
+        for tracked, piece in pieces:
             if self._tracked.get(tracked.job_id) is not tracked:
                 continue  # it was lost meanwhile, and the next attempt may have begun
             try:
-                piece = checked_log_piece(unchecked)
-                # A piece may follow one that could not be written, or be known already.
-                if piece.offset <= self._copied(tracked) < piece.end:
+                # A piece may follow one that could not be written, or be known already. The gap may
+                # have grown since.
+                copied = self._copied(tracked)
+                is_gap_alone = piece.cut is not None and piece.offset == copied == piece.end
+                if piece.offset <= copied < piece.end or is_gap_alone:
                     self._log_copies.write(tracked.job_id, tracked.log_base, piece)
-            except (OSError, checks.Invalid) as error:
+            except (OSError, checks.Invalid) as error:  # the record of a gap may be invalid
                 failures.append((tracked, error))
         return failures
 
@@ -287,9 +301,11 @@ class Attempts:
             offset = self._copied(tracked)
             try:
                 piece = await self._calls.read_log(tracked, offset)
-                if piece.end == offset or piece.offset != offset:
+                if piece.offset != offset:
                     break
                 await self._write([(tracked, piece)])
+                if piece.end == offset:
+                    break
             except LinkError:
                 await asyncio.sleep(RETRY_DELAY_S)
             except checks.Invalid:

@@ -25,13 +25,20 @@ _SLOW_ORDER_S = 4.0
 
 
 class Locks(Protocol):
-    """The store of the projects' lock files. Its methods block."""
+    """The store of the projects' lock files. Its methods block, unless they say otherwise."""
 
     def locks(self, identity: str) -> dict[str, str]:
         """The lock files of a project, by name.
 
         Raises:
             StorageUnavailable, OSError: the store cannot be read now.
+        """
+
+    def known_locks(self, identity: str) -> dict[str, str] | None:
+        """The same, without blocking; None where `locks` has to read them.
+
+        Raises:
+            OSError: the store cannot be read now.
         """
 
     def save_lockfile_if_absent(self, identity: str, name: str, text: str) -> None:
@@ -76,7 +83,9 @@ class AgentCalls:
         """
         if self._locks is None:
             return {}
-        return await in_thread(self._locks.locks, tracked.attempt.version.api.project_id)
+        identity = tracked.attempt.version.api.project_id
+        known = self._locks.known_locks(identity)
+        return await in_thread(self._locks.locks, identity) if known is None else known
 
     async def store_lock_file(self, lock: Lock) -> None:
         """Store a lock file from a node. After a failure, the node sends it with the next job."""
@@ -95,16 +104,18 @@ class AgentCalls:
             Whether the node has accepted it; False where it lacks the project.
         """
         order = tracked.node_order(self._grace_s, locks, self._builds)
-        call = asyncio.ensure_future(self._cluster.call_agent(tracked.node_id, "start", order))
+        suspect = asyncio.get_running_loop().call_later(
+            _SLOW_ORDER_S,
+            self._cluster.suspect,
+            tracked.node_id,
+            "its agent does not take orders",
+        )
         try:
-            await asyncio.wait({call}, timeout=_SLOW_ORDER_S)
-            if not call.done():
-                self._cluster.suspect(tracked.node_id, "its agent does not take orders")
-            answer = await call
-            self._cluster.trust(tracked.node_id)
-            return answer != "project"
+            answer = await self._cluster.call_agent(tracked.node_id, "start", order)
         finally:
-            call.cancel()
+            suspect.cancel()
+        self._cluster.trust(tracked.node_id)
+        return answer != "project"
 
     async def recover(self, tracked: TrackedAttempt) -> None:
         """Make the node report the state of the attempt, and fence an attempt that it never got."""

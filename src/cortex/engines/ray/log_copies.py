@@ -119,7 +119,15 @@ class LogCopies:
         Raises:
             OSError: the disk accepts no write now; the caller may write the same piece again.
         """
-        self.resume(job_id, base)
+        if base:
+            self.resume(job_id, base)
+        try:
+            self._write(job_id, base, piece)
+        except FileNotFoundError:
+            self.create_folder(job_id)
+            self._write(job_id, base, piece)
+
+    def _write(self, job_id: str, base: int, piece: LogPiece) -> None:
         if piece.cut is not None:
             self._cut(job_id, base, piece.cut)
         fd = os.open(self.folders.log(job_id), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
