@@ -12,11 +12,20 @@ import pytest
 from sqlalchemy import Connection, text
 
 from chaos.postgresql_proxy import PostgreSQLProxy, postgresql_proxy
-from cortex.errors import NotFound, Superseded
+from cortex.errors import NotFound, StorageUnavailable, Superseded
 from cortex.spec.lifecycle import Event, State
 from cortex.store import InitialClaim, Outcome, Store, events
 from postgresql_server import PostgreSQLServer
-from store.store_harness import EVENTS, draft, end, spec, stored_ids, through, with_store
+from store.store_harness import (
+    EVENTS,
+    draft,
+    draft_of_size,
+    end,
+    spec,
+    stored_ids,
+    through,
+    with_store,
+)
 
 _SYNC = b"S\0\0\0\4"
 """The message after which the client waits for the server's answers."""
@@ -83,6 +92,32 @@ def test_a_write_that_fails_fails_no_other_of_its_group(store_url: str) -> None:
         assert set(await stored_ids(store)) == ids
 
     with_store(store_url, work)
+
+
+def test_the_driver_writes_no_lines_of_its_own_when_a_write_fails(
+    postgresql: PostgreSQLServer, database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def end_writer(connection: Connection) -> None:
+        pid = connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
+        with postgresql.connected() as other:
+            other.execute("SELECT pg_terminate_backend(%s)", (pid,))
+
+    async def work(store: Store) -> None:
+        twice = draft()
+        async with one_group(store):
+            # Many, so that the error arrives while others are sent.
+            large = [draft_of_size(30_000) for _ in range(200)]
+            group = asyncio.gather(
+                *(store.submit(each) for each in (draft(), twice, twice, *large)),
+                return_exceptions=True,
+            )
+        assert len([each for each in await group if isinstance(each, Exception)]) == 1
+        with pytest.raises(StorageUnavailable):
+            await store.operators.write_as_leader(end_writer)
+        await store.submit(draft())
+
+    with_store(database, work)
+    assert [each for each in caplog.records if each.name.startswith("psycopg")] == []
 
 
 def test_a_submit_gets_the_version_that_is_current_in_its_transaction(store_url: str) -> None:

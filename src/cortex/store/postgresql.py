@@ -5,6 +5,7 @@ Called by `store.database`, `prepared`, `writer`, and `group.election` and `grou
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,9 @@ SELECT set_config('idle_in_transaction_session_timeout', '30s', false),
     set_config('tcp_keepalives_count', '3', false);
 """
 _CONFLICTS = {"40P01", "40001", "23505"}  # deadlock, serialization failure, unique violation
+# The driver warns of an error that follows from one that it raises, as text of several forms among
+# the operator's log lines.
+logging.getLogger("psycopg").setLevel(logging.ERROR)
 _SERVER = text("SELECT current_setting('fsync'), pg_is_in_recovery()")
 
 
