@@ -120,6 +120,40 @@ def test_the_driver_writes_no_lines_of_its_own_when_a_write_fails(
     assert [each for each in caplog.records if each.name.startswith("psycopg")] == []
 
 
+@pytest.mark.parametrize("where", ["before", "within", "after"])
+def test_writes_that_lose_the_connection_while_they_are_sent_are_made_once(
+    postgresql: PostgreSQLServer, database: str, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    forward = PostgreSQLProxy.forward
+    cuts: list[int] = []
+
+    def cut(proxy: PostgreSQLProxy, data: bytes, server: socket.socket) -> bool:
+        if cuts or (at := data.find(b"INSERT INTO jobs")) < 0:
+            return forward(proxy, data, server)
+        cuts.append({"before": 0, "within": at + 4, "after": len(data)}[where])
+        server.sendall(data[: cuts[0]])
+        return False
+
+    async def work(store: Store) -> None:
+        first, _ = await store.submit(draft())
+        claimed, _ = await store.submit(draft())
+        job_id = claimed.spec.job_id
+        async with one_group(store):
+            monkeypatch.setattr(PostgreSQLProxy, "forward", cut)
+            drafts = [draft() for _ in range(20)]
+            group = asyncio.gather(*(store.submit(each) for each in drafts))
+            claim = asyncio.create_task(store.apply(job_id, events.Claim(0, "h")))
+        assert all(is_new for _, is_new in await group)
+        outcome = await claim
+        assert outcome.taken and outcome.job is not None and outcome.job.attempt == 1
+        ids = [each.job_id for each in (first.spec, claimed.spec, *drafts)]
+        assert sorted(await stored_ids(store)) == sorted(ids)
+        assert len(cuts) == 1
+
+    with postgresql_proxy(postgresql.folder) as proxy:
+        with_store(through(proxy, database), work)
+
+
 def test_a_submit_gets_the_version_that_is_current_in_its_transaction(store_url: str) -> None:
     async def work(store: Store) -> None:
         earlier, _ = await store.submit(draft())
