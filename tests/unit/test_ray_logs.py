@@ -116,6 +116,13 @@ def cut(node: Path, start: int, end: int) -> None:
         file.write(b"\0" * (end - start))
 
 
+@pytest.mark.parametrize("cut", [None, LogCut(start=2, end=4, limit=9).dumps()])
+def test_a_piece_makes_the_folder_of_its_copy(tmp_path: Path, cut: bytes | None) -> None:
+    copies = LogCopies(JobFolders(tmp_path / "copies"))
+    copies.write("job", 0, LogPiece(0, b"line\n", 5, cut))
+    assert copies.folders.log("job").stat().st_size == 5
+
+
 @pytest.mark.parametrize("copied", [0, 50, 4000, 9000])
 def test_a_gap_of_a_log_is_a_gap_of_its_copy(node: Path, tmp_path: Path, copied: int) -> None:
     copies = LogCopies(JobFolders(tmp_path / "copies"))

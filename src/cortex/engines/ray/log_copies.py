@@ -124,7 +124,7 @@ class LogCopies:
         try:
             self._write(job_id, base, piece)
         except FileNotFoundError:
-            self.create_folder(job_id)
+            self.folders.folder(job_id).mkdir(0o700, parents=True, exist_ok=True)
             self._write(job_id, base, piece)
 
     def _write(self, job_id: str, base: int, piece: LogPiece) -> None:
