@@ -19,7 +19,7 @@ import pytest
 from cortex.engines.base import Attempt, Capacity, Engine
 from cortex.engines.ray import RayEngine
 from cortex.engines.ray.link import Answer, LinkError, NotSent, Refused
-from cortex.engines.ray.messages import NodeState
+from cortex.engines.ray.messages import Drain, NodeState
 from cortex.ray_node import reservations
 from cortex.ray_node.agent import Agent
 from cortex.ray_node.driver import Driver, answer
@@ -51,6 +51,7 @@ class InProcessRay(Driver):
         """The names of the agent's methods that were called."""
         self.called_nodes: set[str] = set()
         """The nodes of whose agents one was requested."""
+        self._kill: asyncio.Task[None] | None = None
 
     async def node_states(self) -> tuple[NodeState, ...]:
         return tuple(self.states)
@@ -61,7 +62,7 @@ class InProcessRay(Driver):
             if name.split(":")[1] not in alive and self.reservations[name].node_id not in alive:
                 del self.reservations[name]
 
-    async def replace_agent(self, node_id: str) -> None:
+    async def end_agent(self, node_id: str) -> None:
         await self.kill_agent()
 
     def create(self, name: str, node_id: str, amount: Capacity, timeout_s: float) -> bool:
@@ -126,7 +127,13 @@ class InProcessRay(Driver):
             self._raylet = None
 
     async def kill_agent(self) -> None:
-        """End everything in this process that would die with the agent's own process."""
+        """End everything in this process that would die with the agent's own process. That does not
+        end halfway, even if the caller is cancelled: the guard would kill this process."""
+        if self._kill is None or self._kill.done():
+            self._kill = asyncio.create_task(self._kill_agent())
+        await asyncio.shield(self._kill)
+
+    async def _kill_agent(self) -> None:
         agent, self.agent = self.agent, None
         if agent is not None:
             connections = list(agent._server._connections)
@@ -172,7 +179,9 @@ class InProcessLink:
         if self._ray.is_cut_off:
             raise LinkError("cut off")
         try:
-            response = await asyncio.wait_for(answer(self._ray, method, arguments), timeout_s)
+            # In Python 3.11 `asyncio.wait_for` may swallow a cancellation.
+            async with asyncio.timeout(timeout_s):
+                response = await answer(self._ray, method, arguments)
         except TimeoutError:
             raise LinkError(f"the Ray cluster did not answer within {timeout_s:g} s") from None
         if response.unreachable is not None:
@@ -192,9 +201,18 @@ class InProcessHarness(EngineHarness):
         super().__init__(folder, None)
         self.ray = InProcessRay(folder / "nodes")
         self.locks: Any = None
+        self.has_autoscaler = False
 
     def new_engine(self) -> RayEngine:
-        engine = RayEngine(self.root, "near:1", NAMESPACE, self.grace_s, str(self.root), self.locks)
+        engine = RayEngine(
+            self.root,
+            "near:1",
+            NAMESPACE,
+            self.grace_s,
+            str(self.root),
+            self.locks,
+            has_autoscaler=self.has_autoscaler,
+        )
 
         async def open_link() -> InProcessLink:
             if self.ray.is_cut_off:
@@ -223,9 +241,13 @@ class InProcessHarness(EngineHarness):
     def folder(self, attempt: Attempt) -> Path:
         return self.agent_folder / "jobs" / attempt.spec.job_id
 
-    def lose_node(self) -> None:
+    def lose_node(self, death: str = "") -> None:
         """Let the cluster report the node as dead."""
-        self.ray.states = [replace(STATE, is_alive=False)]
+        self.ray.states = [replace(STATE, is_alive=False, death=death)]
+
+    def drain_node(self, left_s: float | None) -> None:
+        """Let the cluster report the node as being drained, with these seconds until its end."""
+        self.ray.states = [replace(STATE, drain=Drain(left_s))]
 
 
 async def ready(engine: Engine) -> None:

@@ -74,6 +74,22 @@ class RayCluster:
         """Kill a raylet, and with it its workers: as if its machine were lost."""
         os.kill(self.raylets.pop(name), signal.SIGKILL)
 
+    def terminate(self, name: str) -> None:
+        """Send SIGTERM to a raylet, as the platform of its machine does."""
+        os.kill(self.raylets.pop(name), signal.SIGTERM)
+
+    def drain(self, name: str, deadline_s: int, reason: str = "PREEMPTION") -> None:
+        """Announce that a node is going to end."""
+        done = subprocess.run(
+            [
+                RAY, "drain-node", f"--address={self.address}", f"--node-id={self.node_id(name)}",
+                f"--reason=DRAIN_NODE_REASON_{reason}", "--reason-message=maintenance",
+                f"--deadline-remaining-seconds={deadline_s}",
+            ],
+            env=self.env, capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+
     def kill_head(self) -> None:
         """Kill the head: the cluster's memory (GCS) and the head's raylet."""
         for pid, command in self._processes():

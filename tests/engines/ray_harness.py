@@ -101,7 +101,7 @@ class RayHarness(EngineHarness):
     def run(self, scenario: Callable[[E], Awaitable[None]]) -> None:
         engine = self.shared.engine
         attempts = engine._attempts
-        attempts._report, attempts._calls._grace_s = self.report, self.grace_s
+        attempts._report, attempts._calls.grace_s = self.report, self.grace_s
 
         async def main() -> None:
             await scenario(cast(E, engine))

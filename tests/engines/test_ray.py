@@ -149,7 +149,7 @@ def test_an_agent_that_is_replaced_ends_no_job(ray_harness: RayHarness) -> None:
         await ray_harness.printed(attempt, "pid")
         pid = ray_harness.agent_of(attempt)
         node_id = ray_harness.shared.cluster.node_id("second")
-        await engine._cluster.call_driver("replace_agent", node_id)
+        await engine._cluster.call_driver("end_agent", node_id)
         await until(lambda: ray_harness.agent_of(attempt) != pid)
         await ray_harness.observed(attempt, Reachable)
         ray_harness.finish_sleeper()

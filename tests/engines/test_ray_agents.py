@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from cortex.engines.base import (
+    Attempt,
     Capacity,
     Ended,
     Ending,
@@ -23,9 +25,11 @@ from cortex.engines.base import (
     Lost,
     NeverStarted,
     Reachable,
+    Unreachable,
     Waits,
 )
 from cortex.engines.ray import RayEngine
+from cortex.engines.ray import cluster as ray_cluster
 from cortex.engines.ray.log_copies import LogCopies
 from cortex.engines.ray.messages import Builds, NodeOrder
 from cortex.engines.ray.tracked import TrackedAttempt
@@ -515,5 +519,316 @@ def test_an_invalid_result_that_a_node_reports_is_dropped(harness: InProcessHarn
         assert all(len(reason) <= 500 and reason.encode() for reason in harness.wait_reasons)
         harness.finish_sleeper()
         await until(lambda: job_id not in harness.ray.agent._orders)  # type: ignore[union-attr]  # the agent exists
+
+    harness.run(scenario)
+
+
+IGNORES_SIGTERM = """
+    import os, signal, time
+    def task(config):
+        signal.signal(signal.SIGTERM, lambda *_: print("told", flush=True))
+        print("asleep", os.getpid(), flush=True)
+        while not os.path.exists(config["file"] + ".go"):
+            time.sleep(0.01)
+        print("rested", flush=True)
+"""
+
+
+@pytest.mark.parametrize("left_s", [0, 5, 8])
+def test_a_drain_stops_its_jobs_in_time_and_the_platform_failed_them(
+    harness: InProcessHarness, left_s: float
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await harness.started(attempt)
+        harness.drain_node(left_s)
+        final = await harness.final(attempt)
+        assert final == Lost(attempt.spec.job_id, 1, "the node a is being drained")
+        assert not processes.with_variable("CORTEX_JOB_ID", attempt.spec.job_id)
+
+    harness.run(scenario)
+
+
+def test_a_job_that_is_killed_before_its_supervisor_knows_of_the_drain_is_lost(
+    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await harness.started(attempt)
+        assert harness.ray.agent is not None
+        # The kill comes first.
+        monkeypatch.setattr(harness.ray.agent._engine, "stop", lambda _: None)
+        harness.drain_node(0)
+        final = await harness.final(attempt)
+        assert final == Lost(attempt.spec.job_id, 1, "the node a is being drained")
+
+    harness.run(scenario)
+
+
+def test_a_job_that_ignores_the_sigterm_of_a_drain_is_killed_before_the_node_ends(
+    harness: InProcessHarness,
+) -> None:
+    harness.grace_s = 600
+
+    async def scenario(engine: Engine) -> None:
+        attempt = harness.attempt(IGNORES_SIGTERM, config={"file": str(harness.marker)})
+        attempt = await harness.start_attempt(engine, attempt)
+        await harness.printed(attempt, "asleep")
+        harness.drain_node(7)
+        assert isinstance(await harness.final(attempt), Lost)
+        assert "told" in harness.log(attempt)
+        assert not processes.with_variable("CORTEX_JOB_ID", attempt.spec.job_id)
+
+    harness.run(scenario)
+
+
+@pytest.mark.parametrize("left_s", [None, 3600])
+def test_a_job_may_end_by_itself_while_the_drain_of_its_node_leaves_time(
+    harness: InProcessHarness, left_s: float | None
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = harness.attempt(IGNORES_SIGTERM, config={"file": str(harness.marker)})
+        attempt = await harness.start_attempt(engine, attempt)
+        await harness.printed(attempt, "asleep")
+        harness.drain_node(left_s)
+        await until(lambda: not engine.ledger.nodes()[0].is_ready)
+        assert str(engine.ledger.nodes()[0].problem).startswith("it is being drained")
+        wanted = attempt.version.api.compute
+        assert "being drained" in str(engine.ledger.reserve("another", wanted))
+        harness.finish_sleeper()
+        assert (await harness.ended(attempt)).ending is Ending.EXITED
+        assert "told" not in harness.log(attempt)
+
+    harness.run(scenario)
+
+
+def test_a_job_that_a_user_stops_during_a_drain_is_stopped(harness: InProcessHarness) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await harness.started(attempt)
+        harness.drain_node(None)
+        await until(lambda: not engine.ledger.nodes()[0].is_ready)
+        engine.stop(attempt.spec.job_id)
+        assert (await harness.ended(attempt)).ending is Ending.STOPPED
+
+    harness.run(scenario)
+
+
+def test_a_drain_is_carried_out_by_the_next_operator(harness: InProcessHarness) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await harness.started(attempt)
+        await engine.close()
+        harness.drain_node(harness.grace_s)
+        other = harness.new_engine()
+        await other.open(harness.report)
+        await other.recover(attempt)
+        final = await harness.final(attempt)
+        assert final == Lost(attempt.spec.job_id, 1, "the node a is being drained")
+        await other.close()
+
+    harness.run(scenario)
+
+
+def test_a_drain_between_placement_and_start_starts_nothing(harness: InProcessHarness) -> None:
+    class Locks:
+        def locks(self, identity: str) -> dict[str, str]:
+            harness.drain_node(None)
+            assert is_drained.wait(LIMIT_S)  # the drain comes in between
+            return {}
+
+    harness.locks, is_drained = Locks(), threading.Event()
+
+    async def scenario(engine: Engine) -> None:
+        attempt = harness.sleeper()
+        await harness.start(engine, attempt)
+        await until(lambda: not engine.ledger.nodes()[0].is_ready)
+        is_drained.set()
+        final = await harness.final(attempt)
+        assert isinstance(final, NeverStarted)
+        assert final.held_up_by == "its node a is being drained"
+        assert "start" not in harness.ray.calls
+
+    harness.run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("death", "reason"),
+    [
+        ("received SIGTERM", "the node a was ended: received SIGTERM"),
+        ("", "the node a was lost while it was being drained"),
+    ],
+)
+def test_the_reason_of_a_loss_says_why_the_node_has_left(
+    harness: InProcessHarness, death: str, reason: str
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await harness.started(attempt)
+        harness.drain_node(None)
+        await until(lambda: not engine.ledger.nodes()[0].is_ready)
+        harness.lose_node(death)
+        assert await harness.final(attempt) == Lost(attempt.spec.job_id, 1, reason)
+        harness.finish_sleeper()
+
+    harness.run(scenario)
+
+
+@pytest.fixture
+def short_idle_times(harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster with an autoscaler, where the agent of an idle node ends at once."""
+    harness.has_autoscaler = True
+    monkeypatch.setattr(ray_cluster, "AGENT_IDLE_S", 0.0)
+    monkeypatch.setattr(ray_cluster, "POLL_TIMEOUT_S", 0.2)
+
+
+@pytest.mark.usefixtures("short_idle_times")
+def test_an_idle_node_has_no_agent_until_its_next_job(harness: InProcessHarness) -> None:
+    async def scenario(engine: Engine) -> None:
+        for number in range(3):
+            await until(lambda: harness.ray.agent is None)
+            (node,) = engine.ledger.nodes()
+            assert (node.is_ready, node.problem) == (True, None)
+            attempt = harness.attempt(f"def task(config): return {number}", path=f"{number}.py")
+            assert (await harness.outcome(engine, attempt)).result == number
+        assert not [each for each in harness.observations if isinstance(each, Unreachable)]
+
+    harness.run(scenario)
+
+
+@pytest.mark.parametrize("is_drained", [False, True])
+def test_an_agent_releases_its_reservations_before_it_ends(
+    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch, is_drained: bool
+) -> None:
+    harness.has_autoscaler = not is_drained
+    monkeypatch.setattr(ray_cluster, "AGENT_IDLE_S", 0.0)
+    monkeypatch.setattr(ray_cluster, "POLL_TIMEOUT_S", 0.2)
+    left: list[int] = []
+    end_agent = harness.ray.end_agent
+
+    async def end_and_look(node_id: str) -> None:
+        left.append(len(harness.ray.reservations))
+        await end_agent(node_id)
+
+    async def scenario(engine: Engine) -> None:
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await until(lambda: harness.ray.reservations)
+        if is_drained:
+            harness.drain_node(None)
+            await until(lambda: not engine.ledger.nodes()[0].is_ready)
+        monkeypatch.setattr(harness.ray, "end_agent", end_and_look)
+        harness.finish_sleeper()
+        await harness.ended(attempt)
+        await until(lambda: left)
+        assert left == [0]
+
+    harness.run(scenario)
+
+
+@pytest.mark.usefixtures("short_idle_times")
+def test_an_attempt_that_is_recovered_wakes_its_node(harness: InProcessHarness) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = harness.sleeper()
+        job_id = attempt.spec.job_id
+        assert engine.ledger.reserve(job_id, attempt.version.api.compute) is None
+        attempt = replace(attempt, handle=engine.claim(job_id, attempt.number))
+        await until(lambda: harness.ray.agent is None)
+        await engine.recover(attempt)
+        assert await harness.final(attempt) == NeverStarted(job_id, 1)
+
+    harness.run(scenario)
+
+
+@pytest.mark.usefixtures("short_idle_times")
+def test_the_agent_of_a_suspect_node_stays_to_say_when_it_takes_jobs_again(
+    harness: InProcessHarness,
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await harness.started(attempt)
+        assert isinstance(engine, RayEngine)
+        engine._cluster.suspect("node-a", "its agent does not take orders")
+        harness.finish_sleeper()
+        await harness.ended(attempt)
+        await until(lambda: not harness.ray.reservations)
+        polls = harness.ray.calls.count("poll")
+        await until(lambda: harness.ray.calls.count("poll") > polls + 5)
+        assert harness.ray.agent is not None
+
+    harness.run(scenario)
+
+
+@pytest.mark.usefixtures("short_idle_times")
+def test_the_agent_of_a_node_with_a_job_stays(harness: InProcessHarness) -> None:
+    async def scenario(engine: Engine) -> None:
+        attempt = await harness.start_attempt(engine, harness.sleeper())
+        await harness.started(attempt)
+        polls = harness.ray.calls.count("poll")
+        await until(lambda: harness.ray.calls.count("poll") > polls + 5)
+        assert harness.ray.agent is not None
+        harness.finish_sleeper()
+        await harness.ended(attempt)
+
+    harness.run(scenario)
+
+
+@pytest.mark.usefixtures("short_idle_times")
+def test_a_node_without_an_agent_removes_forgotten_jobs_with_its_next_job(
+    harness: InProcessHarness,
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        first = harness.attempt("def task(config): return 1")
+        await harness.outcome(engine, first)
+        await until(lambda: harness.ray.agent is None)
+        engine.forget(jobs=[first.spec.job_id])
+        await asyncio.sleep(0.3)
+        assert harness.ray.agent is None
+        assert harness.folder(first).exists()
+        await harness.outcome(engine, harness.attempt("def task(config): return 1"))
+        await until(lambda: not harness.folder(first).exists())
+
+    harness.run(scenario)
+
+
+@pytest.mark.usefixtures("short_idle_times")
+def test_a_start_while_the_agent_is_being_ended_waits_for_the_next_one(
+    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end_agent = harness.ray.end_agent
+    attempts: list[Attempt] = []
+
+    async def scenario(engine: Engine) -> None:
+        async def start_meanwhile(node_id: str) -> None:
+            if not attempts:
+                attempts.append(harness.attempt("def task(config): return 1"))
+                await harness.start(engine, attempts[0])
+                await asyncio.sleep(0.2)  # it waits by then
+            await end_agent(node_id)
+
+        monkeypatch.setattr(harness.ray, "end_agent", start_meanwhile)
+        await until(lambda: attempts)
+        assert (await harness.ended(attempts[0])).result == 1
+        assert len([each for each in harness.observations if isinstance(each, NeverStarted)]) == 0
+
+    harness.run(scenario)
+
+
+def test_a_drained_node_without_jobs_has_no_agent(harness: InProcessHarness) -> None:
+    async def scenario(engine: Engine) -> None:
+        harness.drain_node(None)
+        await until(lambda: harness.ray.agent is None)
+
+    harness.run(scenario)
+
+
+def test_a_loss_of_the_link_wakes_a_node(harness: InProcessHarness, short_idle_times: None) -> None:
+    async def scenario(engine: Engine) -> None:
+        await until(lambda: harness.ray.agent is None)
+        harness.ray.is_cut_off = True
+        await until(lambda: not engine.ledger.nodes()[0].is_ready)
+        harness.ray.is_cut_off = False
+        await ready(engine)
+        attempt = harness.attempt("def task(config): return 1")
+        assert (await harness.outcome(engine, attempt)).result == 1
 
     harness.run(scenario)

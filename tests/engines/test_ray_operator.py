@@ -7,14 +7,15 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import preloaded_cli
-from engines.ray_cluster import absent_cluster
+from engines.engine_harness import exists
+from engines.ray_cluster import RayCluster, absent_cluster
 from engines.ray_harness import RaySession, agent_pid
 from operator_harness import PROBE, Operator, operator, operators, probe_yaml, until
 from s3_server import S3Server
@@ -401,8 +402,44 @@ def test_a_job_for_a_zone_without_nodes_stops_no_other_job(
     cluster.kill("away")
 
 
+def kill(ray_operator: Operator, cluster: RayCluster) -> None:
+    cluster.kill("third")
+
+
+def terminate(ray_operator: Operator, cluster: RayCluster) -> None:
+    cluster.terminate("third")
+
+
+def drain(ray_operator: Operator, cluster: RayCluster) -> None:
+    raylet = cluster.raylets["third"]
+    cluster.drain("third", deadline_s=30)
+    del cluster.raylets["third"]
+
+    def problems() -> list[str]:
+        nodes = ray_operator.http.get(f"{ray_operator.url}/-/cluster").json()["nodes"]
+        return [node["problem"] for node in nodes if node["problem"]]
+
+    def is_shown() -> bool:
+        return any("it is being drained, and ends in" in problem for problem in problems())
+
+    until(is_shown, "the node is shown as drained")
+    # Ray ends the raylet of a drained node that is idle. The agent has to leave for that.
+    until(lambda: not exists(raylet), "the raylet has ended by itself")
+
+
+@pytest.mark.parametrize(
+    ("lose", "reason"),
+    [
+        (kill, r"the node \S+ was lost"),
+        (terminate, r"the node \S+ was ended: .*SIGTERM.*"),
+        (drain, r"the node \S+ is being drained"),
+    ],
+)
 def test_a_job_whose_node_is_lost_gets_a_new_attempt_on_another_node(
-    ray_operator: Operator, ray_session: RaySession
+    ray_operator: Operator,
+    ray_session: RaySession,
+    lose: Callable[[Operator, RayCluster], None],
+    reason: str,
 ) -> None:
     ray_session.cluster.add("third", cpus=16)  # the node with the most free capacity
 
@@ -415,14 +452,12 @@ def test_a_job_whose_node_is_lost_gets_a_new_attempt_on_another_node(
     )
     job = ray_operator.submit(endpoint)
     ray_operator.await_log(endpoint, job, "attempt 1")
-    ray_session.cluster.kill("third")
+    lose(ray_operator, ray_session.cluster)
     done = ray_operator.finished(endpoint, job)
     assert (done["status"], done["result"]) == ("status_succeeded", 2)
     lines = ray_operator.log_of(endpoint, job).splitlines()
     assert lines[0] == "attempt 1"
-    assert re.fullmatch(
-        r"cortex: attempt 1 was lost: the node \S+ was lost; attempt 2 begins", lines[1]
-    )
+    assert re.fullmatch(rf"cortex: attempt 1 was lost: {reason}; attempt 2 begins", lines[1])
     assert lines[2] == "attempt 2"
 
 

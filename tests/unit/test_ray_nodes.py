@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from cortex.engines.base import NOTHING, Capacity
 from cortex.engines.capacity import fits
-from cortex.engines.ray.messages import NodeState
+from cortex.engines.ray.messages import Drain, NodeState
 from cortex.engines.ray.placement import CapacityIndex, Placement
 from cortex.spec.api import Compute
 
@@ -95,6 +96,27 @@ def test_jobs_wait_with_a_reason_while_no_node_answers() -> None:
         cluster.reserve("1", Compute())
         == "waits for a node that takes jobs (host-a: its agent has exited)"
     )
+
+
+def test_a_node_that_is_being_drained_takes_no_job_and_says_so() -> None:
+    drained = replace(state("b", LARGE, labels={"zone": "b"}), drain=Drain(90.4))
+    cluster = nodes(state("a", SMALL), state("b", LARGE, labels={"zone": "b"}))
+    cluster.update((state("a", SMALL), drained))
+    for job in ("1", "2"):
+        assert cluster.reserve(job, Compute(cpu_m=1000)) is None
+        node = cluster.node_of(job)
+        assert node is not None
+        assert node.node_id == "a"
+    assert cluster.reserve("3", Compute(cpu_m=1000)) == "needs 1 CPU, 0 free on one node"
+    reason = "waits for a node with zone=b that takes jobs (host-b: it is being drained)"
+    assert cluster.reserve("3", Compute(node_labels={"zone": ("b",)})) == reason
+    shown = {node.name: (node.is_ready, node.problem) for node in cluster.nodes()}
+    assert shown == {
+        "host-a": (True, None),
+        "host-b": (False, "it is being drained, and ends in 90 s"),
+    }
+    cluster.update((state("a", SMALL), replace(drained, drain=Drain(None))))
+    assert cluster.nodes()[1].problem == "it is being drained"
 
 
 def test_resources_that_others_use_count_after_two_observations() -> None:

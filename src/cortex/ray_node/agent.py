@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import signal
 import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
@@ -154,11 +155,19 @@ class Agent:
         await self._open()
         return await self._incoming.install(name, project_id, size, digest, within_s)
 
-    async def stop(self, job_id: str) -> None:
+    async def stop(self, job_id: str, grace_s: float | None = None) -> None:
+        """Stop an attempt.
+
+        Args:
+            grace_s: the seconds between SIGTERM and SIGKILL; None for those of its order.
+        """
         await self._open()
         building = self._building.pop(job_id, None)
         if building is None:
             self._engine.stop(job_id)
+            order = self._orders.get(job_id)
+            if grace_s is not None and order is not None:
+                self._run(self._kill_later(order, grace_s))
             return
         building.cancel()
         await asyncio.gather(building, return_exceptions=True)
@@ -241,6 +250,10 @@ class Agent:
             if job_id not in self._orders:
                 await asyncio.to_thread(self._folders.remove, job_id)
 
+    async def is_idle(self) -> bool:
+        """Whether the agent has no attempt, and Ray no reservation of it: then it may be ended."""
+        return not self._orders and self._reservations.is_idle
+
     async def _open(self) -> None:
         # Each method calls it: Ray may have restarted this process since the operator's hello.
         async with self._opening:
@@ -251,6 +264,14 @@ class Agent:
                 self._reservations.open()
                 self._raylet.open()
                 self._is_open = True
+
+    async def _kill_later(self, order: NodeOrder, delay_s: float) -> None:
+        """Kill the processes of an attempt that has not ended by then. Its supervisor, which has
+        received the grace period with the order, would kill them later."""
+        await asyncio.sleep(delay_s)
+        job_id = order.spec.job_id
+        if self._orders.get(job_id) is order:
+            await in_thread(_kill_processes, job_id)
 
     def _check(self, order: NodeOrder) -> None:
         if order.root != self._agent_folder.identity:
@@ -439,6 +460,10 @@ def _exceeds(log: Path, offset: int) -> bool:
         return log.lstat().st_size > offset
     except OSError:
         return False
+
+
+def _kill_processes(job_id: str) -> None:
+    processes.send_signals(processes.with_variable("CORTEX_JOB_ID", job_id), signal.SIGKILL)
 
 
 def _ended(folder: Path, attempt: int) -> bool:

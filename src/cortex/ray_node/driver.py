@@ -42,7 +42,7 @@ _FAILURES = {
     "call_agent": "the call to its agent failed",
     "pack_project": "the project cannot be packed",
     "release_lost": "Ray does not release the reservations of lost nodes",
-    "replace_agent": "its agent cannot be replaced",
+    "end_agent": "its agent cannot be ended",
     "node_states": "Ray does not list its nodes",
 }
 """What the failure of a request means, by its method."""
@@ -67,7 +67,7 @@ class Driver:
         """Release the reservations of this operator on nodes that have left the cluster."""
         await self._in_thread(reservations.release_lost, f"{self._namespace}:")
 
-    async def replace_agent(self, node_id: str) -> None:
+    async def end_agent(self, node_id: str) -> None:
         """Kill a node's agent, whose jobs continue. The next call makes another."""
         agent = await self._agent(node_id)
         await self._in_thread(partial(ray.kill, agent, no_restart=True))

@@ -101,6 +101,11 @@ class NodeReservations:
         created = (held.amount for held in self._held.values() if held.is_created)
         return sum(created, NOTHING)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no job runs, and no reservation is left, also none of an earlier agent."""
+        return self._is_adopted and not self._held and not self._wanted
+
     def open(self) -> None:
         """Keep the reservations up to date from now on."""
         self._changed.set()  # an earlier agent may have left reservations

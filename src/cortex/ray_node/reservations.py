@@ -7,12 +7,15 @@ what lost nodes have left.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node  # Ray has no public function for it
+
+# Ray has no public functions for them.
+from ray._private.state import available_resources_per_node, state
 from ray.util import (
     get_placement_group,
     placement_group,
@@ -22,10 +25,13 @@ from ray.util import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cortex.engines.base import NOTHING, Capacity
-from cortex.engines.ray.messages import NodeState
+from cortex.engines.ray.messages import Drain, NodeState
 from cortex.spec.quantities import MILLI
+from cortex.worker.messages import shorten
 
 NODE_ID = "ray.io/node-id"  # a label that each node has, with a unique value
+# Of `NodeDeathInfo.Reason`: SIGTERM to the raylet, the end of a drain, a node that was idle.
+_ENDED_ON_PURPOSE = frozenset({1, 3, 4})
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,10 @@ class Reservation:
 
 def node_states() -> tuple[NodeState, ...]:
     """All nodes, and what is taken of each."""
+    deadlines_ms = state.get_draining_nodes()
     states = ray.nodes()  # type: ignore[no-untyped-call]  # Ray types a part of itself
     available = available_resources_per_node()  # type: ignore[no-untyped-call]  # the same
-    return tuple(_state(each, available) for each in states)
+    return tuple(_state(each, available, deadlines_ms.get(each["NodeID"])) for each in states)
 
 
 def raylet_address(node_id: str) -> tuple[str, int]:
@@ -155,15 +162,26 @@ def _reservation(fields: dict[str, Any]) -> Reservation:
     return Reservation(fields["name"], amount, is_created, node_id)
 
 
-def _state(fields: dict[str, Any], available: dict[str, dict[str, float]]) -> NodeState:
+def _state(
+    fields: dict[str, Any], available: dict[str, dict[str, float]], deadline_ms: int | None
+) -> NodeState:
     node_id = fields["NodeID"]
     name = fields["NodeManagerHostname"] or fields["NodeManagerAddress"]
     if not fields["Alive"]:
-        return NodeState(node_id, name, False, NOTHING, NOTHING)
+        reason, message = fields["DeathReason"], fields["DeathReasonMessage"]
+        death = shorten(message, 300) if reason in _ENDED_ON_PURPOSE else ""
+        return NodeState(node_id, name, False, NOTHING, NOTHING, death=death)
     total = _capacity(fields["Resources"])
     free = _capacity(available[node_id]) if node_id in available else total
     labels = {key: value for key, value in fields["Labels"].items() if key != NODE_ID}
-    return NodeState(node_id, name, True, total, total - free, labels)
+    return NodeState(node_id, name, True, total, total - free, labels, _drain(deadline_ms))
+
+
+def _drain(deadline_ms: int | None) -> Drain | None:
+    """A drain with its deadline by the wall clock; 0 is none, and None is no drain."""
+    if deadline_ms is None:
+        return None
+    return Drain(max(0.0, deadline_ms / 1000 - time.time()) if deadline_ms else None)
 
 
 def _bundle(amount: Capacity) -> dict[str, float]:

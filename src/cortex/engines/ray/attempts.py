@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +20,7 @@ from cortex.engines.base import (
     Attempt,
     CapacityFreed,
     Ended,
+    Ending,
     Lost,
     NeverStarted,
     Observation,
@@ -46,6 +49,11 @@ from cortex.worker import checks
 
 log = structlog.get_logger()
 
+_MAX_LATE_HINTS = 1000
+# Before the deadline of a drain: the refresh of the nodes, the order to stop, and the log's rest.
+_DRAIN_MARGIN_S = 5.0
+_MIN_DRAIN_GRACE_S = 1.0  # SIGTERM comes before SIGKILL, also where the deadline has passed
+
 Final = Ended | Lost | NeverStarted
 _FEW, _SMALL_BYTES = 4, 16 << 10  # pieces of logs that are written sooner than a thread begins
 
@@ -67,6 +75,9 @@ class Attempts:
         self._log_copies = log_copies
         self._tracked: dict[str, TrackedAttempt] = {}
         self._by_node: dict[str, dict[str, TrackedAttempt]] = {}  # the same, by node and by job
+        self._late_hints: defaultdict[str, deque[tuple[str, tuple[object, ...]]]] = defaultdict(
+            partial(deque, maxlen=_MAX_LATE_HINTS)
+        )
         self._background = Background("the Ray engine failed")
         self._report: Report = lambda _: None
 
@@ -119,9 +130,13 @@ class Attempts:
         self._report(CapacityFreed())
 
     def hint_to_all(self, method: str, *arguments: object) -> None:
-        """Call a method of every agent that has answered; a call that fails is not repeated."""
+        """Call a method of every agent that has answered; a call that fails is not repeated. A node
+        that has no agent now receives the call with its next job."""
         for node_id in self._cluster.hellos:
-            self._background.run(self._calls.hint(node_id, method, *arguments))
+            if self._cluster.is_asleep(node_id):
+                self._late_hints[node_id].append((method, arguments))
+            else:
+                self._background.run(self._calls.hint(node_id, method, *arguments))
 
     def on_cluster_unreachable(self, reason: str) -> None:
         for tracked in list(self._tracked.values()):
@@ -134,13 +149,24 @@ class Attempts:
             else:  # an attempt that was recovered before the nodes were known
                 compute = tracked.attempt.version.api.compute
                 self._nodes.reserve_granted(tracked.job_id, compute, tracked.node_id)
+        for node in self._nodes.alive.values():
+            if node.state.drain is not None and node.state.drain.left_s is not None:
+                self._drain(node, node.state.drain.left_s)
 
     def on_node_lost(self, node: Node) -> None:
         """Lose the attempts on the node, whose guard ends their jobs."""
+        self._late_hints.pop(node.node_id, None)
+        reason = f"the node {node.name} was lost"
+        if node.death:
+            reason = f"the node {node.name} was ended: {node.death}"
+        elif node.state.drain is not None:
+            reason = f"the node {node.name} was lost while it was being drained"
         for tracked in self._tracked_on(node):
-            self._lose(tracked, f"the node {node.name} was lost")
+            self._lose(tracked, reason)
 
     async def on_agent_reachable(self, node: Node) -> None:
+        for method, arguments in self._late_hints.pop(node.node_id, ()):
+            self._background.run(self._calls.hint(node.node_id, method, *arguments))
         recovered: set[str] = set()
         # `recover` may add attempts meanwhile.
         while tracked := self._next_to_recover(node, recovered):
@@ -150,6 +176,9 @@ class Attempts:
     def on_agent_unreachable(self, node: Node, reason: str) -> None:
         for tracked in self._tracked_on(node):
             self._mark_unreachable(tracked, reason)
+
+    def is_idle(self, node: Node) -> bool:
+        return node.node_id not in self._by_node
 
     def log_cursors(self, node: Node) -> dict[str, int]:
         # Until an attempt has started, the node's log is that of an earlier attempt.
@@ -179,6 +208,35 @@ class Attempts:
         if self._nodes.pop_refused():
             self.report_freed()
 
+    def _drain(self, node: Node, left_s: float) -> None:
+        """Stop the attempts of a node that is being drained, in time for their grace period. Until
+        then, they may end by themselves."""
+        if left_s > self._calls.grace_s + _DRAIN_MARGIN_S:
+            return
+        for tracked in self._tracked_on(node):
+            if tracked.is_sent and not tracked.is_drained and not tracked.is_ending:
+                tracked.is_drained = True
+                log.warning("stopping a job of a drained node", job=tracked.job_id, node=node.name)
+                grace_s = max(_MIN_DRAIN_GRACE_S, left_s - _DRAIN_MARGIN_S)
+                self._background.run(self._send_stop(tracked, min(grace_s, self._calls.grace_s)))
+
+    def _as_lost_by_drain(self, tracked: TrackedAttempt, final: Final) -> Final:
+        """The end of an attempt: where a drain of its node stopped it, the platform failed it."""
+        node = self._drained_node_of(tracked)
+        if node is None or tracked.stop_requested:
+            return final
+        if not isinstance(final, Ended):
+            return final
+        # A SIGKILL before the deadline may reach a job before its supervisor knows of the stop.
+        was_killed = tracked.is_drained and final.exit_code == -signal.SIGKILL
+        if final.ending is not Ending.STOPPED and not was_killed:
+            return final
+        return tracked.lost(f"the node {node.name} is being drained")
+
+    def _drained_node_of(self, tracked: TrackedAttempt) -> Node | None:
+        node = self._nodes.alive.get(tracked.node_id)
+        return None if node is None or node.state.drain is None else node
+
     def _store_lock_file(self, lock: Lock) -> None:
         try:
             self._background.run(self._calls.store_lock_file(checked_lock_file(lock)))
@@ -199,10 +257,11 @@ class Attempts:
             self._report(observation)
         elif isinstance(observation, Ended | Lost | NeverStarted) and not tracked.is_ending:
             tracked.is_ending = True
+            final = self._as_lost_by_drain(tracked, observation)
             if self._is_rest_of(tracked, poll.rests.get(tracked.job_id)):
-                self._finish(tracked, observation)
+                self._finish(tracked, final)
             else:
-                self._background.run(self._copy_rest_and_finish(tracked, observation))
+                self._background.run(self._copy_rest_and_finish(tracked, final))
 
     async def _copy_logs(self, node: Node, poll: Poll) -> None:
         """Write the pieces of an answer to the copies, all in one thread."""
@@ -319,11 +378,15 @@ class Attempts:
         """
         try:
             locks = await self._calls.lock_files(tracked)
+            await self._cluster.wake_agent(tracked.node_id)
         except (StorageUnavailable, OSError) as error:
             self._abandon(tracked, str(error))
             return
         if self._is_cancelled(tracked):
             self._abandon(tracked)
+            return
+        if (node := self._drained_node_of(tracked)) is not None:
+            self._abandon(tracked, f"its node {node.name} is being drained")
             return
         tracked.is_sent = True
         try:
@@ -365,6 +428,7 @@ class Attempts:
     async def _recover_with_retries(self, tracked: TrackedAttempt) -> None:
         while self._tracked.get(tracked.job_id) is tracked and not tracked.is_ending:
             try:
+                await self._cluster.wake_agent(tracked.node_id)
                 await self._recover(tracked)
             except LinkError:
                 await asyncio.sleep(RETRY_DELAY_S)
@@ -388,10 +452,10 @@ class Attempts:
         if tracked.stop_requested:
             await self._calls.stop(tracked)
 
-    async def _send_stop(self, tracked: TrackedAttempt) -> None:
+    async def _send_stop(self, tracked: TrackedAttempt, grace_s: float | None = None) -> None:
         while self._tracked.get(tracked.job_id) is tracked:
             try:
-                await self._calls.stop(tracked)
+                await self._calls.stop(tracked, grace_s)
             except LinkError:
                 await asyncio.sleep(RETRY_DELAY_S)
             except Refused as error:

@@ -71,7 +71,7 @@ class AgentCalls:
             builds: limits builds of environments on nodes.
         """
         self._cluster = cluster
-        self._grace_s = grace_s
+        self.grace_s = grace_s
         self._locks = locks
         self._builds = builds
 
@@ -103,7 +103,7 @@ class AgentCalls:
         Returns:
             Whether the node has accepted it; False where it lacks the project.
         """
-        order = tracked.node_order(self._grace_s, locks, self._builds)
+        order = tracked.node_order(self.grace_s, locks, self._builds)
         suspect = asyncio.get_running_loop().call_later(
             _SLOW_ORDER_S,
             self._cluster.suspect,
@@ -119,12 +119,16 @@ class AgentCalls:
 
     async def recover(self, tracked: TrackedAttempt) -> None:
         """Make the node report the state of the attempt, and fence an attempt that it never got."""
-        order = tracked.node_order(self._grace_s)
+        order = tracked.node_order(self.grace_s)
         await self._cluster.call_agent(tracked.node_id, "recover", order)
 
-    async def stop(self, tracked: TrackedAttempt) -> None:
-        """Order the node to stop the attempt."""
-        await self._cluster.call_agent(tracked.node_id, "stop", tracked.job_id)
+    async def stop(self, tracked: TrackedAttempt, grace_s: float | None = None) -> None:
+        """Order the node to stop the attempt.
+
+        Args:
+            grace_s: the seconds between SIGTERM and SIGKILL; None for those of the order.
+        """
+        await self._cluster.call_agent(tracked.node_id, "stop", tracked.job_id, grace_s)
 
     async def read_log(self, tracked: TrackedAttempt, offset: int) -> LogPiece:
         """A piece of the node's log from an offset on; an empty piece at the end of the log.

@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import structlog
 
+from cortex.engines.base import NOTHING
 from cortex.engines.ray.connection import AgentConnection
 from cortex.engines.ray.join_attempts import JoinAttempts
 from cortex.engines.ray.link import Link, LinkError, NotSent, Refused
@@ -35,6 +39,8 @@ CONNECT_TIMEOUT_S = 5.0
 MAX_SILENCE_S = 4.0
 HELLO_TIMEOUT_S = 60.0  # a cold node loads Python and this package first
 POLL_TIMEOUT_S = 10.0
+DRAINED_POLL_TIMEOUT_S = 1.0
+AGENT_IDLE_S = 30.0
 RETRY_DELAY_S = 1.0
 # Ray lists every reservation that there was since the start of its head.
 RELEASE_TIMEOUT_S = 600.0
@@ -66,6 +72,9 @@ class ClusterListener(Protocol):
     def log_cursors(self, node: Node) -> dict[str, int]:
         """The offsets from which on to read the logs of a node's jobs, by job."""
 
+    def is_idle(self, node: Node) -> bool:
+        """Whether a node has no attempt."""
+
     async def on_poll(self, node: Node, poll: Poll) -> None:
         """The agent of a node has answered a poll."""
 
@@ -73,13 +82,30 @@ class ClusterListener(Protocol):
         """More capacity may be free than before."""
 
 
+@dataclass
+class _Sleep:
+    """The time in which a node has no agent."""
+
+    is_over: asyncio.Event = field(default_factory=asyncio.Event)
+    has_ended: asyncio.Event = field(default_factory=asyncio.Event)
+    """The next agent has answered, or has failed to."""
+
+
 class Cluster:
     """The cluster, on the event loop."""
 
     def __init__(
-        self, address: str, namespace: str, node_dir: str | None, nodes: Placement
+        self,
+        address: str,
+        namespace: str,
+        node_dir: str | None,
+        nodes: Placement,
+        *,
+        has_autoscaler: bool = False,
     ) -> None:
         self.nodes = nodes
+        self._has_autoscaler = has_autoscaler
+        self._asleep: dict[str, _Sleep] = {}  # by node
         self.hellos: dict[str, Hello] = {}
         self.problem: str | None = None
         """Why the cluster cannot be joined now."""
@@ -173,6 +199,17 @@ class Cluster:
         node = self.nodes.alive.get(node_id)
         if node is not None:
             node.trust()
+
+    def is_asleep(self, node_id: str) -> bool:
+        """Whether a node has no agent now, because it has no jobs."""
+        return node_id in self._asleep
+
+    async def wake_agent(self, node_id: str) -> None:
+        """Make an agent for a node that has none, and return once it has answered or failed to."""
+        sleep = self._asleep.get(node_id)
+        if sleep is not None:
+            sleep.is_over.set()
+            await sleep.has_ended.wait()
 
     async def _open_link(self) -> Link:
         link = Link(self._address, self._namespace, self._node_dir)
@@ -304,21 +341,61 @@ class Cluster:
 
     async def _run_agent_session(self, node: Node) -> None:
         """Receive the observations of a node's agent while the node is alive."""
-        while True:
+        try:
+            while True:
+                try:
+                    await self._follow_agent(node)
+                    if (sleep := self._asleep.get(node.node_id)) is not None:
+                        await sleep.is_over.wait()
+                        continue
+                except (LinkError, Refused, checks.Invalid) as error:
+                    self._mark_unreachable(node, str(error))
+                except Exception as error:
+                    log.exception("lost contact with node agent", node=node.name)
+                    self._mark_unreachable(node, explain(error))
+                await asyncio.sleep(RETRY_DELAY_S)
+        finally:
+            self._end_sleep(node)
+
+    async def _follow_agent(self, node: Node) -> None:
+        try:
             try:
                 hello = await self._begin_session(node)
                 await self._listener.on_agent_reachable(node)
-                node.answered(None)
-                self._listener.on_capacity_changed()
-                await self._poll_agent(node, hello)
-            except (LinkError, Refused, checks.Invalid) as error:
-                self._mark_unreachable(node, str(error))
-            except Exception as error:
-                log.exception("lost contact with node agent", node=node.name)
-                self._mark_unreachable(node, explain(error))
             finally:
-                self._disconnect(node)
-            await asyncio.sleep(RETRY_DELAY_S)
+                self._end_sleep(node)
+            node.answered(None)
+            self._listener.on_capacity_changed()
+            await self._poll_agent(node, hello)
+        finally:
+            self._disconnect(node)
+
+    async def _end_idle_agent(self, node: Node) -> bool:
+        """End the agent of a node without attempts, unless it has something left to do.
+
+        Ray takes a node with an actor for a node that is used: its autoscaler would never remove
+        it, and a drained node would stay until its deadline.
+        """
+        self._asleep[node.node_id] = _Sleep()  # from here on, attempts wait for the next agent
+        if not await self.call_agent(node.node_id, "is_idle"):
+            self._end_sleep(node)
+            return False
+        await self.call_driver("end_agent", node.node_id)
+        node.set_held(NOTHING)
+        log.info("ended the agent of an idle node", node=node.name)
+        return True
+
+    def _end_sleep(self, node: Node) -> None:
+        sleep = self._asleep.pop(node.node_id, None)
+        if sleep is not None:
+            sleep.has_ended.set()
+
+    def _idle_limit_s(self, node: Node) -> float:
+        """How long the agent of a node that has no attempts stays."""
+        if node.state.drain is not None:
+            return 0.0
+        # A node that takes no job now says so until its agent reports otherwise.
+        return AGENT_IDLE_S if self._has_autoscaler and node.is_ready else math.inf
 
     async def _begin_session(self, node: Node) -> Hello:
         """Find the agent through Ray, and connect to it."""
@@ -326,7 +403,7 @@ class Cluster:
         if hello.version != AGENT_VERSION and node.node_id not in self._replaced:
             # It has run since before an upgrade. Its jobs do not depend on it.
             log.info("replacing an agent", node=node.name, version=hello.version)
-            await self.call_driver("replace_agent", node.node_id)
+            await self.call_driver("end_agent", node.node_id)
             self._replaced.add(node.node_id)
             hello = await self._hello(node)
         if hello.version != AGENT_VERSION:
@@ -358,21 +435,21 @@ class Cluster:
             connection.close("the operator has closed it")
 
     async def _poll_agent(self, node: Node, hello: Hello) -> None:
-        """Poll the agent until it has dropped observations that this operator has not received.
-
-        After that, every attempt on the node has to be recovered.
+        """Poll the agent until it was ended, or has dropped observations that this operator has not
+        received. In the latter case, every attempt on the node has to be recovered.
         """
-        seq = hello.seq
+        seq, used_at = hello.seq, time.monotonic()
         while True:
             cursors = self._listener.log_cursors(node)
+            timeout_s = POLL_TIMEOUT_S if node.state.drain is None else DRAINED_POLL_TIMEOUT_S
             poll = await self.call_agent(
                 node.node_id,
                 "poll",
                 hello.incarnation,
                 seq,
                 cursors,
-                POLL_TIMEOUT_S,
-                timeout_s=POLL_TIMEOUT_S + RESPONSE_TIMEOUT_S,
+                timeout_s,
+                timeout_s=timeout_s + RESPONSE_TIMEOUT_S,
             )
             assert isinstance(poll, Poll)
             if poll.incarnation != hello.incarnation:
@@ -386,6 +463,12 @@ class Cluster:
                 log.info("ray node", node=node.name, is_ready=node.is_ready, problem=node.problem)
                 self._listener.on_capacity_changed()
             await self._listener.on_poll(node, poll)
+            if not self._listener.is_idle(node):
+                used_at = time.monotonic()
+                continue
+            is_over = time.monotonic() - used_at >= self._idle_limit_s(node)
+            if is_over and await self._end_idle_agent(node):
+                return
 
     def _mark_unreachable(self, node: Node, reason: str) -> None:
         if node.problem != reason:

@@ -37,12 +37,22 @@ class RayEngine:
         node_dir: str | None = None,
         locks: Locks | None = None,
         builds: Builds = DEFAULT_BUILDS,
+        *,
+        has_autoscaler: bool = False,
     ) -> None:
+        """
+        Args:
+            grace_s: the seconds between SIGTERM and SIGKILL.
+            node_dir: the folder on nodes for projects, environments and jobs.
+            has_autoscaler: whether the cluster adds nodes that jobs need, and removes idle nodes.
+        """
         self._folders = JobFolders(root)
         self._copies = LogCopies(self._folders)
         self._address = address
         self.ledger = Placement(self._report_freed)
-        self._cluster = Cluster(address, namespace, node_dir, self.ledger)
+        self._cluster = Cluster(
+            address, namespace, node_dir, self.ledger, has_autoscaler=has_autoscaler
+        )
         orders = AgentCalls(self._cluster, grace_s, locks, builds)
         transfers = ProjectTransfers(self._cluster, root)
         self._attempts = Attempts(self._cluster, orders, transfers, self._copies)

@@ -138,7 +138,9 @@ class Link:
         try:
             data = pickle.dumps((method, arguments))
             self._writer.write(HEAD.pack(len(data), number) + data)
-            answer = await asyncio.wait_for(future, timeout_s)
+            # In Python 3.11 `asyncio.wait_for` may swallow a cancellation.
+            async with asyncio.timeout(timeout_s):
+                answer = await future
         except TimeoutError:
             raise LinkError(f"the Ray cluster did not answer within {timeout_s:g} s") from None
         finally:

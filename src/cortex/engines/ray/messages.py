@@ -15,10 +15,18 @@ from cortex.engines.base import NOTHING, Capacity, Observation
 from cortex.spec.api import ApiSpec
 from cortex.spec.job import JobSpec
 
-AGENT_VERSION = f"{cortex.__version__}/2"
+AGENT_VERSION = f"{cortex.__version__}/3"
 """The version of this package, and of the messages here: a change of them adds one."""
 PIECE_BYTES = 64 << 10
 """The size of the pieces in which projects go to nodes: other messages must not wait for long."""
+
+
+@dataclass(frozen=True)
+class Drain:
+    """A node that is being drained: it accepts no reservation, and is about to leave."""
+
+    left_s: float | None
+    """The seconds until its platform ends it; None without a deadline."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,10 @@ class NodeState:
     taken: Capacity
     """Taken by this operator's jobs and by others."""
     labels: dict[str, str] = field(default_factory=dict)
+    drain: Drain | None = None
+    """None where the node is not being drained."""
+    death: str = ""
+    """Why the node has left, where its platform ended it on purpose."""
 
 
 class Refusal(Exception):

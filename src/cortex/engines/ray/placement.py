@@ -25,7 +25,7 @@ from cortex.engines.capacity import (
     lacking,
     selects,
 )
-from cortex.engines.ray.messages import NodeState
+from cortex.engines.ray.messages import Drain, NodeState
 from cortex.spec.api import Compute
 
 Labels = tuple[tuple[str, tuple[str, ...]], ...]  # the labels that a job requires, sorted
@@ -33,6 +33,7 @@ Labels = tuple[tuple[str, tuple[str, ...]], ...]  # the labels that a job requir
 T = TypeVar("T")
 
 _SILENT = "its agent does not answer"
+_DRAINED = "it is being drained"
 _PAUSE_S = 30.0
 _MAX_PAUSE_S = 600.0
 _MAX_SUSPICIONS = 8
@@ -54,6 +55,8 @@ class Node:
         self.number = number
         self.problem: str | None = None
         """Why the node takes no new job, where `is_ready` is False."""
+        self.death = ""
+        """Why the node has left, where its platform ended it on purpose."""
         self._is_ready = False
         self._reported: str | None = None
         self._suspicions = 0
@@ -87,14 +90,24 @@ class Node:
             self._is_ready = is_ready
             self._on_change(self)
 
+    @property
+    def is_available(self) -> bool:
+        """Whether the node takes jobs: its agent answers, and the node is not being drained."""
+        return self._is_ready and self.state.drain is None
+
+    @property
+    def why_unavailable(self) -> str | None:
+        """Why the node takes no jobs, where that is known."""
+        return self.problem if self.state.drain is None else _drain_text(self.state.drain)
+
     def update(self, state: NodeState) -> None:
         """Apply an update of Ray's figures."""
-        has_new_total = state.total != self.state.total
+        was_available, has_new_total = self.is_available, state.total != self.state.total
         self.state = state
         self._previous_others, self._others = self._others, self._taken_by_others()
         self._previous_held = self._held
         self._update_free()
-        if has_new_total:
+        if has_new_total or self.is_available != was_available:
             self._on_change(self)
 
     @property
@@ -344,9 +357,11 @@ class Placement:
             The nodes that have left the cluster.
         """
         states_by_id = {state.node_id: state for state in states if state.is_alive}
+        deaths = {state.node_id: state.death for state in states if not state.is_alive}
         lost = [node for node_id, node in self.alive.items() if node_id not in states_by_id]
         for node in lost:
             del self.alive[node.node_id]
+            node.death = deaths.get(node.node_id, "")
             self._update_indexes(node)
         for node_id, state in states_by_id.items():
             self._add_kind(state)
@@ -442,17 +457,17 @@ class Placement:
         return [
             NodeInfo(
                 node.name,
-                node.is_ready,
+                node.is_available,
                 node.state.total,
                 node.free,
-                node.problem,
+                node.why_unavailable,
                 node.state.labels,
             )
             for node in self.alive.values()
         ]
 
     def _update_indexes(self, node: Node) -> None:
-        is_available = node.is_ready and self.alive.get(node.node_id) is node
+        is_available = node.is_available and self.alive.get(node.node_id) is node
         for index in self._indexes.values():
             index.update(node, is_available=is_available)
 
@@ -462,7 +477,7 @@ class Placement:
         if index is None:
             index = self._indexes[labels] = _LabelIndex(compute.node_labels)
             for node in self.alive.values():
-                index.update(node, is_available=node.is_ready)
+                index.update(node, is_available=node.is_available)
         return index
 
     def _add_kind(self, state: NodeState) -> None:
@@ -502,7 +517,8 @@ class Placement:
         if not nodes:
             return f"waits for a node{labels}: the cluster has none now"
         problems = sorted(f"{node.name}: {node.problem}" for node in nodes if node.problem)
-        problem = f" ({problems[0]})" if problems else ""
+        drained = [f"{node.name}: {_DRAINED}" for node in nodes if node.state.drain is not None]
+        problem = f" ({[*problems, *drained][0]})" if problems or drained else ""
         return f"waits for a node{labels} that takes jobs{problem}"
 
 
@@ -511,6 +527,12 @@ def _shortage(compute: Compute, left: Capacity) -> float:
     wanted = capacity_of(compute)
     pairs = ((wanted.cpu_m, left.cpu_m), (wanted.mem, left.mem), (wanted.gpu, left.gpu))
     return sum(max(0, want - have) / want for want, have in pairs if want)
+
+
+def _drain_text(drain: Drain) -> str:
+    if drain.left_s is None:
+        return _DRAINED
+    return f"{_DRAINED}, and ends in {drain.left_s:.0f} s"
 
 
 def _labels_of(compute: Compute) -> Labels:

@@ -29,6 +29,8 @@ class TrackedAttempt:
     is_sent: bool = False
     """Whether the order may have reached the node."""
     stop_requested: bool = False
+    is_drained: bool = False
+    """Whether it was told to stop because its node is being drained."""
     has_started: bool = False
     is_unreachable: bool = False
     is_ending: bool = False
