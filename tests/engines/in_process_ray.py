@@ -19,7 +19,7 @@ import pytest
 from cortex.engines.base import Attempt, Capacity, Engine
 from cortex.engines.ray import RayEngine
 from cortex.engines.ray.link import Answer, LinkError, NotSent, Refused
-from cortex.engines.ray.messages import Drain, NodeState
+from cortex.engines.ray.messages import Drain, NodeState, Wanted
 from cortex.ray_node import reservations
 from cortex.ray_node.agent import Agent
 from cortex.ray_node.driver import Driver, answer
@@ -51,6 +51,8 @@ class InProcessRay(Driver):
         """The names of the agent's methods that were called."""
         self.called_nodes: set[str] = set()
         """The nodes of whose agents one was requested."""
+        self.demands: list[tuple[Wanted, ...]] = []
+        self.demand_failures: list[Exception] = []
         self._kill: asyncio.Task[None] | None = None
 
     async def node_states(self) -> tuple[NodeState, ...]:
@@ -125,6 +127,11 @@ class InProcessRay(Driver):
         if self._raylet is not None:
             self._raylet.close()
             self._raylet = None
+
+    async def demand(self, wanted: tuple[Wanted, ...]) -> None:
+        if self.demand_failures:
+            raise self.demand_failures.pop()
+        self.demands.append(wanted)
 
     async def kill_agent(self) -> None:
         """End everything in this process that would die with the agent's own process. That does not

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import re
@@ -37,6 +38,15 @@ SETTINGS = {
 }
 
 
+FAKE_PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+FAKE_HEAD_ID = f"{'f' * 51}00000"
+FAKE_HEAD_TYPE = "ray.head.default"
+COMMANDS = (
+    "cluster_synced_files", "initialization_commands", "setup_commands", "head_setup_commands",
+    "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands",
+)  # fmt: skip
+
+
 @dataclass
 class RayCluster:
     """A cluster. The command line of each of its processes names its session folder."""
@@ -55,6 +65,38 @@ class RayCluster:
         self._start(
             "head", "--head", f"--port={self.port}", "--include-dashboard=false",
             f"--temp-dir={self.folder}", f"--num-cpus={cpus}", f"--num-gpus={gpus}",
+        )  # fmt: skip
+
+    def start_autoscaling_head(self, node_types: dict[str, dict[str, object]]) -> None:
+        """A head with an autoscaler, which adds raylets on this machine and removes idle ones.
+
+        Args:
+            node_types: as in the configuration of Ray's autoscaler.
+        """
+        head = {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0}
+        configuration = {
+            **{name: {} for name in ("auth", "docker", "file_mounts")},
+            **{name: [] for name in COMMANDS},
+            "cluster_name": "fake", "max_workers": 4, "idle_timeout_minutes": 0.1,
+            "head_node_type": FAKE_HEAD_TYPE,
+            "available_node_types": {FAKE_HEAD_TYPE: head, **node_types},
+            # Ray's own provider for tests; by its short name, it needs a file that wheels lack.
+            "provider": {
+                "type": "external", "module": FAKE_PROVIDER, "gcs_address": self.address,
+                "launch_multiple": True, "head_node_id": FAKE_HEAD_ID, "use_node_id_as_ip": True,
+                "disable_node_updaters": True, "disable_launch_config_check": True,
+            },
+        }  # fmt: skip
+        path = self.folder / "autoscaler.json"
+        path.write_text(json.dumps(configuration))
+        self.env |= {
+            "RAY_enable_autoscaler_v2": "1", "RAY_FAKE_CLUSTER": "1",
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_ID,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_ID,
+        }  # fmt: skip
+        self._start(
+            "head", "--head", f"--port={self.port}", "--include-dashboard=false",
+            f"--temp-dir={self.folder}", "--num-cpus=1", f"--autoscaling-config={path}",
         )  # fmt: skip
 
     def add(self, name: str, cpus: int = 8, labels: str = "") -> None:

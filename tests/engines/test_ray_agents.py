@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayError
 
 from cortex.engines.base import (
     Attempt,
@@ -31,7 +32,7 @@ from cortex.engines.base import (
 from cortex.engines.ray import RayEngine
 from cortex.engines.ray import cluster as ray_cluster
 from cortex.engines.ray.log_copies import LogCopies
-from cortex.engines.ray.messages import Builds, NodeOrder
+from cortex.engines.ray.messages import Builds, NodeOrder, Wanted
 from cortex.engines.ray.tracked import TrackedAttempt
 from cortex.joblog import watch
 from cortex.joblog.folders import JobFolders
@@ -111,13 +112,15 @@ def test_a_refusal_is_certain_only_where_the_cluster_is_known_and_cannot_grow(
         await until(may_grow)
         harness.ray.is_cut_off = False
         await until(lambda: not may_grow())
-        grown = replace(STATE, node_id="b", labels={"ray.io/node-group": "workers"})
-        harness.ray.states = [STATE, grown]
-        await until(may_grow)
-        harness.ray.states = [STATE]  # an autoscaler may have removed the node, and add it again
-        await until(lambda: len(engine.ledger.nodes()) == 1)
-        assert may_grow()
-        assert engine.ledger.refusal(huge) is not None
+
+    harness.run(scenario)
+
+
+def test_a_cluster_with_an_autoscaler_refuses_nothing(harness: InProcessHarness) -> None:
+    harness.has_autoscaler = True
+
+    async def scenario(engine: Engine) -> None:
+        assert engine.ledger.refusal(Compute(gpu=9)) is None
 
     harness.run(scenario)
 
@@ -830,5 +833,61 @@ def test_a_loss_of_the_link_wakes_a_node(harness: InProcessHarness, short_idle_t
         await ready(engine)
         attempt = harness.attempt("def task(config): return 1")
         assert (await harness.outcome(engine, attempt)).result == 1
+
+    harness.run(scenario)
+
+
+def test_the_autoscaler_knows_what_waits_until_it_waits_no_longer(
+    harness: InProcessHarness,
+) -> None:
+    harness.has_autoscaler = True
+    demands, failures = harness.ray.demands, harness.ray.demand_failures
+    fits = Compute(cpu_m=4000)
+    waits = Compute(cpu_m=500, mem=1 << 30, gpu=1, node_labels={"zone": ("b", "c")})
+    wanted = (Wanted(Capacity(500, 1 << 30, 1), (("zone", ("b", "c")),)),)
+
+    async def scenario(engine: Engine) -> None:
+        failures.append(RayError("the cluster does not answer now"))
+        engine.demand([fits, waits])
+        await until(lambda: demands == [wanted])  # again, after the failure
+        assert failures == []
+        harness.ray.is_cut_off = True
+        await until(lambda: not engine.ledger.nodes()[0].is_ready)
+        harness.ray.is_cut_off = False
+        await until(lambda: demands == [wanted, wanted])  # by the next driver
+        other = replace(STATE, node_id="node-b", name="b")
+        harness.ray.states = [STATE, other]
+        await until(lambda: demands == [wanted] * 3)  # it names all nodes
+        failures.append(RayError("the cluster does not answer now"))
+        engine.demand([])
+        await until(lambda: demands == [wanted, wanted, wanted, ()])  # again, as before
+        assert failures == []
+        harness.ray.states = [STATE]
+        await until(lambda: len(engine.ledger.nodes()) == 1)
+        await asyncio.sleep(1.5)
+        assert len(demands) == 4
+
+    harness.run(scenario)
+
+
+def test_the_demand_of_a_large_cluster_is_short(
+    harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness.has_autoscaler = True
+    monkeypatch.setattr(ray_cluster, "MAX_DEMAND", 3)
+
+    async def scenario(engine: Engine) -> None:
+        engine.demand([Compute(gpu=1)] * 5)
+        await until(lambda: harness.ray.demands)
+        assert harness.ray.demands == [(Wanted(Capacity(200, 0, 1)),) * 3]
+
+    harness.run(scenario)
+
+
+def test_without_an_autoscaler_there_is_no_demand(harness: InProcessHarness) -> None:
+    async def scenario(engine: Engine) -> None:
+        engine.demand([Compute(gpu=1)])
+        await harness.outcome(engine, harness.attempt("def task(config): pass"))
+        assert harness.ray.demands == []
 
     harness.run(scenario)

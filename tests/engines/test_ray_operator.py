@@ -469,7 +469,10 @@ def test_a_job_whose_node_is_lost_gets_a_new_attempt_on_another_node(
         (["--engine", "ray", "--ray-address", "h:1", "--cpu", "2"], "--cpu needs --engine local"),
         (["--engine", "ray", "--ray-address", "h:99999"], "'h:99999' is not HOST:PORT"),
         (["--engine", "ray", "--ray-address", "a..b:1"], "'a..b:1' is not HOST:PORT"),
-        (["--ray-address", "h:1"], "--ray-address and --ray-node-dir need --engine ray"),
+        (
+            ["--ray-address", "h:1"],
+            "--ray-address, --ray-node-dir and --ray-autoscaler need --engine ray",
+        ),
     ],
 )
 def test_conflicting_options_are_an_error(options: list[str], message: str) -> None:

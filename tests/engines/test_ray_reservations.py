@@ -437,13 +437,13 @@ def test_an_attempt_that_is_recovered_after_its_nodes_raylet_has_hung_is_followe
 def test_an_agent_of_another_version_is_replaced_although_ray_did_not_do_it_at_once(
     harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replace_agent = harness.ray.replace_agent
+    end_agent = harness.ray.end_agent
 
     async def fail_once(_: str) -> None:
-        monkeypatch.setattr(harness.ray, "replace_agent", replace_agent)
+        monkeypatch.setattr(harness.ray, "end_agent", end_agent)
         raise RayError("the cluster does not answer now")
 
-    monkeypatch.setattr(harness.ray, "replace_agent", fail_once)
+    monkeypatch.setattr(harness.ray, "end_agent", fail_once)
 
     async def scenario(engine: Engine) -> None:
         first = harness.ray.agent

@@ -93,6 +93,7 @@ class ScriptedEngine:
         self.ledger = ScriptedLedger(max_jobs, lambda: self._observe(CapacityFreed()))
         self.stop_requested: set[str] = set()  # by this operator
         self.observations: list[Observation] = []
+        self.demands: list[list[Compute]] = []
         self._report: Report = lambda _: None
 
     # The protocol
@@ -122,6 +123,9 @@ class ScriptedEngine:
     def stop(self, job_id: str) -> None:
         self.stop_requested.add(job_id)
         self.world.stop_requested.add(job_id)
+
+    def demand(self, waiting: Sequence[Compute]) -> None:
+        self.demands.append(list(waiting))
 
     async def recover(self, attempt: Attempt) -> None:
         key = (attempt.spec.job_id, attempt.number)

@@ -63,8 +63,13 @@ def test_a_flag_can_switch_off_what_a_file_switches_on(tmp_path: Path) -> None:
 
 def test_every_setting_can_be_given_in_every_way(tmp_path: Path) -> None:
     local = {"cpu": 1.5, "mem": "2Gi", "gpu": 1, "run_as": "root"}
-    ray = {"engine": "ray", "ray_address": "h:1", "ray_node_dir": "/n"}
-    none = dict.fromkeys([*local, *ray])
+    ray = {
+        "engine": "ray",
+        "ray_address": "h:1",
+        "ray_node_dir": "/n",
+        "ray_autoscaler": True,
+    }
+    none = {**dict.fromkeys([*local, *ray]), "ray_autoscaler": False}
     _check_all_ways(tmp_path, {**none, "engine": "local", **local})
     _check_all_ways(tmp_path, {**none, **ray})
 
@@ -107,7 +112,10 @@ def _check_all_ways(tmp_path: Path, engine: dict[str, object]) -> None:
             {"advertise": "http://h:1"},
             "--advertise needs --store: it is for several operators on one store",
         ),
-        ({"ray_address": "h:1"}, "--ray-address and --ray-node-dir need --engine ray"),
+        (
+            {"ray_address": "h:1"},
+            "--ray-address, --ray-node-dir and --ray-autoscaler need --engine ray",
+        ),
     ],
 )
 def test_settings_that_exclude_each_other_are_reported(

@@ -14,6 +14,7 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
+from cortex.engines.base import CapacityFreed
 from cortex.errors import NoLeader
 from cortex.joblog.folders import JobFolders
 from cortex.joblog.reader import Log
@@ -30,7 +31,7 @@ from cortex.operator.http.routes import logs
 from cortex.operator.http.views import Renderer
 from cortex.operator.logs import follow
 from cortex.operator.logs.archive import Archive
-from cortex.spec.api import ApiSpec, Limits, Networking
+from cortex.spec.api import ApiSpec, Compute, Limits, Networking
 from cortex.spec.audit import UNKNOWN
 from cortex.spec.job import JobRecord
 from cortex.spec.lifecycle import Event
@@ -446,3 +447,26 @@ def test_a_log_is_served_while_the_leader_stores_the_end_of_its_job(
             assert await read == "b'all of it\\n'"
 
     asyncio.run(with_timeout(work()))
+
+
+def test_the_engine_knows_what_waiting_jobs_need_until_they_wait_no_longer(
+    tmp_path: Path,
+) -> None:
+    async def work() -> list[list[Compute]]:
+        leader = Leader(tmp_path)
+        api = spec()
+        async with leader.opened(api) as dispatcher:
+            engine = dispatcher.engine
+            assert isinstance(engine, ScriptedEngine)
+            engine.ledger.max_jobs = 1
+            for _ in range(3):
+                await dispatcher.submit(draft(), None)
+            while not engine.demands:  # noqa: ASYNC110  # the report comes after a while
+                await asyncio.sleep(0.01)
+            engine.ledger.max_jobs = 3
+            dispatcher.observe(CapacityFreed())
+            while len(engine.demands) < 2:  # noqa: ASYNC110  # the same
+                await asyncio.sleep(0.01)
+            return engine.demands
+
+    assert asyncio.run(work()) == [[spec().compute] * 2, []]

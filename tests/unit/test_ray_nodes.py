@@ -119,6 +119,66 @@ def test_a_node_that_is_being_drained_takes_no_job_and_says_so() -> None:
     assert cluster.nodes()[1].problem == "it is being drained"
 
 
+def test_the_unmet_demand_is_what_fits_on_no_node_beside_the_jobs_before_it() -> None:
+    cluster = nodes(state("a", SMALL), state("b", SMALL, labels={"zone": "b"}))
+    one, two = Compute(cpu_m=1000), Compute(cpu_m=2000)
+    zoned = Compute(cpu_m=1500, node_labels={"zone": ("a", "b")})
+    elsewhere = Compute(node_labels={"zone": ("c",)})
+    assert cluster.unmet([two, two]) == []
+    assert cluster.unmet([two, two, one]) == [one]
+    assert cluster.unmet([zoned, one, one, one, zoned]) == [one, zoned]
+    assert cluster.unmet([elsewhere, one]) == [elsewhere]
+    assert cluster.reserve("1", two) is None
+    assert cluster.unmet([zoned, two]) == [two]
+
+
+def test_a_node_meets_demand_before_its_agent_answers_but_not_after_it_has_failed() -> None:
+    cluster = nodes(state("a", SMALL))
+    wanted = [Compute(cpu_m=1000)]
+    cluster.alive["a"].is_ready = False
+    assert cluster.unmet(wanted) == []
+    cluster.alive["a"].problem = "its agent does not answer"
+    assert cluster.unmet(wanted) == wanted
+    cluster.alive["a"].is_ready = True
+    cluster.update((replace(state("a", SMALL), drain=Drain(None)),))
+    assert cluster.unmet(wanted) == wanted
+
+
+# A busy machine can pause for longer than any deadline.
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    free=st.lists(st.tuples(st.integers(0, 4), st.sampled_from(["a", "b"])), max_size=4),
+    wanted=st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["", "a", "b"])), max_size=12),
+)
+def test_unmet_demand_agrees_with_a_search_of_all_nodes_for_each_job(
+    free: list[tuple[int, str]], wanted: list[tuple[int, str]]
+) -> None:
+    cluster = nodes(
+        *(state(str(i), Capacity(cpu, 0, 0), labels={"z": z}) for i, (cpu, z) in enumerate(free))
+    )
+    left, unmet = [cpu for cpu, _ in free], []
+    computes = [Compute(cpu_m=cpu, node_labels={"z": (z,)} if z else {}) for cpu, z in wanted]
+    for compute, (cpu, z) in zip(computes, wanted, strict=True):
+        for index, (_, zone) in enumerate(free):
+            if left[index] >= cpu and z in ("", zone):
+                left[index] -= cpu
+                break
+        else:
+            unmet.append(compute)
+    assert cluster.unmet(computes) == unmet
+
+
+def test_a_cluster_with_an_autoscaler_refuses_no_job_and_says_what_it_waits_for() -> None:
+    cluster = Placement(has_autoscaler=True)
+    cluster.update((state("a", SMALL),))
+    cluster.alive["a"].is_ready = True
+    assert cluster.refusal(Compute(gpu=4)) is None
+    reason = "waits for a node that the cluster's autoscaler adds: "
+    assert cluster.reserve("1", Compute(gpu=4)) == f"{reason}needs 4 GPUs, the largest node has 0"
+    assert cluster.reserve("1", Compute(cpu_m=2000)) is None
+    assert cluster.reserve("2", Compute(cpu_m=2000)) == "needs 2 CPU, 0 free on one node"
+
+
 def test_resources_that_others_use_count_after_two_observations() -> None:
     cluster = nodes(state("a", SMALL))
     assert cluster.reserve("1", Compute(cpu_m=500)) is None

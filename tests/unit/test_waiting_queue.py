@@ -392,3 +392,21 @@ def test_the_queue_decides_as_a_plain_list_that_is_scanned_in_order(model: type[
     run_state_machine_as_test(
         model, settings=settings(max_examples=100, stateful_step_count=40, deadline=None)
     )
+
+
+def test_the_demand_is_that_of_the_first_jobs_within_the_limits_of_their_apis() -> None:
+    ended: set[str] = set()
+    queue = WaitingQueue(Placement(), lambda job_id: job_id not in ended)
+    queue.limit("a", 2)
+    queue.admit("a", "running")
+    small, large = Compute(cpu_m=1000), Compute(cpu_m=2000)
+    for number, (api, compute) in enumerate(
+        [("b", small), ("a", large), ("a", small), ("b", large), ("a", small)]
+    ):
+        queue.push(number, str(number), api, compute)
+    assert queue.first(10) == [small, large, large]
+    assert queue.first(2) == [small, large]
+    queue.release("a", "running")
+    assert queue.first(10) == [small, large, small, large]
+    ended.add("1")
+    assert queue.first(10) == [small, small, large, small]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from pydantic import JsonValue
 
-from cortex.spec.api import ApiSpec
+from cortex.spec.api import ApiSpec, Compute
 from cortex.spec.job import JobSpec
 
 if TYPE_CHECKING:
@@ -298,6 +298,17 @@ class Engine(Protocol):
         Call it at any time while the engine is open. It has no effect on a job whose end was
         reported or that the engine does not know. A second call does not prolong the grace period.
         A stop is not remembered over a restart: call it again after `recover`.
+        """
+
+    def demand(self, waiting: Sequence[Compute]) -> None:
+        """A hint: these jobs could start now, if there was capacity for them. An engine whose
+        machines can become more may get more.
+
+        Call it at any time while the engine is open, when the list has changed. It replaces the
+        list of the call before; a closed engine has none.
+
+        Args:
+            waiting: what the first waiting jobs need, in the order in which they are to start.
         """
 
     async def recover(self, attempt: Attempt) -> None:

@@ -322,4 +322,5 @@ def engine_factory(
         ray.node_dir,
         projects,
         Builds(settings.builds.timeout_s, settings.builds.variables),
+        has_autoscaler=ray.has_autoscaler,
     )

@@ -1,8 +1,8 @@
 """Ray's driver, a process: `python -m cortex.ray_node.driver FD ADDRESS NAMESPACE NODE_DIR`.
 
 The Ray engine's link starts it, and sends requests through the inherited socket. The process ends
-when the socket closes. It has no state: agents are detached actors, and reservations are detached
-placement groups. Ray finds both by name.
+when the socket closes. Agents are detached actors, and reservations are detached placement groups:
+Ray finds both by name. The demand of waiting jobs alone belongs to the process, and ends with it.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cortex.engines.base import NOTHING
 from cortex.engines.ray.link import HEAD, Answer, NotSent
-from cortex.engines.ray.messages import NodeState, Refusal
+from cortex.engines.ray.messages import NodeState, Refusal, Wanted
 from cortex.engines.ray.ray_errors import explain
 from cortex.errors import InvalidProject
 from cortex.projects.pack import pack_stored
 from cortex.ray_node import reservations
 from cortex.ray_node.agent import Agent
+from cortex.ray_node.demand import Demand
 
 T = TypeVar("T")
 _MAX_THREADS = 64
@@ -42,6 +43,7 @@ _FAILURES = {
     "call_agent": "the call to its agent failed",
     "pack_project": "the project cannot be packed",
     "release_lost": "Ray does not release the reservations of lost nodes",
+    "demand": "Ray does not learn what waiting jobs need",
     "end_agent": "its agent cannot be ended",
     "node_states": "Ray does not list its nodes",
 }
@@ -57,6 +59,7 @@ class Driver:
         self._namespace = namespace
         self._node_dir = node_dir
         self._agents: dict[str, ActorHandle[Agent]] = {}
+        self._demand = Demand()
         self._threads = ThreadPoolExecutor(_MAX_THREADS)
 
     async def node_states(self) -> tuple[NodeState, ...]:
@@ -72,6 +75,10 @@ class Driver:
         agent = await self._agent(node_id)
         await self._in_thread(partial(ray.kill, agent, no_restart=True))
         self.forget_agent(node_id)
+
+    async def demand(self, wanted: tuple[Wanted, ...]) -> None:
+        """Replace the capacity for which this driver waits in Ray."""
+        await self._in_thread(self._demand.replace, wanted)
 
     async def call_agent(
         self, node_id: str, method: str, arguments: tuple[object, ...], timeout_s: float

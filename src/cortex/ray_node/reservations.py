@@ -76,7 +76,7 @@ def create(name: str, node_id: str, amount: Capacity, timeout_s: float) -> bool:
         RayError: the cluster does not answer; Ray may make the reservation all the same.
     """
     group = placement_group(
-        [_bundle(amount)],
+        [bundle(amount)],
         name=name,
         lifetime="detached",
         bundle_label_selector=[{NODE_ID: node_id}],
@@ -184,13 +184,14 @@ def _drain(deadline_ms: int | None) -> Drain | None:
     return Drain(max(0.0, deadline_ms / 1000 - time.time()) if deadline_ms else None)
 
 
-def _bundle(amount: Capacity) -> dict[str, float]:
-    bundle: dict[str, float] = {
+def bundle(amount: Capacity) -> dict[str, float]:
+    """An amount in Ray's terms."""
+    resources: dict[str, float] = {
         "CPU": amount.cpu_m / MILLI,
         "memory": amount.mem,
         "GPU": amount.gpu,
     }
-    return {resource: value for resource, value in bundle.items() if value}
+    return {resource: value for resource, value in resources.items() if value}
 
 
 def _capacity(resources: dict[str, float]) -> Capacity:

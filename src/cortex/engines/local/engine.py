@@ -32,6 +32,7 @@ from cortex.engines.local.orphans import Orphans
 from cortex.engines.local.supervisor import SupervisorHandle
 from cortex.errors import StartupError
 from cortex.joblog.folders import JobFolders
+from cortex.spec.api import Compute
 from cortex.spec.job import MAX_INLINE_BYTES
 from cortex.system.account import Account
 from cortex.system.background import in_thread
@@ -154,6 +155,9 @@ class LocalEngine:
 
     def stop(self, job_id: str) -> None:
         self._attempts.stop(job_id, self._withdraw_order)
+
+    def demand(self, waiting: Sequence[Compute]) -> None:
+        """Does nothing: the machine does not grow."""
 
     async def recover(self, attempt: Attempt) -> None:
         job_id = attempt.spec.job_id

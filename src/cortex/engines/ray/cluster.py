@@ -12,19 +12,22 @@ import asyncio
 import contextlib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import structlog
 
 from cortex.engines.base import NOTHING
+from cortex.engines.capacity import capacity_of
 from cortex.engines.ray.connection import AgentConnection
 from cortex.engines.ray.join_attempts import JoinAttempts
 from cortex.engines.ray.link import Link, LinkError, NotSent, Refused
-from cortex.engines.ray.messages import AGENT_VERSION, Hello, Poll
+from cortex.engines.ray.messages import AGENT_VERSION, Hello, Poll, Wanted
 from cortex.engines.ray.placement import Node, Placement
 from cortex.engines.ray.ray_errors import explain
 from cortex.engines.ray.validation import checked_node_report
+from cortex.spec.api import Compute
 from cortex.worker import checks
 
 log = structlog.get_logger()
@@ -41,6 +44,9 @@ HELLO_TIMEOUT_S = 60.0  # a cold node loads Python and this package first
 POLL_TIMEOUT_S = 10.0
 DRAINED_POLL_TIMEOUT_S = 1.0
 AGENT_IDLE_S = 30.0
+DEMAND_TIMEOUT_S = 60.0
+MIN_DEMAND, MAX_DEMAND = 20, 200
+_MAX_NODE_IDS = 20_000
 RETRY_DELAY_S = 1.0
 # Ray lists every reservation that there was since the start of its head.
 RELEASE_TIMEOUT_S = 600.0
@@ -106,6 +112,11 @@ class Cluster:
         self.nodes = nodes
         self._has_autoscaler = has_autoscaler
         self._asleep: dict[str, _Sleep] = {}  # by node
+        self.waiting: Sequence[Compute] = ()
+        """What waiting jobs need. Ray's autoscaler gets to know those that fit on no node."""
+        # With the nodes then; the demand is None where the driver may have another.
+        self._sent_demand: tuple[Link, frozenset[str], tuple[Wanted, ...] | None] | None = None
+        self._demand_task: asyncio.Task[None] | None = None
         self.hellos: dict[str, Hello] = {}
         self.problem: str | None = None
         """Why the cluster cannot be joined now."""
@@ -151,8 +162,8 @@ class Cluster:
 
     async def close(self) -> None:
         """Leave the cluster. Agents and jobs continue."""
-        single = [task for task in (self._link_task, self._release_task) if task is not None]
-        tasks = [*self._agent_tasks.values(), *single]
+        single = (self._link_task, self._release_task, self._demand_task)
+        tasks = [*self._agent_tasks.values(), *(task for task in single if task is not None)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -295,10 +306,12 @@ class Cluster:
         self._listener.on_nodes_refreshed()
         for node_id, node in self.nodes.alive.items():
             if node_id not in self._agent_tasks:
+                node.problem = None  # that of an earlier link is over
                 task = asyncio.create_task(
                     self._run_agent_session(node), name=f"ray node {node_id}"
                 )
                 self._agent_tasks[node_id] = task
+        self._send_demand(link)
         # The loss of a node may change the reason why a job waits.
         if lost or any(node.free != before.get(each) for each, node in self.nodes.alive.items()):
             self._listener.on_capacity_changed()
@@ -321,6 +334,31 @@ class Cluster:
             if node is not None and node.set_silent(is_silent=is_silent):
                 log.warning("ray node", node=node.name, silent_s=round(connection.silent_s, 1))
                 self._listener.on_capacity_changed()
+
+    def _send_demand(self, link: Link) -> None:
+        """Let Ray's autoscaler know what waiting jobs need, where that has changed."""
+        if not self._has_autoscaler or (self._demand_task and not self._demand_task.done()):
+            return
+        # Each names all nodes: see `cortex.ray_node.demand`.
+        limit = min(MAX_DEMAND, max(MIN_DEMAND, _MAX_NODE_IDS // max(1, len(self.nodes.alive))))
+        unmet = self.nodes.unmet(self.waiting)[:limit]
+        wanted = tuple(
+            Wanted(capacity_of(each), tuple(sorted(each.node_labels.items()))) for each in unmet
+        )
+        demand = link, frozenset(self.nodes.alive), wanted
+        before = self._sent_demand
+        was_empty = before is None or before[0] is not link or before[2] == ()
+        if demand == before or (was_empty and not wanted):
+            return
+        self._sent_demand = demand
+        self._demand_task = asyncio.create_task(self._call_demand(link, wanted), name="ray demand")
+
+    async def _call_demand(self, link: Link, wanted: tuple[Wanted, ...]) -> None:
+        try:
+            await link.call("demand", wanted, timeout_s=DEMAND_TIMEOUT_S)
+        except (LinkError, Refused) as error:
+            log.warning("cannot tell the autoscaler what jobs need", error=str(error))
+            self._sent_demand = link, frozenset(), None
 
     def _remove(self, node: Node) -> None:
         log.warning("ray node lost", node=node.name, node_id=node.node_id)

@@ -23,6 +23,7 @@ from cortex.engines.ray.tracked import handle
 from cortex.engines.ray.transfers import ProjectTransfers
 from cortex.errors import StartupError
 from cortex.joblog.folders import JobFolders
+from cortex.spec.api import Compute
 
 
 class RayEngine:
@@ -49,7 +50,7 @@ class RayEngine:
         self._folders = JobFolders(root)
         self._copies = LogCopies(self._folders)
         self._address = address
-        self.ledger = Placement(self._report_freed)
+        self.ledger = Placement(self._report_freed, has_autoscaler=has_autoscaler)
         self._cluster = Cluster(
             address, namespace, node_dir, self.ledger, has_autoscaler=has_autoscaler
         )
@@ -69,7 +70,7 @@ class RayEngine:
             folders,
             builds_environments=True,
             # A head that replaces a lost one has no nodes at first.
-            may_grow=self.ledger.is_scaled or not (self._cluster.is_joined and self.ledger.alive),
+            may_grow=not (self._cluster.is_joined and self.ledger.alive),
             problem=self._cluster.problem,
         )
 
@@ -110,6 +111,9 @@ class RayEngine:
 
     def stop(self, job_id: str) -> None:
         self._attempts.stop(job_id)
+
+    def demand(self, waiting: Sequence[Compute]) -> None:
+        self._cluster.waiting = waiting
 
     async def recover(self, attempt: Attempt) -> None:
         self._attempts.recover(attempt)

@@ -51,6 +51,15 @@ class Refusal(Exception):
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """The capacity that a waiting job needs on one node, and that no node can give it now."""
+
+    amount: Capacity
+    labels: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """The values that the node may have for each of these labels."""
+
+
+@dataclass(frozen=True)
 class Hello:
     """An agent's answer to an operator that begins a session."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, count, islice
 from typing import Generic, TypeVar
 
@@ -38,7 +38,6 @@ _PAUSE_S = 30.0
 _MAX_PAUSE_S = 600.0
 _MAX_SUSPICIONS = 8
 _MAX_COMPARED = 16  # nodes among which one is chosen for a waiting job
-_NODE_GROUP = "ray.io/node-group"  # Ray's own label; nodes that `ray start` has started lack it
 
 
 class Node:
@@ -94,6 +93,11 @@ class Node:
     def is_available(self) -> bool:
         """Whether the node takes jobs: its agent answers, and the node is not being drained."""
         return self._is_ready and self.state.drain is None
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether the agent has not answered yet, and nothing has failed."""
+        return not self._is_ready and self.problem is None and self.state.drain is None
 
     @property
     def why_unavailable(self) -> str | None:
@@ -321,13 +325,18 @@ class Placement:
     """The alive nodes, the jobs placed on them, and every size of node that there ever was. A
     `CapacityLedger`."""
 
-    def __init__(self, report_freed: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self, report_freed: Callable[[], object] = lambda: None, *, has_autoscaler: bool = False
+    ) -> None:
         """
         Args:
+            has_autoscaler: whether the cluster may add nodes of kinds that it never had. Ray does
+                not say which kinds, and no job is refused then.
             report_freed: called when `release` has freed capacity and a reservation was refused
                 before.
         """
         self._report_freed = report_freed
+        self._has_autoscaler = has_autoscaler
         self.alive: dict[str, Node] = {}
         self.waits_for: str | None = None
         """What all jobs wait for, while the nodes cannot be read."""
@@ -344,11 +353,6 @@ class Placement:
     @property
     def total(self) -> Capacity:
         return sum((node.state.total for node in self.alive.values()), NOTHING)
-
-    @property
-    def is_scaled(self) -> bool:
-        """Whether an autoscaler or a launcher has started a node: it may start larger ones."""
-        return any(name == _NODE_GROUP for _, labels in self._kinds for name, _ in labels)
 
     def update(self, states: tuple[NodeState, ...]) -> list[Node]:
         """Apply Ray's figures.
@@ -373,8 +377,33 @@ class Placement:
 
     def refusal(self, compute: Compute) -> str | None:
         """Why no node could ever run this job, or None. Lost nodes count, as they may come back."""
-        if self.is_settling:
+        if self.is_settling or self._has_autoscaler:
             return None
+        return self._why_never(compute)
+
+    def unmet(self, waiting: Sequence[Compute]) -> list[Compute]:
+        """Those of the waiting jobs that fit on no node, in their order: all others take what is
+        free, also on nodes whose agents have not answered yet."""
+        nodes = [node for node in self.alive.values() if node.is_available or node.is_starting]
+        free = [node.free for node in nodes]
+        # No node before this one has room for a job of this kind: free capacity only shrinks here.
+        first: dict[tuple[Capacity, Labels], int] = {}
+        unmet = []
+        for compute in waiting:
+            kind = capacity_of(compute), _labels_of(compute)
+            for index in range(first.get(kind, 0), len(free)):
+                if fits(compute, free[index]) and selects(
+                    compute.node_labels, nodes[index].state.labels
+                ):
+                    free[index] = free[index] - kind[0]
+                    first[kind] = index
+                    break
+            else:
+                first[kind] = len(free)
+                unmet.append(compute)
+        return unmet
+
+    def _why_never(self, compute: Compute) -> str | None:
         key = capacity_of(compute), _labels_of(compute)
         if key not in self._refusals:
             self._refusals[key] = self._permanent_refusal(compute)
@@ -415,6 +444,9 @@ class Placement:
         index = self._index_for(compute)
         if index.node_for(compute) is not None:
             return None
+        is_growing = self._has_autoscaler and self.waits_for is None
+        if is_growing and (reason := self._why_never(compute)) is not None:
+            return f"waits for a node that the cluster's autoscaler adds: {reason}"
         if index.is_empty:
             return self._why_no_node(compute)
         labels = _label_suffix(compute)

@@ -281,6 +281,13 @@ class Configuration(BaseModel):
             unset="a folder of the node's user",
         ),
     ] = None
+    ray_autoscaler: Annotated[
+        bool,
+        Setting(
+            "The cluster adds nodes that jobs need, and removes idle ones.",
+            docs="See [An autoscaler](ray.md#an-autoscaler).",
+        ),
+    ] = False
     run_as: Annotated[
         str | None,
         Setting(
@@ -348,8 +355,8 @@ class Configuration(BaseModel):
         is_ray = self.engine == "ray"
         if is_ray and self.ray_address is None:
             raise ValueError("--engine ray needs --ray-address HOST:PORT")
-        if not is_ray and (self.ray_address or self.ray_node_dir):
-            raise ValueError("--ray-address and --ray-node-dir need --engine ray")
+        if not is_ray and (self.ray_address or self.ray_node_dir or self.ray_autoscaler):
+            raise ValueError("--ray-address, --ray-node-dir and --ray-autoscaler need --engine ray")
         for name in ("cpu", "mem", "gpu", "run_as"):
             if is_ray and getattr(self, name) is not None:
                 raise ValueError(f"{flag(name)} needs --engine local")
@@ -385,7 +392,9 @@ class Configuration(BaseModel):
                 mem=machine.mem if self.mem is None else _bytes(self.mem),
                 gpu=machine.gpu if self.gpu is None else self.gpu,
             ),
-            ray=None if self.ray_address is None else Ray(self.ray_address, self.ray_node_dir),
+            ray=None
+            if self.ray_address is None
+            else Ray(self.ray_address, self.ray_node_dir, self.ray_autoscaler),
             grace_s=self.grace,
             builds=BuildRules(self.build_timeout, frozenset(self.build_env)),
             account=None if self.run_as is None else find(self.run_as),

@@ -46,6 +46,8 @@ class Ray:
     address: str
     node_dir: str | None = None
     """The folder on nodes for projects, environments and jobs; None is one of the node's user."""
+    has_autoscaler: bool = False
+    """Whether the cluster adds nodes that jobs need, and removes idle nodes."""
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,10 @@ class Admission:
             return False
         return self._queue.remove(live.job_id, live.api_name, live.version.api.compute)
 
+    def demand(self, limit: int) -> list[Compute]:
+        """What the first jobs of the queue need, in their order; see `Engine.demand`."""
+        return self._queue.first(limit)
+
     def why_waiting(self, live: LiveJob) -> str | None:
         """What a waiting job waits for, in words; None where it does not wait."""
         if live.record.state is State.STARTING:

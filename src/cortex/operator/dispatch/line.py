@@ -131,6 +131,28 @@ class WaitingQueue:
         heapq.heappush(lane.jobs, (seq, job_id))
         return lane.first == job_id
 
+    def first(self, limit: int) -> list[Compute]:
+        """What the jobs need that could start if there was capacity: about the first, in order.
+
+        Args:
+            limit: how many jobs are examined.
+        """
+        # The beginning of a heap has the first jobs, and a few later ones.
+        jobs = ((*job, lane) for lane in self._lanes.values() for job in lane.jobs[:limit])
+        left: dict[str, int] = {}  # by API, how many more may run
+        found = []
+        for _, job_id, lane in heapq.nsmallest(limit, jobs):
+            limit_of_api = self._max_running.get(lane.api_name)
+            if not self._is_waiting(job_id):
+                continue
+            if limit_of_api is not None:
+                running = len(self._running.get(lane.api_name, ()))
+                left[lane.api_name] = left.get(lane.api_name, limit_of_api - running) - 1
+                if left[lane.api_name] < 0:
+                    continue
+            found.append(lane.compute)
+        return found
+
     def remove(self, job_id: str, api_name: str, compute: Compute) -> bool:
         """A job waits no longer.
 

@@ -25,6 +25,7 @@ from cortex.operator.dispatch.live_jobs import (
     LiveJobs,
     platform_end,
 )
+from cortex.spec.api import Compute
 from cortex.spec.job import JobRecord, JobSpec
 from cortex.spec.lifecycle import Event, State
 from cortex.spec.times import now_ns
@@ -36,6 +37,8 @@ log = structlog.get_logger()
 
 # For a supervisor that may still be preparing the folder of a cancelled claim.
 _FOLDER_GRACE_S = 5.0
+_DEMAND_INTERVAL_S = 1.0
+_MAX_DEMAND = 300
 
 
 class Starter:
@@ -57,6 +60,8 @@ class Starter:
         self._catalogue = catalogue
         self._folders = folders
         self._background = background
+        self._demand: list[Compute] = []
+        self._demand_timer: asyncio.TimerHandle | None = None
         self._awaited = AwaitedVersions(versions, background, self._version_resolved)
 
     def add_waiting(self, record: JobRecord) -> None:
@@ -76,6 +81,7 @@ class Starter:
             self._join_queue(live)
 
     def _join_queue(self, live: LiveJob) -> None:
+        self._report_demand_later()
         if self.admission.enqueue(live):
             self.schedule()
 
@@ -110,6 +116,7 @@ class Starter:
 
     def schedule(self) -> None:
         """Carry out admission's decisions about all waiting jobs."""
+        self._report_demand_later()
         if self._background.is_closed:
             return
         for decision in self.admission.schedule():
@@ -140,6 +147,21 @@ class Starter:
             await self._live_jobs.fail(live, "stopped before it started")
             return
         self._engine.start(attempt_of(live, record.spec))
+
+    def _report_demand_later(self) -> None:
+        """Report at most once in a while: each job that comes or goes changes the demand."""
+        if self._demand_timer is None:
+            loop = asyncio.get_running_loop()
+            self._demand_timer = loop.call_later(_DEMAND_INTERVAL_S, self._report_demand)
+
+    def _report_demand(self) -> None:
+        self._demand_timer = None
+        if self._background.is_closed:
+            return
+        demand = self.admission.demand(_MAX_DEMAND)
+        if demand != self._demand:
+            self._demand = demand
+            self._engine.demand(demand)
 
     def _cancel(self, api_name: str, job_id: str) -> None:
         self.admission.cancel(api_name, job_id)
@@ -224,6 +246,7 @@ class Starter:
         """A job runs or waits no longer: others may start."""
         if live.version is None:
             self._awaited.discard(live)
+        self._report_demand_later()
         if self.admission.release(live):
             self.schedule()
 
