@@ -246,6 +246,7 @@ def test_a_job_that_is_recovered_while_its_node_joins_is_recovered_on_the_node(
 
     async def scenario(engine: RayEngine) -> None:
         first = await running_attempt(harness, engine)
+        await until(harness.marker.exists)
         harness.marker.unlink()
         second = await harness.start_attempt(engine, harness.sleeper())
         await harness.started(second)

@@ -640,6 +640,9 @@ def test_a_drain_between_placement_and_start_starts_nothing(harness: InProcessHa
             assert is_drained.wait(LIMIT_S)  # the drain comes in between
             return {}
 
+        def known_locks(self, _: str) -> None:
+            """None: `locks` has to be called."""
+
     harness.locks, is_drained = Locks(), threading.Event()
 
     async def scenario(engine: Engine) -> None:
