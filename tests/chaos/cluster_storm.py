@@ -54,7 +54,7 @@ MAX_TIMEOUT_S = 20  # of a job
 SLACK_S = DEADLY_S + 60
 PROBLEM_TIMEOUT_S = 1
 VARIABLE = re.compile(r"\b[0-9a-z]{18}\b|\b[0-9a-f]{12,}\b|\d+\.\d+\.\d+\.\d+(:\d+)?")
-NOISE = re.compile(r"\x1b|rpc_code|grpc|\.cc:\d|\.py:\d|Traceback|ray::|call_agent")
+NOISE = re.compile(r"\x1b|rpc_code|grpc|\.cc:\d|\.py:\d|Traceback|ray::|call_agent|IOError|Errno")
 
 TASK = """
 import os, signal, sys, time

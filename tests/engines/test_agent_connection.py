@@ -6,6 +6,7 @@ import asyncio
 import pickle
 import secrets
 import socket
+import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -404,6 +405,19 @@ def test_a_broken_connection_fails_all_calls_and_those_that_follow(run: Run) -> 
                 with pytest.raises(LinkError, match="connection to the agent of n1 broke"):
                     await call
             with pytest.raises(LinkError, match="connection to the agent of n1 broke"):
+                await connection.call("echo", 1, timeout_s=LIMIT_S)
+
+    run(scenario)
+
+
+def test_the_reason_of_a_reset_connection_has_no_number(run: Run) -> None:
+    async def scenario() -> None:
+        async with connected() as (_, made, connection):
+            for each in list(made._connections):
+                sock = each._transport.get_extra_info("socket")
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                each.close("the node was lost")
+            with pytest.raises(LinkError, match="n1 broke: connection reset by peer"):
                 await connection.call("echo", 1, timeout_s=LIMIT_S)
 
     run(scenario)

@@ -98,6 +98,10 @@ STACK = """\
             "doesn't exist any more or is infeasible, and soft=False was specified.",
             "its node has left the cluster",
         ),
+        (
+            f"{UNAVAILABLE}The actor is temporarily unavailable: IOError: The actor is restarting",
+            "Ray is starting it again",
+        ),
         (NO_FOLDER, "No such file or directory: '/proc/nowhere'"),
         (
             OTHER_VERSIONS,

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import os
 import secrets
 import socket
 import struct
@@ -117,7 +118,7 @@ class Framed(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         if self.problem is None:
-            self.problem = "the other end closed it" if error is None else str(error)
+            self.problem = "the other end closed it" if error is None else _reason_of(error)
         if self._timer is not None:
             self._timer.cancel()
         self.closed.set()
@@ -152,3 +153,9 @@ class Framed(asyncio.Protocol):
             if self.is_authenticated:
                 self.send(_HEARTBEAT, b"")
             self._timer = self._loop.call_later(HEARTBEAT_INTERVAL_S, self._tick)
+
+
+def _reason_of(error: Exception) -> str:
+    """What an error says, without the number of a system call's error."""
+    number = error.errno if isinstance(error, OSError) else None
+    return str(error) if number is None else os.strerror(number).lower()
