@@ -153,6 +153,7 @@ class InProcessRay(Driver):
             await asyncio.gather(*tasks, return_exceptions=True)
             await agent._engine.close()
             await agent._logs.close()
+            await agent._checkpoints.close()
             await agent._reservations.close()
             await agent._raylet.close()
             agent._agent_folder._lock.close()
@@ -208,6 +209,7 @@ class InProcessHarness(EngineHarness):
         super().__init__(folder, None)
         self.ray = InProcessRay(folder / "nodes")
         self.locks: Any = None
+        self.checkpoints: Any = None
         self.has_autoscaler = False
 
     def new_engine(self) -> RayEngine:
@@ -218,6 +220,7 @@ class InProcessHarness(EngineHarness):
             self.grace_s,
             str(self.root),
             self.locks,
+            checkpoints=self.checkpoints,
             has_autoscaler=self.has_autoscaler,
         )
 
@@ -255,6 +258,16 @@ class InProcessHarness(EngineHarness):
     def drain_node(self, left_s: float | None) -> None:
         """Let the cluster report the node as being drained, with these seconds until its end."""
         self.ray.states = [replace(STATE, drain=Drain(left_s))]
+
+    async def replace_node(self, engine: Engine, before: str, name: str) -> None:
+        """Lose the only node, and join another one, with an agent and a folder of its own."""
+        await self.ray.kill_agent()
+        lost = replace(STATE, node_id=f"node-{before}", name=before, is_alive=False)
+        self.ray.states = [lost, replace(STATE, node_id=f"node-{name}", name=name)]
+        end = time.monotonic() + LIMIT_S
+        while [each.name for each in engine.ledger.nodes() if each.is_ready] != [name]:
+            assert time.monotonic() < end, engine.ledger.nodes()
+            await asyncio.sleep(0.01)
 
 
 async def ready(engine: Engine) -> None:

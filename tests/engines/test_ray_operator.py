@@ -461,6 +461,60 @@ def test_a_job_whose_node_is_lost_gets_a_new_attempt_on_another_node(
     assert lines[2] == "attempt 2"
 
 
+CHECKPOINTS = """
+import os, time
+
+def task(config):
+    folder = os.path.join(os.environ["CORTEX_JOB_DIR"], "checkpoint")
+    path = os.path.join(folder, "deep", "step")
+    if os.path.exists(path):
+        return [os.environ["CORTEX_ATTEMPT"], open(path).read(), folder]
+    os.makedirs(os.path.dirname(path))
+    with open(path, "w") as file:
+        file.write("7")
+    print("saved", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_checkpoint_follows_its_job_to_another_node(
+    tmp_path: Path,
+    ray_session: RaySession,
+    s3: S3Server,
+    bucket: str,
+    remote_storage: list[str],
+) -> None:
+    cluster = ray_session.cluster
+    cluster.add("doomed", cpus=4, labels="pair=a")
+    cluster.add("heir", cpus=4, labels="pair=b")
+    yaml = probe_yaml("follows", "  retries: 1\n").replace(
+        "cpu: 1m", "cpu: 1m, node_labels: {pair: [a, b]}"
+    )
+    with operator(tmp_path / "operator", *remote_storage) as running:
+        until(
+            lambda: sum("pair" in node["labels"] for node in ready_nodes(running)) == 2,
+            "both nodes are ready",
+        )
+        endpoint = running.deployed(yaml, {"probe.py": CHECKPOINTS})
+        job = running.submit(endpoint)
+        running.await_log(endpoint, job, "saved")
+        key = f"checkpoints/{job['job_id']}"
+        until(lambda: s3.keys(bucket, key), "the checkpoint is stored")
+        folders = (tmp_path / "nodes").glob(f"*/*/jobs/{job['job_id']}/files")
+        (before,) = [folder.parents[2] for folder in folders]
+        node = (before / "owner").read_text().split()[0]
+        (name,) = [each for each in cluster.raylets if cluster.node_id(each) == node]
+        cluster.kill(name)
+        done = running.finished(endpoint, job)
+        assert done["status"] == "status_succeeded", done
+        attempt, step, folder = done["result"]
+        assert (attempt, step) == ("2", "7")
+        assert not Path(folder).is_relative_to(before)
+        until(lambda: not s3.keys(bucket, key), "the checkpoint is removed with the end of the job")
+    for name in {"doomed", "heir"} & set(cluster.raylets):
+        cluster.kill(name)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -259,7 +259,7 @@ def test_a_damaged_project_is_not_installed(
             attempt = await harness.start_attempt(engine, harness.attempt(READS_PROJECT))
             final = await harness.final(attempt)
         assert isinstance(final, NeverStarted)
-        assert "its project arrived damaged" in str(final.held_up_by)
+        assert "its files arrived damaged" in str(final.held_up_by)
         assert os.listdir(harness.agent_folder / "projects") == []
         await harness.ended(await harness.start_attempt(engine, attempt, 2))
 
@@ -285,7 +285,7 @@ def test_a_job_waits_while_its_node_cannot_store_its_project(
             attempt = await harness.start_attempt(engine, harness.attempt(READS_PROJECT))
             final = await harness.final(attempt)
         assert isinstance(final, NeverStarted)
-        expected = "its node cannot store its project: No space left on device"
+        expected = "its node cannot store its files: No space left on device"
         assert final.held_up_by == expected
         assert [node.is_ready for node in engine.ledger.nodes()] == [True]
         assert incoming_files(harness) == []
@@ -405,6 +405,10 @@ def test_an_operator_that_ends_during_a_transfer_leaves_a_job_that_can_be_tried_
     harness.run(scenario)
 
 
+def not_reached(_: object) -> None:
+    raise AssertionError
+
+
 def test_repeated_calls_of_a_transfer_do_nothing(
     harness: InProcessHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,7 +419,7 @@ def test_repeated_calls_of_a_transfer_do_nothing(
         assert harness.ray.agent is not None
         incoming_projects = harness.ray.agent._incoming
         assert not await incoming_projects.receive("lost", 0, b"data")
-        assert await incoming_projects.install("lost", "project", 4, "", 1) is False
+        assert await incoming_projects.install("lost", 4, "", 1, not_reached) is False
         await asyncio.gather(incoming_projects.begin("a"), incoming_projects.begin("a"))
         assert len(incoming_files(harness)) == 1
         assert await incoming_projects.receive("a", 2, b"ta")
@@ -424,7 +428,7 @@ def test_repeated_calls_of_a_transfer_do_nothing(
         assert await incoming_projects.receive("a", 0, b"da")
         assert incoming_files(harness)[0].read_bytes() == b"data"
         digest = "0" * 64
-        calls = [incoming_projects.install("a", "project", 4, digest, 60) for _ in range(2)]
+        calls = [incoming_projects.install("a", 4, digest, 60, not_reached) for _ in range(2)]
         refusals = await asyncio.gather(*calls, return_exceptions=True)
         assert [type(each) for each in refusals] == [Refusal, Refusal]
         assert incoming_files(harness) == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from cortex.engines.local import LocalEngine
+from cortex.errors import StorageUnavailable
 from cortex.operator import retention
+from cortex.operator.checkpoints import Checkpoints
 from cortex.operator.config.settings import RetentionLimits, Settings
 from cortex.operator.data_folder import make_folders
 from cortex.operator.deploy.versions import Versions
@@ -33,11 +35,12 @@ class Parts:
         self.projects = Projects(settings.projects, settings.locks)
         self.environments = Environments(settings.environments, projects=self.projects)
         self.versions = Versions(self.store, self.projects, self.environments)
+        self.checkpoints: Checkpoints | None = None
 
     def retention(self) -> Retention:
         return Retention(
             self.settings, self.store, LocalEngine(self.settings.jobs), self.versions,
-            self.projects, self.environments, None,
+            self.projects, self.environments, None, self.checkpoints,
         )  # fmt: skip
 
     def add_project(self, content: str) -> str:
@@ -170,3 +173,42 @@ def test_a_project_that_another_operator_deploys_during_a_round_stays(
     asyncio.run(main())
     assert parts.project_folders() == {identity}
     assert parts.projects.locks(identity) == {"one.lock": "six==1.0\n"}
+
+
+def test_checkpoints_go_before_their_jobs(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = parts.settings.checkpoints
+    for job_id in ("old", "young"):
+        (folder / job_id).write_text("checkpoint")
+    parts.checkpoints = Checkpoints(folder, None)
+    remove, failures = parts.checkpoints.remove, [StorageUnavailable("away")]
+
+    def fail_once(job_ids: Sequence[str]) -> None:
+        if failures:
+            raise failures.pop()
+        remove(job_ids)
+
+    monkeypatch.setattr(parts.checkpoints, "remove", fail_once)
+    ended = ["old"]
+
+    async def main() -> None:
+        is_removed = asyncio.Event()
+
+        async def jobs_ended(before_ns: int, most: int) -> list[str]:
+            return list(ended)
+
+        async def remove_jobs(job_ids: list[str]) -> None:
+            assert not (folder / "old").exists()
+            ended.clear()
+            is_removed.set()
+
+        monkeypatch.setattr(parts.store, "jobs_ended", jobs_ended)
+        monkeypatch.setattr(parts.store, "remove_jobs", remove_jobs)
+        removal = parts.retention()
+        await removal.open()
+        async with asyncio.timeout(30):
+            await is_removed.wait()
+        await removal.close()
+
+    asyncio.run(main())
+    assert [path.name for path in folder.iterdir()] == ["young"]
+    assert failures == []

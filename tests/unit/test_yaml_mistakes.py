@@ -17,7 +17,7 @@ SECTIONS = {
     "definition.dependencies": "pip, conda, shell",
     "networking": "endpoint",
     "compute": "cpu, mem, gpu, node_labels",
-    "limits": "max_running, max_waiting, log",
+    "limits": "max_running, max_waiting, log, checkpoint",
 }
 # One value of each kind, with its description in a message.
 KINDS = {
@@ -50,6 +50,7 @@ FIELDS = {
     "limits.max_running": {"number"},
     "limits.max_waiting": {"number"},
     "limits.log": {"number", "string"},
+    "limits.checkpoint": {"number", "string"},
     "retries": {"number"},
 }
 CORRECT = {"name": "iris", "kind": "TaskAPI", "definition": "{path: a.py}"}

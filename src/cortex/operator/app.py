@@ -13,6 +13,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import structlog
 from fastapi import FastAPI
@@ -55,6 +56,9 @@ from cortex.projects.environments import Environments
 from cortex.projects.repository import Projects
 from cortex.store import Store
 from cortex.system.background import Background, in_thread, retrying
+
+if TYPE_CHECKING:
+    from cortex.operator.checkpoints import Checkpoints
 
 _CHECK_INTERVAL_S = 10.0
 
@@ -114,7 +118,14 @@ async def open_operator(
         files = None if settings.files is None else ObjectStore(settings.files)
         projects = Projects(settings.projects, settings.locks, files)
         lock = lock_shared if is_shared else lock_exclusively
-        stack.enter_context(lock(settings, projects.remove_leftovers))
+        checkpoints = None if settings.ray is None else _checkpoints(settings, files)
+
+        def remove_leftovers() -> None:
+            projects.remove_leftovers()
+            if checkpoints is not None:
+                checkpoints.remove_leftovers()
+
+        stack.enter_context(lock(settings, remove_leftovers))
         check_is_intact(settings)
         store = Store(settings.database_url, settings.max_waiting_bytes)
         stack.callback(store.close)
@@ -152,8 +163,9 @@ async def open_operator(
         metrics = Metrics()
         leadership = Leadership(
             settings, store, peers.jobs, catalogue, versions, projects, environments, archive,
-            metrics,
-            new_engine=engine_factory(settings, data_folder_id, projects), on_failure=on_failure,
+            checkpoints, metrics,
+            new_engine=engine_factory(settings, data_folder_id, projects, checkpoints),
+            on_failure=on_failure,
         )  # fmt: skip
         await peers.open(leadership, settings.lease_s)
         ctx = Context(
@@ -294,8 +306,17 @@ def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def _checkpoints(settings: Settings, files: ObjectStore | None) -> Checkpoints:
+    from cortex.operator.checkpoints import Checkpoints  # with the Ray engine
+
+    return Checkpoints(settings.checkpoints, files)
+
+
 def engine_factory(
-    settings: Settings, data_folder_id: str, projects: Projects
+    settings: Settings,
+    data_folder_id: str,
+    projects: Projects,
+    checkpoints: Checkpoints | None,
 ) -> Callable[[], Engine]:
     """Makes the engine of each term. What can fail fails now, also at the start of a follower.
 
@@ -322,5 +343,6 @@ def engine_factory(
         ray.node_dir,
         projects,
         Builds(settings.builds.timeout_s, settings.builds.variables),
+        checkpoints,
         has_autoscaler=ray.has_autoscaler,
     )

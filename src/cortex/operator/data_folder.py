@@ -48,7 +48,7 @@ def make_folders(settings: Settings) -> None:
     account = settings.account
     for_jobs = (settings.projects, settings.environments, settings.jobs)
     try:
-        for folder in (*for_jobs, settings.locks, settings.archived):
+        for folder in (*for_jobs, settings.locks, settings.archived, settings.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
             is_shared = account is not None and folder in for_jobs
             with suppress(

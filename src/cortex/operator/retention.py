@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -24,6 +25,9 @@ from cortex.spec.times import now_ns
 from cortex.store import Store
 from cortex.system.background import Background, in_thread
 from cortex.system.folders import remove
+
+if TYPE_CHECKING:
+    from cortex.operator.checkpoints import Checkpoints
 
 log = structlog.get_logger()
 
@@ -44,6 +48,7 @@ class Retention:
         projects: Projects,
         environments: Environments,
         archive: Archive | None,
+        checkpoints: Checkpoints | None,
     ) -> None:
         self._settings = settings
         self._limits = settings.retention
@@ -53,6 +58,7 @@ class Retention:
         self._projects = projects
         self._environments = environments
         self._archive = archive
+        self._checkpoints = checkpoints
         self._background = Background(_FAILED)
         self._is_closed = threading.Event()
 
@@ -106,6 +112,8 @@ class Retention:
     async def _remove_folders(self, ids: list[str]) -> None:
         if self._archive is not None:
             await self._archive.remove(ids)
+        if self._checkpoints is not None:
+            await in_thread(self._checkpoints.remove, ids)
         self._engine.forget(jobs=ids)
         await in_thread(_remove_all, self._settings.job_folders, ids)
 

@@ -26,8 +26,8 @@ _CHUNK = 1 << 20
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_OVERHEAD_BYTES = 64 << 20
 _MAX_TARGET_LENGTH = 1024
-# The functions that make, walk and remove folders recurse once per level.
-_MAX_DEPTH = 100
+MAX_DEPTH = 100
+"""The functions that make, walk and remove folders recurse once per level."""
 # Errors that the names in an archive cause, and not the machine.
 _ARCHIVE_ERRORS = {
     errno.EEXIST,
@@ -40,13 +40,20 @@ _ARCHIVE_ERRORS = {
 }
 
 
-def unpack(archive: IO[bytes], target: Path, *, is_upload: bool = False) -> None:
+def unpack(
+    archive: IO[bytes],
+    target: Path,
+    *,
+    is_upload: bool = False,
+    max_bytes: int = MAX_PROJECT_BYTES,
+) -> None:
     """Unpack an archive that `pack` has written. After a failure nothing is left.
 
     Args:
         target: the folder to unpack into: a new one, or an empty one.
         is_upload: whether the number of files is limited. An earlier version may have stored a
             project with more.
+        max_bytes: the limit for the sum of the files' sizes.
 
     Raises:
         InvalidProject: the archive is damaged, is too large, or contains what a project may not
@@ -58,7 +65,7 @@ def unpack(archive: IO[bytes], target: Path, *, is_upload: bool = False) -> None
     if any(target.iterdir()):
         raise FileExistsError(errno.EEXIST, "the folder to unpack into is not empty", str(target))
     try:
-        _unpack(archive, target, is_upload)
+        _unpack(archive, target, is_upload, max_bytes)
     except BaseException as error:
         shutil.rmtree(target, ignore_errors=True)
         if existed:
@@ -131,11 +138,11 @@ class BoundedReader:
         return data
 
 
-def _unpack(archive: IO[bytes], target: Path, is_upload: bool) -> None:
-    source = BoundedReader(archive, MAX_PROJECT_BYTES + _MAX_OVERHEAD_BYTES)
+def _unpack(archive: IO[bytes], target: Path, is_upload: bool, max_bytes: int) -> None:
+    source = BoundedReader(archive, max_bytes + _MAX_OVERHEAD_BYTES)
     source.expect(0)
     links: list[tuple[Path, str]] = []
-    left, count = MAX_PROJECT_BYTES, 0
+    left, count = max_bytes, 0
     folders = {Path()}
     with tarfile.open(fileobj=source, mode="r|") as tar:  # type: ignore[call-overload]  # it only reads
         while True:
@@ -151,7 +158,7 @@ def _unpack(archive: IO[bytes], target: Path, is_upload: bool) -> None:
                     f"the project has over {MAX_PROJECT_FILES:,} files and folders"
                 )
             if left < 0:
-                raise InvalidProject(f"the project is over {MAX_PROJECT_BYTES >> 20} MiB")
+                raise InvalidProject(f"the project is over {max_bytes >> 20} MiB")
             source.expect(member.size)
             _extract(tar, member, path, links)
     source.finish()
@@ -194,8 +201,8 @@ def _path_of(member: tarfile.TarInfo, target: Path) -> Path:
     parts = member.name.rstrip("/").split("/")
     if member.name.startswith("/") or ".." in parts or "\0" in member.name:
         raise InvalidProject(f"{member.name!r} leaves the project")
-    if len(parts) > _MAX_DEPTH:
-        raise InvalidProject(f"{member.name[:200]!r} is over {_MAX_DEPTH} folders deep")
+    if len(parts) > MAX_DEPTH:
+        raise InvalidProject(f"{member.name[:200]!r} is over {MAX_DEPTH} folders deep")
     return target.joinpath(*parts)
 
 

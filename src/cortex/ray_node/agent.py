@@ -14,6 +14,7 @@ import random
 import signal
 import time
 from collections.abc import Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 
 import ray.util
@@ -34,6 +35,7 @@ from cortex.engines.local import LocalEngine, leftovers, records
 from cortex.engines.ray.log_copies import read_piece
 from cortex.engines.ray.messages import (
     AGENT_VERSION,
+    Checkpoint,
     Hello,
     Lock,
     LogPiece,
@@ -45,7 +47,8 @@ from cortex.engines.ray.ray_errors import explain
 from cortex.joblog.folders import JobFolders
 from cortex.joblog.watch import FileWatch
 from cortex.projects.builder import EnvironmentFailed
-from cortex.ray_node.incoming import IncomingProjects
+from cortex.ray_node.checkpoints import Checkpoints
+from cortex.ray_node.incoming import IncomingArchives
 from cortex.ray_node.node_reservations import GpusUnavailable, NodeReservations
 from cortex.ray_node.outbox import Entry, Outbox
 from cortex.ray_node.provisions import Provisions
@@ -83,7 +86,10 @@ class Agent:
         self._engine = LocalEngine(self._agent_folder.jobs, total)
         self._is_open = False
         self._provisions = Provisions(self._agent_folder, self._add_to_outbox)
-        self._incoming = IncomingProjects(self._provisions)
+        self._incoming = IncomingArchives(self._provisions)
+        self._checkpoints = Checkpoints(
+            self._agent_folder.checkpoints, self._folders, self._add_to_outbox
+        )
         self._outbox = Outbox()
         self._entry_added = asyncio.Event()  # to the outbox
         self._poll_wakeup = asyncio.Event()  # a new entry of the outbox, or a log that has grown
@@ -123,13 +129,16 @@ class Agent:
         """Start an attempt.
 
         Returns:
-            "project" where the project's files are missing; nothing is started then.
+            "project" where the project's files are missing, "checkpoint" where the checkpoint of
+            an earlier attempt is; nothing is started then.
         """
         await self._open()
         job_id = order.spec.job_id
         self._check(order)
         if not self._provisions.folder(order.api.project_id).is_dir():
             return "project"
+        if await self._checkpoints.lacks(order):
+            return "checkpoint"
         known = self._orders.get(job_id)
         if known is not None and known.number != order.number:
             raise RuntimeError("an earlier attempt of the job, whose order came late, still runs")
@@ -139,21 +148,45 @@ class Agent:
         return None
 
     async def begin_project(self, name: str) -> None:
-        """See `IncomingProjects.begin`."""
+        """Begin to receive a project; see `IncomingArchives.begin`."""
         await self._open()
         await self._incoming.begin(name)
 
     async def receive_project(self, name: str, offset: int, data: bytes) -> bool:
-        """See `IncomingProjects.receive`."""
+        """See `IncomingArchives.receive`."""
         await self._open()
         return await self._incoming.receive(name, offset, data)
 
     async def install_project(
         self, name: str, project_id: str, size: int, digest: str, within_s: float
     ) -> bool | None:
-        """See `IncomingProjects.install`."""
+        """Unpack a project that has arrived; see `IncomingArchives.install`. True also where the
+        node has the project already."""
         await self._open()
-        return await self._incoming.install(name, project_id, size, digest, within_s)
+        store = partial(self._provisions.store_project, project_id)
+        is_stored = await self._incoming.install(name, size, digest, within_s, store)
+        if is_stored is False:
+            return self._provisions.folder(project_id).is_dir()
+        return is_stored
+
+    async def install_checkpoint(
+        self, name: str, checkpoint: Checkpoint, limit: int, within_s: float
+    ) -> bool | None:
+        """Unpack a checkpoint that has arrived, for the next attempt of its job. It arrives as
+        projects do; see `IncomingArchives.install`."""
+        await self._open()
+        store = partial(self._checkpoints.store, checkpoint, limit)
+        return await self._incoming.install(
+            name, checkpoint.size, checkpoint.digest, within_s, store
+        )
+
+    async def read_checkpoint(self, job_id: str, digest: str, offset: int) -> bytes | None:
+        """See `Checkpoints.read`."""
+        return await self._checkpoints.read(job_id, digest, offset)
+
+    async def drop_checkpoint(self, job_id: str, digest: str) -> None:
+        """See `Checkpoints.fetched`."""
+        self._checkpoints.fetched(job_id, digest)
 
     async def stop(self, job_id: str, grace_s: float | None = None) -> None:
         """Stop an attempt.
@@ -183,6 +216,7 @@ class Agent:
         if known is not None and known.number == order.number:
             if job_id in self._starts:
                 self._add_to_outbox(self._starts[job_id])
+            self._checkpoints.offer_again(job_id)
             return
         superseded_build = self._building.pop(job_id, None)
         if superseded_build is not None:  # log, stop and end now belong to this attempt
@@ -198,6 +232,7 @@ class Agent:
             self._orders.pop(job_id, None)
             raise
         self._reservations.add(job_id, _amount(order.api.compute))
+        self._checkpoints.watch(order)
         await self._engine.recover(self._attempt(order, Path(), _deadline(order)))
 
     async def poll(
@@ -248,6 +283,7 @@ class Agent:
         """See `Engine.forget`. It removes the folders of the jobs that do not run here."""
         for job_id in job_ids:
             if job_id not in self._orders:
+                await self._checkpoints.remove(job_id)
                 await asyncio.to_thread(self._folders.remove, job_id)
 
     async def is_idle(self) -> bool:
@@ -260,6 +296,7 @@ class Agent:
             await self._server.open(self._host)
             if not self._is_open:
                 await asyncio.to_thread(self._provisions.open)
+                await asyncio.to_thread(self._checkpoints.open)
                 await self._engine.open(self._on_observation)
                 self._reservations.open()
                 self._raylet.open()
@@ -289,6 +326,7 @@ class Agent:
                 gpus = await self._reserve(order)
                 python = await self._provisions.build(order, report_phase)
             self._begin_log(job_id)
+            await self._checkpoints.put_in_place(order)
         except Exception as error:  # the task has no waiter: report every failure
             self._building.pop(job_id, None)
             self._on_observation(self._failed(order, error))
@@ -296,6 +334,7 @@ class Agent:
             self._building.pop(job_id, None)  # from here on the engine stops the attempt
             # The operator and Ray have decided what the job may take, the indices of GPUs included.
             self._engine.ledger.reserve_granted(job_id, order.api.compute, list(gpus))
+            self._checkpoints.watch(order)
             self._engine.start(self._attempt(order, python, deadline))
 
     async def _reserve(self, order: NodeOrder) -> tuple[int, ...]:
@@ -418,23 +457,39 @@ class Agent:
         order = self._orders.get(job_id)
         if order is None or order.number != observation.attempt:
             return  # the attempt had ended before its order came, and the operator knows its end
+        is_followed = isinstance(observation, Lost) and not observation.is_final
+        if is_followed and self._checkpoints.is_watched(job_id):
+            self._run(self._take_last_checkpoint(job_id, observation))
+            return
         log_limit = None
         if isinstance(observation, Started):
             self._starts[job_id] = observation
             self._watch_log(job_id)  # before that, no operator reads it
         elif isinstance(observation, Ended | Lost | NeverStarted):
             del self._orders[job_id]
+            if not is_followed:
+                self._checkpoints.ended(job_id)
             self._starts.pop(job_id, None)
             self._logs.remove(self._folders.log(job_id), self._poll_wakeup.set)
             self._reservations.remove(job_id)
             log_limit = order.api.limits.log
         self._add_to_outbox(observation, log_limit)
 
+    async def _take_last_checkpoint(self, job_id: str, lost: Observation) -> None:
+        """Pack what a lost attempt has left, before its loss is reported: the next one may begin on
+        another node."""
+        try:
+            await self._checkpoints.take_last(job_id)
+        finally:
+            self._on_observation(lost)
+
     def _wake_poll(self) -> None:
         self._entry_added.set()
         self._poll_wakeup.set()
 
-    def _add_to_outbox(self, content: Observation | Lock, log_limit: int | None = None) -> None:
+    def _add_to_outbox(
+        self, content: Observation | Lock | Checkpoint, log_limit: int | None = None
+    ) -> None:
         self._outbox.add(Entry(content, log_limit))
         self._wake_poll()
 

@@ -1,4 +1,4 @@
-"""Projects that arrive at a node in pieces. The agent calls it.
+"""Projects and checkpoints that arrive at a node in pieces. The agent calls it.
 
 Each transfer has a file of its own, so that two operators may send the same project.
 """
@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from cortex.engines.ray.messages import Refusal
 from cortex.ray_node.provisions import Provisions
@@ -32,7 +32,7 @@ class _Incoming:
     install: asyncio.Task[None] | None = None
 
 
-class IncomingProjects:
+class IncomingArchives:
     """The transfers to one node, on the event loop."""
 
     def __init__(self, provisions: Provisions) -> None:
@@ -79,25 +79,32 @@ class IncomingProjects:
         return True
 
     async def install(
-        self, name: str, project_id: str, size: int, digest: str, within_s: float
+        self,
+        name: str,
+        size: int,
+        digest: str,
+        within_s: float,
+        store: Callable[[IO[bytes]], None],
     ) -> bool | None:
-        """Check and unpack a project whose pieces have all been received.
+        """Check an archive whose pieces have all been received, and let `store` unpack it in a
+        thread.
 
         Returns:
-            Whether the node has the project now; False where another agent had begun the transfer;
-            None where that takes longer than `within_s`, and the caller has to call again.
+            True where it is stored; False where the transfer is not known, as where another agent
+            had begun it; None where that takes longer than `within_s`, and the caller has to call
+            again.
 
         Raises:
-            Refusal: the archive is damaged, or this machine cannot store the project now; the
-                transfer has ended.
+            Refusal: the archive is damaged, or this machine cannot store it now; the transfer has
+                ended.
             InvalidProject: the archive is invalid; the transfer has ended.
         """
         incoming = self._incoming.get(name)
         if incoming is None:
-            return self._provisions.folder(project_id).is_dir()
+            return False
         self._restart_timer(name, incoming)
         if incoming.install is None:
-            work = _stored(self._install, incoming.path, project_id, size, digest)
+            work = _stored(_check_and_store, incoming.path, size, digest, store)
             incoming.install = asyncio.create_task(work)
         done, _ = await asyncio.wait({incoming.install}, timeout=within_s)
         if not done:
@@ -105,17 +112,6 @@ class IncomingProjects:
         self._end(name)
         incoming.install.result()
         return True
-
-    def _install(self, path: Path, project_id: str, size: int, digest: str) -> None:
-        with path.open("rb") as archive:
-            found = hashlib.file_digest(archive, "sha256").hexdigest()
-            if archive.tell() != size or found != digest:
-                raise Refusal(
-                    f"its project arrived damaged: {archive.tell()} bytes with SHA-256 {found}, "
-                    f"instead of {size} with {digest}"
-                )
-            archive.seek(0)
-            self._provisions.store_project(project_id, archive)
 
     def _timer(self, name: str) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(IDLE_TIMEOUT_S, self._expire, name)
@@ -138,6 +134,20 @@ class IncomingProjects:
             incoming.file.close()
 
 
+def _check_and_store(
+    path: Path, size: int, digest: str, store: Callable[[IO[bytes]], None]
+) -> None:
+    with path.open("rb") as archive:
+        found = hashlib.file_digest(archive, "sha256").hexdigest()
+        if archive.tell() != size or found != digest:
+            raise Refusal(
+                f"its files arrived damaged: {archive.tell()} bytes with SHA-256 {found}, "
+                f"instead of {size} with {digest}"
+            )
+        archive.seek(0)
+        store(archive)
+
+
 async def _stored(work: Callable[..., T], *arguments: object) -> T:
     """Run blocking work that writes to this machine's disk.
 
@@ -147,7 +157,7 @@ async def _stored(work: Callable[..., T], *arguments: object) -> T:
     try:
         return await in_thread(work, *arguments)
     except OSError as error:
-        raise Refusal(f"its node cannot store its project: {error.strerror or error}") from error
+        raise Refusal(f"its node cannot store its files: {error.strerror or error}") from error
 
 
 def _create(path: Path) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from cortex.engines.base import Observation
-from cortex.engines.ray.messages import Lock
+from cortex.engines.ray.messages import Checkpoint, Lock
 
 # An operator that has not polled for so long was killed, or will say hello again.
 _SUBSCRIBER_TIMEOUT_S = 120.0
@@ -24,7 +24,7 @@ _SUBSCRIBER_TIMEOUT_S = 120.0
 class Entry:
     """What the operators receive, and with it what the agent needs to send the rest of the log."""
 
-    content: Observation | Lock
+    content: Observation | Lock | Checkpoint
     log_limit: int | None = None
     """For the end of an attempt: the `limits.log` of its version."""
 

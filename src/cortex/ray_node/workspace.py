@@ -31,6 +31,7 @@ class AgentFolder:
         self.locks = root / "locks"
         self.environments = root / "environments"
         self.jobs = root / "jobs"
+        self.checkpoints = root / "checkpoints"
         self.identity = identity
         self._lock = lock  # closing it would release the lock
 

@@ -104,6 +104,11 @@ class Limits(_Strict):
     log: Annotated[int, Written(yaml_fields.size(64 << 10, "at least 64Ki"))] = Field(
         64 << 20, description="Bytes kept of one job's log; the middle goes first."
     )
+    checkpoint: Annotated[int, Written(yaml_fields.size(1, "at least 1"))] = Field(
+        1 << 30,
+        description="Bytes of a job's files in $CORTEX_JOB_DIR/checkpoint that follow it to "
+        "another node of a cluster; a larger checkpoint is not copied.",
+    )
 
 
 class Api(_Strict):

@@ -30,14 +30,16 @@ from cortex.engines.base import (
     Waits,
 )
 from cortex.engines.ray.calls import AgentCalls
+from cortex.engines.ray.checkpoints import CheckpointCopies, StoredCheckpoint
 from cortex.engines.ray.cluster import RETRY_DELAY_S, Cluster
 from cortex.engines.ray.link import LinkError, NotSent, Refused
 from cortex.engines.ray.log_copies import LogCopies
-from cortex.engines.ray.messages import Lock, LogPiece, Poll
+from cortex.engines.ray.messages import Checkpoint, Lock, LogPiece, Poll
 from cortex.engines.ray.placement import Node
 from cortex.engines.ray.tracked import TrackedAttempt
-from cortex.engines.ray.transfers import ProjectTransfers
+from cortex.engines.ray.transfers import Transfers
 from cortex.engines.ray.validation import (
+    checked_checkpoint,
     checked_lock_file,
     checked_log_piece,
     checked_observation,
@@ -65,14 +67,16 @@ class Attempts:
         self,
         cluster: Cluster,
         calls: AgentCalls,
-        transfers: ProjectTransfers,
+        transfers: Transfers,
         log_copies: LogCopies,
+        checkpoints: CheckpointCopies,
     ) -> None:
         self._cluster = cluster
         self._nodes = cluster.nodes
         self._calls = calls
         self._transfers = transfers
         self._log_copies = log_copies
+        self._checkpoints = checkpoints
         self._tracked: dict[str, TrackedAttempt] = {}
         self._by_node: dict[str, dict[str, TrackedAttempt]] = {}  # the same, by node and by job
         self._late_hints: defaultdict[str, deque[tuple[str, tuple[object, ...]]]] = defaultdict(
@@ -88,6 +92,7 @@ class Attempts:
     async def close(self) -> None:
         """Stop tracking attempts. Their jobs continue."""
         await self._background.close()
+        await self._checkpoints.close()
         self._tracked.clear()
         self._by_node.clear()
 
@@ -199,6 +204,9 @@ class Attempts:
                 continue
             tracked = on_node.get(observation.job_id)
             if tracked is not None and tracked.number == observation.attempt:
+                if isinstance(observation, Checkpoint):
+                    self._copy_checkpoint(tracked, observation)
+                    continue
                 try:
                     self._process(tracked, checked_observation(observation), poll)
                 except checks.Invalid as error:
@@ -242,6 +250,13 @@ class Attempts:
             self._background.run(self._calls.store_lock_file(checked_lock_file(lock)))
         except checks.Invalid as error:
             log.warning("ignored a node's invalid lock file", reason=str(error))
+
+    def _copy_checkpoint(self, tracked: TrackedAttempt, checkpoint: Checkpoint) -> None:
+        limit = tracked.attempt.version.api.limits.checkpoint
+        try:
+            self._checkpoints.copy(tracked.node_id, checked_checkpoint(checkpoint, limit))
+        except checks.Invalid as error:
+            log.warning("ignored a node's invalid checkpoint", reason=str(error))
 
     def _lose(self, tracked: TrackedAttempt, reason: str) -> None:
         if not tracked.is_ending:
@@ -379,9 +394,17 @@ class Attempts:
         try:
             locks = await self._calls.lock_files(tracked)
             await self._cluster.wake_agent(tracked.node_id)
+            stored = await self._checkpoints.stored(tracked)
         except (StorageUnavailable, OSError) as error:
             self._abandon(tracked, str(error))
             return
+        with contextlib.nullcontext() if stored is None else stored.file:
+            await self._order(tracked, locks, stored)
+
+    async def _order(
+        self, tracked: TrackedAttempt, locks: dict[str, str], stored: StoredCheckpoint | None
+    ) -> None:
+        checkpoint = None if stored is None else stored.checkpoint
         if self._is_cancelled(tracked):
             self._abandon(tracked)
             return
@@ -390,9 +413,9 @@ class Attempts:
             return
         tracked.is_sent = True
         try:
-            while not await self._calls.start(tracked, locks):
+            while lacking := await self._calls.start(tracked, locks, checkpoint):
                 tracked.is_sent = False
-                await self._send_project(tracked)
+                await self._send(tracked, stored if lacking == "checkpoint" else None)
                 if self._is_cancelled(tracked):
                     self._abandon(tracked)
                     return
@@ -408,13 +431,22 @@ class Attempts:
         if tracked.stop_requested:
             await self._send_stop(tracked)
 
-    async def _send_project(self, tracked: TrackedAttempt) -> None:
+    async def _send(self, tracked: TrackedAttempt, stored: StoredCheckpoint | None) -> None:
+        """Send the node a checkpoint, or the project of the attempt."""
+
         def report_phase(phase: str) -> None:
             self._report(tracked.waits(phase))
 
-        await self._transfers.send(tracked, report_phase, partial(self._is_cancelled, tracked))
-        if not self._is_cancelled(tracked):
-            report_phase("its node has its project; it is about to start")
+        is_cancelled = partial(self._is_cancelled, tracked)
+        if stored is None:
+            await self._transfers.send(tracked, report_phase, is_cancelled)
+        else:
+            await self._transfers.send_checkpoint(
+                tracked, stored.checkpoint, stored.file, report_phase, is_cancelled
+            )
+        if not is_cancelled():
+            what = "project" if stored is None else "checkpoint"
+            report_phase(f"its node has its {what}; it is about to start")
 
     def _is_cancelled(self, tracked: TrackedAttempt) -> bool:
         is_over = tracked.remaining_s is not None and tracked.remaining_s <= 0
@@ -488,6 +520,8 @@ class Attempts:
             self._background.run(self._finish_after(tracked.write, tracked, final))
             return
         self._untrack(tracked)
+        if isinstance(final, Ended):
+            self._checkpoints.remove(tracked)
         freed = self._nodes.remove_reservation(tracked.job_id) and self._nodes.pop_refused()
         self._report(final)
         if freed:

@@ -13,7 +13,7 @@ import structlog
 
 from cortex.engines.ray.cluster import Cluster
 from cortex.engines.ray.link import LinkError, Refused
-from cortex.engines.ray.messages import Builds, Lock, LogPiece
+from cortex.engines.ray.messages import Builds, Checkpoint, Lock, LogPiece
 from cortex.engines.ray.tracked import TrackedAttempt
 from cortex.engines.ray.validation import checked_log_piece
 from cortex.errors import StorageUnavailable
@@ -97,13 +97,15 @@ class AgentCalls:
         except (StorageUnavailable, OSError) as error:
             log.warning("cannot store a lock file", project=lock.project_id, error=str(error))
 
-    async def start(self, tracked: TrackedAttempt, locks: dict[str, str]) -> bool:
+    async def start(
+        self, tracked: TrackedAttempt, locks: dict[str, str], checkpoint: Checkpoint | None
+    ) -> str | None:
         """Order the node to start the attempt.
 
         Returns:
-            Whether the node has accepted it; False where it lacks the project.
+            None where the node has accepted it, else what it lacks: "project" or "checkpoint".
         """
-        order = tracked.node_order(self.grace_s, locks, self._builds)
+        order = tracked.node_order(self.grace_s, locks, self._builds, checkpoint)
         suspect = asyncio.get_running_loop().call_later(
             _SLOW_ORDER_S,
             self._cluster.suspect,
@@ -115,7 +117,7 @@ class AgentCalls:
         finally:
             suspect.cancel()
         self._cluster.trust(tracked.node_id)
-        return answer != "project"
+        return str(answer) if answer in {"project", "checkpoint"} else None
 
     async def recover(self, tracked: TrackedAttempt) -> None:
         """Make the node report the state of the attempt, and fence an attempt that it never got."""

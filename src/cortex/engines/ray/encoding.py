@@ -27,13 +27,14 @@ from cortex.engines.base import (
     Waits,
 )
 from cortex.engines.ray.link import Answer
-from cortex.engines.ray.messages import Lock, LogPiece, Poll
+from cortex.engines.ray.messages import Checkpoint, Lock, LogPiece, Poll
 
 _MESSAGES: dict[str, type[Any]] = {
     each.__name__: each
     for each in (
         Answer,
         Capacity,
+        Checkpoint,
         Ended,
         Lock,
         LogPiece,

@@ -14,13 +14,14 @@ from pathlib import Path
 from cortex.engines.base import Attempt, Capabilities, Report, Version
 from cortex.engines.ray.attempts import Attempts
 from cortex.engines.ray.calls import AgentCalls, Locks
+from cortex.engines.ray.checkpoints import CheckpointCopies, CheckpointStore
 from cortex.engines.ray.cluster import Cluster
 from cortex.engines.ray.link import Refused
 from cortex.engines.ray.log_copies import LogCopies
 from cortex.engines.ray.messages import DEFAULT_BUILDS, Builds
 from cortex.engines.ray.placement import Placement
 from cortex.engines.ray.tracked import handle
-from cortex.engines.ray.transfers import ProjectTransfers
+from cortex.engines.ray.transfers import Transfers
 from cortex.errors import StartupError
 from cortex.joblog.folders import JobFolders
 from cortex.spec.api import Compute
@@ -38,6 +39,7 @@ class RayEngine:
         node_dir: str | None = None,
         locks: Locks | None = None,
         builds: Builds = DEFAULT_BUILDS,
+        checkpoints: CheckpointStore | None = None,
         *,
         has_autoscaler: bool = False,
     ) -> None:
@@ -55,8 +57,9 @@ class RayEngine:
             address, namespace, node_dir, self.ledger, has_autoscaler=has_autoscaler
         )
         orders = AgentCalls(self._cluster, grace_s, locks, builds)
-        transfers = ProjectTransfers(self._cluster, root)
-        self._attempts = Attempts(self._cluster, orders, transfers, self._copies)
+        transfers = Transfers(self._cluster, root)
+        copies = CheckpointCopies(self._cluster, checkpoints, root)
+        self._attempts = Attempts(self._cluster, orders, transfers, self._copies, copies)
 
     @property
     def capabilities(self) -> Capabilities:

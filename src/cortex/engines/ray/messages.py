@@ -15,10 +15,11 @@ from cortex.engines.base import NOTHING, Capacity, Observation
 from cortex.spec.api import ApiSpec
 from cortex.spec.job import JobSpec
 
-AGENT_VERSION = f"{cortex.__version__}/3"
+AGENT_VERSION = f"{cortex.__version__}/4"
 """The version of this package, and of the messages here: a change of them adds one."""
 PIECE_BYTES = 64 << 10
-"""The size of the pieces in which projects go to nodes: other messages must not wait for long."""
+"""The size of the pieces in which projects and checkpoints travel: other messages must not wait for
+long."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,18 @@ DEFAULT_BUILDS = Builds()
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """An archive (tar.gz) of what lay in a job's `$CORTEX_JOB_DIR/checkpoint` at one moment."""
+
+    job_id: str
+    attempt: int
+    """The attempt that had these files."""
+    size: int
+    digest: str
+    """SHA-256 of the archive, in hexadecimal."""
+
+
+@dataclass(frozen=True)
 class NodeOrder:
     """The order to a node to start or recover an attempt."""
 
@@ -110,6 +123,8 @@ class NodeOrder:
     locks: dict[str, str] = field(default_factory=dict)
     """The lock files of the project, by name."""
     builds: Builds = DEFAULT_BUILDS
+    checkpoint: Checkpoint | None = None
+    """The last checkpoint of an earlier attempt, for the new one."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +153,7 @@ class Poll:
 
     incarnation: str
     seq: int
-    seen: tuple[Observation | Lock, ...]
+    seen: tuple[Observation | Lock | Checkpoint, ...]
     logs: dict[str, LogPiece] = field(default_factory=dict)
     rests: dict[str, LogPiece] = field(default_factory=dict)
     """The last pieces of the logs of jobs whose end is in `seen`, where one piece is left."""

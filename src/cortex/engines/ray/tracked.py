@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 
 from cortex.engines.base import Attempt, Lost, NeverStarted, Reachable, Unreachable, Waits
-from cortex.engines.ray.messages import DEFAULT_BUILDS, Builds, Hello, NodeOrder
+from cortex.engines.ray.messages import DEFAULT_BUILDS, Builds, Checkpoint, Hello, NodeOrder
 from cortex.engines.ray.placement import Node
 
 HANDLE_VERSION = 1
@@ -72,6 +72,7 @@ class TrackedAttempt:
         grace_s: float,
         locks: dict[str, str] | None = None,
         builds: Builds = DEFAULT_BUILDS,
+        checkpoint: Checkpoint | None = None,
     ) -> NodeOrder:
         """The order to the node, with the time that remains at this moment."""
         attempt = self.attempt
@@ -88,6 +89,7 @@ class TrackedAttempt:
             lost=attempt.lost,
             locks=locks or {},
             builds=builds,
+            checkpoint=checkpoint,
         )
 
     @property

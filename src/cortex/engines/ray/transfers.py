@@ -1,4 +1,4 @@
-"""Sends projects to nodes: in pieces, and once for all jobs that wait for the same one.
+"""Sends projects and checkpoints to nodes, in pieces; a project once for all jobs that wait for it.
 
 The pieces are arguments of calls to the node's agent, so that only the operator's machine has to
 reach the node. Ray's object store would need the way back as well. `attempts` calls this module.
@@ -20,7 +20,7 @@ import structlog
 
 from cortex.engines.ray.cluster import RETRY_DELAY_S, Cluster
 from cortex.engines.ray.link import LinkError, Refused
-from cortex.engines.ray.messages import PIECE_BYTES
+from cortex.engines.ray.messages import PIECE_BYTES, Checkpoint
 from cortex.engines.ray.tracked import TrackedAttempt
 from cortex.spec.times import new_id
 from cortex.system.background import in_thread
@@ -39,7 +39,7 @@ _MB = 1_000_000
 
 @dataclass(frozen=True)
 class _Archive:
-    """A packed project, in a file without a name."""
+    """A packed project or a checkpoint, in a file without a name."""
 
     file: IO[bytes]
     size: int
@@ -56,10 +56,11 @@ class _Packing:
 
 @dataclass(eq=False)
 class _Transfer:
-    """One project on its way to one node."""
+    """One archive on its way to one node."""
 
     node_id: str
     node_name: str
+    what: str = "project"
     sent: int = 0
     size: int = 0
     waiters: int = 0
@@ -69,7 +70,7 @@ class _Transfer:
     @property
     def phase(self) -> str:
         """What a job waits for meanwhile, in words."""
-        phase = f"its project is being sent to {self.node_name}"
+        phase = f"its {self.what} is being sent to {self.node_name}"
         if self.size < _MB:
             return phase
         return f"{phase} ({self.sent // _MB} of {self.size // _MB} MB)"
@@ -79,7 +80,7 @@ class _Stalled(Exception):
     """A node has accepted nothing for `STALL_TIMEOUT_S`; the message is the last failure's."""
 
 
-class ProjectTransfers:
+class Transfers:
     """All methods are called on the event loop."""
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
@@ -111,22 +112,65 @@ class ProjectTransfers:
             OSError: this machine cannot store the archive now.
         """
         transfer = self._join(tracked)
-        task, phase = transfer.task, ""
+        task = transfer.task
         assert task is not None
         transfer.waiters += 1
         try:
-            while not task.done() and not is_cancelled():
-                if transfer.phase != phase:
-                    phase = transfer.phase
-                    report_phase(phase)
-                await asyncio.wait({task}, timeout=REPORT_INTERVAL_S)
-            if task.done():
-                task.result()
+            await self._wait(transfer, task, report_phase, is_cancelled)
         finally:
             transfer.waiters -= 1
             if transfer.waiters == 0:
                 self._remove(tracked, transfer)
                 task.cancel()
+
+    async def send_checkpoint(
+        self,
+        tracked: TrackedAttempt,
+        checkpoint: Checkpoint,
+        file: IO[bytes],
+        report_phase: Callable[[str], None],
+        is_cancelled: Callable[[], bool],
+    ) -> None:
+        """Send the checkpoint of an earlier attempt to the node of the next one, as `send` does
+        with a project.
+
+        Args:
+            file: the archive.
+        """
+        archive = _Archive(file, checkpoint.size, checkpoint.digest)
+        limit = tracked.attempt.version.api.limits.checkpoint
+        transfer = _Transfer(tracked.node_id, self._name_of(tracked), "checkpoint")
+
+        async def send() -> None:
+            async with self._slots:
+                await self._deliver(transfer, archive, "install_checkpoint", checkpoint, limit)
+
+        task = asyncio.create_task(send(), name=f"checkpoint to {transfer.node_name}")
+        try:
+            await self._wait(transfer, task, report_phase, is_cancelled)
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)  # it reads the caller's file
+
+    async def _wait(
+        self,
+        transfer: _Transfer,
+        task: asyncio.Task[None],
+        report_phase: Callable[[str], None],
+        is_cancelled: Callable[[], bool],
+    ) -> None:
+        phase = ""
+        while not task.done() and not is_cancelled():
+            if transfer.phase != phase:
+                phase = transfer.phase
+                report_phase(phase)
+            await asyncio.wait({task}, timeout=REPORT_INTERVAL_S)
+        if task.done():
+            task.result()
+
+    def _name_of(self, tracked: TrackedAttempt) -> str:
+        node = self._cluster.nodes.alive.get(tracked.node_id)
+        return tracked.node_id if node is None else node.name
 
     def _join(self, tracked: TrackedAttempt) -> _Transfer:
         """The transfer of the attempt's project to its node, which other attempts may share."""
@@ -134,8 +178,7 @@ class ProjectTransfers:
         key = tracked.node_id, version.api.project_id
         transfer = self._transfers.get(key)
         if transfer is None:
-            node = self._cluster.nodes.alive.get(tracked.node_id)
-            name = tracked.node_id if node is None else node.name
+            name = self._name_of(tracked)
             transfer = self._transfers[key] = _Transfer(tracked.node_id, name)
             work = self._transfer(transfer, version.api.project_id, version.project)
             transfer.task = asyncio.create_task(work, name=f"project to {name}")
@@ -149,23 +192,42 @@ class ProjectTransfers:
 
     async def _transfer(self, transfer: _Transfer, project_id: str, project: Path) -> None:
         async with self._slots, self._packed(project_id, project) as archive:
-            transfer.size, transfer.last_progress = archive.size, time.monotonic()
-            try:
-                for _ in range(MAX_RESTARTS + 1):
-                    if await self._send(transfer, project_id, archive):
-                        return
-                    log.warning("project sent again: agent replaced", node=transfer.node_name)
-            except _Stalled as stalled:
-                reason = f"{transfer.node_name} does not answer {await self._own_name()}"
-                log.warning("project not sent", node=transfer.node_name, error=str(stalled))
-                self._cluster.suspect(transfer.node_id, reason)
-                raise LinkError(f"its project cannot be sent: {reason}") from stalled
+            arguments = project_id, archive.size, archive.digest
+            await self._deliver(transfer, archive, "install_project", *arguments)
+
+    async def _deliver(
+        self, transfer: _Transfer, archive: _Archive, install: str, *arguments: object
+    ) -> None:
+        """Send an archive, and begin again where the agent is replaced meanwhile.
+
+        Args:
+            install: the agent's method that unpacks it.
+            arguments: of that method, between the transfer's name and the time to wait.
+        """
+        transfer.size, transfer.last_progress = archive.size, time.monotonic()
+        what = transfer.what
+        try:
+            for _ in range(MAX_RESTARTS + 1):
+                if await self._send(transfer, archive, install, arguments):
+                    return
+                log.warning(f"{what} sent again: agent replaced", node=transfer.node_name)
+        except _Stalled as stalled:
+            reason = f"{transfer.node_name} does not answer {await self._own_name()}"
+            log.warning(f"{what} not sent", node=transfer.node_name, error=str(stalled))
+            self._cluster.suspect(transfer.node_id, reason)
+            raise LinkError(f"its {what} cannot be sent: {reason}") from stalled
         raise LinkError(
-            f"its project cannot be sent: the agent of {transfer.node_name} was replaced "
+            f"its {what} cannot be sent: the agent of {transfer.node_name} was replaced "
             f"{MAX_RESTARTS + 1} times meanwhile"
         )
 
-    async def _send(self, transfer: _Transfer, project_id: str, archive: _Archive) -> bool:
+    async def _send(
+        self,
+        transfer: _Transfer,
+        archive: _Archive,
+        install: str,
+        arguments: tuple[object, ...],
+    ) -> bool:
         """Send an archive from its beginning.
 
         Returns:
@@ -191,8 +253,8 @@ class ProjectTransfers:
             for sender in senders:
                 sender.cancel()
             await asyncio.gather(*senders, return_exceptions=True)
-        arguments = name, project_id, archive.size, archive.digest, INSTALL_POLL_S
-        while (is_installed := await self._call(transfer, "install_project", *arguments)) is None:
+        arguments = name, *arguments, INSTALL_POLL_S
+        while (is_installed := await self._call(transfer, install, *arguments)) is None:
             pass  # the agent is at work: each answer is progress
         return bool(is_installed)
 
@@ -202,7 +264,7 @@ class ProjectTransfers:
         Raises:
             LinkError: the whole cluster is out of reach.
             _Stalled: the node has accepted nothing for `STALL_TIMEOUT_S`.
-            Refused: the node cannot store the project.
+            Refused: the node cannot store the archive.
         """
         while True:
             stalls_at = transfer.last_progress + STALL_TIMEOUT_S

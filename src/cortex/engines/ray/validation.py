@@ -19,11 +19,14 @@ from cortex.engines.base import (
     Unreachable,
     Waits,
 )
-from cortex.engines.ray.messages import Lock, LogPiece
+from cortex.engines.ray.messages import Checkpoint, Lock, LogPiece
 from cortex.worker import checks
 from cortex.worker.messages import ExitRecord, StartRecord, shorten
 
 _MAX_LOCK_FILE_BYTES = 1 << 22
+# What tar and gzip add to the files of a checkpoint at most.
+_MAX_ARCHIVE_OVERHEAD_BYTES = 64 << 20
+_DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _PROJECT_ID = re.compile(r"[0-9a-z]{1,128}", re.ASCII)
 _LOCK_FILE_NAME = re.compile(r"[\w-][\w.-]{0,200}\.lock", re.ASCII)
 
@@ -63,6 +66,23 @@ def checked_lock_file(lock: Lock) -> Lock:
     if not isinstance(lock.text, str) or len(lock.text) > _MAX_LOCK_FILE_BYTES:
         raise checks.Invalid("the text is not a string, or too long")
     return replace(lock, text=lock.text.encode("utf-8", "backslashreplace").decode())
+
+
+def checked_checkpoint(checkpoint: Checkpoint, limit: int) -> Checkpoint:
+    """A checkpoint of a tracked attempt that an agent offers.
+
+    Args:
+        limit: the `limits.checkpoint` of the job's version.
+
+    Raises:
+        checks.Invalid: its size or its digest is invalid.
+    """
+    size, digest = checkpoint.size, checkpoint.digest
+    if type(size) is not int or not 0 < size <= limit + _MAX_ARCHIVE_OVERHEAD_BYTES:
+        raise checks.Invalid("the size of the checkpoint is out of range")
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise checks.Invalid("the digest of the checkpoint is invalid")
+    return checkpoint
 
 
 def checked_node_report(held: object, problem: object) -> tuple[Capacity, str | None]:

@@ -156,6 +156,11 @@ class Settings:
         return self.data_dir / "locks"
 
     @property
+    def checkpoints(self) -> Path:
+        """The checkpoints of jobs on a cluster, where there is no object store."""
+        return self.data_dir / "checkpoints"
+
+    @property
     def archived(self) -> Path:
         """A mark for each job whose log is in the object store."""
         return self.data_dir / "archived"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
 
 from cortex.engines.base import Engine
 from cortex.operator.config.settings import Settings
@@ -23,6 +24,9 @@ from cortex.projects.repository import Projects
 from cortex.store import Store
 from cortex.system.background import in_thread
 
+if TYPE_CHECKING:
+    from cortex.operator.checkpoints import Checkpoints
+
 
 class Leadership:
     """A `store.LeaderCallbacks`."""
@@ -37,6 +41,7 @@ class Leadership:
         projects: Projects,
         environments: Environments,
         archive: Archive | None,
+        checkpoints: Checkpoints | None,
         metrics: Metrics,
         *,
         new_engine: Callable[[], Engine],
@@ -56,6 +61,7 @@ class Leadership:
         self._projects = projects
         self._environments = environments
         self._archive = archive
+        self._checkpoints = checkpoints
         self._metrics = metrics
         self._new_engine = new_engine
         self._opened = AsyncExitStack()
@@ -104,6 +110,7 @@ class Leadership:
                 self._projects,
                 self._environments,
                 archive,
+                self._checkpoints,
             )
             stack.push_async_callback(retention.close)
             await retention.open()
