@@ -387,10 +387,7 @@ class Attempts:
         self._finish(tracked, final)
 
     async def _start(self, tracked: TrackedAttempt) -> None:
-        """Send the order to the node.
-
-        After a failure with an unknown outcome, the node is asked for the state of the attempt.
-        """
+        """Find what the attempt needs beside its project, and send the order."""
         try:
             locks = await self._calls.lock_files(tracked)
             await self._cluster.wake_agent(tracked.node_id)
@@ -404,6 +401,10 @@ class Attempts:
     async def _order(
         self, tracked: TrackedAttempt, locks: dict[str, str], stored: StoredCheckpoint | None
     ) -> None:
+        """Send the order to the node, after what the node lacks.
+
+        After a failure with an unknown outcome, the node is asked for the state of the attempt.
+        """
         checkpoint = None if stored is None else stored.checkpoint
         if self._is_cancelled(tracked):
             self._abandon(tracked)
@@ -426,6 +427,8 @@ class Attempts:
             if not tracked.is_sent:
                 self._abandon(tracked, str(error))
                 return
+            if stored is not None:  # the node may be out of reach for long
+                stored.file.close()
             self._mark_unreachable(tracked, str(error))
             await self._recover_with_retries(tracked)
         if tracked.stop_requested:
