@@ -232,8 +232,8 @@ def test_no_node_is_suspect_while_the_cluster_is_out_of_reach(harness: InProcess
         assert isinstance(engine, RayEngine)
 
         async def lose_link() -> None:
-            assert engine._cluster._link is not None
-            await engine._cluster._link.close()
+            if (link := engine._cluster._link) is not None:  # else another piece has closed it
+                await link.close()
             await hang()
 
         harness.ray.before_call["receive_project"] = lose_link
