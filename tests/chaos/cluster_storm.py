@@ -54,7 +54,9 @@ MAX_TIMEOUT_S = 20  # of a job
 SLACK_S = DEADLY_S + 60
 PROBLEM_TIMEOUT_S = 1
 VARIABLE = re.compile(r"\b[0-9a-z]{18}\b|\b[0-9a-f]{12,}\b|\d+\.\d+\.\d+\.\d+(:\d+)?")
-NOISE = re.compile(r"\x1b|rpc_code|grpc|\.cc:\d|\.py:\d|Traceback|ray::|call_agent|IOError|Errno")
+NOISE = re.compile(
+    r"\x1b|rpc_code|grpc|\.cc:\d|\.py:\d|Traceback|ray::|call_agent|IOError|Errno|ipv4"
+)
 
 TASK = """
 import os, signal, sys, time
@@ -346,8 +348,10 @@ class Storm:
         starts = [mark for mark in self.marks() if mark[0] == job.id]
         lost = self.lost_during(status)
         may_be_lost = bool(lost & {mark[2] for mark in starts} if starts else lost)
-        # A job that was lost after its timeout gets no new attempt.
-        is_last = len(starts) > job.retries or job.answer["timeout"] is not None
+        # An attempt whose node was lost counts, whether or not its code had started. A job that was
+        # lost after its timeout gets no new attempt.
+        count = max(len(starts), self.count_losses(status))
+        is_last = count > job.retries or job.answer["timeout"] is not None
         if may_be_lost and (is_last or not starts):
             ends.add("status_unexpected_error")
         return ends
@@ -357,6 +361,14 @@ class Storm:
         begin_s = parse_rfc3339(status["created_time"]).timestamp() - SLACK_S
         end_s = parse_rfc3339(status["end_time"]).timestamp()
         return {node for since_s, node in self.losses if begin_s <= since_s <= end_s}
+
+    def count_losses(self, status: dict[str, Any]) -> int:
+        """How often nodes may have been lost while this job was in progress; all of them at once is
+        one loss."""
+        begin_s = parse_rfc3339(status["created_time"]).timestamp() - SLACK_S
+        end_s = parse_rfc3339(status["end_time"]).timestamp()
+        times = sorted(since_s for since_s, _ in self.losses if begin_s <= since_s <= end_s)
+        return sum(later - earlier > 1 for earlier, later in itertools.pairwise([0, *times]))
 
     def await_all(self) -> None:
         """Wait until all jobs have ended."""

@@ -50,6 +50,15 @@ def test_a_job_may_fail_only_where_its_node_was_lost(run: Storm) -> None:
     assert allowed(run, job) == {"status_succeeded", "status_unexpected_error"}
 
 
+def test_a_loss_before_the_start_uses_up_a_retry(run: Storm) -> None:
+    job = ended(run, "status_unexpected_error", "1 n1", api="again")
+    now = time.time()
+    run.losses += [(now - 9, "n1"), (now - 9, "n2"), (now - 6, "n1")]
+    assert allowed(run, job) == {"status_succeeded"}
+    run.losses.append((now - 3, "n1"))
+    assert allowed(run, job) == {"status_succeeded", "status_unexpected_error"}
+
+
 def test_a_stopped_job_may_have_no_other_status(run: Storm) -> None:
     job = ended(run, "status_stopped", "1 n1")
     job.stopped = True

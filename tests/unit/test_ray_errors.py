@@ -102,6 +102,12 @@ STACK = """\
             f"{UNAVAILABLE}The actor is temporarily unavailable: IOError: The actor is restarting",
             "Ray is starting it again",
         ),
+        (
+            f"{UNAVAILABLE}The actor is temporarily unavailable: RpcError: RPC error: failed to "
+            "connect to all addresses; last error: UNKNOWN: ipv4:192.0.2.2:4: Failed to connect to "
+            "remote host: FD Shutdown rpc_code: 14",
+            "the connection to it was closed",
+        ),
         (NO_FOLDER, "No such file or directory: '/proc/nowhere'"),
         (
             OTHER_VERSIONS,

@@ -30,6 +30,7 @@ _NO_HEAD = re.compile(r"Failed to connect to GCS [^.\n]*?within (\d+) seconds")
 _KNOWN = (
     (re.compile(r"NodeAffinitySchedulingStrategy doesn't exist"), "its node has left the cluster"),
     (re.compile(r"because its node has died"), "its node has died"),
+    (re.compile(r"FD Shutdown"), "the connection to it was closed"),
     (re.compile(r"The actor is restarting"), "Ray is starting it again"),
     (re.compile(r"because its worker process has died"), "its process has died"),
 )
