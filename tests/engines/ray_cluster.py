@@ -33,7 +33,7 @@ SETTINGS = {
     "RAY_gcs_rpc_server_reconnect_timeout_s": "8",
     "RAY_health_check_initial_delay_ms": "500",
     "RAY_health_check_period_ms": "300",
-    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_timeout_ms": "6000",
     "RAY_health_check_failure_threshold": "5",
 }
 

@@ -407,7 +407,7 @@ def test_the_log_is_complete_and_in_order(harness: EngineHarness) -> None:
     [
         ("object()", "not JSON"),
         ("float('nan')", "not JSON"),
-        ("'x' * (1 << 20)", "at most 1048576 are allowed"),
+        ("'x' * (1 << 20)", "more than the limit of 1 MiB (1048576 bytes)"),
     ],
 )
 def test_a_result_that_cannot_be_stored_does_not_fail_the_task(

@@ -129,6 +129,8 @@ def test_a_hanging_raylet_stops_no_start_on_another_node(ray_harness: RayHarness
         sleeper = ray_harness.sleeper()
         await ray_harness.start_on("second", engine, sleeper)
         await ray_harness.printed(sleeper, "pid")
+        # Ray's head would wait for a reservation that is being made as the raylet hangs.
+        await until(lambda: second._held.cpu_m >= sleeper.version.api.compute.cpu_m)
         with ray_harness.shared.cluster.raylet_stopped(second.node_id):
             # Ray reserves GPUs on the head's node, and no reservation waits for the second node.
             await until(lambda: second.problem == "its raylet does not answer")
