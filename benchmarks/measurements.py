@@ -87,7 +87,9 @@ class Bench:
 
     def ours(self, *names: str, folder: Path | None = None, store: str | None = None) -> Cortex:
         """An operator with these APIs, in this folder or a new one, on SQLite or this store."""
-        return self._stack.enter_context(operator(folder or self.folder("ours"), names, store))
+        return self._stack.enter_context(
+            operator(folder or self.folder("ours"), names, store=store)
+        )
 
     def postgresql(self) -> str:
         """The URL of a new database on a new server."""

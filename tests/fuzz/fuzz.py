@@ -41,6 +41,7 @@ _DATA = {
     "projects",
     "locks",
     "archived",
+    "checkpoints",
     "environments",
     "jobs",
     "folder.id",

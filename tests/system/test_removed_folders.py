@@ -16,6 +16,7 @@ from cortex.joblog.folders import JobFolders
 from cortex.projects.environments import Environments
 from cortex.ray_node import workspace
 from cortex.ray_node.agent import Agent
+from cortex.ray_node.checkpoints import Checkpoints
 from cortex.system.folders import remove
 from cortex.worker import beneath
 from operator_harness import as_unprivileged_owner
@@ -41,8 +42,12 @@ def by_remove(root: Path) -> None:
 
 
 def by_an_agent(root: Path) -> None:
+    folders = JobFolders(root / "jobs")
     agent: Any = SimpleNamespace(
-        _orders={}, _folders=JobFolders(root / "jobs"), _engine=LocalEngine(root / "jobs")
+        _orders={},
+        _folders=folders,
+        _engine=LocalEngine(root / "jobs"),
+        _checkpoints=Checkpoints(root / "checkpoints", folders, lambda _: None),
     )
     asyncio.run(Agent.discard(agent, ["job"]))
 
