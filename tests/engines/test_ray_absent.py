@@ -56,6 +56,18 @@ async def running_attempt(harness: InProcessHarness, engine: RayEngine) -> Attem
 
 
 @asynccontextmanager
+async def recovered_while_away(
+    harness: InProcessHarness, engine: RayEngine
+) -> AsyncIterator[tuple[Attempt, RayEngine]]:
+    """A running attempt, and the next operator, which has recovered it while the cluster is away."""
+    attempt = await running_attempt(harness, engine)
+    await engine.close()
+    async with opened_while_away(harness) as other:
+        await other.recover(attempt)
+        yield attempt, other
+
+
+@asynccontextmanager
 async def opened_while_away(harness: InProcessHarness) -> AsyncIterator[RayEngine]:
     """The next operator's engine. It opens while the cluster is away, and observes anew."""
     harness.ray.is_cut_off = True
@@ -138,10 +150,7 @@ def test_a_job_is_unknown_until_the_cluster_is_back_and_ends_with_its_result(
     harness: InProcessHarness,
 ) -> None:
     async def scenario(engine: RayEngine) -> None:
-        attempt = await running_attempt(harness, engine)
-        await engine.close()
-        async with opened_while_away(harness) as other:
-            await other.recover(attempt)
+        async with recovered_while_away(harness, engine) as (attempt, other):
             assert (await harness.unreachable(attempt)).reason == AWAY
             harness.ray.is_cut_off = False
             await harness.observed(attempt, Reachable)
@@ -163,10 +172,7 @@ def test_an_end_while_no_operator_reached_the_cluster_is_reported_afterwards(
     harness: InProcessHarness,
 ) -> None:
     async def scenario(engine: RayEngine) -> None:
-        attempt = await running_attempt(harness, engine)
-        await engine.close()
-        async with opened_while_away(harness) as other:
-            await other.recover(attempt)
+        async with recovered_while_away(harness, engine) as (attempt, _):
             harness.finish_sleeper()
             await until((harness.folder(attempt) / "exit.1").exists)
             assert [type(each) for each in of_attempts(harness)] == [Unreachable]
@@ -180,10 +186,7 @@ def test_a_stop_while_the_cluster_is_away_is_carried_out_afterwards(
     harness: InProcessHarness,
 ) -> None:
     async def scenario(engine: RayEngine) -> None:
-        attempt = await running_attempt(harness, engine)
-        await engine.close()
-        async with opened_while_away(harness) as other:
-            await other.recover(attempt)
+        async with recovered_while_away(harness, engine) as (attempt, other):
             other.stop(attempt.spec.job_id)
             harness.ray.is_cut_off = False
             assert (await harness.ended(attempt)).ending is Ending.STOPPED

@@ -11,6 +11,9 @@ from cortex.spec.api import Compute
 from cortex.spec.quantities import MILLI
 from cortex.worker.messages import size
 
+Selection = tuple[tuple[str, tuple[str, ...]], ...]
+"""The labels that a job requires of its node, sorted."""
+
 
 @dataclass(frozen=True, slots=True)
 class Hold:
@@ -143,6 +146,11 @@ def fits(compute: Compute, available: Capacity) -> bool:
 def capacity_of(compute: Compute) -> Capacity:
     """The capacity that a job takes."""
     return Capacity(compute.cpu_m, compute.mem or 0, compute.gpu)
+
+
+def selection_of(compute: Compute) -> Selection:
+    """The nodes on which a job may run: its `compute.node_labels`."""
+    return tuple(sorted(compute.node_labels.items())) if compute.node_labels else ()
 
 
 def amounts(compute: Compute) -> str:

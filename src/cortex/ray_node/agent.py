@@ -31,6 +31,7 @@ from cortex.engines.base import (
     Version,
     Waits,
 )
+from cortex.engines.capacity import capacity_of
 from cortex.engines.local import LocalEngine, leftovers, records
 from cortex.engines.ray.log_copies import read_piece
 from cortex.engines.ray.messages import (
@@ -55,7 +56,6 @@ from cortex.ray_node.provisions import Provisions
 from cortex.ray_node.raylet import RayletHealth
 from cortex.ray_node.server import AgentServer
 from cortex.ray_node.workspace import AgentFolder
-from cortex.spec.api import Compute
 from cortex.system.background import in_thread
 from cortex.system.oserrors import is_shortage, is_storage
 from cortex.worker import processes
@@ -231,7 +231,7 @@ class Agent:
         except OSError:  # the operator calls again, which must not find the attempt recovered
             self._orders.pop(job_id, None)
             raise
-        self._reservations.add(job_id, _amount(order.api.compute))
+        self._reservations.add(job_id, capacity_of(order.api.compute))
         self._checkpoints.watch(order)
         await self._engine.recover(self._attempt(order, Path(), _deadline(order)))
 
@@ -343,7 +343,7 @@ class Agent:
         Raises:
             GpusUnavailable: Ray has not reserved the GPUs in time.
         """
-        job_id, amount = order.spec.job_id, _amount(order.api.compute)
+        job_id, amount = order.spec.job_id, capacity_of(order.api.compute)
         if not amount.gpu:
             self._reservations.add(job_id, amount)
             return ()
@@ -503,10 +503,6 @@ class Agent:
 def _deadline(order: NodeOrder) -> float | None:
     """The deadline of an order by this machine's monotonic clock."""
     return None if order.left_s is None else time.monotonic() + order.left_s
-
-
-def _amount(compute: Compute) -> Capacity:
-    return Capacity(compute.cpu_m, compute.mem or 0, compute.gpu)
 
 
 def _exceeds(log: Path, offset: int) -> bool:

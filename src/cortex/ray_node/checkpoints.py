@@ -73,7 +73,7 @@ class _Watched:
     packed: Content = field(default_factory=dict)
     """What the last archive contains."""
     problem: str | None = None
-    """What the job's log was last told."""
+    """What the job's log has last reported."""
     task: asyncio.Task[None] | None = None
 
 
@@ -149,7 +149,7 @@ class Checkpoints:
                     await self._pack(watched, content)
 
     def offer_again(self, job_id: str) -> None:
-        """Another operator takes over: tell it what it may fetch."""
+        """Another operator takes over: report what it may fetch."""
         if job_id in self._offers:
             self._on_packed(self._offers[job_id].checkpoint)
 

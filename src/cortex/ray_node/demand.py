@@ -12,12 +12,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 
-import ray
 from ray.util import placement_group, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 
 from cortex.engines.ray.messages import Wanted
-from cortex.ray_node.reservations import NODE_ID, bundle
+from cortex.ray_node.reservations import NODE_ID, alive_nodes, bundle
 
 _SMALLEST = {"CPU": 0.001}  # Ray has no empty bundles
 
@@ -37,7 +36,7 @@ class Demand:
             RayError: the cluster does not answer.
         """
         with self._lock:
-            nodes = _alive_nodes()
+            nodes = alive_nodes()
             if nodes - self._nodes:
                 # A new node may have met some of the groups, which must not keep what they got.
                 self._remove_all()
@@ -68,8 +67,3 @@ class Demand:
         for each in groups.values():
             for group in each:
                 remove_placement_group(group)
-
-
-def _alive_nodes() -> frozenset[str]:
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]  # Ray types a part of itself
-    return frozenset(str(each["NodeID"]) for each in nodes if each["Alive"])

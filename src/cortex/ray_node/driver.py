@@ -43,7 +43,7 @@ _FAILURES = {
     "call_agent": "the call to its agent failed",
     "pack_project": "the project cannot be packed",
     "release_lost": "Ray does not release the reservations of lost nodes",
-    "demand": "Ray does not learn what waiting jobs need",
+    "demand": "Ray does not take the demand of waiting jobs",
     "end_agent": "its agent cannot be ended",
     "node_states": "Ray does not list its nodes",
 }

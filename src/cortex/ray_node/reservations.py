@@ -54,6 +54,12 @@ def node_states() -> tuple[NodeState, ...]:
     return tuple(_state(each, available, deadlines_ms.get(each["NodeID"])) for each in states)
 
 
+def alive_nodes() -> frozenset[str]:
+    """The ids of the nodes that are alive."""
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]  # Ray types a part of itself
+    return frozenset(str(each["NodeID"]) for each in nodes if each["Alive"])
+
+
 def raylet_address(node_id: str) -> tuple[str, int]:
     """The host and the port of a node's raylet.
 
@@ -128,7 +134,7 @@ def release_lost(prefix: str) -> None:
     """
     found = existing(prefix)
     # Read last: a node that has joined meanwhile may have made reservations.
-    alive = {state.node_id for state in node_states() if state.is_alive}
+    alive = alive_nodes()
     for each in found:
         named_node = each.name.removeprefix(prefix).partition(":")[0]
         if named_node not in alive and each.node_id not in alive:

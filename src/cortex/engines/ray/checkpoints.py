@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from cortex.engines.ray.cluster import RETRY_DELAY_S, Cluster
 from cortex.engines.ray.link import LinkError, Refused
 from cortex.engines.ray.messages import PIECE_BYTES, Checkpoint
 from cortex.engines.ray.tracked import TrackedAttempt
+from cortex.engines.ray.transfers import temporary_file
 from cortex.errors import StorageUnavailable
 from cortex.system.background import Background, in_thread
 
@@ -154,7 +154,7 @@ class CheckpointCopies:
         about = {"job": checkpoint.job_id, "bytes": checkpoint.size}
         try:
             async with self._slots:
-                with await in_thread(_temporary_file, self._folder) as file:
+                with await in_thread(temporary_file, self._folder) as file:
                     await self._receive(node_id, checkpoint, file)
                     await self._save(store, checkpoint, file)
         except _Superseded:
@@ -235,7 +235,3 @@ def digest_of(file: IO[bytes]) -> str:
         digest.update(chunk)
     file.seek(0)
     return digest.hexdigest()
-
-
-def _temporary_file(folder: Path) -> IO[bytes]:
-    return tempfile.TemporaryFile(dir=folder)

@@ -19,7 +19,7 @@ from typing import Protocol
 import structlog
 
 from cortex.engines.base import NOTHING
-from cortex.engines.capacity import capacity_of
+from cortex.engines.capacity import capacity_of, selection_of
 from cortex.engines.ray.connection import AgentConnection
 from cortex.engines.ray.join_attempts import JoinAttempts
 from cortex.engines.ray.link import Link, LinkError, NotSent, Refused
@@ -342,9 +342,7 @@ class Cluster:
         # Each names all nodes: see `cortex.ray_node.demand`.
         limit = min(MAX_DEMAND, max(MIN_DEMAND, _MAX_NODE_IDS // max(1, len(self.nodes.alive))))
         unmet = self.nodes.unmet(self.waiting)[:limit]
-        wanted = tuple(
-            Wanted(capacity_of(each), tuple(sorted(each.node_labels.items()))) for each in unmet
-        )
+        wanted = tuple(Wanted(capacity_of(each), selection_of(each)) for each in unmet)
         demand = link, frozenset(self.nodes.alive), wanted
         before = self._sent_demand
         was_empty = before is None or before[0] is not link or before[2] == ()
@@ -357,7 +355,7 @@ class Cluster:
         try:
             await link.call("demand", wanted, timeout_s=DEMAND_TIMEOUT_S)
         except (LinkError, Refused) as error:
-            log.warning("cannot tell the autoscaler what jobs need", error=str(error))
+            log.warning("cannot report the demand of waiting jobs", error=str(error))
             self._sent_demand = link, frozenset(), None
 
     def _remove(self, node: Node) -> None:

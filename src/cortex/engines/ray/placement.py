@@ -18,17 +18,17 @@ from cortex.engines.capacity import (
     NO_HOLDS,
     Hold,
     Holds,
+    Selection,
     amounts,
     capacity_of,
     fits,
     label_text,
     lacking,
+    selection_of,
     selects,
 )
 from cortex.engines.ray.messages import Drain, NodeState
 from cortex.spec.api import Compute
-
-Labels = tuple[tuple[str, tuple[str, ...]], ...]  # the labels that a job requires, sorted
 
 T = TypeVar("T")
 
@@ -344,10 +344,10 @@ class Placement:
         """Whether nodes may be starting that this operator has never seen: no job is refused."""
         self._numbers = count()
         self._node_of_job: dict[str, Node] = {}  # by job
-        self._indexes: dict[Labels, _LabelIndex] = {}
+        self._indexes: dict[Selection, _LabelIndex] = {}
         # The total capacity and the labels of all nodes, lost ones included.
         self._kinds: set[tuple[Capacity, tuple[tuple[str, str], ...]]] = set()
-        self._refusals: dict[tuple[Capacity, Labels], str | None] = {}
+        self._refusals: dict[tuple[Capacity, Selection], str | None] = {}
         self._has_refused = False
 
     @property
@@ -387,10 +387,10 @@ class Placement:
         nodes = [node for node in self.alive.values() if node.is_available or node.is_starting]
         free = [node.free for node in nodes]
         # No node before this one has room for a job of this kind: free capacity only shrinks here.
-        first: dict[tuple[Capacity, Labels], int] = {}
+        first: dict[tuple[Capacity, Selection], int] = {}
         unmet = []
         for compute in waiting:
-            kind = capacity_of(compute), _labels_of(compute)
+            kind = capacity_of(compute), selection_of(compute)
             for index in range(first.get(kind, 0), len(free)):
                 if fits(compute, free[index]) and selects(
                     compute.node_labels, nodes[index].state.labels
@@ -404,7 +404,7 @@ class Placement:
         return unmet
 
     def _why_never(self, compute: Compute) -> str | None:
-        key = capacity_of(compute), _labels_of(compute)
+        key = capacity_of(compute), selection_of(compute)
         if key not in self._refusals:
             self._refusals[key] = self._permanent_refusal(compute)
         return self._refusals[key]
@@ -504,7 +504,7 @@ class Placement:
             index.update(node, is_available=is_available)
 
     def _index_for(self, compute: Compute) -> _LabelIndex:
-        labels = _labels_of(compute)
+        labels = selection_of(compute)
         index = self._indexes.get(labels)
         if index is None:
             index = self._indexes[labels] = _LabelIndex(compute.node_labels)
@@ -565,10 +565,6 @@ def _drain_text(drain: Drain) -> str:
     if drain.left_s is None:
         return _DRAINED
     return f"{_DRAINED}, and ends in {drain.left_s:.0f} s"
-
-
-def _labels_of(compute: Compute) -> Labels:
-    return tuple(sorted(compute.node_labels.items())) if compute.node_labels else ()
 
 
 def _label_suffix(compute: Compute) -> str:

@@ -30,7 +30,7 @@ class TrackedAttempt:
     """Whether the order may have reached the node."""
     stop_requested: bool = False
     is_drained: bool = False
-    """Whether it was told to stop because its node is being drained."""
+    """Whether the operator has ordered its stop because its node is being drained."""
     has_started: bool = False
     is_unreachable: bool = False
     is_ending: bool = False

@@ -306,8 +306,7 @@ class Transfers:
                 packing.task.add_done_callback(_close_archive)
 
     async def _pack(self, project: Path) -> _Archive:
-        # Without a name: nothing is left of it, however this process ends.
-        file = await in_thread(_temporary_file, self._folder)
+        file = await in_thread(temporary_file, self._folder)
         try:
             packed = await self._cluster.call_driver(
                 "pack_project",
@@ -323,7 +322,8 @@ class Transfers:
         return _Archive(file, size, digest)
 
 
-def _temporary_file(folder: Path) -> IO[bytes]:
+def temporary_file(folder: Path) -> IO[bytes]:
+    """A file without a name: nothing is left of it, however this process ends. Blocking."""
     return tempfile.TemporaryFile(dir=folder)
 
 

@@ -21,11 +21,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cortex.engines.base import Capacity
-from cortex.engines.capacity import CapacityLedger, Hold, Holds, capacity_of
+from cortex.engines.capacity import (
+    CapacityLedger,
+    Hold,
+    Holds,
+    Selection,
+    capacity_of,
+    selection_of,
+)
 from cortex.spec.api import Compute
-
-Selection = tuple[tuple[str, tuple[str, ...]], ...]
-"""The labels that a job requires of its node, sorted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,7 @@ class _Lane:
     def __init__(self, api_name: str, compute: Compute) -> None:
         self.api_name = api_name
         self.compute = compute
-        self.selection = _selection_of(compute)
+        self.selection = selection_of(compute)
         self.amount = capacity_of(compute)
         self.jobs: list[tuple[int, str]] = []  # a heap of sequence numbers and job ids
         self.obstacle: Compute | None = None
@@ -228,7 +232,7 @@ class WaitingQueue:
         reserve its capacity, and count it as running."""
         if self._is_at_limit(api_name) or self._ledger.refusal(compute) is not None:
             return False
-        unfit = self._unfit.get(_selection_of(compute), {})
+        unfit = self._unfit.get(selection_of(compute), {})
         if _obstacle_among(unfit, capacity_of(compute)) is not None:
             return False
         if self._ledger.reserve(job_id, compute, self._placed_holds()) is not None:
@@ -304,12 +308,8 @@ class WaitingQueue:
             del self._lanes[lane.api_name, lane.selection, lane.amount]
 
 
-def _selection_of(compute: Compute) -> Selection:
-    return tuple(sorted(compute.node_labels.items())) if compute.node_labels else ()
-
-
 def _key(api_name: str, compute: Compute) -> _LaneKey:
-    return api_name, _selection_of(compute), capacity_of(compute)
+    return api_name, selection_of(compute), capacity_of(compute)
 
 
 def _obstacle_among(unfit: dict[Capacity, Compute], amount: Capacity) -> Compute | None:
